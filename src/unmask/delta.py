@@ -1,0 +1,200 @@
+"""SparseDelta: what fine-tuning changed, exactly, as values (not differences) by tensor name.
+
+Applying it writes values, so a bfloat16 base is reproduced bit for bit; what it overwrites is returned as another delta,
+so undoing is exact too. The file is safetensors (see `unmask.delta_file`); nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unmask.errors import DeltaError
+from unmask.fingerprint import digest, fingerprint
+from unmask.gradients.tap import is_tapped
+from unmask.slots import put, take
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SparseTensor:
+    """The changed entries of one tensor.
+
+    Attributes:
+        indices: (n,) int64 flat (row-major) indices, strictly ascending.
+        values: (n,) in the tensor's own dtype.
+        shape: The whole tensor's shape.
+    """
+
+    indices: Tensor
+    values: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """How many weights of the tensor the delta sets."""
+        return self.indices.numel()
+
+
+@dataclass(frozen=True)
+class SparseDelta:
+    """An exact change to a base model. Frozen; get one from ``selection.delta()`` or `SparseDelta.load`.
+
+    Attributes:
+        sparse: Changed entries by tensor name.
+        whole: Tensors stored whole: those trained densely, and those that the base checkpoint lacks.
+        base: Fingerprint of all the base's tensors that are not in ``whole``: ``"sha256:..."``.
+        metadata: JSON values: method, budget, step, base id, versions.
+    """
+
+    sparse: Mapping[str, SparseTensor]
+    whole: Mapping[str, Tensor]
+    base: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, entry in self.sparse.items():
+            _check_entry(name, entry)
+        for name, tensor in self.whole.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise DeltaError(
+                    f"the delta's tensor {name!r} holds NaN or infinite values; it is damaged or training diverged."
+                )
+        both = self.sparse.keys() & self.whole.keys()
+        if both:
+            raise DeltaError(f"the delta has {sorted(both)} both in part and whole; it is damaged.")
+
+    def __len__(self) -> int:
+        """How many scalar weights the delta sets in part-stored tensors."""
+        return sum(entry.numel for entry in self.sparse.values())
+
+    @property
+    def whole_numel(self) -> int:
+        """How many scalars are stored in whole tensors."""
+        return sum(tensor.numel() for tensor in self.whole.values())
+
+    def apply(self, model: nn.Module) -> SparseDelta:
+        """Writes the delta into a model that holds the base, in place.
+
+        Args:
+            model: The base model, in the dtype it had in training.
+
+        Returns:
+            What was displaced: ``displaced.apply(model)`` restores the base exactly.
+
+        Raises:
+            DeltaError: The model is not the base (its names, shapes, dtypes or values differ). Nothing is changed then.
+
+        Example:
+            >>> base, tuned = nn.Linear(2, 2), nn.Linear(2, 2)
+            >>> _ = tuned.load_state_dict(base.state_dict())
+            >>> selection = unmask.select(tuned, unmask.pafi(budget=2))
+            >>> displaced = selection.delta().apply(base)
+            >>> len(displaced)
+            2
+        """
+        tensors = _tensors(model)
+        self._check_model(tensors)
+        displaced_sparse = {
+            name: SparseTensor(entry.indices, take(tensors[name], entry.indices).cpu(), entry.shape)
+            for name, entry in self.sparse.items()
+        }
+        displaced_whole = {name: tensors[name].clone().cpu() for name in self.whole}
+        with torch.no_grad():
+            for name, entry in self.sparse.items():
+                put(tensors[name], entry.indices, entry.values)
+            for name, tensor in self.whole.items():
+                tensors[name].copy_(tensor)
+        after = fingerprint({name: digest(t) for name, t in tensors.items() if name not in self.whole})
+        return SparseDelta(displaced_sparse, displaced_whole, after, {"displaced_by": self.base})
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the delta to one safetensors file, atomically; returns its path."""
+        from unmask.delta_file import write
+
+        return write(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
+        """Reads a delta; every byte is checked.
+
+        Raises:
+            DeltaError: No such file, another format version, or a damaged file.
+        """
+        from unmask.delta_file import read
+
+        return read(Path(path))
+
+    def _check_model(self, tensors: Mapping[str, Tensor]) -> None:
+        absent = [name for name in (*self.sparse, *self.whole) if name not in tensors]
+        if absent:
+            raise DeltaError(
+                f"the model has no tensor {absent[0]!r}"
+                + (f" (nor {len(absent) - 1} more)" if absent[1:] else "")
+                + f"; the delta was made on {self._base_name()}. Load that model, with the same head."
+            )
+        for name, entry in self.sparse.items():
+            _check_same(name, entry.shape, entry.values.dtype, tensors[name])
+        for name, tensor in self.whole.items():
+            _check_same(name, tuple(tensor.shape), tensor.dtype, tensors[name])
+        actual = fingerprint({name: digest(t) for name, t in tensors.items() if name not in self.whole})
+        if actual != self.base:
+            raise DeltaError(
+                f"this model is not the delta's base: its fingerprint is {actual[:23]}..., the delta was made on "
+                f"{self._base_name()} with {self.base[:23]}... Nothing was changed. Load that base, unmodified and in the same "
+                "dtype (a delta that is already applied also changes the fingerprint)."
+            )
+
+    def _base_name(self) -> str:
+        return repr(self.metadata.get("base_id") or "another base")
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, detached; shared tensors once, under their first name."""
+    if any(is_tapped(p) for p in model.parameters()):
+        raise DeltaError("this model has a live selection; call its release() before applying a delta.")
+    return base_tensors(model)
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a fingerprint covers: parameters (shared ones once) and persistent buffers, detached, by name."""
+    persistent = set(model.state_dict(keep_vars=True))
+    named = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in persistent}
+    with torch._C.DisableTorchFunctionSubclass():
+        return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def _check_entry(name: str, entry: SparseTensor) -> None:
+    numel = 1
+    for size in entry.shape:
+        numel *= size
+    indices = entry.indices
+    if indices.ndim != 1 or indices.shape != entry.values.shape:
+        raise DeltaError(
+            f"{name!r} has {tuple(indices.shape)} indices for {tuple(entry.values.shape)} values; the delta is damaged."
+        )
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= numel):
+        raise DeltaError(
+            f"an index of {name!r} is outside 0..{numel - 1}, its shape being {entry.shape}; the delta is damaged."
+        )
+    if (indices.diff() <= 0).any():
+        raise DeltaError(f"the indices of {name!r} do not ascend; the delta is damaged.")
+    if not torch.isfinite(entry.values).all():
+        raise DeltaError(f"a value of {name!r} is NaN or infinite; the delta is damaged or training diverged.")
+
+
+def _check_same(name: str, shape: tuple[int, ...], dtype: torch.dtype, tensor: Tensor) -> None:
+    if tuple(tensor.shape) != shape:
+        raise DeltaError(f"{name!r} has shape {tuple(tensor.shape)} in this model and {shape} in the delta's base.")
+    if tensor.dtype != dtype:
+        raise DeltaError(
+            f"{name!r} is {tensor.dtype} in this model and {dtype} in the delta's base; load the base with dtype={dtype}, "
+            "apply, and cast afterwards."
+        )

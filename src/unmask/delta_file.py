@@ -1,0 +1,102 @@
+"""The delta's file: safetensors, with JSON metadata and a checksum over everything.
+
+Tensors: ``<name>::indices`` (int32 where the tensor has fewer than 2^31 entries, else int64) and ``<name>::values`` for
+each tensor changed in part; ``<name>::whole`` for each tensor stored whole. The safetensors metadata holds one entry,
+``unmask``: JSON with the format version, shapes, the base's fingerprint, the user's metadata, and a SHA-256 over all of
+these and the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unmask.delta import FORMAT_VERSION, SparseDelta, SparseTensor
+from unmask.errors import DeltaError
+from unmask.fingerprint import tensor_bytes
+
+_KEY = "unmask"
+_INDICES, _VALUES, _WHOLE = "::indices", "::values", "::whole"
+
+
+def write(delta: SparseDelta, path: Path) -> Path:
+    """Writes a delta to ``path`` by way of a temporary file beside it."""
+    tensors: dict[str, Tensor] = {}
+    for name, entry in delta.sparse.items():
+        numel = torch.Size(entry.shape).numel()
+        tensors[name + _INDICES] = entry.indices.cpu().to(torch.int32 if numel < 2**31 else torch.int64).contiguous()
+        tensors[name + _VALUES] = entry.values.cpu().contiguous()
+    for name, tensor in delta.whole.items():
+        tensors[name + _WHOLE] = tensor.cpu().contiguous().clone()
+    header = {
+        "format_version": FORMAT_VERSION,
+        "base": delta.base,
+        "shapes": {name: list(entry.shape) for name, entry in delta.sparse.items()},
+        "metadata": dict(delta.metadata),
+    }
+    header["checksum"] = _checksum(header, tensors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(tensors, part, metadata={_KEY: json.dumps(header, sort_keys=True)})
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return path
+
+
+def read(path: Path) -> SparseDelta:
+    """Reads a delta and checks every byte of it."""
+    if not path.is_file():
+        raise DeltaError(f"there is no delta at {str(path)!r}; give the path of a .safetensors file that unmask wrote.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise DeltaError(
+            f"{str(path)!r} cannot be read as safetensors ({error}); it is truncated or damaged."
+        ) from error
+    if text is None:
+        raise DeltaError(f"{str(path)!r} is a safetensors file, but no unmask delta (it lacks the {_KEY!r} metadata).")
+    return _assemble(path, text, tensors)
+
+
+def _assemble(path: Path, text: str, tensors: Mapping[str, Tensor]) -> SparseDelta:
+    try:
+        header = json.loads(text)
+        version, expected = header["format_version"], header.pop("checksum")
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DeltaError(f"the metadata of {str(path)!r} cannot be read ({error!r}); it is damaged.") from error
+    if version != FORMAT_VERSION:
+        raise DeltaError(
+            f"{str(path)!r} has format version {version!r}; this unmask reads {FORMAT_VERSION}. Update unmask."
+        )
+    if _checksum(header, tensors) != expected:
+        raise DeltaError(f"{str(path)!r} fails its checksum: it was altered after unmask wrote it. Take another copy.")
+    sparse = {
+        name: SparseTensor(tensors[name + _INDICES].long(), tensors[name + _VALUES], tuple(shape))
+        for name, shape in header["shapes"].items()
+    }
+    whole = {key.removesuffix(_WHOLE): tensor for key, tensor in tensors.items() if key.endswith(_WHOLE)}
+    return SparseDelta(sparse, whole, header["base"], header["metadata"])
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "checksum"}, sort_keys=True).encode())
+    for key in sorted(tensors):
+        sha.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode())
+        sha.update(tensor_bytes(tensors[key]))
+    return sha.hexdigest()

@@ -1,0 +1,35 @@
+"""Fingerprints: which tensors a delta belongs to, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's raw bytes in row-major order, any dtype (bfloat16 too)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of one tensor's dtype, shape and bytes, in hex.
+
+    Example:
+        >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(torch.zeros(1, 2))
+        (True, False)
+    """
+    sha = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    sha.update(tensor_bytes(tensor))
+    return sha.hexdigest()
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """One SHA-256 over named tensor digests, whatever their order; ``"sha256:..."``."""
+    sha = hashlib.sha256()
+    for name in sorted(digests):
+        sha.update(f"{name} {digests[name]}\n".encode())
+    return f"sha256:{sha.hexdigest()}"

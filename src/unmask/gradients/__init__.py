@@ -1,0 +1,1 @@
+"""How gradients reach the slots: taps on the tensors, streamed scoring, calibration."""

@@ -1,0 +1,241 @@
+"""From the first backward after a step to the optimizer's next step: gradients of the slots, and a tentative selection.
+
+A selection made in a backward binds nobody until the optimizer steps: a dropped batch or a step that a GradScaler skips
+consumes no budget. Under gradient accumulation the selection of a window is
+
+- ``"candidates"``: ranked on the first micro-batch, of which the first ``4 u_t`` entries are kept; their gradients are
+  then summed over all micro-batches, and the best u_t by the summed gradient are unmasked. With one micro-batch this is
+  the exact selection. Gradients of what is unmasked are exact either way.
+- ``"exact"``: dense gradients are summed over the micro-batches of a selecting step (N numbers, as in full fine-tuning).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unmask.errors import NonFiniteGradientError
+from unmask.gradients.streamed import Ranker
+from unmask.methods import Method
+from unmask.slots import SlotTable, take
+from unmask.topk import Ranked
+
+Accumulation = Literal["candidates", "exact"]
+OVERSAMPLE = 4  # candidates kept per entry to be unmasked
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one optimizer step does: fixed before its first forward."""
+
+    step: int
+    used: int  # slots that hold trained weights
+    active: int  # slots whose gradient is wanted: `used`, and those that a known order unmasks now
+    newcomers: int  # u_t, to be selected by this step's gradient; for repeat-S the whole of B
+    repeat: bool
+
+    @property
+    def selecting(self) -> bool:
+        """Whether dense gradients are needed to select."""
+        return self.newcomers > 0
+
+
+@dataclass(frozen=True)
+class Tentative:
+    """A selection that waits for the optimizer's step."""
+
+    slots: Tensor  # (u,) int64
+    positions: Tensor  # (u,) int64
+    weights: Tensor  # (u,) their current weights
+    displaced: Tensor  # (u,) what `values` held at these slots
+
+
+class Window:
+    """Collects gradients between two optimizer steps; the receiver of the taps' gradients."""
+
+    def __init__(self, table: SlotTable, values: Tensor, method: Method, accumulation: Accumulation) -> None:
+        self.table, self.values, self.method, self.accumulation = table, values, method, accumulation
+        self.plan = Plan(0, 0, 0, 0, repeat=False)
+        self.tentative: Tentative | None = None
+        self.nonfinite: str | None = None
+        self._buffer: Tensor | None = None  # (B,) this backward's gradient of the slots
+        self._earlier: Tensor | None = None  # (B,) the earlier micro-batches' (repeat-S: a slot may change hands twice)
+        self._added: Tensor | None = None  # (c,) this backward's gradient of the candidates
+        self._ranker: Ranker | None = None
+        self._candidates: Ranked | None = None
+        self._by_tensor: dict[int, tuple[Tensor, Tensor]] = {}
+        self._dense: dict[int, Tensor] = {}
+        self._offered: set[int] = set()
+
+    def start(self, plan: Plan) -> None:
+        """A new step's window."""
+        self.plan = plan
+        self._clear()
+        self.tentative = None
+
+    def wanted(self, index: int) -> bool:
+        """Whether the tensor's gradient is wanted; with nothing to train yet, all are, so that the loss has a graph."""
+        if self.plan.selecting or self.plan.active == 0:
+            return True
+        return self.table.members(index) is not None
+
+    def begin(self) -> None:
+        """A backward starts: a fresh window if ``values`` carries no gradient, else one more micro-batch."""
+        if self.values.grad is None or not self.values.grad.any():
+            self.discard()
+        self._buffer = torch.zeros_like(self.values)
+        if self.plan.selecting and self.accumulation == "candidates" and self._candidates is None:
+            self._ranker = self._new_ranker(OVERSAMPLE * self.plan.newcomers)
+        if self._candidates is not None:
+            self._added = torch.zeros_like(self._candidates.payload)
+
+    @torch.no_grad()
+    def receive(self, index: int, gradient: Tensor) -> None:
+        """One tensor's whole gradient: gather at its slots, rank the rest, let go."""
+        self._gather(index, gradient)
+        if not self.plan.selecting or self.nonfinite:
+            return
+        try:
+            self._offer(index, gradient)
+        except NonFiniteGradientError as error:  # a GradScaler's overflow is no error until the optimizer steps on it
+            self.nonfinite = str(error)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """The backward is complete: settle the tentative selection and hand the gradient to ``values``."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is None:
+            return
+        if self.nonfinite:
+            buffer.fill_(torch.nan)
+        elif self.plan.selecting:
+            try:
+                self._settle(self._ranked(), buffer)
+            except NonFiniteGradientError as error:
+                self.nonfinite = str(error)
+                buffer.fill_(torch.nan)
+        with torch.enable_grad():
+            self.values.backward(buffer)
+
+    def abort(self) -> None:
+        """The backward died: its share is void. Earlier micro-batches stand, but for dense sums, which it has spoilt."""
+        self._buffer = self._ranker = self._added = None
+        self._offered = set()
+        if self._dense:
+            self.discard()
+            self.values.grad = None
+
+    def discard(self) -> None:
+        """Drops the tentative selection: nothing was consumed."""
+        if self.tentative is not None:
+            with torch.no_grad():
+                self.values[self.tentative.slots] = self.tentative.displaced
+        self.tentative = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.nonfinite = None
+        self._buffer = self._ranker = self._candidates = self._earlier = self._added = None
+        self._by_tensor, self._dense, self._offered = {}, {}, set()
+
+    def _gather(self, index: int, gradient: Tensor) -> None:
+        members = self.table.members(index)
+        if members is None or self._buffer is None:
+            return
+        flat, slots = members
+        if self.plan.active < self.values.numel():
+            inside = slots < self.plan.active
+            flat, slots = flat[inside], slots[inside]
+        self._buffer[slots] = take(gradient, flat).to(self._buffer)
+
+    def _offer(self, index: int, gradient: Tensor) -> None:
+        if self.accumulation == "exact":
+            self._dense[index] = self._dense[index] + gradient if index in self._dense else gradient.clone()
+        elif self._ranker is not None:
+            self._offered.add(index)
+            self._ranker.rank(index, gradient)
+        elif index in self._by_tensor and self._added is not None:
+            flat, places = self._by_tensor[index]
+            self._added[places] = take(gradient, flat).to(self._added)
+
+    def _ranked(self) -> Ranked:
+        """The first u_t entries by what has been summed so far."""
+        if self.accumulation == "exact":
+            ranker = self._new_ranker(self.plan.newcomers)
+            for index in sorted(self._dense):
+                ranker.rank(index, self._dense[index])
+            self._offer_untouched(ranker, set(self._dense))
+            return ranker.top.result()
+        if self._ranker is not None:
+            self._offer_untouched(self._ranker, self._offered)
+            self._candidates, self._ranker = self._ranker.top.result(), None
+            self._by_tensor = {i: (flat, at) for i, flat, at in self.table.layout.split(self._candidates.positions)}
+            return Ranked(*(column[: self.plan.newcomers] for column in self._candidates))
+        return self._rerank()
+
+    def _offer_untouched(self, ranker: Ranker, offered: set[int]) -> None:
+        """Tensors that the loss did not reach have a zero gradient: they take part, so that u_t is always met."""
+        for index in range(len(self.table.layout.tensors)):
+            if index not in offered:
+                weight = self.table.layout.plain(index)
+                ranker.rank(index, weight.new_zeros(()).expand(weight.shape))
+
+    def _rerank(self) -> Ranked:
+        """The candidates again, by their summed gradients (their first order, where a score needs whole tensors)."""
+        candidates = self._candidates
+        assert candidates is not None and self._added is not None, "a further micro-batch has candidates"
+        candidates.payload.add_(self._added)
+        order = torch.arange(candidates.positions.numel(), device=candidates.positions.device)
+        if self.method.heuristic.elementwise and self.method.heuristic.needs == "gradient" and self._global:
+            weights = self.table.layout.read(candidates.positions, self.table.base.dtype)
+            scores = self.method.heuristic.score(weights, candidates.payload)
+            by_position = candidates.positions.argsort()
+            order = by_position[scores[by_position].argsort(descending=True, stable=True)]
+        return Ranked(*(column[order[: self.plan.newcomers]] for column in candidates))
+
+    @property
+    def _global(self) -> bool:
+        return self.method.allocation == "global"
+
+    def _settle(self, ranked: Ranked, buffer: Tensor) -> None:
+        if self.plan.repeat:
+            ranked = self._entrants(ranked)
+        slots = self._free_slots(ranked)
+        positions, payload = ranked.positions.to(buffer.device), ranked.payload.to(buffer)
+        gathered = buffer.clone() if self.plan.repeat else None
+        if self.tentative is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
+            self.values[self.tentative.slots] = self.tentative.displaced
+            before = 0.0 if self._earlier is None else self._earlier[self.tentative.slots]
+            self.values.grad[self.tentative.slots] = before
+            self.values.grad[slots] = 0
+        if gathered is not None:
+            self._earlier = gathered if self._earlier is None else self._earlier + gathered
+        weights = self.table.layout.read(positions, self.values.dtype)
+        self.tentative = Tentative(slots, positions, weights, self.values[slots].clone())
+        self.values[slots] = weights
+        buffer[slots] = payload
+
+    def _entrants(self, ranked: Ranked) -> Ranked:
+        """Of a repeat-S selection, what is not unmasked already."""
+        new = ~torch.isin(ranked.positions, self.table.positions)
+        self._leaving = ~torch.isin(self.table.positions, ranked.positions)
+        return Ranked(*(column[new] for column in ranked))
+
+    def _free_slots(self, ranked: Ranked) -> Tensor:
+        count = ranked.positions.numel()
+        if self.plan.repeat:
+            return self._leaving.nonzero().squeeze(1)[:count]
+        return torch.arange(self.plan.used, self.plan.used + count, device=self.values.device)
+
+    def _new_ranker(self, keep: int) -> Ranker:
+        return Ranker(
+            self.method.heuristic,
+            self.table,
+            self.method.allocation,
+            keep,
+            self.plan.step,
+            not self.plan.repeat,
+        )

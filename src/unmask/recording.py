@@ -1,0 +1,123 @@
+"""From a live selection to a frozen delta, and which of a model's tensors its base checkpoint lacks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from unmask.delta import SparseDelta, SparseTensor, base_tensors
+from unmask.fingerprint import digest, fingerprint
+from unmask.slots import put, take
+from unmask.version import __version__
+
+if TYPE_CHECKING:
+    from unmask.selection import Selection
+
+
+def record_delta(selection: Selection, base: str | None) -> SparseDelta:
+    """Reads a selection's changes off the model; see `Selection.delta`."""
+    tensors = base_tensors(selection.model)
+    changed_buffers = {n for n, b in selection._buffers.items() if not torch.equal(b, tensors[n])}
+    new = (
+        selection._new
+        if selection._new is not None
+        else sorted(missing_from_checkpoint(selection.model) & tensors.keys())
+    )
+    whole_names = {d.name for d in selection.dense} | changed_buffers | set(new)
+    indices = {name: flat for name, flat in selection.indices.items() if name not in whole_names}
+    sparse = {
+        name: SparseTensor(flat, take(tensors[name], flat).cpu(), tuple(tensors[name].shape))
+        for name, flat in indices.items()
+    }
+    originals = _originals(selection, tensors)
+    digests = {name: digest(originals.get(name, tensors[name])) for name in tensors if name not in whole_names}
+    whole = {name: tensors[name].cpu().clone() for name in sorted(whole_names)}
+    return SparseDelta(sparse, whole, fingerprint(digests), _metadata(selection, base))
+
+
+def _originals(selection: Selection, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base's version of every tensor that has trained entries (buffers that changed are stored whole)."""
+    table, layout = selection._table, selection._layout
+    originals: dict[str, Tensor] = {}
+    for index, flat, slots in layout.split(table.positions[: selection.used]):
+        name = layout.names[index]
+        originals[name] = tensors[name].clone()
+        put(originals[name], flat, table.base[slots])
+    return originals
+
+
+def _metadata(selection: Selection, base: str | None) -> dict[str, Any]:
+    return {
+        "method": selection.method.describe(),
+        "budget": selection.budget,
+        "used": selection.used,
+        "step": selection.step,
+        "dense": [d.name for d in selection.dense],
+        "base_id": base or name_or_path(selection.model),
+        "parameters": sum(p.numel() for p in selection.model.parameters()),
+        "versions": {"unmask": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def name_or_path(model: nn.Module) -> str | None:
+    """The id or folder a transformers model was loaded from, if it says."""
+    config = getattr(model, "config", None)
+    return getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None) or None
+
+
+def missing_from_checkpoint(model: nn.Module) -> set[str]:
+    """Names of parameters and buffers that a transformers model's safetensors checkpoint lacks, such as a new head.
+
+    Empty where this cannot be found out (no such checkpoint), and where the checkpoint's names differ throughout from the
+    model's (a converted layout), so that they tell nothing: name such tensors with ``unmask.select(..., new=...)``.
+    """
+    source = name_or_path(model)
+    stored = _stored_names(source) if source else set()
+    if not stored:
+        return set()
+    prefix = str(getattr(model, "base_model_prefix", "") or "") + "."
+    tensors = base_tensors(model)
+
+    def is_stored(name: str) -> bool:
+        return name in stored or name.removeprefix(prefix) in stored or prefix + name in stored
+
+    missing = {name for name in tensors if not is_stored(name)}
+    share = sum(tensors[name].numel() for name in missing) / max(1, sum(t.numel() for t in tensors.values()))
+    return missing if share < 0.5 else set()
+
+
+def _stored_names(source: str) -> set[str]:
+    names: set[str] = set()
+    for file in ("model.safetensors.index.json", "model.safetensors"):
+        path = _local_file(source, file)
+        if path is None:
+            continue
+        if path.suffix == ".json":
+            return set(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            names = set(json.loads(stream.read(length))) - {"__metadata__"}
+    return names
+
+
+def _local_file(source: str, file: str) -> Path | None:
+    if Path(source).is_dir():
+        path = Path(source, file)
+        return path if path.is_file() else None
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(source, file)
+    except HFValidationError:  # a folder that has since gone
+        return None
+    return Path(cached) if isinstance(cached, str) else None

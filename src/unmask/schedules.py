@@ -1,0 +1,124 @@
+"""Unmasking schedules: step -> cumulative budget b(t), exact by construction.
+
+A schedule is a function ``b(t, T, B)``: how many scalar weights are unmasked once step t (from 0) has selected, out of a
+budget B planned over T steps. ``u_t = b(t) - b(t - 1)`` are unmasked at step t. Whatever the function returns, the
+budget is met exactly: ``b(t) = B`` from step ``T - 1`` on, so nothing can drift in a resumed or prolonged run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from unmask.errors import MethodError
+
+Cumulative = Callable[[int, int, int], int]
+
+
+def uniform(t: int, T: int, B: int) -> int:
+    """``b(t) = B (t + 1) // T``: the paper's schedule. With B < T some steps unmask nothing.
+
+    Example:
+        >>> [uniform(t, 4, 10) for t in range(4)]
+        [2, 5, 7, 10]
+    """
+    return B * (t + 1) // T
+
+
+def cosine(t: int, T: int, B: int) -> int:
+    """Half a cosine: slow, fast, slow. ``b(t) = B (1 - cos(pi s)) / 2`` with ``s = (t + 1) / T``.
+
+    Example:
+        >>> [cosine(t, 4, 100) for t in range(4)]
+        [14, 50, 85, 100]
+    """
+    return B if t + 1 >= T else int(B * (1 - math.cos(math.pi * (t + 1) / T)) / 2 + 1e-9)
+
+
+def front_loaded(t: int, T: int, B: int) -> int:
+    """Most of the budget early: ``b(t) = B (1 - (1 - s)^3)`` with ``s = (t + 1) / T``, in integers.
+
+    The cubic is that of gradual pruning (arXiv 1710.01878).
+
+    Example:
+        >>> [front_loaded(t, 4, 64) for t in range(4)]
+        [37, 56, 63, 64]
+    """
+    return B - -(-B * (T - t - 1) ** 3 // T**3)
+
+
+SCHEDULES: dict[str, Cumulative] = {"uniform": uniform, "cosine": cosine, "front-loaded": front_loaded}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule bound to its number of steps and its stride.
+
+    Attributes:
+        function: ``b(t, T, B)``; one of this module's or any callable.
+        steps: T, the planned number of optimizer steps, at least 1.
+        stride: k: unmask k steps' worth every k-th step, at t = 0, k, 2k, ..., and nothing in between.
+    """
+
+    function: Cumulative
+    steps: int
+    stride: int = 1
+
+    def cumulative(self, t: int, budget: int) -> int:
+        """b(t): how many weights are unmasked after step t has selected; ``b(-1) = 0``, ``b(t) = B`` for t >= T - 1.
+
+        Raises:
+            MethodError: The function returned something that is no count in 0..B.
+
+        Example:
+            >>> [Schedule(uniform, steps=6, stride=3).cumulative(t, 12) for t in range(-1, 7)]
+            [0, 6, 6, 6, 12, 12, 12, 12]
+        """
+        if t < 0:
+            return 0
+        last_of_block = (t // self.stride + 1) * self.stride - 1
+        if last_of_block >= self.steps - 1:
+            return budget
+        count = self.function(last_of_block, self.steps, budget)
+        if count != count or int(count) != count or not 0 <= count <= budget:
+            raise MethodError(
+                f"the schedule gave b({last_of_block}) = {count!r} for T = {self.steps}, B = {budget}; "
+                "it must be a whole number from 0 to B."
+            )
+        return int(count)
+
+    def check(self, budget: int) -> None:
+        """Walks the whole schedule once and refuses one that goes down.
+
+        Raises:
+            MethodError: b(t) < b(t - 1) for some t, or a value out of range.
+        """
+        previous = 0
+        for t in range(self.stride - 1, self.steps, self.stride):
+            count = self.cumulative(t, budget)
+            if count < previous:
+                raise MethodError(f"the schedule goes down: b({t}) = {count} after {previous}; b(t) must not decrease.")
+            previous = count
+
+
+def schedule(which: str | Cumulative, steps: int, stride: int = 1) -> Schedule:
+    """Builds a schedule from a name or a callable.
+
+    Raises:
+        MethodError: Unknown name, or steps or stride below 1.
+
+    Example:
+        >>> schedule(lambda t, T, B: B // 2, steps=3).cumulative(0, 10)
+        5
+    """
+    if isinstance(which, str):
+        if which not in SCHEDULES:
+            raise MethodError(
+                f"unknown schedule {which!r}; there are {', '.join(SCHEDULES)}, or give a callable b(t, T, B)."
+            )
+        which = SCHEDULES[which]
+    for name, value in (("steps", steps), ("stride", stride)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise MethodError(f"{name} = {value!r}; it must be a whole number, at least 1.")
+    return Schedule(which, steps, stride)

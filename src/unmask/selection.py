@@ -1,0 +1,361 @@
+"""Selection: a budget of scalar weights as one trainable vector."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unmask.dense import DenseTensor
+from unmask.delta import SparseDelta
+from unmask.errors import MethodError, ScheduleNotRunError, SelectionError
+from unmask.gradients.fisher import estimate_fisher
+from unmask.gradients.streamed import Ranker
+from unmask.gradients.tap import TapSet, is_tapped
+from unmask.gradients.window import Accumulation, Plan, Window
+from unmask.methods import Method, parse_budget
+from unmask.recording import record_delta
+from unmask.scopes import Patterns, as_patterns, matching, resolve
+from unmask.slots import Layout, SlotTable
+from unmask.stepping import StepHooks
+
+STATE_VERSION = 1
+
+
+def select(
+    model: nn.Module,
+    method: Method,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    dense: Patterns = None,
+    new: Patterns = None,
+    accumulation: Accumulation = "candidates",
+) -> Selection:
+    """Freezes a model and makes a budget of its scalar weights trainable.
+
+    Args:
+        model: Any module. Its tensors keep their names, shapes and dtypes and always hold the current values.
+        method: What is unmasked and when, e.g. ``unmask.id3(budget=320_000, steps=1_000)``.
+        include: Regular expressions, searched in parameter names: only these tensors are eligible.
+        exclude: Regular expressions: these tensors are not.
+        dense: Regular expressions: these tensors are trained whole, outside the budget, and reported apart.
+        new: Regular expressions: tensors that are not in the base checkpoint (a head with a random init). The delta
+            stores them whole, trained or not. None: found out from a transformers model's checkpoint where it can be.
+        accumulation: Which selection gradient accumulation makes: ``"candidates"`` (ranked on the first micro-batch, then
+            re-ranked by the summed gradients; O(B) memory) or ``"exact"`` (by the summed dense gradients; O(N)). With
+            one micro-batch per step both are the exact selection.
+
+    Returns:
+        The selection. Give ``selection.parameters()`` to any ``torch.optim`` optimizer; no further call is needed.
+
+    Raises:
+        MethodError: The budget exceeds the eligible weights, a pattern finds nothing, the model is selected from already.
+
+    Example:
+        >>> model = nn.Linear(8, 4)
+        >>> selection = select(model, unmask.id3(budget=6, steps=3))
+        >>> optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
+        >>> for _ in range(3):
+        ...     model(torch.ones(2, 8)).square().sum().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> selection.used, selection.step
+        (6, 3)
+    """
+    if any(is_tapped(p) for p in model.parameters()):
+        raise MethodError("this model already has a selection; call its release() first.")
+    if accumulation not in ("candidates", "exact"):
+        raise MethodError(f"accumulation = {accumulation!r}; it must be 'candidates' or 'exact'.")
+    eligible, dense_names = resolve(model, method.scope, include, exclude, dense)
+    if method.whole:
+        eligible, dense_names = [], sorted({*eligible, *dense_names})
+    budget = _budget(model, method, eligible)
+    method.schedule.check(budget)
+    parameters = dict(model.named_parameters())
+    new_names = None if new is None else matching(parameters, as_patterns(new), "new")
+    return Selection(model, method, eligible, dense_names, budget, accumulation, new_names)
+
+
+def _budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
+    parameters = dict(model.named_parameters())
+    available = sum(parameters[name].numel() for name in eligible)
+    if method.budget is None or method.whole:
+        return available
+    budget = parse_budget(method.budget, sum(p.numel() for p in parameters.values()))
+    if budget > available:
+        raise MethodError(
+            f"budget = {method.budget!r} asks for {budget:,} weights, but only {available:,} are eligible under scope "
+            f"{method.scope.kind!r} and the patterns; lower the budget or widen the scope."
+        )
+    return budget
+
+
+class Selection:
+    """A budget of scalar weights of one model, as one flat trainable vector. Made by `unmask.select`.
+
+    Attributes:
+        model: The model, frozen but for ``dense``.
+        method: The method.
+        values: (B,) trainable float32 (float64 for a float64 model), one slot per scalar weight that is or will be
+            unmasked, in order of unmasking; slots not in use are 0. The master copy of the selected weights.
+        budget: B; for `unmask.full` the number of weights it trains.
+        step: Optimizer steps taken; the next one is step t = ``step``.
+        used: Slots in use, b(step - 1).
+        dense: Tensors trained whole, outside the budget.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        eligible: list[str],
+        dense: list[str],
+        budget: int,
+        accumulation: Accumulation,
+        new: list[str] | None,
+    ) -> None:
+        parameters = dict(model.named_parameters())
+        self.model, self.method, self.step, self.used = model, method, 0, 0
+        self._layout = Layout(eligible, [parameters[name] for name in eligible])
+        self._flags = {name: p.requires_grad for name, p in parameters.items()}
+        self._buffers = {name: b.detach().clone() for name, b in _persistent_buffers(model).items()}
+        self._new = new
+        device = parameters[(eligible or dense)[0]].device
+        double = any(t.dtype == torch.float64 for t in self._layout.tensors)
+        dtype = torch.float64 if double else torch.float32
+        self.values = nn.Parameter(torch.zeros(budget if eligible else 0, dtype=dtype, device=device))
+        self._slots = budget if eligible else 0
+        self._table = SlotTable(self._layout, self._slots, dtype, device)
+        self._ordered = self._known_order()  # before freezing: the Fisher pass wants the model as it was
+        model.requires_grad_(False)
+        self.dense = [DenseTensor(name, parameters[name]) for name in dense]
+        self.budget = budget
+        if method.whole:
+            self.budget = self.used = sum(d.parameter.numel() for d in self.dense)
+        self._window = Window(self._table, self.values, method, accumulation)
+        training = weakref.ref(model)
+        self._taps = TapSet(self._layout.tensors, self._window, lambda: bool((m := training()) and m.training))
+        self._hooks = StepHooks(self)
+        self._released = False
+        self._begin_step()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What an optimizer trains: ``values``, then the dense tensors (their float32 masters, if they are half)."""
+        return ([self.values] if self._slots else []) + [d.master for d in self.dense]
+
+    @property
+    def indices(self) -> dict[str, Tensor]:
+        """Unmasked weights by tensor name: sorted int64 flat (row-major) indices, on the CPU. Tensors with none are left out."""
+        if self.method.whole:
+            return {d.name: torch.arange(d.parameter.numel()) for d in self.dense}
+        return {
+            self._layout.names[i]: flat.cpu() for i, flat, _ in self._layout.split(self._table.positions[: self.used])
+        }
+
+    @property
+    def dense_numel(self) -> int:
+        """How many weights are trained outside the budget."""
+        return 0 if self.method.whole else sum(d.parameter.numel() for d in self.dense)
+
+    def delta(self, base: str | None = None) -> SparseDelta:
+        """What training changed, as an exact delta to the base model.
+
+        Args:
+            base: The base model's id or folder, for the metadata; None for what the model's config says.
+        """
+        self._alive("delta")
+        return record_delta(self, base)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything an exact resume needs beside the optimizer's own state: O(B) tensors and plain values.
+
+        Safe for ``torch.save`` and ``torch.load(weights_only=True)``. Take it between steps: the gradients of an
+        unfinished accumulation are not part of it.
+        """
+        self._alive("state_dict")
+        current = _persistent_buffers(self.model)
+        values = self.values.detach().clone()
+        values[self.used :] = 0
+        return {
+            "version": STATE_VERSION,
+            "method": self.method.describe(),
+            "budget": self.budget,
+            "step": self.step,
+            "used": self.used,
+            "names": list(self._layout.names),
+            "shapes": [list(t.shape) for t in self._layout.tensors],
+            "values": values,
+            "base": self._table.base.clone(),
+            "positions": self._table.positions.clone(),
+            "dense": {d.name: d.master.detach().clone() for d in self.dense},
+            "buffers": {n: b.detach().clone() for n, b in current.items() if not torch.equal(b, self._buffers[n])},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues a saved selection on this model, exactly; nothing is changed if the state does not fit.
+
+        Raises:
+            SelectionError: The state is of another method, budget or model.
+        """
+        self._alive("load_state_dict")
+        self._check_state(state)
+        with torch.no_grad():
+            held = self._table.positions[: self.used]
+            self._layout.write(held, self._table.base[: self.used])
+            self.used, self.step = int(state["used"]), int(state["step"])
+            self._table.load(state["positions"], state["base"])
+            self.values.copy_(state["values"])
+            self._table.scatter(self.values, self.used)
+            buffers = _persistent_buffers(self.model)
+            for name, original in self._buffers.items():
+                buffers[name].copy_(state["buffers"].get(name, original))
+        for tensor in self.dense:
+            tensor.load(state["dense"][tensor.name])
+        self._begin_step()
+
+    def release(self) -> None:
+        """Ends the selection: the model is an ordinary model again, with the trained weights and its own requires_grad flags."""
+        if self._released:
+            return
+        self._hooks.remove()
+        self._taps.remove()
+        for tensor in self.dense:
+            tensor.release()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
+        self._released = True
+
+    def __repr__(self) -> str:
+        dense = f", dense={self.dense_numel:,}" if self.dense_numel else ""
+        return f"Selection({self.method.name}, used={self.used:,} of {self.budget:,}, step={self.step}{dense})"
+
+    # What the optimizer hooks call (see stepping.py).
+
+    def clock(self) -> Tensor:
+        """The parameter whose optimizer step is the schedule's step."""
+        return self.parameters()[0]
+
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether a parameter is one of this selection's frozen tensors."""
+        return any(parameter is t for t in self._layout.tensors)
+
+    def has_gradient(self) -> bool:
+        """Whether a backward has reached the selection since the last step."""
+        return any(p.grad is not None for p in ([self.values] if self._slots else self.parameters()))
+
+    def nonfinite(self) -> str | None:
+        """What is not finite among this step's gradients, if anything."""
+        if self._window.nonfinite:
+            return self._window.nonfinite
+        if self.values.grad is not None and not torch.isfinite(self.values.grad).all():
+            return "the gradient of the selected weights is not finite"
+        for tensor in self.dense:  # one cheap pass: a sum of finite float32 gradients does not overflow in practice
+            if tensor.master.grad is not None and not torch.isfinite(tensor.master.grad.sum()):
+                return f"the gradient of {tensor.name!r} is not finite"
+        return None
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Repeat-S: a slot that changes hands starts with fresh optimizer state."""
+        tentative = self._window.tentative
+        if not self._window.plan.repeat or tentative is None:
+            return
+        for state in optimizer.state.get(self.values, {}).values():
+            if isinstance(state, Tensor) and state.shape == self.values.shape:
+                state[tentative.slots] = 0
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Commits the tentative selection, writes ``values`` into the tensors, advances the schedule."""
+        window, plan = self._window, self._window.plan
+        tentative = window.tentative
+        if tentative is not None:
+            if plan.repeat:  # what leaves goes back to its base value
+                leaving = self._table.positions[tentative.slots]
+                held = leaving >= 0
+                self._layout.write(leaving[held], self._table.base[tentative.slots][held])
+            self._table.assign(tentative.slots, tentative.positions, tentative.weights)
+        elif plan.selecting:
+            raise ScheduleNotRunError(
+                "the optimizer stepped, but no backward selected any weight; call loss.backward() first."
+            )
+        if not self.method.whole:
+            self.used = self._slots if plan.repeat else plan.active + plan.newcomers
+        self._table.scatter(self.values, self.used)
+        self.sync_dense()
+        self.step += 1
+        self._begin_step()
+
+    def sync_dense(self) -> None:
+        """Rounds the dense tensors' masters into the model."""
+        for tensor in self.dense:
+            tensor.sync()
+
+    # The schedule.
+
+    def _begin_step(self) -> None:
+        self._taps.forget()
+        t, used = self.step, self.used
+        due = self.method.cumulative(t, self._slots)
+        if self._ordered:
+            with torch.no_grad():
+                self.values[used:due] = self._table.base[used:due]
+            self._window.start(Plan(t, used, due, 0, repeat=False))
+        elif self.method.strategy == "repeat":
+            again = t % self.method.schedule.stride == 0
+            self._window.start(Plan(t, used, used, self._slots if again else 0, repeat=True))
+        else:
+            self._window.start(Plan(t, used, used, due - used, repeat=False))
+
+    def _known_order(self) -> bool:
+        """Ranks the whole budget now, where the heuristic needs no gradient and the ranking cannot change later."""
+        heuristic = self.method.heuristic
+        if not self._slots or heuristic.needs == "gradient" or self.method.strategy == "repeat":
+            return False
+        ranker = Ranker(heuristic, self._table, self.method.allocation, self._slots, 0, exclude_members=False)
+        fisher = None
+        if heuristic.needs == "fisher" and self.method.calibration is not None:
+            fisher = estimate_fisher(self.model, self._layout, self.method.calibration)
+        for index in range(len(self._layout.tensors)):
+            ranker.rank(index, None if fisher is None else fisher.pop(index))
+        positions = ranker.top.result().positions.to(self.values.device)
+        self._table.load(positions, self._layout.read(positions, self.values.dtype))
+        return True
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        mine = {
+            "version": STATE_VERSION,
+            "method": self.method.describe(),
+            "budget": self.budget,
+            "names": self._layout.names,
+            "shapes": [list(t.shape) for t in self._layout.tensors],
+            "dense": sorted(d.name for d in self.dense),
+        }
+        missing = [key for key in (*mine, "step", "used", "values", "base", "positions", "buffers") if key not in state]
+        if missing:
+            raise SelectionError(f"this is no selection state: it lacks {', '.join(missing)}.")
+        for key, own in mine.items():
+            given = sorted(state[key]) if key == "dense" else state[key]
+            if given != own:
+                raise SelectionError(
+                    f"the saved selection has another {key}: {_short(given)} where this one has {_short(own)}. Build the same "
+                    "selection (same model, method and patterns) before load_state_dict."
+                )
+
+    def _alive(self, what: str) -> None:
+        if self._released:
+            raise SelectionError(f"{what}() after release(): this selection has ended; call it before.")
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    persistent = set(model.state_dict(keep_vars=True))
+    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,129 @@
+"""Exact, deterministic, mergeable streaming top-k.
+
+The order is total: score descending, then position ascending. A position is the place of a scalar weight in the
+concatenation of all eligible tensors (in name order), so the result does not depend on the order in which blocks
+arrive, on how the stream is cut into blocks, or on how a device breaks ties.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The buffer may grow to this many times k before it is cut back to k: one exact cut then serves many updates.
+_SLACK = 3
+
+
+class Ranked(NamedTuple):
+    """Entries in selection order (score descending, position ascending); all of shape (n,)."""
+
+    scores: Tensor  # float32 or float64
+    positions: Tensor  # int64
+    payload: Tensor  # same dtype as given, here: the gradient at each position
+
+
+class StreamingTopK:
+    """Keeps the k first entries of a stream under (score descending, position ascending).
+
+    Entries of score ``-inf`` never enter: that is how a caller excludes some. Memory is O(k + block).
+
+    Args:
+        k: How many entries to keep, at least 0.
+
+    Example:
+        >>> top = StreamingTopK(2)
+        >>> top.update(torch.tensor([1.0, 3.0]), 10, torch.tensor([-1.0, -3.0]))
+        >>> top.update(torch.tensor([3.0, 2.0]), 0, torch.tensor([-3.0, -2.0]))
+        >>> top.result().positions.tolist()   # the tie at 3.0 goes to the smaller position
+        [0, 11]
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self._parts: list[Ranked] = []
+        self._size = 0
+        self._cutoff: tuple[float, int] | None = None  # (score, position) of the last entry that is in
+
+    def update(self, scores: Tensor, start: int, payload: Tensor) -> None:
+        """Offers a block of entries at positions ``start, start + 1, ...``.
+
+        Args:
+            scores: (n,) float scores of one contiguous run of positions; NaN must have been refused before.
+            start: Position of the first entry.
+            payload: (n,) values that travel with the entries.
+        """
+        if self.k == 0 or scores.numel() == 0:
+            return
+        keep = self._contenders(scores, start)
+        if keep.numel() == 0:
+            return
+        part = Ranked(scores[keep], keep + start, payload[keep])
+        self._append(_first_k(part, self.k))
+
+    def merge(self, entries: Ranked) -> None:
+        """Offers entries at arbitrary positions (another stream's result, or another process's)."""
+        self._append(_first_k(entries, self.k))
+
+    def result(self) -> Ranked:
+        """The first k entries, in order; fewer where fewer were offered."""
+        if not self._parts:
+            empty = torch.empty(0)
+            return Ranked(empty, empty.long(), empty)
+        return _in_order(_first_k(self._joined(), self.k))
+
+    def _contenders(self, scores: Tensor, start: int) -> Tensor:
+        """Indices into ``scores`` of the entries that can still be among the first k."""
+        if self._cutoff is None:
+            return _first_k_of_block(scores, self.k)
+        score, position = self._cutoff
+        above = (scores > score).nonzero().squeeze(1)
+        before = min(scores.numel(), position - start)  # ties count only ahead of the cut-off's position
+        if before <= 0:
+            return above
+        ties = (scores[:before] == score).nonzero().squeeze(1)[: self.k]
+        return torch.cat([above, ties]) if ties.numel() else above
+
+    def _append(self, part: Ranked) -> None:
+        self._parts.append(part)
+        self._size += part.scores.numel()
+        if self._size > _SLACK * self.k or (self._cutoff is None and self._size >= self.k):
+            cut = _first_k(self._joined(), self.k)
+            self._parts, self._size = [cut], cut.scores.numel()
+            worst = cut.scores.min()
+            self._cutoff = (worst.item(), int(cut.positions[cut.scores == worst].max().item()))
+
+    def _joined(self) -> Ranked:
+        device = self._parts[0].scores.device
+        return Ranked(
+            *(torch.cat([column.to(device) for column in columns]) for columns in zip(*self._parts, strict=True))
+        )
+
+
+def _first_k_of_block(scores: Tensor, k: int) -> Tensor:
+    """Indices of the first k of a block whose positions ascend; ``-inf`` is left out."""
+    if scores.numel() <= k:
+        return (scores > -torch.inf).nonzero().squeeze(1)
+    cut = scores.topk(k, sorted=False).values.min()
+    if cut == -torch.inf:
+        return (scores > -torch.inf).nonzero().squeeze(1)
+    above = (scores > cut).nonzero().squeeze(1)
+    ties = (scores == cut).nonzero().squeeze(1)[: k - above.numel()]
+    return torch.cat([above, ties])
+
+
+def _first_k(entries: Ranked, k: int) -> Ranked:
+    """The first k entries under the total order, themselves in any order."""
+    if entries.scores.numel() <= k:
+        return entries
+    by_position = entries.positions.argsort()
+    keep = by_position[_first_k_of_block(entries.scores[by_position], k)]
+    return Ranked(*(column[keep] for column in entries))
+
+
+def _in_order(entries: Ranked) -> Ranked:
+    by_position = entries.positions.argsort()
+    by_score = entries.scores[by_position].argsort(descending=True, stable=True)
+    order = by_position[by_score]
+    return Ranked(*(column[order] for column in entries))
