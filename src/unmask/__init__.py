@@ -1,23 +1,31 @@
-"""unmask: fine-tune a network by changing a budget of single scalar weights, and keep the result as an exact delta."""
+"""unmask: fine-tune a network by changing a budget of single scalar weights, and keep the result as an exact delta.
 
-from unmask.delta import SparseDelta, SparseTensor
-from unmask.errors import (
-    ConfigError,
-    DataError,
-    DeltaError,
-    MethodError,
-    MissingExtraError,
-    NonFiniteGradientError,
-    ScheduleNotRunError,
-    SelectionError,
-    UnmaskError,
-)
-from unmask.heuristics import Heuristic, heuristic, heuristics, register_heuristic
-from unmask.methods import PRESETS, Method, bitfit, fish, full, id3, pafi, random_mask, repeat_d3, static_d3
-from unmask.schedules import SCHEDULES, Schedule, schedule
-from unmask.scopes import Scope, patterns
-from unmask.selection import Selection, select
+Names are imported on first use, so that ``unmask --help`` need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from unmask.version import __version__
+
+if TYPE_CHECKING:
+    from unmask.delta import SparseDelta, SparseTensor
+    from unmask.errors import (
+        ConfigError,
+        DataError,
+        DeltaError,
+        MethodError,
+        MissingExtraError,
+        NonFiniteGradientError,
+        ScheduleNotRunError,
+        SelectionError,
+        UnmaskError,
+    )
+    from unmask.heuristics import Heuristic, heuristic, heuristic_names, register_heuristic
+    from unmask.methods import PRESETS, Method, bitfit, fish, full, id3, pafi, random_mask, repeat_d3, static_d3
+    from unmask.schedules import SCHEDULES, Schedule, schedule
+    from unmask.scopes import Scope, patterns
+    from unmask.selection import Selection, select
 
 __all__ = [
     "PRESETS",
@@ -43,7 +51,7 @@ __all__ = [
     "fish",
     "full",
     "heuristic",
-    "heuristics",
+    "heuristic_names",
     "id3",
     "pafi",
     "patterns",
@@ -54,3 +62,29 @@ __all__ = [
     "select",
     "static_d3",
 ]
+
+# Modules to look a public name up in, cheapest first. Functions that share a module's name are listed by their module.
+_HOMES = {
+    "unmask.errors": {name for name in __all__ if name.endswith("Error")},
+    "unmask.delta": {"SparseDelta", "SparseTensor"},
+    "unmask.heuristics": {"Heuristic", "heuristic", "heuristic_names", "register_heuristic"},
+    "unmask.schedules": {"SCHEDULES", "Schedule", "schedule"},
+    "unmask.scopes": {"Scope", "patterns"},
+    "unmask.selection": {"Selection", "select"},
+    "unmask.methods": {
+        *("PRESETS", "Method", "bitfit", "fish", "full", "id3", "pafi", "random_mask", "repeat_d3", "static_d3"),
+    },
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(module), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'unmask' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -93,9 +93,12 @@ class SparseDelta:
             DeltaError: The model is not the base (its names, shapes, dtypes or values differ). Nothing is changed then.
 
         Example:
+            >>> import unmask
             >>> base, tuned = nn.Linear(2, 2), nn.Linear(2, 2)
             >>> _ = tuned.load_state_dict(base.state_dict())
             >>> selection = unmask.select(tuned, unmask.pafi(budget=2))
+            >>> tuned(torch.ones(1, 2)).sum().backward()
+            >>> torch.optim.SGD(selection.parameters(), lr=0.1).step()
             >>> displaced = selection.delta().apply(base)
             >>> len(displaced)
             2

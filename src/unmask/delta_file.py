@@ -10,27 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unmask.delta import FORMAT_VERSION, SparseDelta, SparseTensor
 from unmask.errors import DeltaError
+from unmask.files import read_tensors, write_tensors
 from unmask.fingerprint import tensor_bytes
 
-_KEY = "unmask"
 _INDICES, _VALUES, _WHOLE = "::indices", "::values", "::whole"
 
 
 def write(delta: SparseDelta, path: Path) -> Path:
-    """Writes a delta to ``path`` by way of a temporary file beside it."""
+    """Writes a delta to ``path``, atomically."""
     tensors: dict[str, Tensor] = {}
     for name, entry in delta.sparse.items():
         numel = torch.Size(entry.shape).numel()
@@ -45,16 +41,7 @@ def write(delta: SparseDelta, path: Path) -> Path:
         "metadata": dict(delta.metadata),
     }
     header["checksum"] = _checksum(header, tensors)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
-        save_file(tensors, part, metadata={_KEY: json.dumps(header, sort_keys=True)})
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
-    return path
+    return write_tensors(path, tensors, header)
 
 
 def read(path: Path) -> SparseDelta:
@@ -62,24 +49,10 @@ def read(path: Path) -> SparseDelta:
     if not path.is_file():
         raise DeltaError(f"there is no delta at {str(path)!r}; give the path of a .safetensors file that unmask wrote.")
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise DeltaError(
-            f"{str(path)!r} cannot be read as safetensors ({error}); it is truncated or damaged."
-        ) from error
-    if text is None:
-        raise DeltaError(f"{str(path)!r} is a safetensors file, but no unmask delta (it lacks the {_KEY!r} metadata).")
-    return _assemble(path, text, tensors)
-
-
-def _assemble(path: Path, text: str, tensors: Mapping[str, Tensor]) -> SparseDelta:
-    try:
-        header = json.loads(text)
+        tensors, header = read_tensors(path)
         version, expected = header["format_version"], header.pop("checksum")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DeltaError(f"the metadata of {str(path)!r} cannot be read ({error!r}); it is damaged.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DeltaError(f"{str(path)!r} is no readable unmask delta: {error}. Take another copy.") from error
     if version != FORMAT_VERSION:
         raise DeltaError(
             f"{str(path)!r} has format version {version!r}; this unmask reads {FORMAT_VERSION}. Update unmask."

@@ -19,6 +19,7 @@ class DenseTensor:
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         self.name, self.parameter = name, parameter
+        self.owner: object = None  # kept alive by the hook below, whoever else forgets it
         parameter.requires_grad_(True)
         self.master = parameter
         self._hook = None
@@ -27,10 +28,11 @@ class DenseTensor:
             self._hook = parameter.register_post_accumulate_grad_hook(self._hand_over)
 
     def sync(self) -> None:
-        """After an optimizer step: rounds the master into the model's tensor."""
+        """After an optimizer step: rounds the master into the model's tensor; its gradient is spent."""
         if self.master is not self.parameter:
             with torch.no_grad():
                 self.parameter.copy_(self.master)
+            self.master.grad = None  # the model's zero_grad() would not reach it
 
     def load(self, values: Tensor) -> None:
         """Sets the tensor (and its master) to saved master values."""
@@ -42,6 +44,7 @@ class DenseTensor:
         """Removes the hook; the parameter keeps its trained values."""
         if self._hook is not None:
             self._hook.remove()
+        self.owner = None
 
     def _hand_over(self, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None

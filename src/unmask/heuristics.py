@@ -8,6 +8,7 @@ says what it ``needs``: ``"gradient"`` (of the very step), ``"weight"`` alone, `
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -134,7 +135,7 @@ def register_heuristic(name: str, function: Score, *, needs: Needs = "gradient",
         elementwise: False if a score depends on other entries of the tensor (row norms, say).
 
     Raises:
-        MethodError: The name is taken.
+        MethodError: The name is taken, or ``needs`` is neither.
 
     Example:
         >>> wanda = register_heuristic("gradient_over_weight", lambda w, g: g.abs() / w.abs().clamp_min(1e-8))
@@ -143,8 +144,10 @@ def register_heuristic(name: str, function: Score, *, needs: Needs = "gradient",
     """
     if name in _REGISTRY:
         raise MethodError(
-            f"heuristic {name!r} is already registered; take another name than {', '.join(heuristics())}."
+            f"heuristic {name!r} is already registered; take another name than {', '.join(heuristic_names())}."
         )
+    if needs not in ("gradient", "weight"):
+        raise MethodError(f"needs = {needs!r}; a registered heuristic needs 'gradient' or 'weight'.")
     _REGISTRY[name] = Heuristic(name, function, needs=needs, elementwise=elementwise)
     return _REGISTRY[name]
 
@@ -153,7 +156,7 @@ def heuristic(which: str | Heuristic, **parameters: Any) -> Heuristic:
     """Looks a heuristic up by name and binds parameters.
 
     Raises:
-        MethodError: No such heuristic.
+        MethodError: No such heuristic, or no such parameter of it.
 
     Example:
         >>> heuristic("d3", exp=0.0).parameters
@@ -161,13 +164,19 @@ def heuristic(which: str | Heuristic, **parameters: Any) -> Heuristic:
     """
     if isinstance(which, str):
         if which not in _REGISTRY:
-            raise MethodError(f"unknown heuristic {which!r}; there are {', '.join(heuristics())}.")
+            raise MethodError(f"unknown heuristic {which!r}; there are {', '.join(heuristic_names())}.")
         which = _REGISTRY[which]
     if not parameters:
         return which
+    allowed = ["seed"] if which.needs == "nothing" else list(inspect.signature(which.function).parameters)[2:]
+    unknown = sorted(parameters.keys() - set(allowed))
+    if unknown:
+        raise MethodError(
+            f"heuristic {which.name!r} has no parameter {unknown[0]!r}; it has {', '.join(allowed) or 'none'}."
+        )
     return Heuristic(which.name, which.function, which.needs, {**which.parameters, **parameters}, which.elementwise)
 
 
-def heuristics() -> list[str]:
+def heuristic_names() -> list[str]:
     """Names of all registered heuristics, sorted."""
     return sorted(_REGISTRY)

@@ -87,8 +87,15 @@ class Method:
         ):
             if getattr(self, name) not in allowed:
                 raise MethodError(f"{name} = {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        for name, kind in (("heuristic", Heuristic), ("schedule", Schedule)):
+            if not isinstance(getattr(self, name), kind):
+                raise MethodError(f"{name} = {getattr(self, name)!r}; build one with unmask.{name}(...).")
         if self.heuristic.needs == "fisher" and self.calibration is None:
             raise MethodError("the fisher heuristic needs a calibration: unmask.fish(budget, loader) brings one.")
+        if self.heuristic.needs == "fisher" and self.strategy == "repeat":
+            raise MethodError(
+                "the fisher heuristic is estimated once, before training; strategy='repeat' would need it anew."
+            )
         if self.budget is not None:
             parse_budget(self.budget, None)
 
@@ -172,14 +179,12 @@ def id3(
         stride: Unmask ``stride`` steps' worth every ``stride``-th step, and nothing in between.
         schedule: ``"uniform"`` (the paper), ``"cosine"``, ``"front-loaded"``, or a callable b(t, T, B).
     """
-    if not eps > 0 and exp > 0:
-        raise MethodError(f"eps = {eps}; with exp = {exp} it must be above 0, or a zero weight divides by zero.")
-    return Method("id3", budget, heuristic("d3", eps=eps, exp=exp), "increment", _schedule(schedule, steps, stride))
+    return Method("id3", budget, _d3(eps, exp), "increment", _schedule(schedule, steps, stride))
 
 
 def static_d3(budget: Budget, eps: float = 1.0, exp: float = 2.0) -> Method:
     """Static-S selection by D3: all of the budget from the first step's gradient."""
-    return Method("static_d3", budget, heuristic("d3", eps=eps, exp=exp), "static")
+    return Method("static_d3", budget, _d3(eps, exp), "static")
 
 
 def repeat_d3(budget: Budget, eps: float = 1.0, exp: float = 2.0, stride: int = 1) -> Method:
@@ -188,7 +193,7 @@ def repeat_d3(budget: Budget, eps: float = 1.0, exp: float = 2.0, stride: int = 
     The budget is exact at every step: a weight that leaves the selection goes back to its base value, and one that
     enters starts with fresh optimizer state.
     """
-    return Method("repeat_d3", budget, heuristic("d3", eps=eps, exp=exp), "repeat", _schedule(uniform, 1, stride))
+    return Method("repeat_d3", budget, _d3(eps, exp), "repeat", _schedule(uniform, 1, stride))
 
 
 def pafi(budget: Budget) -> Method:
@@ -235,6 +240,14 @@ def full() -> Method:
 PRESETS: Mapping[str, Callable[..., Method]] = {
     preset.__name__: preset for preset in (id3, repeat_d3, static_d3, pafi, fish, bitfit, random_mask, full)
 }
+
+
+def _d3(eps: float, exp: float) -> Heuristic:
+    if not (eps >= 0 and math.isfinite(eps) and math.isfinite(exp)) or (eps == 0 and exp > 0):
+        raise MethodError(
+            f"eps = {eps}, exp = {exp}; eps must be above 0, or a zero weight divides by zero where exp > 0."
+        )
+    return heuristic("d3", eps=eps, exp=exp)
 
 
 def _schedule(which: str | Cumulative, steps: int, stride: int) -> Schedule:

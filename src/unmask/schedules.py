@@ -81,12 +81,16 @@ class Schedule:
         if last_of_block >= self.steps - 1:
             return budget
         count = self.function(last_of_block, self.steps, budget)
-        if count != count or int(count) != count or not 0 <= count <= budget:
+        try:
+            whole = int(count)
+        except (TypeError, ValueError, OverflowError):  # None, "many", NaN, infinity
+            whole = -1
+        if whole != count or not 0 <= whole <= budget:
             raise MethodError(
                 f"the schedule gave b({last_of_block}) = {count!r} for T = {self.steps}, B = {budget}; "
                 "it must be a whole number from 0 to B."
             )
-        return int(count)
+        return whole
 
     def check(self, budget: int) -> None:
         """Walks the whole schedule once and refuses one that goes down.

@@ -50,8 +50,9 @@ def patterns(*expressions: str) -> Scope:
     """A scope of the tensors in whose names one of the regular expressions is found.
 
     Example:
-        >>> patterns("query", "value").names(nn.ModuleDict({"query": nn.Linear(2, 2), "key": nn.Linear(2, 2)}))
-        ['query.weight', 'query.bias']
+        >>> attention = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("query", "key", "value")})
+        >>> patterns("query", "value").names(attention)
+        ['query.weight', 'value.weight']
     """
     return Scope("patterns", expressions)
 
@@ -97,7 +98,7 @@ def matching(names: Iterable[str], expressions: Iterable[str], what: str) -> lis
                 f"{what}: {expression!r} is no regular expression ({error}); '.*' stands for anything."
             ) from error
         if not hits:
-            some = ", ".join(names[:3] + ["..."] + names[-2:]) if len(names) > 5 else ", ".join(names)
+            some = ", ".join([*names[:3], "...", *names[-2:]]) if len(names) > 5 else ", ".join(names)
             raise MethodError(f"{what}: {expression!r} is found in no parameter name; the names are like {some}.")
         found |= hits
     return [name for name in names if name in found]
@@ -125,6 +126,11 @@ def resolve(
     if not parameters:
         raise MethodError("the model has no parameters; there is nothing to select from.")
     dense_names = matching(parameters, as_patterns(dense), "dense")
+    frozen = [name for name in dense_names if not parameters[name].is_floating_point()]
+    if frozen:
+        raise MethodError(
+            f"dense: {frozen[0]!r} is {parameters[frozen[0]].dtype}, which has no gradient; leave it out."
+        )
     names = set(scope.names(model)) - set(dense_names)
     if include is not None:
         names &= set(matching(parameters, as_patterns(include), "include"))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unmask.dense import DenseTensor
 from unmask.delta import SparseDelta
+from unmask.dense import DenseTensor
 from unmask.errors import MethodError, ScheduleNotRunError, SelectionError
 from unmask.gradients.fisher import estimate_fisher
 from unmask.gradients.streamed import Ranker
@@ -20,8 +20,8 @@ from unmask.gradients.window import Accumulation, Plan, Window
 from unmask.methods import Method, parse_budget
 from unmask.recording import record_delta
 from unmask.scopes import Patterns, as_patterns, matching, resolve
-from unmask.slots import Layout, SlotTable
-from unmask.stepping import StepHooks
+from unmask.slots import Layout, SlotTable, take
+from unmask.stepping import unwatch, watch
 
 STATE_VERSION = 1
 
@@ -57,6 +57,7 @@ def select(
         MethodError: The budget exceeds the eligible weights, a pattern finds nothing, the model is selected from already.
 
     Example:
+        >>> import unmask
         >>> model = nn.Linear(8, 4)
         >>> selection = select(model, unmask.id3(budget=6, steps=3))
         >>> optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
@@ -84,7 +85,14 @@ def select(
 def _budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
     parameters = dict(model.named_parameters())
     available = sum(parameters[name].numel() for name in eligible)
-    if method.budget is None or method.whole:
+    if method.whole:
+        return available
+    if not eligible:
+        raise MethodError(
+            f"scope {method.scope.kind!r} and the patterns leave no tensor for the budget; unmask.full() with include= trains "
+            "dense tensors alone."
+        )
+    if method.budget is None:
         return available
     budget = parse_budget(method.budget, sum(p.numel() for p in parameters.values()))
     if budget > available:
@@ -102,7 +110,8 @@ class Selection:
         model: The model, frozen but for ``dense``.
         method: The method.
         values: (B,) trainable float32 (float64 for a float64 model), one slot per scalar weight that is or will be
-            unmasked, in order of unmasking; slots not in use are 0. The master copy of the selected weights.
+            unmasked, in order of unmasking; slots not in use are 0. The master copy of the selected weights. Its ``grad``
+            is spent by the optimizer's step, so ``model.zero_grad()``, which does not reach it, does no harm.
         budget: B; for `unmask.full` the number of weights it trains.
         step: Optimizer steps taken; the next one is step t = ``step``.
         used: Slots in use, b(step - 1).
@@ -140,9 +149,12 @@ class Selection:
         self._window = Window(self._table, self.values, method, accumulation)
         training = weakref.ref(model)
         self._taps = TapSet(self._layout.tensors, self._window, lambda: bool((m := training()) and m.training))
-        self._hooks = StepHooks(self)
+        self._taps.owner = self
+        for tensor in self.dense:
+            tensor.owner = self
         self._released = False
         self._begin_step()
+        watch(self)
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: ``values``, then the dense tensors (their float32 masters, if they are half)."""
@@ -180,6 +192,8 @@ class Selection:
         self._alive("state_dict")
         current = _persistent_buffers(self.model)
         values = self.values.detach().clone()
+        if self._window.tentative is not None:  # made in a backward that no step has followed
+            values[self._window.tentative.slots] = self._window.tentative.displaced
         values[self.used :] = 0
         return {
             "version": STATE_VERSION,
@@ -207,6 +221,11 @@ class Selection:
         with torch.no_grad():
             held = self._table.positions[: self.used]
             self._layout.write(held, self._table.base[: self.used])
+            try:
+                self._check_base(state)
+            except SelectionError:
+                self._table.scatter(self.values, self.used)
+                raise
             self.used, self.step = int(state["used"]), int(state["step"])
             self._table.load(state["positions"], state["base"])
             self.values.copy_(state["values"])
@@ -222,7 +241,7 @@ class Selection:
         """Ends the selection: the model is an ordinary model again, with the trained weights and its own requires_grad flags."""
         if self._released:
             return
-        self._hooks.remove()
+        unwatch(self)
         self._taps.remove()
         for tensor in self.dense:
             tensor.release()
@@ -241,11 +260,15 @@ class Selection:
         return self.parameters()[0]
 
     def owns(self, parameter: Tensor) -> bool:
-        """Whether a parameter is one of this selection's frozen tensors."""
-        return any(parameter is t for t in self._layout.tensors)
+        """Whether a parameter is a tensor of the model that another one stands for in the optimizer."""
+        own = (*self._layout.tensors, *(d.parameter for d in self.dense if d.master is not d.parameter))
+        return any(parameter is t for t in own)
 
     def has_gradient(self) -> bool:
         """Whether a backward has reached the selection since the last step."""
+        window = self._window
+        if window.plan.selecting and window.tentative is None and window.nonfinite is None:
+            return False
         return any(p.grad is not None for p in ([self.values] if self._slots else self.parameters()))
 
     def nonfinite(self) -> str | None:
@@ -281,19 +304,20 @@ class Selection:
             self._table.assign(tentative.slots, tentative.positions, tentative.weights)
         elif plan.selecting:
             raise ScheduleNotRunError(
-                "the optimizer stepped, but no backward selected any weight; call loss.backward() first."
+                "the optimizer stepped without calling its closure, so no backward selected any weight."
             )
         if not self.method.whole:
             self.used = self._slots if plan.repeat else plan.active + plan.newcomers
         self._table.scatter(self.values, self.used)
-        self.sync_dense()
+        self.values.grad = None  # spent; a Trainer's model.zero_grad() would not reach it
         self.step += 1
         self._begin_step()
 
-    def sync_dense(self) -> None:
-        """Rounds the dense tensors' masters into the model."""
+    def sync_dense(self, held: Sequence[Tensor]) -> None:
+        """Rounds those dense tensors' masters into the model that an optimizer holds."""
         for tensor in self.dense:
-            tensor.sync()
+            if any(tensor.master is p for p in held):
+                tensor.sync()
 
     # The schedule.
 
@@ -304,6 +328,8 @@ class Selection:
         if self._ordered:
             with torch.no_grad():
                 self.values[used:due] = self._table.base[used:due]
+            if self.method.strategy == "static":  # known before the first step
+                self.used = used = due
             self._window.start(Plan(t, used, due, 0, repeat=False))
         elif self.method.strategy == "repeat":
             again = t % self.method.schedule.stride == 0
@@ -344,6 +370,19 @@ class Selection:
                 raise SelectionError(
                     f"the saved selection has another {key}: {_short(given)} where this one has {_short(own)}. Build the same "
                     "selection (same model, method and patterns) before load_state_dict."
+                )
+
+    def _check_base(self, state: Mapping[str, Any]) -> None:
+        """The model's weights at the saved positions must be the saved base's, or the trained ones."""
+        used = int(state["used"])
+        positions, base, values = (state[key][:used].to(self.values.device) for key in ("positions", "base", "values"))
+        for index, flat, places in self._layout.split(positions):
+            weights = take(self._layout.plain(index), flat)
+            base_here, trained = base[places].to(weights), values[places].to(weights)
+            if not ((weights == base_here) | (weights == trained)).all():
+                raise SelectionError(
+                    f"{self._layout.names[index]!r} holds other weights than those the saved selection started from; load the "
+                    "same base model before load_state_dict."
                 )
 
     def _alive(self, what: str) -> None:

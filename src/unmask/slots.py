@@ -7,6 +7,7 @@ of the trainable vector ``values``. Both tables cost O(B), whatever the size of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class Layout:
         order = positions.argsort()
         ordered = positions[order]
         edges = torch.searchsorted(ordered, self.bounds.to(ordered.device)).tolist()
-        for index, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        for index, (low, high) in enumerate(pairwise(edges)):
             if low < high:
                 yield index, ordered[low:high] - self.starts[index], order[low:high]
 

@@ -6,15 +6,16 @@ the schedule and write ``values`` back into the tensors.
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
-from unmask.errors import NonFiniteGradientError, ScheduleNotRunError
+from unmask.errors import NonFiniteGradientError, ScheduleNotRunError, SelectionError
 
 
 class Steppable(Protocol):
@@ -32,8 +33,8 @@ class Steppable(Protocol):
     def after_step(self) -> None:
         """The optimizer changed ``clock()``."""
 
-    def sync_dense(self) -> None:
-        """Some optimizer stepped on dense tensors."""
+    def sync_dense(self, held: Sequence[Tensor]) -> None:
+        """An optimizer that holds these parameters stepped."""
 
     def has_gradient(self) -> bool:
         """Whether a backward has reached the selection since the last step."""
@@ -42,51 +43,80 @@ class Steppable(Protocol):
         """What is not finite among this step's gradients, if anything."""
 
 
-class StepHooks:
-    """Hooks of one selection on all optimizers; holds the selection weakly."""
+_LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
+_skipped: set[int] = set()  # ids of optimizers whose running step is skipped inside a fused kernel
 
-    def __init__(self, selection: Steppable) -> None:
-        self._selection = weakref.ref(selection)
-        self._skipped = False
-        self._handles: list[RemovableHandle] = [
-            register_optimizer_step_pre_hook(self._pre),
-            register_optimizer_step_post_hook(self._post),
-        ]
 
-    def remove(self) -> None:
-        """Takes the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+def watch(selection: Steppable) -> None:
+    """Lets every optimizer's step serve the selection, until `unwatch` or the selection's end."""
+    _register()
+    _LIVE.add(selection)
 
-    def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        selection = self._selection()
-        if selection is None:
-            self.remove()
-            return
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        clock = selection.clock()
-        if not any(p is clock for p in held):
+
+def unwatch(selection: Steppable) -> None:
+    """Stops serving the selection."""
+    _LIVE.discard(selection)
+
+
+@functools.cache
+def _register() -> None:
+    """One pair of hooks for all selections, for good: a hook must not be removed while torch runs the hooks."""
+    register_optimizer_step_pre_hook(_before)
+    register_optimizer_step_post_hook(_after)
+
+
+def _held(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    _skipped.discard(id(optimizer))
+    held, closure = _held(optimizer), kwargs.get("closure", args[1] if len(args) > 1 else None)
+    for selection in list(_LIVE):
+        if not any(p is selection.clock() for p in held):
             _refuse_foreign(selection, held)
-            return
-        self._skipped = _overflowed(optimizer)
-        has_closure = (
-            (len(args) > 1 and callable(args[1])) or (args and callable(args[0])) or callable(kwargs.get("closure"))
-        )
-        if self._skipped or has_closure:
-            return
-        _check_gradient(selection)
-        selection.before_step(optimizer)
+        elif _overflowed(optimizer):
+            _skipped.add(id(optimizer))
+        elif closure is None:
+            _ready(selection, optimizer)
+        else:  # the backward runs inside the step
+            closure = _checked(closure, selection, optimizer)
+    return (args, kwargs) if closure is None else (args[:1], {**kwargs, "closure": closure})
 
-    def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        selection = self._selection()
-        if selection is None or self._skipped:
-            self._skipped = False
-            return
-        clock = selection.clock()
-        if any(p is clock for group in optimizer.param_groups for p in group["params"]):
+
+def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if id(optimizer) in _skipped:
+        _skipped.discard(id(optimizer))
+        return
+    held = _held(optimizer)
+    for selection in list(_LIVE):
+        selection.sync_dense(held)
+        if any(p is selection.clock() for p in held):
             selection.after_step()
-        else:
-            selection.sync_dense()
+
+
+def _ready(selection: Steppable, optimizer: Optimizer) -> None:
+    _check_gradient(selection)
+    selection.before_step(optimizer)
+
+
+def _checked(closure: Callable[[], Any], selection: Steppable, optimizer: Optimizer) -> Callable[[], Any]:
+    """The user's closure, and then what otherwise runs before the step."""
+    calls = 0
+
+    def run() -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise SelectionError(
+                f"{type(optimizer).__name__} calls its closure more than once per step, at points between two steps that the "
+                "model's tensors do not follow. Use an optimizer that evaluates once (LBFGS: max_iter=1)."
+            )
+        loss = closure()
+        _ready(selection, optimizer)
+        return loss
+
+    return run
 
 
 def _overflowed(optimizer: Optimizer) -> bool:
@@ -113,5 +143,5 @@ def _check_gradient(selection: Steppable) -> None:
     reason = selection.nonfinite()
     if reason is not None:
         raise NonFiniteGradientError(
-            f"{reason}. Nothing was changed by this step: lower the learning rate, clip the gradient, or look at this batch's loss."
+            f"{reason}. This step changed nothing: lower the learning rate, clip the gradient, or look at this batch's loss."
         )

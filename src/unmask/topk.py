@@ -64,7 +64,8 @@ class StreamingTopK:
 
     def merge(self, entries: Ranked) -> None:
         """Offers entries at arbitrary positions (another stream's result, or another process's)."""
-        self._append(_first_k(entries, self.k))
+        if self.k and entries.scores.numel():
+            self._append(_first_k(entries, self.k))
 
     def result(self) -> Ranked:
         """The first k entries, in order; fewer where fewer were offered."""

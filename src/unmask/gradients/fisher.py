@@ -37,15 +37,17 @@ def estimate_fisher(model: nn.Module, layout: Layout, calibration: Calibration) 
         MethodError: The loader is empty, or gives batches without a batch dimension.
         NonFiniteGradientError: A gradient is not finite.
     """
-    was_training, flags = model.training, [p.requires_grad for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]  # a frozen BatchNorm has its own
+    flags = [p.requires_grad for p in model.parameters()]
     model.eval()
     model.requires_grad_(False)
     try:
         sums, unsupported, count = _one_pass(model, layout, calibration)
         if unsupported:
-            sums |= _loop(model, layout, sorted(unsupported), calibration)
+            sums |= _loop(model, layout, sorted(unsupported), calibration, count)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
     for index, total in sums.items():
@@ -59,11 +61,15 @@ def estimate_fisher(model: nn.Module, layout: Layout, calibration: Calibration) 
 def _one_pass(model: nn.Module, layout: Layout, calibration: Calibration) -> tuple[dict[int, Tensor], set[int], int]:
     sums = {i: torch.zeros(t.shape, dtype=torch.float32, device=t.device) for i, t in enumerate(layout.tensors)}
     taps = PerSampleTaps(layout.tensors, sums, calibration.grad_type)
-    count = 0
+    count, probed = 0, False
     try:
         for batch in _batches(calibration):
             size = batch_size(batch)
             count += size
+            if size > 1 and not probed:  # a sequence may be as long as the batch is large: not so with an example less
+                taps.start(size - 1, probing=True)
+                next(_objectives(model, _slice(batch, 0, size - 1), size - 1, calibration))
+                probed = True
             taps.start(size)
             for objective in _objectives(model, batch, size, calibration):
                 taps.collect(objective)
@@ -78,8 +84,10 @@ def _one_pass(model: nn.Module, layout: Layout, calibration: Calibration) -> tup
     return sums, taps.unsupported, count
 
 
-def _loop(model: nn.Module, layout: Layout, indices: Sequence[int], calibration: Calibration) -> dict[int, Tensor]:
-    """Batches of one, for the tensors that need it."""
+def _loop(
+    model: nn.Module, layout: Layout, indices: Sequence[int], calibration: Calibration, count: int
+) -> dict[int, Tensor]:
+    """Batches of one, for the tensors that need it: the same ``count`` examples once more."""
     power = _power(calibration)
     tensors = [layout.tensors[i] for i in indices]
     receiver = _Summing([torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in tensors], power)
@@ -87,11 +95,17 @@ def _loop(model: nn.Module, layout: Layout, indices: Sequence[int], calibration:
     try:
         for batch in _batches(calibration):
             for single in _singles(batch):
+                count -= 1
                 for objective in _objectives(model, single, 1, calibration):
                     if objective.requires_grad:
                         objective.backward(retain_graph=calibration.sample_type == "expect")
     finally:
         taps.remove()
+    if count:
+        raise MethodError(
+            f"the calibration loader gave {count} examples less the second time, and {layout.names[indices[0]]!r} needs two "
+            "passes; give a list of batches or a DataLoader, not a generator."
+        )
     return dict(zip(indices, receiver.sums, strict=True))
 
 
@@ -163,6 +177,8 @@ def _batches(calibration: Calibration) -> Iterator[Any]:
 
 def batch_size(batch: Any) -> int:
     """Examples in a batch: the first dimension of its first tensor."""
+    if isinstance(batch, Tensor):
+        batch = (batch,)
     for tensor in batch.values() if isinstance(batch, Mapping) else batch:
         if isinstance(tensor, Tensor) and tensor.ndim:
             return tensor.shape[0]
@@ -173,6 +189,8 @@ def _slice(batch: Any, low: int, high: int) -> Any:
     def cut(value: Any) -> Any:
         return value[low:high] if isinstance(value, Tensor) and value.ndim else value
 
+    if isinstance(batch, Tensor):
+        return cut(batch)
     if isinstance(batch, Mapping):
         return {key: cut(value) for key, value in batch.items()}
     return tuple(cut(value) for value in batch)

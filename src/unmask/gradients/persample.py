@@ -54,7 +54,7 @@ class PerSampleTaps:
     ) -> None:
         self.unsupported: set[int] = set()
         self._sums, self._power = sums, torch.square if power == "square" else torch.abs
-        self._size = 0
+        self._size, self._probing = 0, False
         self._uses: Counter[int] = Counter()
         self._anchor = torch.zeros((), requires_grad=True)
         self._taps = TapSet(tensors, self, lambda: False)
@@ -64,9 +64,9 @@ class PerSampleTaps:
             F.layer_norm: self._layer_norm,
         }
 
-    def start(self, size: int) -> None:
-        """A forward of ``size`` examples follows."""
-        self._size = size
+    def start(self, size: int, probing: bool = False) -> None:
+        """A forward of ``size`` examples follows; a probing one has no backward, and must not find fits by chance."""
+        self._size, self._probing = size, probing
         self._uses.clear()
 
     def collect(self, objective: Tensor) -> None:
@@ -95,7 +95,7 @@ class PerSampleTaps:
     def _linear(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
         def bound(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             output = func(input, weight, bias)
-            if isinstance(input, TappedParameter) or not self._has_examples(input, weight, bias):
+            if not self._has_examples(input, weight, bias):
                 return output
 
             def statistic(x: Tensor, g: Tensor) -> None:
@@ -108,15 +108,19 @@ class PerSampleTaps:
         return bound(*args, **kwargs)
 
     def _embedding(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
-        def bound(input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **options: Any) -> Tensor:
+        def bound(
+            input: Tensor,
+            weight: Tensor,
+            padding_idx: int | None = None,
+            max_norm: float | None = None,
+            norm_type: float = 2.0,
+            scale_grad_by_freq: bool = False,
+            sparse: bool = False,
+        ) -> Tensor:
             if input.shape[0] == 1 < self._size:  # position ids: give every example its own row, or they sum up unseen
                 input = input.expand(self._size, *input.shape[1:])
-            output = func(input, weight, padding_idx, *rest, **options)
-            if (
-                any(rest)
-                or any(v for k, v in options.items() if k != "norm_type")
-                or not self._has_examples(input, weight)
-            ):
+            output = func(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+            if scale_grad_by_freq or not self._has_examples(input, weight):
                 self._reject(weight)
                 return output
             skip = None if padding_idx is None else padding_idx % weight.shape[0]
@@ -174,7 +178,10 @@ class PerSampleTaps:
 
     def _has_examples(self, input: Tensor, *parameters: Tensor | None) -> bool:
         """Whether the input's first dimension is the batch, and every tensor is used only here in this forward."""
-        fits = self._size == 1 or input.shape[0] == self._size
+        fits = input.shape[:1] == (self._size,) or (self._size == 1 and not self._probing)
+        if isinstance(input, TappedParameter):  # learned queries: no examples in sight
+            self._reject(input)
+            fits = False
         for parameter in parameters:
             if isinstance(parameter, TappedParameter):
                 self._uses[index_of(parameter)] += 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unmask.errors import NonFiniteGradientError
+from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.heuristics import Heuristic
 from unmask.methods import Allocation
 from unmask.slots import SlotTable
@@ -58,7 +58,7 @@ def quota(allocation: Allocation, weight: Tensor, budget: int, total: int, held:
     cap = caps(allocation, weight.numel(), rows.shape[1], budget, total)
     if cap is None:
         return Quota()
-    if allocation == "tensor":
+    if allocation == "tensor" or rows.shape[0] == 1:  # a long row comes in several blocks
         return Quota(tensor=cap - (0 if held is None else held.numel()))
     used = torch.zeros(rows.shape[0], dtype=torch.int64, device=weight.device)
     if held is not None:
@@ -100,6 +100,7 @@ class Ranker:
 
         Raises:
             NonFiniteGradientError: A score is NaN or infinite.
+            MethodError: The heuristic's scores are not of the weight's shape.
         """
         layout = self.table.layout
         weight, start = layout.plain(index), layout.starts[index]
@@ -108,8 +109,7 @@ class Ranker:
         bound = quota(self.allocation, weight, self.table.positions.numel(), layout.total, held)
         top = self.top if bound.tensor is None else StreamingTopK(min(self.top.k, bound.tensor))
         for low, w, g in self._blocks(weight, gradient):
-            scores = self._scores(index, low, w, g)
-            self._exclude(scores, low, held)
+            scores = self._exclude(self._scores(index, low, w, g), low, held)
             if bound.rows is not None:
                 scores = _best_of_rows(scores.view(w.shape), _rows_of(bound.rows, weight, low, w)).view(-1)
             top.update(scores, start + low, scores if g is None else g.reshape(-1).to(self.table.base.dtype))
@@ -130,21 +130,28 @@ class Ranker:
             yield row * columns, rows[part], None if grads is None else grads[part]
 
     def _scores(self, index: int, low: int, weight: Tensor, gradient: Tensor | None) -> Tensor:
-        scores = self.heuristic.score(weight, gradient, (self.step, index, low)).reshape(-1)
-        if not torch.isfinite(scores.max()):  # max() propagates NaN
-            worst = scores.max().item()
+        scores = self.heuristic.score(weight, gradient, (self.step, index, low))
+        if scores.shape != weight.shape:
+            raise MethodError(
+                f"heuristic {self.heuristic.name!r} gave scores of shape {tuple(scores.shape)} for weights of shape "
+                f"{tuple(weight.shape)}; it must give one score per weight."
+            )
+        scores = scores.reshape(-1).to(self.table.base.dtype)
+        worst = [s.item() for s in scores.aminmax() if not torch.isfinite(s)]  # NaN propagates
+        if worst:
             raise NonFiniteGradientError(
-                f"a score of {self.table.layout.names[index]!r} is {worst} (heuristic {self.heuristic.name!r}): the loss, the "
-                "gradient or the weight is not finite"
+                f"a score of {self.table.layout.names[index]!r} is {worst[0]} (heuristic {self.heuristic.name!r}): the loss, "
+                "the gradient or the weight is not finite, or the heuristic makes it so"
             )
         return scores
 
-    def _exclude(self, scores: Tensor, low: int, held: Tensor | None) -> None:
+    def _exclude(self, scores: Tensor, low: int, held: Tensor | None) -> Tensor:
+        """Scores without the entries that are unmasked already; a copy, for a heuristic may return the weight itself."""
         if held is None:
-            return
+            return scores
         edges = torch.tensor([low, low + scores.numel()], device=held.device)
         first, last = torch.searchsorted(held, edges).tolist()
-        scores[(held[first:last] - low).to(scores.device)] = -torch.inf
+        return scores.index_fill(0, (held[first:last] - low).to(scores.device), -torch.inf)
 
 
 def _rows_of(bounds: Tensor, weight: Tensor, low: int, block: Tensor) -> Tensor:

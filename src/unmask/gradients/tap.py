@@ -44,6 +44,8 @@ _RAW = (
         )
     }
     | {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "detach", "data_ptr"}
+    | {"size", "dim", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size", "get_device"}
+    | {"is_floating_point", "is_complex", "untyped_storage", "__len__"}
 )
 
 Handler = Callable[[Any, tuple, dict], Any]
@@ -71,12 +73,14 @@ class Receiver(Protocol):
 class Site:
     """One tapped tensor's place in its set."""
 
-    __slots__ = ("index", "proxy", "taps")
+    __slots__ = ("counted", "index", "kind", "proxy", "taps")
 
-    def __init__(self, taps: TapSet, index: int) -> None:
+    def __init__(self, taps: TapSet, index: int, kind: type) -> None:
         self.taps = taps
         self.index = index
+        self.kind = kind  # the parameter's own class
         self.proxy: Tensor | None = None
+        self.counted = False  # whether the proxy is among the uses since the last backward
 
 
 class TappedParameter(nn.Parameter):
@@ -86,7 +90,7 @@ class TappedParameter(nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if _is_raw(func):
+            if _is_raw(func, args):
                 return func(*args, **kwargs)
             handler = _handler(func, args, kwargs)
             if handler is not None:
@@ -107,7 +111,10 @@ def _plain(parameter: Tensor) -> Tensor:
         return parameter.detach()
 
 
-def _is_raw(func: Any) -> bool:
+def _is_raw(func: Any, args: tuple) -> bool:
+    """Whether a function concerns the parameter as an object; in-place functions of *other* tensors use its value."""
+    if not (args and isinstance(args[0], TappedParameter)):
+        return False
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return func not in _VIEWS
@@ -168,9 +175,10 @@ class TapSet:
 
     def __init__(self, tensors: Sequence[nn.Parameter], receiver: Receiver, training: Callable[[], bool]) -> None:
         self.handlers: dict[Any, Handler] = {}
+        self.owner: object = None  # kept alive by the tapped tensors, whoever else forgets it
         self._receiver = receiver
         self._training = training
-        self._sites = [Site(self, index) for index in range(len(tensors))]
+        self._sites = [Site(self, index, type(tensor)) for index, tensor in enumerate(tensors)]
         self._tensors = list(tensors)
         self._anchor = torch.zeros((), requires_grad=True)  # makes proxies require grad; never receives one
         self._task: weakref.ref[_EndOfBackward] | None = None
@@ -184,12 +192,19 @@ class TapSet:
         """Makes every tensor an ordinary parameter again."""
         for tensor in self._tensors:
             _detach(tensor)
+        self.owner = None
         self.forget()
 
     def forget(self) -> None:
         """Drops proxies and counts: the next use of a tensor starts anew."""
         for site in self._sites:
             site.proxy = None
+        self._recount()
+
+    def _recount(self) -> None:
+        """A backward is over. Proxies stay: a later backward may reach their uses of before, and new ones."""
+        for site in self._sites:
+            site.counted = False
         self._uses.clear()
         self._held.clear()
         self._seen.clear()
@@ -209,14 +224,16 @@ class TapSet:
         if inside:  # recomputation of a checkpointed segment: the running backward is the outermost one
             self._open()
         if site.proxy is None or site.proxy.data_ptr() != parameter.data_ptr() or site.proxy.dtype != parameter.dtype:
-            site.proxy = _Tap.apply(self._anchor, parameter, site)
-            if not inside:
-                self._uses[site.index] += 1
+            site.proxy, site.counted = _Tap.apply(self._anchor, parameter, site), False
+        if not inside and not site.counted:
+            self._uses[site.index] += 1
+            site.counted = True
         return site.proxy
 
     def fire(self, index: int, gradient: Tensor) -> None:
         """A tap's backward ran."""
         self._open()
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
         if self._uses[index] > 1:  # used in several segments: autograd brings the gradient in pieces
             self._held[index] = self._held[index] + gradient if index in self._held else gradient
         elif index in self._seen:
@@ -227,7 +244,7 @@ class TapSet:
             )
         else:
             self._seen.add(index)
-            self._receiver.receive(index, gradient.to_dense() if gradient.is_sparse else gradient)
+            self._receiver.receive(index, gradient)
 
     def close(self) -> None:
         """The outermost backward is complete."""
@@ -235,7 +252,7 @@ class TapSet:
         held, received = self._held, bool(self._seen or self._held)
         for index in sorted(held):
             self._receiver.receive(index, held[index])
-        self.forget()
+        self._recount()
         if received:
             self._receiver.end()
 
@@ -251,7 +268,7 @@ class TapSet:
     def _discard_dead_task(self) -> None:
         if self._task is not None and self._task() is None:
             self._task = None
-            self.forget()
+            self._recount()
             self._receiver.abort()
 
 
@@ -262,8 +279,9 @@ def _attach(parameter: nn.Parameter, site: Site) -> None:
 
 
 def _detach(parameter: nn.Parameter) -> None:
-    parameter.__dict__.pop(_SITE, None)
-    parameter.__class__ = nn.Parameter
+    site = parameter.__dict__.pop(_SITE, None)
+    if site is not None:
+        parameter.__class__ = site.kind
 
 
 def is_tapped(parameter: Tensor) -> bool:

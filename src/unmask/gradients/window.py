@@ -153,7 +153,8 @@ class Window:
 
     def _offer(self, index: int, gradient: Tensor) -> None:
         if self.accumulation == "exact":
-            self._dense[index] = self._dense[index] + gradient if index in self._dense else gradient.clone()
+            gradient = gradient.to(self.values.dtype, copy=index not in self._dense)  # sums of bfloat16 would lose bits
+            self._dense[index] = self._dense[index].add_(gradient) if index in self._dense else gradient
         elif self._ranker is not None:
             self._offered.add(index)
             self._ranker.rank(index, gradient)
@@ -186,7 +187,8 @@ class Window:
     def _rerank(self) -> Ranked:
         """The candidates again, by their summed gradients (their first order, where a score needs whole tensors)."""
         candidates = self._candidates
-        assert candidates is not None and self._added is not None, "a further micro-batch has candidates"
+        if candidates is None or self._added is None:
+            raise AssertionError("a further micro-batch has candidates")
         candidates.payload.add_(self._added)
         order = torch.arange(candidates.positions.numel(), device=candidates.positions.device)
         if self.method.heuristic.elementwise and self.method.heuristic.needs == "gradient" and self._global:

@@ -1,0 +1,131 @@
+"""The commands, and what each takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unmask.version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fine-tune a network by changing a budget of single scalar weights, and keep the result as a tiny exact delta.",
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"unmask {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    budget: Annotated[str, typer.Option(help="Scalar weights to unmask: a count or a share.")] = "20000",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 200,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to keep the delta; default: a folder in the cache.")
+    ] = None,
+) -> None:
+    """Fine-tune a real encoder on real reviews with ID3, on this CPU, in under three minutes."""
+    from unmask.cli.demo import run_demo
+
+    run_demo(budget, steps, output)
+
+
+@app.command()
+def train(
+    model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub id.")] = None,
+    task: Annotated[str | None, typer.Option(help="A GLUE task: sst2, cola, mrpc, rte, stsb, qnli, qqp, mnli.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with the GLUE tasks; without it, the hub.")] = None,
+    data: Annotated[str | None, typer.Option(help="Your training data: csv, tsv, jsonl, parquet, or a hub id.")] = None,
+    eval: Annotated[str | None, typer.Option("--eval", help="Your evaluation data; default: a tenth held out.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text column.")] = None,
+    text_pair: Annotated[str | None, typer.Option(help="Second text column.")] = None,
+    label: Annotated[str | None, typer.Option(help="Label column.")] = None,
+    method: Annotated[str | None, typer.Option(help="See `unmask methods`.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Scalar weights to unmask: 20000, or a share: 0.17%.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per forward.")] = None,
+    bf16: Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Autocast to bfloat16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the head's init, the data order, random masks.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for the delta, metrics and checkpoints.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings; options and --set go over it.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting as key=value; see docs/cli.md.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew over a run in the output.")] = False,
+) -> None:
+    """Train a delta on a GLUE task or on your own data."""
+    run_options = ("config", "set_", "resume", "overwrite")
+    given: dict[str, Any] = {
+        k: v for k, v in locals().items() if k not in (*run_options, "run_options") and v is not None
+    }
+    from unmask.config import build, parse_assignments, read_yaml
+
+    settings = (read_yaml(config) if config else {}) | given | parse_assignments(set_ or [])
+    resolved = build(settings)  # refuse a bad setting before torch is imported
+    from unmask.training import train as run
+
+    run(resolved, resume=resume, overwrite=overwrite)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
+    delta: Annotated[Path, typer.Argument(help="The delta.")],
+    task: Annotated[str | None, typer.Option(help="A GLUE task.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with the GLUE tasks; without it, the hub.")] = None,
+    data: Annotated[str | None, typer.Option(help="Your evaluation data: csv, tsv, jsonl, parquet.")] = None,
+    text: Annotated[str, typer.Option(help="Text column.")] = "text",
+    text_pair: Annotated[str | None, typer.Option(help="Second text column.")] = None,
+    label: Annotated[str, typer.Option(help="Label column.")] = "label",
+    batch_size: Annotated[int, typer.Option(help="Examples per forward.", min=1)] = 64,
+) -> None:
+    """Evaluate base + delta on a task."""
+    from unmask.cli.evaluate import run_eval
+
+    run_eval(model, delta, task, data_dir, data, (text, text_pair, label), batch_size)
+
+
+@app.command()
+def inspect(
+    delta: Annotated[Path, typer.Argument(help="The delta.")],
+    top: Annotated[int, typer.Option(help="Rows to show per table.", min=1)] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what a delta changes: per layer and module kind, sizes, provenance."""
+    from unmask.cli.inspect import run_inspect
+
+    run_inspect(delta, top, as_json)
+
+
+@app.command()
+def apply(
+    model: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
+    delta: Annotated[Path, typer.Argument(help="The delta.")],
+    output: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
+) -> None:
+    """Write base + delta as an ordinary checkpoint."""
+    from unmask.cli.apply import run_apply
+
+    run_apply(model, delta, output)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods."""
+    from unmask.cli.methods import run_methods
+
+    run_methods()

@@ -1,0 +1,244 @@
+"""The configuration of a training run: one frozen value, from the command line, a YAML file, or both. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import ConfigError, need
+
+TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on; written to ``config.yaml`` beside its results.
+
+    Attributes:
+        model: Folder or hub id of a transformers sequence-classification base.
+        output: Folder for the delta, the resolved configuration, metrics and checkpoints.
+        task: A GLUE task; or None with ``data``.
+        data_dir: Folder that holds the GLUE tasks; None for the hub.
+        data: Training file (csv, tsv, jsonl, parquet) or hub id.
+        eval: Evaluation file; None holds out a tenth of ``data``.
+        text: Text column of ``data``.
+        text_pair: Second text column, if the task has pairs.
+        label: Label column of ``data``.
+        method: A preset: id3, repeat_d3, static_d3, pafi, fish, bitfit, random_mask, full.
+        budget: A count or a share ("0.17%"); None only for bitfit and full.
+        eps: Of D3.
+        exp: Of D3.
+        stride: Unmask every stride-th step (id3, repeat_d3).
+        schedule: uniform, cosine or front-loaded (id3).
+        allocation: global, tensor or row.
+        scope: all, linear, bias or vector; None for the method's own.
+        include: Regular expressions: only these tensors are eligible.
+        exclude: Regular expressions: these tensors are not.
+        dense: Regular expressions of tensors trained whole outside the budget; "new" stands for what the checkpoint lacks.
+        num_samples: Examples for the Fisher information (fish).
+        lr: Peak learning rate.
+        weight_decay: AdamW's, on the selected weights only.
+        epochs: Passes over the training data; ignored with max_steps.
+        max_steps: Optimizer steps.
+        batch_size: Examples per forward.
+        accumulation: Micro-batches per optimizer step.
+        warmup: Share of the steps with rising learning rate.
+        max_grad_norm: Clips the norm of the selected weights' gradient; 0 for no clipping.
+        max_length: Longest input in tokens; longer ones are cut.
+        bf16: Autocast to bfloat16.
+        gradient_checkpointing: Recompute activations in the backward.
+        seed: Of the head's init, the data order and random masks.
+        eval_steps: Evaluate every so many steps; None at each epoch's end.
+        save_steps: Checkpoint every so many steps; None with each evaluation.
+        logging_steps: Log every so many steps.
+        report_to: Loggers of transformers' Trainer (tensorboard, wandb, ...).
+    """
+
+    model: str
+    output: str
+    task: str | None = None
+    data_dir: str | None = None
+    data: str | None = None
+    eval: str | None = None
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    method: str = "id3"
+    budget: str | None = None
+    eps: float = 1.0
+    exp: float = 2.0
+    stride: int = 1
+    schedule: str = "uniform"
+    allocation: str = "global"
+    scope: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ("new",)
+    num_samples: int = 1024
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 16
+    accumulation: int = 1
+    warmup: float = 0.06
+    max_grad_norm: float = 1.0
+    max_length: int = 128
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    logging_steps: int = 20
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.task is None) == (self.data is None):
+            raise ConfigError("give either task (with data_dir) or data (with text and label), and not both.")
+        if self.task is not None and self.task not in TASKS:
+            raise ConfigError(
+                f"unknown task {self.task!r}; there are {', '.join(TASKS)}. For your own files give data."
+            )
+        _one_of("method", self.method, METHODS)
+        _one_of("schedule", self.schedule, ("uniform", "cosine", "front-loaded"))
+        _one_of("allocation", self.allocation, ("global", "tensor", "row"))
+        _one_of("scope", self.scope, (None, "all", "linear", "bias", "vector"))
+        if self.budget is None and self.method not in ("bitfit", "full"):
+            raise ConfigError(
+                f"method {self.method!r} needs a budget: a count (20000) or a share of the weights (0.17%)."
+            )
+        for name in (
+            "lr",
+            "epochs",
+            "batch_size",
+            "accumulation",
+            "max_length",
+            "logging_steps",
+            "stride",
+            "num_samples",
+        ):
+            _above(name, getattr(self, name), 0)
+        for name in ("max_steps", "eval_steps", "save_steps"):
+            if getattr(self, name) is not None:
+                _above(name, getattr(self, name), 0)
+        for name in ("weight_decay", "warmup", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}; it must be 0 or more.")
+        if self.warmup >= 1:
+            raise ConfigError(f"warmup = {self.warmup}; it is a share of the steps, below 1.")
+
+
+METHODS = ("id3", "repeat_d3", "static_d3", "pafi", "fish", "bitfit", "random_mask", "full")
+
+
+def _one_of(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ConfigError(
+            f"{name} = {value!r}; it must be one of {', '.join(str(a) for a in allowed if a is not None)}."
+        )
+
+
+def _above(name: str, value: float, bound: float) -> None:
+    if not value > bound:
+        raise ConfigError(f"{name} = {value}; it must be above {bound}.")
+
+
+_HINTS = typing.get_type_hints(TrainConfig)
+
+
+def build(values: Mapping[str, Any]) -> TrainConfig:
+    """A configuration from plain values (of a YAML file, or texts of the command line).
+
+    Raises:
+        ConfigError: An unknown key, a missing one, or a value of the wrong type.
+
+    Example:
+        >>> build({"model": "m", "output": "o", "task": "sst2", "budget": "1%", "lr": "3e-4"}).lr
+        0.0003
+    """
+    unknown = sorted(set(values) - set(_HINTS))
+    if unknown:
+        raise ConfigError(f"unknown setting {unknown[0]!r}; there are {', '.join(sorted(_HINTS))}.")
+    required = {f.name for f in dataclasses.fields(TrainConfig) if f.default is dataclasses.MISSING}
+    absent = sorted(required - {key for key, value in values.items() if value is not None})
+    if absent:
+        raise ConfigError(f"{' and '.join(absent)} must be given.")
+    return TrainConfig(**{key: _convert(key, value) for key, value in values.items()})
+
+
+def _convert(key: str, value: Any) -> Any:
+    hint = _HINTS[key]
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
+        if type(None) in options:
+            return None
+        return () if typing.get_origin(hint) is tuple else _bad(key, value, hint)
+    kind = next(option for option in options if option is not type(None))
+    if typing.get_origin(kind) is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(str(part).strip() for part in parts)
+    if kind is bool:
+        return _as_bool(key, value)
+    try:
+        number = kind(value)
+    except (TypeError, ValueError):
+        return _bad(key, value, kind)
+    return number if kind is str or number == float(value) else _bad(key, value, kind)
+
+
+def _as_bool(key: str, value: Any) -> bool:
+    texts = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    return texts[str(value).lower()] if str(value).lower() in texts else _bad(key, value, bool)
+
+
+def _bad(key: str, value: Any, kind: Any) -> Any:
+    name = getattr(kind, "__name__", str(kind))
+    raise ConfigError(f"{key} = {value!r} is no {name}.")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Settings from a YAML file: a flat mapping.
+
+    Raises:
+        ConfigError: No such file, or not a mapping.
+    """
+    yaml = need("yaml", "cli")
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"there is no configuration file {str(path)!r}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{str(path)!r} is no valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{str(path)!r} must hold a mapping of settings (lr: 0.001), not a {type(values).__name__}.")
+    return values
+
+
+def write_yaml(config: TrainConfig, path: Path) -> None:
+    """Writes the resolved configuration; `read_yaml` and `build` give it back."""
+    plain = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
+    }
+    path.write_text(need("yaml", "cli").safe_dump(plain, sort_keys=False), encoding="utf-8")
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
+    """``--set key=value`` texts as a mapping.
+
+    Example:
+        >>> parse_assignments(["lr=1e-3", "include=query,value"])
+        {'lr': '1e-3', 'include': 'query,value'}
+    """
+    pairs = {}
+    for assignment in assignments:
+        key, sign, value = assignment.partition("=")
+        if not sign:
+            raise ConfigError(f"--set {assignment!r}: write key=value.")
+        pairs[key.strip()] = value.strip()
+    return pairs

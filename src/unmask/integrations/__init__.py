@@ -1,0 +1,1 @@
+"""How unmask meets the libraries that users train with."""

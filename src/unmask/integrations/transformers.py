@@ -1,0 +1,55 @@
+"""transformers' Trainer on a selection: clipping, checkpoints of O(B) bytes, exact resume.
+
+Everything else (accumulation, precision, logging, evaluation, data order, RNG) is the Trainer's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from unmask.selection import Selection
+from unmask.state_file import read_state, write_state
+
+STATE_FILE = "selection.safetensors"
+
+
+class SelectiveTrainer(Trainer):
+    """A Trainer whose model has a live selection.
+
+    Args:
+        selection: From `unmask.select` on the same model. ``optimizers`` must be built from ``selection.parameters()``.
+        *args: As for ``transformers.Trainer``.
+        **kwargs: As for ``transformers.Trainer``.
+
+    Example:
+        ``SelectiveTrainer(model=model, selection=selection, args=args, train_dataset=data, optimizers=(optimizer, None))``
+    """
+
+    def __init__(self, *args: Any, selection: Selection, **kwargs: Any) -> None:
+        self.selection = selection
+        super().__init__(*args, **kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Clips the norm of what the selection trains; the model's own parameters are frozen."""
+        super().create_accelerator_and_postprocess()
+        clip = self.accelerator.clip_grad_norm_
+
+        def clip_selected(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+            return clip(self.selection.parameters(), max_norm, norm_type)
+
+        self.accelerator.clip_grad_norm_ = clip_selected
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_state(self.selection.state_dict(), folder / STATE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.selection.load_state_dict(read_state(Path(resume_from_checkpoint, STATE_FILE)))
+
+    def _load_best_model(self) -> None:
+        self.selection.load_state_dict(read_state(Path(str(self.state.best_model_checkpoint), STATE_FILE)))

@@ -1,0 +1,94 @@
+"""Loading base models for classification and regression, and remembering in a delta how that was done."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from unmask.delta import SparseDelta
+from unmask.errors import ConfigError, DeltaError
+from unmask.tasks.data import TaskSpec
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' load report (which new head got a random init) off the screen: unmask reports it itself."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
+
+
+def load_base(source: str, num_labels: int, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """Loads a base with a classification head, in float32.
+
+    Args:
+        source: Folder or hub id.
+        num_labels: Outputs of the head; 1 for regression.
+        seed: Of the head's random init, if the checkpoint has none.
+
+    Returns:
+        The model, its tokenizer, and the names of the tensors that the checkpoint lacks.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    if os.sep in source and not Path(source).is_dir() and (Path(source).is_absolute() or source.startswith(".")):
+        raise ConfigError(f"there is no model folder {source!r}; give a folder with config.json, or a hub id.")
+    torch.manual_seed(seed)
+    try:
+        with quiet():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=num_labels, dtype=torch.float32, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the model {source!r} cannot be loaded: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer, sorted(info["missing_keys"])
+
+
+def describe_task(spec: TaskSpec, max_length: int) -> dict[str, Any]:
+    """What `load_tuned` and ``unmask eval`` need to know, as JSON values for the delta's metadata."""
+    return {
+        "name": spec.name,
+        "text_columns": list(spec.text_columns),
+        "num_labels": spec.num_labels,
+        "label_names": list(spec.label_names) if spec.label_names else None,
+        "max_length": max_length,
+    }
+
+
+def task_of(delta: SparseDelta) -> Mapping[str, Any]:
+    """The task that a delta was trained on.
+
+    Raises:
+        DeltaError: The delta does not say; it was made by the library and not by ``unmask train``.
+    """
+    task = delta.metadata.get("task")
+    if not isinstance(task, Mapping):
+        raise DeltaError(
+            "the delta does not say which task it was trained on (it was not made by `unmask train`); load the base model "
+            "yourself and call delta.apply(model)."
+        )
+    return task
+
+
+def load_tuned(source: str, delta: SparseDelta) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base with the delta applied, in evaluation mode, and its tokenizer."""
+    model, tokenizer, _ = load_base(source, int(task_of(delta)["num_labels"]), seed=0)
+    delta.apply(model)
+    return model.eval(), tokenizer

@@ -1,0 +1,47 @@
+"""A method from a run's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from unmask import methods
+from unmask.config import TrainConfig
+from unmask.methods import Method
+from unmask.scopes import Scope
+
+
+def method_from(config: TrainConfig, steps: int, loader: Iterable[Any] | None = None) -> Method:
+    """The configured method, planned over ``steps`` optimizer steps.
+
+    Args:
+        config: The run's configuration.
+        steps: T.
+        loader: Batches for the Fisher information; only ``fish`` needs it.
+
+    Example:
+        >>> config = TrainConfig(model="m", output="o", task="sst2", method="pafi", budget="100", allocation="row")
+        >>> method_from(config, steps=10).allocation
+        'row'
+    """
+    budget: Any = config.budget
+    if config.method == "id3":
+        method = methods.id3(budget, steps, config.eps, config.exp, config.stride, config.schedule)
+    elif config.method == "repeat_d3":
+        method = methods.repeat_d3(budget, config.eps, config.exp, config.stride)
+    elif config.method == "static_d3":
+        method = methods.static_d3(budget, config.eps, config.exp)
+    elif config.method == "fish":
+        method = methods.fish(budget, loader if loader is not None else (), config.num_samples)
+    elif config.method == "bitfit":
+        method = methods.bitfit(budget)
+    elif config.method == "random_mask":
+        method = methods.random_mask(budget, config.seed)
+    elif config.method == "pafi":
+        method = methods.pafi(budget)
+    else:
+        method = methods.full()
+    changes: dict[str, Any] = {"allocation": config.allocation}
+    if config.scope is not None:
+        changes["scope"] = Scope(config.scope)  # type: ignore[arg-type]  # checked by TrainConfig
+    return method.but(**changes)

@@ -1,0 +1,126 @@
+"""What a run shows while it trains: one live line, and a file of metrics."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from unmask.selection import Selection
+
+
+class LiveProgress(TrainerCallback):
+    """A progress bar with the loss, the unmasked share of the budget, and the last metric.
+
+    Args:
+        selection: The run's selection.
+        metric: Name of the main metric, without the Trainer's ``eval_`` prefix.
+        console: Where to draw.
+    """
+
+    def __init__(self, selection: Selection, metric: str, console: Console) -> None:
+        self._selection, self._metric = selection, metric
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]} · unmasked {task.fields[used]} · {task.fields[metric]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("training", total=1, loss="-", used="-", metric=f"{metric} -")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
+        self._bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        used = f"{self._selection.used:,} of {self._selection.budget:,}"
+        self._bar.update(self._task, completed=state.global_step, used=used)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self._bar.update(self._task, loss=f"{float(logs['loss']):.4f}")
+        if f"eval_{self._metric}" in logs:
+            self._bar.update(self._task, metric=f"{self._metric} {float(logs[f'eval_{self._metric}']):.4f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the live line, if it is still up."""
+        self._bar.stop()
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log of the Trainer to ``metrics.jsonl``, with the selection's state at that step."""
+
+    def __init__(self, path: Path, selection: Selection) -> None:
+        self._path, self._selection = path, selection
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        row = {"step": state.global_step, "epoch": state.epoch, "used": self._selection.used, **(logs or {})}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C finishes the step, saves a checkpoint and stops; a second one stops at once.
+
+    Attributes:
+        interrupted: Whether that happened.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._before: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Gives Ctrl-C back to whoever had it."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        self.restore()
