@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -16,7 +17,7 @@ def plain_sort(scores: torch.Tensor, k: int) -> list[int]:
 
 def stream(scores: torch.Tensor, cuts: list[int], k: int, shuffle: random.Random) -> StreamingTopK:
     edges = [0, *sorted(cuts), scores.numel()]
-    blocks = [(low, scores[low:high]) for low, high in zip(edges, edges[1:], strict=False)]
+    blocks = [(low, scores[low:high]) for low, high in itertools.pairwise(edges)]
     shuffle.shuffle(blocks)
     top = StreamingTopK(k)
     for low, block in blocks:

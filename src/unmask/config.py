@@ -98,12 +98,12 @@ class TrainConfig:
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.task is None) == (self.data is None):
-            raise ConfigError("give either task (with data_dir) or data (with text and label), and not both.")
         if self.task is not None and self.task not in TASKS:
             raise ConfigError(
                 f"unknown task {self.task!r}; there are {', '.join(TASKS)}. For your own files give data."
             )
+        if (self.task is None) == (self.data is None):
+            raise ConfigError("give either task (with data_dir) or data (with text and label), and not both.")
         _one_of("method", self.method, METHODS)
         _one_of("schedule", self.schedule, ("uniform", "cosine", "front-loaded"))
         _one_of("allocation", self.allocation, ("global", "tensor", "row"))

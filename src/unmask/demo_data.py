@@ -30,7 +30,7 @@ TEXTS_SHA = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 _SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 _SNIPPETS_SHA = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
 _WEIGHTS_SIZE = 90_868_376
-_EVALUATED = 2_000
+_EVALUATED = 1_000
 
 SPEC = TaskSpec("movie-snippets", ("sentence",), 2, ("negative", "positive"), ("accuracy",), "accuracy")
 
@@ -73,7 +73,7 @@ def fetch_demo_texts(cache: Path | None = None) -> Path:
 
 
 def load_demo_task(path: Path, seed: int = 0) -> TaskData:
-    """The snippets as binary sentiment: the sign of the mean rating; 2,000 held out, no text on both sides.
+    """The snippets as binary sentiment: the sign of the mean rating; 1,000 held out, no text on both sides.
 
     Args:
         path: From `fetch_demo_texts`.

@@ -15,7 +15,7 @@ UnmaskError
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from types import ModuleType
 
 
@@ -73,7 +73,7 @@ def need(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.split(".")[0]
-        if (error.name or "").split(".")[0] != package:
+        if importlib.util.find_spec(package) is not None:  # it is there, and lacks something itself
             raise
         raise MissingExtraError(
             f"{package!r} is not installed, and this needs it: pip install 'unmask[{extra}]'."

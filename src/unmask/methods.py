@@ -147,18 +147,18 @@ def parse_budget(budget: Budget, total: int | None) -> int:
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, str)):
         raise MethodError(f"budget = {budget!r}; give a count (320_000) or a share of the parameters ('0.17%').")
-    if isinstance(budget, int) or budget.strip().replace("_", "").lstrip("+-").isdigit():
-        count = int(budget)
-        if count < 1:
-            raise MethodError(f"budget = {count}; it must be at least 1.")
-        return count
+    text = str(budget).strip()
     try:
-        share = float(budget.strip().removesuffix("%")) / 100 if budget.strip().endswith("%") else math.nan
+        number = float(text.removesuffix("%")) / 100 if text.endswith("%") else int(text)
     except ValueError:
-        share = math.nan
-    if not 0 < share <= 1:
+        number = math.nan
+    if isinstance(number, int):
+        if number < 1:
+            raise MethodError(f"budget = {number}; it must be at least 1.")
+        return number
+    if not 0 < number <= 1:
         raise MethodError(f"budget = {budget!r}; give a count ('320000') or a share above 0% and up to 100% ('0.17%').")
-    return 1 if total is None else max(1, round(share * total))
+    return 1 if total is None else max(1, round(number * total))
 
 
 def id3(

@@ -163,6 +163,8 @@ class _Run:
         self.eval_sets = {k: Encoded(v, tokenizer, config.max_length, regression) for k, v in data.evals.items()}
         self.steps = planned_steps(config, len(self.train_set))
         set_seed(config.seed)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.selection = self._select(missing)
         self.interrupt = StopOnInterrupt()
         self.progress = LiveProgress(self.selection, self._live_metric(), console)
@@ -215,8 +217,7 @@ class _Run:
             warmup_steps=math.ceil(config.warmup * self.steps),
             max_grad_norm=config.max_grad_norm,
             bf16=config.bf16,
-            gradient_checkpointing=config.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+            use_cpu=not torch.accelerator.is_available(),
             seed=config.seed,
             eval_strategy=eval_strategy,
             eval_steps=config.eval_steps,

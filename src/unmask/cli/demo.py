@@ -24,7 +24,7 @@ from unmask.selection import Selection, select
 from unmask.tasks import compute
 from unmask.tasks.data import Examples, TaskData
 
-_LENGTH, _BATCH, _RATE, _SEED = 48, 16, 2e-3, 0
+_LENGTH, _BATCH, _RATE, _SEED = 32, 16, 2e-3, 0
 
 
 def run_demo(budget: str, steps: int, output: Path | None) -> None:
@@ -81,7 +81,7 @@ def _train(
             optimizer.zero_grad()
             smooth = loss.item() if step == 0 else 0.95 * smooth + 0.05 * loss.item()
             progress.update(bar, advance=1, loss=f"{smooth:.3f}", used=f"{selection.used:,} of {selection.budget:,}")
-            if (step + 1) % 50 == 0:
+            if (step + 1) % 40 == 0:
                 progress.update(bar, metric=f"{_accuracy(model, tokenizer, data, probe):.3f}")
 
 

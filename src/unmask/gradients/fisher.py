@@ -137,6 +137,11 @@ def _power(calibration: Calibration) -> Callable[[Tensor], Tensor]:
 
 def _objectives(model: nn.Module, batch: Any, size: int, calibration: Calibration) -> Iterator[Tensor]:
     """Scalars whose per-sample gradients' powers add up to the statistic: sums, not means, over the batch."""
+    if calibration.loss is None and not isinstance(batch, Mapping):
+        raise MethodError(
+            f"a calibration batch is a {type(batch).__name__}, which model(**batch) cannot take; give mappings, or fish(..., "
+            "loss=...)."
+        )
     if calibration.sample_type == "label":
         loss = calibration.loss(model, batch) if calibration.loss else model(**batch).loss
         if loss is None:

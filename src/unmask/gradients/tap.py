@@ -182,7 +182,8 @@ class TapSet:
         self._tensors = list(tensors)
         self._anchor = torch.zeros((), requires_grad=True)  # makes proxies require grad; never receives one
         self._task: weakref.ref[_EndOfBackward] | None = None
-        self._uses: Counter[int] = Counter()
+        self._uses: Counter[int] = Counter()  # since the last backward
+        self._pieces: set[int] = set()  # tensors used more than once: a backward may bring their gradient in pieces
         self._held: dict[int, Tensor] = {}
         self._seen: set[int] = set()
         for tensor, site in zip(tensors, self._sites, strict=True):
@@ -199,6 +200,7 @@ class TapSet:
         """Drops proxies and counts: the next use of a tensor starts anew."""
         for site in self._sites:
             site.proxy = None
+        self._pieces.clear()
         self._recount()
 
     def _recount(self) -> None:
@@ -217,7 +219,7 @@ class TapSet:
             self._discard_dead_task()
         if not torch.is_grad_enabled():
             if not inside and self._training():
-                self._uses[site.index] += 1
+                self._count(site.index)
             return parameter
         if not self._receiver.wanted(site.index):
             return parameter
@@ -226,15 +228,20 @@ class TapSet:
         if site.proxy is None or site.proxy.data_ptr() != parameter.data_ptr() or site.proxy.dtype != parameter.dtype:
             site.proxy, site.counted = _Tap.apply(self._anchor, parameter, site), False
         if not inside and not site.counted:
-            self._uses[site.index] += 1
+            self._count(site.index)
             site.counted = True
         return site.proxy
+
+    def _count(self, index: int) -> None:
+        self._uses[index] += 1
+        if self._uses[index] > 1:
+            self._pieces.add(index)
 
     def fire(self, index: int, gradient: Tensor) -> None:
         """A tap's backward ran."""
         self._open()
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
-        if self._uses[index] > 1:  # used in several segments: autograd brings the gradient in pieces
+        if index in self._pieces:
             self._held[index] = self._held[index] + gradient if index in self._held else gradient
         elif index in self._seen:
             raise SelectionError(
@@ -251,7 +258,7 @@ class TapSet:
         self._task = None
         held, received = self._held, bool(self._seen or self._held)
         for index in sorted(held):
-            self._receiver.receive(index, held[index])
+            self._receiver.receive(index, held.pop(index))
         self._recount()
         if received:
             self._receiver.end()

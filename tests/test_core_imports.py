@@ -1,0 +1,69 @@
+"""The core needs torch, numpy and safetensors, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+BLOCKED = (
+    "transformers", "peft", "accelerate", "datasets", "huggingface_hub", "tokenizers", "sklearn", "scipy", "typer", "rich",
+    "yaml", "matplotlib", "pandas",
+)  # fmt: skip
+
+BLOCK = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))  # None: an import of it fails\n"
+
+TRAIN = """
+import tempfile, torch, unmask
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+for method in (unmask.id3(6, steps=2), unmask.repeat_d3(6), unmask.pafi(6), unmask.bitfit(), unmask.full(),
+               unmask.fish(6, [torch.ones(2, 4)], loss=lambda m, b: m(b).square().mean())):
+    selection = unmask.select(model, method)
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.ones(3, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert selection.used == selection.budget
+    path = tempfile.mkdtemp() + "/delta.safetensors"
+    selection.delta().save(path)
+    selection.release()
+    model.load_state_dict(base)
+    unmask.SparseDelta.load(path).apply(model)
+    assert any(not torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
+    model.load_state_dict(base)
+"""
+
+NEED = """
+import pytest, unmask
+from unmask.errors import need
+with pytest.raises(unmask.MissingExtraError, match=r"pip install 'unmask\\[eval\\]'"):
+    need("sklearn.metrics", "eval")
+with pytest.raises(ModuleNotFoundError, match="no_such_part"):
+    need("json.no_such_part", "eval")
+"""
+
+LAZY = """
+import sys, unmask
+assert "torch" not in sys.modules
+assert set(unmask.__all__) <= set(dir(unmask))
+assert all(getattr(unmask, name) is not None for name in unmask.__all__)
+assert "torch" in sys.modules
+"""
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_training_saving_and_applying_without_any_extra():
+    python(BLOCK + TRAIN)
+
+
+def test_a_missing_extra_is_named():
+    python(BLOCK + NEED)
+
+
+def test_every_public_name_exists_and_torch_is_imported_on_first_use():
+    python(LAZY)

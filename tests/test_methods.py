@@ -1,0 +1,301 @@
+"""Methods are values: what cannot work is refused when it is built; what can, any heuristic with any strategy, meets b(t)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import unmask
+from helpers import as_lists, assert_same_tensors, batches, dense_gradients, first_k, mean_square, mlp, snapshot, train
+from unmask import MethodError, NonFiniteGradientError
+from unmask.gradients import streamed
+from unmask.heuristics import Heuristic
+
+# Budgets.
+
+
+@pytest.mark.parametrize(
+    "budget", [0, -1, "0", "-5", "0%", "101%", "-1%", "nan%", "inf%", "%", "", "abc", "1.5", "--5", "²", "1__0", True, 1.5, b"3"]
+)
+def test_a_budget_that_is_none_is_refused_by_every_preset(budget):
+    for preset in (unmask.pafi, unmask.static_d3, unmask.repeat_d3, unmask.random_mask, unmask.bitfit):
+        with pytest.raises(MethodError, match="budget ="):
+            preset(budget)
+    with pytest.raises(MethodError, match="budget ="):
+        unmask.id3(budget, steps=3)
+
+
+@pytest.mark.parametrize(
+    ("budget", "count"),
+    [(1, 1), ("7", 7), ("1_00", 100), (126, 126), ("100%", 126), ("50%", 63), ("0.0001%", 1), (" 5 ", 5)],
+)
+def test_a_budget_is_a_count_or_a_share_of_the_models_parameters(budget, count):
+    selection = unmask.select(mlp(), unmask.pafi(budget))
+    assert (selection.budget, selection.values.numel(), selection.used) == (count, count, count)
+
+
+@pytest.mark.parametrize(("budget", "patterns"), [(127, {}), (43, {"include": "^0"}), ("100%", {"exclude": "bias"})])
+def test_a_budget_above_the_eligible_weights_is_refused_and_the_model_left_alone(budget, patterns):
+    model = mlp()
+    with pytest.raises(MethodError, match="are eligible"):
+        unmask.select(model, unmask.id3(budget, steps=3), **patterns)
+    assert all(type(p) is nn.Parameter and p.requires_grad for p in model.parameters())
+
+
+# Names and parameters.
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: unmask.heuristic("d4"),
+        lambda: unmask.heuristic("d3", epsilon=1.0),
+        lambda: unmask.heuristic("random", exp=1.0),
+        lambda: unmask.heuristic("gradient", seed=1),
+        lambda: unmask.pafi(3).but(strategy="incremental"),
+        lambda: unmask.pafi(3).but(allocation="layer"),
+        lambda: unmask.pafi(3).but(heuristic="snip"),
+        lambda: unmask.pafi(3).but(schedule="cosine"),
+        lambda: unmask.pafi(3).but(heuristic=unmask.heuristic("fisher")),
+        lambda: unmask.fish(3, []).but(strategy="repeat"),
+        lambda: unmask.id3(3, steps=2, schedule="linear"),
+        lambda: unmask.fish(3, [], num_samples=0),
+        lambda: unmask.fish(3, [], sample_type="labels"),
+        lambda: unmask.fish(3, [], grad_type="cube"),
+        lambda: unmask.fish(3, [], sample_type="expect", loss=lambda m, b: m(b)),
+        lambda: unmask.register_heuristic("d3", lambda w, g: g),
+        lambda: unmask.register_heuristic("mine", lambda w, g: g, needs="fisher"),
+    ],
+)
+def test_what_cannot_work_is_refused_when_it_is_built(build, registry):
+    known = set(registry)
+    with pytest.raises(MethodError):
+        build()
+    assert set(registry) == known
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        lambda **k: unmask.id3(3, steps=2, **k),
+        lambda **k: unmask.static_d3(3, **k),
+        lambda **k: unmask.repeat_d3(3, **k),
+    ],
+)
+@pytest.mark.parametrize("eps", [0.0, -1.0, math.nan, math.inf])
+def test_an_eps_that_lets_zero_weights_divide_by_zero_is_refused(preset, eps):
+    with pytest.raises(MethodError, match="eps ="):
+        preset(eps=eps)
+    if eps == 0.0:
+        assert preset(eps=eps, exp=-1.0).heuristic.parameters == {"eps": 0.0, "exp": -1.0}
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude", "dense", "new"])
+@pytest.mark.parametrize(
+    ("pattern", "why"), [("nothing_here", "found in no parameter name"), ("(", "no regular expression")]
+)
+def test_a_pattern_that_finds_nothing_or_is_invalid_is_refused(argument, pattern, why):
+    with pytest.raises(MethodError, match=f"{argument}: .* {why}" if why[0] == "n" else why):
+        unmask.select(mlp(), unmask.pafi(3), **{argument: ["weight", pattern] if argument == "include" else pattern})
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "why"),
+    [
+        (mlp(), {"include": "0", "exclude": "0"}, "no tensor is left"),
+        (mlp(), {"include": "0", "exclude": "0", "dense": "^4"}, "leave no tensor for the budget"),
+        (mlp(), {"dense": "."}, "leave no tensor for the budget"),
+        (nn.Tanh(), {}, "has no parameters"),
+        (mlp(), {"accumulation": "both"}, "accumulation ="),
+        (
+            nn.ParameterList([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2).int(), False)]),
+            {"dense": "1"},
+            "int32",
+        ),
+    ],
+)
+def test_a_selection_of_nothing_is_refused(model, kwargs, why):
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(MethodError, match=why):
+        unmask.select(model, unmask.bitfit(1).but(scope=unmask.Scope("all")), **kwargs)
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+# Scopes.
+
+
+class Zoo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(2, 2), nn.LayerNorm(2)
+        self.attention, self.lstm, self.conv = nn.MultiheadAttention(2, 1), nn.LSTM(2, 2), nn.Conv1d(1, 1, 1)
+        self.relative_attention_bias, self.scale = nn.Embedding(2, 2), nn.Parameter(torch.ones(2))
+        self.steps = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+
+
+TRUE_BIASES = {
+    "linear.bias", "norm.bias", "attention.in_proj_bias", "attention.out_proj.bias", "lstm.bias_ih_l0", "lstm.bias_hh_l0",
+    "conv.bias",
+}  # fmt: skip
+
+
+def test_bitfit_takes_true_biases_or_every_vector():
+    assert set(unmask.select(Zoo(), unmask.bitfit()).indices) == TRUE_BIASES
+    assert set(unmask.select(Zoo(), unmask.bitfit(ndim1=True)).indices) == {*TRUE_BIASES, "norm.weight", "scale"}
+
+
+def test_bitfit_with_a_budget_takes_the_first_names():
+    selection = unmask.select(Zoo(), unmask.bitfit(budget=9))
+    assert as_lists(selection.indices) == {
+        "attention.in_proj_bias": [*range(6)],
+        "attention.out_proj.bias": [0, 1],
+        "conv.bias": [0],
+    }
+
+
+def test_scopes_and_patterns_compose():
+    linear = unmask.select(Zoo(), unmask.pafi(8).but(scope=unmask.Scope("linear")))
+    assert set(linear.indices) == {"linear.weight", "attention.out_proj.weight"}
+    named = unmask.pafi("100%").but(budget=None, scope=unmask.patterns(r"^lstm", "scale"))
+    selection = unmask.select(Zoo(), named, include=["weight", "bias"], exclude="_hh_")
+    assert set(selection.indices) == {"lstm.weight_ih_l0", "lstm.bias_ih_l0"}
+    everything = unmask.select(Zoo(), unmask.pafi(1).but(budget=None))
+    assert "steps" not in everything.indices
+    assert everything.budget == sum(p.numel() for p in Zoo().parameters() if p.is_floating_point())
+
+
+# Heuristics.
+
+
+def test_pafi_takes_the_smallest_weights():
+    model = mlp()
+    scores = {name: -p.detach().abs() for name, p in model.named_parameters()}
+    assert as_lists(unmask.select(model, unmask.pafi(30)).indices) == first_k(scores, 30)
+
+
+def test_a_random_mask_is_its_seed_and_spreads_evenly():
+    masks = [as_lists(unmask.select(mlp(width=30), unmask.random_mask(900, seed=seed)).indices) for seed in (0, 0, 1)]
+    assert masks[0] == masks[1] != masks[2]
+    share = sum(map(len, masks[0].values())) / (3 * 30 * 31)
+    for name in ("0.weight", "2.weight", "4.weight"):
+        assert len(masks[0][name]) / 900 == pytest.approx(share, abs=0.06)
+
+
+@pytest.mark.parametrize("name", ["d3", "gradient", "snip"])
+def test_gradient_heuristics_rank_as_their_formula(name):
+    model, x = mlp(), batches(1)[0]
+    gradients = dense_gradients(model, lambda m: mean_square(m, x))
+    formula = {
+        "d3": lambda w, g: g.abs() / (w.abs() + 1) ** 2,
+        "gradient": lambda w, g: g.abs(),
+        "snip": lambda w, g: (g * w).abs(),
+    }
+    scores = {n: formula[name](p.detach(), gradients[n]) for n, p in model.named_parameters()}
+    selection = unmask.select(model, unmask.static_d3(20).but(heuristic=unmask.heuristic(name)))
+    train(model, torch.optim.SGD(selection.parameters(), lr=0.1), [x])
+    assert as_lists(selection.indices) == first_k(scores, 20)
+
+
+@pytest.mark.parametrize("function", [lambda w, g: w, lambda w, g: g], ids=["weight", "gradient"])
+def test_a_heuristic_may_return_the_weight_or_the_gradient_itself(function, registry):
+    model = mlp()
+    base = snapshot(model)
+    method = unmask.id3(20, steps=4).but(heuristic=unmask.register_heuristic("itself", function))
+    selection = unmask.select(model, method)
+    train(model, torch.optim.AdamW(selection.parameters(), lr=0.1), batches(4))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    moved = sum(int((tensor != base[name]).sum()) for name, tensor in snapshot(model).items())
+    assert moved == selection.used == 20
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "why"),
+    [
+        (lambda w, g: g.abs().log(), NonFiniteGradientError, "-inf"),
+        (lambda w, g: 1 / g, NonFiniteGradientError, "inf"),
+        (lambda w, g: g * torch.nan, NonFiniteGradientError, "nan"),
+        (lambda w, g: g.sum(-1), MethodError, "one score per weight"),
+    ],
+)
+def test_scores_that_are_no_ranking_are_refused_and_nothing_is_changed(function, error, why, registry):
+    model = mlp(depth=2)
+    before = snapshot(model)
+    heuristic = unmask.register_heuristic("odd", function)
+    selection = unmask.select(model, unmask.static_d3(3).but(heuristic=heuristic))
+    optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
+    with pytest.raises(error, match=why):  # noqa: PT012
+        (model(batches(1)[0]).square().sum() * 0).backward()  # every gradient is zero
+        optimizer.step()
+    assert_same_tensors(before, snapshot(model))
+
+
+def test_a_heuristic_that_looks_at_whole_tensors_gets_them(registry, monkeypatch):
+    monkeypatch.setattr(streamed, "BLOCK", 7)
+    shapes = []
+
+    def normed(weight, gradient):
+        shapes.append(weight.numel())
+        return gradient.abs() / gradient.abs().sum()
+
+    model = mlp()
+    heuristic = unmask.register_heuristic("normed", normed, elementwise=False)
+    unmask.select(model, unmask.static_d3(5).but(heuristic=heuristic))
+    mean_square(model, batches(1)[0]).backward()
+    assert sorted(shapes) == [6] * 3 + [36] * 3
+
+
+# Any heuristic, any strategy, any allocation.
+
+HEURISTICS = ["d3", "gradient", "snip", "magnitude", "random", "constant"]
+
+
+@pytest.mark.parametrize("block", [5, 1 << 20])
+@pytest.mark.parametrize("allocation", ["global", "tensor", "row"])
+@pytest.mark.parametrize("strategy", ["static", "increment", "repeat"])
+@pytest.mark.parametrize("heuristic", HEURISTICS)
+def test_any_composition_meets_the_schedule_and_the_caps(heuristic, strategy, allocation, block, monkeypatch):
+    monkeypatch.setattr(streamed, "BLOCK", block)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3), nn.LayerNorm(3))
+    B, N = 47, 99
+    method = unmask.Method(
+        *("any", B, unmask.heuristic(heuristic), strategy),
+        schedule=unmask.schedule("uniform", 4, stride=1 if strategy == "repeat" else 2),
+        allocation=allocation,
+    )
+    base, selection = snapshot(model), unmask.select(model, method)
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=0.1, weight_decay=0.1)
+    for t, x in enumerate(batches(5)):
+        train(model, optimizer, [x])
+        indices = selection.indices
+        assert selection.used == method.cumulative(t, B) == sum(flat.numel() for flat in indices.values())
+        for name, flat in indices.items():
+            assert flat.tolist() == sorted(set(flat.tolist()))
+            shape = base[name].shape
+            columns = shape[-1] if allocation == "row" else base[name].numel()
+            counts = torch.bincount(flat // columns)
+            if allocation != "global":
+                assert counts.max() <= math.ceil(B * columns / N)
+    assert selection.used == B
+
+
+@pytest.mark.parametrize("allocation", ["tensor", "row"])
+def test_a_vector_longer_than_a_block_has_one_bound(allocation, monkeypatch):
+    monkeypatch.setattr(streamed, "BLOCK", 4)
+    model = nn.ParameterDict({"long": torch.randn(40), "other": torch.randn(5, 8)})
+    selection = unmask.select(model, unmask.pafi(20).but(allocation=allocation))
+    assert {name: flat.numel() for name, flat in selection.indices.items()} == {"long": 10, "other": 10}
+
+
+def test_a_method_is_frozen_and_describes_itself_in_json_values():
+    method = unmask.id3(5, steps=3, exp=0.0, stride=2, schedule="cosine")
+    with pytest.raises(AttributeError):
+        method.budget = 6
+    assert method.describe() == {
+        "name": "id3", "heuristic": "d3", "parameters": {"eps": 1.0, "exp": 0.0}, "strategy": "increment",
+        "schedule": "cosine", "steps": 3, "stride": 2, "scope": "all", "patterns": [], "allocation": "global",
+    }  # fmt: skip
+    assert isinstance(method.but(heuristic=unmask.heuristic("snip")).heuristic, Heuristic)
+    assert method.heuristic.name == "d3"
