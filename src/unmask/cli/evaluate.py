@@ -40,7 +40,7 @@ def _examples(
     delta: SparseDelta, task: str | None, data_dir: str | None, data: str | None, columns: tuple[str, str | None, str]
 ) -> tuple[TaskSpec, dict[str, Examples]]:
     if data is None:
-        loaded = load_glue(str(task), data_dir)
+        loaded = load_glue(str(task), data_dir, need_train=False)
         return loaded.spec, dict(loaded.evals)
     if task is not None:
         raise ConfigError("give either --task or --data, not both.")

@@ -1,38 +1,17 @@
-"""What a task is, and what a loaded one holds."""
+"""What a loaded task holds."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from unmask.errors import DataError
+from unmask.tasks.labels import decode
+from unmask.tasks.spec import TaskSpec
+from unmask.tasks.tables import Table
 
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """A classification or regression task on one text or a pair of texts.
-
-    Attributes:
-        name: E.g. ``"sst2"``.
-        text_columns: One or two column names.
-        num_labels: Classes; 1 for regression.
-        label_names: Names of the classes in the order of their ids; None for regression or plain ids.
-        metrics: What is reported, of accuracy, f1, matthews, pearson, spearman, pearson_spearman, mse.
-        main_metric: What runs are compared by; higher is better, but for mse.
-    """
-
-    name: str
-    text_columns: tuple[str, ...]
-    num_labels: int
-    label_names: tuple[str, ...] | None
-    metrics: tuple[str, ...]
-    main_metric: str
-
-    @property
-    def regression(self) -> bool:
-        """Whether labels are real numbers."""
-        return self.num_labels == 1
+__all__ = ["Examples", "TaskData", "TaskSpec", "examples"]
 
 
 @dataclass(frozen=True)
@@ -43,19 +22,45 @@ class Examples:
         texts: First texts.
         pairs: Second texts, or None.
         labels: Class ids, or real numbers for regression.
+
+    Raises:
+        DataError: The lists are not of one length.
     """
 
     texts: list[str]
     pairs: list[str] | None
     labels: list[int] | list[float]
 
+    def __post_init__(self) -> None:
+        sizes = {len(self.texts), len(self.labels)} | ({len(self.pairs)} if self.pairs is not None else set())
+        if len(sizes) > 1:
+            raise DataError(f"texts, pairs and labels must be of one length; they are of {sorted(sizes)}.")
+
     def __len__(self) -> int:
         return len(self.texts)
+
+    def take(self, rows: Sequence[int]) -> Examples:
+        """The examples of the given rows, in that order.
+
+        Example:
+            >>> Examples(["a", "b", "c"], None, [0, 1, 0]).take([2, 1])
+            Examples(texts=['c', 'b'], pairs=None, labels=[0, 1])
+        """
+        pairs = None if self.pairs is None else [self.pairs[row] for row in rows]
+        labels: Any = [self.labels[row] for row in rows]
+        return Examples([self.texts[row] for row in rows], pairs, labels)
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """A loaded task: a training split and one or more evaluation splits by name."""
+    """A loaded task.
+
+    Attributes:
+        spec: The task.
+        train: Its training split.
+        evals: Its evaluation splits by name, the main one first.
+        notes: What the user should know of the loading: rows left out, rows held out, sizes that are not the official.
+    """
 
     spec: TaskSpec
     train: Examples
@@ -63,57 +68,41 @@ class TaskData:
     notes: tuple[str, ...] = field(default=())
 
 
-def examples(
-    spec: TaskSpec, rows: Sequence[Mapping[str, object]], columns: Sequence[str], label: str, source: str
-) -> Examples:
-    """Builds examples from rows, and checks each.
+def examples(spec: TaskSpec, table: Table, columns: Sequence[str], label: str, keep_empty: bool = False) -> Examples:
+    """Builds examples from a table, and checks each.
 
     Args:
-        spec: Says how many texts and which labels there are.
-        rows: Mappings of column to value.
+        spec: Says which labels there are.
+        table: The rows.
         columns: The text columns, one or two.
         label: The label column.
-        source: Names the rows' origin in errors.
+        keep_empty: Let one text of a pair be empty.
 
     Raises:
-        DataError: No rows, a missing column, an empty text, or a label outside the task's.
+        DataError: A missing column, an empty text, or a label outside the task's.
 
     Example:
         >>> spec = TaskSpec("t", ("text",), 2, ("bad", "good"), ("accuracy",), "accuracy")
-        >>> examples(spec, [{"text": "fine", "label": "good"}], ["text"], "label", "here").labels
+        >>> examples(spec, Table("here", {"text": ["fine"], "y": ["good"]}, [1]), ["text"], "y").labels
         [1]
     """
-    if not rows:
-        raise DataError(f"{source} holds no examples.")
-    for column in (*columns, label):
-        if column not in rows[0]:
-            raise DataError(f"{source} has no column {column!r}; its columns are {', '.join(map(str, rows[0]))}.")
-    texts = [[_text(row[c], c, source, i) for i, row in enumerate(rows, 1)] for c in columns]
-    labels = [_label(spec, row[label], source, i) for i, row in enumerate(rows, 1)]
-    return Examples(texts[0], texts[1] if len(texts) > 1 else None, labels)  # type: ignore[arg-type]
+    texts = [list(table.column(column)) for column in columns]
+    labels: list[Any] = []
+    for row, value in enumerate(table.column(label)):
+        filled = [_is_text(table, row, column, cells[row]) for column, cells in zip(columns, texts, strict=True)]
+        if not (any(filled) if keep_empty else all(filled)):
+            column = columns[filled.index(False)]
+            raise DataError(f"{table.where(row)}: the text in column {column!r} is empty; mend or drop the row.")
+        try:
+            labels.append(decode(spec, value))
+        except DataError as error:
+            raise DataError(f"{table.where(row)}, column {label!r}: {error}") from error
+    kept = [[cell or "" for cell in cells] for cells in texts]  # None, where an empty text is let through
+    return Examples(kept[0], kept[1] if len(kept) > 1 else None, labels)
 
 
-def _text(value: object, column: str, source: str, row: int) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(
-            f"{source}, row {row}: column {column!r} holds {value!r}, which is no text; mend or drop the row."
-        )
-    return value
-
-
-def _label(spec: TaskSpec, value: object, source: str, row: int) -> int | float:
-    where = f"{source}, row {row}: label {value!r}"
-    try:
-        number = float(str(value).strip())
-    except ValueError:
-        number = math.nan
-    if spec.regression:
-        if not math.isfinite(number):
-            raise DataError(f"{where} is no finite number.")
-        return number
-    if spec.label_names and str(value).strip() in spec.label_names:
-        return spec.label_names.index(str(value).strip())
-    if number in range(spec.num_labels):
-        return int(number)
-    names = f" or one of {', '.join(spec.label_names)}" if spec.label_names else ""
-    raise DataError(f"{where} is outside the range: task {spec.name!r} has ids 0 to {spec.num_labels - 1}{names}.")
+def _is_text(table: Table, row: int, column: str, value: object) -> bool:
+    """Whether a cell holds any text; a cell of another type is an error."""
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{table.where(row)}: column {column!r} holds {value!r:.60}, which is no text.")
+    return bool(value and value.strip())

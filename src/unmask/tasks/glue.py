@@ -1,39 +1,36 @@
-"""The GLUE tasks (arXiv 1804.07461), from folders or from the Hugging Face hub."""
+"""The GLUE tasks (Wang et al., 2018, arXiv 1804.07461): the table, and loading by name."""
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from unmask.errors import DataError, need
+from unmask.errors import DataError
 from unmask.tasks.data import Examples, TaskData, TaskSpec, examples
+from unmask.tasks.glue_files import load_folder
+from unmask.tasks.hub import load_splits, split_table
+from unmask.tasks.spec import HubSource
 
 _HUB = "nyu-mll/glue"
 _NLI2 = ("entailment", "not_entailment")
 _NLI3 = ("entailment", "neutral", "contradiction")
 _PAIR = ("sentence1", "sentence2")
+_CORRELATIONS = ("pearson_spearman", "pearson", "spearman")
+_TWO_DEVS = (("validation_matched", "dev_matched"), ("validation_mismatched", "dev_mismatched"))
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a task's columns stand: each a name to look for, first hit wins; headerless files by column number."""
-
-    folder: str
-    texts: tuple[tuple[str, ...], ...]
-    label: tuple[str, ...]
-    headerless: Mapping[str, int] | None = None
-    evals: tuple[str, ...] = ("dev",)
-    hub_evals: tuple[str, ...] = ("validation",)
-
-
-def _spec(name: str, columns: tuple[str, ...], labels: tuple[str, ...] | None, metrics: tuple[str, ...]) -> TaskSpec:
-    return TaskSpec(
-        name, columns, len(labels) if labels else 1, labels, metrics, metrics[-1] if not labels else metrics[0]
-    )
+def _spec(
+    name: str,
+    texts: tuple[str, ...],
+    labels: tuple[str, ...] | None,
+    metrics: tuple[str, ...],
+    evals: tuple[tuple[str, str], ...] = (("validation", "dev"),),
+) -> TaskSpec:
+    """A task whose main metric is the first, and whose columns are named as on the hub; without labels STS-B's range."""
+    source = HubSource(_HUB, name, texts, evals=evals)
+    if labels is None:
+        return TaskSpec(name, texts, 1, None, metrics, metrics[0], label_range=(0.0, 5.0), hub=source)
+    return TaskSpec(name, texts, len(labels), labels, metrics, metrics[0], hub=source)
 
 
 GLUE: Mapping[str, TaskSpec] = {
@@ -43,33 +40,27 @@ GLUE: Mapping[str, TaskSpec] = {
         _spec("sst2", ("sentence",), ("negative", "positive"), ("accuracy",)),
         _spec("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
         _spec("rte", _PAIR, _NLI2, ("accuracy",)),
-        _spec("stsb", _PAIR, None, ("pearson", "spearman", "pearson_spearman")),
+        _spec("stsb", _PAIR, None, _CORRELATIONS),
         _spec("qnli", ("question", "sentence"), _NLI2, ("accuracy",)),
         _spec("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
-        _spec("mnli", ("premise", "hypothesis"), _NLI3, ("accuracy",)),
+        _spec("mnli", ("premise", "hypothesis"), _NLI3, ("accuracy",), _TWO_DEVS),
     )
 }
 
-_TWO = (("sentence1", "#1 String", "text_a"), ("sentence2", "#2 String", "text_b"))
-_SOURCES = {
-    "cola": _Source("CoLA", (("sentence",),), ("label",), headerless={"label": 1, "sentence": 3}),
-    "sst2": _Source("SST-2", (("sentence",),), ("label",)),
-    "mrpc": _Source("MRPC", _TWO, ("label", "Quality")),
-    "rte": _Source("RTE", _TWO, ("label",)),
-    "stsb": _Source("STS-B", _TWO, ("label", "score")),
-    "qnli": _Source("QNLI", (("question", "text_a"), ("sentence", "text_b")), ("label",)),
-    "qqp": _Source("QQP", (("question1", "text_a"), ("question2", "text_b")), ("label", "is_duplicate")),
-    "mnli": _Source(
-        "MNLI",
-        (("premise", "sentence1", "text_a"), ("hypothesis", "sentence2", "text_b")),
-        ("label", "gold_label"),
-        evals=("dev_matched", "dev_mismatched", "dev"),
-        hub_evals=("validation_matched", "validation_mismatched"),
-    ),
+# Training and development examples (MNLI: matched, mismatched), as the hub has them.
+_OFFICIAL: Mapping[str, Mapping[str, int]] = {
+    "cola": {"train": 8_551, "dev": 1_043},
+    "sst2": {"train": 67_349, "dev": 872},
+    "mrpc": {"train": 3_668, "dev": 408},
+    "rte": {"train": 2_490, "dev": 277},
+    "stsb": {"train": 5_749, "dev": 1_500},
+    "qnli": {"train": 104_743, "dev": 5_463},
+    "qqp": {"train": 363_846, "dev": 40_430},
+    "mnli": {"train": 392_702, "dev_matched": 9_815, "dev_mismatched": 9_832},
 }
 
 
-def load_glue(name: str, data_dir: str | Path | None = None) -> TaskData:
+def load_glue(name: str, data_dir: str | Path | None = None, *, need_train: bool = True) -> TaskData:
     """Loads a GLUE task's training and development splits.
 
     Args:
@@ -77,99 +68,44 @@ def load_glue(name: str, data_dir: str | Path | None = None) -> TaskData:
         data_dir: The folder that holds the tasks' folders (``CoLA``, ``SST-2``, ...), or the task's own: ``train.tsv`` and
             ``dev.tsv`` (``dev_matched.tsv`` and ``dev_mismatched.tsv`` for MNLI), or ``.json`` files of
             ``{"0": {"text_a", "text_b", "label"}}``. None: the Hugging Face hub.
+        need_train: False, to evaluate: let the folder lack the training file, and the training split be empty.
+
+    Returns:
+        Evaluation splits ``dev``, or ``dev_matched`` and ``dev_mismatched``. Labels have the hub's ids. A note says where a
+        split has not the official number of examples: its score is then not the task's official score.
 
     Raises:
         DataError: An unknown task, a missing folder or file, or a bad row.
     """
     if name not in GLUE:
         raise DataError(f"unknown GLUE task {name!r}; there are {', '.join(sorted(GLUE))}.")
-    spec, source = GLUE[name], _SOURCES[name]
-    if data_dir is None:
-        return _from_hub(spec, source)
-    folder = _folder(Path(data_dir), source.folder)
-    train = _examples(spec, source, _split(folder, "train"))
-    evals = {n: _examples(spec, source, _split(folder, n)) for n in source.evals if _find(folder, n)}
-    if not evals:
-        raise DataError(f"{str(folder)!r} has no {source.evals[0]}.tsv (or .json); it holds {_listing(folder)}.")
-    return TaskData(spec, train, evals)
+    spec = GLUE[name]
+    train, evals, notes = _from_hub(spec) if data_dir is None else load_folder(spec, Path(data_dir), need_train)
+    return TaskData(spec, train, evals, (*notes, *_unofficial(name, {"train": train, **evals})))
 
 
-def _folder(given: Path, name: str) -> Path:
-    if not given.is_dir():
-        raise DataError(f"there is no data folder {str(given)!r}.")
-    if (given / name).is_dir():
-        return given / name
-    if _find(given, "train"):
-        return given
-    raise DataError(f"{str(given)!r} has neither a folder {name!r} nor train.tsv; it holds {_listing(given)}.")
-
-
-def _listing(folder: Path) -> str:
-    return ", ".join(sorted(p.name for p in folder.iterdir())[:20]) or "nothing"
-
-
-def _find(folder: Path, split: str) -> Path | None:
-    return next((p for p in (folder / f"{split}.tsv", folder / f"{split}.json") if p.is_file()), None)
-
-
-def _split(folder: Path, split: str) -> Path:
-    path = _find(folder, split)
-    if path is None:
-        raise DataError(f"{str(folder)!r} has no {split}.tsv (or .json); it holds {_listing(folder)}.")
-    return path
-
-
-def _examples(spec: TaskSpec, source: _Source, path: Path) -> Examples:
-    rows = _read_json(path) if path.suffix == ".json" else _read_tsv(path, source.headerless)
-    if not rows:
-        raise DataError(f"{str(path)!r} holds no examples.")
-    columns = [_pick(rows[0], names, path) for names in source.texts]
-    return examples(spec, rows, columns, _pick(rows[0], source.label, path), str(path))
-
-
-def _pick(row: Mapping[str, Any], names: tuple[str, ...], path: Path) -> str:
-    for name in names:
-        if name in row:
-            return name
-    raise DataError(f"{str(path)!r} has no column {' or '.join(map(repr, names))}; its columns are {', '.join(row)}.")
-
-
-def _read_tsv(path: Path, headerless: Mapping[str, int] | None) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    if headerless is None:
-        header, lines = (lines[0], lines[1:]) if lines else ([], [])
-        wanted = {name: column for column, name in enumerate(header)}
-        least = len(header)
-    else:
-        wanted, least = dict(headerless), 1 + max(headerless.values())
-    for number, line in enumerate(lines, 1 if headerless else 2):
-        if line and len(line) < least:
-            raise DataError(f"{str(path)!r}, line {number}: {len(line)} columns where {least} are needed.")
-    return [{name: line[column] for name, column in wanted.items()} for line in lines if line]
-
-
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{str(path)!r} is no valid JSON: {error}.") from error
-    return list(loaded.values()) if isinstance(loaded, dict) else list(loaded)
-
-
-def _from_hub(spec: TaskSpec, source: _Source) -> TaskData:
-    datasets = need("datasets", "hf")
-    try:
-        loaded = datasets.load_dataset(_HUB, spec.name)
-    except Exception as error:  # datasets raises many kinds: offline, not found, broken cache
-        raise DataError(
-            f"{_HUB}/{spec.name} cannot be loaded from the hub ({type(error).__name__}: {error}); without a network give the "
-            "folder of the task's files as data_dir."
-        ) from error
+def _from_hub(spec: TaskSpec) -> tuple[Examples, dict[str, Examples], tuple[str, ...]]:
+    hub = spec.hub
+    if hub is None:
+        raise DataError(f"task {spec.name!r} is not on the hub; give its files with data_dir.")
+    splits = load_splits(hub.path, hub.config, "give the folder of the task's files with data_dir")
+    source = f"{hub.path}:{hub.config}"
 
     def split(name: str) -> Examples:
-        rows = loaded[name]
-        columns = [_pick(rows[0], names, Path(name)) for names in source.texts]
-        return examples(spec, list(rows), columns, "label", f"{_HUB}/{spec.name}:{name}")
+        table = split_table(splits, name, source, (*hub.texts, hub.label))
+        return examples(spec, table, hub.texts, hub.label, keep_empty=spec.name == "qqp")
 
-    return TaskData(spec, split("train"), {name: split(name) for name in source.hub_evals})
+    return split(hub.train), {ours: split(theirs) for theirs, ours in hub.evals}, ()
+
+
+def _unofficial(name: str, splits: Mapping[str, Examples]) -> tuple[str, ...]:
+    """A note where a loaded split is a sample, or another version, of the official one."""
+    official = _OFFICIAL[name]
+    other = [
+        f"{split} has {len(found):,} examples (official: {format(official[split], ',') if split in official else 'none'})"
+        for split, found in splits.items()
+        if len(found) and len(found) != official.get(split)
+    ]
+    if not other:
+        return ()
+    return (f"not the official {name} data: {'; '.join(other)}; do not report the score as the official one",)
