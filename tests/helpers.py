@@ -116,3 +116,38 @@ def id3_run(
 ) -> tuple[Selection, torch.optim.Optimizer]:
     selection = unmask.select(model, unmask.id3(budget=budget, steps=steps))
     return selection, torch.optim.AdamW(selection.parameters(), lr=lr)
+
+
+class Travelling(nn.Module):
+    """A body, running statistics, a tied output, a column-major tensor, a scalar and a new head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 6)
+        self.body = mlp(depth=2)
+        self.norm = nn.BatchNorm1d(6)
+        self.turned = nn.Parameter(torch.randn(6, 6).t())
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.out = nn.Linear(6, 9, bias=False)
+        self.out.weight = self.embed.weight
+        self.head = nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = x[:, :3].abs().mul(3).long().clamp(max=8)
+        x = self.norm(self.body(x + self.embed(ids).mean(1)) @ self.turned * self.scale)
+        return self.head(self.out(x))
+
+
+def travelling(dtype: torch.dtype = torch.float32, seed: int = 0) -> Travelling:
+    torch.manual_seed(seed)
+    return Travelling().to(dtype)
+
+
+def trained(
+    dtype: torch.dtype = torch.float32, method: unmask.Method | None = None, **patterns: str
+) -> tuple[nn.Module, nn.Module, Selection]:
+    """(base, tuned, selection)."""
+    base, tuned = travelling(dtype), travelling(dtype)
+    selection = unmask.select(tuned, method or unmask.id3(60, steps=3), **patterns)
+    train(tuned, torch.optim.AdamW(selection.parameters(), lr=0.1), batches(4, dtype=dtype))
+    return base, tuned, selection

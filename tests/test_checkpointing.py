@@ -132,27 +132,34 @@ def test_two_backwards_of_one_graph(kind):
     check(selection, dense_of(model, lambda m: 2 * loss_of(m, data())))
 
 
-@pytest.mark.parametrize("kind", ["none", "non-reentrant"])
-def test_a_state_carried_over_from_an_earlier_backward(kind):
+def hidden_state(model):
     """Truncated backpropagation with an overlap: the second graph contains the first one."""
+    hidden = model(data())
+    yield hidden.sin().sum()
+    yield model(hidden).cos().sum()
 
-    def two_losses(model):
-        hidden = model(data())
-        yield hidden.sin().sum()
-        yield model(hidden).cos().sum()
 
-    model, selection = build(kind)
-    for loss in two_losses(model):
+def interleaved(model):
+    """The last graph was begun before the second backward."""
+    losses = [loss_of(model, data(i)) for i in range(3)]
+    yield losses[0]
+    losses.append(loss_of(model, data(3)))
+    yield losses[1]
+    yield losses[2] + losses[3] + loss_of(model, data(4))
+
+
+@pytest.mark.parametrize("kind", ["none", "non-reentrant"])
+@pytest.mark.parametrize("losses", [hidden_state, interleaved])
+@pytest.mark.parametrize(
+    ("method", "accumulation"),
+    [(unmask.random_mask("100%"), "exact"), (unmask.static_d3(30), "candidates"), (unmask.static_d3(30), "exact")],
+)
+def test_graphs_that_reach_across_an_earlier_backward(kind, losses, method, accumulation):
+    model = Net(kind)
+    selection = unmask.select(model, method, accumulation=accumulation)
+    for loss in losses(model):
         loss.backward(retain_graph=True)
-    check(selection, dense_of(model, lambda m: sum(two_losses(m))))
-
-
-def test_backwards_interleaved_with_forwards():
-    model, selection = build()
-    first, second = loss_of(model, data()), loss_of(model, data(1))
-    first.backward()
-    (second + loss_of(model, data(2))).backward()
-    check(selection, dense_of(model, lambda m: sum(loss_of(m, data(i)) for i in range(3))))
+    check(selection, dense_of(model, lambda m: sum(losses(m))))
 
 
 class Explosive(torch.autograd.Function):
@@ -184,7 +191,7 @@ def test_a_backward_that_dies_leaves_the_step_to_the_next_one(kind, nested, meth
         optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
 
         def backward(x, model=model):
-            model.outside(Explosive.apply(model(x))).sum().backward()
+            loss_of(model, Explosive.apply(x)).backward()  # dies after most taps have fired
 
         for i in range(3):
             if dies:
@@ -204,22 +211,22 @@ def test_a_backward_that_dies_leaves_the_step_to_the_next_one(kind, nested, meth
     assert_same_tensors(results[0][1], results[1][1])
 
 
-def test_a_micro_batch_that_dies_does_not_count():
-    model, selection = build(method=unmask.static_d3(20))
-    twin = Net()
+@pytest.mark.parametrize(("accumulation", "counted"), [("candidates", [0, 2]), ("exact", [2])])
+def test_a_micro_batch_that_dies_does_not_count(accumulation, counted):
+    """Half of its dense gradients are in the sums of "exact" already, so there the window starts anew."""
+    model, twin = Net(), Net()
     twin.load_state_dict(model.state_dict())
-    alone = unmask.select(twin, unmask.static_d3(20))
+    selection, expected = (unmask.select(m, unmask.static_d3(20), accumulation=accumulation) for m in (model, twin))
+    loss_of(model, data(0)).backward()
     Explosive.armed = True
-    loss_of(model, data()).backward()
     with pytest.raises(ArithmeticError):
-        model.outside(Explosive.apply(model(data(1)))).sum().backward()
+        loss_of(model, Explosive.apply(data(1))).backward()
     Explosive.armed = False
-    for net in (model, twin):
-        if net is twin:
-            loss_of(net, data()).backward()
-        loss_of(net, data(2)).backward()
-    assert torch.equal(selection.values.grad, alone.values.grad)
-    assert torch.equal(selection.values, alone.values)
+    loss_of(model, data(2)).backward()
+    for i in counted:
+        loss_of(twin, data(i)).backward()
+    assert torch.equal(selection.values.grad, expected.values.grad)
+    assert torch.equal(selection.values, expected.values)
 
 
 @pytest.mark.parametrize("kind", ["none", "non-reentrant"])
@@ -254,7 +261,10 @@ def test_checkpoint_sequential_over_all_layers():
     check(selection, dense)
 
 
-def test_limitation_reentrant_segments_that_share_a_module_need_training_mode():
-    model, _ = build("reentrant")
-    with pytest.raises(unmask.SelectionError, match=r"model.train\(\)"):
+def test_limitation_reentrant_segments_that_share_a_module_need_training_mode_on_a_selecting_step():
+    model, selection = build("reentrant", method=unmask.static_d3(10))
+    with pytest.raises(unmask.SelectionError, match=r"model\.train\(\)"):
         loss_of(model.eval(), data()).backward()
+    assert selection.values.grad is None
+    loss_of(model.train(), data()).backward()
+    check(selection, dense_of(model, lambda m: loss_of(m, data())))

@@ -102,7 +102,7 @@ def test_train_leaves_delta_config_metrics_and_summary(trained: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["used"] == summary["budget"] == 120
     assert summary["steps"] == 24
-    assert summary["after"]["loss"] < summary["before"]["loss"] - 0.01
+    assert summary["after"]["loss"] < summary["before"]["loss"] - 0.1
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 24
     assert rows[-1]["used"] == 120

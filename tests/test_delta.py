@@ -8,58 +8,14 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import unmask
-from helpers import assert_same_tensors, batches, id3_run, mlp, snapshot, train
-from unmask import DeltaError, SparseDelta, SparseTensor, files
-
-
-class Net(nn.Module):
-    """A body, running statistics, a tied output, a column-major tensor, a scalar and a new head."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(9, 6)
-        self.body = mlp(depth=2)
-        self.norm = nn.BatchNorm1d(6)
-        self.turned = nn.Parameter(torch.randn(6, 6).t())
-        self.scale = nn.Parameter(torch.tensor(1.5))
-        self.out = nn.Linear(6, 9, bias=False)
-        self.out.weight = self.embed.weight
-        self.head = nn.Linear(9, 2)
-
-    def forward(self, x):
-        ids = x[:, :3].abs().mul(3).long().clamp(max=8)
-        x = self.norm(self.body(x + self.embed(ids).mean(1)) @ self.turned * self.scale)
-        return self.head(self.out(x))
-
-
-def net(dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    return Net().to(dtype)
-
-
-def trained(dtype=torch.float32, method=None, **patterns):
-    """(base, tuned, selection)."""
-    base, tuned = net(dtype), net(dtype)
-    selection = unmask.select(tuned, method or unmask.id3(60, steps=3), **patterns)
-    train(tuned, torch.optim.AdamW(selection.parameters(), lr=0.1), batches(4, dtype=dtype))
-    return base, tuned, selection
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """(base, path of a delta with sparse, dense and buffer tensors, its bytes)."""
-    base, _, selection = trained(dense="head")
-    path = selection.delta("some/base").save(tmp_path / "delta.safetensors")
-    return base, path, path.read_bytes()
-
+from helpers import assert_same_tensors, batches, id3_run, mlp, snapshot, train, trained, travelling
+from unmask import DeltaError, SparseDelta, files
 
 METHODS = [unmask.id3(60, steps=3), unmask.repeat_d3(60), unmask.pafi("100%"), unmask.bitfit(), unmask.full()]
 
@@ -84,8 +40,8 @@ def test_round_trip_in_a_fresh_process(tmp_path):
     selection.delta().save(tmp_path / "delta.safetensors")
     torch.save(base.state_dict(), tmp_path / "base.pt")
     script = (
-        "import sys, torch, unmask; sys.path.insert(0, sys.argv[2]); from test_delta import net; from pathlib import Path\n"
-        "folder = Path(sys.argv[1]); model = net(torch.bfloat16, seed=5)\n"
+        "import sys, torch, unmask; sys.path.insert(0, sys.argv[2]); from helpers import travelling; from pathlib import Path\n"
+        "folder = Path(sys.argv[1]); model = travelling(torch.bfloat16, seed=5)\n"
         "model.load_state_dict(torch.load(folder / 'base.pt'))\n"
         "unmask.SparseDelta.load(folder / 'delta.safetensors').apply(model)\n"
         "torch.save(model.state_dict(), folder / 'tuned.pt')\n"
@@ -154,7 +110,7 @@ def refuse(delta, model, match):
 
 
 def test_another_base_is_refused(saved):
-    refuse(SparseDelta.load(saved[1]), net(seed=1), "not the delta's base")
+    refuse(SparseDelta.load(saved[1]), travelling(seed=1), "not the delta's base")
 
 
 def test_one_flipped_bit_in_an_untouched_weight_of_the_base_is_refused(saved):
@@ -173,12 +129,12 @@ def test_applying_twice_is_refused(saved):
 
 
 def test_another_dtype_is_refused_with_what_to_do(saved):
-    refuse(SparseDelta.load(saved[1]), net(torch.bfloat16), r"load the base with dtype=torch.float32")
+    refuse(SparseDelta.load(saved[1]), travelling(torch.bfloat16), r"load the base with dtype=torch.float32")
 
 
 @pytest.mark.parametrize("name", ["head", "turned"])
 def test_another_shape_is_refused(saved, name):
-    model = net()
+    model = travelling()
     if name == "head":
         model.head = nn.Linear(9, 3)
     else:
@@ -187,13 +143,13 @@ def test_another_shape_is_refused(saved, name):
 
 
 def test_a_model_that_lacks_a_tensor_is_refused(saved):
-    model = net()
+    model = travelling()
     del model.head
     refuse(SparseDelta.load(saved[1]), model, r"no tensor 'head.bias' \(nor 1 more\)")
 
 
 def test_a_model_with_one_tensor_more_is_refused(saved):
-    model = net()
+    model = travelling()
     model.extra = nn.Parameter(torch.zeros(1))
     refuse(SparseDelta.load(saved[1]), model, "not the delta's base")
 
@@ -202,111 +158,6 @@ def test_a_live_selection_is_refused(saved):
     base, path, _ = saved
     unmask.select(base, unmask.id3(3, steps=1))
     refuse(SparseDelta.load(path), base, r"release\(\)")
-
-
-def entry(indices, values=None, shape=(2, 3)):
-    indices = torch.tensor(indices)
-    return SparseTensor(indices, torch.zeros(len(indices)) if values is None else torch.tensor(values), shape)
-
-
-BROKEN = {
-    "outside": entry([0, 6]),
-    "outside ": entry([-1, 0]),
-    "ascend": entry([3, 2]),
-    "ascend ": entry([2, 2]),
-    "NaN": entry([0, 1], [0.0, float("nan")]),
-    "NaN or infinite": entry([0], [float("inf")]),
-    "indices for": entry([0, 1], [1.0]),
-}
-
-
-@pytest.mark.parametrize("reason", BROKEN)
-def test_a_damaged_entry_is_refused_when_built_and_when_read(reason, tmp_path, saved):
-    with pytest.raises(DeltaError, match=reason.strip()):
-        SparseDelta({"w": BROKEN[reason]}, {}, "sha256:0")
-    sound = SparseDelta({"w": entry([0, 1])}, {}, "sha256:0")
-    object.__setattr__(sound, "sparse", {"w": BROKEN[reason]})  # written by another program, with a right checksum
-    path = sound.save(tmp_path / "broken.safetensors")
-    with pytest.raises(DeltaError, match=reason.strip()):
-        SparseDelta.load(path)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_a_delta_of_a_diverged_run_is_refused(value):
-    _, tuned, selection = trained(dense="head")
-    tuned.head.bias.data[0] = value
-    with pytest.raises(DeltaError, match=r"'head\.bias' holds NaN or infinite"):
-        selection.delta()
-
-
-def test_every_flipped_bit_is_noticed(saved, tmp_path):
-    _, _, data = saved
-    head = 8 + int.from_bytes(data[:8], "little")
-    positions = {*range(16), *range(16, head, head // 120), *range(head, len(data), (len(data) - head) // 80)}
-    broken = tmp_path / "flipped.safetensors"
-    for position in sorted(positions):
-        for bit in (1 << (position % 8), 0x20):  # 0x20 is the case of a letter
-            flipped = bytearray(data)
-            flipped[position] ^= bit
-            broken.write_bytes(flipped)
-            with pytest.raises(DeltaError):
-                SparseDelta.load(broken)
-
-
-@pytest.mark.parametrize("kept", [0, 4, 8, 100, -200, -1])
-def test_a_truncated_file_is_refused(saved, tmp_path, kept):
-    broken = tmp_path / "short.safetensors"
-    broken.write_bytes(saved[2][:kept])
-    with pytest.raises(DeltaError, match=r"short\.safetensors"):
-        SparseDelta.load(broken)
-
-
-def test_bytes_behind_the_end_are_refused(saved, tmp_path):
-    broken = tmp_path / "long.safetensors"
-    broken.write_bytes(saved[2] + b"\0")
-    with pytest.raises(DeltaError):
-        SparseDelta.load(broken)
-
-
-def test_another_format_version_is_refused_by_name(saved, tmp_path):
-    tensors, header = files.read_tensors(saved[1])
-    path = files.write_tensors(tmp_path / "newer.safetensors", tensors, header | {"format_version": 2})
-    with pytest.raises(DeltaError, match="format version 2"):
-        SparseDelta.load(path)
-
-
-def test_a_foreign_file_and_a_missing_one_are_refused(tmp_path):
-    save_file({"w": torch.zeros(3)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(DeltaError, match="lacks the 'unmask' metadata"):
-        SparseDelta.load(tmp_path / "foreign.safetensors")
-    with pytest.raises(DeltaError, match="there is no delta at"):
-        SparseDelta.load(tmp_path / "absent.safetensors")
-    with pytest.raises(DeltaError, match="there is no delta at"):
-        SparseDelta.load(tmp_path)
-
-
-def test_nothing_in_the_file_is_pickled(saved):
-    _, path, data = saved
-    assert not zipfile.is_zipfile(path)
-    head = 8 + int.from_bytes(data[:8], "little")
-    layout = json.loads(data[8:head])
-    spans = sorted(t["data_offsets"] for key, t in layout.items() if key != "__metadata__")
-    assert [low for low, _ in spans] == [0, *(high for _, high in spans[:-1])]  # tensors, and no byte besides
-    assert spans[-1][1] == len(data) - head
-
-
-def test_a_save_that_fails_leaves_the_old_file_and_no_other(saved, monkeypatch):
-    _, path, data = saved
-    delta = SparseDelta.load(path)
-
-    def die(*args, **kwargs):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", die)
-    with pytest.raises(OSError, match="disk full"):
-        delta.save(path)
-    assert path.read_bytes() == data
-    assert os.listdir(path.parent) == [path.name]
 
 
 def test_a_delta_is_frozen_and_taking_it_does_not_stop_the_run():

@@ -185,24 +185,47 @@ def test_selected_weights_move_by_their_own_gradient_and_no_others_move(case):
         torch.testing.assert_close(p.detach().contiguous(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["increment", "exact"])
-def test_at_most_one_dense_gradient_is_alive_on_a_selecting_step(mode):
+@pytest.mark.parametrize("mode", ["candidates", "exact"])
+def test_dense_gradients_are_received_one_by_one_and_let_go(mode):
+    """In every micro-batch a layer's gradients are through before the next layer's are formed."""
     model = mlp(width=16, depth=12)
-    selection = unmask.select(
-        model, unmask.id3(budget=50, steps=2), accumulation="exact" if mode == "exact" else "candidates"
-    )
-    receive, alive, most = selection._window.receive, [], []
+    selection = unmask.select(model, unmask.id3(budget=50, steps=2), accumulation=mode)
+    receive, alive, behind, most = selection._window.receive, [], set(), []
+
+    def reach(layer):
+        def hook(module, inputs, output):
+            output.register_hook(lambda gradient: behind.update({f"{layer}.weight", f"{layer}.bias"}))
+
+        return hook
+
+    for name, layer in model.named_children():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(reach(name))
 
     def counting(index, gradient):
+        most.append(len(behind))
+        behind.discard(selection._layout.names[index])
         alive.append(weakref.ref(gradient))
         receive(index, gradient)
-        most.append(sum(ref() is not None for ref in alive))
+        assert sum(ref() is not None for ref in alive) == 1
 
     selection._window.receive = counting
-    mean_square(model, torch.randn(3, 16)).backward()
-    assert len(alive) == 24
-    assert max(most) == 1
-    del selection._window.receive
+    for _ in range(3):
+        mean_square(model, torch.randn(3, 16)).backward()
+    assert len(most) == 3 * 24
+    assert max(most) <= 3  # one layer's, and what autograd has just formed of the next
+    assert not behind
+
+
+@pytest.mark.parametrize("mode", ["candidates", "exact"])
+def test_tensors_that_the_loss_does_not_reach_take_part_with_a_zero_gradient(mode):
+    model = nn.ModuleDict({"used": nn.Linear(6, 2), "unused": nn.Linear(6, 2)})
+    selection = unmask.select(model, unmask.static_d3(20), accumulation=mode)
+    loss_of(model["used"], X).backward()
+    torch.optim.SGD(selection.parameters(), lr=0.1).step()
+    assert as_lists(selection.indices) == {
+        "used.bias": [0, 1], "used.weight": [*range(12)], "unused.bias": [0, 1], "unused.weight": [*range(4)],
+    }  # fmt: skip
 
 
 def test_a_tensor_of_several_uses_is_received_once_with_their_sum():

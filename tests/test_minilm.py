@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import unmask
 from unmask.demo_data import fetch_demo_model, fetch_demo_texts, load_demo_task
+from unmask.errors import DataError
 from unmask.modeling import load_base
 
 STEPS, BUDGET, LR = 100, 20_000, 1e-3
@@ -15,7 +16,11 @@ STEPS, BUDGET, LR = 100, 20_000, 1e-3
 
 @pytest.mark.slow
 def test_id3_equals_masked_dense_over_100_steps_on_minilm() -> None:
-    data = load_demo_task(fetch_demo_texts()).train
+    try:
+        texts, _ = fetch_demo_texts(), fetch_demo_model()
+    except DataError as error:
+        pytest.skip(f"the real model is not to be had: {error}")
+    data = load_demo_task(texts).train
     ours = _losses(data, _id3_losses)
     dense = _losses(data, _dense_losses)
     assert ours == pytest.approx(dense, rel=1e-4)

@@ -142,3 +142,24 @@ def test_a_compiled_model_makes_the_same_run(backend):
         results.append((snapshot(model), as_lists(selection.indices)))
     torch.testing.assert_close(results[0], results[1])
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, lambda f: torch.func.grad(lambda x: f(x).sum())])
+def test_limitation_functorch_transforms_refuse_a_live_selection(transform):
+    model = nn.Linear(6, 6)
+    selection = unmask.select(model, unmask.id3(5, steps=2))
+    with pytest.raises(RuntimeError, match="setup_context"):
+        transform(model)(batches(1)[0])
+    with torch.no_grad():
+        assert torch.vmap(model)(batches(1)[0]).shape == (4, 6)
+    selection.release()
+    assert transform(model)(batches(1)[0]).shape == (4, 6)
+
+
+def test_limitation_clipping_the_models_own_parameters_clips_nothing():
+    """They are frozen: clip ``selection.parameters()``, as `SelectiveTrainer` does."""
+    model = mlp()
+    selection = unmask.select(model, unmask.random_mask(5))
+    mean_square(model, batches(1)[0]).backward()
+    assert nn.utils.clip_grad_norm_(model.parameters(), 1e-9) == 0
+    assert selection.values.grad.norm() > 1e-6

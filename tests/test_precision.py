@@ -118,14 +118,15 @@ def test_a_float64_model_has_float64_masters():
 
 
 @pytest.mark.parametrize("method", METHODS[:2], ids=lambda m: m.name)
+@pytest.mark.parametrize("fused", [False, True])  # a fused optimizer skips the step inside its kernel
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_scaler_changes_nothing_but_an_overflow_that_it_skips_consumes_nothing(method, parts):
+def test_a_scaler_changes_nothing_but_an_overflow_that_it_skips_consumes_nothing(method, parts, fused):
     results = []
     for overflow in (None, 0, 1, 2):
         torch.manual_seed(0)
         model = mlp()
         selection = unmask.select(model, method)
-        optimizer = torch.optim.AdamW(selection.parameters(), lr=0.1)
+        optimizer = torch.optim.AdamW(selection.parameters(), lr=0.1, fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000, backoff_factor=1.0 / 2)
         for i, x in enumerate(batches(5)):
             if i == overflow:

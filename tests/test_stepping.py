@@ -83,6 +83,29 @@ def test_a_penalty_on_the_values_adds_to_their_gradient():
     torch.testing.assert_close(with_penalty, selection.values.grad + selection.values.detach())
 
 
+def test_a_backward_of_a_penalty_alone_selects_nothing_and_is_no_step():
+    model = mlp()
+    selection, optimizer = id3_run(model)
+    selection.values.square().sum().backward()
+    with pytest.raises(ScheduleNotRunError, match="no gradient has reached the selection"):
+        optimizer.step()
+    assert (selection.step, selection.used) == (0, 0)
+
+
+@pytest.mark.parametrize("heuristic", ["d3", "random", "magnitude"])
+def test_slots_not_in_use_have_no_gradient_and_no_optimizer_state(heuristic):
+    model = mlp()
+    selection = unmask.select(model, unmask.id3(20, steps=5).but(heuristic=unmask.heuristic(heuristic)))
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=0.1)
+    for t, x in enumerate(batches(4)):
+        mean_square(model, x).backward()
+        due = 4 * (t + 1)
+        assert selection.values.grad[:due].all()
+        assert not selection.values.grad[due:].any()
+        optimizer.step()
+        assert not any(state[due:].any() for state in optimizer.state[selection.values].values() if state.ndim)
+
+
 def test_two_selections_on_two_models_in_one_graph_do_not_meddle():
     first, second, twins = mlp(), mlp(), [mlp(), mlp()]
     for model, twin in zip((first, second), twins, strict=True):
@@ -228,3 +251,23 @@ def test_full_is_ordinary_fine_tuning():
     train(twin, torch.optim.AdamW(twin.parameters(), lr=0.05), batches(4))
     torch.testing.assert_close(snapshot(model), snapshot(twin))
     assert (selection.used, selection.budget, selection.step) == (126, 126, 4)
+
+
+@pytest.mark.parametrize("method", [unmask.full(), unmask.pafi(5)], ids=["full", "pafi"])
+def test_a_model_has_one_live_selection_at_a_time(method: unmask.Method) -> None:
+    model = torch.nn.Linear(4, 4)
+    delta = _delta_of(model)
+    selection = unmask.select(model, method)
+    with pytest.raises(unmask.MethodError, match="already has a selection"):
+        unmask.select(model, unmask.pafi(5))
+    with pytest.raises(unmask.DeltaError, match="live selection"):
+        delta.apply(model)
+    selection.release()
+    delta.apply(model)
+
+
+def _delta_of(model: torch.nn.Module) -> unmask.SparseDelta:
+    selection = unmask.select(model, unmask.pafi(3))
+    delta = selection.delta()
+    selection.release()
+    return delta

@@ -7,7 +7,11 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 GOOD, BAD = ("fine", "lovely", "great", "warm"), ("dull", "awful", "cold", "poor")
 FILLER = ("the", "film", "is", "a", "plot", "with", "actor", "scene", "and", "very")
@@ -17,7 +21,6 @@ def tiny_model(folder: Path) -> Path:
     """A base checkpoint without a head."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILLER]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(vocabulary),
@@ -26,18 +29,28 @@ def tiny_model(folder: Path) -> Path:
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
         initializer_range=0.4,  # random features that a head can use
     )
     BertModel(config).save_pretrained(folder)
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    _tokenizer(vocabulary).save_pretrained(folder)
     return folder
+
+
+def _tokenizer(vocabulary: list[str]) -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]")
 
 
 def toy_rows(count: int, seed: int) -> list[tuple[str, str]]:
     draw = random.Random(seed)
     rows = []
     for i in range(count):
-        words = [*draw.choices(FILLER, k=5), draw.choice(GOOD if i % 2 else BAD)]
+        words = draw.choices(FILLER, k=3) + draw.choices(GOOD if i % 2 else BAD, k=3)
         draw.shuffle(words)
         rows.append((" ".join(words), "good" if i % 2 else "bad"))
     return rows

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from unmask.errors import DeltaError
 from unmask.fingerprint import digest, fingerprint
-from unmask.gradients.tap import is_tapped
 from unmask.slots import put, take
+from unmask.stepping import has_selection
 
 FORMAT_VERSION = 1
 
@@ -161,7 +161,7 @@ class SparseDelta:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, detached; shared tensors once, under their first name."""
-    if any(is_tapped(p) for p in model.parameters()):
+    if has_selection(model):
         raise DeltaError("this model has a live selection; call its release() before applying a delta.")
     return base_tensors(model)
 

@@ -141,3 +141,24 @@ def resolve(
             f"no tensor is left: scope {scope.kind!r} with include={include!r}, exclude={exclude!r} is empty."
         )
     return eligible, sorted(dense_names)
+
+
+def refuse_renormalized(model: nn.Module, dense: Iterable[str]) -> None:
+    """Refuses embeddings with ``max_norm``: every forward rewrites rows of theirs, whatever is selected.
+
+    Args:
+        model: Any module.
+        dense: Names of tensors that are trained, and stored, whole; for these it does no harm.
+
+    Raises:
+        MethodError: There is such an embedding.
+    """
+    parameters = dict(model.named_parameters())
+    whole = {id(parameters[name]) for name in dense}
+    for name, module in model.named_modules():
+        bounded = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+        if bounded and id(module.weight) not in whole:
+            raise MethodError(
+                f"{name or 'the model'} has max_norm = {module.max_norm}, so every forward rewrites weights that are not "
+                "selected; set its max_norm to None, or train it whole with dense=."
+            )

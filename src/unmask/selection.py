@@ -15,15 +15,14 @@ from unmask.dense import DenseTensor
 from unmask.errors import MethodError, ScheduleNotRunError, SelectionError
 from unmask.gradients.fisher import estimate_fisher
 from unmask.gradients.streamed import Ranker
-from unmask.gradients.tap import TapSet, is_tapped
+from unmask.gradients.tap import TapSet
 from unmask.gradients.window import Accumulation, Plan, Window
 from unmask.methods import Method, parse_budget
 from unmask.recording import record_delta
-from unmask.scopes import Patterns, as_patterns, matching, resolve
-from unmask.slots import Layout, SlotTable, take
-from unmask.stepping import unwatch, watch
-
-STATE_VERSION = 1
+from unmask.scopes import Patterns, as_patterns, matching, refuse_renormalized, resolve
+from unmask.slots import Layout, SlotTable
+from unmask.state import persistent_buffers, restore, state_of
+from unmask.stepping import has_selection, unwatch, watch
 
 
 def select(
@@ -68,13 +67,14 @@ def select(
         >>> selection.used, selection.step
         (6, 3)
     """
-    if any(is_tapped(p) for p in model.parameters()):
+    if has_selection(model):
         raise MethodError("this model already has a selection; call its release() first.")
     if accumulation not in ("candidates", "exact"):
         raise MethodError(f"accumulation = {accumulation!r}; it must be 'candidates' or 'exact'.")
     eligible, dense_names = resolve(model, method.scope, include, exclude, dense)
     if method.whole:
         eligible, dense_names = [], sorted({*eligible, *dense_names})
+    refuse_renormalized(model, dense_names)
     budget = _budget(model, method, eligible)
     method.schedule.check(budget)
     parameters = dict(model.named_parameters())
@@ -132,7 +132,7 @@ class Selection:
         self.model, self.method, self.step, self.used = model, method, 0, 0
         self._layout = Layout(eligible, [parameters[name] for name in eligible])
         self._flags = {name: p.requires_grad for name, p in parameters.items()}
-        self._buffers = {name: b.detach().clone() for name, b in _persistent_buffers(model).items()}
+        self._buffers = {name: b.detach().clone() for name, b in persistent_buffers(model).items()}
         self._new = new
         device = parameters[(eligible or dense)[0]].device
         double = any(t.dtype == torch.float64 for t in self._layout.tensors)
@@ -190,25 +190,7 @@ class Selection:
         unfinished accumulation are not part of it.
         """
         self._alive("state_dict")
-        current = _persistent_buffers(self.model)
-        values = self.values.detach().clone()
-        if self._window.tentative is not None:  # made in a backward that no step has followed
-            values[self._window.tentative.slots] = self._window.tentative.displaced
-        values[self.used :] = 0
-        return {
-            "version": STATE_VERSION,
-            "method": self.method.describe(),
-            "budget": self.budget,
-            "step": self.step,
-            "used": self.used,
-            "names": list(self._layout.names),
-            "shapes": [list(t.shape) for t in self._layout.tensors],
-            "values": values,
-            "base": self._table.base.clone(),
-            "positions": self._table.positions.clone(),
-            "dense": {d.name: d.master.detach().clone() for d in self.dense},
-            "buffers": {n: b.detach().clone() for n, b in current.items() if not torch.equal(b, self._buffers[n])},
-        }
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues a saved selection on this model, exactly; nothing is changed if the state does not fit.
@@ -217,24 +199,7 @@ class Selection:
             SelectionError: The state is of another method, budget or model.
         """
         self._alive("load_state_dict")
-        self._check_state(state)
-        with torch.no_grad():
-            held = self._table.positions[: self.used]
-            self._layout.write(held, self._table.base[: self.used])
-            try:
-                self._check_base(state)
-            except SelectionError:
-                self._table.scatter(self.values, self.used)
-                raise
-            self.used, self.step = int(state["used"]), int(state["step"])
-            self._table.load(state["positions"], state["base"])
-            self.values.copy_(state["values"])
-            self._table.scatter(self.values, self.used)
-            buffers = _persistent_buffers(self.model)
-            for name, original in self._buffers.items():
-                buffers[name].copy_(state["buffers"].get(name, original))
-        for tensor in self.dense:
-            tensor.load(state["dense"][tensor.name])
+        restore(self, state)
         self._begin_step()
 
     def release(self) -> None:
@@ -352,49 +317,6 @@ class Selection:
         self._table.load(positions, self._layout.read(positions, self.values.dtype))
         return True
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        mine = {
-            "version": STATE_VERSION,
-            "method": self.method.describe(),
-            "budget": self.budget,
-            "names": self._layout.names,
-            "shapes": [list(t.shape) for t in self._layout.tensors],
-            "dense": sorted(d.name for d in self.dense),
-        }
-        missing = [key for key in (*mine, "step", "used", "values", "base", "positions", "buffers") if key not in state]
-        if missing:
-            raise SelectionError(f"this is no selection state: it lacks {', '.join(missing)}.")
-        for key, own in mine.items():
-            given = sorted(state[key]) if key == "dense" else state[key]
-            if given != own:
-                raise SelectionError(
-                    f"the saved selection has another {key}: {_short(given)} where this one has {_short(own)}. Build the same "
-                    "selection (same model, method and patterns) before load_state_dict."
-                )
-
-    def _check_base(self, state: Mapping[str, Any]) -> None:
-        """The model's weights at the saved positions must be the saved base's, or the trained ones."""
-        used = int(state["used"])
-        positions, base, values = (state[key][:used].to(self.values.device) for key in ("positions", "base", "values"))
-        for index, flat, places in self._layout.split(positions):
-            weights = take(self._layout.plain(index), flat)
-            base_here, trained = base[places].to(weights), values[places].to(weights)
-            if not ((weights == base_here) | (weights == trained)).all():
-                raise SelectionError(
-                    f"{self._layout.names[index]!r} holds other weights than those the saved selection started from; load the "
-                    "same base model before load_state_dict."
-                )
-
     def _alive(self, what: str) -> None:
         if self._released:
             raise SelectionError(f"{what}() after release(): this selection has ended; call it before.")
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    persistent = set(model.state_dict(keep_vars=True))
-    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

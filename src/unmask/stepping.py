@@ -11,15 +11,18 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from unmask.errors import NonFiniteGradientError, ScheduleNotRunError, SelectionError
+from unmask.gradients.tap import is_tapped
 
 
 class Steppable(Protocol):
     """What the hooks need of a selection."""
+
+    model: nn.Module
 
     def clock(self) -> Tensor:
         """The parameter whose optimizer step is the schedule's step."""
@@ -51,6 +54,11 @@ def watch(selection: Steppable) -> None:
     """Lets every optimizer's step serve the selection, until `unwatch` or the selection's end."""
     _register()
     _LIVE.add(selection)
+
+
+def has_selection(model: nn.Module) -> bool:
+    """Whether a live selection was made from this model, or holds tensors of it."""
+    return any(is_tapped(p) for p in model.parameters()) or any(live.model is model for live in list(_LIVE))
 
 
 def unwatch(selection: Steppable) -> None:

@@ -71,7 +71,7 @@ def _train(
     columns = TextColumn("loss {task.fields[loss]} · unmasked {task.fields[used]} · accuracy {task.fields[metric]}")
     with Progress(TextColumn("training"), BarColumn(), columns, TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("training", total=steps, loss="-", used="-", metric="-")
-        smooth, probe = 0.0, _head(data.evals["eval"], 256)
+        smooth, probe = 0.0, data.evals["eval"].take(range(256))
         for step in range(steps):
             model.train()
             loss = _loss(model, tokenizer, data.train, step)
@@ -94,10 +94,6 @@ def _loss(model: nn.Module, tokenizer: PreTrainedTokenizerBase, train: Examples,
 
 def _accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: TaskData, on: Examples) -> float:
     return compute(data.spec, predict(model.eval(), tokenizer, on, _LENGTH), on.labels)["accuracy"]
-
-
-def _head(examples: Examples, count: int) -> Examples:
-    return Examples(examples.texts[:count], None, examples.labels[:count])
 
 
 def _save(selection: Selection, data: TaskData, base: Path, output: Path | None) -> Path:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.gradients.persample import PerSampleTaps
-from unmask.gradients.tap import TapSet
+from unmask.gradients.tap import TapSet, in_pieces
 from unmask.methods import Calibration
 from unmask.slots import Layout
 
@@ -114,14 +114,18 @@ class _Summing:
 
     def __init__(self, sums: list[Tensor], power: Callable[[Tensor], Tensor]) -> None:
         self.sums, self._power = sums, power
+        self._seen: set[int] = set()
 
     def wanted(self, index: int) -> bool:
         return True
 
     def begin(self) -> None:
-        pass
+        self._seen.clear()
 
     def receive(self, index: int, gradient: Tensor) -> None:
+        if index in self._seen:
+            raise in_pieces()
+        self._seen.add(index)
         self.sums[index] += self._power(gradient.float())
 
     def end(self) -> None:

@@ -5,8 +5,10 @@ A tapped parameter stays the same object under the same name; only its class cha
 differentiated by autograd itself, wherever it stands: in a Linear, an LSTM's flat weights, a functional call, a layer
 recomputed by gradient checkpointing. The proxy's backward passes the dense gradient on and frees it.
 
-What `TapSet` guarantees to its receiver, per outermost backward: ``begin`` once, then ``receive`` at most once per
-tensor, with the sum over all its uses, then ``end`` once; a backward that dies is followed by ``abort``.
+What `TapSet` guarantees to its receiver, per outermost backward: ``begin`` once, then ``receive`` for each tensor with
+the sum over all its uses, then ``end`` once; a backward that dies is followed by ``abort``. The sum may come in pieces
+where a graph holds forwards from before and after another backward, and where reentrant checkpointing's segments share a
+module in a model that is not in training mode: a receiver that cannot add them up raises `in_pieces`.
 """
 
 from __future__ import annotations
@@ -73,14 +75,13 @@ class Receiver(Protocol):
 class Site:
     """One tapped tensor's place in its set."""
 
-    __slots__ = ("counted", "index", "kind", "proxy", "taps")
+    __slots__ = ("index", "kind", "proxy", "taps")
 
     def __init__(self, taps: TapSet, index: int, kind: type) -> None:
         self.taps = taps
         self.index = index
         self.kind = kind  # the parameter's own class
         self.proxy: Tensor | None = None
-        self.counted = False  # whether the proxy is among the uses since the last backward
 
 
 class TappedParameter(nn.Parameter):
@@ -185,7 +186,7 @@ class TapSet:
         self._uses: Counter[int] = Counter()  # since the last backward
         self._pieces: set[int] = set()  # tensors used more than once: a backward may bring their gradient in pieces
         self._held: dict[int, Tensor] = {}
-        self._seen: set[int] = set()
+        self._received = False
         for tensor, site in zip(tensors, self._sites, strict=True):
             _attach(tensor, site)
 
@@ -197,19 +198,21 @@ class TapSet:
         self.forget()
 
     def forget(self) -> None:
-        """Drops proxies and counts: the next use of a tensor starts anew."""
+        """An optimizer step is over: nothing is known of any tensor's uses."""
+        self._pieces.clear()
+        self._renew()
+
+    def _renew(self) -> None:
+        """A backward is over: the next use of a tensor starts anew.
+
+        A fresh proxy for every forward keeps the memory low: autograd runs the nodes made last first, so a tap made just
+        before its layer fires just after it.
+        """
         for site in self._sites:
             site.proxy = None
-        self._pieces.clear()
-        self._recount()
-
-    def _recount(self) -> None:
-        """A backward is over. Proxies stay: a later backward may reach their uses of before, and new ones."""
-        for site in self._sites:
-            site.counted = False
         self._uses.clear()
         self._held.clear()
-        self._seen.clear()
+        self._received = False
 
     def use(self, parameter: TappedParameter) -> Tensor:
         """What an operation gets in a tapped parameter's place: a proxy, or the plain tensor."""
@@ -226,10 +229,9 @@ class TapSet:
         if inside:  # recomputation of a checkpointed segment: the running backward is the outermost one
             self._open()
         if site.proxy is None or site.proxy.data_ptr() != parameter.data_ptr() or site.proxy.dtype != parameter.dtype:
-            site.proxy, site.counted = _Tap.apply(self._anchor, parameter, site), False
-        if not inside and not site.counted:
-            self._count(site.index)
-            site.counted = True
+            site.proxy = _Tap.apply(self._anchor, parameter, site)
+            if not inside:
+                self._count(site.index)
         return site.proxy
 
     def _count(self, index: int) -> None:
@@ -243,23 +245,17 @@ class TapSet:
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
         if index in self._pieces:
             self._held[index] = self._held[index] + gradient if index in self._held else gradient
-        elif index in self._seen:
-            raise SelectionError(
-                f"tensor {index} received its gradient in two pieces within one backward: a module that is shared between "
-                "segments of reentrant checkpointing, in a model that is not in training mode. Call model.train(), or "
-                "checkpoint with use_reentrant=False."
-            )
         else:
-            self._seen.add(index)
+            self._received = True
             self._receiver.receive(index, gradient)
 
     def close(self) -> None:
         """The outermost backward is complete."""
         self._task = None
-        held, received = self._held, bool(self._seen or self._held)
+        held, received = self._held, self._received or bool(self._held)
         for index in sorted(held):
             self._receiver.receive(index, held.pop(index))
-        self._recount()
+        self._renew()
         if received:
             self._receiver.end()
 
@@ -275,7 +271,7 @@ class TapSet:
     def _discard_dead_task(self) -> None:
         if self._task is not None and self._task() is None:
             self._task = None
-            self._recount()
+            self._renew()
             self._receiver.abort()
 
 
@@ -289,6 +285,15 @@ def _detach(parameter: nn.Parameter) -> None:
     site = parameter.__dict__.pop(_SITE, None)
     if site is not None:
         parameter.__class__ = site.kind
+
+
+def in_pieces() -> SelectionError:
+    """The error of a receiver that needs whole gradients."""
+    return SelectionError(
+        "a tensor received its gradient in pieces within one backward, and cannot be ranked by it. If a module is shared "
+        "between segments of reentrant checkpointing, call model.train() or checkpoint with use_reentrant=False; if one loss "
+        "contains forwards from before and after another backward, run its backward by itself."
+    )
 
 
 def is_tapped(parameter: Tensor) -> bool:

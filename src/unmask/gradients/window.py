@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unmask.errors import NonFiniteGradientError
 from unmask.gradients.streamed import Ranker
+from unmask.gradients.tap import in_pieces
 from unmask.methods import Method
 from unmask.slots import SlotTable, take
 from unmask.topk import Ranked
@@ -149,18 +150,20 @@ class Window:
         if self.plan.active < self.values.numel():
             inside = slots < self.plan.active
             flat, slots = flat[inside], slots[inside]
-        self._buffer[slots] = take(gradient, flat).to(self._buffer)
+        self._buffer[slots] += take(gradient, flat).to(self._buffer)
 
     def _offer(self, index: int, gradient: Tensor) -> None:
         if self.accumulation == "exact":
             gradient = gradient.to(self.values.dtype, copy=index not in self._dense)  # sums of bfloat16 would lose bits
             self._dense[index] = self._dense[index].add_(gradient) if index in self._dense else gradient
         elif self._ranker is not None:
+            if index in self._offered:
+                raise in_pieces()
             self._offered.add(index)
             self._ranker.rank(index, gradient)
         elif index in self._by_tensor and self._added is not None:
             flat, places = self._by_tensor[index]
-            self._added[places] = take(gradient, flat).to(self._added)
+            self._added[places] += take(gradient, flat).to(self._added)
 
     def _ranked(self) -> Ranked:
         """The first u_t entries by what has been summed so far."""

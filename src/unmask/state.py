@@ -1,0 +1,110 @@
+"""A selection's state as plain values and O(B) tensors, and back: exact resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from unmask.errors import SelectionError
+from unmask.slots import take
+
+if TYPE_CHECKING:
+    from unmask.selection import Selection
+
+VERSION = 1
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a checkpoint holds, by name."""
+    persistent = set(model.state_dict(keep_vars=True))
+    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def state_of(selection: Selection) -> dict[str, Any]:
+    """See `Selection.state_dict`."""
+    window, table = selection._window, selection._table
+    current = persistent_buffers(selection.model)
+    values = selection.values.detach().clone()
+    if window.tentative is not None:  # made in a backward that no step has followed
+        values[window.tentative.slots] = window.tentative.displaced
+    values[selection.used :] = 0
+    return {
+        **_identity(selection),
+        "step": selection.step,
+        "used": selection.used,
+        "values": values,
+        "base": table.base.clone(),
+        "positions": table.positions.clone(),
+        "dense": {d.name: d.master.detach().clone() for d in selection.dense},
+        "buffers": {n: b.detach().clone() for n, b in current.items() if not torch.equal(b, selection._buffers[n])},
+    }
+
+
+@torch.no_grad()
+def restore(selection: Selection, state: Mapping[str, Any]) -> None:
+    """See `Selection.load_state_dict`."""
+    _check_identity(selection, state)
+    table, layout = selection._table, selection._layout
+    layout.write(table.positions[: selection.used], table.base[: selection.used])
+    try:
+        _check_base(selection, state)
+    except SelectionError:
+        table.scatter(selection.values, selection.used)
+        raise
+    selection.used, selection.step = int(state["used"]), int(state["step"])
+    table.load(state["positions"], state["base"])
+    selection.values.copy_(state["values"])
+    table.scatter(selection.values, selection.used)
+    buffers = persistent_buffers(selection.model)
+    for name, original in selection._buffers.items():
+        buffers[name].copy_(state["buffers"].get(name, original))
+    for tensor in selection.dense:
+        tensor.load(state["dense"][tensor.name])
+
+
+def _identity(selection: Selection) -> dict[str, Any]:
+    """What must agree before a state can be loaded."""
+    return {
+        "version": VERSION,
+        "method": selection.method.describe(),
+        "budget": selection.budget,
+        "names": list(selection._layout.names),
+        "shapes": [list(t.shape) for t in selection._layout.tensors],
+    }
+
+
+def _check_identity(selection: Selection, state: Mapping[str, Any]) -> None:
+    mine = _identity(selection) | {"dense": sorted(d.name for d in selection.dense)}
+    missing = [key for key in (*mine, "step", "used", "values", "base", "positions", "buffers") if key not in state]
+    if missing:
+        raise SelectionError(f"this is no selection state: it lacks {', '.join(missing)}.")
+    for key, own in mine.items():
+        given = sorted(state[key]) if key == "dense" else state[key]
+        if given != own:
+            raise SelectionError(
+                f"the saved selection has another {key}: {_short(given)} where this one has {_short(own)}. Build the same "
+                "selection (same model, method and patterns) before load_state_dict."
+            )
+
+
+def _check_base(selection: Selection, state: Mapping[str, Any]) -> None:
+    """The model's weights at the saved positions must be the saved base's, or the trained ones."""
+    used, layout = int(state["used"]), selection._layout
+    device = selection.values.device
+    positions, base, values = (state[key][:used].to(device) for key in ("positions", "base", "values"))
+    for index, flat, places in layout.split(positions):
+        weights = take(layout.plain(index), flat)
+        base_here, trained = base[places].to(weights), values[places].to(weights)
+        if not ((weights == base_here) | (weights == trained)).all():
+            raise SelectionError(
+                f"{layout.names[index]!r} holds other weights than those the saved selection started from; load the same "
+                "base model before load_state_dict."
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
