@@ -109,6 +109,19 @@ def compare(model: nn.Module, twin: nn.Module, method: Method, reference: DenseR
     )
 
 
+def nearly(scores: Tensor, method: Method) -> Tensor:
+    """A bfloat16 sum over a batch differs in its last bits from a sum over examples, so the selections of Fish differ in a
+    few entries near the cut-off: checks that they are few, and gives the one that was made.
+    """
+    probe = mixed(torch.bfloat16)
+    made = mask_of(unmask.select(probe, method), probe)
+    best = torch.zeros_like(made)
+    best[scores.argsort(descending=True, stable=True)[:BUDGET]] = True
+    assert int((made & best).sum()) >= 0.95 * BUDGET
+    assert scores[made].min() >= 0.9 * scores[best].min()
+    return made.float()
+
+
 def mask_of(selection: unmask.Selection, model: nn.Module) -> Tensor:
     parameters = dict(model.named_parameters())
     masks = []
@@ -123,9 +136,9 @@ def mask_of(selection: unmask.Selection, model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_method_equals_the_dense_reference(name: str, dtype: torch.dtype) -> None:
     case, model, twin = CASES[name], mixed(dtype), mixed(dtype)
-    if case.given and dtype == torch.bfloat16:
-        pytest.skip("bfloat16 sums over a batch differ from sums over examples in the last bits: see test_fisher.py")
     score = case.score(mixed(dtype)) if case.given else case.score  # type: ignore[call-arg]
+    if case.given and dtype == torch.bfloat16:
+        score = nearly(score, case.method)
     names = [n for n, _ in twin.named_parameters()]
     reference = DenseReference(twin, names, score, case.cumulative, BUDGET, case.repeat, **ADAMW)
     compare(model, twin, case.method, reference)

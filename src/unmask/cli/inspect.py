@@ -25,6 +25,7 @@ def run_inspect(path: Path, top: int, as_json: bool) -> None:
         return
     console = Console()
     console.print(_header(facts), highlight=False)
+    console.print("'of' counts the weights of the tensors that changed", highlight=False)
     for title, key, rows in (
         ("by layer", "layer", "layers"),
         ("by module kind", "kind", "kinds"),
