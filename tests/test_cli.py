@@ -140,6 +140,22 @@ def test_apply_writes_the_model_that_base_plus_delta_is(trained: Path, world: Pa
     assert "not empty" in refused.stderr
 
 
+def test_a_head_that_the_checkpoint_lacks_travels_without_being_named(world: Path) -> None:
+    """The library alone: the head is in the budget's scope, its random init is in no checkpoint."""
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(AutoModelForSequenceClassification.from_pretrained(world / "base", num_labels=2).eval())
+    tuned, fresh = models
+    selection = unmask.select(tuned, unmask.random_mask(50))
+    delta = selection.delta()
+    selection.release()
+    assert set(delta.whole) == {"classifier.weight", "classifier.bias"}
+    delta.apply(fresh)
+    for (name, p), q in zip(tuned.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_inspect_adds_up(trained: Path, world: Path) -> None:
     facts = json.loads(run("inspect", "run/delta.safetensors", "--json", cwd=world).stdout)
     assert facts["weights"] == 120
@@ -207,6 +223,14 @@ def test_bad_input_is_one_clear_message(what: str, world: Path) -> None:
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_long_texts_are_cut_at_what_the_model_has_positions_for(world: Path) -> None:
+    long = world / "long.csv"
+    long.write_text("review,verdict\n" + "\n".join(f"{'film ' * 60}{w},{v}" for w, v in (("fine", 1), ("dull", 0)) * 4))
+    words = ("--data", "long.csv", "--eval", "long.csv", "--set", "max_steps=1", "--set", "max_length=64")
+    assert "cut at the 32 tokens" in run(*train_words("long"), *words, cwd=world).stdout
+    assert unmask.SparseDelta.load(world / "long" / "delta.safetensors").metadata["task"]["max_length"] == 32
 
 
 def test_a_run_is_not_written_over(trained: Path, world: Path) -> None:

@@ -61,6 +61,12 @@ def load_base(source: str, num_labels: int, seed: int) -> tuple[PreTrainedModel,
     return model, tokenizer, sorted(info["missing_keys"])
 
 
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
+    """``wanted`` tokens, or as many as the model has positions for."""
+    limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    return min([wanted, *(int(limit) for limit in limits if limit and limit > 0)])
+
+
 def describe_task(spec: TaskSpec, max_length: int) -> dict[str, Any]:
     """What `load_tuned` and ``unmask eval`` need to know, as JSON values for the delta's metadata."""
     return {

@@ -30,7 +30,7 @@ from unmask.config import TrainConfig, write_yaml
 from unmask.delta import SparseDelta
 from unmask.errors import ConfigError, UnmaskError
 from unmask.integrations.transformers import SelectiveTrainer
-from unmask.modeling import describe_task, load_base, quiet
+from unmask.modeling import describe_task, load_base, longest_input, quiet
 from unmask.presets import method_from
 from unmask.progress import LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.selection import Selection, select
@@ -159,8 +159,13 @@ class _Run:
         self.output = Path(config.output)
         self.collate = DataCollatorWithPadding(tokenizer)
         regression = data.spec.num_labels == 1
-        self.train_set = Encoded(data.train, tokenizer, config.max_length, regression)
-        self.eval_sets = {k: Encoded(v, tokenizer, config.max_length, regression) for k, v in data.evals.items()}
+        self.max_length = longest_input(model, tokenizer, config.max_length)
+        if self.max_length < config.max_length:
+            console.print(
+                f"note: inputs are cut at the {self.max_length} tokens that {config.model} has positions for."
+            )
+        self.train_set = Encoded(data.train, tokenizer, self.max_length, regression)
+        self.eval_sets = {k: Encoded(v, tokenizer, self.max_length, regression) for k, v in data.evals.items()}
         self.steps = planned_steps(config, len(self.train_set))
         set_seed(config.seed)
         if config.gradient_checkpointing:
@@ -283,7 +288,7 @@ class _Run:
 
     def _finish(self, before: dict[str, float], after: dict[str, float], seconds: float) -> Outcome:
         delta = self.selection.delta(self.config.model)
-        task = describe_task(self.data.spec, self.config.max_length)
+        task = describe_task(self.data.spec, self.max_length)
         delta = dataclasses.replace(delta, metadata={**delta.metadata, "task": task, "after": after})
         path = delta.save(self.output / "delta.safetensors")
         summary = self._summary(before, after, seconds, delta, path)

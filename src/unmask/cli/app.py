@@ -32,7 +32,7 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
 @app.command()
 def demo(
     budget: Annotated[str, typer.Option(help="Scalar weights to unmask: a count or a share.")] = "20000",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 160,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 200,
     output: Annotated[
         Path | None, typer.Option(help="Where to keep the delta; default: a folder in the cache.")
     ] = None,

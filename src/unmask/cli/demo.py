@@ -24,7 +24,7 @@ from unmask.selection import Selection, select
 from unmask.tasks import compute
 from unmask.tasks.data import Examples, TaskData
 
-_LENGTH, _BATCH, _RATE, _SEED = 32, 16, 2e-3, 0
+_LENGTH, _BATCH, _RATE, _SEED = 32, 16, 3e-3, 0
 
 
 def run_demo(budget: str, steps: int, output: Path | None) -> None:
