@@ -169,7 +169,9 @@ class _Run:
         self.steps = planned_steps(config, len(self.train_set))
         set_seed(config.seed)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.23 renamed it; 4.57 has the old name alone
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.selection = self._select(missing)
         self.interrupt = StopOnInterrupt()
         self.progress = LiveProgress(self.selection, self._live_metric(), console)
