@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 import unmask
 from tiny import tiny_model, toy_csv
 from unmask.cli import main
+from unmask.config import METHODS
 
 UNMASK = [sys.executable, "-c", "from unmask.cli import main; main()"]
 
@@ -96,6 +97,10 @@ def test_help_waits_for_no_torch() -> None:
 def test_methods_lists_every_preset(world: Path) -> None:
     printed = run("methods", cwd=world).stdout
     assert all(name in printed for name in unmask.PRESETS)
+
+
+def test_the_configuration_knows_every_preset() -> None:
+    assert set(METHODS) == set(unmask.PRESETS)
 
 
 def test_train_leaves_delta_config_metrics_and_summary(trained: Path) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError, need
+from unmask.tasks.glue import GLUE
 
-TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
+TASKS = tuple(sorted(GLUE))
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class TrainConfig:
             raise ConfigError(f"warmup = {self.warmup}; it is a share of the steps, below 1.")
 
 
+# the keys of unmask.methods.PRESETS, which would import torch; a test holds them together
 METHODS = ("id3", "repeat_d3", "static_d3", "pafi", "fish", "bitfit", "random_mask", "full")
 
 

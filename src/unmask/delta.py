@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,10 @@ class SparseDelta:
     def whole_numel(self) -> int:
         """How many scalars are stored in whole tensors."""
         return sum(tensor.numel() for tensor in self.whole.values())
+
+    def with_metadata(self, **more: Any) -> SparseDelta:
+        """A copy whose metadata holds ``more`` (JSON values) too."""
+        return replace(self, metadata={**self.metadata, **more})
 
     def apply(self, model: nn.Module) -> SparseDelta:
         """Writes the delta into a model that holds the base, in place.

@@ -73,6 +73,16 @@ def as_patterns(given: Patterns) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
+def exactly(names: Iterable[str]) -> list[str]:
+    """Patterns that find these names and no others.
+
+    Example:
+        >>> matching(["head.bias", "head_bias"], exactly(["head.bias"]), "dense")
+        ['head.bias']
+    """
+    return [f"^{re.escape(name)}$" for name in names]
+
+
 def matching(names: Iterable[str], expressions: Iterable[str], what: str) -> list[str]:
     """Names in which one of the regular expressions is found; each expression must find something.
 

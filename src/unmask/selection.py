@@ -15,7 +15,7 @@ from unmask.dense import DenseTensor
 from unmask.errors import MethodError, ScheduleNotRunError, SelectionError
 from unmask.gradients.fisher import estimate_fisher
 from unmask.gradients.streamed import Ranker
-from unmask.gradients.tap import TapSet
+from unmask.gradients.tap import TapSet, owner_of
 from unmask.gradients.window import Accumulation, Plan, Window
 from unmask.methods import Method, parse_budget
 from unmask.recording import record_delta
@@ -226,8 +226,9 @@ class Selection:
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether a parameter is a tensor of the model that another one stands for in the optimizer."""
-        own = (*self._layout.tensors, *(d.parameter for d in self.dense if d.master is not d.parameter))
-        return any(parameter is t for t in own)
+        return owner_of(parameter) is self or any(
+            parameter is d.parameter for d in self.dense if d.master is not d.parameter
+        )
 
     def has_gradient(self) -> bool:
         """Whether a backward has reached the selection since the last step."""

@@ -77,11 +77,15 @@ def _held(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def _contains(held: list[Tensor], clock: Tensor) -> bool:
+    return any(p is clock for p in held)
+
+
 def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     _skipped.discard(id(optimizer))
     held, closure = _held(optimizer), kwargs.get("closure", args[1] if len(args) > 1 else None)
     for selection in list(_LIVE):
-        if not any(p is selection.clock() for p in held):
+        if not _contains(held, selection.clock()):
             _refuse_foreign(selection, held)
         elif _overflowed(optimizer):
             _skipped.add(id(optimizer))
@@ -99,7 +103,7 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = _held(optimizer)
     for selection in list(_LIVE):
         selection.sync_dense(held)
-        if any(p is selection.clock() for p in held):
+        if _contains(held, selection.clock()):
             selection.after_step()
 
 

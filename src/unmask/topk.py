@@ -72,7 +72,7 @@ class StreamingTopK:
         if not self._parts:
             empty = torch.empty(0)
             return Ranked(empty, empty.long(), empty)
-        return _in_order(_first_k(self._joined(), self.k))
+        return in_order(_first_k(self._joined(), self.k))
 
     def _contenders(self, scores: Tensor, start: int) -> Tensor:
         """Indices into ``scores`` of the entries that can still be among the first k."""
@@ -123,7 +123,8 @@ def _first_k(entries: Ranked, k: int) -> Ranked:
     return Ranked(*(column[keep] for column in entries))
 
 
-def _in_order(entries: Ranked) -> Ranked:
+def in_order(entries: Ranked) -> Ranked:
+    """Entries sorted by the total order: score descending, then position ascending."""
     by_position = entries.positions.argsort()
     by_score = entries.scores[by_position].argsort(descending=True, stable=True)
     order = by_position[by_score]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -33,9 +32,10 @@ from unmask.integrations.transformers import SelectiveTrainer
 from unmask.modeling import describe_task, load_base, longest_input, quiet
 from unmask.presets import method_from
 from unmask.progress import LiveProgress, MetricsFile, StopOnInterrupt
+from unmask.scopes import exactly
 from unmask.selection import Selection, select
 from unmask.tasks import compute, load_files, load_glue
-from unmask.tasks.data import Examples, TaskData, TaskSpec
+from unmask.tasks.data import Examples, TaskData
 
 CHECKPOINTS = "checkpoints"
 
@@ -198,7 +198,7 @@ class _Run:
 
     def _select(self, missing: Sequence[str]) -> Selection:
         config = self.config
-        exact = [f"^{name}$".replace(".", r"\.") for name in missing]
+        exact = exactly(missing)
         dense = [p for given in config.dense for p in (exact if given == "new" else [given])]
         loader = DataLoader(self.train_set, config.batch_size, shuffle=True, collate_fn=self.collate)
         return select(
@@ -289,9 +289,8 @@ class _Run:
         return f"interrupted; {last} is kept. Go on with: unmask train --config {self.output / 'config.yaml'} --resume"
 
     def _finish(self, before: dict[str, float], after: dict[str, float], seconds: float) -> Outcome:
-        delta = self.selection.delta(self.config.model)
         task = describe_task(self.data.spec, self.max_length)
-        delta = dataclasses.replace(delta, metadata={**delta.metadata, "task": task, "after": after})
+        delta = self.selection.delta(self.config.model).with_metadata(task=task, after=after)
         path = delta.save(self.output / "delta.safetensors")
         summary = self._summary(before, after, seconds, delta, path)
         (self.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -324,4 +323,4 @@ def _line(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-__all__ = ["InterruptedRunError", "Outcome", "TaskSpec", "planned_steps", "train"]
+__all__ = ["InterruptedRunError", "Outcome", "planned_steps", "train"]

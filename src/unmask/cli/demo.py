@@ -20,6 +20,7 @@ from unmask.demo_data import cache_folder, fetch_demo_model, fetch_demo_texts, l
 from unmask.methods import id3
 from unmask.modeling import describe_task, load_base, load_tuned
 from unmask.predicting import predict
+from unmask.scopes import exactly
 from unmask.selection import Selection, select
 from unmask.tasks import compute
 from unmask.tasks.data import Examples, TaskData
@@ -37,7 +38,7 @@ def run_demo(budget: str, steps: int, output: Path | None) -> None:
     console.print(f"{data.notes[0]}: {len(data.train):,} to train on, {len(data.evals['eval']):,} held out")
     model, tokenizer, missing = load_base(str(folder), num_labels=2, seed=_SEED)
     total = sum(p.numel() for p in model.parameters())
-    head = [f"^{name}$" for name in missing]
+    head = exactly(missing)
     selection = select(model, id3(_count(budget), steps), dense=head, new=head)
     console.print(f"full fine-tuning trains {total:,} weights; this trains a budget of {selection.budget:,} "
                   f"({selection.budget / total:.3%}) and the new head ({selection.dense_numel:,})")  # fmt: skip
@@ -97,10 +98,8 @@ def _accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: 
 
 
 def _save(selection: Selection, data: TaskData, base: Path, output: Path | None) -> Path:
-    delta = selection.delta(str(base))
-    metadata = {**delta.metadata, "task": describe_task(data.spec, _LENGTH)}
-    folder = output or cache_folder() / "demo"
-    return SparseDelta(delta.sparse, delta.whole, delta.base, metadata).save(folder / "delta.safetensors")
+    delta = selection.delta(str(base)).with_metadata(task=describe_task(data.spec, _LENGTH))
+    return delta.save((output or cache_folder() / "demo") / "delta.safetensors")
 
 
 def _size(folder: Path) -> int:

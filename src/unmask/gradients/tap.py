@@ -301,6 +301,11 @@ def is_tapped(parameter: Tensor) -> bool:
     return isinstance(parameter, TappedParameter)
 
 
+def owner_of(parameter: Tensor) -> object:
+    """The selection that a tapped parameter belongs to; None for any other tensor."""
+    return parameter.__dict__[_SITE].taps.owner if isinstance(parameter, TappedParameter) else None
+
+
 def index_of(parameter: TappedParameter) -> int:
     """A tapped parameter's index in its set."""
     site: Site = parameter.__dict__[_SITE]

@@ -22,7 +22,7 @@ from unmask.gradients.streamed import Ranker
 from unmask.gradients.tap import in_pieces
 from unmask.methods import Method
 from unmask.slots import SlotTable, take
-from unmask.topk import Ranked
+from unmask.topk import Ranked, in_order
 
 Accumulation = Literal["candidates", "exact"]
 OVERSAMPLE = 4  # candidates kept per entry to be unmasked
@@ -193,22 +193,18 @@ class Window:
         if candidates is None or self._added is None:
             raise AssertionError("a further micro-batch has candidates")
         candidates.payload.add_(self._added)
-        order = torch.arange(candidates.positions.numel(), device=candidates.positions.device)
-        if self.method.heuristic.elementwise and self.method.heuristic.needs == "gradient" and self._global:
+        heuristic = self.method.heuristic
+        if heuristic.elementwise and heuristic.needs == "gradient" and self.method.allocation == "global":
             weights = self.table.layout.read(candidates.positions, self.table.base.dtype)
-            scores = self.method.heuristic.score(weights, candidates.payload)
-            by_position = candidates.positions.argsort()
-            order = by_position[scores[by_position].argsort(descending=True, stable=True)]
-        return Ranked(*(column[order[: self.plan.newcomers]] for column in candidates))
-
-    @property
-    def _global(self) -> bool:
-        return self.method.allocation == "global"
+            candidates = in_order(candidates._replace(scores=heuristic.score(weights, candidates.payload)))
+        return Ranked(*(column[: self.plan.newcomers] for column in candidates))
 
     def _settle(self, ranked: Ranked, buffer: Tensor) -> None:
         if self.plan.repeat:
-            ranked = self._entrants(ranked)
-        slots = self._free_slots(ranked)
+            ranked, slots = self._exchanged(ranked)
+        else:
+            end = self.plan.used + ranked.positions.numel()
+            slots = torch.arange(self.plan.used, end, device=self.values.device)
         positions, payload = ranked.positions.to(buffer.device), ranked.payload.to(buffer)
         gathered = buffer.clone() if self.plan.repeat else None
         if self.tentative is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
@@ -223,17 +219,12 @@ class Window:
         self.values[slots] = weights
         buffer[slots] = payload
 
-    def _entrants(self, ranked: Ranked) -> Ranked:
-        """Of a repeat-S selection, what is not unmasked already."""
+    def _exchanged(self, ranked: Ranked) -> tuple[Ranked, Tensor]:
+        """Of a repeat-S selection: what is not unmasked already, and the slots of what leaves for it."""
         new = ~torch.isin(ranked.positions, self.table.positions)
-        self._leaving = ~torch.isin(self.table.positions, ranked.positions)
-        return Ranked(*(column[new] for column in ranked))
-
-    def _free_slots(self, ranked: Ranked) -> Tensor:
-        count = ranked.positions.numel()
-        if self.plan.repeat:
-            return self._leaving.nonzero().squeeze(1)[:count]
-        return torch.arange(self.plan.used, self.plan.used + count, device=self.values.device)
+        leaving = ~torch.isin(self.table.positions, ranked.positions)
+        entrants = Ranked(*(column[new] for column in ranked))
+        return entrants, leaving.nonzero().squeeze(1)[: entrants.positions.numel()]
 
     def _new_ranker(self, keep: int) -> Ranker:
         return Ranker(
