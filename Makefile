@@ -17,13 +17,18 @@ $(VENV)/.stamp: pyproject.toml requirements-lock.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
 
+# Triton, for the tests of the GPU kernel: its interpreter needs no GPU. A Triton that is already there is kept.
+$(VENV)/.stamp-test: requirements-test.txt $(VENV)/.stamp
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-test.txt
+	touch $@
+
 demo: setup
 	$(BIN)/unmask demo
 
-test: setup
+test: setup $(VENV)/.stamp-test
 	$(BIN)/python -m pytest
 
-check: setup
+check: setup $(VENV)/.stamp-test
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy

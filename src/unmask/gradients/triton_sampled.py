@@ -1,0 +1,148 @@
+"""The sampled product on a GPU: entries of ``g^T x`` by a Triton kernel.
+
+Triton is imported, and compiles, at the first call. The operands are copied token-contiguous, a chunk of tokens at a time,
+so that a dot product reads whole cache lines. Every program takes the same number of entries, wherever they lie, and there
+are no atomics: an entry's terms are added in an order given by the dtype and the shapes alone.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from unmask.errors import SelectionError
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TOKENS = 2048  # per chunk, less for very wide operands
+_COPY = 1 << 26  # scalars in one token-contiguous copy
+_ENTRIES, _LINE = 16, 512  # of a program: its entries, and the bytes of a row that it reads at a time
+_TILE = 64  # side of a block of the transposing copy
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton's defaults differ between its versions
+
+
+def available(device: torch.device | str) -> bool:
+    """Whether `triton_sampled_product` runs on a device: a trial product comes out right there, once per process.
+
+    Args:
+        device: A CUDA or ROCm device; the CPU only under Triton's interpreter, ``TRITON_INTERPRET=1``.
+
+    Example:
+        >>> available("meta")
+        False
+    """
+    device = torch.device(device)
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return (interpreted or (device.type == "cuda" and torch.cuda.is_available())) and _works(device)
+
+
+def triton_sampled_product(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """``p_k = sum_t g[t, rows_k] x[t, columns_k]``: chosen entries of a linear layer's weight gradient.
+
+    Products and sums are float32 (no TF32). Equal calls give equal bits, which do not depend on the other entries.
+
+    Args:
+        g: (T, out) output gradient: float32, bfloat16 or float16, any strides.
+        x: (T, in) input, of g's dtype and device.
+        rows: (m,) int32 or int64 in [0, out); unchecked, as that would wait for the device.
+        columns: (m,) int32 or int64 in [0, in); unchecked. Entries may repeat; sorted by (row, column) they are fastest.
+
+    Returns:
+        (m,) float32 on g's device. Up to 2048 tokens of g and x are held transposed meanwhile.
+
+    Raises:
+        SelectionError: Shapes, dtypes or devices do not fit, or Triton cannot be used here.
+
+    Example:
+        >>> g, x, at = torch.ones(3, 2), torch.ones(3, 4), torch.tensor([1])
+        >>> triton_sampled_product(g, x, at, at).tolist() if available(g.device) else [3.0]
+        [3.0]
+    """
+    given = ", ".join(f"{str(v.dtype)[6:]} {tuple(v.shape)} on {v.device}" for v in (g, x, rows, columns))
+    if g.ndim != 2 or x.ndim != 2 or len(g) != len(x) or rows.ndim != 1 or rows.shape != columns.shape:
+        raise SelectionError(f"g, x, rows, columns are {given}; their shapes must be (T, out), (T, in), (m,) and (m,).")
+    if g.dtype not in DTYPES or x.dtype != g.dtype or not {rows.dtype, columns.dtype} <= {torch.int32, torch.int64}:
+        raise SelectionError(f"g, x, rows, columns are {given}; g and x need one of {DTYPES}, the others an integer.")
+    if any(v.device != g.device for v in (x, rows, columns)):
+        raise SelectionError(f"g, x, rows, columns are {given}; move them to one device.")
+    if not available(g.device):
+        raise SelectionError(f"Triton does not run on {str(g.device)!r}; ask available(), and use plain torch instead.")
+    return _product(g, x, rows, columns)
+
+
+@cache
+def _works(device: torch.device) -> bool:
+    one, zero = torch.ones(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        return bool(_product(one, one, zero, zero).item() == 1)
+    except ModuleNotFoundError:
+        return False
+    except Exception as error:  # an old device, a driver, a missing compiler: it shows here, not in training
+        warnings.warn(f"Triton does not run on {device}, plain torch is used instead: {error}", stacklevel=2)
+        return False
+
+
+def _product(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    m, tokens = rows.numel(), len(g)
+    out = torch.zeros(m, dtype=torch.float32, device=g.device)
+    if m == 0 or tokens == 0:
+        return out
+    transpose, sample = _kernels()
+    block = _LINE // g.element_size()  # tokens; a multiple of _TILE
+    chunk = max(block, min(_TOKENS, _COPY // max(g.shape[1], x.shape[1]) // block * block))
+    sizes = {"E": _ENTRIES, "BT": block, **_OPTIONS}
+    rows, columns = rows.contiguous(), columns.contiguous()
+    gt, xt = (v.new_empty(v.shape[1], min(chunk, _blocks(tokens, block) * block)) for v in (g, x))
+    with torch.cuda.device_of(g):
+        for low in range(0, tokens, chunk):
+            length = _blocks(min(chunk, tokens - low), block) * block  # zeros from the last token on: no load is masked
+            for source, target in ((g[low : low + chunk], gt), (x[low : low + chunk], xt)):
+                grid = (_blocks(source.shape[1], _TILE), length // _TILE)
+                transpose[grid](source, target, *source.shape, *source.stride(), target.shape[1], B=_TILE, **_OPTIONS)
+            sample[(_blocks(m, _ENTRIES),)](gt, xt, rows, columns, out, m, length, gt.shape[1], **sizes)
+    return out
+
+
+def _blocks(total: int, size: int) -> int:
+    return -(-total // size)
+
+
+@cache
+def _kernels() -> tuple[Any, Any]:
+    """The two kernels, compiled for a dtype when first launched; `do_not_specialize` spares compiling them anew."""
+    global tl
+    import triton
+    import triton.language as tl
+
+    transpose = triton.jit(_transpose_kernel, do_not_specialize=["tokens"])
+    return transpose, triton.jit(_sample_kernel, do_not_specialize=["m", "length"])
+
+
+def _transpose_kernel(source, target, tokens, width, stride_t, stride_w, row, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    w = tl.program_id(0) * B + tl.arange(0, B).to(tl.int64)
+    t = tl.program_id(1) * B + tl.arange(0, B).to(tl.int64)
+    inside = (t < tokens)[:, None] & (w < width)[None, :]
+    block = tl.load(source + t[:, None] * stride_t + w[None, :] * stride_w, mask=inside, other=0.0)  # (B tokens, B)
+    tl.store(target + w[:, None] * row + t[None, :], tl.trans(block), mask=(w < width)[:, None])
+
+
+def _sample_kernel(gt, xt, rows, columns, out, m, length, row, E: tl.constexpr, BT: tl.constexpr):  # type: ignore[no-untyped-def]
+    k = tl.program_id(0).to(tl.int64) * E + tl.arange(0, E)
+    inside = k < m
+    r = tl.load(rows + k, mask=inside, other=0).to(tl.int64) * row
+    c = tl.load(columns + k, mask=inside, other=0).to(tl.int64) * row
+    total = tl.zeros((E, BT), tl.float32)
+    for start in range(0, length, BT):
+        t = start + tl.arange(0, BT)
+        a = tl.load(gt + r[:, None] + t[None, :])  # (E, BT)
+        b = tl.load(xt + c[:, None] + t[None, :])
+        total += a.to(tl.float32) * b.to(tl.float32)
+    earlier = tl.load(out + k, mask=inside, other=0.0)
+    tl.store(out + k, earlier + tl.sum(total, axis=1), mask=inside)
