@@ -87,7 +87,7 @@ CASES = {
 def compare(model: nn.Module, twin: nn.Module, method: Method, reference: DenseReference, steps: int = STEPS) -> None:
     """Steps both side by side; the selection's model must equal the reference's, bit for bit, at every step."""
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
-    selection = unmask.select(model, method)
+    selection = unmask.select(model, method, gradients="dense")
     optimizer = torch.optim.AdamW(selection.parameters(), **ADAMW)
     for t in range(steps):
         value = loss(model, tokens(t))

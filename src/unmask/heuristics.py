@@ -7,8 +7,10 @@ says what it ``needs``: ``"gradient"`` (of the very step), ``"weight"`` alone, `
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,6 +34,8 @@ class Heuristic:
         needs: What the score depends on; see the module's text.
         parameters: Keyword arguments bound to the function, e.g. ``{"eps": 1.0, "exp": 2.0}``.
         elementwise: Whether an entry's score depends on that entry alone. If not, the function sees whole tensors.
+        ceiling: ``ceiling(weight, **parameters) -> f`` with ``0 <= score <= f |g|`` for every entry of that block of
+            weights, rounding aside; None if there is no such bound. It lets most entries be passed over by ``|g|`` alone.
     """
 
     name: str
@@ -39,6 +43,14 @@ class Heuristic:
     needs: Needs = "gradient"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     elementwise: bool = True
+    ceiling: Callable[..., float] | None = None
+
+    def bound(self, weight: Tensor) -> float | None:
+        """``f`` of ``0 <= score <= f |g|`` over a block of weights; None if there is none, or it is no finite number."""
+        if self.ceiling is None or not self.elementwise:
+            return None
+        factor = self.ceiling(weight, **self.parameters)
+        return factor if 0 < factor < math.inf else None
 
     def score(self, weight: Tensor, gradient: Tensor | None, place: tuple[int, ...] = ()) -> Tensor:
         """Scores one block of a tensor.
@@ -81,6 +93,19 @@ def d3(weight: Tensor, gradient: Tensor, eps: float = 1.0, exp: float = 2.0) -> 
     return gradient.abs() / (weight.abs() + eps) ** exp
 
 
+def _largest(weight: Tensor) -> float:
+    low, high = (x.item() for x in weight.aminmax())
+    return max(-low, high)  # NaN, if there is one
+
+
+def _d3_ceiling(weight: Tensor, eps: float = 1.0, exp: float = 2.0) -> float:
+    if exp == 0:
+        return 1.0
+    if eps <= 0:
+        return math.inf
+    return float(eps**-exp) if exp > 0 else float((_largest(weight) + eps) ** -exp)
+
+
 def gradient_magnitude(weight: Tensor, gradient: Tensor) -> Tensor:
     """``|g|``."""
     return gradient.abs()
@@ -114,9 +139,9 @@ def constant(weight: Tensor, gradient: Tensor | None) -> Tensor:
 _REGISTRY: dict[str, Heuristic] = {
     h.name: h
     for h in (
-        Heuristic("d3", d3),
-        Heuristic("gradient", gradient_magnitude),
-        Heuristic("snip", snip),
+        Heuristic("d3", d3, ceiling=_d3_ceiling),
+        Heuristic("gradient", gradient_magnitude, ceiling=lambda weight: 1.0),
+        Heuristic("snip", snip, ceiling=_largest),
         Heuristic("magnitude", small_magnitude, needs="weight"),
         Heuristic("fisher", fisher, needs="fisher"),
         Heuristic("random", random_score, needs="nothing"),
@@ -174,7 +199,7 @@ def heuristic(which: str | Heuristic, **parameters: Any) -> Heuristic:
         raise MethodError(
             f"heuristic {which.name!r} has no parameter {unknown[0]!r}; it has {', '.join(allowed) or 'none'}."
         )
-    return Heuristic(which.name, which.function, which.needs, {**which.parameters, **parameters}, which.elementwise)
+    return dataclasses.replace(which, parameters={**which.parameters, **parameters})
 
 
 def heuristic_names() -> list[str]:

@@ -14,9 +14,10 @@ from unmask.delta import SparseDelta
 from unmask.dense import DenseTensor
 from unmask.errors import MethodError, ScheduleNotRunError, SelectionError
 from unmask.gradients.fisher import estimate_fisher
+from unmask.gradients.operations import handlers
 from unmask.gradients.streamed import Ranker
 from unmask.gradients.tap import TapSet, owner_of
-from unmask.gradients.window import Accumulation, Plan, Window
+from unmask.gradients.window import Accumulation, Gradients, Plan, Window
 from unmask.methods import Method, parse_budget
 from unmask.recording import record_delta
 from unmask.scopes import Patterns, as_patterns, matching, refuse_renormalized, resolve
@@ -34,6 +35,7 @@ def select(
     dense: Patterns = None,
     new: Patterns = None,
     accumulation: Accumulation = "candidates",
+    gradients: Gradients = "auto",
 ) -> Selection:
     """Freezes a model and makes a budget of its scalar weights trainable.
 
@@ -48,6 +50,9 @@ def select(
         accumulation: Which selection gradient accumulation makes: ``"candidates"`` (ranked on the first micro-batch, then
             re-ranked by the summed gradients; O(B) memory) or ``"exact"`` (by the summed dense gradients; O(N)). With
             one micro-batch per step both are the exact selection.
+        gradients: How steps that select nothing get their gradients: ``"auto"`` (at the selected entries only, where that
+            is cheaper than the dense gradient), ``"sampled"`` (wherever there is a way) or ``"dense"``. The three agree
+            within rounding.
 
     Returns:
         The selection. Give ``selection.parameters()`` to any ``torch.optim`` optimizer; no further call is needed.
@@ -71,6 +76,8 @@ def select(
         raise MethodError("this model already has a selection; call its release() first.")
     if accumulation not in ("candidates", "exact"):
         raise MethodError(f"accumulation = {accumulation!r}; it must be 'candidates' or 'exact'.")
+    if gradients not in ("auto", "sampled", "dense"):
+        raise MethodError(f"gradients = {gradients!r}; it must be 'auto', 'sampled' or 'dense'.")
     eligible, dense_names = resolve(model, method.scope, include, exclude, dense)
     if method.whole:
         eligible, dense_names = [], sorted({*eligible, *dense_names})
@@ -79,7 +86,7 @@ def select(
     method.schedule.check(budget)
     parameters = dict(model.named_parameters())
     new_names = None if new is None else matching(parameters, as_patterns(new), "new")
-    return Selection(model, method, eligible, dense_names, budget, accumulation, new_names)
+    return Selection(model, method, eligible, dense_names, budget, accumulation, new_names, gradients)
 
 
 def _budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
@@ -127,6 +134,7 @@ class Selection:
         budget: int,
         accumulation: Accumulation,
         new: list[str] | None,
+        gradients: Gradients = "auto",
     ) -> None:
         parameters = dict(model.named_parameters())
         self.model, self.method, self.step, self.used = model, method, 0, 0
@@ -146,10 +154,12 @@ class Selection:
         self.budget = budget
         if method.whole:
             self.budget = self.used = sum(d.parameter.numel() for d in self.dense)
-        self._window = Window(self._table, self.values, method, accumulation)
+        self._window = Window(self._table, self.values, method, accumulation, gradients != "dense")
         training = weakref.ref(model)
         self._taps = TapSet(self._layout.tensors, self._window, lambda: bool((m := training()) and m.training))
         self._taps.owner = self
+        if gradients != "dense":
+            self._taps.handlers = handlers(dense=gradients == "auto")
         for tensor in self.dense:
             tensor.owner = self
         self._released = False
@@ -213,6 +223,12 @@ class Selection:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
         self._released = True
+
+    @property
+    def in_use(self) -> int:
+        """Slots that the coming optimizer step trains: the first ``in_use`` of ``values``."""
+        plan = self._window.plan
+        return self._slots if plan.repeat or self.method.whole else plan.active + plan.newcomers
 
     def __repr__(self) -> str:
         dense = f", dense={self.dense_numel:,}" if self.dense_numel else ""
@@ -314,7 +330,7 @@ class Selection:
             fisher = estimate_fisher(self.model, self._layout, self.method.calibration)
         for index in range(len(self._layout.tensors)):
             ranker.rank(index, None if fisher is None else fisher.pop(index))
-        positions = ranker.top.result().positions.to(self.values.device)
+        positions = ranker.result().positions.to(self.values.device)
         self._table.load(positions, self._layout.read(positions, self.values.dtype))
         return True
 

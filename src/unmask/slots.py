@@ -7,6 +7,8 @@ of the trainable vector ``values``. Both tables cost O(B), whatever the size of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -28,11 +30,74 @@ def take(tensor: Tensor, flat: Tensor) -> Tensor:
 
 def put(tensor: Tensor, flat: Tensor, values: Tensor) -> None:
     """Writes values (cast to the tensor's dtype) at flat (row-major) indices, in place."""
-    flat, values = flat.to(tensor.device), values.to(tensor.device, tensor.dtype)
-    if tensor.is_contiguous():
-        tensor.view(-1)[flat] = values
-    else:
-        tensor[torch.unravel_index(flat, tensor.shape)] = values
+    tensor.put_(flat.to(tensor.device), values.to(tensor.device, tensor.dtype))
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """A tensor as (rows, columns): the first dimension by the rest; one row for a vector or a scalar."""
+    if tensor.ndim < 2:
+        return tensor.reshape(1, -1)
+    return tensor.reshape(tensor.shape[0], -1)
+
+
+def among(flat: Tensor, members: Tensor) -> Tensor:
+    """Which of some indices are members: bool, of ``flat``'s shape. ``members`` (n,) ascend.
+
+    Example:
+        >>> among(torch.tensor([5, 1, 2]), torch.tensor([2, 5])).tolist()
+        [True, False, True]
+    """
+    if not members.numel():
+        return torch.zeros_like(flat, dtype=torch.bool)
+    return members[torch.searchsorted(members, flat).clamp_(max=members.numel() - 1)] == flat
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Some entries of one tensor, and the slots they belong to.
+
+    The tensor is seen as a matrix: its first dimension by the rest; a vector as one row.
+
+    Attributes:
+        shape: (rows, columns) of the matrix.
+        flat: (m,) int64, ascending, on the tensor's device.
+        slots: (m,) int64, on the device of ``values``.
+    """
+
+    shape: tuple[int, int]
+    flat: Tensor
+    slots: Tensor
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(m,) int64."""
+        return self.flat.div(max(1, self.shape[1]), rounding_mode="floor")
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """(m,) int64."""
+        return self.flat - self.rows * self.shape[1]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """(rows + 1,) int64: where each row's entries start, as in a CSR matrix."""
+        edges = torch.arange(self.shape[0] + 1, device=self.flat.device) * self.shape[1]
+        return torch.searchsorted(self.flat, edges)
+
+    @cached_property
+    def used_rows(self) -> Tensor:
+        """Rows that hold entries, ascending."""
+        return self.rows.unique_consecutive()
+
+    @cached_property
+    def used_columns(self) -> Tensor:
+        """Columns that hold entries, ascending."""
+        return self.columns.unique()
+
+    def below(self, active: int) -> Entries:
+        """Those whose slot is below ``active``."""
+        inside = self.slots < active
+        return Entries(self.shape, self.flat[inside.to(self.flat.device)], self.slots[inside])
 
 
 class Layout:
@@ -62,6 +127,17 @@ class Layout:
             if low < high:
                 yield index, ordered[low:high] - self.starts[index], order[low:high]
 
+    def at(self, index: int, flat: Tensor, slots: Tensor) -> Entries:
+        """A tensor's entries at ascending flat indices."""
+        tensor = self.tensors[index]
+        rows = tensor.shape[0] if tensor.ndim > 1 else 1
+        return Entries((rows, tensor.numel() // rows if rows else 0), flat.to(tensor.device), slots)
+
+    def entries(self, positions: Tensor) -> Iterator[tuple[int, Entries]]:
+        """Groups positions by tensor; an entry's slot is its place in ``positions``."""
+        for index, flat, places in self.split(positions):
+            yield index, self.at(index, flat, places)
+
     def read(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """The current weights at positions, in ``dtype``."""
         values = torch.empty(positions.shape, dtype=dtype, device=positions.device)
@@ -82,16 +158,18 @@ class SlotTable:
         layout: The eligible tensors.
         positions: (B,) int64; -1 for a slot that holds nothing yet.
         base: (B,) the weight at that position before any training.
+        held: The first slot that holds nothing, nor does any after it.
     """
 
     def __init__(self, layout: Layout, budget: int, dtype: torch.dtype, device: torch.device) -> None:
         self.layout = layout
         self.positions = torch.full((budget,), -1, dtype=torch.int64, device=device)
         self.base = torch.zeros(budget, dtype=dtype, device=device)
-        self._members: dict[int, tuple[Tensor, Tensor]] = {}
+        self.held = 0
+        self._members: dict[int, Entries] = {}
 
-    def members(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """(flat indices ascending, their slots) of one tensor; None if it has none."""
+    def members(self, index: int) -> Entries | None:
+        """One tensor's entries that hold a slot; None if it has none."""
         return self._members.get(index)
 
     def occupied(self) -> list[int]:
@@ -100,9 +178,15 @@ class SlotTable:
 
     def assign(self, slots: Tensor, positions: Tensor, base: Tensor) -> None:
         """Gives slots to positions (and takes them from whatever they held)."""
+        vacant = bool((self.positions[slots] < 0).all())
         self.positions[slots] = positions
         self.base[slots] = base
-        self._rebuild()
+        if vacant and slots.numel():
+            self.held = max(self.held, int(slots.max().item()) + 1)
+            for index, flat, places in self.layout.split(positions):
+                self._insert(index, flat, slots[places])
+        elif slots.numel():
+            self._rebuild()
 
     def load(self, positions: Tensor, base: Tensor) -> None:
         """Replaces the whole table."""
@@ -112,12 +196,37 @@ class SlotTable:
 
     def scatter(self, values: Tensor, active: int) -> None:
         """Writes the values of the first ``active`` slots into the tensors."""
-        for index, (flat, slots) in self._members.items():
-            if active < self.positions.numel():
-                inside = slots < active
-                flat, slots = flat[inside], slots[inside]
-            put(self.layout.plain(index), flat, values[slots])
+        members = list(self._members.items())
+        if active < self.held:
+            members = [(index, entries.below(active)) for index, entries in members]
+        if not members:
+            return
+        gathered = values.detach()[torch.cat([entries.slots for _, entries in members])]  # one gather for all tensors
+        parts = gathered.split([entries.slots.numel() for _, entries in members])
+        for (index, entries), part in zip(members, parts, strict=True):
+            put(self.layout.plain(index), entries.flat, part)
 
     def _rebuild(self) -> None:
         held = (self.positions >= 0).nonzero().squeeze(1)
-        self._members = {index: (flat, held[places]) for index, flat, places in self.layout.split(self.positions[held])}
+        self._members, self.held = {}, int(held[-1].item()) + 1 if held.numel() else 0
+        for index, flat, places in self.layout.split(self.positions[held]):
+            self._insert(index, flat, held[places])
+
+    def _insert(self, index: int, flat: Tensor, slots: Tensor) -> None:
+        """Adds a tensor's new entries, flat indices ascending, in linear time."""
+        tensor = self.layout.tensors[index]
+        flat, old = flat.to(tensor.device), self._members.get(index)
+        if old is not None:
+            at = torch.searchsorted(old.flat, flat) + torch.arange(flat.numel(), device=flat.device)
+            flat, slots = _merged(old.flat, flat, at), _merged(old.slots, slots, at.to(slots.device))
+        self._members[index] = self.layout.at(index, flat, slots)
+
+
+def _merged(old: Tensor, new: Tensor, at: Tensor) -> Tensor:
+    """``new`` at the places ``at`` of the result, ``old`` in order at the others."""
+    merged = old.new_empty(old.numel() + new.numel())
+    rest = torch.ones(merged.numel(), dtype=torch.bool, device=old.device)
+    rest[at] = False
+    merged[rest] = old
+    merged[at] = new
+    return merged

@@ -14,6 +14,7 @@ from torch import Tensor
 
 # The buffer may grow to this many times k before it is cut back to k: one exact cut then serves many updates.
 _SLACK = 3
+_LARGE = 1 << 18  # a larger k gets half of itself as slack: the buffer is what it costs in memory
 
 
 class Ranked(NamedTuple):
@@ -63,9 +64,17 @@ class StreamingTopK:
         self._append(_first_k(part, self.k))
 
     def merge(self, entries: Ranked) -> None:
-        """Offers entries at arbitrary positions (another stream's result, or another process's)."""
+        """Offers entries at arbitrary positions (another stream's result, another process's), none of score ``-inf``."""
+        if self._cutoff is not None:
+            keep = (entries.scores >= self._cutoff[0]).nonzero().squeeze(1)
+            entries = Ranked(*(column[keep] for column in entries))
         if self.k and entries.scores.numel():
             self._append(_first_k(entries, self.k))
+
+    @property
+    def least(self) -> float | None:
+        """A score below which nothing can enter any more; None while fewer than k entries are in."""
+        return None if self._cutoff is None else self._cutoff[0]
 
     def result(self) -> Ranked:
         """The first k entries, in order; fewer where fewer were offered."""
@@ -89,7 +98,8 @@ class StreamingTopK:
     def _append(self, part: Ranked) -> None:
         self._parts.append(part)
         self._size += part.scores.numel()
-        if self._size > _SLACK * self.k or (self._cutoff is None and self._size >= self.k):
+        limit = _SLACK * self.k if self.k <= _LARGE else self.k + self.k // 2
+        if self._size > limit or (self._cutoff is None and self._size >= self.k):
             cut = _first_k(self._joined(), self.k)
             self._parts, self._size = [cut], cut.scores.numel()
             worst = cut.scores.min()
@@ -115,11 +125,17 @@ def _first_k_of_block(scores: Tensor, k: int) -> Tensor:
 
 
 def _first_k(entries: Ranked, k: int) -> Ranked:
-    """The first k entries under the total order, themselves in any order."""
-    if entries.scores.numel() <= k:
+    """The first k entries under the total order, themselves in any order; none is ``-inf``."""
+    scores = entries.scores
+    if scores.numel() <= k:
         return entries
-    by_position = entries.positions.argsort()
-    keep = by_position[_first_k_of_block(entries.scores[by_position], k)]
+    cut = scores.topk(k, sorted=False).values.min()
+    above = (scores > cut).nonzero().squeeze(1)
+    ties = (scores == cut).nonzero().squeeze(1)
+    room = k - above.numel()
+    if ties.numel() > room:
+        ties = ties[entries.positions[ties].argsort()[:room]]
+    keep = torch.cat([above, ties])
     return Ranked(*(column[keep] for column in entries))
 
 

@@ -19,7 +19,7 @@ from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.gradients.persample import PerSampleTaps
 from unmask.gradients.tap import TapSet, in_pieces
 from unmask.methods import Calibration
-from unmask.slots import Layout
+from unmask.slots import Entries, Layout
 
 
 def estimate_fisher(model: nn.Module, layout: Layout, calibration: Calibration) -> dict[int, Tensor]:
@@ -122,7 +122,10 @@ class _Summing:
     def begin(self) -> None:
         self._seen.clear()
 
-    def receive(self, index: int, gradient: Tensor) -> None:
+    def entries(self, index: int) -> None:
+        return None
+
+    def receive(self, index: int, gradient: Tensor, entries: Entries | None) -> None:
         if index in self._seen:
             raise in_pieces()
         self._seen.add(index)

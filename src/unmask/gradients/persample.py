@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unmask.gradients.tap import TappedParameter, TapSet, index_of
+from unmask.slots import Entries
 
 _PRODUCT = 1 << 24  # scalars in one block of per-sample weight gradients
 
@@ -86,7 +87,9 @@ class PerSampleTaps:
 
     def begin(self) -> None: ...
 
-    def receive(self, index: int, gradient: Tensor) -> None: ...
+    def entries(self, index: int) -> None: ...
+
+    def receive(self, index: int, gradient: Tensor, entries: Entries | None) -> None: ...
 
     def end(self) -> None: ...
 

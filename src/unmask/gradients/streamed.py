@@ -1,11 +1,14 @@
-"""Streamed scoring: one tensor's dense gradient against the running top-k, block by block.
+"""Streamed scoring: one tensor's gradient against the running top-k, block by block.
 
-Temporaries are of the size of a block, not of a tensor. Blocks are runs of whole rows (for a tensor of one dimension:
-of entries), so that flat indices within a block are consecutive even where the gradient itself is a transposed view.
+Temporaries are of the size of a block, not of a tensor. As soon as k entries are known, a block whose largest |g| cannot
+reach the k-th score is passed over after one look, and of the others only the entries that can are scored: where the
+heuristic has a `ceiling`, and in the order in which the gradient lies in memory. Otherwise blocks are runs of whole rows
+(for a tensor of one dimension: of entries), so that flat indices are consecutive even where the gradient is transposed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,10 +18,12 @@ from torch import Tensor
 from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.heuristics import Heuristic
 from unmask.methods import Allocation
-from unmask.slots import SlotTable
-from unmask.topk import StreamingTopK
+from unmask.slots import SlotTable, among, as_rows, take
+from unmask.topk import Ranked, StreamingTopK
 
 BLOCK = 1 << 20  # scalar weights scored at a time
+GLANCE = 1 << 18  # scalar gradients looked at at a time: small enough for a CPU's cache
+_ROUNDING = 1e-4  # how far rounding may lift a score over its ceiling, relative
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,6 @@ class Quota:
 
     tensor: int | None = None
     rows: Tensor | None = None  # (rows,) int64
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """A tensor as (rows, columns): the first dimension by the rest; one row for a vector or a scalar."""
-    if tensor.ndim < 2:
-        return tensor.reshape(1, -1)
-    return tensor.reshape(tensor.shape[0], -1)
 
 
 def caps(allocation: Allocation, numel: int, columns: int, budget: int, total: int) -> int | None:
@@ -90,31 +88,136 @@ class Ranker:
         self.heuristic, self.table, self.allocation = heuristic, table, allocation
         self.step, self.exclude_members = step, exclude_members
         self.top = StreamingTopK(keep)
+        self._zero: list[tuple[int, Tensor | None]] = []  # tensors, and which of their rows are not zero
 
     def rank(self, index: int, gradient: Tensor | None) -> None:
         """Offers one tensor's entries.
 
         Args:
             index: The tensor.
-            gradient: Its dense gradient, any strides and float dtype; None for a heuristic that needs none.
+            gradient: Its gradient, any strides and float dtype: dense, or sparse in whole rows (an embedding's, coalesced);
+                None for a heuristic that needs none.
 
         Raises:
             NonFiniteGradientError: A score is NaN or infinite.
             MethodError: The heuristic's scores are not of the weight's shape.
         """
+        if gradient is not None and gradient.is_sparse:
+            if self._vanishes():
+                self._rank_rows(index, gradient)
+                self._zero.append((index, gradient.indices()[0]))
+                return
+            gradient = gradient.to_dense()
+        if gradient is not None and gradient.ndim > 1 and self._glance(index, gradient):
+            return
+        self._rank_whole(index, gradient)
+
+    def rank_zero(self, index: int) -> None:
+        """Offers a tensor that the loss did not reach: its gradient is zero."""
+        if self._vanishes():
+            self._zero.append((index, None))
+        else:
+            self._rank_whole(index, self._zeros(index))
+
+    def result(self) -> Ranked:
+        """The best entries. Zero gradients are looked at only now, and only if there are not k better ones."""
+        zero, self._zero = self._zero, []
+        for index, rows in zero:
+            if not self.top.least:  # none yet, or zero
+                self._rank_whole(index, self._zeros(index), rows)
+        return self.top.result()
+
+    def _vanishes(self) -> bool:
+        """Whether a zero gradient always has the least score, zero, so that zeros can wait."""
+        return self.heuristic.ceiling is not None and self.allocation == "global" and self.heuristic.elementwise
+
+    def _zeros(self, index: int) -> Tensor:
+        weight = self.table.layout.plain(index)
+        return weight.new_zeros(()).expand(weight.shape)
+
+    def _rank_whole(self, index: int, gradient: Tensor | None, without: Tensor | None = None) -> None:
+        """Scores every entry (but those of the rows ``without``)."""
         layout = self.table.layout
         weight, start = layout.plain(index), layout.starts[index]
-        members = self.table.members(index) if self.exclude_members else None
-        held = None if members is None else members[0]
+        held = self._held(index)
         bound = quota(self.allocation, weight, self.table.positions.numel(), layout.total, held)
         top = self.top if bound.tensor is None else StreamingTopK(min(self.top.k, bound.tensor))
         for low, w, g in self._blocks(weight, gradient):
             scores = self._exclude(self._scores(index, low, w, g), low, held)
+            if without is not None:
+                first = low // w.shape[1]
+                rows = without[(without >= first) & (without < first + w.shape[0])] - first
+                scores = scores.view(w.shape).index_fill(0, rows, -torch.inf).view(-1)
             if bound.rows is not None:
                 scores = _best_of_rows(scores.view(w.shape), _rows_of(bound.rows, weight, low, w)).view(-1)
             top.update(scores, start + low, scores if g is None else g.reshape(-1).to(self.table.base.dtype))
         if top is not self.top:
             self.top.merge(top.result())
+
+    def _held(self, index: int) -> Tensor | None:
+        members = self.table.members(index) if self.exclude_members else None
+        return None if members is None else members.flat
+
+    def _glance(self, index: int, gradient: Tensor) -> bool:
+        """Offers what a look at |g| alone does not rule out; False if that cannot be told (yet)."""
+        if not self._vanishes() or self.top.least is None:
+            return False
+        weight = as_rows(self.table.layout.plain(index))
+        factor = self.heuristic.bound(weight)
+        if factor is None:
+            return False
+        grads, columns = as_rows(gradient), weight.shape[1]
+        across = grads.stride(0) == 1 and grads.shape[0] > 1  # transposed: read it as it lies
+        lines = grads.t() if across else grads
+        block = GLANCE if lines.device.type == "cpu" else lines.numel()
+        height = max(1, block // max(1, lines.shape[1]))
+        for low in range(0, lines.shape[0], height):
+            part = slice(low, low + height)
+            found = self._contenders(index, lines[part], factor)
+            if found is not None:
+                line, place = found[:, 0] + low, found[:, 1]
+                self._offer(index, place * columns + line if across else line * columns + place, lines[line, place])
+        return True
+
+    def _contenders(self, index: int, g: Tensor, factor: float) -> Tensor | None:
+        """Places (n, 2) of a block's entries that may reach the least score; None if none can."""
+        low, high = (x.item() for x in g.aminmax())
+        peak = max(-low, high)
+        if not math.isfinite(peak):
+            raise self._not_finite(index, peak)
+        least = (self.top.least or 0.0) * (1 - max(_ROUNDING, 2 * torch.finfo(g.dtype).eps))
+        if peak * factor < least:
+            return None
+        return (g.abs() >= least / factor).nonzero()
+
+    def _rank_rows(self, index: int, gradient: Tensor) -> None:
+        """Offers the rows that a sparse gradient names."""
+        rows, values = gradient.indices()[0], gradient.values()
+        columns = values.shape[1]
+        weight = self.table.layout.plain(index)
+        factor = None if self.top.least is None else self.heuristic.bound(weight[rows])
+        height = max(1, BLOCK // columns)
+        for low in range(0, rows.numel(), height):
+            g = values[low : low + height]
+            if factor is not None:
+                found = self._contenders(index, g, factor)
+                if found is None:
+                    continue
+                row, column = found[:, 0], found[:, 1]
+                self._offer(index, rows[low + row] * columns + column, g[row, column])
+            else:
+                flat = rows[low : low + height, None] * columns + torch.arange(columns, device=rows.device)
+                self._offer(index, flat.view(-1), g.reshape(-1))
+
+    def _offer(self, index: int, flat: Tensor, gradient: Tensor) -> None:
+        """Scores entries at flat indices and offers those that are not unmasked yet."""
+        held = self._held(index)
+        if held is not None:
+            free = ~among(flat, held.to(flat.device))
+            flat, gradient = flat[free], gradient[free]
+        weight = take(self.table.layout.plain(index), flat)
+        scores = self._scores(index, 0, weight, gradient)
+        self.top.merge(Ranked(scores, flat + self.table.layout.starts[index], gradient.to(self.table.base.dtype)))
 
     def _blocks(self, weight: Tensor, gradient: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         rows, grads = as_rows(weight), None if gradient is None else as_rows(gradient)
@@ -137,13 +240,17 @@ class Ranker:
                 f"{tuple(weight.shape)}; it must give one score per weight."
             )
         scores = scores.reshape(-1).to(self.table.base.dtype)
-        worst = [s.item() for s in scores.aminmax() if not torch.isfinite(s)]  # NaN propagates
-        if worst:
-            raise NonFiniteGradientError(
-                f"a score of {self.table.layout.names[index]!r} is {worst[0]} (heuristic {self.heuristic.name!r}): the loss, "
-                "the gradient or the weight is not finite, or the heuristic makes it so"
-            )
+        if scores.numel():
+            worst = [s.item() for s in scores.aminmax() if not torch.isfinite(s)]  # NaN propagates
+            if worst:
+                raise self._not_finite(index, worst[0])
         return scores
+
+    def _not_finite(self, index: int, score: float) -> NonFiniteGradientError:
+        return NonFiniteGradientError(
+            f"a score of {self.table.layout.names[index]!r} is {score} (heuristic {self.heuristic.name!r}): the loss, "
+            "the gradient or the weight is not finite, or the heuristic makes it so"
+        )
 
     def _exclude(self, scores: Tensor, low: int, held: Tensor | None) -> Tensor:
         """Scores without the entries that are unmasked already; a copy, for a heuristic may return the weight itself."""

@@ -5,6 +5,10 @@ A tapped parameter stays the same object under the same name; only its class cha
 differentiated by autograd itself, wherever it stands: in a Linear, an LSTM's flat weights, a functional call, a layer
 recomputed by gradient checkpointing. The proxy's backward passes the dense gradient on and frees it.
 
+Where the receiver asks for some entries only, the tensor's tap is a *token*: a vector of as many zeros, whose gradient is
+that of the entries. The proxy then hangs on the token, and each use's dense gradient is gathered and freed at once; the
+operations in ``operations.py`` make the token's gradient without a dense one.
+
 What `TapSet` guarantees to its receiver, per outermost backward: ``begin`` once, then ``receive`` for each tensor with
 the sum over all its uses, then ``end`` once; a backward that dies is followed by ``abort``. The sum may come in pieces
 where a graph holds forwards from before and after another backward, and where reentrant checkpointing's segments share a
@@ -16,12 +20,15 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from unmask.errors import SelectionError
+from unmask.gradients.sampled import take_gradient
+from unmask.slots import Entries
 
 _SITE = "_unmask_site"
 # Differentiable properties; every other property (shape, grad, requires_grad ...) is read off the parameter itself.
@@ -50,7 +57,7 @@ _RAW = (
     | {"is_floating_point", "is_complex", "untyped_storage", "__len__"}
 )
 
-Handler = Callable[[Any, tuple, dict], Any]
+Handler = Callable[[Any, tuple, dict], Any]  # NotImplemented: autograd shall do it
 
 
 class Receiver(Protocol):
@@ -59,11 +66,14 @@ class Receiver(Protocol):
     def wanted(self, index: int) -> bool:
         """Whether this tensor's gradient is wanted in the coming backward."""
 
+    def entries(self, index: int) -> Entries | None:
+        """The entries whose gradient suffices; None for the whole tensor's."""
+
     def begin(self) -> None:
         """A backward starts."""
 
-    def receive(self, index: int, gradient: Tensor) -> None:
-        """One tensor's whole gradient."""
+    def receive(self, index: int, gradient: Tensor, entries: Entries | None) -> None:
+        """One tensor's gradient: whole, or (m,) at the entries that its forward was asked for."""
 
     def end(self) -> None:
         """The backward is complete."""
@@ -72,16 +82,29 @@ class Receiver(Protocol):
         """The backward died; what it brought is void."""
 
 
+@dataclass(frozen=True)
+class Tapped:
+    """What stands for a tapped tensor in one forward.
+
+    Attributes:
+        proxy: An alias of the tensor, or a token (m,): its gradient is what the tap fires with.
+        entries: The m entries that the token stands for; None where the proxy is an alias.
+    """
+
+    proxy: Tensor
+    entries: Entries | None
+
+
 class Site:
     """One tapped tensor's place in its set."""
 
-    __slots__ = ("index", "kind", "proxy", "taps")
+    __slots__ = ("index", "kind", "tapped", "taps")
 
     def __init__(self, taps: TapSet, index: int, kind: type) -> None:
         self.taps = taps
         self.index = index
         self.kind = kind  # the parameter's own class
-        self.proxy: Tensor | None = None
+        self.tapped: Tapped | None = None
 
 
 class TappedParameter(nn.Parameter):
@@ -89,14 +112,7 @@ class TappedParameter(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if _is_raw(func, args):
-                return func(*args, **kwargs)
-            handler = _handler(func, args, kwargs)
-            if handler is not None:
-                return handler(func, args, kwargs)
-            return func(*_substitute(args), **_substitute(kwargs))
+        return _dispatch(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
@@ -105,6 +121,19 @@ class TappedParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return nn.Parameter(_plain(self), requires_grad=False).__reduce_ex__(protocol)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler must not see this state: its graph breaks here
+def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        if _is_raw(func, args):
+            return func(*args, **kwargs)
+        handler = _handler(func, args, kwargs)
+        if handler is not None:
+            result = handler(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*substitute(args), **substitute(kwargs))
 
 
 def _plain(parameter: Tensor) -> Tensor:
@@ -130,28 +159,43 @@ def _handler(func: Any, args: tuple, kwargs: dict) -> Handler | None:
     return None
 
 
-def _substitute(value: Any) -> Any:
+def substitute(value: Any) -> Any:
+    """A value, or a nest of them, with every tapped parameter replaced by what an operation gets in its place."""
     if isinstance(value, TappedParameter):
         return value.__dict__[_SITE].taps.use(value)
     if type(value) in (list, tuple):
-        return type(value)(_substitute(item) for item in value)
+        return type(value)(substitute(item) for item in value)
     if type(value) is dict:
-        return {key: _substitute(item) for key, item in value.items()}
+        return {key: substitute(item) for key, item in value.items()}
     return value
 
 
 class _Tap(torch.autograd.Function):
-    """Identity on a weight; its backward hands the gradient over instead of propagating it."""
+    """Identity on a weight or a token; its backward hands the gradient over instead of propagating it."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, weight: Tensor, site: Site) -> Tensor:  # type: ignore[override]
-        ctx.site = site
+    def forward(ctx: Any, anchor: Tensor, stand_in: Tensor, site: Site, entries: Entries | None) -> Tensor:  # type: ignore[override]
+        ctx.site, ctx.entries = site, entries
+        return stand_in.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
+        ctx.site.taps.fire(ctx.site.index, gradient.detach(), ctx.entries)
+        return None, None, None, None
+
+
+class Gather(torch.autograd.Function):
+    """A token as the weight it stands for; its backward gathers the dense gradient's entries."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, weight: Tensor, entries: Entries) -> Tensor:  # type: ignore[override]
+        ctx.entries, ctx.dtype = entries, token.dtype
         return weight.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
-        ctx.site.taps.fire(ctx.site.index, gradient.detach())
-        return None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        gradient = gradient.coalesce() if gradient.is_sparse else gradient
+        return take_gradient(gradient, ctx.entries).to(ctx.dtype), None, None
 
 
 class _EndOfBackward:
@@ -185,7 +229,7 @@ class TapSet:
         self._task: weakref.ref[_EndOfBackward] | None = None
         self._uses: Counter[int] = Counter()  # since the last backward
         self._pieces: set[int] = set()  # tensors used more than once: a backward may bring their gradient in pieces
-        self._held: dict[int, Tensor] = {}
+        self._held: dict[tuple[int, int], tuple[Tensor, Entries | None]] = {}
         self._received = False
         for tensor, site in zip(tensors, self._sites, strict=True):
             _attach(tensor, site)
@@ -209,13 +253,22 @@ class TapSet:
         before its layer fires just after it.
         """
         for site in self._sites:
-            site.proxy = None
+            site.tapped = None
         self._uses.clear()
         self._held.clear()
         self._received = False
 
     def use(self, parameter: TappedParameter) -> Tensor:
         """What an operation gets in a tapped parameter's place: a proxy, or the plain tensor."""
+        tapped = self.tap(parameter)
+        if tapped is None:
+            return parameter
+        if tapped.entries is None:
+            return tapped.proxy
+        return Gather.apply(tapped.proxy, parameter, tapped.entries)
+
+    def tap(self, parameter: TappedParameter) -> Tapped | None:
+        """What an operation's gradient for a tapped parameter goes to; None if it is not wanted."""
         site: Site = parameter.__dict__[_SITE]
         inside = torch._C._current_graph_task_id() != -1
         if not inside:
@@ -223,38 +276,48 @@ class TapSet:
         if not torch.is_grad_enabled():
             if not inside and self._training():
                 self._count(site.index)
-            return parameter
+            return None
         if not self._receiver.wanted(site.index):
-            return parameter
+            return None
         if inside:  # recomputation of a checkpointed segment: the running backward is the outermost one
             self._open()
-        if site.proxy is None or site.proxy.data_ptr() != parameter.data_ptr() or site.proxy.dtype != parameter.dtype:
-            site.proxy = _Tap.apply(self._anchor, parameter, site)
+        if site.tapped is None or not _stands_for(site.tapped, parameter):
+            site.tapped = self._tapped(site, parameter)
             if not inside:
                 self._count(site.index)
-        return site.proxy
+        return site.tapped
+
+    def _tapped(self, site: Site, parameter: Tensor) -> Tapped:
+        entries = self._receiver.entries(site.index)
+        if entries is None:
+            return Tapped(_Tap.apply(self._anchor, parameter, site, None), None)
+        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        zeros = torch.zeros((), dtype=wide, device=parameter.device).expand(entries.flat.numel())
+        return Tapped(_Tap.apply(self._anchor, zeros, site, entries), entries)
 
     def _count(self, index: int) -> None:
         self._uses[index] += 1
         if self._uses[index] > 1:
             self._pieces.add(index)
 
-    def fire(self, index: int, gradient: Tensor) -> None:
+    def fire(self, index: int, gradient: Tensor, entries: Entries | None) -> None:
         """A tap's backward ran."""
         self._open()
-        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+        gradient = gradient.coalesce() if gradient.is_sparse else gradient
         if index in self._pieces:
-            self._held[index] = self._held[index] + gradient if index in self._held else gradient
+            key = (index, id(entries))
+            held = self._held.get(key)
+            self._held[key] = (gradient if held is None else _sum(held[0], gradient), entries)
         else:
             self._received = True
-            self._receiver.receive(index, gradient)
+            self._receiver.receive(index, gradient, entries)
 
     def close(self) -> None:
         """The outermost backward is complete."""
         self._task = None
         held, received = self._held, self._received or bool(self._held)
-        for index in sorted(held):
-            self._receiver.receive(index, held.pop(index))
+        for key in sorted(held):
+            self._receiver.receive(key[0], *held.pop(key))
         self._renew()
         if received:
             self._receiver.end()
@@ -273,6 +336,22 @@ class TapSet:
             self._task = None
             self._renew()
             self._receiver.abort()
+
+
+def _stands_for(tapped: Tapped, parameter: Tensor) -> bool:
+    """Whether the parameter still is the tensor that was tapped: a user may have replaced its data."""
+    proxy = tapped.proxy
+    if tapped.entries is None:
+        return proxy.data_ptr() == parameter.data_ptr() and proxy.dtype == parameter.dtype
+    return proxy.device == parameter.device
+
+
+def _sum(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of two gradients, each dense or sparse."""
+    if a.is_sparse:
+        a, b = b, a
+    total = a + b
+    return total.coalesce() if total.is_sparse else total
 
 
 def _attach(parameter: nn.Parameter, site: Site) -> None:
@@ -296,6 +375,14 @@ def in_pieces() -> SelectionError:
     )
 
 
+def stale() -> SelectionError:
+    """The error of a receiver that needs whole gradients and gets some entries."""
+    return SelectionError(
+        "this backward goes through a forward that ran before the last optimizer step, and this step selects by whole "
+        "gradients, which that forward does not give. Run the forward again, or select(..., gradients='dense')."
+    )
+
+
 def is_tapped(parameter: Tensor) -> bool:
     """Whether a parameter belongs to a live selection."""
     return isinstance(parameter, TappedParameter)
@@ -304,6 +391,12 @@ def is_tapped(parameter: Tensor) -> bool:
 def owner_of(parameter: Tensor) -> object:
     """The selection that a tapped parameter belongs to; None for any other tensor."""
     return parameter.__dict__[_SITE].taps.owner if isinstance(parameter, TappedParameter) else None
+
+
+def set_of(parameter: TappedParameter) -> TapSet:
+    """The set that a tapped parameter belongs to."""
+    site: Site = parameter.__dict__[_SITE]
+    return site.taps
 
 
 def index_of(parameter: TappedParameter) -> int:

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from unmask.errors import NonFiniteGradientError
+from unmask.gradients.sampled import forget, take_gradient
 from unmask.gradients.streamed import Ranker
-from unmask.gradients.tap import in_pieces
+from unmask.gradients.tap import in_pieces, stale
 from unmask.methods import Method
-from unmask.slots import SlotTable, take
+from unmask.slots import Entries, SlotTable
 from unmask.topk import Ranked, in_order
 
 Accumulation = Literal["candidates", "exact"]
+Gradients = Literal["auto", "sampled", "dense"]
 OVERSAMPLE = 4  # candidates kept per entry to be unmasked
 
 
@@ -57,8 +59,11 @@ class Tentative:
 class Window:
     """Collects gradients between two optimizer steps; the receiver of the taps' gradients."""
 
-    def __init__(self, table: SlotTable, values: Tensor, method: Method, accumulation: Accumulation) -> None:
+    def __init__(
+        self, table: SlotTable, values: Tensor, method: Method, accumulation: Accumulation, sampled: bool
+    ) -> None:
         self.table, self.values, self.method, self.accumulation = table, values, method, accumulation
+        self.sampled = sampled  # whether a step that does not select asks for the entries of its slots only
         self.plan = Plan(0, 0, 0, 0, repeat=False)
         self.tentative: Tentative | None = None
         self.nonfinite: str | None = None
@@ -67,13 +72,15 @@ class Window:
         self._added: Tensor | None = None  # (c,) this backward's gradient of the candidates
         self._ranker: Ranker | None = None
         self._candidates: Ranked | None = None
-        self._by_tensor: dict[int, tuple[Tensor, Tensor]] = {}
+        self._by_tensor: dict[int, Entries] = {}  # the candidates; their places stand for slots
+        self._inside: dict[int, Entries] = {}  # of a known order, what this step trains
         self._dense: dict[int, Tensor] = {}
         self._offered: set[int] = set()
 
     def start(self, plan: Plan) -> None:
         """A new step's window."""
         self.plan = plan
+        self._inside = {}
         self._clear()
         self.tentative = None
 
@@ -81,7 +88,27 @@ class Window:
         """Whether the tensor's gradient is wanted; with nothing to train yet, all are, so that the loss has a graph."""
         if self.plan.selecting or self.plan.active == 0:
             return True
-        return self.table.members(index) is not None
+        return self._active(index) is not None
+
+    def entries(self, index: int) -> Entries | None:
+        """The entries whose gradient suffices; None: this step needs all of the tensor's gradient."""
+        if self.plan.selecting or not self.sampled:
+            return None
+        return self._active(index) or self._nothing(index)
+
+    def _active(self, index: int) -> Entries | None:
+        """The tensor's slots that this step trains."""
+        members = self.table.members(index)
+        if members is None or self.plan.active >= self.table.held:
+            return members
+        if index not in self._inside:
+            self._inside[index] = members.below(self.plan.active)
+        inside = self._inside[index]
+        return inside if inside.flat.numel() else None
+
+    def _nothing(self, index: int) -> Entries:
+        none = torch.empty(0, dtype=torch.int64, device=self.values.device)
+        return self.table.layout.at(index, none, none)
 
     def begin(self) -> None:
         """A backward starts: a fresh window if ``values`` carries no gradient, else one more micro-batch."""
@@ -94,9 +121,22 @@ class Window:
             self._added = torch.zeros_like(self._candidates.payload)
 
     @torch.no_grad()
-    def receive(self, index: int, gradient: Tensor) -> None:
-        """One tensor's whole gradient: gather at its slots, rank the rest, let go."""
-        self._gather(index, gradient)
+    def receive(self, index: int, gradient: Tensor, entries: Entries | None) -> None:
+        """One tensor's gradient: add what its slots get, rank the rest, let go.
+
+        Args:
+            index: The tensor.
+            gradient: Whole (dense, or sparse in rows), or (m,) at ``entries``.
+            entries: What the forward was told by `entries`.
+        """
+        if entries is not None:
+            self._add(entries, gradient)
+            if self.plan.selecting:
+                raise stale()
+            return
+        active = self._active(index)
+        if active is not None:
+            self._add(active, take_gradient(gradient, active))
         if not self.plan.selecting or self.nonfinite:
             return
         try:
@@ -107,6 +147,7 @@ class Window:
     @torch.no_grad()
     def end(self) -> None:
         """The backward is complete: settle the tentative selection and hand the gradient to ``values``."""
+        forget()
         buffer, self._buffer = self._buffer, None
         if buffer is None:
             return
@@ -123,6 +164,7 @@ class Window:
 
     def abort(self) -> None:
         """The backward died: its share is void. Earlier micro-batches stand, but for dense sums, which it has spoilt."""
+        forget()
         self._buffer = self._ranker = self._added = None
         self._offered = set()
         if self._dense:
@@ -142,18 +184,13 @@ class Window:
         self._buffer = self._ranker = self._candidates = self._earlier = self._added = None
         self._by_tensor, self._dense, self._offered = {}, {}, set()
 
-    def _gather(self, index: int, gradient: Tensor) -> None:
-        members = self.table.members(index)
-        if members is None or self._buffer is None:
-            return
-        flat, slots = members
-        if self.plan.active < self.values.numel():
-            inside = slots < self.plan.active
-            flat, slots = flat[inside], slots[inside]
-        self._buffer[slots] += take(gradient, flat).to(self._buffer)
+    def _add(self, entries: Entries, gradient: Tensor) -> None:
+        if self._buffer is not None:
+            self._buffer[entries.slots] += gradient.to(self._buffer)
 
     def _offer(self, index: int, gradient: Tensor) -> None:
         if self.accumulation == "exact":
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient
             gradient = gradient.to(self.values.dtype, copy=index not in self._dense)  # sums of bfloat16 would lose bits
             self._dense[index] = self._dense[index].add_(gradient) if index in self._dense else gradient
         elif self._ranker is not None:
@@ -162,8 +199,8 @@ class Window:
             self._offered.add(index)
             self._ranker.rank(index, gradient)
         elif index in self._by_tensor and self._added is not None:
-            flat, places = self._by_tensor[index]
-            self._added[places] += take(gradient, flat).to(self._added)
+            candidates = self._by_tensor[index]
+            self._added[candidates.slots] += take_gradient(gradient, candidates).to(self._added)
 
     def _ranked(self) -> Ranked:
         """The first u_t entries by what has been summed so far."""
@@ -172,11 +209,11 @@ class Window:
             for index in sorted(self._dense):
                 ranker.rank(index, self._dense[index])
             self._offer_untouched(ranker, set(self._dense))
-            return ranker.top.result()
+            return ranker.result()
         if self._ranker is not None:
             self._offer_untouched(self._ranker, self._offered)
-            self._candidates, self._ranker = self._ranker.top.result(), None
-            self._by_tensor = {i: (flat, at) for i, flat, at in self.table.layout.split(self._candidates.positions)}
+            self._candidates, self._ranker = self._ranker.result(), None
+            self._by_tensor = dict(self.table.layout.entries(self._candidates.positions))
             return Ranked(*(column[: self.plan.newcomers] for column in self._candidates))
         return self._rerank()
 
@@ -184,8 +221,7 @@ class Window:
         """Tensors that the loss did not reach have a zero gradient: they take part, so that u_t is always met."""
         for index in range(len(self.table.layout.tensors)):
             if index not in offered:
-                weight = self.table.layout.plain(index)
-                ranker.rank(index, weight.new_zeros(()).expand(weight.shape))
+                ranker.rank_zero(index)
 
     def _rerank(self) -> Ranked:
         """The candidates again, by their summed gradients (their first order, where a score needs whole tensors)."""

@@ -1,0 +1,235 @@
+"""Operations that differentiate a tapped weight at some entries only: linear layers and embeddings.
+
+They take the operation's place while its weight's tap is a token (see ``tap.py``): same output, same input gradient, no
+dense weight gradient. Whatever they do not know, autograd does, and the dense gradient is gathered.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unmask.errors import SelectionError
+from unmask.gradients.sampled import Product, by_rows, choose, sampled_product, take_gradient
+from unmask.gradients.tap import Gather, Handler, TappedParameter, set_of
+from unmask.slots import Entries, take
+
+
+def handlers(dense: bool) -> dict[Any, Handler]:
+    """Handlers for `TapSet.handlers`.
+
+    Args:
+        dense: Whether an operation may be left to autograd where the dense product is the cheaper one.
+    """
+    linear = _Linear(dense)
+    return {F.linear: linear.linear, torch.addmm: linear.addmm, F.embedding: _embedding}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a sampled linear operation knows beside its tensors."""
+
+    entries: Entries
+    bias_entries: Entries | None
+    how: Product
+    transposed: bool  # the weight is (in, out), as in transformers' Conv1D
+
+
+class _Linear:
+    """Handlers of linear operations; remembers the last input that autocast converted, for query, key and value share it."""
+
+    def __init__(self, dense: bool) -> None:
+        self._dense = dense
+        self._last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
+
+    def linear(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """``F.linear(input, weight, bias)``."""
+
+        def bound(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+            return self._apply(input, weight, bias, transposed=False)
+
+        return bound(*args, **kwargs)
+
+    def addmm(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """``torch.addmm(bias, input, weight)``."""
+
+        def bound(input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Any:
+            if options or input.ndim != 1:
+                return NotImplemented
+            return self._apply(mat1, mat2, input, transposed=True)
+
+        return bound(*args, **kwargs)
+
+    def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Any:
+        if not isinstance(weight, TappedParameter) or weight.ndim != 2 or isinstance(x, TappedParameter):
+            return NotImplemented
+        if not weight.numel() or (bias is not None and bias.shape != (weight.shape[1 if transposed else 0],)):
+            return NotImplemented  # a bias of another shape is broadcast
+        tapped = set_of(weight).tap(weight)
+        if tapped is None or tapped.entries is None:
+            return NotImplemented
+        cast = self._cast(x)
+        dtype = x.dtype if cast is None else cast.dtype
+        how = choose(tapped.entries, x.numel() // max(1, x.shape[-1]), dtype, x.device, self._dense)
+        if how == "dense":
+            return NotImplemented
+        token, entries = None, None
+        if isinstance(bias, TappedParameter):
+            tap = set_of(bias).tap(bias)
+            if tap is not None and tap.entries is None:
+                bias = tap.proxy
+            elif tap is not None:
+                token, entries = tap.proxy, tap.entries
+        job = _Job(tapped.entries, entries, how, transposed)
+        return SampledLinear.apply(x, cast, weight, bias, tapped.proxy, token, job)
+
+    def _cast(self, x: Tensor) -> Tensor | None:
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind) or x.dtype == torch.get_autocast_dtype(kind) or x.dtype == torch.float64:
+            return None
+        version = -1 if x.is_inference() else x._version
+        cast = self._last[2]() if self._last and self._last[0]() is x and self._last[1] == version >= 0 else None
+        if cast is None:
+            cast = x.detach().to(torch.get_autocast_dtype(kind))
+            self._last = (weakref.ref(x), version, weakref.ref(cast))  # the graph keeps it, while it needs it
+        return cast
+
+
+class SampledLinear(torch.autograd.Function):
+    """``x W^T + b`` (or ``x W + b``), whose backward makes the weight's gradient at its entries only."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        cast: Tensor | None,  # x in autocast's dtype
+        weight: Tensor,
+        bias: Tensor | None,
+        token: Tensor,
+        bias_token: Tensor | None,
+        job: _Job,
+    ) -> Tensor:
+        ctx.job, ctx.dtype, ctx.bias_dtype = job, x.dtype, None if bias is None else bias.dtype
+        weight = weight.detach()
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            weight = weight.to(dtype)
+            x, bias = x if cast is None else cast, None if bias is None else bias.to(dtype)
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, token, bias_token)
+        return _product(x, weight if job.transposed else weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, token, bias_token = ctx.saved_tensors
+        g = gradient.reshape(-1, gradient.shape[-1])
+        if torch.is_grad_enabled():
+            return _twice(ctx, g, x, weight, token, bias_token)
+        job, needs = ctx.job, ctx.needs_input_grad
+        flat_x = x.reshape(-1, x.shape[-1])
+        with _without_autocast(g.device.type):
+            grad_x = grad_bias = grad_token = grad_bias_token = None
+            if needs[4]:
+                left, right = (flat_x, g) if job.transposed else (g, flat_x)
+                grad_token = sampled_product(left, right, job.entries, job.how).to(token.dtype)
+            if needs[5]:
+                grad_bias_token = _column_sums(g, job.bias_entries, bias_token.dtype)
+            if needs[3]:
+                grad_bias = g.sum(0).to(ctx.bias_dtype)
+            if needs[0]:
+                grad_x = (g @ (weight.t() if job.transposed else weight)).view(x.shape).to(ctx.dtype)
+        return grad_x, None, None, grad_bias, grad_token, grad_bias_token, None
+
+
+def _product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ matrix + bias`` for x (..., in), not as a view of a product in two dimensions: a caller may change it in place."""
+    out = x.new_empty(*x.shape[:-1], matrix.shape[1])
+    flat, product = x.reshape(-1, x.shape[-1]), out.view(-1, matrix.shape[1])
+    if bias is None:
+        torch.mm(flat, matrix, out=product)
+    else:
+        torch.addmm(bias, flat, matrix, out=product)
+    return out
+
+
+def _column_sums(g: Tensor, entries: Entries, dtype: torch.dtype) -> Tensor:
+    """A bias's gradient at entries."""
+    if 8 * entries.flat.numel() < g.shape[1]:
+        return g.index_select(1, entries.flat).sum(0, dtype=dtype)
+    return take(g.sum(0, dtype=dtype), entries.flat)
+
+
+def _twice(
+    ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, token: Tensor, bias_token: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The backward as differentiable operations on dense products: for gradient penalties and the like."""
+    job = ctx.job
+    if x.dtype != ctx.dtype:
+        raise SelectionError(
+            "a second derivative (create_graph=True) under autocast does not reach the sampled gradients' input; run this loss "
+            "without autocast, or use unmask.select(..., gradients='dense')."
+        )
+    flat_x = x.reshape(-1, x.shape[-1])
+    product = flat_x.t() @ g if job.transposed else g.t() @ flat_x
+    grad_token = take(product, job.entries.flat).to(token.dtype)
+    sums, grad_x = g.sum(0), None
+    grad_bias_token = None if bias_token is None else take(sums, job.bias_entries.flat).to(bias_token.dtype)
+    if weight is not None:
+        live = Gather.apply(token, weight, job.entries)
+        grad_x = (g @ (live.t() if job.transposed else live)).view(x.shape)
+    return grad_x, None, None, sums if ctx.needs_input_grad[3] else None, grad_token, grad_bias_token, None
+
+
+def _without_autocast(kind: str) -> Any:
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _embedding(func: Any, args: tuple, kwargs: dict) -> Any:
+    """``F.embedding``: gradients of the rows seen only, where the table has more rows than there are tokens."""
+
+    def bound(
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Any:
+        if max_norm is not None or scale_grad_by_freq or not isinstance(weight, TappedParameter):
+            return NotImplemented
+        if weight.shape[0] <= input.numel():
+            return NotImplemented
+        tapped = set_of(weight).tap(weight)
+        if tapped is None:
+            return NotImplemented
+        if tapped.entries is None:
+            return func(input, tapped.proxy, padding_idx, sparse=True)
+        return SampledEmbedding.apply(input, weight, tapped.proxy, tapped.entries, padding_idx)
+
+    return bound(*args, **kwargs)
+
+
+class SampledEmbedding(torch.autograd.Function):
+    """Rows of a table, whose backward makes the table's gradient at its entries only."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, ids: Tensor, weight: Tensor, token: Tensor, entries: Entries, padding_idx: int | None
+    ) -> Tensor:
+        ctx.entries, ctx.dtype = entries, token.dtype
+        ctx.padding = None if padding_idx is None else padding_idx % weight.shape[0]
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight.detach(), padding_idx)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        g = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)
+        rows = by_rows(g, ids.reshape(-1), torch.Size(ctx.entries.shape), ctx.padding)
+        return None, None, take_gradient(rows, ctx.entries), None, None
