@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from unmask.heuristics import Heuristic, heuristic, heuristic_names, register_heuristic
     from unmask.methods import PRESETS, Method, bitfit, fish, full, id3, pafi, random_mask, repeat_d3, static_d3
+    from unmask.optim import SelectiveAdamW
     from unmask.schedules import SCHEDULES, Schedule, schedule
     from unmask.scopes import Scope, patterns
     from unmask.selection import Selection, select
@@ -43,6 +44,7 @@ __all__ = [
     "Scope",
     "Selection",
     "SelectionError",
+    "SelectiveAdamW",
     "SparseDelta",
     "SparseTensor",
     "UnmaskError",
@@ -71,6 +73,7 @@ _HOMES = {
     "unmask.schedules": {"SCHEDULES", "Schedule", "schedule"},
     "unmask.scopes": {"Scope", "patterns"},
     "unmask.selection": {"Selection", "select"},
+    "unmask.optim": {"SelectiveAdamW"},
     "unmask.methods": {
         *("PRESETS", "Method", "bitfit", "fish", "full", "id3", "pafi", "random_mask", "repeat_d3", "static_d3"),
     },

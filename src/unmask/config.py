@@ -44,6 +44,7 @@ class TrainConfig:
         num_samples: Examples for the Fisher information (fish).
         lr: Peak learning rate.
         weight_decay: AdamW's, on the selected weights only.
+        bias_correction: Adam's, "global" (the paper's) or "entry" (an age per weight, from its unmasking on).
         epochs: Passes over the training data; ignored with max_steps.
         max_steps: Optimizer steps.
         batch_size: Examples per forward.
@@ -83,6 +84,7 @@ class TrainConfig:
     num_samples: int = 1024
     lr: float = 1e-3
     weight_decay: float = 0.0
+    bias_correction: str = "global"
     epochs: float = 3.0
     max_steps: int | None = None
     batch_size: int = 16
@@ -109,6 +111,7 @@ class TrainConfig:
         _one_of("schedule", self.schedule, ("uniform", "cosine", "front-loaded"))
         _one_of("allocation", self.allocation, ("global", "tensor", "row"))
         _one_of("scope", self.scope, (None, "all", "linear", "bias", "vector"))
+        _one_of("bias_correction", self.bias_correction, ("global", "entry"))
         if self.budget is None and self.method not in ("bitfit", "full"):
             raise ConfigError(
                 f"method {self.method!r} needs a budget: a count (20000) or a share of the weights (0.17%)."

@@ -23,6 +23,11 @@ class Steppable(Protocol):
     """What the hooks need of a selection."""
 
     model: nn.Module
+    values: nn.Parameter
+
+    @property
+    def in_use(self) -> int:
+        """How many slots of ``values`` the coming step trains."""
 
     def clock(self) -> Tensor:
         """The parameter whose optimizer step is the schedule's step."""
@@ -59,6 +64,11 @@ def watch(selection: Steppable) -> None:
 def has_selection(model: nn.Module) -> bool:
     """Whether a live selection was made from this model, or holds tensors of it."""
     return any(is_tapped(p) for p in model.parameters()) or any(live.model is model for live in list(_LIVE))
+
+
+def slots_in_use(parameter: Tensor) -> int | None:
+    """How many entries the coming step trains, if the parameter is a live selection's ``values``; else None."""
+    return next((live.in_use for live in list(_LIVE) if live.values is parameter), None)
 
 
 def unwatch(selection: Steppable) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -30,6 +30,7 @@ from unmask.delta import SparseDelta
 from unmask.errors import ConfigError, UnmaskError
 from unmask.integrations.transformers import SelectiveTrainer
 from unmask.modeling import describe_task, load_base, longest_input, quiet
+from unmask.optim import BiasCorrection, SelectiveAdamW
 from unmask.presets import method_from
 from unmask.progress import LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.scopes import exactly
@@ -212,7 +213,12 @@ class _Run:
 
     def _trainer(self) -> SelectiveTrainer:
         config = self.config
-        optimizer = torch.optim.AdamW(self.selection.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        optimizer = SelectiveAdamW(
+            self.selection.parameters(),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            bias_correction=cast(BiasCorrection, config.bias_correction),  # checked by TrainConfig
+        )
         eval_strategy = "epoch" if config.eval_steps is None else "steps"
         arguments = TrainingArguments(
             output_dir=str(self.output / CHECKPOINTS),
@@ -316,6 +322,7 @@ class _Run:
             "delta_weights": len(delta),
             "seed": self.config.seed,
             "lr": self.config.lr,
+            "bias_correction": self.config.bias_correction,
         }
 
 
