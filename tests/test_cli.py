@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import unmask
+from helpers import assert_same_tensors
 from tiny import tiny_model, toy_csv
 from unmask.cli import main
 from unmask.config import METHODS
@@ -196,6 +198,49 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained: Path, world: Path) -
         assert torch.equal(tensor, resumed.whole[name])
 
 
+def test_bias_correction_entry_is_recorded_and_resumes_bit_for_bit(trained: Path, world: Path) -> None:
+    run(*train_words("entry", "--set", "save_steps=9", "--set", "bias_correction=entry"), cwd=world)
+    folder = world / "entry"
+    assert "bias_correction: entry" in (folder / "config.yaml").read_text()
+    assert json.loads((folder / "summary.json").read_text())["bias_correction"] == "entry"
+    assert json.loads((trained / "summary.json").read_text())["bias_correction"] == "global"
+    saved = torch.load(folder / "checkpoints" / "checkpoint-18" / "optimizer.pt", weights_only=True)
+    assert saved["state"][0]["age"].tolist() == [18 - i // 5 if i < 90 else 0 for i in range(120)]  # 5 a step
+    whole = unmask.SparseDelta.load(folder / "delta.safetensors")
+    plain = unmask.SparseDelta.load(trained / "delta.safetensors")
+    assert not torch.equal(whole.whole["classifier.weight"], plain.whole["classifier.weight"])
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-24")
+    (folder / "delta.safetensors").unlink()
+    refused = run(
+        "train", "--config", "entry/config.yaml", "--set", "bias_correction=global", "--resume", cwd=world, check=False
+    )
+    assert refused.returncode == 1
+    assert "made with bias_correction = 'entry'" in refused.stderr
+    run("train", "--config", "entry/config.yaml", "--set", "bias_correction=entry", "--resume", cwd=world)
+    resumed = unmask.SparseDelta.load(folder / "delta.safetensors")
+    for part in ("indices", "values"):
+        left, right = ({n: getattr(e, part) for n, e in d.sparse.items()} for d in (whole, resumed))
+        assert_same_tensors(left, right)
+    assert_same_tensors(whole.whole, resumed.whole)
+
+
+def test_a_checkpoint_saved_before_its_epochs_evaluation_resumes_bit_for_bit(world: Path) -> None:
+    """Evaluating must draw no random number: the resumed run does not evaluate that epoch again."""
+    run(*train_words("last", "--set", "save_steps=8"), cwd=world)
+    folder = world / "last"
+    whole = unmask.SparseDelta.load(folder / "delta.safetensors")
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-24")
+    state = json.loads((folder / "checkpoints" / "checkpoint-16" / "trainer_state.json").read_text())
+    assert state["epoch"] == 4.0  # saved at an epoch's last step
+    (folder / "delta.safetensors").unlink()
+    run("train", "--config", "last/config.yaml", "--resume", cwd=world)
+    resumed = unmask.SparseDelta.load(folder / "delta.safetensors")
+    for part in ("indices", "values"):
+        left, right = ({n: getattr(e, part) for n, e in d.sparse.items()} for d in (whole, resumed))
+        assert_same_tensors(left, right)
+    assert_same_tensors(whole.whole, resumed.whole)
+
+
 def test_checkpoints_cost_the_budget_not_the_model(trained: Path) -> None:
     (checkpoint,) = sorted((trained / "checkpoints").glob("checkpoint-24"))
     state = (checkpoint / "selection.safetensors").stat().st_size
@@ -216,6 +261,10 @@ REFUSED = {
     "budget as text": (("--budget", "many"), "budget = 'many'"),
     "unknown setting": (("--set", "lerning_rate=1"), "unknown setting 'lerning_rate'"),
     "not a number": (("--set", "lr=fast"), "lr = 'fast'"),
+    "no such correction": (
+        ("--set", "bias_correction=slot"),
+        "bias_correction = 'slot'; it must be one of global, entry",
+    ),
     "nothing to resume": (("--resume",), "no checkpoint"),
     "a pattern that finds nothing": (("--set", "include=qurey"), "'qurey' is found in no parameter name"),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer
 
@@ -42,6 +43,11 @@ class SelectiveTrainer(Trainer):
             return clip(self.selection.parameters(), max_norm, norm_type)
 
         self.accelerator.clip_grad_norm_ = clip_selected
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's, but draws no random number that training would draw: a resumed run may not evaluate again."""
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
