@@ -129,3 +129,47 @@ def methods() -> None:
     from unmask.cli.methods import run_methods
 
     run_methods()
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="roberta-base (default), minilm, mpnet, smollm2, llama-1b, llama-7b, a folder or a cached id. Only the "
+            "shape counts: weights are random, nothing is downloaded."
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per batch; default: the model's own.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence; default: the model's own.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Scalar weights to unmask; default 320000.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 (default), autocast (to bfloat16), bf16 (weights).")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows, comma-separated: frozen, full, full-fused, lora, shira, super, authors, static, static-d3, id3, "
+            "id3-10, id3-100 (id3-K: a stride of K), NAME@BUDGET, or all (default)."
+        ),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Timed rounds; default 5.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Rounds before those; default 1.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps per round, where there is no stride; default 3.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default 2.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, or auto (default).")] = None,
+    lora_r: Annotated[int | None, typer.Option(help="LoRA's rank; default 8.")] = None,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory, a process per method.")] = True,
+    timing: Annotated[bool, typer.Option("--timing/--no-timing", help="Step times, interleaved.")] = True,
+    isolate: Annotated[bool, typer.Option("--isolate", help="One method at a time beside the frozen one.")] = False,
+    curve: Annotated[str | None, typer.Option(help="A curve instead: budget, size or selection.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the results; default runs/bench.")] = None,
+) -> None:
+    """Measure step time, memory and size on disk against other ways to fine-tune."""
+    given = dict(locals())
+    import shlex
+    import sys
+
+    from unmask.cli.bench import run
+
+    run(given, shlex.join(["unmask", *sys.argv[1:]]))

@@ -1,0 +1,125 @@
+"""A record as a figure: step time by phase and peak memory, or a curve on logarithmic axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import need
+
+_PHASES = {"forward": "#4477aa", "backward": "#ee9944", "optimizer": "#55aa77"}
+_MEMORY = "#8877aa"
+_CURVES: dict[str, tuple[str, str, dict[str, str]]] = {
+    "budget": (
+        "budget B (scalar weights)",
+        "step, in units of the frozen backward",
+        {
+            "static": "static",
+            "id3-10 between": "ID3 stride 10, between",
+            "id3-10 selecting": "ID3 stride 10, selecting",
+        },
+    ),
+    "size": (
+        "weights N",
+        "step, s",
+        {
+            "frozen": "frozen backward",
+            "static": "static",
+            "id3-10 between": "ID3 stride 10, between",
+            "id3-10 selecting": "ID3 stride 10, selecting",
+        },
+    ),
+}
+
+
+def draw(record: Mapping[str, Any], path: Path) -> Path | None:
+    """Draws a record; returns the path, or None if there is nothing to draw.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = need("matplotlib.figure", "bench").Figure(layout="constrained", dpi=150)
+    paint = _curve if "points" in record else _table
+    if not paint(figure, record):
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _table(figure: Any, record: Mapping[str, Any]) -> bool:
+    timed = {label: row["timing"] for label, row in record["rows"].items() if row["timing"]}
+    peaks = {label: row["memory"]["peak_mb"] for label, row in record["rows"].items() if "peak_mb" in row["memory"]}
+    panels = [panel for panel in (timed, peaks) if panel]
+    if not panels:
+        return False
+    figure.set_size_inches(5.5 * len(panels) + 1, 0.38 * max(map(len, panels)) + 1.8)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    if timed:
+        _phases(axes[0], timed)
+    if peaks:
+        _peaks(axes[-1], peaks)
+    model, settings = record["model"], record["settings"]
+    figure.suptitle(
+        f"{model['name']}, {model['batch_size']} x {model['seq_len']} tokens, {settings['dtype']}, "
+        f"budget {settings['budget']:,}, {record['machine']['threads']} threads",
+        fontsize=10,
+    )
+    return True
+
+
+def _phases(axes: Any, timed: Mapping[str, Any]) -> None:
+    labels, left = list(timed), [0.0] * len(timed)
+    for phase, colour in _PHASES.items():
+        widths = [timed[label][phase]["median"] for label in labels]
+        axes.barh(labels, widths, left=left, color=colour, label=phase)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    extra = [timed[label].get("amortised") for label in labels]
+    marked = [(value, label) for value, label in zip(extra, labels, strict=True) if value is not None]
+    if marked:
+        axes.plot(*zip(*marked, strict=True), "k|", markersize=12, label="amortised step")
+    axes.set_xlabel("median of each phase, s per step")
+    axes.invert_yaxis()
+    axes.legend(fontsize=8)
+    axes.set_xlim(0, 1.05 * max([*left, *(value for value, _ in marked)]))
+
+
+def _peaks(axes: Any, peaks: Mapping[str, float]) -> None:
+    bars = axes.barh(list(peaks), list(peaks.values()), color=_MEMORY)
+    axes.bar_label(bars, labels=[f"{value:,.0f}" for value in peaks.values()], fontsize=8, padding=2)
+    axes.set_xlabel("peak memory, MB (a process per method)")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(peaks.values()))
+
+
+def _curve(figure: Any, record: Mapping[str, Any]) -> bool:
+    points = record["points"]
+    if not points:
+        return False
+    figure.set_size_inches(7, 4.5)
+    axes = figure.subplots()
+    if record["curve"] == "selection":
+        _shares(axes, points)
+        return True
+    x_label, y_label, lines = _CURVES[record["curve"]]
+    x = "budget" if record["curve"] == "budget" else "parameters"
+    for key, label in lines.items():
+        known = [(point[x], point[key]) for point in points if point.get(key)]
+        if known:
+            axes.plot(*zip(*known, strict=True), "o-", label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    return True
+
+
+def _shares(axes: Any, points: list[dict[str, Any]]) -> None:
+    labels = [f"{point['model']}\n{point['parameters'] / 1e6:.0f}M" for point in points]
+    bars = axes.bar(labels, [100 * point["share of backward"] for point in points], color=_PHASES["backward"])
+    axes.bar_label(bars, fmt="%.1f%%", fontsize=8)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_ylabel("cost of selecting, % of a dense backward pass")

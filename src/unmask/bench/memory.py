@@ -1,0 +1,116 @@
+"""Peak memory: each row in a process of its own, with the same imports, the same model and the same batches.
+
+Run as ``python -m unmask.bench.memory SETTINGS LABEL`` by `measure`; the figures are one line of JSON on standard output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from unmask.bench.rows import Row
+from unmask.bench.settings import BenchSettings
+
+IMPORTS = ("torch", "transformers", "peft", "selective_optimizers.wrap")  # in every row's process, where installed
+RAMP = 50  # steps in which an ID3 row fills half of its budget: at once it would cost memory that no real run needs
+_STEPS = 3  # at least
+_MARK = "unmask-bench-memory:"
+
+
+def measure(settings: BenchSettings, row: Row) -> dict[str, Any]:
+    """One row's memory figures, from a fresh process.
+
+    Returns:
+        ``peak_mb`` (the process's largest resident size; on CUDA the largest allocation on the device), ``before_mb``
+        (resident before the first step), ``state_bytes``, ``trainable``, ``trained``, ``saved_bytes``; or ``error``.
+    """
+    command = [sys.executable, "-m", "unmask.bench.memory", json.dumps(settings.as_json()), row.label]
+    env = {**os.environ, "OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    for line in done.stdout.splitlines():
+        if line.startswith(_MARK):
+            return json.loads(line.removeprefix(_MARK))
+    return {"error": _reason(done.returncode, done.stderr)}
+
+
+def _reason(code: int, stderr: str) -> str:
+    if code < 0:
+        return f"the process was killed by signal {-code} (out of memory?)"
+    return (stderr.strip().splitlines() or [f"exit status {code}"])[-1][:300]
+
+
+def run(settings: BenchSettings, row: Row) -> dict[str, Any]:
+    """Trains a row for a whole cycle and one step more, in this process, and reads its figures.
+
+    An ID3 row fills half of its budget before, on two tokens a step, so that it is measured in the middle of a run.
+    """
+    for name in IMPORTS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    import torch
+
+    from unmask.bench.builders import build
+    from unmask.bench.contender import state_bytes
+    from unmask.bench.machine import peak_bytes, resident_bytes
+    from unmask.bench.models import blueprint
+
+    torch.set_num_threads(settings.threads)
+    plan = blueprint(settings)
+    count = max(_STEPS, row.cycle + 1)
+    ramp = RAMP if row.kind.startswith("id3") else 0
+    contender = build(row, plan, settings, count // row.cycle + 1, ramp)
+    batches = plan.batches()
+    before = _device_bytes(plan.device) or resident_bytes()
+    built = peak_bytes()
+    small = {name: tensor[:1, :2] if tensor.dim() == 2 else tensor[:1] for name, tensor in batches[0].items()}
+    for i in range(ramp + count):
+        contender.step(small if i < ramp else batches[i % len(batches)], settings.dtype == "autocast")
+    peak = _device_bytes(plan.device, peak=True) or peak_bytes()
+    return {
+        "peak_mb": peak / 1e6,
+        "before_mb": before / 1e6 if before else None,
+        "built_peak_mb": built / 1e6,
+        "host_peak_mb": peak_bytes() / 1e6,
+        "steps": count,
+        "state_bytes": state_bytes(contender.optimizer),
+        "trainable": contender.trainable,
+        "trained": contender.trained(),
+        **_saved(contender),
+    }
+
+
+def _device_bytes(device: Any, peak: bool = False) -> int | None:
+    import torch
+
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+
+
+def _saved(contender: Any) -> dict[str, Any]:
+    """Bytes of what a user keeps. Read after the peak: saving is no part of training."""
+    if contender.save is None:
+        return {"saved_bytes": None}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return {"saved_bytes": contender.save(Path(folder))}
+        except Exception as error:  # a peer that cannot save has still been measured
+            return {"saved_bytes": None, "saved_error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def main() -> None:
+    """The entry of a row's process."""
+    settings = BenchSettings(**json.loads(sys.argv[1]))
+    row = next(row for row in settings.rows() if row.label == sys.argv[2])
+    print(_MARK + json.dumps(run(settings, row)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Times a list of rows on one model: decides which are in memory together, then lets each group run."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from unmask.bench.builders import missing
+from unmask.bench.grouping import plan_groups, row_bytes, step_bytes, too_large
+from unmask.bench.machine import available_bytes
+from unmask.bench.models import Blueprint
+from unmask.bench.rounds import RowResult, race
+from unmask.bench.settings import BenchSettings
+
+Say = Callable[[str], None]
+Save = Callable[[], None]
+
+
+def estimates(results: Sequence[RowResult], plan: Blueprint) -> tuple[dict[str, int], int]:
+    """Bytes that each row holds, and what a step needs beside; estimates, see `unmask.bench.grouping`."""
+    described = plan.describe()
+    itemsize = 2 if plan.dtype == torch.bfloat16 else 4
+    weights = described["parameters"] * itemsize
+    held = {result.row.label: row_bytes(result.row, weights) for result in results}
+    return held, step_bytes(described, weights, plan.config, itemsize)
+
+
+def refuse_missing(results: Sequence[RowResult]) -> None:
+    """Marks rows whose package is not installed."""
+    for result in results:
+        reason = missing(result.row)
+        if reason:
+            result.status, result.reason = "not installed", reason
+
+
+def time_rows(
+    results: Sequence[RowResult], plan: Blueprint, settings: BenchSettings, say: Say, save: Save
+) -> dict[str, Any]:
+    """Runs every row that waits, in groups that fit into memory.
+
+    Args:
+        results: Filled in place.
+        plan: The model.
+        settings: The run.
+        say: Takes a line of progress, one per round.
+        save: Called after every round, so that a killed run leaves what it has.
+
+    Returns:
+        How the rows were grouped, as JSON values.
+    """
+    waiting = [result for result in results if result.status == "waiting"]
+    held, step = estimates(waiting, plan)
+    free = available_bytes(plan.device)
+    by_label = {result.row.label: result for result in waiting}
+    groups = plan_groups(held, step, free, settings.isolate)
+    for number, labels in enumerate(groups):
+        members = [by_label[label] for label in labels]
+        large = too_large(labels, held, step, available_bytes(plan.device))
+        if large:
+            _skip(members, large)
+            continue
+        say(f"group {number + 1} of {len(groups)}: {', '.join(labels)}")
+        race(members, plan, settings, number, _reporter(settings, say, save))
+        _free()
+    save()
+    return {
+        "groups": groups,
+        "interleaved": len(groups) == 1,
+        "free_bytes": free,
+        "held_bytes": held,
+        "step_bytes": step,
+        "note": "ratios of rows of different groups go through the frozen row" if len(groups) > 1 else None,
+    }
+
+
+def _skip(members: Sequence[RowResult], reason: str) -> None:
+    for result in members:
+        if not result.steps:
+            result.status, result.reason = "skipped", reason
+
+
+def _reporter(settings: BenchSettings, say: Say, save: Save) -> Callable[[int], None]:
+    start, count = time.perf_counter(), settings.warmup + settings.rounds
+
+    def after_round(done: int) -> None:
+        save()
+        elapsed = time.perf_counter() - start
+        kind = "warm-up" if done <= settings.warmup else "timed"
+        say(f"  round {done} of {count} ({kind}): {elapsed:.0f} s, about {elapsed / done * (count - done):.0f} s to go")
+
+    return after_round
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

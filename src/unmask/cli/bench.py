@@ -1,0 +1,83 @@
+"""``unmask bench``: runs the benchmark and prints its tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unmask.bench.settings import BenchSettings
+from unmask.errors import ConfigError
+
+
+def run(given: dict[str, Any], command: str) -> None:
+    """Checks the options, measures, prints.
+
+    Args:
+        given: Options as typed; None for those that were not.
+        command: The command line, for the record.
+
+    Raises:
+        ConfigError: An option that cannot work.
+    """
+    settings = BenchSettings(**{name: value for name, value in given.items() if value is not None})
+    if settings.curve in ("size", "selection") and given.get("model"):
+        raise ConfigError(f"--curve {settings.curve} goes over models of its own; leave --model out.")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+    if settings.curve:
+        from unmask.bench.curves import run_curve
+
+        record = run_curve(settings, _say, command)
+    else:
+        from unmask.bench.runner import run_bench
+
+        record = run_bench(settings, _say, command)
+    _show(record)
+    name = f"curve-{settings.curve}" if settings.curve else "bench"
+    print(f"written: {Path(settings.output, name)}.json, .md, .png")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _show(record: dict[str, Any]) -> None:
+    from unmask.bench import tables
+
+    print()
+    if "points" in record:
+        _print_table(*tables.curve(record))
+        return
+    for header, lines in (
+        (tables.TIMES, tables.times(record)),
+        (tables.COSTS, tables.costs(record)),
+        (tables.BARS, tables.verdicts(record)),
+    ):
+        if lines:
+            _print_table(header, lines)
+    for remark in tables.remarks(record):
+        print(remark)
+
+
+def _print_table(header: Sequence[str], lines: list[list[str]]) -> None:
+    """With rich in a terminal that is wide enough, else as aligned text."""
+    from unmask.bench import tables
+
+    text = tables.plain(header, lines)
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(text + "\n")
+        return
+    console = Console()
+    if not console.is_terminal or console.width < max(map(len, text.splitlines())) + 3 * len(header):
+        print(text + "\n")
+        return
+    table = Table()
+    for at, column in enumerate(header):
+        table.add_column(column, justify="left" if at == 0 else "right")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
