@@ -4,6 +4,9 @@
 set -eu
 out=${1:?usage: bash benchmarks/reference.sh OUT}
 few=frozen,full,lora,static,id3,id3-10
+# Peak memory again with every freed block of 1 MB or more given back to the system at once: what is held, without what glibc's heap
+# keeps between blocks.
+MALLOC_MMAP_THRESHOLD_=1048576 unmask bench --device cpu --methods $few,shira --no-timing --output "$out/reference-held"
 unmask bench --device cpu --rounds 4 --methods all,static@10000,static@1000000 --output "$out/reference"
 unmask bench --device cpu --dropout 0 --methods $few --output "$out/reference-no-dropout"
 unmask bench --device cpu --dtype autocast --methods $few --output "$out/reference-autocast"

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from unmask.errors import SelectionError
 from unmask.gradients.factors import Factors
+from unmask.gradients.recompute import Node, again, origin
 from unmask.gradients.sampled import Product, by_rows, choose, sampled_product, take_gradient
 from unmask.gradients.tap import Gather, Handler, Tapped, TappedParameter, Whole, set_of
 from unmask.slots import Entries, take
@@ -41,6 +42,7 @@ class _Job:
     bias_entries: Entries | None
     how: Product  # where the token stands for some entries
     transposed: bool  # the weight is (in, out), as in transformers' Conv1D
+    origin: Node | None  # what can make the input again; it is not saved then
 
 
 class _Linear:
@@ -90,7 +92,7 @@ class _Linear:
                 bias = tap.proxy
             elif tap is not None:
                 token, entries = tap.proxy, tap.entries
-        job = _Job(tapped, entries, how, transposed)
+        job = _Job(tapped, entries, how, transposed, origin(x) if cast is None else None)
         return SampledLinear.apply(x, cast, weight, bias, tapped.proxy, token, job)
 
     def _cast(self, x: Tensor) -> Tensor | None:
@@ -125,12 +127,15 @@ class SampledLinear(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(x.device.type)
             weight = weight.to(dtype)
             x, bias = x if cast is None else cast, None if bias is None else bias.to(dtype)
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, token, bias_token)
+        ctx.save_for_backward(
+            x if job.origin is None else None, weight if ctx.needs_input_grad[0] else None, token, bias_token
+        )
         return _product(x, weight if job.transposed else weight.t(), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, token, bias_token = ctx.saved_tensors
+        x = x if ctx.job.origin is None else again(ctx.job.origin)
         g = gradient.reshape(-1, gradient.shape[-1])
         if torch.is_grad_enabled():
             return _twice(ctx, g, x, weight, token, bias_token)
