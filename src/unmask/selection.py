@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from unmask.delta import SparseDelta
 from unmask.dense import DenseTensor
+from unmask.distributed.dense import DenseGradients
+from unmask.distributed.reducer import Exchange, ProcessReducer, check_exchange, processes_of, share_weights
 from unmask.errors import MethodError, ScheduleNotRunError, SelectionError
 from unmask.gradients.fisher import estimate_fisher
 from unmask.gradients.operations import handlers
@@ -25,6 +27,9 @@ from unmask.slots import Layout, SlotTable
 from unmask.state import persistent_buffers, restore, state_of
 from unmask.stepping import has_selection, unwatch, watch
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 def select(
     model: nn.Module,
@@ -36,6 +41,8 @@ def select(
     new: Patterns = None,
     accumulation: Accumulation = "candidates",
     gradients: Gradients = "auto",
+    exchange: Exchange = "exact",
+    group: ProcessGroup | None = None,
 ) -> Selection:
     """Freezes a model and makes a budget of its scalar weights trainable.
 
@@ -53,12 +60,17 @@ def select(
         gradients: How steps that select nothing get their gradients: ``"auto"`` (at the selected entries only, where that
             is cheaper than the dense gradient), ``"sampled"`` (wherever there is a way) or ``"dense"``. The three agree
             within rounding.
+        exchange: How several processes of ``torch.distributed`` select together: ``"exact"`` (by the reduced dense gradient),
+            ``"candidates"`` (what each process's own gradient puts first, ranked by the exact mean gradient; few bytes), or
+            ``"none"`` (every process trains by itself).
+        group: The processes that train together; None for all of them.
 
     Returns:
         The selection. Give ``selection.parameters()`` to any ``torch.optim`` optimizer; no further call is needed.
 
     Raises:
         MethodError: The budget exceeds the eligible weights, a pattern finds nothing, the model is selected from already.
+        SelectionError: Another process has another model or method.
 
     Example:
         >>> import unmask
@@ -78,6 +90,10 @@ def select(
         raise MethodError(f"accumulation = {accumulation!r}; it must be 'candidates' or 'exact'.")
     if gradients not in ("auto", "sampled", "dense"):
         raise MethodError(f"gradients = {gradients!r}; it must be 'auto', 'sampled' or 'dense'.")
+    check_exchange(exchange, method)
+    processes = processes_of(exchange, group)
+    if processes is not None:
+        share_weights(model, processes)
     eligible, dense_names = resolve(model, method.scope, include, exclude, dense)
     if method.whole:
         eligible, dense_names = [], sorted({*eligible, *dense_names})
@@ -86,7 +102,7 @@ def select(
     method.schedule.check(budget)
     parameters = dict(model.named_parameters())
     new_names = None if new is None else matching(parameters, as_patterns(new), "new")
-    return Selection(model, method, eligible, dense_names, budget, accumulation, new_names, gradients)
+    return Selection(model, method, eligible, dense_names, budget, accumulation, new_names, gradients, exchange, group)
 
 
 def _budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
@@ -135,6 +151,8 @@ class Selection:
         accumulation: Accumulation,
         new: list[str] | None,
         gradients: Gradients = "auto",
+        exchange: Exchange = "exact",
+        group: ProcessGroup | None = None,
     ) -> None:
         parameters = dict(model.named_parameters())
         self.model, self.method, self.step, self.used = model, method, 0, 0
@@ -154,7 +172,12 @@ class Selection:
         self.budget = budget
         if method.whole:
             self.budget = self.used = sum(d.parameter.numel() for d in self.dense)
-        self._window = Window(self._table, self.values, method, accumulation, gradients != "dense")
+        shared = (
+            f"{method.describe()}, budget {self.budget:,}, {accumulation}, {exchange}, {self._layout.names}, {dense}"
+        )
+        self._reducer = ProcessReducer(exchange, group, device, shared, self._to_agree_on)
+        self._dense_gradients = DenseGradients(self.dense, self._reducer)
+        self._window = Window(self._table, self.values, method, accumulation, gradients != "dense", self._reducer)
         training = weakref.ref(model)
         self._taps = TapSet(self._layout.tensors, self._window, lambda: bool((m := training()) and m.training))
         self._taps.owner = self
@@ -165,6 +188,11 @@ class Selection:
         self._released = False
         self._begin_step()
         watch(self)
+        try:
+            self._reducer.begin()
+        except SelectionError:
+            self.release()
+            raise
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: ``values``, then the dense tensors (their float32 masters, if they are half)."""
@@ -218,6 +246,7 @@ class Selection:
             return
         unwatch(self)
         self._taps.remove()
+        self._dense_gradients.remove()
         for tensor in self.dense:
             tensor.release()
         for name, parameter in self.model.named_parameters():
@@ -233,6 +262,12 @@ class Selection:
     def __repr__(self) -> str:
         dense = f", dense={self.dense_numel:,}" if self.dense_numel else ""
         return f"Selection({self.method.name}, used={self.used:,} of {self.budget:,}, step={self.step}{dense})"
+
+    def _to_agree_on(self) -> dict[str, Tensor]:
+        """What several processes must hold alike before they train together."""
+        tensors = {name: self._layout.plain(i) for i, name in enumerate(self._layout.names)}
+        tensors |= {d.name: d.parameter.detach() for d in self.dense}
+        return tensors | {"the order of unmasking": self._table.positions}
 
     # What the optimizer hooks call (see stepping.py).
 
