@@ -323,3 +323,89 @@ def _selective_traffic(exchange: str, stride: int | None, steps: int) -> tuple[i
             optimizer.step()
     assert selection.used == budget
     return sent_by_kernel() - before, counted.bytes
+
+
+# FSDP2.
+
+
+class Blocks(nn.Module):
+    """An embedding tied with the output, and blocks whose rows do not divide evenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(23, 10)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(10, 7), nn.GELU(), nn.Linear(7, 10), nn.LayerNorm(10)) for _ in range(2)
+        )
+        self.out = nn.Linear(10, 23, bias=False)
+        self.out.weight = self.embed.weight
+        self.head = nn.Linear(23, 1)  # one row: the second process holds nothing of it
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        logits = self.out(x)
+        return logits * self.head(logits)
+
+
+def blocks(dtype: torch.dtype = torch.float32) -> Blocks:
+    torch.manual_seed(0)
+    return Blocks().to(dtype)
+
+
+def shard(model: Blocks, **options: Any) -> Blocks:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (place()[1],))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+FSDP_METHODS: dict[str, Callable[[], unmask.Method]] = {
+    "id3": lambda: unmask.id3(40, steps=5),
+    "id3_strided": lambda: unmask.id3(40, steps=5, stride=2),
+    "repeat_d3": lambda: unmask.repeat_d3(40, stride=2),
+    "most": lambda: unmask.id3(540, steps=2),
+    "random_mask": lambda: unmask.random_mask(40, seed=3),
+    "pafi": lambda: unmask.pafi(40),
+    "bitfit": lambda: unmask.bitfit(),
+}
+
+
+def fsdp(
+    method: str, dtype: torch.dtype = torch.float32, resume: int | None = None, steps: int = 5, **options: Any
+) -> dict[str, Any]:
+    """Trains, sharded where there are processes; ``resume``: goes on in a fresh model after that many steps."""
+    count = place()[1]
+
+    def begin() -> tuple[nn.Module, unmask.Selection, torch.optim.Optimizer]:
+        model = shard(blocks(dtype)) if count > 1 else blocks(dtype)
+        selection = unmask.select(model, FSDP_METHODS[method](), **options)
+        return model, selection, torch.optim.AdamW(selection.parameters(), lr=1e-2)
+
+    model, selection, optimizer = begin()
+    for step in range(steps):
+        if step == resume:
+            state, adam = selection.state_dict(), optimizer.state_dict()
+            model, selection, optimizer = begin()
+            selection.load_state_dict(state)
+            optimizer.load_state_dict(adam)
+        batch = torch.randint(0, 19, (8, 6), generator=torch.Generator().manual_seed(step))
+        nets.loss(model, part(batch)).backward()
+        optimizer.step()
+    model(part(batch))  # leaves the root unsharded
+    delta = selection.delta()
+    shares = sum(p.to_local().numel() for p in model.parameters()) if count > 1 else 0
+    result = {
+        "positions": selection._table.positions.clone(),
+        "values": selection.values.detach().clone(),
+        "delta": {name: entry.values for name, entry in delta.sparse.items()},
+        "fingerprint": delta.base,
+        "state": selection.state_dict(),
+        "held": shares / sum(p.numel() for p in model.parameters()),
+    }
+    selection.release()
+    return result

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from unmask.delta import SparseDelta
 from unmask.dense import DenseTensor
 from unmask.distributed.dense import DenseGradients
-from unmask.distributed.reducer import Exchange, ProcessReducer, check_exchange, processes_of, share_weights
+from unmask.distributed.reducer import Exchange, ProcessReducer, check_exchange
+from unmask.distributed.sharding import check_sharded
 from unmask.errors import MethodError, ScheduleNotRunError, SelectionError
 from unmask.gradients.fisher import estimate_fisher
 from unmask.gradients.operations import handlers
@@ -23,7 +24,7 @@ from unmask.gradients.window import Accumulation, Gradients, Plan, Window
 from unmask.methods import Method, parse_budget
 from unmask.recording import record_delta
 from unmask.scopes import Patterns, as_patterns, matching, refuse_renormalized, resolve
-from unmask.slots import Layout, SlotTable
+from unmask.slots import SlotTable
 from unmask.state import persistent_buffers, restore, state_of
 from unmask.stepping import has_selection, unwatch, watch
 
@@ -91,18 +92,19 @@ def select(
     if gradients not in ("auto", "sampled", "dense"):
         raise MethodError(f"gradients = {gradients!r}; it must be 'auto', 'sampled' or 'dense'.")
     check_exchange(exchange, method)
-    processes = processes_of(exchange, group)
-    if processes is not None:
-        share_weights(model, processes)
+    reducer = ProcessReducer(model, exchange, group)
+    reducer.share_weights(model)
     eligible, dense_names = resolve(model, method.scope, include, exclude, dense)
     if method.whole:
         eligible, dense_names = [], sorted({*eligible, *dense_names})
     refuse_renormalized(model, dense_names)
+    if reducer.sharded is not None:
+        check_sharded(model, method, eligible, dense_names, exchange)
     budget = _budget(model, method, eligible)
     method.schedule.check(budget)
     parameters = dict(model.named_parameters())
     new_names = None if new is None else matching(parameters, as_patterns(new), "new")
-    return Selection(model, method, eligible, dense_names, budget, accumulation, new_names, gradients, exchange, group)
+    return Selection(model, method, eligible, dense_names, budget, accumulation, new_names, gradients, reducer)
 
 
 def _budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
@@ -150,13 +152,12 @@ class Selection:
         budget: int,
         accumulation: Accumulation,
         new: list[str] | None,
-        gradients: Gradients = "auto",
-        exchange: Exchange = "exact",
-        group: ProcessGroup | None = None,
+        gradients: Gradients,
+        reducer: ProcessReducer,
     ) -> None:
         parameters = dict(model.named_parameters())
         self.model, self.method, self.step, self.used = model, method, 0, 0
-        self._layout = Layout(eligible, [parameters[name] for name in eligible])
+        self._layout = reducer.layout(model, eligible)
         self._flags = {name: p.requires_grad for name, p in parameters.items()}
         self._buffers = {name: b.detach().clone() for name, b in persistent_buffers(model).items()}
         self._new = new
@@ -172,10 +173,9 @@ class Selection:
         self.budget = budget
         if method.whole:
             self.budget = self.used = sum(d.parameter.numel() for d in self.dense)
-        shared = (
-            f"{method.describe()}, budget {self.budget:,}, {accumulation}, {exchange}, {self._layout.names}, {dense}"
-        )
-        self._reducer = ProcessReducer(exchange, group, device, shared, self._to_agree_on)
+        self._reducer = reducer
+        described = f"{method.describe()}, budget {self.budget:,}, {accumulation}, {self._layout.names}, {dense}"
+        reducer.expect(described, self._to_agree_on, device)
         self._dense_gradients = DenseGradients(self.dense, self._reducer)
         self._window = Window(self._table, self.values, method, accumulation, gradients != "dense", self._reducer)
         training = weakref.ref(model)
@@ -265,7 +265,7 @@ class Selection:
 
     def _to_agree_on(self) -> dict[str, Tensor]:
         """What several processes must hold alike before they train together."""
-        tensors = {name: self._layout.plain(i) for i, name in enumerate(self._layout.names)}
+        tensors = {} if self._reducer.sharded else {n: self._layout.plain(i) for i, n in enumerate(self._layout.names)}
         tensors |= {d.name: d.parameter.detach() for d in self.dense}
         return tensors | {"the order of unmasking": self._table.positions}
 
@@ -277,9 +277,9 @@ class Selection:
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether a parameter is a tensor of the model that another one stands for in the optimizer."""
-        return owner_of(parameter) is self or any(
-            parameter is d.parameter for d in self.dense if d.master is not d.parameter
-        )
+        if owner_of(parameter) is self or self._layout.holds(parameter):
+            return True
+        return any(parameter is d.parameter for d in self.dense if d.master is not d.parameter)
 
     def has_gradient(self) -> bool:
         """Whether a backward has reached the selection since the last step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from unmask.distributed.processes import Processes
 from unmask.distributed.ranking import CandidateRanking, ExactRanking
+from unmask.distributed.sharding import ShardedLayout, ShardRanking, ShardTable, group_of, is_sharded
 from unmask.errors import MethodError, SelectionError
 from unmask.gradients.reducing import NewRanker, Ranking
 from unmask.methods import Method
-from unmask.slots import SlotTable
+from unmask.slots import Layout, SlotTable
 
 Exchange = Literal["exact", "candidates", "none"]
 
@@ -38,48 +39,54 @@ def check_exchange(exchange: str, method: Method) -> None:
         )
 
 
-def processes_of(exchange: Exchange, group: dist.ProcessGroup | None) -> Processes | None:
-    """Whom this process trains with at this moment; None: it is alone."""
-    if exchange == "none" or not (dist.is_available() and dist.is_initialized()):
-        return None
-    processes = Processes(group)
-    return processes if processes.size > 1 else None
+class ProcessReducer:
+    """Makes one gradient of those of several processes: those that the model is sharded over, or those of a process group.
 
+    A process group may be made after the selection too, but before the first backward (transformers' Trainer makes it).
 
-def share_weights(model: nn.Module, processes: Processes) -> None:
-    """Gives every process the first one's parameters and buffers, as DDP does; only those that differ travel."""
-    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        tensors = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
-        if not tensors:
+    Args:
+        model: The model, not selected from yet.
+        exchange: What travels when all rank together; ``"none"``: nothing, ever.
+        group: The process group; None for all processes.
+
+    Attributes:
+        processes: Whom this process trains with; None: it is alone, or not joined to them yet.
+        sharded: Whom the model is sharded over; None: it is not.
+
+    Raises:
+        MethodError: The model is sharded in another way than a selection can work on.
+    """
+
+    def __init__(self, model: nn.Module, exchange: Exchange, group: dist.ProcessGroup | None) -> None:
+        self._exchange, self._group = exchange, group
+        self.processes: Processes | None = None
+        self.sharded = group_of(model)
+        self._device = torch.device("cpu")
+        self._description = ""
+        self._tensors: Callable[[], Mapping[str, Tensor]] = dict
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Gives every process the first one's parameters and buffers, as DDP does; only those that differ travel."""
+        processes = self._find()
+        named = (*model.named_parameters(), *model.named_buffers())
+        tensors = {name: tensor.detach() for name, tensor in named if not is_sharded(tensor)}
+        if processes is None or not tensors:
             return
         device = next(iter(tensors.values())).device
         _same_text(processes, repr([(name, t.shape, t.dtype) for name, t in tensors.items()]), device)
         for name in processes.differing(tensors, device):
             processes.take_first(tensors[name], device)
 
+    def layout(self, model: nn.Module, names: Sequence[str]) -> Layout:
+        """The eligible tensors, wherever their weights are."""
+        if self.sharded is not None and names:
+            return ShardedLayout(model, names, self.sharded)
+        parameters = dict(model.named_parameters())
+        return Layout(names, [parameters[name] for name in names])
 
-class ProcessReducer:
-    """Makes one gradient of those of a process group, which may be made after the selection, but before the first backward.
-
-    Args:
-        exchange: What travels when all rank together; ``"none"``: nothing, ever.
-        group: The process group; None for all processes.
-        device: Where tensors travel from: that of ``values``.
-        description: What must be the same in all processes beside the tensors.
-        tensors: Gives the tensors that must be.
-    """
-
-    def __init__(
-        self,
-        exchange: Exchange,
-        group: dist.ProcessGroup | None,
-        device: torch.device,
-        description: str,
-        tensors: Callable[[], Mapping[str, Tensor]],
-    ) -> None:
-        self._exchange, self._group, self._device = exchange, group, device
-        self._description, self._tensors = description, tensors
-        self.processes: Processes | None = None
+    def expect(self, description: str, tensors: Callable[[], Mapping[str, Tensor]], device: torch.device) -> None:
+        """Says what must be the same in all processes, and on which device tensors travel: that of ``values``."""
+        self._description, self._tensors, self._device = description, tensors, device
 
     def begin(self) -> None:
         """Joins the others, once there are others: all must hold the same selection of the same weights.
@@ -87,9 +94,7 @@ class ProcessReducer:
         Raises:
             SelectionError: They do not.
         """
-        if self.processes is not None:
-            return
-        processes = processes_of(self._exchange, self._group)
+        processes = self._find() if self.processes is None else None
         if processes is None:
             return
         _same_text(processes, self._description, self._device)
@@ -103,10 +108,21 @@ class ProcessReducer:
             )
         self.processes = processes
 
+    def _find(self) -> Processes | None:
+        if self.sharded is not None:
+            return self.sharded
+        if self._exchange == "none" or not (dist.is_available() and dist.is_initialized()):
+            return None
+        processes = Processes(self._group)
+        return processes if processes.size > 1 else None
+
     def ranking(self, new: NewRanker, table: SlotTable) -> Ranking:
         """See `Reducer`."""
         if self.processes is None:
             return new(table)
+        if isinstance(table.layout, ShardedLayout):
+            ranking = ShardRanking(new(ShardTable(table, table.layout)), table.layout)
+            return ExactRanking(self.processes, ranking, table)
         if self._exchange == "candidates":
             return CandidateRanking(self.processes, new, table)
         return ExactRanking(self.processes, new(table), table)
