@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from unmask.distributed.deepspeed import refuse_zero
 from unmask.errors import NonFiniteGradientError
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at
 from unmask.gradients.reducing import Ranking, Reducer
@@ -128,6 +129,7 @@ class Window:
 
     def begin(self) -> None:
         """A backward starts: a fresh window if ``values`` carries no gradient, else one more micro-batch."""
+        refuse_zero(self.values)
         self.reducer.begin()
         if self.values.grad is None or not self.values.grad.any():
             self.discard()
