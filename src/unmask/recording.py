@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unmask.delta import SparseDelta, SparseTensor, base_tensors
+from unmask.distributed.sharding import gathered, reshard
 from unmask.fingerprint import digest, fingerprint
 from unmask.slots import put, take
 from unmask.version import __version__
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 def record_delta(selection: Selection, base: str | None) -> SparseDelta:
     """Reads a selection's changes off the model; see `Selection.delta`."""
-    tensors = base_tensors(selection.model)
+    reshard(selection.model)
+    tensors = {name: gathered(tensor) for name, tensor in base_tensors(selection.model).items()}
     changed_buffers = {n for n, b in selection._buffers.items() if not torch.equal(b, tensors[n])}
     new = (
         selection._new

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 
 from unmask.delta import SparseDelta
 from unmask.dense import DenseTensor
+from unmask.distributed.dense import DenseGradients
+from unmask.distributed.reducer import Exchange, ProcessReducer, check_exchange
+from unmask.distributed.sharding import check_sharded
 from unmask.errors import MethodError, ScheduleNotRunError, SelectionError
 from unmask.gradients.fisher import estimate_fisher
 from unmask.gradients.operations import handlers
@@ -21,9 +24,12 @@ from unmask.gradients.window import Accumulation, Gradients, Plan, Window
 from unmask.methods import Method, parse_budget
 from unmask.recording import record_delta
 from unmask.scopes import Patterns, as_patterns, matching, refuse_renormalized, resolve
-from unmask.slots import Layout, SlotTable
+from unmask.slots import SlotTable
 from unmask.state import persistent_buffers, restore, state_of
 from unmask.stepping import has_selection, unwatch, watch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def select(
@@ -36,6 +42,8 @@ def select(
     new: Patterns = None,
     accumulation: Accumulation = "candidates",
     gradients: Gradients = "auto",
+    exchange: Exchange = "exact",
+    group: ProcessGroup | None = None,
 ) -> Selection:
     """Freezes a model and makes a budget of its scalar weights trainable.
 
@@ -53,12 +61,17 @@ def select(
         gradients: How steps that select nothing get their gradients: ``"auto"`` (at the selected entries only, where that
             is cheaper than the dense gradient), ``"sampled"`` (wherever there is a way) or ``"dense"``. The three agree
             within rounding.
+        exchange: How several processes of ``torch.distributed`` select together: ``"exact"`` (by the reduced dense gradient),
+            ``"candidates"`` (what each process's own gradient puts first, ranked by the exact mean gradient; few bytes), or
+            ``"none"`` (every process trains by itself).
+        group: The processes that train together; None for all of them.
 
     Returns:
         The selection. Give ``selection.parameters()`` to any ``torch.optim`` optimizer; no further call is needed.
 
     Raises:
         MethodError: The budget exceeds the eligible weights, a pattern finds nothing, the model is selected from already.
+        SelectionError: Another process has another model or method.
 
     Example:
         >>> import unmask
@@ -78,15 +91,20 @@ def select(
         raise MethodError(f"accumulation = {accumulation!r}; it must be 'candidates' or 'exact'.")
     if gradients not in ("auto", "sampled", "dense"):
         raise MethodError(f"gradients = {gradients!r}; it must be 'auto', 'sampled' or 'dense'.")
+    check_exchange(exchange, method)
+    reducer = ProcessReducer(model, exchange, group)
+    reducer.share_weights(model)
     eligible, dense_names = resolve(model, method.scope, include, exclude, dense)
     if method.whole:
         eligible, dense_names = [], sorted({*eligible, *dense_names})
     refuse_renormalized(model, dense_names)
+    if reducer.sharded is not None:
+        check_sharded(model, method, eligible, dense_names, exchange)
     budget = _budget(model, method, eligible)
     method.schedule.check(budget)
     parameters = dict(model.named_parameters())
     new_names = None if new is None else matching(parameters, as_patterns(new), "new")
-    return Selection(model, method, eligible, dense_names, budget, accumulation, new_names, gradients)
+    return Selection(model, method, eligible, dense_names, budget, accumulation, new_names, gradients, reducer)
 
 
 def _budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
@@ -134,11 +152,12 @@ class Selection:
         budget: int,
         accumulation: Accumulation,
         new: list[str] | None,
-        gradients: Gradients = "auto",
+        gradients: Gradients,
+        reducer: ProcessReducer,
     ) -> None:
         parameters = dict(model.named_parameters())
         self.model, self.method, self.step, self.used = model, method, 0, 0
-        self._layout = Layout(eligible, [parameters[name] for name in eligible])
+        self._layout = reducer.layout(model, eligible)
         self._flags = {name: p.requires_grad for name, p in parameters.items()}
         self._buffers = {name: b.detach().clone() for name, b in persistent_buffers(model).items()}
         self._new = new
@@ -154,7 +173,11 @@ class Selection:
         self.budget = budget
         if method.whole:
             self.budget = self.used = sum(d.parameter.numel() for d in self.dense)
-        self._window = Window(self._table, self.values, method, accumulation, gradients != "dense")
+        self._reducer = reducer
+        described = f"{method.describe()}, budget {self.budget:,}, {accumulation}, {self._layout.names}, {dense}"
+        reducer.expect(described, self._to_agree_on, device)
+        self._dense_gradients = DenseGradients(self.dense, self._reducer)
+        self._window = Window(self._table, self.values, method, accumulation, gradients != "dense", self._reducer)
         training = weakref.ref(model)
         self._taps = TapSet(self._layout.tensors, self._window, lambda: bool((m := training()) and m.training))
         self._taps.owner = self
@@ -165,6 +188,11 @@ class Selection:
         self._released = False
         self._begin_step()
         watch(self)
+        try:
+            self._reducer.begin()
+        except SelectionError:
+            self.release()
+            raise
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: ``values``, then the dense tensors (their float32 masters, if they are half)."""
@@ -218,6 +246,7 @@ class Selection:
             return
         unwatch(self)
         self._taps.remove()
+        self._dense_gradients.remove()
         for tensor in self.dense:
             tensor.release()
         for name, parameter in self.model.named_parameters():
@@ -234,6 +263,12 @@ class Selection:
         dense = f", dense={self.dense_numel:,}" if self.dense_numel else ""
         return f"Selection({self.method.name}, used={self.used:,} of {self.budget:,}, step={self.step}{dense})"
 
+    def _to_agree_on(self) -> dict[str, Tensor]:
+        """What several processes must hold alike before they train together."""
+        tensors = {} if self._reducer.sharded else {n: self._layout.plain(i) for i, n in enumerate(self._layout.names)}
+        tensors |= {d.name: d.parameter.detach() for d in self.dense}
+        return tensors | {"the order of unmasking": self._table.positions}
+
     # What the optimizer hooks call (see stepping.py).
 
     def clock(self) -> Tensor:
@@ -242,9 +277,9 @@ class Selection:
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether a parameter is a tensor of the model that another one stands for in the optimizer."""
-        return owner_of(parameter) is self or any(
-            parameter is d.parameter for d in self.dense if d.master is not d.parameter
-        )
+        if owner_of(parameter) is self or self._layout.holds(parameter):
+            return True
+        return any(parameter is d.parameter for d in self.dense if d.master is not d.parameter)
 
     def has_gradient(self) -> bool:
         """Whether a backward has reached the selection since the last step."""

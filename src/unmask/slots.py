@@ -148,7 +148,15 @@ class Layout:
     def write(self, positions: Tensor, values: Tensor) -> None:
         """Sets the weights at positions (cast to each tensor's dtype)."""
         for index, flat, places in self.split(positions):
-            put(self.plain(index), flat, values[places])
+            self.put(index, flat, values[places])
+
+    def put(self, index: int, flat: Tensor, values: Tensor) -> None:
+        """Sets one tensor's weights at flat indices (cast to its dtype)."""
+        put(self.plain(index), flat, values)
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether the model has this parameter in a tensor's place."""
+        return False
 
 
 class SlotTable:
@@ -204,7 +212,7 @@ class SlotTable:
         gathered = values.detach()[torch.cat([entries.slots for _, entries in members])]  # one gather for all tensors
         parts = gathered.split([entries.slots.numel() for _, entries in members])
         for (index, entries), part in zip(members, parts, strict=True):
-            put(self.layout.plain(index), entries.flat, part)
+            self.layout.put(index, entries.flat, part)
 
     def _rebuild(self) -> None:
         held = (self.positions >= 0).nonzero().squeeze(1)

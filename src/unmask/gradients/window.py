@@ -7,18 +7,24 @@ consumes no budget. Under gradient accumulation the selection of a window is
   then summed over all micro-batches, and the best u_t by the summed gradient are unmasked. With one micro-batch this is
   the exact selection. Gradients of what is unmasked are exact either way.
 - ``"exact"``: dense gradients are summed over the micro-batches of a selecting step (N numbers, as in full fine-tuning).
+
+Of several processes each has a window, and all have the same: every micro-batch's gradient of the slots is reduced before
+``values`` receives it, and the ranking is of the reduced gradient (see ``reducing.py``).
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from unmask.distributed.deepspeed import refuse_zero
 from unmask.errors import NonFiniteGradientError
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at
+from unmask.gradients.reducing import Ranking, Reducer
 from unmask.gradients.streamed import Ranker
 from unmask.gradients.tap import in_pieces, stale
 from unmask.methods import Method
@@ -60,9 +66,16 @@ class Window:
     """Collects gradients between two optimizer steps; the receiver of the taps' gradients."""
 
     def __init__(
-        self, table: SlotTable, values: Tensor, method: Method, accumulation: Accumulation, sampled: bool
+        self,
+        table: SlotTable,
+        values: Tensor,
+        method: Method,
+        accumulation: Accumulation,
+        sampled: bool,
+        reducer: Reducer,
     ) -> None:
         self.table, self.values, self.method, self.accumulation = table, values, method, accumulation
+        self.reducer = reducer
         self.sampled = sampled  # whether a step that does not select asks for the entries of its slots only
         self.plan = Plan(0, 0, 0, 0, repeat=False)
         self.tentative: Tentative | None = None
@@ -70,7 +83,7 @@ class Window:
         self._buffer: Tensor | None = None  # (B,) this backward's gradient of the slots
         self._earlier: Tensor | None = None  # (B,) the earlier micro-batches' (repeat-S: a slot may change hands twice)
         self._added: Tensor | None = None  # (c,) this backward's gradient of the candidates
-        self._ranker: Ranker | None = None
+        self._ranker: Ranking | None = None
         self._candidates: Ranked | None = None
         self._by_tensor: dict[int, Entries] = {}  # the candidates; their places stand for slots
         self._inside: dict[int, Entries] = {}  # of a known order, what this step trains
@@ -116,6 +129,8 @@ class Window:
 
     def begin(self) -> None:
         """A backward starts: a fresh window if ``values`` carries no gradient, else one more micro-batch."""
+        refuse_zero(self.values)
+        self.reducer.begin()
         if self.values.grad is None or not self.values.grad.any():
             self.discard()
         self._buffer = torch.zeros_like(self.values)
@@ -156,6 +171,8 @@ class Window:
         buffer, self._buffer = self._buffer, None
         if buffer is None:
             return
+        if self.plan.active:
+            self.reducer.mean(buffer[: self.plan.active])  # only these slots received any
         if self.nonfinite:
             buffer.fill_(torch.nan)
         elif self.plan.selecting:
@@ -223,7 +240,7 @@ class Window:
             return Ranked(*(column[: self.plan.newcomers] for column in self._candidates))
         return self._rerank()
 
-    def _offer_untouched(self, ranker: Ranker, offered: set[int]) -> None:
+    def _offer_untouched(self, ranker: Ranking, offered: set[int]) -> None:
         """Tensors that the loss did not reach have a zero gradient: they take part, so that u_t is always met."""
         for index in range(len(self.table.layout.tensors)):
             if index not in offered:
@@ -234,6 +251,7 @@ class Window:
         candidates = self._candidates
         if candidates is None or self._added is None:
             raise AssertionError("a further micro-batch has candidates")
+        self.reducer.mean(self._added)
         candidates.payload.add_(self._added)
         heuristic = self.method.heuristic
         if heuristic.elementwise and heuristic.needs == "gradient" and self.method.allocation == "global":
@@ -268,12 +286,13 @@ class Window:
         entrants = Ranked(*(column[new] for column in ranked))
         return entrants, leaving.nonzero().squeeze(1)[: entrants.positions.numel()]
 
-    def _new_ranker(self, keep: int) -> Ranker:
-        return Ranker(
+    def _new_ranker(self, keep: int) -> Ranking:
+        new = functools.partial(
+            Ranker,
             self.method.heuristic,
-            self.table,
-            self.method.allocation,
-            keep,
-            self.plan.step,
-            not self.plan.repeat,
+            allocation=self.method.allocation,
+            keep=keep,
+            step=self.plan.step,
+            exclude_members=not self.plan.repeat,
         )
+        return self.reducer.ranking(new, self.table)

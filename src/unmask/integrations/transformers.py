@@ -1,10 +1,11 @@
-"""transformers' Trainer on a selection: clipping, checkpoints of O(B) bytes, exact resume.
+"""transformers' Trainer on a selection: clipping, checkpoints of O(B) bytes, exact resume, several processes.
 
 Everything else (accumulation, precision, logging, evaluation, data order, RNG) is the Trainer's own.
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from unmask.errors import SelectionError
 from unmask.selection import Selection
 from unmask.state_file import read_state, write_state
 
@@ -26,6 +28,11 @@ class SelectiveTrainer(Trainer):
         *args: As for ``transformers.Trainer``.
         **kwargs: As for ``transformers.Trainer``.
 
+    Under torchrun the selection reduces the gradients: the model is not wrapped in DDP.
+
+    Raises:
+        SelectionError: The arguments ask for FSDP or DeepSpeed.
+
     Example:
         ``SelectiveTrainer(model=model, selection=selection, args=args, train_dataset=data, optimizers=(optimizer, None))``
     """
@@ -35,8 +42,14 @@ class SelectiveTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Clips the norm of what the selection trains; the model's own parameters are frozen."""
+        """Clips the norm of what the selection trains; the model's own parameters are frozen, and DDP has nothing to do."""
         super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise SelectionError(
+                "TrainingArguments ask for FSDP or DeepSpeed, which take the model apart after unmask.select(). Leave them out: "
+                "under torchrun the selection reduces its own gradients. To shard a model, see docs/distributed.md."
+            )
+        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         clip = self.accelerator.clip_grad_norm_
 
         def clip_selected(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:

@@ -1,0 +1,1 @@
+"""Several processes of ``torch.distributed``: one selection, made and trained together."""
