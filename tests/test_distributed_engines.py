@@ -33,7 +33,9 @@ def same_selection(left: Path, right: Path) -> None:
 def test_the_pages_script_dies_and_goes_on_with_another_number_of_processes(tmp_path):
     """Whole runs with one and with two processes; and one of two, one of which dies, that four resume."""
     whole = "import torch\ntorch.manual_seed(0)\n" + snippet(0).replace('exchange="candidates"', 'exchange="exact"')
-    dying = whole.replace("    optimizer.step()\n", "    optimizer.step()\n    if step == 4 and rank == 1: os._exit(1)\n")
+    dying = whole.replace(
+        "    optimizer.step()\n", "    optimizer.step()\n    if step == 4 and rank == 1: os._exit(1)\n"
+    )
     assert dying != whole
     for name, count in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()

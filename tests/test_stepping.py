@@ -271,3 +271,132 @@ def _delta_of(model: torch.nn.Module) -> unmask.SparseDelta:
     delta = selection.delta()
     selection.release()
     return delta
+
+
+class Emptied(torch.optim.AdamW):
+    """What a library builds from the parameters that require grad, where none does."""
+
+    def __init__(self) -> None:
+        super().__init__([{"params": []}, {"params": []}], lr=0.1)
+
+
+def test_an_optimizer_that_found_nothing_to_train_is_refused_at_its_first_step():
+    model = mlp()
+    selection = unmask.select(model, unmask.id3(10, steps=3))
+    mean_square(model, batches(1)[0]).backward()
+    with pytest.raises(ScheduleNotRunError, match=r"holds no parameter.*selection\.parameters\(\)"):
+        Emptied().step()
+    assert selection.step == 0
+
+
+def test_an_optimizer_of_the_dense_tensors_alone_is_refused_once_the_selected_gradient_was_wasted():
+    """What a library builds from the parameters that require grad, where a head does: at the first step it may be that the
+    other optimizer is to step next."""
+    model = mlp()
+    selection = unmask.select(model, unmask.id3(10, steps=3), dense="^4")
+    head = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ScheduleNotRunError, match="holds the dense tensors alone"):
+        train(model, head, batches(2))
+    assert selection.step == 0
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_head_may_be_trained_alone_if_the_selected_gradient_is_dropped(set_to_none):
+    model = mlp()
+    selection = unmask.select(model, unmask.id3(10, steps=3), dense="^4")
+    values, *dense = selection.parameters()
+    head, both = torch.optim.SGD(dense, lr=0.1), torch.optim.SGD([values], lr=0.1)
+    for x in batches(3):
+        mean_square(model, x).backward()
+        head.step()
+        both.zero_grad()
+        head.zero_grad(set_to_none=set_to_none)
+    for x in batches(3):
+        mean_square(model, x).backward()
+        head.step()
+        both.step()
+        head.zero_grad()
+    assert selection.step == 3
+
+
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.Adagrad, unmask.SelectiveAdamW]
+)
+def test_optimizer_state_loaded_without_the_selections_is_refused(optimizer):
+    """As a Trainer that knows nothing of the selection resumes."""
+    model = mlp()
+    fresh = copy.deepcopy(model)
+    selection = unmask.select(model, unmask.id3(10, steps=6))
+    first = optimizer(selection.parameters(), lr=0.1)
+    train(model, first, batches(3))
+    again = unmask.select(fresh, unmask.id3(10, steps=6))
+    second = optimizer(again.parameters(), lr=0.1)
+    second.load_state_dict(first.state_dict())
+    with pytest.raises(ScheduleNotRunError, match="has taken 3 steps of the selected weights, the selection 0"):
+        train(fresh, second, batches(1))
+    second.zero_grad()
+    again.load_state_dict(selection.state_dict())
+    train(fresh, second, batches(2))
+    assert again.step == 5
+
+
+def test_a_new_optimizer_goes_on_with_a_selection_that_has_stepped():
+    model = mlp()
+    selection, optimizer = id3_run(model)
+    train(model, optimizer, batches(2))
+    train(model, torch.optim.AdamW(selection.parameters(), lr=0.1), batches(2))
+    assert selection.step == 4
+
+
+class EightBit(torch.optim.SGD):
+    """Keeps a state in codes as bitsandbytes does: code 2 is 0."""
+
+    def __init__(self, params, name="state1", codes=(-1.0, -0.5, 0.0, 1.0)):
+        super().__init__(params, lr=0.1)
+        self._name, self._codes = name, torch.tensor(codes)
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            if not self.state[p]:
+                self.state[p] = {self._name: torch.full(p.shape, 3, dtype=torch.uint8), "qmap1": self._codes}
+
+
+def test_a_slot_that_changes_hands_starts_from_the_code_of_zero_in_an_8_bit_state():
+    model = mlp()
+    selection = unmask.select(model, unmask.repeat_d3(30))
+    optimizer = EightBit(selection.parameters())
+    train(model, optimizer, batches(1))
+    before = selection._table.positions.clone()
+    train(model, optimizer, [9 * x for x in batches(3)[2:]])
+    entered = selection._table.positions != before
+    assert entered.any()
+    assert (optimizer.state[selection.values]["state1"] == 3 - entered.to(torch.uint8)).all()
+
+
+@pytest.mark.parametrize("settings", [{"name": "codes"}, {"codes": (-1.0, 1.0)}])
+def test_a_state_in_an_unknown_code_is_refused_where_slots_change_hands(settings):
+    model = mlp()
+    selection = unmask.select(model, unmask.repeat_d3(30))
+    with pytest.raises(unmask.SelectionError, match="code that is not known"):
+        train(model, EightBit(selection.parameters(), **settings), [9**i * x for i, x in enumerate(batches(3))])
+
+
+class Outer(torch.optim.AdamW):
+    """A user's subclass that steps through its super's step, whose hooks run inside its own."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("method", [unmask.id3(12, steps=4, stride=2), unmask.repeat_d3(12)], ids=lambda m: m.name)
+def test_an_optimizer_that_steps_through_its_supers_step_steps_once(method):
+    results = []
+    for kind in (torch.optim.AdamW, Outer):
+        torch.manual_seed(0)
+        model = mlp()
+        selection = unmask.select(model, method)
+        train(model, kind(selection.parameters(), lr=0.1), batches(4))
+        assert selection.step == 4
+        results.append(snapshot(model))
+    assert_same_tensors(*results)

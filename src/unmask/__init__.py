@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from unmask.version import __version__
 
 if TYPE_CHECKING:
+    from unmask.clipping import clip_grad_norm_
     from unmask.delta import SparseDelta, SparseTensor
     from unmask.errors import (
         ConfigError,
@@ -50,6 +51,7 @@ __all__ = [
     "UnmaskError",
     "__version__",
     "bitfit",
+    "clip_grad_norm_",
     "fish",
     "full",
     "heuristic",
@@ -68,6 +70,7 @@ __all__ = [
 # Modules to look a public name up in, cheapest first. Functions that share a module's name are listed by their module.
 _HOMES = {
     "unmask.errors": {name for name in __all__ if name.endswith("Error")},
+    "unmask.clipping": {"clip_grad_norm_"},
     "unmask.delta": {"SparseDelta", "SparseTensor"},
     "unmask.heuristics": {"Heuristic", "heuristic", "heuristic_names", "register_heuristic"},
     "unmask.schedules": {"SCHEDULES", "Schedule", "schedule"},

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from unmask.clipping import ClipScope
 from unmask.delta import SparseDelta
 from unmask.dense import DenseTensor
 from unmask.distributed.dense import DenseGradients
@@ -26,7 +27,7 @@ from unmask.recording import record_delta
 from unmask.scopes import Patterns, as_patterns, matching, refuse_renormalized, resolve
 from unmask.slots import SlotTable
 from unmask.state import persistent_buffers, restore, state_of
-from unmask.stepping import has_selection, unwatch, watch
+from unmask.stepping import clear_state, has_selection, unwatch, watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,6 +45,7 @@ def select(
     gradients: Gradients = "auto",
     exchange: Exchange = "exact",
     group: ProcessGroup | None = None,
+    clip_scope: ClipScope = "selected",
 ) -> Selection:
     """Freezes a model and makes a budget of its scalar weights trainable.
 
@@ -65,6 +67,9 @@ def select(
             ``"candidates"`` (what each process's own gradient puts first, ranked by the exact mean gradient; few bytes), or
             ``"none"`` (every process trains by itself).
         group: The processes that train together; None for all of them.
+        clip_scope: Which norm `unmask.clip_grad_norm_` clips by: ``"selected"``, or ``"all"``: of the gradient of every
+            eligible weight. ``"all"`` forms all gradients at every step (``gradients`` is ``"dense"`` then), and with
+            several micro-batches it needs ``accumulation="exact"``.
 
     Returns:
         The selection. Give ``selection.parameters()`` to any ``torch.optim`` optimizer; no further call is needed.
@@ -91,6 +96,10 @@ def select(
         raise MethodError(f"accumulation = {accumulation!r}; it must be 'candidates' or 'exact'.")
     if gradients not in ("auto", "sampled", "dense"):
         raise MethodError(f"gradients = {gradients!r}; it must be 'auto', 'sampled' or 'dense'.")
+    if clip_scope not in ("selected", "all"):
+        raise MethodError(f"clip_scope = {clip_scope!r}; it must be 'selected' or 'all'.")
+    if clip_scope == "all" and gradients == "sampled":
+        raise MethodError("clip_scope='all' needs the whole gradient at every step; leave gradients='auto'.")
     check_exchange(exchange, method)
     reducer = ProcessReducer(model, exchange, group)
     reducer.share_weights(model)
@@ -104,7 +113,9 @@ def select(
     method.schedule.check(budget)
     parameters = dict(model.named_parameters())
     new_names = None if new is None else matching(parameters, as_patterns(new), "new")
-    return Selection(model, method, eligible, dense_names, budget, accumulation, new_names, gradients, reducer)
+    return Selection(
+        model, method, eligible, dense_names, budget, accumulation, new_names, gradients, reducer, clip_scope
+    )
 
 
 def _budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
@@ -141,6 +152,7 @@ class Selection:
         step: Optimizer steps taken; the next one is step t = ``step``.
         used: Slots in use, b(step - 1).
         dense: Tensors trained whole, outside the budget.
+        clip_scope: Which norm `unmask.clip_grad_norm_` clips by.
     """
 
     def __init__(
@@ -154,9 +166,12 @@ class Selection:
         new: list[str] | None,
         gradients: Gradients,
         reducer: ProcessReducer,
+        clip_scope: ClipScope = "selected",
     ) -> None:
         parameters = dict(model.named_parameters())
         self.model, self.method, self.step, self.used = model, method, 0, 0
+        self.clip_scope: ClipScope = clip_scope
+        gradients = "dense" if clip_scope == "all" else gradients
         self._layout = reducer.layout(model, eligible)
         self._flags = {name: p.requires_grad for name, p in parameters.items()}
         self._buffers = {name: b.detach().clone() for name, b in persistent_buffers(model).items()}
@@ -177,7 +192,8 @@ class Selection:
         described = f"{method.describe()}, budget {self.budget:,}, {accumulation}, {self._layout.names}, {dense}"
         reducer.expect(described, self._to_agree_on, device)
         self._dense_gradients = DenseGradients(self.dense, self._reducer)
-        self._window = Window(self._table, self.values, method, accumulation, gradients != "dense", self._reducer)
+        sampled, measured = gradients != "dense", clip_scope == "all"
+        self._window = Window(self._table, self.values, method, accumulation, sampled, self._reducer, measured)
         training = weakref.ref(model)
         self._taps = TapSet(self._layout.tensors, self._window, lambda: bool((m := training()) and m.training))
         self._taps.owner = self
@@ -281,6 +297,10 @@ class Selection:
             return True
         return any(parameter is d.parameter for d in self.dense if d.master is not d.parameter)
 
+    def trains_beside(self, held: Sequence[Tensor]) -> bool:
+        """Whether there are dense tensors beside ``values`` among some parameters."""
+        return bool(self._slots) and any(d.master is p for d in self.dense for p in held)
+
     def has_gradient(self) -> bool:
         """Whether a backward has reached the selection since the last step."""
         window = self._window
@@ -304,9 +324,7 @@ class Selection:
         tentative = self._window.tentative
         if not self._window.plan.repeat or tentative is None:
             return
-        for state in optimizer.state.get(self.values, {}).values():
-            if isinstance(state, Tensor) and state.shape == self.values.shape:
-                state[tentative.slots] = 0
+        clear_state(optimizer.state.get(self.values, {}), self.values, tentative.slots)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class Steppable(Protocol):
 
     model: nn.Module
     values: nn.Parameter
+    step: int
 
     @property
     def in_use(self) -> int:
@@ -44,6 +45,9 @@ class Steppable(Protocol):
     def sync_dense(self, held: Sequence[Tensor]) -> None:
         """An optimizer that holds these parameters stepped."""
 
+    def trains_beside(self, held: Sequence[Tensor]) -> bool:
+        """Whether these parameters include dense tensors, trained beside ``values``."""
+
     def has_gradient(self) -> bool:
         """Whether a backward has reached the selection since the last step."""
 
@@ -52,7 +56,9 @@ class Steppable(Protocol):
 
 
 _LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
-_skipped: set[int] = set()  # ids of optimizers whose running step is skipped inside a fused kernel
+_stepping: weakref.WeakSet[Any] = weakref.WeakSet()  # selections whose optimizer's running step is not committed yet
+# Per selection: the step and the gradient that waited while an optimizer of its dense tensors alone stepped.
+_passed_over: weakref.WeakKeyDictionary[Any, tuple[int, weakref.ref[Tensor]]] = weakref.WeakKeyDictionary()
 
 
 def watch(selection: Steppable) -> None:
@@ -92,33 +98,40 @@ def _contains(held: list[Tensor], clock: Tensor) -> bool:
 
 
 def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    _skipped.discard(id(optimizer))
     held, closure = _held(optimizer), kwargs.get("closure", args[1] if len(args) > 1 else None)
     for selection in list(_LIVE):
         if not _contains(held, selection.clock()):
             _refuse_foreign(selection, held)
-        elif _overflowed(optimizer):
-            _skipped.add(id(optimizer))
-        elif closure is None:
+            _refuse_bypass(selection, held)
+            continue
+        _stepping.discard(selection)
+        if _overflowed(optimizer):
+            continue
+        if closure is None:
             _ready(selection, optimizer)
         else:  # the backward runs inside the step
             closure = _checked(closure, selection, optimizer)
+        _stepping.add(selection)
     return (args, kwargs) if closure is None else (args[:1], {**kwargs, "closure": closure})
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if id(optimizer) in _skipped:
-        _skipped.discard(id(optimizer))
-        return
     held = _held(optimizer)
     for selection in list(_LIVE):
+        clocked = _contains(held, selection.clock())
+        if clocked and selection not in _stepping:
+            continue  # skipped in a fused kernel; or a step inside this one (a subclass that calls its super's) was it
         selection.sync_dense(held)
-        if _contains(held, selection.clock()):
+        if clocked:
+            _stepping.discard(selection)
             selection.after_step()
+        elif selection.trains_beside(held) and selection.values.grad is not None:
+            _passed_over[selection] = (selection.step, weakref.ref(selection.values.grad))
 
 
 def _ready(selection: Steppable, optimizer: Optimizer) -> None:
     _check_gradient(selection)
+    _check_steps_taken(selection, optimizer)
     selection.before_step(optimizer)
 
 
@@ -155,6 +168,32 @@ def _refuse_foreign(selection: Steppable, held: list[Tensor]) -> None:
         )
 
 
+def _refuse_bypass(selection: Steppable, held: list[Tensor]) -> None:
+    """An optimizer that a library built from what requires grad: nothing, or the dense tensors alone."""
+    waiting = selection.values.grad
+    if waiting is None or not selection.has_gradient():
+        return
+    step, gradient = _passed_over.get(selection, (-1, None))
+    again = selection.trains_beside(held) and step == selection.step and gradient is not None and gradient() is waiting
+    if again or not held:
+        raise ScheduleNotRunError(
+            f"this optimizer holds {'the dense tensors alone' if held else 'no parameter'}, and the gradient of the selected "
+            "weights was used by none, so no weight is unmasked. Build it from the selection: "
+            "torch.optim.AdamW(selection.parameters(), lr=...), and hand it over: Trainer(..., optimizers=(optimizer, None))."
+        )
+
+
+def _check_steps_taken(selection: Steppable, optimizer: Optimizer) -> None:
+    """Optimizer state that was loaded without the selection's."""
+    taken = optimizer.state.get(selection.clock(), {}).get("step")
+    if taken is not None and int(taken) > selection.step:
+        raise ScheduleNotRunError(
+            f"the optimizer's state has taken {int(taken)} steps of the selected weights, the selection {selection.step}: a "
+            "checkpoint was loaded in part. Load the selection's state of the same checkpoint too "
+            "(selection.load_state_dict; in a Trainer: SelectiveCallback), or start with a new optimizer."
+        )
+
+
 def _check_gradient(selection: Steppable) -> None:
     if not selection.has_gradient():
         raise ScheduleNotRunError(
@@ -167,3 +206,26 @@ def _check_gradient(selection: Steppable) -> None:
         raise NonFiniteGradientError(
             f"{reason}. This step changed nothing: lower the learning rate, clip the gradient, or look at this batch's loss."
         )
+
+
+def clear_state(states: Mapping[str, Any], values: Tensor, slots: Tensor) -> None:
+    """Gives slots of ``values`` fresh optimizer state: zeros, in whatever code an 8-bit optimizer writes them.
+
+    Raises:
+        SelectionError: A quantized state whose code for 0 is not known.
+    """
+    for name, state in states.items():
+        if isinstance(state, Tensor) and state.shape == values.shape:
+            state[slots] = 0 if state.is_floating_point() else _code_of_zero(name, states)
+
+
+def _code_of_zero(name: str, states: Mapping[str, Any]) -> int:
+    """bitsandbytes writes ``state1`` in codes of ``qmap1``, and so on."""
+    codes = states.get(name.replace("state", "qmap"))
+    zeros = [] if not isinstance(codes, Tensor) else (codes == 0).nonzero().flatten().tolist()
+    if name.startswith("state") and zeros:
+        return int(zeros[0])
+    raise SelectionError(
+        f"repeat-S gives a weight that enters the selection fresh optimizer state, but this optimizer's {name!r} is quantized "
+        "in a code that is not known here; use one with float32 state, or a method that does not exchange weights (id3)."
+    )

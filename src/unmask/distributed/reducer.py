@@ -65,6 +65,11 @@ class ProcessReducer:
         self._description = ""
         self._tensors: Callable[[], Mapping[str, Tensor]] = dict
 
+    @property
+    def several(self) -> bool:
+        """Whether this process trains with others."""
+        return self.processes is not None
+
     def share_weights(self, model: nn.Module) -> None:
         """Gives every process the first one's parameters and buffers, as DDP does; only those that differ travel."""
         processes = self._find()

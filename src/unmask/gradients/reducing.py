@@ -31,6 +31,10 @@ class Ranking(Protocol):
 class Reducer(Protocol):
     """Makes one gradient of the gradients of all processes."""
 
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one process."""
+
     def begin(self) -> None:
         """A backward starts."""
 
@@ -48,6 +52,8 @@ class Reducer(Protocol):
 
 class OneProcess:
     """The reducer of a process that trains alone: its gradient is the gradient."""
+
+    several = False
 
     def begin(self) -> None:
         """Nothing to do."""

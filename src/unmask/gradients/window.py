@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from unmask.distributed.deepspeed import refuse_zero
-from unmask.errors import NonFiniteGradientError
+from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at
+from unmask.gradients.norm import total_norm
 from unmask.gradients.reducing import Ranking, Reducer
 from unmask.gradients.streamed import Ranker
 from unmask.gradients.tap import in_pieces, stale
@@ -73,10 +74,13 @@ class Window:
         accumulation: Accumulation,
         sampled: bool,
         reducer: Reducer,
+        measured: bool = False,
     ) -> None:
         self.table, self.values, self.method, self.accumulation = table, values, method, accumulation
         self.reducer = reducer
         self.sampled = sampled  # whether a step that does not select asks for the entries of its slots only
+        self.measured = measured  # whether every step forms all gradients, for their norm
+        self.norm: Tensor | None = None  # 0-d float64: of all gradients so far, where they are measured
         self.plan = Plan(0, 0, 0, 0, repeat=False)
         self.tentative: Tentative | None = None
         self.nonfinite: str | None = None
@@ -88,6 +92,7 @@ class Window:
         self._by_tensor: dict[int, Entries] = {}  # the candidates; their places stand for slots
         self._inside: dict[int, Entries] = {}  # of a known order, what this step trains
         self._dense: dict[int, Tensor] = {}
+        self._norms: dict[int, Tensor] = {}
         self._offered: set[int] = set()
 
     def start(self, plan: Plan) -> None:
@@ -99,7 +104,7 @@ class Window:
 
     def wanted(self, index: int) -> bool:
         """Whether the tensor's gradient is wanted; with nothing to train yet, all are, so that the loss has a graph."""
-        if self.plan.selecting or self.plan.active == 0:
+        if self.plan.selecting or self.measured or self.plan.active == 0:
             return True
         return self._active(index) is not None
 
@@ -131,13 +136,26 @@ class Window:
         """A backward starts: a fresh window if ``values`` carries no gradient, else one more micro-batch."""
         refuse_zero(self.values)
         self.reducer.begin()
-        if self.values.grad is None or not self.values.grad.any():
+        if self.measured and self.reducer.several:
+            raise SelectionError(
+                "clip_scope='all' needs the norm of the mean gradient of all processes, which is not exchanged; use "
+                "clip_scope='selected', whose norm is the same in all of them."
+            )
+        if self._fresh():
             self.discard()
+        if self.norm is not None and self.accumulation != "exact":
+            raise _unmeasured()
         self._buffer = torch.zeros_like(self.values)
         if self.plan.selecting and self.accumulation == "candidates" and self._candidates is None:
             self._ranker = self._new_ranker(OVERSAMPLE * self.plan.newcomers)
         if self._candidates is not None:
             self._added = torch.zeros_like(self._candidates.payload)
+
+    def _fresh(self) -> bool:
+        gradient = self.values.grad
+        if self.measured and gradient is not None and self.plan.active + self.plan.newcomers == 0:
+            return False  # no slot is in use, so that zeros say nothing
+        return gradient is None or not gradient.any()
 
     @torch.no_grad()
     def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
@@ -153,16 +171,18 @@ class Window:
             if self.plan.selecting:
                 raise stale()
             return
+        if self.accumulation == "exact" and (self.plan.selecting or self.measured):
+            self._sum(index, as_dense(gradient))
         if self.plan.selecting and not self.nonfinite:
             try:
                 self._offer(index, gradient)
-            except (
-                NonFiniteGradientError
-            ) as error:  # a GradScaler's overflow is no error until the optimizer steps on it
+            except NonFiniteGradientError as error:  # no error until the optimizer steps on a scaler's overflow
                 self.nonfinite = str(error)
         active = self._active(index)
         if active is not None:
             self._add(active, gradient_at(gradient, active))
+        if self.measured and self.accumulation != "exact":
+            self._measure(index, as_dense(gradient))
 
     @torch.no_grad()
     def end(self) -> None:
@@ -173,6 +193,8 @@ class Window:
             return
         if self.plan.active:
             self.reducer.mean(buffer[: self.plan.active])  # only these slots received any
+        if self.measured:
+            self._close_measure()
         if self.nonfinite:
             buffer.fill_(torch.nan)
         elif self.plan.selecting:
@@ -188,7 +210,7 @@ class Window:
         """The backward died: its share is void. Earlier micro-batches stand, but for dense sums, which it has spoilt."""
         forget()
         self._buffer = self._ranker = self._added = None
-        self._offered = set()
+        self._offered, self._norms = set(), {}
         if self._dense:
             self.discard()
             self.values.grad = None
@@ -205,18 +227,14 @@ class Window:
         self.nonfinite = None
         self._buffer = self._ranker = self._candidates = self._earlier = self._added = None
         self._by_tensor, self._dense, self._offered = {}, {}, set()
+        self.norm, self._norms = None, {}
 
     def _add(self, entries: Entries, gradient: Tensor) -> None:
         if self._buffer is not None:
             self._buffer[entries.slots] += gradient.to(self._buffer)
 
     def _offer(self, index: int, gradient: Tensor | Factors) -> None:
-        if self.accumulation == "exact":
-            gradient = as_dense(gradient).to(
-                self.values.dtype, copy=index not in self._dense
-            )  # sums of bfloat16 would lose bits
-            self._dense[index] = self._dense[index].add_(gradient) if index in self._dense else gradient
-        elif self._ranker is not None:
+        if self._ranker is not None:
             if index in self._offered:
                 raise in_pieces()
             self._offered.add(index)
@@ -224,6 +242,20 @@ class Window:
         elif index in self._by_tensor and self._added is not None:
             candidates = self._by_tensor[index]
             self._added[candidates.slots] += gradient_at(gradient, candidates).to(self._added)
+
+    def _sum(self, index: int, gradient: Tensor) -> None:
+        gradient = gradient.to(self.values.dtype, copy=index not in self._dense)  # sums of bfloat16 would lose bits
+        self._dense[index] = self._dense[index].add_(gradient) if index in self._dense else gradient
+
+    def _measure(self, index: int, gradient: Tensor) -> None:
+        if index in self._norms:
+            raise in_pieces()
+        self._norms[index] = total_norm([gradient])
+
+    def _close_measure(self) -> None:
+        self.norm = total_norm(list((self._dense or self._norms).values())).to(self.values.device)
+        if not torch.isfinite(self.norm):
+            self.nonfinite = self.nonfinite or "the norm of the whole gradient is not finite"
 
     def _ranked(self) -> Ranked:
         """The first u_t entries by what has been summed so far."""
@@ -296,3 +328,10 @@ class Window:
             exclude_members=not self.plan.repeat,
         )
         return self.reducer.ranking(new, self.table)
+
+
+def _unmeasured() -> SelectionError:
+    return SelectionError(
+        "clip_scope='all' needs the norm of the sum of all micro-batches' gradients, which accumulation='candidates' does not "
+        "keep. Use select(..., accumulation='exact') (N numbers more), or one backward per optimizer step."
+    )
