@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
-VOCABULARY = 24
+VOCABULARY = 20
 
 
 def tiny_bert(seed: int = 0, attention: str = "sdpa") -> BertForSequenceClassification:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from helpers import assert_same_tensors, snapshot
 from tiny import tiny_model, toy_csv
 from unmask.config import build
 from unmask.errors import ConfigError
-from unmask.into import Into, insert, into_of
+from unmask.into import Into, _has_adapters, insert, into_of
 from unmask.modeling import load_base, load_tuned
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -147,7 +146,7 @@ def test_sparse_adapter_runs_from_the_command_line(rest: str, world: Path) -> No
 # Refusals.
 
 
-@pytest.mark.skipif(importlib.util.find_spec("adapters") is not None, reason="adapters is installed")
+@pytest.mark.skipif(_has_adapters(), reason="adapters is installed")
 def test_bottleneck_adapters_without_their_library_say_which_extra(world: Path) -> None:
     done = run(*train_words("refused"), "--into", "pfeiffer", cwd=world, check=False)
     assert done.returncode == 1

@@ -105,12 +105,13 @@ def _adapter_modules(model: nn.Module) -> Iterator[nn.Module]:
             yield from _leaves(module.get_adapter(name))  # type: ignore[operator]
 
 
-def _leaves(nest: Any) -> Iterator[nn.Module]:
-    for value in nest.values():
-        if isinstance(value, nn.Module):
-            yield value
-        elif isinstance(value, dict):
-            yield from _leaves(value)
+def _leaves(value: Any) -> Iterator[nn.Module]:
+    """Modules in a nest of dictionaries; a model's listing is one, a layer's is a module or None."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _leaves(inner)
 
 
 def _lora_pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:

@@ -7,7 +7,7 @@ the delta's metadata, so that a fresh process can add the same before it applies
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -102,7 +102,7 @@ def require(into: Into) -> None:
     """
     if into.is_lora:
         need("peft", "hf")
-    elif importlib.util.find_spec("adapters") is None:
+    elif not _has_adapters():
         raise MissingExtraError(
             f"'adapters' is not installed, and {into.kind} adapters come from it: pip install 'unmask[adapters]', in an "
             "environment of its own, because adapters 1.3 pins transformers 4.57 and cannot share one with transformers 5."
@@ -211,6 +211,13 @@ def _original(name: str) -> str:
     """A trained copy's name in the base: ``X.modules_to_save.default.weight`` is of ``X.weight``."""
     before, _, after = checkpoint_name(name).partition(".modules_to_save.")
     return f"{before}.{after.partition('.')[2]}"
+
+
+def _has_adapters() -> bool:
+    try:
+        return hasattr(importlib.import_module("adapters"), "init")  # a mere folder of that name has none
+    except ImportError:  # beside transformers 5 it is there and cannot be imported
+        return False
 
 
 @contextlib.contextmanager
