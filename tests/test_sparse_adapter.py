@@ -242,6 +242,18 @@ def test_a_resumed_run_is_pruned_alike() -> None:
     assert_same_tensors(snapshot(models[0]), snapshot(models[2]))
 
 
+def test_resuming_with_other_calibration_data_is_refused_and_changes_nothing() -> None:
+    models = [adapted(), adapted()]
+    saved = pruned(models[0], 20, "snip")
+    other = unmask.sparse_adapter(20, "snip", labelled((2,)), loss=cross_entropy)
+    resumed = unmask.select(models[1], other, include=INSIDE, new=INSIDE)
+    assert as_lists(saved.indices) != as_lists(resumed.indices)
+    before = snapshot(models[1])
+    with pytest.raises(unmask.SelectionError, match="other weights than those the saved selection started from"):
+        resumed.load_state_dict(saved.state_dict())
+    assert_same_tensors(snapshot(models[1]), before)
+
+
 # Refusals.
 
 

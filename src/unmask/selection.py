@@ -154,7 +154,8 @@ class Selection:
         self._ordered = self._known_order()  # before freezing: a calibration wants the model as it was
         if self._ordered:
             refuse_dead_lora(model, {*dense, *(self._layout.names[i] for i in self._table.occupied())})
-            self._prune()
+        if method.unselected == "zero":
+            self._table.zero_rest()
         model.requires_grad_(False)
         self.dense = [DenseTensor(name, parameters[name]) for name in dense]
         self.budget = budget
@@ -216,7 +217,6 @@ class Selection:
         """
         self._alive("load_state_dict")
         restore(self, state)
-        self._prune()
         self._begin_step()
 
     def release(self) -> None:
@@ -338,10 +338,6 @@ class Selection:
         positions = ranker.result().positions.to(self.values.device)
         self._table.load(positions, self._layout.read(positions, self.values.dtype))
         return True
-
-    def _prune(self) -> None:
-        if self.method.unselected == "zero":
-            self._table.zero_rest()
 
     def _alive(self, what: str) -> None:
         if self._released:
