@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check setup clean
+.PHONY: demo test test-adapters check setup clean
 
 setup: $(VENV)/.stamp
 
@@ -22,11 +22,22 @@ $(VENV)/.stamp-test: requirements-test.txt $(VENV)/.stamp
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-test.txt
 	touch $@
 
+# The adapters library pins transformers 4.57: an environment of its own, which so tests that transformers major too.
+$(VENV)-adapters/.stamp: pyproject.toml requirements-adapters.txt
+	test -x $(VENV)-adapters/bin/python || $(PYTHON) -m venv $(VENV)-adapters
+	$(VENV)-adapters/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0
+	$(VENV)-adapters/bin/python -m pip install -q --disable-pip-version-check -r requirements-adapters.txt
+	$(VENV)-adapters/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
 demo: setup
 	$(BIN)/unmask demo
 
 test: setup $(VENV)/.stamp-test
 	$(BIN)/python -m pytest
+
+test-adapters: $(VENV)-adapters/.stamp
+	$(VENV)-adapters/bin/python -m pytest tests/bottlenecks tests/test_lora.py tests/test_into.py tests/test_sparse_adapter.py tests/test_cli.py
 
 check: setup $(VENV)/.stamp-test
 	$(BIN)/ruff check src tests
@@ -35,4 +46,4 @@ check: setup $(VENV)/.stamp-test
 	$(BIN)/python -m pytest --doctest-modules src/unmask --ignore=src/unmask/cli -p no:cacheprovider
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-adapters build dist .pytest_cache .mypy_cache .ruff_cache

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,9 +15,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import unmask
+from commands import run, train_words
 from helpers import assert_same_tensors
 from tiny import tiny_model, toy_csv
-from unmask.cli import main
 from unmask.config import METHODS
 
 UNMASK = [sys.executable, "-c", "from unmask.cli import main; main()"]
@@ -36,48 +33,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toy_csv(root / "train.csv", 64, seed=0)
     toy_csv(root / "dev.csv", 32, seed=1)
     return root
-
-
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run(*words: object, cwd: Path, check: bool = True) -> Done:
-    """`unmask WORDS` in this process: a process of its own waits seconds for its imports."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    patch = pytest.MonkeyPatch()
-    with patch.context() as p, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        p.chdir(cwd)
-        p.setattr(sys, "argv", ["unmask", *map(str, words)])
-        try:
-            main()
-        except SystemExit as error:
-            code = int(error.code or 0)
-    if check:
-        assert code == 0, err.getvalue()
-    return Done(code, out.getvalue(), err.getvalue())
-
-
-TRAIN = (
-    "train",
-    "--model",
-    "base",
-    "--data",
-    "train.csv",
-    "--eval",
-    "dev.csv",
-    "--text",
-    "review",
-    "--label",
-    "verdict",
-)
-
-
-def train_words(output: str, *more: object) -> tuple[object, ...]:
-    return (*TRAIN, "--budget", 120, "--lr", 0.05, "--max-steps", 24, "--batch-size", 16, "--output", output, *more)
 
 
 @pytest.fixture(scope="module")

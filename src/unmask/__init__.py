@@ -23,7 +23,19 @@ if TYPE_CHECKING:
         UnmaskError,
     )
     from unmask.heuristics import Heuristic, heuristic, heuristic_names, register_heuristic
-    from unmask.methods import PRESETS, Method, bitfit, fish, full, id3, pafi, random_mask, repeat_d3, static_d3
+    from unmask.methods import (
+        PRESETS,
+        Method,
+        bitfit,
+        fish,
+        full,
+        id3,
+        pafi,
+        random_mask,
+        repeat_d3,
+        sparse_adapter,
+        static_d3,
+    )
     from unmask.optim import SelectiveAdamW
     from unmask.schedules import SCHEDULES, Schedule, schedule
     from unmask.scopes import Scope, patterns
@@ -64,6 +76,7 @@ __all__ = [
     "repeat_d3",
     "schedule",
     "select",
+    "sparse_adapter",
     "static_d3",
 ]
 
@@ -78,7 +91,8 @@ _HOMES = {
     "unmask.selection": {"Selection", "select"},
     "unmask.optim": {"SelectiveAdamW"},
     "unmask.methods": {
-        *("PRESETS", "Method", "bitfit", "fish", "full", "id3", "pafi", "random_mask", "repeat_d3", "static_d3"),
+        *("PRESETS", "Method", "bitfit", "fish", "full", "id3", "pafi", "random_mask", "repeat_d3"),
+        *("sparse_adapter", "static_d3"),
     },
 }
 

@@ -30,7 +30,13 @@ class TrainConfig:
         text: Text column of ``data``.
         text_pair: Second text column, if the task has pairs.
         label: Label column of ``data``.
-        method: A preset: id3, repeat_d3, static_d3, pafi, fish, bitfit, random_mask, full.
+        into: Select inside what is added to the base: lora, dora (peft), pfeiffer, houlsby (adapters); None: the base itself.
+        lora_r: Rank of the LoRA.
+        lora_alpha: Its scale is lora_alpha / lora_r.
+        lora_dropout: On the LoRA's input.
+        lora_targets: Modules that get a LoRA; all-linear for all linear ones, none for peft's own choice.
+        reduction_factor: A bottleneck adapter's width is the hidden size divided by this.
+        method: A preset: id3, repeat_d3, static_d3, pafi, fish, bitfit, random_mask, sparse_adapter, full.
         budget: A count or a share ("0.17%"); None only for bitfit and full.
         eps: Of D3.
         exp: Of D3.
@@ -41,7 +47,9 @@ class TrainConfig:
         include: Regular expressions: only these tensors are eligible.
         exclude: Regular expressions: these tensors are not.
         dense: Regular expressions of tensors trained whole outside the budget; "new" stands for what the checkpoint lacks.
-        num_samples: Examples for the Fisher information (fish).
+        num_samples: Examples for the Fisher information (fish) and for pruning (sparse_adapter).
+        criterion: What sparse_adapter keeps: random, magnitude, snip, grasp or synflow.
+        pruned: What becomes of the rest (sparse_adapter): zero, or kept at its initial value.
         lr: Peak learning rate.
         weight_decay: AdamW's, on the selected weights only.
         bias_correction: Adam's, "global" (the paper's) or "entry" (an age per weight, from its unmasking on).
@@ -70,6 +78,12 @@ class TrainConfig:
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
+    into: str | None = None
+    lora_r: int = 8
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ()
+    reduction_factor: float = 16.0
     method: str = "id3"
     budget: str | None = None
     eps: float = 1.0
@@ -82,6 +96,8 @@ class TrainConfig:
     exclude: tuple[str, ...] = ()
     dense: tuple[str, ...] = ("new",)
     num_samples: int = 1024
+    criterion: str = "snip"
+    pruned: str = "zero"
     lr: float = 1e-3
     weight_decay: float = 0.0
     bias_correction: str = "global"
@@ -112,6 +128,13 @@ class TrainConfig:
         _one_of("allocation", self.allocation, ("global", "tensor", "row"))
         _one_of("scope", self.scope, (None, "all", "linear", "bias", "vector"))
         _one_of("bias_correction", self.bias_correction, ("global", "entry"))
+        _one_of("into", self.into, (None, "lora", "dora", "pfeiffer", "houlsby"))
+        _one_of("criterion", self.criterion, ("random", "magnitude", "snip", "grasp", "synflow"))
+        _one_of("pruned", self.pruned, ("zero", "kept"))
+        if self.method == "sparse_adapter" and self.into is None:
+            raise ConfigError(
+                "method 'sparse_adapter' prunes what is added to the base: give into (lora, pfeiffer, ...)."
+            )
         if self.budget is None and self.method not in ("bitfit", "full"):
             raise ConfigError(
                 f"method {self.method!r} needs a budget: a count (20000) or a share of the weights (0.17%)."
@@ -125,6 +148,9 @@ class TrainConfig:
             "logging_steps",
             "stride",
             "num_samples",
+            "lora_r",
+            "lora_alpha",
+            "reduction_factor",
         ):
             _above(name, getattr(self, name), 0)
         for name in ("max_steps", "eval_steps", "save_steps"):
@@ -135,10 +161,12 @@ class TrainConfig:
                 raise ConfigError(f"{name} = {getattr(self, name)}; it must be 0 or more.")
         if self.warmup >= 1:
             raise ConfigError(f"warmup = {self.warmup}; it is a share of the steps, below 1.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout = {self.lora_dropout}; it is a probability, from 0 to below 1.")
 
 
 # the keys of unmask.methods.PRESETS, which would import torch; a test holds them together
-METHODS = ("id3", "repeat_d3", "static_d3", "pafi", "fish", "bitfit", "random_mask", "full")
+METHODS = ("id3", "repeat_d3", "static_d3", "pafi", "fish", "bitfit", "random_mask", "sparse_adapter", "full")
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:

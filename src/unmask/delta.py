@@ -20,7 +20,7 @@ from unmask.fingerprint import digest, fingerprint
 from unmask.slots import put, take
 from unmask.stepping import has_selection
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class SparseDelta:
 
     Attributes:
         sparse: Changed entries by tensor name.
-        whole: Tensors stored whole: those trained densely, and those that the base checkpoint lacks.
+        whole: Tensors stored whole: those trained densely, and those that the base checkpoint lacks. A tensor that is in
+            ``sparse`` too is here as it was before training; the changed entries lie over it.
         base: Fingerprint of all the base's tensors that are not in ``whole``: ``"sha256:..."``.
         metadata: JSON values: method, budget, step, base id, versions.
     """
@@ -67,13 +68,22 @@ class SparseDelta:
                 raise DeltaError(
                     f"the delta's tensor {name!r} holds NaN or infinite values; it is damaged or training diverged."
                 )
-        both = self.sparse.keys() & self.whole.keys()
-        if both:
-            raise DeltaError(f"the delta has {sorted(both)} both in part and whole; it is damaged.")
+        for name in self.overlaid:
+            part, whole = self.sparse[name], self.whole[name]
+            if (part.shape, part.values.dtype) != (tuple(whole.shape), whole.dtype):
+                raise DeltaError(
+                    f"{name!r} is {whole.dtype} of shape {tuple(whole.shape)} as a whole and {part.values.dtype} of shape "
+                    f"{part.shape} in part; the delta is damaged."
+                )
 
     def __len__(self) -> int:
         """How many scalar weights the delta sets in part-stored tensors."""
         return sum(entry.numel for entry in self.sparse.values())
+
+    @property
+    def overlaid(self) -> list[str]:
+        """Names of the tensors stored whole, as they were before training, with their changed entries over that."""
+        return sorted(self.sparse.keys() & self.whole.keys())
 
     @property
     def whole_numel(self) -> int:
@@ -112,13 +122,14 @@ class SparseDelta:
         displaced_sparse = {
             name: SparseTensor(entry.indices, take(tensors[name], entry.indices).cpu(), entry.shape)
             for name, entry in self.sparse.items()
+            if name not in self.whole
         }
         displaced_whole = {name: tensors[name].clone().cpu() for name in self.whole}
         with torch.no_grad():
-            for name, entry in self.sparse.items():
-                put(tensors[name], entry.indices, entry.values)
             for name, tensor in self.whole.items():
                 tensors[name].copy_(tensor)
+            for name, entry in self.sparse.items():
+                put(tensors[name], entry.indices, entry.values)
         after = fingerprint({name: digest(t) for name, t in tensors.items() if name not in self.whole})
         return SparseDelta(displaced_sparse, displaced_whole, after, {"displaced_by": self.base})
 

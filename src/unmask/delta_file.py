@@ -1,9 +1,10 @@
 """The delta's file: safetensors, with JSON metadata and a checksum over everything.
 
 Tensors: ``<name>::indices`` (int32 where the tensor has fewer than 2^31 entries, else int64) and ``<name>::values`` for
-each tensor changed in part; ``<name>::whole`` for each tensor stored whole. The safetensors metadata holds one entry,
-``unmask``: JSON with the format version, shapes, the base's fingerprint, the user's metadata, and a SHA-256 over all of
-these and the tensors' bytes.
+each tensor changed in part; ``<name>::whole`` for each tensor stored whole. A name with all three is a tensor that the base
+lacks: the values lie over the whole. Such a file has format version 2; any other is still written as version 1. The
+safetensors metadata holds one entry, ``unmask``: JSON with the format version, shapes, the base's fingerprint, the user's
+metadata, and a SHA-256 over all of these and the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def write(delta: SparseDelta, path: Path) -> Path:
     for name, tensor in delta.whole.items():
         tensors[name + _WHOLE] = tensor.cpu().contiguous().clone()
     header = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if delta.overlaid else 1,
         "base": delta.base,
         "shapes": {name: list(entry.shape) for name, entry in delta.sparse.items()},
         "metadata": dict(delta.metadata),
@@ -53,9 +54,9 @@ def read(path: Path) -> SparseDelta:
         version, expected = header["format_version"], header.pop("checksum")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeltaError(f"{str(path)!r} is no readable unmask delta: {error}. Take another copy.") from error
-    if version != FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1):
         raise DeltaError(
-            f"{str(path)!r} has format version {version!r}; this unmask reads {FORMAT_VERSION}. Update unmask."
+            f"{str(path)!r} has format version {version!r}; this unmask reads up to {FORMAT_VERSION}. Update unmask."
         )
     if _checksum(header, tensors) != expected:
         raise DeltaError(f"{str(path)!r} fails its checksum: it was altered after unmask wrote it. Take another copy.")

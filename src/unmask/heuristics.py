@@ -1,8 +1,8 @@
 """Heuristics: what makes a scalar weight worth unmasking. Pure functions (weight, gradient) -> score.
 
 A higher score is unmasked first. Scores are float32 (float64 for float64 weights), of the weight's shape. A heuristic
-says what it ``needs``: ``"gradient"`` (of the very step), ``"weight"`` alone, ``"fisher"`` (a calibration pass at
-``unmask.select``), or ``"nothing"`` but a seed.
+says what it ``needs``: ``"gradient"`` (of the very step), ``"weight"`` alone, ``"calibration"`` (an estimate made at
+``unmask.select``, see `unmask.gradients.calibrate`), or ``"nothing"`` but a seed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unmask.errors import MethodError
 
-Needs = Literal["gradient", "weight", "fisher", "nothing"]
+Needs = Literal["gradient", "weight", "calibration", "nothing"]
 Score = Callable[..., Tensor]
 
 
@@ -121,9 +121,14 @@ def small_magnitude(weight: Tensor, gradient: Tensor | None) -> Tensor:
     return -weight.abs()
 
 
-def fisher(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Fish mask: the diagonal empirical Fisher information, which arrives in the gradient's place (arXiv 2111.09839)."""
-    return gradient
+def large_magnitude(weight: Tensor, gradient: Tensor | None) -> Tensor:
+    """Magnitude pruning's order: the largest weights first, ``|w|``."""
+    return weight.abs()
+
+
+def calibrated(weight: Tensor, estimate: Tensor) -> Tensor:
+    """A score that was estimated before training, and arrives in the gradient's place."""
+    return estimate
 
 
 def random_score(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -143,7 +148,11 @@ _REGISTRY: dict[str, Heuristic] = {
         Heuristic("gradient", gradient_magnitude, ceiling=lambda weight: 1.0),
         Heuristic("snip", snip, ceiling=_largest),
         Heuristic("magnitude", small_magnitude, needs="weight"),
-        Heuristic("fisher", fisher, needs="fisher"),
+        Heuristic("large_magnitude", large_magnitude, needs="weight"),
+        Heuristic("fisher", calibrated, needs="calibration"),  # arXiv 2111.09839
+        Heuristic("initial_snip", calibrated, needs="calibration"),  # arXiv 1810.02340
+        Heuristic("grasp", calibrated, needs="calibration"),  # arXiv 2002.07376
+        Heuristic("synflow", calibrated, needs="calibration"),  # arXiv 2006.05467
         Heuristic("random", random_score, needs="nothing"),
         Heuristic("constant", constant, needs="weight"),
     )

@@ -22,17 +22,20 @@ from unmask.scopes import Scope
 Budget = int | str
 Strategy = Literal["static", "increment", "repeat"]
 Allocation = Literal["global", "tensor", "row"]
+Unselected = Literal["kept", "zero"]
+Criterion = Literal["random", "magnitude", "snip", "grasp", "synflow"]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How the Fisher information is estimated, before training; see `unmask.fish`.
+    """What an estimate before training is made from; see `unmask.fish` and `unmask.sparse_adapter`.
 
     Attributes:
         loader: Iterable of batches (mappings of tensors with ``labels``, or whatever ``loss`` takes).
         num_samples: How many examples to use, the first of the loader.
-        sample_type: ``"label"``: gradients at the given labels; ``"expect"``: expectation over the model's own output.
-        grad_type: ``"square"`` or ``"abs"`` of each example's gradient.
+        sample_type: Of the Fisher information. ``"label"``: gradients at the given labels; ``"expect"``: expectation over
+            the model's own output.
+        grad_type: Of the Fisher information: ``"square"`` or ``"abs"`` of each example's gradient.
         loss: ``loss(model, batch) -> scalar``, the mean over the batch; None for ``model(**batch).loss``.
     """
 
@@ -66,8 +69,10 @@ class Method:
         scope: Which tensors are eligible.
         allocation: ``"global"`` as in the paper; ``"tensor"`` or ``"row"``: at most ``ceil(B n / N)`` of a tensor's (an
             output row's) n weights, of N eligible in all.
-        calibration: For the ``fisher`` heuristic.
+        calibration: For a heuristic that needs one.
         whole: Train the scope's tensors as ordinary dense parameters (full fine-tuning); there is no budget then.
+        unselected: What the scope's other weights do: ``"kept"`` as they are, or pruned to ``"zero"`` at once. Pruning is
+            for tensors that the base checkpoint lacks, whose every value travels in the delta.
     """
 
     name: str
@@ -79,25 +84,44 @@ class Method:
     allocation: Allocation = "global"
     calibration: Calibration | None = None
     whole: bool = False
+    unselected: Unselected = "kept"
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("strategy", ("static", "increment", "repeat")),
             ("allocation", ("global", "tensor", "row")),
+            ("unselected", ("kept", "zero")),
         ):
             if getattr(self, name) not in allowed:
                 raise MethodError(f"{name} = {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
         for name, kind in (("heuristic", Heuristic), ("schedule", Schedule)):
             if not isinstance(getattr(self, name), kind):
                 raise MethodError(f"{name} = {getattr(self, name)!r}; build one with unmask.{name}(...).")
-        if self.heuristic.needs == "fisher" and self.calibration is None:
-            raise MethodError("the fisher heuristic needs a calibration: unmask.fish(budget, loader) brings one.")
-        if self.heuristic.needs == "fisher" and self.strategy == "repeat":
+        self._check_calibration()
+        if self.unselected == "zero" and (
+            self.heuristic.needs == "gradient" or self.strategy == "repeat" or self.whole
+        ):
             raise MethodError(
-                "the fisher heuristic is estimated once, before training; strategy='repeat' would need it anew."
+                "unselected='zero' prunes before the first step, so the selection must be known then: take a heuristic that "
+                "needs no gradient of the step (unmask.sparse_adapter has five), and not strategy='repeat'."
             )
         if self.budget is not None:
             parse_budget(self.budget, None)
+
+    def _check_calibration(self) -> None:
+        name = self.heuristic.name
+        if self.heuristic.needs != "calibration":
+            return
+        if self.calibration is None:
+            raise MethodError(
+                f"the {name} heuristic needs a calibration: unmask.fish or unmask.sparse_adapter brings one."
+            )
+        if self.strategy == "repeat":
+            raise MethodError(
+                f"the {name} heuristic is estimated once, before training; strategy='repeat' would need it anew."
+            )
+        if name == "synflow" and self.allocation != "global":
+            raise MethodError("synflow prunes round by round over all tensors together; leave allocation='global'.")
 
     def but(self, **changes: Any) -> Method:
         """A copy with some fields changed.
@@ -128,7 +152,7 @@ class Method:
             "scope": self.scope.kind,
             "patterns": list(self.scope.patterns),
             "allocation": self.allocation,
-        }
+        } | ({"unselected": self.unselected} if self.unselected != "kept" else {})
 
 
 def parse_budget(budget: Budget, total: int | None) -> int:
@@ -232,13 +256,47 @@ def random_mask(budget: Budget, seed: int = 0) -> Method:
     return Method("random_mask", budget, heuristic("random", seed=seed), "static")
 
 
+def sparse_adapter(
+    budget: Budget,
+    criterion: Criterion = "snip",
+    loader: Iterable[Any] = (),
+    *,
+    pruned: Unselected = "zero",
+    num_samples: int = 1024,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    seed: int = 0,
+) -> Method:
+    """SparseAdapter: prunes added modules at their initialisation and trains the B weights that stay (arXiv 2210.04284).
+
+    Args:
+        budget: B, the weights that stay.
+        criterion: What stays: ``"random"``; ``"magnitude"``, the largest; ``"snip"``, the largest |w dL/dw|; ``"grasp"``,
+            the largest w (H dL/dw); ``"synflow"``, the largest synaptic flow, in 100 rounds and without data.
+        loader: Batches for snip and grasp; see `Calibration`.
+        pruned: ``"zero"`` as published, or ``"kept"``: what is pruned stays, frozen, at its initial value.
+        num_samples: Examples for snip and grasp.
+        loss: ``loss(model, batch) -> scalar``; None for ``model(**batch).loss``.
+        seed: For random pruning.
+    """
+    heuristics = {
+        "random": heuristic("random", seed=seed),
+        "magnitude": heuristic("large_magnitude"),
+        "snip": heuristic("initial_snip"),
+    } | {name: heuristic(name) for name in ("grasp", "synflow")}
+    if criterion not in heuristics:
+        raise MethodError(f"criterion = {criterion!r}; it must be one of {', '.join(heuristics)}.")
+    calibration = Calibration(loader, num_samples, loss=loss)
+    return Method("sparse_adapter", budget, heuristics[criterion], "static", calibration=calibration, unselected=pruned)
+
+
 def full() -> Method:
     """Full fine-tuning, for comparison: every tensor of the scope is trained as an ordinary dense parameter."""
     return Method("full", None, heuristic("constant"), "static", whole=True)
 
 
 PRESETS: Mapping[str, Callable[..., Method]] = {
-    preset.__name__: preset for preset in (id3, repeat_d3, static_d3, pafi, fish, bitfit, random_mask, full)
+    preset.__name__: preset
+    for preset in (id3, repeat_d3, static_d3, pafi, fish, bitfit, random_mask, sparse_adapter, full)
 }
 
 

@@ -14,6 +14,7 @@ from transformers.utils import logging as hf_logging
 
 from unmask.delta import SparseDelta
 from unmask.errors import ConfigError, DeltaError
+from unmask.into import insert, into_of
 from unmask.tasks.data import TaskSpec
 
 
@@ -94,7 +95,10 @@ def task_of(delta: SparseDelta) -> Mapping[str, Any]:
 
 
 def load_tuned(source: str, delta: SparseDelta) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base with the delta applied, in evaluation mode, and its tokenizer."""
-    model, tokenizer, _ = load_base(source, int(task_of(delta)["num_labels"]), seed=0)
+    """The base, with what the run added to it, with the delta applied, in evaluation mode; and its tokenizer."""
+    model, tokenizer, missing = load_base(source, int(task_of(delta)["num_labels"]), seed=0)
+    into = into_of(delta)
+    if into is not None:
+        model = insert(model, into, missing, seed=0).model  # the delta holds the init
     delta.apply(model)
     return model.eval(), tokenizer

@@ -1,12 +1,13 @@
-"""A method from a run's configuration."""
+"""A method, and what it selects inside of, from a run's configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from unmask import methods
 from unmask.config import TrainConfig
+from unmask.into import Into, Kind
 from unmask.methods import Method
 from unmask.scopes import Scope
 
@@ -17,7 +18,7 @@ def method_from(config: TrainConfig, steps: int, loader: Iterable[Any] | None = 
     Args:
         config: The run's configuration.
         steps: T.
-        loader: Batches for the Fisher information; only ``fish`` needs it.
+        loader: Batches for a calibration; only ``fish`` and ``sparse_adapter`` need it.
 
     Example:
         >>> config = TrainConfig(model="m", output="o", task="sst2", method="pafi", budget="100", allocation="row")
@@ -37,6 +38,8 @@ def method_from(config: TrainConfig, steps: int, loader: Iterable[Any] | None = 
         method = methods.bitfit(budget)
     elif config.method == "random_mask":
         method = methods.random_mask(budget, config.seed)
+    elif config.method == "sparse_adapter":
+        method = _sparse_adapter(config, loader)
     elif config.method == "pafi":
         method = methods.pafi(budget)
     else:
@@ -45,3 +48,33 @@ def method_from(config: TrainConfig, steps: int, loader: Iterable[Any] | None = 
     if config.scope is not None:
         changes["scope"] = Scope(config.scope)  # type: ignore[arg-type]  # checked by TrainConfig
     return method.but(**changes)
+
+
+def _sparse_adapter(config: TrainConfig, loader: Iterable[Any] | None) -> Method:
+    return methods.sparse_adapter(
+        config.budget,  # type: ignore[arg-type]  # checked by TrainConfig, as what follows
+        config.criterion,  # type: ignore[arg-type]
+        loader if loader is not None else (),
+        pruned=config.pruned,  # type: ignore[arg-type]
+        num_samples=config.num_samples,
+        seed=config.seed,
+    )
+
+
+def into_from(config: TrainConfig) -> Into | None:
+    """What the configured run adds to its base; None for nothing.
+
+    Example:
+        >>> into_from(TrainConfig(model="m", output="o", task="sst2", budget="1%", into="lora", lora_r=4)).describe()["r"]
+        4
+    """
+    if config.into is None:
+        return None
+    return Into(
+        cast(Kind, config.into),  # checked by TrainConfig
+        config.lora_r,
+        config.lora_alpha,
+        config.lora_dropout,
+        config.lora_targets,
+        config.reduction_factor,
+    )

@@ -6,12 +6,14 @@ import importlib.util
 import json
 import platform
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from unmask.added import added_tensors, checkpoint_name
 from unmask.delta import SparseDelta, SparseTensor, base_tensors
 from unmask.distributed.sharding import gathered, reshard
 from unmask.fingerprint import digest, fingerprint
@@ -27,20 +29,17 @@ def record_delta(selection: Selection, base: str | None) -> SparseDelta:
     reshard(selection.model)
     tensors = {name: gathered(tensor) for name, tensor in base_tensors(selection.model).items()}
     changed_buffers = {n for n, b in selection._buffers.items() if not torch.equal(b, tensors[n])}
-    new = (
-        selection._new
-        if selection._new is not None
-        else sorted(missing_from_checkpoint(selection.model) & tensors.keys())
-    )
-    whole_names = {d.name for d in selection.dense} | changed_buffers | set(new)
-    indices = {name: flat for name, flat in selection.indices.items() if name not in whole_names}
+    current = {d.name for d in selection.dense} | changed_buffers
+    whole_names = current | new_tensors(selection.model, selection._new)
+    indices = {name: flat for name, flat in selection.indices.items() if name not in current}
     sparse = {
         name: SparseTensor(flat, take(tensors[name], flat).cpu(), tuple(tensors[name].shape))
         for name, flat in indices.items()
     }
     originals = _originals(selection, tensors)
     digests = {name: digest(originals.get(name, tensors[name])) for name in tensors if name not in whole_names}
-    whole = {name: tensors[name].cpu().clone() for name in sorted(whole_names)}
+    # of a tensor that the base lacks, what it was before training: its trained entries lie over that
+    whole = {name: originals.get(name, tensors[name]).cpu().clone() for name in sorted(whole_names)}
     return SparseDelta(sparse, whole, fingerprint(digests), _metadata(selection, base))
 
 
@@ -74,20 +73,33 @@ def name_or_path(model: nn.Module) -> str | None:
     return getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None) or None
 
 
+def new_tensors(model: nn.Module, named: Iterable[str] | None) -> set[str]:
+    """Tensors that the base checkpoint lacks, so that a delta must hold every value of theirs.
+
+    Args:
+        model: The model, as it trains.
+        named: Those that the user named; None for those that the checkpoint is found to lack.
+    """
+    return added_tensors(model) | (missing_from_checkpoint(model) if named is None else set(named))
+
+
 def missing_from_checkpoint(model: nn.Module) -> set[str]:
     """Names of parameters and buffers that a transformers model's safetensors checkpoint lacks, such as a new head.
 
     Empty where this cannot be found out (no such checkpoint), and where the checkpoint's names differ throughout from the
-    model's (a converted layout), so that they tell nothing: name such tensors with ``unmask.select(..., new=...)``.
+    model's (a converted layout), so that they tell nothing: name such tensors with ``unmask.select(..., new=...)``. What a
+    PEFT library added is none of it: see `unmask.added.added_tensors`.
     """
     source = name_or_path(model)
     stored = _stored_names(source) if source else set()
     if not stored:
         return set()
     prefix = str(getattr(model, "base_model_prefix", "") or "") + "."
-    tensors = base_tensors(model)
+    added = added_tensors(model)
+    tensors = {name: tensor for name, tensor in base_tensors(model).items() if name not in added}
 
     def is_stored(name: str) -> bool:
+        name = checkpoint_name(name)
         return name in stored or name.removeprefix(prefix) in stored or prefix + name in stored
 
     missing = {name for name in tensors if not is_stored(name)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from unmask.added import refuse_dead_lora, refuse_pruned_base
 from unmask.clipping import ClipScope
 from unmask.delta import SparseDelta
 from unmask.dense import DenseTensor
@@ -17,13 +18,13 @@ from unmask.distributed.dense import DenseGradients
 from unmask.distributed.reducer import Exchange, ProcessReducer, check_exchange
 from unmask.distributed.sharding import check_sharded
 from unmask.errors import MethodError, ScheduleNotRunError, SelectionError
-from unmask.gradients.fisher import estimate_fisher
+from unmask.gradients.calibrate import estimates
 from unmask.gradients.operations import handlers
 from unmask.gradients.streamed import Ranker
 from unmask.gradients.tap import TapSet, owner_of
 from unmask.gradients.window import Accumulation, Gradients, Plan, Window
 from unmask.methods import Method, parse_budget
-from unmask.recording import record_delta
+from unmask.recording import new_tensors, record_delta
 from unmask.scopes import Patterns, as_patterns, matching, refuse_renormalized, resolve
 from unmask.slots import SlotTable
 from unmask.state import persistent_buffers, restore, state_of
@@ -113,6 +114,8 @@ def select(
     method.schedule.check(budget)
     parameters = dict(model.named_parameters())
     new_names = None if new is None else matching(parameters, as_patterns(new), "new")
+    if method.unselected == "zero":
+        refuse_pruned_base(eligible, set(new_tensors(model, new_names)))
     return Selection(
         model, method, eligible, dense_names, budget, accumulation, new_names, gradients, reducer, clip_scope
     )
@@ -182,7 +185,11 @@ class Selection:
         self.values = nn.Parameter(torch.zeros(budget if eligible else 0, dtype=dtype, device=device))
         self._slots = budget if eligible else 0
         self._table = SlotTable(self._layout, self._slots, dtype, device)
-        self._ordered = self._known_order()  # before freezing: the Fisher pass wants the model as it was
+        self._ordered = self._known_order()  # before freezing: a calibration wants the model as it was
+        if self._ordered:
+            refuse_dead_lora(model, {*dense, *(self._layout.names[i] for i in self._table.occupied())})
+        if method.unselected == "zero":
+            self._table.zero_rest()
         model.requires_grad_(False)
         self.dense = [DenseTensor(name, parameters[name]) for name in dense]
         self.budget = budget
@@ -378,11 +385,9 @@ class Selection:
         if not self._slots or heuristic.needs == "gradient" or self.method.strategy == "repeat":
             return False
         ranker = Ranker(heuristic, self._table, self.method.allocation, self._slots, 0, exclude_members=False)
-        fisher = None
-        if heuristic.needs == "fisher" and self.method.calibration is not None:
-            fisher = estimate_fisher(self.model, self._layout, self.method.calibration)
+        scores = estimates(self.model, self._layout, self.method, self._slots)
         for index in range(len(self._layout.tensors)):
-            ranker.rank(index, None if fisher is None else fisher.pop(index))
+            ranker.rank(index, scores.pop(index, None))
         positions = ranker.result().positions.to(self.values.device)
         self._table.load(positions, self._layout.read(positions, self.values.dtype))
         return True

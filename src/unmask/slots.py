@@ -214,6 +214,16 @@ class SlotTable:
         for (index, entries), part in zip(members, parts, strict=True):
             self.layout.put(index, entries.flat, part)
 
+    @torch.no_grad()
+    def zero_rest(self) -> None:
+        """Sets every weight of the layout that holds no slot to zero."""
+        for index in range(len(self.layout.tensors)):
+            tensor, entries = self.layout.plain(index), self._members.get(index)
+            kept = None if entries is None else take(tensor, entries.flat)
+            tensor.zero_()
+            if entries is not None and kept is not None:
+                put(tensor, entries.flat, kept)
+
     def _rebuild(self) -> None:
         held = (self.positions >= 0).nonzero().squeeze(1)
         self._members, self.held = {}, int(held[-1].item()) + 1 if held.numel() else 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,9 +28,10 @@ from unmask.config import TrainConfig, write_yaml
 from unmask.delta import SparseDelta
 from unmask.errors import ConfigError, UnmaskError
 from unmask.integrations.transformers import SelectiveTrainer
+from unmask.into import Inserted, insert, require
 from unmask.modeling import describe_task, load_base, longest_input, quiet
 from unmask.optim import BiasCorrection, SelectiveAdamW
-from unmask.presets import method_from
+from unmask.presets import into_from, method_from
 from unmask.progress import LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.scopes import exactly
 from unmask.selection import Selection, select
@@ -116,7 +116,9 @@ def train(
         UnmaskError: Any other refusal, with what to do.
     """
     console = console or Console()
-    output = Path(config.output)
+    output, into = Path(config.output), into_from(config)
+    if into is not None:
+        require(into)
     checkpoint = _prepare_output(output, resume, overwrite)
     data = load_data(config)
     for note in data.notes:
@@ -124,7 +126,9 @@ def train(
     model, tokenizer, missing = load_base(config.model, data.spec.num_labels, config.seed)
     output.mkdir(parents=True, exist_ok=True)
     write_yaml(config, output / "config.yaml")
-    return _Run(config, data, model, tokenizer, missing, console).go(checkpoint)
+    # the base itself: the budget's scope is the method's, and all that the checkpoint lacks is a head
+    base = Inserted(model, [], missing, missing) if into is None else insert(model, into, missing, config.seed)
+    return _Run(config, data, base, tokenizer, console).go(checkpoint)
 
 
 def _prepare_output(output: Path, resume: bool, overwrite: bool) -> str | None:
@@ -151,11 +155,11 @@ class _Run:
         self,
         config: TrainConfig,
         data: TaskData,
-        model: PreTrainedModel,
+        base: Inserted,
         tokenizer: PreTrainedTokenizerBase,
-        missing: Sequence[str],
         console: Console,
     ) -> None:
+        model: PreTrainedModel = base.model
         self.config, self.data, self.model, self.console = config, data, model, console
         self.output = Path(config.output)
         self.collate = DataCollatorWithPadding(tokenizer)
@@ -173,7 +177,7 @@ class _Run:
             # transformers 5.23 renamed it; 4.57 has the old name alone
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        self.selection = self._select(missing)
+        self.selection = self._select(base)
         self.interrupt = StopOnInterrupt()
         self.progress = LiveProgress(self.selection, self._live_metric(), console)
         with quiet():
@@ -197,18 +201,18 @@ class _Run:
         seconds = time.perf_counter() - start
         return self._finish(before, self._evaluate(), seconds)
 
-    def _select(self, missing: Sequence[str]) -> Selection:
+    def _select(self, base: Inserted) -> Selection:
         config = self.config
-        exact = exactly(missing)
-        dense = [p for given in config.dense for p in (exact if given == "new" else [given])]
+        head = exactly(base.head)
+        dense = [p for given in config.dense for p in (head if given == "new" else [given])]
         loader = DataLoader(self.train_set, config.batch_size, shuffle=True, collate_fn=self.collate)
         return select(
             self.model,
             method_from(config, self.steps, loader),
-            include=config.include or None,
+            include=config.include or exactly(base.added) or None,
             exclude=config.exclude or None,
             dense=dense or None,
-            new=exact,
+            new=exactly(base.new),
         )
 
     def _trainer(self) -> SelectiveTrainer:
@@ -296,7 +300,9 @@ class _Run:
 
     def _finish(self, before: dict[str, float], after: dict[str, float], seconds: float) -> Outcome:
         task = describe_task(self.data.spec, self.max_length)
-        delta = self.selection.delta(self.config.model).with_metadata(task=task, after=after)
+        into = into_from(self.config)
+        inside = {} if into is None else {"into": into.describe()}
+        delta = self.selection.delta(self.config.model).with_metadata(task=task, after=after, **inside)
         path = delta.save(self.output / "delta.safetensors")
         summary = self._summary(before, after, seconds, delta, path)
         (self.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -320,6 +326,7 @@ class _Run:
             "after": after,
             "delta_bytes": path.stat().st_size,
             "delta_weights": len(delta),
+            "into": delta.metadata.get("into"),
             "seed": self.config.seed,
             "lr": self.config.lr,
             "bias_correction": self.config.bias_correction,

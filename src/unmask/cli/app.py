@@ -53,6 +53,11 @@ def train(
     text: Annotated[str | None, typer.Option(help="Text column.")] = None,
     text_pair: Annotated[str | None, typer.Option(help="Second text column.")] = None,
     label: Annotated[str | None, typer.Option(help="Label column.")] = None,
+    into: Annotated[
+        str | None, typer.Option(help="Select inside an added lora, dora, pfeiffer or houlsby; default: in the base.")
+    ] = None,
+    lora_r: Annotated[int | None, typer.Option(help="Rank of the LoRA; default 8.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="The LoRA's scale is alpha / r; default 8.")] = None,
     method: Annotated[str | None, typer.Option(help="See `unmask methods`.")] = None,
     budget: Annotated[str | None, typer.Option(help="Scalar weights to unmask: 20000, or a share: 0.17%.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -116,11 +121,14 @@ def apply(
     model: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
     delta: Annotated[Path, typer.Argument(help="The delta.")],
     output: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a run inside a LoRA or adapters: its own library's folder instead.")
+    ] = False,
 ) -> None:
-    """Write base + delta as an ordinary checkpoint."""
+    """Write base + delta as an ordinary checkpoint, or as an ordinary LoRA or adapter."""
     from unmask.cli.apply import run_apply
 
-    run_apply(model, delta, output)
+    run_apply(model, delta, output, adapter)
 
 
 @app.command()

@@ -6,16 +6,25 @@ from pathlib import Path
 
 from unmask.delta import SparseDelta
 from unmask.errors import ConfigError
+from unmask.into import into_of, merged, save_adapter
 from unmask.modeling import load_tuned, quiet
 
 
-def run_apply(source: str, delta_path: Path, output: Path) -> None:
-    """Writes the merged model and its tokenizer to a new folder."""
+def run_apply(source: str, delta_path: Path, output: Path, adapter: bool = False) -> None:
+    """Writes the merged model, or the LoRA or adapter alone, and the tokenizer to a new folder."""
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"{str(output)!r} is not empty; give a new folder.")
     delta = SparseDelta.load(delta_path)
+    into = into_of(delta)
+    if adapter and into is None:
+        raise ConfigError("the delta changes the base itself, so there is no adapter to write; leave --adapter out.")
     model, tokenizer = load_tuned(source, delta)
     with quiet():
-        model.save_pretrained(output)
+        if adapter and into is not None:
+            save_adapter(model, into, output)
+        else:
+            whole = model if into is None else merged(model, into)
+            whole.save_pretrained(output)
         tokenizer.save_pretrained(output)
-    print(f"{len(delta):,} weights applied to {source}; merged checkpoint in {output}")
+    what = f"ordinary {into.kind} adapter" if adapter and into is not None else "merged checkpoint"
+    print(f"{len(delta):,} weights applied to {source}; {what} in {output}")

@@ -32,10 +32,17 @@ def run_inspect(path: Path, top: int, as_json: bool) -> None:
         ("by tensor", "tensor", "tensors"),
     ):
         console.print(_table(title, key, facts[rows], top))
-    if facts["whole"]:
+    under = facts["initial"]
+    if under:
         console.print(
-            "stored whole: " + ", ".join(f"{name} ({count:,})" for name, count in facts["whole"].items()),
+            f"initial values of {len(under)} tensors that the base lacks, under what was trained of them: "
+            f"{sum(facts['whole'][name] for name in under):,}",
             highlight=False,
+        )
+    alone = {name: count for name, count in facts["whole"].items() if name not in under}
+    if alone:
+        console.print(
+            "stored whole: " + ", ".join(f"{name} ({count:,})" for name, count in alone.items()), highlight=False
         )
 
 
@@ -51,6 +58,7 @@ def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:
         "kinds": _grouped(delta, _kind),
         "tensors": _grouped(delta, lambda name: name),
         "whole": {name: tensor.numel() for name, tensor in delta.whole.items()},
+        "initial": delta.overlaid,
         "base": delta.base,
         "metadata": dict(delta.metadata),
     }
@@ -82,6 +90,9 @@ def _header(facts: dict[str, Any]) -> str:
         f"{meta.get('budget', '?')} used after {meta.get('step', '?')} steps",
         f"base {meta.get('base_id')!r} ({meta.get('parameters', 0):,} parameters), fingerprint {facts['base'][:23]}...",
     ]
+    if meta.get("into"):
+        settings = ", ".join(f"{key} {value}" for key, value in meta["into"].items() if key != "kind")
+        lines.append(f"inside {meta['into']['kind']} ({settings})")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ of one. Fish mask: arXiv 2111.09839.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,19 +39,10 @@ def estimate_fisher(model: nn.Module, layout: Layout, calibration: Calibration) 
         MethodError: The loader is empty, or gives batches without a batch dimension.
         NonFiniteGradientError: A gradient is not finite.
     """
-    modes = [(module, module.training) for module in model.modules()]  # a frozen BatchNorm has its own
-    flags = [p.requires_grad for p in model.parameters()]
-    model.eval()
-    model.requires_grad_(False)
-    try:
+    with frozen_evaluation(model):
         sums, unsupported, count = _one_pass(model, layout, calibration)
         if unsupported:
             sums |= _loop(model, layout, sorted(unsupported), calibration, count)
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in zip(model.parameters(), flags, strict=True):
-            parameter.requires_grad_(flag)
     for index, total in sums.items():
         if not torch.isfinite(total).all():
             raise NonFiniteGradientError(
@@ -59,20 +51,36 @@ def estimate_fisher(model: nn.Module, layout: Layout, calibration: Calibration) 
     return {index: total / count for index, total in sums.items()}
 
 
+@contextlib.contextmanager
+def frozen_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with nothing requiring grad; afterwards every module's mode and every flag is what it was."""
+    modes = [(module, module.training) for module in model.modules()]  # a frozen BatchNorm has its own
+    flags = [p.requires_grad for p in model.parameters()]
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in zip(model.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+
+
 def _one_pass(model: nn.Module, layout: Layout, calibration: Calibration) -> tuple[dict[int, Tensor], set[int], int]:
     sums = {i: torch.zeros(t.shape, dtype=torch.float32, device=t.device) for i, t in enumerate(layout.tensors)}
     taps = PerSampleTaps(layout.tensors, sums, calibration.grad_type)
     count, probed = 0, False
     try:
-        for batch in _batches(calibration):
+        for batch in batches(calibration):
             size = batch_size(batch)
             count += size
             if size > 1 and not probed:  # a sequence may be as long as the batch is large: not so with an example less
                 taps.start(size - 1, probing=True)
-                next(_objectives(model, _slice(batch, 0, size - 1), size - 1, calibration))
+                next(objectives(model, _slice(batch, 0, size - 1), size - 1, calibration))
                 probed = True
             taps.start(size)
-            for objective in _objectives(model, batch, size, calibration):
+            for objective in objectives(model, batch, size, calibration):
                 taps.collect(objective)
     finally:
         taps.remove()
@@ -94,10 +102,10 @@ def _loop(
     receiver = _Summing([torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in tensors], power)
     taps = TapSet(tensors, receiver, lambda: False)
     try:
-        for batch in _batches(calibration):
+        for batch in batches(calibration):
             for single in _singles(batch):
                 count -= 1
-                for objective in _objectives(model, single, 1, calibration):
+                for objective in objectives(model, single, 1, calibration):
                     if objective.requires_grad:
                         objective.backward(retain_graph=calibration.sample_type == "expect")
     finally:
@@ -146,7 +154,7 @@ def _power(calibration: Calibration) -> Callable[[Tensor], Tensor]:
     return torch.square if calibration.grad_type == "square" else torch.abs
 
 
-def _objectives(model: nn.Module, batch: Any, size: int, calibration: Calibration) -> Iterator[Tensor]:
+def objectives(model: nn.Module, batch: Any, size: int, calibration: Calibration) -> Iterator[Tensor]:
     """Scalars whose per-sample gradients' powers add up to the statistic: sums, not means, over the batch."""
     if calibration.loss is None and not isinstance(batch, Mapping):
         raise MethodError(
@@ -174,7 +182,7 @@ def _objectives(model: nn.Module, batch: Any, size: int, calibration: Calibratio
         yield (weight[:, c] * log_p[:, c]).sum()
 
 
-def _batches(calibration: Calibration) -> Iterator[Any]:
+def batches(calibration: Calibration) -> Iterator[Any]:
     """Batches of the loader, cut to ``num_samples`` examples in all; token-level labels come one example at a time."""
     left = calibration.num_samples
     for batch in calibration.loader:
