@@ -128,6 +128,10 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
             if name in self.adapters:
                 self._train(self.adapters[name], requires_grad)
 
+    def get_base_layer(self) -> nn.Module:
+        """The base."""
+        return self.model
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing to do: an active adapter's values are in the weights."""
 
