@@ -49,7 +49,12 @@ class SelectiveModel(BaseTuner):
                 "this base model has a selection or selective adapters already. To add an adapter: "
                 "peft_model.add_adapter(name, config); to start anew: base = peft_model.unload(), or selection.release()."
             )
-        super().__init__(model, *args, **kwargs)
+        try:
+            super().__init__(model, *args, **kwargs)
+        except Exception:
+            if "deltas" in self.__dict__.get("_modules", {}):
+                self._end(keep=False)
+            raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's, through its hooks: PEFT 0.20 calls the base's ``forward`` past them."""
@@ -103,6 +108,7 @@ class SelectiveModel(BaseTuner):
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
+        was_active = adapter_name in self.deltas.active_adapters
         self.deltas.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
         active = list(self.deltas.active_adapters)
@@ -110,6 +116,9 @@ class SelectiveModel(BaseTuner):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 module.delete_adapter(adapter_name, new_active_adapters=active)
         self.active_adapter = active
+        if was_active and active:
+            super().set_adapter(active[0])  # PEFT leaves out wrappers that the deleted adapter had no part in
+            self.active_adapter = active
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
         """Makes adapters trainable, or not."""
