@@ -23,26 +23,12 @@ from unmask.errors import DeltaError
 from unmask.files import read_tensors, write_tensors
 from unmask.fingerprint import tensor_bytes
 
-_INDICES, _VALUES, _WHOLE = "::indices", "::values", "::whole"
+INDICES, VALUES, WHOLE = "::indices", "::values", "::whole"
 
 
 def write(delta: SparseDelta, path: Path) -> Path:
     """Writes a delta to ``path``, atomically."""
-    tensors: dict[str, Tensor] = {}
-    for name, entry in delta.sparse.items():
-        numel = torch.Size(entry.shape).numel()
-        tensors[name + _INDICES] = entry.indices.cpu().to(torch.int32 if numel < 2**31 else torch.int64).contiguous()
-        tensors[name + _VALUES] = entry.values.cpu().contiguous()
-    for name, tensor in delta.whole.items():
-        tensors[name + _WHOLE] = tensor.cpu().contiguous().clone()
-    header = {
-        "format_version": FORMAT_VERSION if delta.overlaid else 1,
-        "base": delta.base,
-        "shapes": {name: list(entry.shape) for name, entry in delta.sparse.items()},
-        "metadata": dict(delta.metadata),
-    }
-    header["checksum"] = _checksum(header, tensors)
-    return write_tensors(path, tensors, header)
+    return write_tensors(path, *pack(delta))
 
 
 def read(path: Path) -> SparseDelta:
@@ -51,20 +37,56 @@ def read(path: Path) -> SparseDelta:
         raise DeltaError(f"there is no delta at {str(path)!r}; give the path of a .safetensors file that unmask wrote.")
     try:
         tensors, header = read_tensors(path)
-        version, expected = header["format_version"], header.pop("checksum")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeltaError(f"{str(path)!r} is no readable unmask delta: {error}. Take another copy.") from error
+    return unpack(tensors, header, repr(str(path)))
+
+
+def pack(delta: SparseDelta) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A delta as the tensors and the header of its file."""
+    tensors: dict[str, Tensor] = {}
+    for name, entry in delta.sparse.items():
+        numel = torch.Size(entry.shape).numel()
+        tensors[name + INDICES] = entry.indices.cpu().to(torch.int32 if numel < 2**31 else torch.int64).contiguous()
+        tensors[name + VALUES] = entry.values.cpu().contiguous()
+    for name, tensor in delta.whole.items():
+        tensors[name + WHOLE] = tensor.cpu().contiguous().clone()
+    header = {
+        "format_version": FORMAT_VERSION if delta.overlaid else 1,
+        "base": delta.base,
+        "shapes": {name: list(entry.shape) for name, entry in delta.sparse.items()},
+        "metadata": dict(delta.metadata),
+    }
+    header["checksum"] = _checksum(header, tensors)
+    return tensors, header
+
+
+def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], source: str) -> SparseDelta:
+    """The delta that `pack` took apart.
+
+    Args:
+        tensors: Its tensors.
+        header: Its header.
+        source: Where they come from, for error texts.
+
+    Raises:
+        DeltaError: Another format version, or anything was altered.
+    """
+    try:
+        version, expected = header["format_version"], header["checksum"]
+    except (KeyError, TypeError) as error:
+        raise DeltaError(f"{source} is no readable unmask delta: {error}. Take another copy.") from error
     if version not in range(1, FORMAT_VERSION + 1):
         raise DeltaError(
-            f"{str(path)!r} has format version {version!r}; this unmask reads up to {FORMAT_VERSION}. Update unmask."
+            f"{source} has format version {version!r}; this unmask reads up to {FORMAT_VERSION}. Update unmask."
         )
     if _checksum(header, tensors) != expected:
-        raise DeltaError(f"{str(path)!r} fails its checksum: it was altered after unmask wrote it. Take another copy.")
+        raise DeltaError(f"{source} fails its checksum: it was altered after unmask wrote it. Take another copy.")
     sparse = {
-        name: SparseTensor(tensors[name + _INDICES].long(), tensors[name + _VALUES], tuple(shape))
+        name: SparseTensor(tensors[name + INDICES].long(), tensors[name + VALUES], tuple(shape))
         for name, shape in header["shapes"].items()
     }
-    whole = {key.removesuffix(_WHOLE): tensor for key, tensor in tensors.items() if key.endswith(_WHOLE)}
+    whole = {key.removesuffix(WHOLE): tensor for key, tensor in tensors.items() if key.endswith(WHOLE)}
     return SparseDelta(sparse, whole, header["base"], header["metadata"])
 
 

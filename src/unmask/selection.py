@@ -47,6 +47,7 @@ def select(
     exchange: Exchange = "exact",
     group: ProcessGroup | None = None,
     clip_scope: ClipScope = "selected",
+    values: nn.Parameter | None = None,
 ) -> Selection:
     """Freezes a model and makes a budget of its scalar weights trainable.
 
@@ -71,12 +72,16 @@ def select(
         clip_scope: Which norm `unmask.clip_grad_norm_` clips by: ``"selected"``, or ``"all"``: of the gradient of every
             eligible weight. ``"all"`` forms all gradients at every step (``gradients`` is ``"dense"`` then), and with
             several micro-batches it needs ``accumulation="exact"``.
+        values: The parameter that becomes the selection's ``values``, for a wrapper that an optimizer is built from before
+            the selection can start: (B,), on the model's device, float32 (float64 for a float64 model). Its contents are
+            dropped. None: a new one.
 
     Returns:
         The selection. Give ``selection.parameters()`` to any ``torch.optim`` optimizer; no further call is needed.
 
     Raises:
-        MethodError: The budget exceeds the eligible weights, a pattern finds nothing, the model is selected from already.
+        MethodError: The budget exceeds the eligible weights, a pattern finds nothing, the model is selected from already,
+            or ``values`` does not fit.
         SelectionError: Another process has another model or method.
 
     Example:
@@ -110,18 +115,23 @@ def select(
     refuse_renormalized(model, dense_names)
     if reducer.sharded is not None:
         check_sharded(model, method, eligible, dense_names, exchange)
-    budget = _budget(model, method, eligible)
+    budget = count_budget(model, method, eligible)
     method.schedule.check(budget)
     parameters = dict(model.named_parameters())
     new_names = None if new is None else matching(parameters, as_patterns(new), "new")
     if method.unselected == "zero":
         refuse_pruned_base(eligible, set(new_tensors(model, new_names)))
     return Selection(
-        model, method, eligible, dense_names, budget, accumulation, new_names, gradients, reducer, clip_scope
+        model, method, eligible, dense_names, budget, accumulation, new_names, gradients, reducer, clip_scope, values
     )
 
 
-def _budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
+def count_budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
+    """B: a method's budget among a model's eligible tensors, as a count.
+
+    Raises:
+        MethodError: Nothing is eligible, or less than the budget.
+    """
     parameters = dict(model.named_parameters())
     available = sum(parameters[name].numel() for name in eligible)
     if method.whole:
@@ -140,6 +150,18 @@ def _budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
             f"{method.scope.kind!r} and the patterns; lower the budget or widen the scope."
         )
     return budget
+
+
+def _emptied(values: nn.Parameter, zeros: Tensor) -> nn.Parameter:
+    """A given parameter as the ``values`` of a selection that starts."""
+    for what in ("shape", "dtype", "device"):
+        given, needed = getattr(values, what), getattr(zeros, what)
+        if given != needed:
+            raise MethodError(f"values has {what} {given}; this selection needs {needed}.")
+    with torch.no_grad():
+        values.copy_(zeros)
+    values.grad = None
+    return values
 
 
 class Selection:
@@ -170,6 +192,7 @@ class Selection:
         gradients: Gradients,
         reducer: ProcessReducer,
         clip_scope: ClipScope = "selected",
+        values: nn.Parameter | None = None,
     ) -> None:
         parameters = dict(model.named_parameters())
         self.model, self.method, self.step, self.used = model, method, 0, 0
@@ -182,8 +205,9 @@ class Selection:
         device = parameters[(eligible or dense)[0]].device
         double = any(t.dtype == torch.float64 for t in self._layout.tensors)
         dtype = torch.float64 if double else torch.float32
-        self.values = nn.Parameter(torch.zeros(budget if eligible else 0, dtype=dtype, device=device))
         self._slots = budget if eligible else 0
+        zeros = torch.zeros(self._slots, dtype=dtype, device=device)
+        self.values = nn.Parameter(zeros) if values is None else _emptied(values, zeros)
         self._table = SlotTable(self._layout, self._slots, dtype, device)
         self._ordered = self._known_order()  # before freezing: a calibration wants the model as it was
         if self._ordered:

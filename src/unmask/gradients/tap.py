@@ -272,6 +272,16 @@ class TapSet:
         self.owner = None
         self.forget()
 
+    def pause(self) -> None:
+        """Until `resume`, a forward takes the tensors for ordinary frozen parameters; a backward that waits still arrives."""
+        for tensor in self._tensors:
+            _detach(tensor)
+
+    def resume(self) -> None:
+        """Ends a `pause`."""
+        for tensor, site in zip(self._tensors, self._sites, strict=True):
+            _attach(tensor, site)
+
     def forget(self) -> None:
         """An optimizer step is over: nothing is known of any tensor's uses."""
         self._pieces.clear()

@@ -1,0 +1,17 @@
+"""A PEFT method: ``import unmask.peft``, then ``peft.get_peft_model(base, unmask.peft.SelectiveConfig(budget=...))``.
+
+Importing this registers the method ``UNMASK`` with PEFT, for loading too: `peft.PeftModel.from_pretrained` finds it then.
+"""
+
+from unmask.errors import need
+
+need("peft", "hf")
+
+from unmask.peft.config import SelectiveConfig  # noqa: E402
+from unmask.peft.kind import register  # noqa: E402
+from unmask.peft.model import SelectiveModel  # noqa: E402
+from unmask.peft.verbs import delta, push_to_hub, status  # noqa: E402
+
+register(SelectiveConfig, SelectiveModel)
+
+__all__ = ["SelectiveConfig", "SelectiveModel", "delta", "push_to_hub", "status"]

@@ -1,0 +1,286 @@
+"""Adapter: one delta on a base, and whether its values are in the base's tensors just now.
+
+An adapter that trains has a live `unmask.Selection`, made at its first forward: an optimizer is built, the model moved to
+its device and T known by then. Whatever ends the selection (another adapter, another device) keeps the adapter's state here,
+and the next forward goes on from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+from unmask.delta import SparseDelta, SparseTensor
+from unmask.errors import DeltaError, ScheduleNotRunError
+from unmask.peft.config import SelectiveConfig
+from unmask.selection import Selection, select
+from unmask.slots import Layout
+from unmask.stepping import unwatch, watch
+
+
+@dataclass
+class Slots:
+    """An adapter's slots at rest.
+
+    Attributes:
+        positions: (B,) int64 places among the eligible weights; -1 for a slot not in use.
+        base: (B,) the base's weights there.
+        values: (B,) the adapter's weights there, masters of what the tensors hold.
+        used: Slots in use.
+        step: Optimizer steps taken.
+    """
+
+    positions: Tensor
+    base: Tensor
+    values: Tensor
+    used: int = 0
+    step: int = 0
+
+
+class Adapter:
+    """One delta on a base model.
+
+    Attributes:
+        config: Its configuration.
+        budget: B.
+        layout: The eligible tensors, by the base's names of them.
+        values: (B,) the parameter that an optimizer trains.
+        whole: Further tensors of the base that the adapter sets whole, by the base's names: buffers that its training
+            changed, and tensors that the base's checkpoint lacks.
+        selection: The live selection, while it trains.
+        written: Whether its values are in the base's tensors.
+    """
+
+    def __init__(self, config: SelectiveConfig, budget: int, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.config, self.budget = config, budget
+        self.layout = Layout(list(parameters), list(parameters.values()))
+        first, double = self.layout.tensors[0], any(t.dtype == torch.float64 for t in self.layout.tensors)
+        zeros = torch.zeros(budget, dtype=torch.float64 if double else torch.float32, device=first.device)
+        self.values = nn.Parameter(zeros, requires_grad=False)
+        self.whole: dict[str, Tensor] = {}
+        self.selection: Selection | None = None
+        self.written = False
+        self._positions = torch.full((budget,), -1, dtype=torch.int64, device=first.device)
+        self._base = torch.zeros_like(zeros)
+        self._used = self._step = 0
+
+    def slots(self) -> Slots:
+        """What it holds; copies."""
+        if self.selection is None:
+            return Slots(self._positions.clone(), self._base.clone(), self.values.detach().clone(), self._used, self._step)
+        state = self.selection.state_dict()
+        return Slots(*(state[key] for key in ("positions", "base", "values", "used", "step")))
+
+    @property
+    def used(self) -> int:
+        """Slots in use."""
+        return self._used if self.selection is None else self.selection.used
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self._step if self.selection is None else self.selection.step
+
+    # Training.
+
+    def start(self, model: nn.Module) -> None:
+        """Makes the live selection, on the device where the base is now. The values must be in the tensors."""
+        unwatch(self)
+        held = self.slots()
+        self.layout.write(held.positions[: held.used], held.base[: held.used])  # selecting starts from base weights
+        names = {id(p): name for name, p in model.named_parameters()}
+        pattern = "|".join(re.escape(names[id(p)]) for p in self.layout.tensors)
+        with _others_left(model, self.layout):
+            selection = select(
+                model,
+                self.config.build(self.budget),
+                include=f"^(?:{pattern})$",
+                new=[],
+                accumulation=self.config.accumulation,  # type: ignore[arg-type]  # checked by SelectiveConfig
+                gradients=self.config.gradients,  # type: ignore[arg-type]
+                values=self.values,
+            )
+        if held.step or held.used:
+            selection.load_state_dict({**selection.state_dict(), **vars(held), "buffers": selection._buffers})
+        self.selection = selection
+
+    def stop(self) -> None:
+        """Ends the live selection, if there is one; the values stay in the tensors."""
+        unwatch(self)
+        selection = self.selection
+        if selection is None:
+            return
+        held, self.selection = self.slots(), None
+        with _others_left(selection.model, self.layout):
+            selection.release()
+        self.load(held)
+
+    @torch.no_grad()
+    def load(self, slots: Slots) -> None:
+        """Takes over slots. Neither training nor written, or the tensors hold just these values."""
+        self._positions, self._base = slots.positions, slots.base
+        self._used, self._step = slots.used, slots.step
+        self.values.copy_(slots.values)
+        self.values.grad = None
+
+    def move(self) -> None:
+        """``values`` is on another device now."""
+        self.stop()
+        self._positions, self._base = self._positions.to(self.values.device), self._base.to(self.values.device)
+        if self.written:
+            watch(self)
+
+    # In and out of the tensors.
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts its values into the base's tensors."""
+        _copy(self.whole, tensors)
+        slots = self.slots()
+        self.layout.write(slots.positions[: slots.used], slots.values[: slots.used])
+        self.written = True
+
+    def withdraw(self, base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Puts the base's values back, bit for bit; training ends."""
+        self.stop()
+        slots = self.slots()
+        self.layout.write(slots.positions[: slots.used], slots.base[: slots.used])
+        self.whole = {name: tensors[name].detach().clone() for name in changed(base_whole, tensors)}
+        _copy({name: base_whole[name] for name in self.whole}, tensors)
+        self.written = False
+        self.values.grad = None
+
+    @contextlib.contextmanager
+    def absent(self, base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """The base's tensors hold the base inside; afterwards what they held before, and training goes on.
+
+        A graph that was built before and is still to be differentiated stays good: autograd is told that nothing changed, as
+        then nothing has. Inside, it would refuse.
+        """
+        slots = self.slots()
+        positions = slots.positions[: slots.used]
+        touched = [self.layout.plain(index) for index, _, _ in self.layout.split(positions)]
+        current, whole = self.layout.read(positions, slots.base.dtype), {n: tensors[n].clone() for n in base_whole}
+        if self.selection is not None:
+            self.selection._taps.pause()
+        with _unsafe_preserve_version_counter(tuple([*touched, *(tensors[name] for name in base_whole)])):
+            self.layout.write(positions, slots.base[: slots.used])
+            _copy(base_whole, tensors)
+            try:
+                yield
+            finally:
+                self.layout.write(positions, current)
+                _copy(whole, tensors)
+                if self.selection is not None:
+                    self.selection._taps.resume()
+
+    # To and from a delta.
+
+    def entries(self) -> dict[str, SparseTensor]:
+        """Its part of a delta: the values that the tensors hold, or would hold, at its slots."""
+        slots = self.slots()
+        sparse = {}
+        for index, flat, places in self.layout.split(slots.positions[: slots.used]):
+            tensor = self.layout.tensors[index]
+            values = slots.values[places].to("cpu", tensor.dtype)
+            sparse[self.layout.names[index]] = SparseTensor(flat.cpu(), values, tuple(tensor.shape))
+        return sparse
+
+    def slots_of(self, delta: SparseDelta) -> Slots:
+        """A delta's entries as slots; the base's tensors must hold the base.
+
+        Raises:
+            DeltaError: The delta does not fit the configuration.
+        """
+        bounds = dict(zip(self.layout.names, self.layout.bounds.tolist(), strict=False))
+        foreign = [name for name in delta.sparse if name not in bounds]
+        if foreign:
+            raise DeltaError(f"the adapter holds values of {foreign[0]!r}, which the config's target_modules do not cover.")
+        if len(delta) > self.budget:
+            raise DeltaError(f"the adapter holds {len(delta):,} values; the config's budget is {self.budget:,}.")
+        slots = Slots(torch.full_like(self._positions, -1), torch.zeros_like(self._base), torch.zeros_like(self.values))
+        slots.used, slots.step = len(delta), int(delta.metadata.get("step", 0))
+        if delta.sparse:
+            flat = torch.cat([entry.indices.cpu() + bounds[name] for name, entry in delta.sparse.items()])
+            slots.positions[: slots.used] = flat.to(slots.positions)
+            held = torch.cat([entry.values.to(slots.values) for entry in delta.sparse.values()])
+            slots.values = slots.values.detach()
+            slots.values[: slots.used] = held
+            slots.base[: slots.used] = self.layout.read(slots.positions[: slots.used], slots.base.dtype)
+        return slots
+
+    # What the optimizer hooks ask (see unmask.stepping) while it is to be trained and no forward has started it.
+
+    @property
+    def model(self) -> nn.Module | None:
+        """No model has a live selection for it yet."""
+        return None
+
+    @property
+    def in_use(self) -> int:
+        """See `unmask.Selection.in_use`."""
+        return self.used
+
+    def clock(self) -> Tensor:
+        """See `unmask.Selection.clock`."""
+        return self.values
+
+    def owns(self, parameter: Tensor) -> bool:
+        """See `unmask.Selection.owns`."""
+        return any(parameter is tensor for tensor in self.layout.tensors)
+
+    def has_gradient(self) -> bool:
+        """True, so that `before_step` gives the reason."""
+        return True
+
+    def nonfinite(self) -> None:
+        """Nothing to report."""
+
+    def before_step(self, optimizer: Any) -> None:
+        """An optimizer steps on values that no forward knows of."""
+        raise ScheduleNotRunError(
+            "optimizer.step() was called, but no forward in grad mode has gone through the PEFT model since the adapter was "
+            "added, made active or moved, so nothing would be trained. Call the PEFT model (or its base model) itself, not "
+            "a module inside it, and put it in training mode first: model.train()."
+        )
+
+    def after_step(self) -> None:
+        """Not reached."""
+
+    def sync_dense(self, held: Any) -> None:
+        """Nothing is trained whole here: modules_to_save are PEFT's."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, is not live."""
+        slots = self.slots()
+        at_rest = {"_positions": slots.positions, "_base": slots.base, "_used": slots.used, "_step": slots.step}
+        return {**vars(self), **at_rest, "selection": None}
+
+
+def changed(base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those tensors that differ from the base's."""
+    return [name for name, original in base_whole.items() if not torch.equal(original.to(tensors[name]), tensors[name])]
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in source.items():
+        tensors[name].copy_(tensor)
+
+
+@contextlib.contextmanager
+def _others_left(model: nn.Module, layout: Layout) -> Iterator[None]:
+    """A selection freezes and thaws a whole model; what PEFT trains beside it (modules_to_save) keeps its flags."""
+    mine = {id(tensor) for tensor in layout.tensors}
+    flags = [(p, p.requires_grad) for p in model.parameters() if id(p) not in mine]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

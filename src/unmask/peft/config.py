@@ -1,0 +1,117 @@
+"""SelectiveConfig: an adapter's method and budget, as PEFT stores it in ``adapter_config.json``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from unmask import methods
+from unmask.errors import MethodError
+from unmask.methods import Budget, Method
+from unmask.peft.card import write_card
+from unmask.peft.kind import peft_type
+
+METHODS = ("id3", "repeat_d3", "static_d3", "pafi", "bitfit", "random_mask")
+_ELSEWHERE = {
+    "fish": "it needs a loader, which no adapter_config.json can hold: use unmask.select(model, unmask.fish(...))",
+    "full": "it has no budget: use modules_to_save",
+}
+
+
+@dataclass
+class SelectiveConfig(PeftConfig):
+    """What `peft.get_peft_model` needs to train a budget of single weights of a base model.
+
+    Attributes:
+        budget: B: a count, or a share of the base's parameters (``"0.17%"``); None (only for ``bitfit``) takes all biases.
+        method: ``"id3"``, ``"repeat_d3"``, ``"static_d3"``, ``"pafi"``, ``"bitfit"`` or ``"random_mask"``.
+        eps: Added to ``|w|`` in D3.
+        exp: Exponent of D3.
+        stride: Select every ``stride``-th step (``id3``, ``repeat_d3``).
+        schedule: ``"uniform"``, ``"cosine"`` or ``"front-loaded"`` (``id3``).
+        seed: For ``random_mask``.
+        allocation: ``"global"``, ``"tensor"`` or ``"row"``.
+        accumulation: ``"candidates"`` or ``"exact"``: the selection that gradient accumulation makes.
+        gradients: ``"auto"``, ``"sampled"`` or ``"dense"``.
+        target_modules: Modules whose parameters (those of modules inside them too) are eligible: names or name endings,
+            one regular expression that matches whole names, or ``"all-linear"``. None: the whole model.
+        exclude_modules: Modules whose parameters are not; names or name endings, or one regular expression.
+        modules_to_save: Modules trained and saved whole, outside the budget: a new head, say.
+        total_steps: T, the planned number of optimizer steps, over which ``id3`` spreads its budget. None: taken from
+            the ``transformers.Trainer`` that runs the first step.
+        record: What the adapter holds, filled when it is saved: the delta's metadata, and the base's fingerprint.
+
+    Raises:
+        MethodError: A method, budget, schedule or number that cannot work.
+
+    Example:
+        >>> SelectiveConfig(budget=320_000, total_steps=1_000).build(320_000).name
+        'id3'
+    """
+
+    budget: Budget | None = field(default=None, metadata={"help": "A count of weights, or a share such as '0.17%'."})
+    method: str = field(default="id3", metadata={"help": "Which weights are unmasked, and when."})
+    eps: float = field(default=1.0, metadata={"help": "Added to |w| in D3."})
+    exp: float = field(default=2.0, metadata={"help": "Exponent of D3."})
+    stride: int = field(default=1, metadata={"help": "Select every stride-th step."})
+    schedule: str = field(default="uniform", metadata={"help": "How the budget is spread over the steps."})
+    seed: int = field(default=0, metadata={"help": "Seed of random_mask."})
+    allocation: str = field(default="global", metadata={"help": "global, tensor or row."})
+    accumulation: str = field(default="candidates", metadata={"help": "candidates or exact."})
+    gradients: str = field(default="auto", metadata={"help": "auto, sampled or dense."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that are eligible."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that are not."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    total_steps: int | None = field(default=None, metadata={"help": "Planned number of optimizer steps."})
+    record: dict[str, Any] | None = field(default=None, metadata={"help": "What the saved adapter holds."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        if isinstance(self.target_modules, set):
+            self.target_modules = sorted(self.target_modules)
+        if self.method not in METHODS:
+            why = _ELSEWHERE.get(self.method, "there are " + ", ".join(METHODS))
+            raise MethodError(f"method = {self.method!r}; {why}.")
+        for name, allowed in (("accumulation", ("candidates", "exact")), ("gradients", ("auto", "sampled", "dense"))):
+            if getattr(self, name) not in allowed:
+                raise MethodError(f"{name} = {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        if self.budget is None and self.method != "bitfit":
+            raise MethodError("budget is missing; give a count (320_000) or a share of the parameters ('0.17%').")
+        self.build(self.budget)  # refuses what cannot work now, not at the first step
+
+    @property
+    def needs_total_steps(self) -> bool:
+        """Whether the method cannot start before T is known."""
+        return self.method == "id3" and self.total_steps is None
+
+    def build(self, budget: Budget | None) -> Method:
+        """The method with this budget; with one step, while T is not known."""
+        method: Method
+        if self.method == "id3":
+            steps = 1 if self.total_steps is None else self.total_steps
+            method = methods.id3(_given(budget), steps, self.eps, self.exp, self.stride, self.schedule)
+        elif self.method == "repeat_d3":
+            method = methods.repeat_d3(_given(budget), self.eps, self.exp, self.stride)
+        elif self.method == "static_d3":
+            method = methods.static_d3(_given(budget), self.eps, self.exp)
+        elif self.method == "pafi":
+            method = methods.pafi(_given(budget))
+        elif self.method == "bitfit":
+            method = methods.bitfit(budget)
+        else:
+            method = methods.random_mask(_given(budget), self.seed)
+        return method.but(allocation=self.allocation)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; and once an adapter is saved, its figures into the model card beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.record is not None:
+            write_card(save_directory, self.record)
+
+
+def _given(budget: Budget | None) -> Budget:
+    assert budget is not None, "checked above"
+    return budget

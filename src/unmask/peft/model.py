@@ -1,0 +1,297 @@
+"""SelectiveModel: PEFT's tuner for deltas of single weights."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
+from torch import Tensor, nn
+
+from unmask.delta import SparseDelta
+from unmask.errors import DeltaError, MethodError
+from unmask.methods import parse_budget
+from unmask.peft.adapter import Adapter
+from unmask.peft.combine import combine_whole, combined_config, combined_slots, union
+from unmask.peft.config import SelectiveConfig
+from unmask.peft.kind import PREFIX
+from unmask.peft.layer import SelectiveLayer
+from unmask.peft.saving import is_entry, put_entries, take_entries
+from unmask.peft.targets import Base, eligible, saved_whole
+from unmask.recording import name_or_path
+from unmask.selection import count_budget
+from unmask.stepping import has_selection
+from unmask.version import __version__
+
+
+class SelectiveModel(BaseTuner):
+    """What `peft.get_peft_model` wraps a base in, for a `SelectiveConfig`.
+
+    The base's modules stay as they are, but for those in ``modules_to_save``. Its tensors hold the active adapter's values.
+
+    Attributes:
+        model: The base.
+        deltas: The adapters.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = SelectiveLayer
+    target_module_mapping: dict = {}  # noqa: RUF012  # PEFT's name; nothing is looked up in it
+    uses_shared_state = True
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        hooks = model._forward_pre_hooks.values()
+        if has_selection(model) or any(isinstance(getattr(hook, "__self__", None), SelectiveModel) for hook in hooks):
+            raise MethodError(
+                "this base model has a selection or selective adapters already. To add an adapter: "
+                "peft_model.add_adapter(name, config); to start anew: base = peft_model.unload(), or selection.release()."
+            )
+        try:
+            super().__init__(model, *args, **kwargs)
+        except Exception:
+            if "deltas" in self.__dict__.get("_modules", {}):
+                self._end(keep=False)
+            raise
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's, through its hooks: PEFT 0.20 calls the base's ``forward`` past them."""
+        return self.model(*args, **kwargs)
+
+    # Adding and choosing adapters.
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        self.deltas = SelectiveLayer(model)
+        self._hook = model.register_forward_pre_hook(self._before_forward)
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        self.deltas.before_forward()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds the adapter of ``self.peft_config[adapter_name]``, which sets no weight yet."""
+        config = self.peft_config[adapter_name]
+        total = sum(parameter.numel() for parameter in Base(model).parameters.values())
+        budget = None if config.budget is None else parse_budget(config.budget, total)
+        method = config.build(budget)
+        parameters = eligible(model, config, method)
+        names = {id(p): name for name, p in model.named_parameters()}
+        method.schedule.check(count := count_budget(model, method, [names[id(p)] for p in parameters.values()]))
+        self._add(adapter_name, Adapter(config, count, parameters))
+
+    def _add(self, name: str, adapter: Adapter) -> None:
+        config = adapter.config
+        self.deltas.add(name, adapter)
+        self.targeted_module_names = sorted({n.rpartition(".")[0] for a in self.deltas.adapters.values() for n in a.layout.names})
+        active = name in self.active_adapters
+        if active:
+            self.deltas.set_adapter(name, inference_mode=config.inference_mode)
+        set_additional_trainable_modules(
+            model=self.model,
+            peft_config=config,
+            model_config=BaseTuner.get_model_config(self),
+            adapter_name=name,
+            activate_adapter=active,
+        )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes one adapter active; see `SelectiveLayer.set_adapter`."""
+        self.deltas.set_adapter(adapter_name, inference_mode=inference_mode)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter; if it was active, the base's weights are back and another becomes active.
+
+        Raises:
+            ValueError: No such adapter.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        was_active = adapter_name in self.deltas.active_adapters
+        self.deltas.delete_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+        active = list(self.deltas.active_adapters)
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.delete_adapter(adapter_name, new_active_adapters=active)
+        self.active_adapter = active
+        if was_active and active:
+            super().set_adapter(active[0])  # PEFT leaves out wrappers that the deleted adapter had no part in
+            self.active_adapter = active
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        """Makes adapters trainable, or not."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self.deltas.set_requires_grad(adapter_names, requires_grad)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self.deltas.enable_adapters(enabled)
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("no module of the base is replaced")
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: Literal["linear"] = "linear",
+    ) -> None:
+        """Adds an adapter that is base + sum of w_i (adapter_i - base), at every weight that one of them sets.
+
+        Args:
+            adapters: Names of adapters.
+            weights: One for each.
+            adapter_name: The new adapter's name. Its budget is the number of weights it sets; it selects no further ones.
+            combination_type: ``"linear"``.
+
+        Raises:
+            ValueError: Unknown, missing or double names, or another combination.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters:
+            raise ValueError(f"adapters = {adapters}; there are {sorted(self.peft_config)}.")
+        if len(adapters) != len(weights):
+            raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight for each adapter.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name {adapter_name!r} already exists; delete_adapter({adapter_name!r}) first.")
+        if combination_type != "linear":
+            raise ValueError(f"combination_type = {combination_type!r}; deltas of single weights combine 'linear' only.")
+        parts = [self.deltas.adapters[name] for name in adapters]
+        parameters, count = union(parts)
+        config = combined_config([part.config for part in parts], list(parameters), count)
+        self.peft_config[adapter_name] = config
+        combined = Adapter(config, count, parameters)
+        combined.load(combined_slots(parts, weights, combined))
+        base = self.deltas.base_of_whole
+        combined.whole = combine_whole([self.deltas.whole_of(part) for part in parts], weights, base)
+        self._add(adapter_name, combined)
+        self._combine_saved(adapters, weights, adapter_name)
+
+    @torch.no_grad()
+    def _combine_saved(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """The same for the copies of ``modules_to_save``."""
+        base = {name: tensor.detach() for name, tensor in Base(self.model).tensors.items()}
+        combined = combine_whole([saved_whole(self.model, name) for name in adapters], weights, base)
+        for name, tensor in saved_whole(self.model, adapter_name).items():
+            tensor.copy_(combined[name])
+
+    # Unloading.
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base as an ordinary model with the active adapter's values, bit for bit what the adapter computed.
+
+        Args:
+            progressbar: Without meaning: the values are in place.
+            safe_merge: Refuse values that are not finite.
+            adapter_names: One adapter, which is made active; None for the active one.
+
+        Raises:
+            ValueError: Several adapters, or values that are not finite.
+        """
+        if adapter_names:
+            self.set_adapter(adapter_names)
+        active = self.deltas.active
+        if safe_merge and active is not None and not torch.isfinite(active.slots().values).all():
+            raise ValueError("the adapter holds NaN or infinite values; nothing was merged.")
+        self._end(keep=True)
+        return super().merge_and_unload(adapter_names=adapter_names)  # PEFT's part: modules_to_save
+
+    @torch.no_grad()
+    def unload(self) -> nn.Module:
+        """The base as it was before `get_peft_model`, bit for bit."""
+        self._end(keep=False)
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.original_module)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    def _end(self, keep: bool) -> None:
+        self.deltas.end(keep=keep)
+        self._hook.remove()
+
+    def _check_merge_allowed(self) -> None:
+        """Always: tied weights are one tensor, and stay tied."""
+
+    # Saving and loading.
+
+    def delta(self, adapter_name: str, modules_to_save: bool = True) -> SparseDelta:
+        """An adapter as an `unmask.SparseDelta` of the base; see `unmask.peft.delta`."""
+        adapter = self.deltas.adapters[adapter_name]
+        saved = {name: tensor.detach().cpu().clone() for name, tensor in saved_whole(self.model, adapter_name).items()}
+        whole = {n: t.detach().cpu().clone() for n, t in self.deltas.whole_of(adapter).items() if n not in saved}
+        without = {*whole, *saved}
+        sparse = {name: entry for name, entry in adapter.entries().items() if name not in without}
+        metadata = {
+            "method": adapter.config.build(adapter.budget).describe(),
+            "budget": adapter.budget,
+            "used": adapter.used,
+            "step": adapter.step,
+            "dense": sorted(saved),
+            "base_id": adapter.config.base_model_name_or_path or name_or_path(self.model),
+            "parameters": sum(p.numel() for p in Base(self.model).parameters.values()),
+            "versions": {"unmask": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+        whole |= saved if modules_to_save else {}
+        delta = SparseDelta(sparse, whole, self.deltas.fingerprint(without), metadata)
+        adapter.config.record = {
+            **metadata,
+            "fingerprint": delta.base,
+            "whole": sum(tensor.numel() for tensor in (whole | saved).values()),
+        }
+        return delta
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.deltas.adapters:
+            put_entries(self.delta(name, modules_to_save=False), name, prefix, destination)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in self.deltas.adapters:
+            delta = take_entries(name, prefix, state_dict)
+            if delta is not None:
+                self._load(name, delta)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _load(self, name: str, delta: SparseDelta) -> None:
+        adapter = self.deltas.adapters[name]
+        without = {*delta.whole, *saved_whole(self.model, name)}
+        mine = self.deltas.fingerprint(without)
+        if mine != delta.base:
+            raise DeltaError(
+                f"this model is not the base of adapter {name!r}: its fingerprint is {mine[:23]}..., the adapter was made on "
+                f"{delta.metadata.get('base_id') or 'another base'!r} with {delta.base[:23]}... Its values were not loaded. "
+                "Load that base, unmodified, in the same dtype and with the same modules_to_save."
+            )
+        self.deltas.load(name, delta)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: Any
+    ) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in state_dict.items() if is_entry(key, adapter_name)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return {f"{key}.{adapter_name}" if is_entry(key, None) else key: tensor for key, tensor in state_dict.items()}
+
+
+def tuner_of(model: PeftModel | SelectiveModel) -> SelectiveModel:
+    """The `SelectiveModel` inside a PEFT model.
+
+    Raises:
+        MethodError: It has another kind of adapter.
+    """
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    if not isinstance(tuner, SelectiveModel):
+        raise MethodError(f"this PEFT model has {type(tuner).__name__} inside, no adapter made with SelectiveConfig.")
+    return tuner

@@ -1,0 +1,80 @@
+"""An adapter as entries of a state dict, and back: PEFT writes them to ``adapter_model.safetensors``.
+
+The entries are the delta's tensors (see `unmask.delta_file`) under PEFT's kind of keys, for a tensor NAME of the base:
+``base_model.model.NAME.unmask_indices``, ``....unmask_values``, ``....unmask_whole``; and the delta's header, as JSON in a
+tensor of bytes, ``base_model.unmask_header``. In a model's own state dict the adapter's name is appended to each key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmask.delta import SparseDelta
+from unmask.delta_file import INDICES, VALUES, WHOLE, pack, unpack
+from unmask.errors import DeltaError
+from unmask.peft.kind import PREFIX
+
+_HEADER, _BASE = f"{PREFIX}header", "model."
+_ENDINGS = {INDICES: f".{PREFIX}indices", VALUES: f".{PREFIX}values", WHOLE: f".{PREFIX}whole"}
+
+
+def put_entries(delta: SparseDelta, adapter: str, prefix: str, state: MutableMapping[str, Any]) -> None:
+    """Adds a delta to a state dict.
+
+    Args:
+        delta: The adapter's.
+        adapter: Its name.
+        prefix: The tuner's place in the state dict, ``"base_model."``.
+        state: Is added to.
+    """
+    tensors, header = pack(delta)
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition("::")
+        state[f"{prefix}{_BASE}{name}{_ENDINGS['::' + kind]}.{adapter}"] = tensor
+    text = json.dumps(header, sort_keys=True).encode()
+    state[f"{prefix}{_HEADER}.{adapter}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def take_entries(adapter: str, prefix: str, state: MutableMapping[str, Any]) -> SparseDelta | None:
+    """Takes a delta out of a state dict; None if it holds none of this adapter.
+
+    Raises:
+        DeltaError: Anything is missing or was altered.
+    """
+    tensors = {}
+    for key in [key for key in state if is_entry(key, adapter)]:
+        tensors[key.removeprefix(prefix).removesuffix(f".{adapter}")] = state.pop(key).cpu()
+    if not tensors:
+        return None
+    header = tensors.pop(_HEADER, None)
+    if header is None:
+        raise DeltaError(f"adapter {adapter!r} lacks its header; the file is incomplete. Take another copy.")
+    return unpack({_delta_key(key): tensor for key, tensor in tensors.items()}, _read(header), f"adapter {adapter!r}")
+
+
+def is_entry(key: str, adapter: str | None) -> bool:
+    """Whether a key is of an adapter of ours: with its name in a model's state dict, with none in a file (None)."""
+    if adapter is not None:
+        if not key.endswith(f".{adapter}"):
+            return False
+        key = key.removesuffix(f".{adapter}")
+    return key.endswith((*_ENDINGS.values(), f".{_HEADER}"))
+
+
+def _delta_key(key: str) -> str:
+    for kind, ending in _ENDINGS.items():
+        if key.endswith(ending):
+            return key.removeprefix(_BASE).removesuffix(ending) + kind
+    raise AssertionError("is_entry knows the endings")
+
+
+def _read(header: Tensor) -> Mapping[str, Any]:
+    try:
+        return dict(json.loads(bytes(header.tolist()).decode()))
+    except (ValueError, TypeError) as error:
+        raise DeltaError(f"the adapter's header is not readable: {error}. Take another copy.") from error
