@@ -19,7 +19,9 @@ from unmask.gradients.streamed import Ranker
 from unmask.gradients.tap import TapSet, owner_of
 from unmask.gradients.window import Accumulation, Gradients, Plan, Window
 from unmask.methods import Method, parse_budget
-from unmask.recording import record_delta
+from unmask.quantised.layers import reach_biases, settle, weights
+from unmask.quantised.refusals import refuse_quantised
+from unmask.recording import missing_from_checkpoint, record_delta
 from unmask.scopes import Patterns, as_patterns, matching, refuse_renormalized, resolve
 from unmask.slots import Layout, SlotTable
 from unmask.state import persistent_buffers, restore, state_of
@@ -86,11 +88,12 @@ def select(
     method.schedule.check(budget)
     parameters = dict(model.named_parameters())
     new_names = None if new is None else matching(parameters, as_patterns(new), "new")
+    refuse_quantised(model, method, eligible, lambda: new_names or missing_from_checkpoint(model))
     return Selection(model, method, eligible, dense_names, budget, accumulation, new_names, gradients)
 
 
 def _budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
-    parameters = dict(model.named_parameters())
+    parameters = weights(model)
     available = sum(parameters[name].numel() for name in eligible)
     if method.whole:
         return available
@@ -136,9 +139,9 @@ class Selection:
         new: list[str] | None,
         gradients: Gradients = "auto",
     ) -> None:
-        parameters = dict(model.named_parameters())
+        parameters, tensors = dict(model.named_parameters()), weights(model)
         self.model, self.method, self.step, self.used = model, method, 0, 0
-        self._layout = Layout(eligible, [parameters[name] for name in eligible])
+        self._layout = Layout(eligible, [tensors[name] for name in eligible])
         self._flags = {name: p.requires_grad for name, p in parameters.items()}
         self._buffers = {name: b.detach().clone() for name, b in persistent_buffers(model).items()}
         self._new = new
@@ -160,6 +163,8 @@ class Selection:
         self._taps.owner = self
         if gradients != "dense":
             self._taps.handlers = handlers(dense=gradients == "auto")
+        settle(self._layout.tensors)
+        self._bias_hooks = reach_biases(model)
         for tensor in self.dense:
             tensor.owner = self
         self._released = False
@@ -213,11 +218,17 @@ class Selection:
         self._begin_step()
 
     def release(self) -> None:
-        """Ends the selection: the model is an ordinary model again, with the trained weights and its own requires_grad flags."""
+        """Ends the selection: the model is an ordinary model again, with the trained weights and its own requires_grad flags.
+
+        A quantised layer keeps its sidecar; ``unmask.quantised.detach(model)`` takes it off.
+        """
         if self._released:
             return
         unwatch(self)
         self._taps.remove()
+        settle(self._layout.tensors)
+        for hook in self._bias_hooks:
+            hook.remove()
         for tensor in self.dense:
             tensor.release()
         for name, parameter in self.model.named_parameters():
