@@ -5,6 +5,8 @@ Everything else (accumulation, precision, logging, evaluation, data order, RNG) 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ class SelectiveTrainer(Trainer):
 
     def __init__(self, *args: Any, selection: Selection, **kwargs: Any) -> None:
         self.selection = selection
-        super().__init__(*args, **kwargs)
+        with _trainable(selection.model):
+            super().__init__(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Clips the norm of what the selection trains; the model's own parameters are frozen."""
@@ -59,3 +62,17 @@ class SelectiveTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self.selection.load_state_dict(read_state(Path(str(self.state.best_model_checkpoint), STATE_FILE)))
+
+
+@contextmanager
+def _trainable(model: nn.Module) -> Iterator[None]:
+    """Lets the Trainer take a quantised model: it wants adapters on one, and a selection's sidecars are such."""
+    marked: Any = model
+    if not getattr(marked, "is_quantized", False) or getattr(marked, "_hf_peft_config_loaded", False):
+        yield
+        return
+    marked._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del marked._hf_peft_config_loaded

@@ -181,6 +181,11 @@ def is_trained(model: nn.Module) -> bool:
     return any(hook is not None and hook.live for hook in map(hook_of, model.modules()))
 
 
+def has_sidecars(model: nn.Module) -> bool:
+    """Whether a model's quantised layers compute with more than what they store, so that saving the model loses it."""
+    return any(hook_of(layer) is not None for layer in model.modules())
+
+
 def detach(model: nn.Module) -> None:
     """Takes all sidecars off a model: its quantised layers compute with their base again.
 

@@ -37,10 +37,12 @@ class QuantisedTensor(Tensor):
 
     def __init__(self, sidecar: Sidecar, shape: tuple[int, ...] | None = None) -> None: ...
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         run = _OPERATIONS.get(func)
         if run is None:
             raise NotImplementedError(
@@ -49,7 +51,7 @@ class QuantisedTensor(Tensor):
             )
         return run(*args, **(kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         own = self.sidecar.flat.numel()
         return f"QuantisedTensor({self.sidecar.source.kind}, shape={tuple(self.shape)}, {own:,} entries of their own)"
 
