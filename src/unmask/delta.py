@@ -121,7 +121,7 @@ class SparseDelta:
                 put(tensors[name], entry.indices, entry.values)
             for name, tensor in self.whole.items():
                 tensors[name].copy_(tensor)
-        settle(tensors[name] for name in self.sparse)
+        settle(model, [tensors[name] for name in self.sparse])
         after = fingerprint({name: digest(t) for name, t in tensors.items() if name not in self.whole})
         return SparseDelta(displaced_sparse, displaced_whole, after, {"displaced_by": self.base})
 

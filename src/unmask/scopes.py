@@ -142,7 +142,10 @@ def resolve(
     quantised = sources(model)
     frozen = [name for name in dense_names if name in quantised or not parameters[name].is_floating_point()]
     if frozen and frozen[0] in quantised:
-        raise MethodError(f"dense: {frozen[0]!r} is quantised and cannot be trained whole; leave it to the budget.")
+        raise MethodError(
+            f"dense: {frozen[0]!r} is quantised and cannot be trained whole; leave it to the budget, or keep it out of the "
+            "quantisation (transformers: llm_int8_skip_modules=[...] or modules_to_not_convert=[...])."
+        )
     if frozen:
         raise MethodError(
             f"dense: {frozen[0]!r} is {parameters[frozen[0]].dtype}, which has no gradient; leave it out."

@@ -163,7 +163,7 @@ class Selection:
         self._taps.owner = self
         if gradients != "dense":
             self._taps.handlers = handlers(dense=gradients == "auto")
-        settle(self._layout.tensors)
+        settle(model, self._layout.tensors)
         self._bias_hooks = reach_biases(model)
         for tensor in self.dense:
             tensor.owner = self
@@ -226,7 +226,7 @@ class Selection:
             return
         unwatch(self)
         self._taps.remove()
-        settle(self._layout.tensors)
+        settle(self.model, self._layout.tensors)
         for hook in self._bias_hooks:
             hook.remove()
         for tensor in self.dense:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+_REPACKS, _HELD = "support_avx512bf16_for_cpu", "_unmask_held"  # a Linear4bit's attribute; what it was before `hold`
 _ADVICE = "or leave it out with exclude="
 
 
@@ -49,7 +50,7 @@ class Source(Protocol):
         """The tensors that the layer keeps, and what else says how to read them: what makes this weight this weight."""
 
     def hold(self) -> None:
-        """Keeps the layer from changing what it stores while a sidecar refers to it."""
+        """Keeps the layer from changing what it stores."""
 
     def free(self) -> None:
         """Ends `hold`."""
@@ -107,7 +108,6 @@ class FourBit:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
-        self._repacks: bool | None = None  # what `hold` found
 
     @property
     def kind(self) -> str:
@@ -142,13 +142,14 @@ class FourBit:
 
     def hold(self) -> None:
         """On a CPU with AVX512-BF16, evaluation would repack the weight, round its scales, and end its gradients."""
-        self._repacks = getattr(self.layer, "support_avx512bf16_for_cpu", None)
-        if self._repacks is not None:
-            self.layer.support_avx512bf16_for_cpu = False
+        own = self.layer.__dict__
+        if _REPACKS in own and _HELD not in own:
+            own[_HELD], own[_REPACKS] = own[_REPACKS], False
 
     def free(self) -> None:
-        if self._repacks is not None:
-            self.layer.support_avx512bf16_for_cpu, self._repacks = self._repacks, None
+        own = self.layer.__dict__
+        if _HELD in own:
+            own[_REPACKS] = own.pop(_HELD)
 
     def _bytes(self) -> Tensor:
         return self.layer.weight.data.view(torch.uint8).view(-1)

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from unmask.errors import SelectionError
 from unmask.gradients.sampled import Product, choose, sampled_product, spread
 from unmask.gradients.tap import TappedParameter, has_site, set_of
-from unmask.quantised.kinds import Unsupported, sources
+from unmask.quantised.kinds import Source, Unsupported, sources
 from unmask.quantised.sidecar import Sidecar
 from unmask.quantised.sparse import SparseMatrix
 from unmask.quantised.tensor import QuantisedTensor
@@ -69,12 +69,10 @@ class SidecarHook:
         attached = hook_of(layer) is self
         needed = self.live or self.sidecar.deviating()[0].numel() > 0
         if needed and not attached:
-            self.sidecar.source.hold()
             layer.register_forward_hook(self, with_kwargs=True)
         elif attached and not needed:
             for key in [key for key, hook in layer._forward_hooks.items() if hook is self]:
                 del layer._forward_hooks[key], layer._forward_hooks_with_kwargs[key]
-            self.sidecar.source.free()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler must not see a tap's state
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
@@ -168,12 +166,21 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-def settle(tensors: Iterable[Tensor]) -> None:
-    """Brings the layers' hooks in line with what the quantised ones among some tensors hold; the others need none."""
+def settle(model: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Brings the layers' hooks in line with what the quantised ones among a model's tensors hold; the others need none.
+
+    From then on all of the model's quantised layers keep what they store as it is, until `detach`.
+    """
     for tensor in tensors:
         if isinstance(tensor, QuantisedTensor):
             hook = hook_of(tensor.sidecar.source.layer) or SidecarHook(tensor.sidecar, tensor)
             hook.settle()
+    for source in _readable(model):
+        source.hold()
+
+
+def _readable(model: nn.Module) -> list[Source]:
+    return [source for source in sources(model).values() if not isinstance(source, Unsupported)]
 
 
 def is_trained(model: nn.Module) -> bool:
@@ -187,7 +194,7 @@ def has_sidecars(model: nn.Module) -> bool:
 
 
 def detach(model: nn.Module) -> None:
-    """Takes all sidecars off a model: its quantised layers compute with their base again.
+    """Takes all sidecars off a model: its quantised layers are again as they were loaded.
 
     Raises:
         SelectionError: A selection is live.
@@ -198,16 +205,15 @@ def detach(model: nn.Module) -> None:
     """
     if is_trained(model):
         raise SelectionError("this model has a live selection; call its release() before unmask.quantised.detach().")
-    for layer in model.modules():
-        hook = hook_of(layer)
-        if hook is not None:
-            hook.sidecar.clear()
-            hook.settle()
+    hooks = [hook for hook in map(hook_of, model.modules()) if hook is not None]
+    for hook in hooks:
+        hook.sidecar.clear()
+    settle(model, [hook.tensor for hook in hooks])
+    for source in _readable(model):
+        source.free()
 
 
 def reach_biases(model: nn.Module) -> list[RemovableHandle]:
     """Hooks for the tapped biases of layers that hide theirs; ``remove()`` them when the taps go."""
-    layers = [
-        source.layer for source in sources(model).values() if not isinstance(source, Unsupported) and source.hides_bias
-    ]
+    layers = [source.layer for source in _readable(model) if source.hides_bias]
     return [layer.register_forward_hook(pass_to_bias) for layer in layers if isinstance(layer.bias, TappedParameter)]
