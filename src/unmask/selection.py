@@ -19,7 +19,7 @@ from unmask.gradients.streamed import Ranker
 from unmask.gradients.tap import TapSet, owner_of
 from unmask.gradients.window import Accumulation, Gradients, Plan, Window
 from unmask.methods import Method, parse_budget
-from unmask.quantised.layers import reach_biases, settle, weights
+from unmask.quantised.layers import reach_biases, settle, stored_in, weights
 from unmask.quantised.refusals import refuse_quantised
 from unmask.recording import missing_from_checkpoint, record_delta
 from unmask.scopes import Patterns, as_patterns, matching, refuse_renormalized, resolve
@@ -88,7 +88,7 @@ def select(
     method.schedule.check(budget)
     parameters = dict(model.named_parameters())
     new_names = None if new is None else matching(parameters, as_patterns(new), "new")
-    refuse_quantised(model, method, eligible, lambda: new_names or missing_from_checkpoint(model))
+    refuse_quantised(model, method, [*eligible, *dense_names], lambda: new_names or missing_from_checkpoint(model))
     return Selection(model, method, eligible, dense_names, budget, accumulation, new_names, gradients)
 
 
@@ -253,9 +253,8 @@ class Selection:
 
     def owns(self, parameter: Tensor) -> bool:
         """Whether a parameter is a tensor of the model that another one stands for in the optimizer."""
-        return owner_of(parameter) is self or any(
-            parameter is d.parameter for d in self.dense if d.master is not d.parameter
-        )
+        rounded = [d.parameter for d in self.dense if d.master is not d.parameter]
+        return owner_of(parameter) is self or any(parameter is p for p in [*rounded, *stored_in(self._layout.tensors)])
 
     def has_gradient(self) -> bool:
         """Whether a backward has reached the selection since the last step."""

@@ -222,7 +222,9 @@ def source_of(layer: nn.Module) -> Source | Unsupported | None:
     if type(weight).__module__.startswith("torchao."):
         return _torchao(layer, weight)
     if type(weight).__module__.startswith("bitsandbytes."):
-        return _no_linear(layer)
+        return Unsupported(
+            f"is in bitsandbytes' {type(layer).__name__}, which cannot be saved; keep that layer unquantised"
+        )
     return None
 
 

@@ -179,6 +179,11 @@ def settle(model: nn.Module, tensors: Iterable[Tensor]) -> None:
         source.hold()
 
 
+def stored_in(tensors: Iterable[Tensor]) -> list[nn.Parameter]:
+    """The parameters of quantised layers that some tensors stand for."""
+    return [t.sidecar.source.layer.weight for t in tensors if isinstance(t, QuantisedTensor)]  # type: ignore[misc]
+
+
 def _readable(model: nn.Module) -> list[Source]:
     return [source for source in sources(model).values() if not isinstance(source, Unsupported)]
 

@@ -19,7 +19,7 @@ def refuse_quantised(
     Args:
         model: Any module.
         method: What is to be unmasked.
-        eligible: Names of the tensors of the budget (of `unmask.full`, of what it trains).
+        eligible: Names of the tensors that are trained, of the budget or whole.
         new: Tells the names of the tensors that the base checkpoint lacks; asked only if something is quantised.
 
     Raises:

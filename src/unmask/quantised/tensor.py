@@ -112,6 +112,7 @@ def _new_zeros(tensor: QuantisedTensor, size: Any, **options: Any) -> Tensor:
 
 _OPERATIONS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _alias,
+    aten.alias.default: _alias,
     aten.view.default: _alias,
     aten._reshape_alias.default: _strided_alias,
     aten.clone.default: _clone,
