@@ -100,7 +100,10 @@ def test_the_tensor_reads_in_pieces_and_refuses_the_whole():
     assert "bitsandbytes int8" in repr(tensor)
     flat = torch.tensor([5, 900])
     assert torch.equal(take(tensor, flat), whole(tensor).view(-1)[flat])
-    assert torch.equal(tensor.reshape(HIDDEN, -1)[2:4], whole(tensor)[2:4])
+    for part in (slice(2, 4), slice(0, HIDDEN), slice(0, 2 * HIDDEN), slice(None)):
+        block = tensor.reshape(HIDDEN, -1)[part]
+        assert type(block) is Tensor
+        assert torch.equal(block, whole(tensor)[part])
     before = tensor.clone()
     put(tensor, flat, torch.tensor([1.0, 2.0]))
     assert take(tensor, flat).tolist() == [1.0, 2.0]

@@ -89,6 +89,11 @@ def _slice(tensor: QuantisedTensor, dim: int = 0, start: Any = None, end: Any = 
     raise NotImplementedError("a quantised matrix is read in runs of whole rows, or at entries.")
 
 
+def _all_rows(tensor: QuantisedTensor) -> Tensor:
+    """What indexing makes of a slice that takes every row."""
+    return tensor.sidecar.rows(0, tensor.sidecar.source.shape[0]).view(tensor.shape)
+
+
 def _index(tensor: QuantisedTensor, indices: list[Tensor]) -> Tensor:
     if tensor.ndim != 1 or len(indices) != 1:
         raise NotImplementedError("a quantised matrix is read at flat indices.")
@@ -112,7 +117,7 @@ def _new_zeros(tensor: QuantisedTensor, size: Any, **options: Any) -> Tensor:
 
 _OPERATIONS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _alias,
-    aten.alias.default: _alias,
+    aten.alias.default: _all_rows,
     aten.view.default: _alias,
     aten._reshape_alias.default: _strided_alias,
     aten.clone.default: _clone,
