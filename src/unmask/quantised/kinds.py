@@ -248,14 +248,14 @@ def _int8(layer: Any, weight: Any) -> Source | Unsupported:
     if layer.state.has_fp16_weights:
         return Unsupported(f"keeps float weights; build its Linear8bitLt with has_fp16_weights=False, {_ADVICE}")
     if weight.dtype != torch.int8 or _row_maxima(layer) is None:
-        return Unsupported(f"is not quantised yet; move the model to its device first, {_ADVICE}")
+        return _unready()
     return Int8(layer)
 
 
 def _four_bit(layer: Any, weight: Any) -> Source | Unsupported:
     state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
     if state is None:
-        return Unsupported(f"is not quantised yet; move the model to its device first, {_ADVICE}")
+        return _unready()
     if hasattr(state, "packing_format_for_cpu"):  # set by the first repacking, and never taken away
         return Unsupported(
             "was evaluated before, and bitsandbytes then repacked it for this CPU and rounded its scales, so it is no longer "
@@ -276,6 +276,13 @@ def _torchao(layer: nn.Module, weight: Any) -> Source | Unsupported:
             f"selected from: quantise it so, {_ADVICE}"
         )
     return TorchaoInt8(layer)
+
+
+def _unready() -> Unsupported:
+    return Unsupported(
+        "is not quantised yet; move the model to its device first, or, if it is a new head, keep it out of the quantisation "
+        f"(transformers: llm_int8_skip_modules=[...]), {_ADVICE}"
+    )
 
 
 def _no_linear(layer: nn.Module) -> Unsupported:
