@@ -88,7 +88,8 @@ def select(
     method.schedule.check(budget)
     parameters = dict(model.named_parameters())
     new_names = None if new is None else matching(parameters, as_patterns(new), "new")
-    refuse_quantised(model, method, [*eligible, *dense_names], lambda: new_names or missing_from_checkpoint(model))
+    absent = (lambda: missing_from_checkpoint(model)) if new_names is None else (lambda: set(new_names))
+    refuse_quantised(model, method, [*eligible, *dense_names], absent)
     return Selection(model, method, eligible, dense_names, budget, accumulation, new_names, gradients)
 
 
