@@ -7,7 +7,7 @@ import sys
 
 BLOCKED = (
     "transformers", "peft", "accelerate", "datasets", "huggingface_hub", "tokenizers", "sklearn", "scipy", "typer", "rich",
-    "yaml", "matplotlib", "pandas",
+    "yaml", "matplotlib", "pandas", "bitsandbytes", "torchao",
 )  # fmt: skip
 
 BLOCK = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))  # None: an import of it fails\n"

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from unmask.errors import DeltaError
 from unmask.fingerprint import digest, fingerprint
+from unmask.quantised.layers import settle, weights
+from unmask.quantised.tensor import QuantisedTensor
 from unmask.slots import put, take
 from unmask.stepping import has_selection
 
@@ -95,7 +97,7 @@ class SparseDelta:
         return replace(self, metadata={**self.metadata, **more})
 
     def apply(self, model: nn.Module) -> SparseDelta:
-        """Writes the delta into a model that holds the base, in place.
+        """Writes the delta into a model that holds the base, in place; beside a quantised weight, as a sidecar.
 
         Args:
             model: The base model, in the dtype it had in training.
@@ -130,6 +132,7 @@ class SparseDelta:
                 tensors[name].copy_(tensor)
             for name, entry in self.sparse.items():
                 put(tensors[name], entry.indices, entry.values)
+        settle(model, [tensors[name] for name in self.sparse])
         after = fingerprint({name: digest(t) for name, t in tensors.items() if name not in self.whole})
         return SparseDelta(displaced_sparse, displaced_whole, after, {"displaced_by": self.base})
 
@@ -162,6 +165,10 @@ class SparseDelta:
             _check_same(name, entry.shape, entry.values.dtype, tensors[name])
         for name, tensor in self.whole.items():
             _check_same(name, tuple(tensor.shape), tensor.dtype, tensors[name])
+            if isinstance(tensors[name], QuantisedTensor):
+                raise DeltaError(
+                    f"{name!r} is quantised in this model and stored whole in the delta; load it unquantised."
+                )
         actual = fingerprint({name: digest(t) for name, t in tensors.items() if name not in self.whole})
         if actual != self.base:
             raise DeltaError(
@@ -182,9 +189,12 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a fingerprint covers: parameters (shared ones once) and persistent buffers, detached, by name."""
+    """What a fingerprint covers: parameters (shared ones once) and persistent buffers, detached, by name.
+
+    A quantised weight is a `QuantisedTensor`, which does not touch its layer until `settle` is called.
+    """
     persistent = set(model.state_dict(keep_vars=True))
-    named = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in persistent}
+    named = weights(model) | {n: b for n, b in model.named_buffers() if n in persistent}
     with torch._C.DisableTorchFunctionSubclass():
         return {name: tensor.detach() for name, tensor in named.items()}
 

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from unmask.quantised.tensor import QuantisedTensor
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -16,15 +19,28 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of one tensor's dtype, shape and bytes, in hex.
+    """SHA-256 of one tensor's dtype, shape and bytes, in hex; of a quantised one, of all that it is stored as.
 
     Example:
         >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(torch.zeros(1, 2))
         (True, False)
     """
+    parts = _parts(tensor)
+    if parts is not None:
+        return fingerprint({name: digest(part) for name, part in parts.items()})
     sha = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     sha.update(tensor_bytes(tensor))
     return sha.hexdigest()
+
+
+def _parts(tensor: Tensor) -> Mapping[str, Tensor] | None:
+    """What a tensor without bytes of its own consists of."""
+    if isinstance(tensor, QuantisedTensor):
+        flat, values = tensor.sidecar.deviating()
+        return {**tensor.sidecar.source.stored(), "sidecar indices": flat, "sidecar values": values}
+    if is_traceable_wrapper_subclass(tensor):
+        return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+    return None
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:

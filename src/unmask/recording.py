@@ -17,6 +17,8 @@ from unmask.added import added_tensors, checkpoint_name
 from unmask.delta import SparseDelta, SparseTensor, base_tensors
 from unmask.distributed.sharding import gathered, reshard
 from unmask.fingerprint import digest, fingerprint
+from unmask.quantised.layers import weights
+from unmask.quantised.tensor import QuantisedTensor
 from unmask.slots import put, take
 from unmask.version import __version__
 
@@ -55,6 +57,8 @@ def _originals(selection: Selection, tensors: dict[str, Tensor]) -> dict[str, Te
 
 
 def _metadata(selection: Selection, base: str | None) -> dict[str, Any]:
+    tensors = weights(selection.model)
+    kinds = sorted({t.sidecar.source.kind for t in tensors.values() if isinstance(t, QuantisedTensor)})
     return {
         "method": selection.method.describe(),
         "budget": selection.budget,
@@ -62,7 +66,8 @@ def _metadata(selection: Selection, base: str | None) -> dict[str, Any]:
         "step": selection.step,
         "dense": [d.name for d in selection.dense],
         "base_id": base or name_or_path(selection.model),
-        "parameters": sum(p.numel() for p in selection.model.parameters()),
+        "parameters": sum(p.numel() for p in tensors.values()),
+        **({"quantised": kinds} if kinds else {}),
         "versions": {"unmask": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from unmask.errors import MethodError
+from unmask.quantised.kinds import Unsupported, sources
 
 Kind = Literal["all", "linear", "bias", "vector", "patterns"]
 Patterns = str | Iterable[str] | None
@@ -127,16 +128,24 @@ def resolve(
         dense: Names of tensors that are trained whole, outside the budget; they win over the scope.
 
     Returns:
-        Names of the eligible tensors and of the dense ones, each sorted; non-float tensors are never eligible.
+        Names of the eligible tensors and of the dense ones, each sorted; of tensors that are not float, only quantised
+        weights are eligible.
 
     Raises:
-        MethodError: A pattern finds nothing, or no tensor is left.
+        MethodError: A pattern finds nothing, no tensor is left, or a tensor is quantised in a way that nothing can be
+            selected from.
     """
     parameters = dict(model.named_parameters())
     if not parameters:
         raise MethodError("the model has no parameters; there is nothing to select from.")
     dense_names = matching(parameters, as_patterns(dense), "dense")
-    frozen = [name for name in dense_names if not parameters[name].is_floating_point()]
+    quantised = sources(model)
+    frozen = [name for name in dense_names if name in quantised or not parameters[name].is_floating_point()]
+    if frozen and frozen[0] in quantised:
+        raise MethodError(
+            f"dense: {frozen[0]!r} is quantised and cannot be trained whole; leave it to the budget, or keep it out of the "
+            "quantisation (transformers: llm_int8_skip_modules=[...] or modules_to_not_convert=[...])."
+        )
     if frozen:
         raise MethodError(
             f"dense: {frozen[0]!r} is {parameters[frozen[0]].dtype}, which has no gradient; leave it out."
@@ -145,7 +154,12 @@ def resolve(
     if include is not None:
         names &= set(matching(parameters, as_patterns(include), "include"))
     names -= set(matching(parameters, as_patterns(exclude), "exclude"))
-    eligible = sorted(name for name in names if parameters[name].is_floating_point() and parameters[name].numel())
+    for name in sorted(names):
+        kind = quantised.get(name)
+        if isinstance(kind, Unsupported):
+            raise MethodError(f"{name!r} {kind.reason}.")
+    usable = {name for name in names if name in quantised or parameters[name].is_floating_point()}
+    eligible = sorted(name for name in usable if parameters[name].numel())
     if not eligible and not dense_names:
         raise MethodError(
             f"no tensor is left: scope {scope.kind!r} with include={include!r}, exclude={exclude!r} is empty."

@@ -24,7 +24,9 @@ from unmask.gradients.streamed import Ranker
 from unmask.gradients.tap import TapSet, owner_of
 from unmask.gradients.window import Accumulation, Gradients, Plan, Window
 from unmask.methods import Method, parse_budget
-from unmask.recording import new_tensors, record_delta
+from unmask.quantised.layers import reach_biases, settle, stored_in, weights
+from unmask.quantised.refusals import refuse_quantised
+from unmask.recording import missing_from_checkpoint, new_tensors, record_delta
 from unmask.scopes import Patterns, as_patterns, matching, refuse_renormalized, resolve
 from unmask.slots import SlotTable
 from unmask.state import persistent_buffers, restore, state_of
@@ -119,6 +121,8 @@ def select(
     method.schedule.check(budget)
     parameters = dict(model.named_parameters())
     new_names = None if new is None else matching(parameters, as_patterns(new), "new")
+    absent = (lambda: missing_from_checkpoint(model)) if new_names is None else (lambda: set(new_names))
+    refuse_quantised(model, method, [*eligible, *dense_names], absent)
     if method.unselected == "zero":
         refuse_pruned_base(eligible, set(new_tensors(model, new_names)))
     return Selection(
@@ -132,7 +136,7 @@ def count_budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
     Raises:
         MethodError: Nothing is eligible, or less than the budget.
     """
-    parameters = dict(model.named_parameters())
+    parameters = weights(model)
     available = sum(parameters[name].numel() for name in eligible)
     if method.whole:
         return available
@@ -194,11 +198,11 @@ class Selection:
         clip_scope: ClipScope = "selected",
         values: nn.Parameter | None = None,
     ) -> None:
-        parameters = dict(model.named_parameters())
+        parameters, tensors = dict(model.named_parameters()), weights(model)
         self.model, self.method, self.step, self.used = model, method, 0, 0
         self.clip_scope: ClipScope = clip_scope
         gradients = "dense" if clip_scope == "all" else gradients
-        self._layout = reducer.layout(model, eligible)
+        self._layout = reducer.layout(model, tensors, eligible)
         self._flags = {name: p.requires_grad for name, p in parameters.items()}
         self._buffers = {name: b.detach().clone() for name, b in persistent_buffers(model).items()}
         self._new = new
@@ -230,6 +234,8 @@ class Selection:
         self._taps.owner = self
         if gradients != "dense":
             self._taps.handlers = handlers(dense=gradients == "auto")
+        settle(model, self._layout.tensors)
+        self._bias_hooks = reach_biases(model)
         for tensor in self.dense:
             tensor.owner = self
         self._released = False
@@ -288,12 +294,18 @@ class Selection:
         self._begin_step()
 
     def release(self) -> None:
-        """Ends the selection: the model is an ordinary model again, with the trained weights and its own requires_grad flags."""
+        """Ends the selection: the model is an ordinary model again, with the trained weights and its own requires_grad flags.
+
+        A quantised layer keeps its sidecar; ``unmask.quantised.detach(model)`` takes it off.
+        """
         if self._released:
             return
         unwatch(self)
         self._taps.remove()
         self._dense_gradients.remove()
+        settle(self.model, self._layout.tensors)
+        for hook in self._bias_hooks:
+            hook.remove()
         for tensor in self.dense:
             tensor.release()
         for name, parameter in self.model.named_parameters():
@@ -326,7 +338,8 @@ class Selection:
         """Whether a parameter is a tensor of the model that another one stands for in the optimizer."""
         if owner_of(parameter) is self or self._layout.holds(parameter):
             return True
-        return any(parameter is d.parameter for d in self.dense if d.master is not d.parameter)
+        rounded = [d.parameter for d in self.dense if d.master is not d.parameter]
+        return any(parameter is p for p in [*rounded, *stored_in(self._layout.tensors)])
 
     def trains_beside(self, held: Sequence[Tensor]) -> bool:
         """Whether there are dense tensors beside ``values`` among some parameters."""

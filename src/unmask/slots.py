@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def take(tensor: Tensor, flat: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Entries:
 class Layout:
     """The eligible tensors in name order, and the position of each one's first scalar weight."""
 
-    def __init__(self, names: Sequence[str], tensors: Sequence[nn.Parameter]) -> None:
+    def __init__(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         self.names = list(names)
         self.tensors = list(tensors)
         sizes = torch.tensor([0] + [t.numel() for t in self.tensors], dtype=torch.int64)

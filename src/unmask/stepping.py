@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from unmask.errors import NonFiniteGradientError, ScheduleNotRunError, SelectionError
 from unmask.gradients.tap import is_tapped
+from unmask.quantised.layers import is_trained
 
 
 class Steppable(Protocol):
@@ -69,7 +70,9 @@ def watch(selection: Steppable) -> None:
 
 def has_selection(model: nn.Module) -> bool:
     """Whether a live selection was made from this model, or holds tensors of it."""
-    return any(is_tapped(p) for p in model.parameters()) or any(live.model is model for live in list(_LIVE))
+    if any(is_tapped(p) for p in model.parameters()) or is_trained(model):
+        return True
+    return any(live.model is model for live in list(_LIVE))
 
 
 def slots_in_use(parameter: Tensor) -> int | None:

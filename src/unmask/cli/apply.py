@@ -8,6 +8,7 @@ from unmask.delta import SparseDelta
 from unmask.errors import ConfigError
 from unmask.into import into_of, merged, save_adapter
 from unmask.modeling import load_tuned, quiet
+from unmask.quantised.layers import has_sidecars
 
 
 def run_apply(source: str, delta_path: Path, output: Path, adapter: bool = False) -> None:
@@ -19,6 +20,11 @@ def run_apply(source: str, delta_path: Path, output: Path, adapter: bool = False
     if adapter and into is None:
         raise ConfigError("the delta changes the base itself, so there is no adapter to write; leave --adapter out.")
     model, tokenizer = load_tuned(source, delta)
+    if has_sidecars(model):
+        raise ConfigError(
+            f"{source!r} is quantised, so the delta stands beside its weights and cannot be written into its checkpoint. Keep "
+            "base and delta apart, or merge in Python: unmask.quantised.dequantise_and_merge(model)."
+        )
     with quiet():
         if adapter and into is not None:
             save_adapter(model, into, output)

@@ -82,12 +82,11 @@ class ProcessReducer:
         for name in processes.differing(tensors, device):
             processes.take_first(tensors[name], device)
 
-    def layout(self, model: nn.Module, names: Sequence[str]) -> Layout:
-        """The eligible tensors, wherever their weights are."""
+    def layout(self, model: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str]) -> Layout:
+        """The eligible ones of a model's tensors, wherever their weights are."""
         if self.sharded is not None and names:
             return ShardedLayout(model, names, self.sharded)
-        parameters = dict(model.named_parameters())
-        return Layout(names, [parameters[name] for name in names])
+        return Layout(names, [tensors[name] for name in names])
 
     def expect(self, description: str, tensors: Callable[[], Mapping[str, Tensor]], device: torch.device) -> None:
         """Says what must be the same in all processes, and on which device tensors travel: that of ``values``."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from unmask.gradients.factors import Factors
@@ -51,9 +51,7 @@ class PerSampleTaps:
         unsupported: Indices of tensors used in a way that hides the examples; their sums are worthless.
     """
 
-    def __init__(
-        self, tensors: Sequence[nn.Parameter], sums: dict[int, Tensor], power: Literal["square", "abs"]
-    ) -> None:
+    def __init__(self, tensors: Sequence[Tensor], sums: dict[int, Tensor], power: Literal["square", "abs"]) -> None:
         self.unsupported: set[int] = set()
         self._sums, self._power = sums, torch.square if power == "square" else torch.abs
         self._size, self._probing = 0, False

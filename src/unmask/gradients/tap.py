@@ -243,13 +243,14 @@ class TapSet:
     """The taps of one selection.
 
     Args:
-        tensors: Frozen parameters to tap; the index of each is its name in all calls.
+        tensors: Frozen parameters to tap; the index of each is its name in all calls. A tensor that is no parameter is left
+            as it is, but for its site: whoever computes with it must ask for its tap.
         receiver: Consumes the gradients.
         training: Says whether the model is in training mode (then an operation under ``no_grad`` may be a segment that
             reentrant checkpointing will recompute).
     """
 
-    def __init__(self, tensors: Sequence[nn.Parameter], receiver: Receiver, training: Callable[[], bool]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], receiver: Receiver, training: Callable[[], bool]) -> None:
         self.handlers: dict[Any, Handler] = {}
         self.owner: object = None  # kept alive by the tapped tensors, whoever else forgets it
         self._receiver = receiver
@@ -308,8 +309,8 @@ class TapSet:
             return Gather.apply(tapped.proxy, parameter, tapped.entries)
         return tapped.proxy if tapped.pending is None else Whole.apply(tapped.proxy, parameter, tapped.pending)
 
-    def tap(self, parameter: TappedParameter) -> Tapped | None:
-        """What an operation's gradient for a tapped parameter goes to; None if it is not wanted."""
+    def tap(self, parameter: Tensor) -> Tapped | None:
+        """What an operation's gradient for a tapped tensor goes to; None if it is not wanted."""
         site: Site = parameter.__dict__[_SITE]
         inside = torch._C._current_graph_task_id() != -1
         if not inside:
@@ -335,11 +336,11 @@ class TapSet:
         pending = None
         if entries is None:
             if parameter.ndim != 2 or not self._receiver.factored(site.index):
-                return Tapped(_Tap.apply(self._anchor, parameter, site, None, None))
+                whole = parameter if _is_attached(parameter) else _zeros(parameter, parameter.shape, parameter.dtype)
+                return Tapped(_Tap.apply(self._anchor, whole, site, None, None))
             pending = Pending()
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        length = 1 if entries is None else entries.flat.numel()
-        zeros = torch.zeros((), dtype=wide, device=parameter.device).expand(length)
+        zeros = _zeros(parameter, (1 if entries is None else entries.flat.numel(),), wide)
         return Tapped(_Tap.apply(self._anchor, zeros, site, entries, pending), entries, pending)
 
     def _count(self, index: int) -> None:
@@ -389,20 +390,31 @@ class TapSet:
 def _stands_for(tapped: Tapped, parameter: Tensor) -> bool:
     """Whether the parameter still is the tensor that was tapped: a user may have replaced its data."""
     proxy = tapped.proxy
-    if tapped.alias:
+    if tapped.alias and _is_attached(parameter):
         return proxy.data_ptr() == parameter.data_ptr() and proxy.dtype == parameter.dtype
     return proxy.device == parameter.device
 
 
-def _attach(parameter: nn.Parameter, site: Site) -> None:
-    parameter.requires_grad_(False)
-    parameter.__class__ = TappedParameter
+def _zeros(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros without memory of their own."""
+    return torch.zeros((), dtype=dtype, device=like.device).expand(shape)
+
+
+def _attach(parameter: Tensor, site: Site) -> None:
+    if isinstance(parameter, nn.Parameter):
+        parameter.requires_grad_(False)
+        parameter.__class__ = TappedParameter
     parameter.__dict__[_SITE] = site
 
 
-def _detach(parameter: nn.Parameter) -> None:
+def _is_attached(parameter: Tensor) -> bool:
+    """Whether operations on the tensor are intercepted; if not (a quantised weight), its layer's hook asks for its tap."""
+    return isinstance(parameter, TappedParameter)
+
+
+def _detach(parameter: Tensor) -> None:
     site = parameter.__dict__.pop(_SITE, None)
-    if site is not None:
+    if site is not None and _is_attached(parameter):
         parameter.__class__ = site.kind
 
 
@@ -433,8 +445,13 @@ def owner_of(parameter: Tensor) -> object:
     return parameter.__dict__[_SITE].taps.owner if isinstance(parameter, TappedParameter) else None
 
 
-def set_of(parameter: TappedParameter) -> TapSet:
-    """The set that a tapped parameter belongs to."""
+def has_site(tensor: Tensor) -> bool:
+    """Whether a tensor is tapped, as a parameter or by its layer."""
+    return _SITE in tensor.__dict__
+
+
+def set_of(parameter: Tensor) -> TapSet:
+    """The set that a tapped parameter, or a tensor that has a site, belongs to."""
     site: Site = parameter.__dict__[_SITE]
     return site.taps
 

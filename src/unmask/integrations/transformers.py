@@ -7,7 +7,8 @@ bytes), resuming. Everything else (accumulation, precision, logging, evaluation,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -286,7 +287,9 @@ class SelectiveTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, selection: Selective, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        model = selection.model if isinstance(selection, Selection) else kwargs.get("model", args[0] if args else None)
+        with _trainable(model):
+            super().__init__(*args, **kwargs)
         self._selective = SelectiveCallback(self, selection)
         self.add_callback(self._selective)
 
@@ -299,3 +302,16 @@ class SelectiveTrainer(Trainer):
 def _drop_gradients(selection: Selection) -> None:
     for parameter in selection.parameters():
         parameter.grad = None
+
+
+@contextmanager
+def _trainable(model: Any) -> Iterator[None]:
+    """Lets the Trainer take a quantised model: it wants adapters on one, and a selection's sidecars are such."""
+    if not getattr(model, "is_quantized", False) or getattr(model, "_hf_peft_config_loaded", False):
+        yield
+        return
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
