@@ -1,11 +1,14 @@
 """A linear layer's weight gradient as the product it is: formed whole, at some entries, or where it can be large.
 
 By Cauchy and Schwarz, ``|sum_t l[t, i] r[t, j]| <= |l[:, i]| |r[:, j]|``. So when only entries above some value matter, as to a
-ranking whose running cut-off is known, rows and columns whose norms are too small need no product at all.
+ranking whose running cut-off is known, rows and columns whose norms are too small need no product at all. Where that rules out
+too little, a float32 product is formed in bfloat16 first, on CPUs that multiply it faster: the same norms bound its error, and
+only the entries that it leaves are computed exactly.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +23,9 @@ from unmask.slots import Entries
 BAND = 1 << 18  # entries of the product formed at a time
 NORMS = 128  # tokens squared at a time
 _MOST = 0.7  # of all entries: if more can be large, the whole product is the cheaper way
+_SOME = 0.3  # of all entries: if more can be large, the product in bfloat16 is the cheaper way, where it is cheap
+_FEW = 1 / 32  # of all entries: if it leaves more, it was in vain
+_HALF = 2.0**-8  # twice the rounding error of bfloat16, relative
 _GATHER = 100.0  # what gathering a column costs, in multiplications per token
 
 
@@ -72,11 +78,34 @@ class Factors:
         if not math.isfinite(tallest * widest):
             return None
         cut = least() * (1 - self._rounding())
-        some = (rows * widest >= cut).nonzero().squeeze(1)
-        area = some.numel() * int((columns * tallest >= cut).sum().item())
-        if area > _MOST * rows.numel() * columns.numel():
+        some, near = ((n * m >= cut).nonzero().squeeze(1) for n, m in ((rows, widest), (columns, tallest)))
+        area = some.numel() * near.numel() / (rows.numel() * columns.numel())
+        if area > _SOME and _halves_pay(self.left):
+            found = self._roughly(some, near, rows, cut)
+            return None if found is None else iter([(found, self.at(self._entries(found)))])
+        if area > _MOST:
             return None
         return self._bands(some[rows[some].argsort(descending=True)], rows, columns, least)
+
+    def _roughly(self, some: Tensor, near: Tensor, rows: Tensor, cut: float) -> Tensor | None:
+        """Flat indices (n,), ascending, of all entries but those whose product in bfloat16 rules them out; None if too many."""
+        left, right = (
+            x if kept.numel() == x.shape[1] else x.index_select(1, kept)
+            for x, kept in ((self.left, some), (self.right, near))
+        )
+        product = left.to(torch.bfloat16).t() @ right.to(torch.bfloat16)
+        widest = _shared_norms(self.right).max()
+        error = (
+            1.01 * _HALF + self.left.shape[0] * torch.finfo(torch.float32).eps
+        )  # of |left_i| |right_j|: inputs, and the sum
+        bound = (cut - error * rows[some] * widest) * (1 - _HALF)  # the product itself is rounded, too
+        row, column = (product.abs() >= bound.unsqueeze(1)).nonzero().unbind(1)
+        if row.numel() > _FEW * rows.numel() * self.right.shape[1]:
+            return None
+        return some[row] * self.right.shape[1] + near[column]
+
+    def _entries(self, flat: Tensor) -> Entries:
+        return Entries((self.left.shape[1], self.right.shape[1]), flat, flat)
 
     def _bands(
         self, order: Tensor, rows: Tensor, columns: Tensor, least: Callable[[], float]
@@ -100,6 +129,17 @@ class Factors:
         """How far rounding may lift an entry over its bound, relative."""
         tokens = self.left.shape[0] * torch.finfo(torch.float32).eps
         return min(0.5, 1e-4 + tokens + 4 * torch.finfo(self.left.dtype).eps)
+
+
+def _halves_pay(x: Tensor) -> bool:
+    """Whether a product of float32 factors is much faster in bfloat16, summed in float32."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and _cpu_multiplies_halves()
+
+
+@functools.cache
+def _cpu_multiplies_halves() -> bool:
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
 class Pending:
