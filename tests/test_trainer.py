@@ -579,9 +579,14 @@ def test_model_init_makes_a_new_model_and_the_callback_a_new_selection(tmp_path)
     trainer = Trainer(model_init=lambda: bert(), args=arguments(tmp_path), train_dataset=Tokens())
     callback = SelectiveCallback(trainer, id3())
     trainer.add_callback(callback)
-    trainer.train()
-    assert callback.live.model is trainer.model
-    assert callback.live.used == 60
+    models = []
+    for _ in range(2):  # as a hyperparameter search does
+        trainer.train()
+        assert callback.live.model is trainer.model
+        assert callback.live.used == 60
+        models.append(trainer.model)
+    assert models[0] is not models[1]
+    assert_same_tensors(*map(snapshot, models))
 
 
 @pytest.mark.parametrize("optim", ["galore_adamw", "lomo"])

@@ -80,7 +80,7 @@ class Window:
         self.reducer = reducer
         self.sampled = sampled  # whether a step that does not select asks for the entries of its slots only
         self.measured = measured  # whether every step forms all gradients, for their norm
-        self.norm: Tensor | None = None  # 0-d float64: of all gradients so far, where they are measured
+        self.norm: Tensor | None = None  # 0-d: of all gradients so far, where they are measured
         self.plan = Plan(0, 0, 0, 0, repeat=False)
         self.tentative: Tentative | None = None
         self.nonfinite: str | None = None

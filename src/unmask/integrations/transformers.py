@@ -124,7 +124,7 @@ class SelectiveCallback(TrainerCallback):
             raise ScheduleNotRunError(
                 "SelectiveCallback was built but not added: trainer.add_callback(SelectiveCallback(trainer, ...))."
             )
-        if self._finished and not resume_from_checkpoint:
+        if self._finished and not resume_from_checkpoint and self.trainer.model_init is None:
             raise SelectionError(
                 f"this Trainer has trained to the end of its run ({self.live}); a further train() would begin the schedule "
                 "anew on trained weights. Take selection.delta() and build a new Trainer, or give resume_from_checkpoint=."
