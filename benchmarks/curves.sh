@@ -2,6 +2,6 @@
 # A step's cost over the budget, over the size of the model, and the cost of selecting.
 set -eu
 out=${1:?usage: bash benchmarks/curves.sh OUT}
-for curve in budget size selection; do
-  unmask bench --curve "$curve" --output "$out/curves"
-done
+unmask bench --curve budget --model minilm --output "$out/curves"
+unmask bench --curve selection --rounds 3 --output "$out/curves"
+unmask bench --curve size --rounds 2 --steps 2 --output "$out/curves"

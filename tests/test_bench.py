@@ -16,6 +16,7 @@ from unmask.bench.models import blueprint
 from unmask.bench.ours import mid_run
 from unmask.bench.rows import KINDS
 from unmask.bench.runner import run_bench
+from unmask.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Sparse invariant:UserWarning", "ignore:.*is_gradient_check:FutureWarning"
@@ -284,3 +285,16 @@ def test_without_timing_a_row_is_what_its_memory_run_says(folder, tmp_path, monk
 def test_a_killed_memory_process_is_told_from_a_failed_one():
     assert memory._reason(-9, "") == "the process was killed by signal 9 (out of memory?)"
     assert memory._reason(1, "Traceback\nValueError: no\n") == "ValueError: no"
+
+
+@pytest.mark.parametrize("dropout", [None, 0.0, 0.3])
+def test_dropout_is_the_configs_own_or_what_is_asked_for(folder, tmp_path, dropout):
+    plan = blueprint(settings_for(folder, tmp_path, dropout=dropout))
+    found = {module.p for module in plan.build().modules() if isinstance(module, torch.nn.Dropout)}
+    assert found == {0.1 if dropout is None else dropout}
+    assert plan.describe()["dropout"]["hidden_dropout_prob"] == (0.1 if dropout is None else dropout)
+
+
+def test_a_dropout_that_is_no_probability_is_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match="dropout = 1"):
+        settings_for(folder, tmp_path, dropout=1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+_ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC_CONF")  # peak memory depends on them
 _PACKAGES = ("torch", "transformers", "peft", "selective-optimizers", "numpy", "triton", "unmask")
 
 
@@ -28,6 +29,7 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
+        "allocator": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_ALLOCATOR)},
     }
 
 

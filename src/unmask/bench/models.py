@@ -42,6 +42,9 @@ class Blueprint:
         self.device = device_of(settings)
         self.dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
         self.seed = settings.seed
+        for name in _DROPOUTS if settings.dropout is not None else ():
+            if hasattr(config, name):
+                setattr(config, name, settings.dropout)
         positions = getattr(config, "max_position_embeddings", None)
         if positions and shape.length > positions:
             raise ConfigError(f"seq_len = {shape.length}; {shape.name} has room for at most {positions} positions.")

@@ -33,6 +33,7 @@ class BenchSettings:
         steps: Steps per round of a row without a stride; strided rows run whole cycles.
         threads: CPU threads.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA where there is one.
+        dropout: Every dropout probability of the model's config; None for the config's own.
         lora_r: LoRA's rank.
         memory: Measure peak memory, each row in a process of its own.
         timing: Measure step times.
@@ -53,6 +54,7 @@ class BenchSettings:
     steps: int = 3
     threads: int = 2
     device: str = "auto"
+    dropout: float | None = None
     lora_r: int = 8
     memory: bool = True
     timing: bool = True
@@ -71,6 +73,8 @@ class BenchSettings:
         for name, least in (("batch_size", 1), ("seq_len", 2)):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), least)
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout = {self.dropout!r}; it must be at least 0 and below 1.")
         if not self.memory and not self.timing:
             raise ConfigError("neither memory nor timing is to be measured; leave at least one of them on.")
         if self.model not in SHAPES and "/" not in self.model and not Path(self.model).is_dir():

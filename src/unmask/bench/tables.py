@@ -92,7 +92,8 @@ def _heading(record: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     lines = [f"    {record['command']}"] if record["command"] else []
     where = machine["device"] if machine["device"] != "cpu" else machine["cpu"]
-    lines.append(f"{where}, {machine['threads']} threads of {machine['cores']} cores; {versions}.")
+    allocator = "".join(f"; {name}={value}" for name, value in machine["allocator"].items())
+    lines.append(f"{where}, {machine['threads']} threads of {machine['cores']} cores; {versions}{allocator}.")
     if model:
         dropout = ", ".join(f"{name} {value}" for name, value in model["dropout"].items() if value is not None)
         lines.append(

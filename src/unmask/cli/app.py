@@ -166,6 +166,9 @@ def bench(
     steps: Annotated[int | None, typer.Option(help="Steps per round, where there is no stride; default 3.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default 2.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or auto (default).")] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="Every dropout probability of the model; default: its config's own.")
+    ] = None,
     lora_r: Annotated[int | None, typer.Option(help="LoRA's rank; default 8.")] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory, a process per method.")] = True,
     timing: Annotated[bool, typer.Option("--timing/--no-timing", help="Step times, interleaved.")] = True,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unmask.errors import MethodError, NonFiniteGradientError
+from unmask.gradients.factors import Factors, as_dense
 from unmask.gradients.persample import PerSampleTaps
 from unmask.gradients.tap import TapSet, in_pieces
 from unmask.methods import Calibration
@@ -133,11 +134,14 @@ class _Summing:
     def entries(self, index: int) -> None:
         return None
 
-    def receive(self, index: int, gradient: Tensor, entries: Entries | None) -> None:
+    def factored(self, index: int) -> bool:
+        return False
+
+    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
         if index in self._seen:
             raise in_pieces()
         self._seen.add(index)
-        self.sums[index] += self._power(gradient.float())
+        self.sums[index] += self._power(as_dense(gradient).float())
 
     def end(self) -> None:
         pass

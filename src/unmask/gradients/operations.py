@@ -1,7 +1,8 @@
-"""Operations that differentiate a tapped weight at some entries only: linear layers and embeddings.
+"""Operations that differentiate a tapped weight without a dense gradient: linear layers and embeddings.
 
-They take the operation's place while its weight's tap is a token (see ``tap.py``): same output, same input gradient, no
-dense weight gradient. Whatever they do not know, autograd does, and the dense gradient is gathered.
+They take the operation's place while its weight's tap is a token (see ``tap.py``): same output, same input gradient. The
+weight's is made at the token's entries, or put into its `Pending` in a form that is not dense yet. Whatever they do not
+know, autograd does, and its dense gradient is gathered.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unmask.errors import SelectionError
+from unmask.gradients.factors import Factors
+from unmask.gradients.recompute import Node, again, origin
 from unmask.gradients.sampled import Product, by_rows, choose, sampled_product, take_gradient
-from unmask.gradients.tap import Gather, Handler, TappedParameter, set_of
+from unmask.gradients.tap import Gather, Handler, Tapped, TappedParameter, Whole, set_of
 from unmask.slots import Entries, take
 
 
@@ -35,10 +38,11 @@ def handlers(dense: bool) -> dict[Any, Handler]:
 class _Job:
     """What a sampled linear operation knows beside its tensors."""
 
-    entries: Entries
+    tapped: Tapped
     bias_entries: Entries | None
-    how: Product
+    how: Product  # where the token stands for some entries
     transposed: bool  # the weight is (in, out), as in transformers' Conv1D
+    origin: Node | None  # what can make the input again; it is not saved then
 
 
 class _Linear:
@@ -72,21 +76,23 @@ class _Linear:
         if not weight.numel() or (bias is not None and bias.shape != (weight.shape[1 if transposed else 0],)):
             return NotImplemented  # a bias of another shape is broadcast
         tapped = set_of(weight).tap(weight)
-        if tapped is None or tapped.entries is None:
+        if tapped is None or tapped.alias:
             return NotImplemented
         cast = self._cast(x)
-        dtype = x.dtype if cast is None else cast.dtype
-        how = choose(tapped.entries, x.numel() // max(1, x.shape[-1]), dtype, x.device, self._dense)
-        if how == "dense":
-            return NotImplemented
+        how: Product = "dense"
+        if tapped.entries is not None:
+            dtype = x.dtype if cast is None else cast.dtype
+            how = choose(tapped.entries, x.numel() // max(1, x.shape[-1]), dtype, x.device, self._dense)
+            if how == "dense":
+                return NotImplemented
         token, entries = None, None
         if isinstance(bias, TappedParameter):
             tap = set_of(bias).tap(bias)
-            if tap is not None and tap.entries is None:
+            if tap is not None and tap.alias:
                 bias = tap.proxy
             elif tap is not None:
                 token, entries = tap.proxy, tap.entries
-        job = _Job(tapped.entries, entries, how, transposed)
+        job = _Job(tapped, entries, how, transposed, origin(x) if cast is None else None)
         return SampledLinear.apply(x, cast, weight, bias, tapped.proxy, token, job)
 
     def _cast(self, x: Tensor) -> Tensor | None:
@@ -102,7 +108,7 @@ class _Linear:
 
 
 class SampledLinear(torch.autograd.Function):
-    """``x W^T + b`` (or ``x W + b``), whose backward makes the weight's gradient at its entries only."""
+    """``x W^T + b`` (or ``x W + b``), whose backward makes the weight's gradient at its entries only, or as `Factors`."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -116,17 +122,20 @@ class SampledLinear(torch.autograd.Function):
         job: _Job,
     ) -> Tensor:
         ctx.job, ctx.dtype, ctx.bias_dtype = job, x.dtype, None if bias is None else bias.dtype
-        weight = weight.detach()
+        weight, ctx.weight_dtype = weight.detach(), weight.dtype
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             weight = weight.to(dtype)
             x, bias = x if cast is None else cast, None if bias is None else bias.to(dtype)
-        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, token, bias_token)
+        ctx.save_for_backward(
+            x if job.origin is None else None, weight if ctx.needs_input_grad[0] else None, token, bias_token
+        )
         return _product(x, weight if job.transposed else weight.t(), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, token, bias_token = ctx.saved_tensors
+        x = x if ctx.job.origin is None else again(ctx.job.origin)
         g = gradient.reshape(-1, gradient.shape[-1])
         if torch.is_grad_enabled():
             return _twice(ctx, g, x, weight, token, bias_token)
@@ -136,7 +145,11 @@ class SampledLinear(torch.autograd.Function):
             grad_x = grad_bias = grad_token = grad_bias_token = None
             if needs[4]:
                 left, right = (flat_x, g) if job.transposed else (g, flat_x)
-                grad_token = sampled_product(left, right, job.entries, job.how).to(token.dtype)
+                if job.tapped.pending is None:
+                    grad_token = sampled_product(left, right, job.tapped.entries, job.how).to(token.dtype)
+                else:
+                    job.tapped.pending.put(Factors(left, right, ctx.weight_dtype))
+                    grad_token = torch.zeros_like(token)
             if needs[5]:
                 grad_bias_token = _column_sums(g, job.bias_entries, bias_token.dtype)
             if needs[3]:
@@ -176,11 +189,17 @@ def _twice(
         )
     flat_x = x.reshape(-1, x.shape[-1])
     product = flat_x.t() @ g if job.transposed else g.t() @ flat_x
-    grad_token = take(product, job.entries.flat).to(token.dtype)
-    sums, grad_x = g.sum(0), None
+    sums, grad_x, pending = g.sum(0), None, job.tapped.pending
+    if pending is None:
+        grad_token = take(product, job.tapped.entries.flat).to(token.dtype)
+    else:
+        pending.put(product.detach())
+        grad_token = torch.zeros_like(token)
     grad_bias_token = None if bias_token is None else take(sums, job.bias_entries.flat).to(bias_token.dtype)
     if weight is not None:
-        live = Gather.apply(token, weight, job.entries)
+        live = (
+            Gather.apply(token, weight, job.tapped.entries) if pending is None else Whole.apply(token, weight, pending)
+        )
         grad_x = (g @ (live.t() if job.transposed else live)).view(x.shape)
     return grad_x, None, None, sums if ctx.needs_input_grad[3] else None, grad_token, grad_bias_token, None
 
@@ -206,23 +225,21 @@ def _embedding(func: Any, args: tuple, kwargs: dict) -> Any:
         if weight.shape[0] <= input.numel():
             return NotImplemented
         tapped = set_of(weight).tap(weight)
-        if tapped is None:
+        if tapped is None or tapped.alias:
             return NotImplemented
-        if tapped.entries is None:
-            return func(input, tapped.proxy, padding_idx, sparse=True)
-        return SampledEmbedding.apply(input, weight, tapped.proxy, tapped.entries, padding_idx)
+        return SampledEmbedding.apply(input, weight, tapped.proxy, tapped, padding_idx)
 
     return bound(*args, **kwargs)
 
 
 class SampledEmbedding(torch.autograd.Function):
-    """Rows of a table, whose backward makes the table's gradient at its entries only."""
+    """Rows of a table, whose backward makes the table's gradient in the rows seen only, or at its entries."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, ids: Tensor, weight: Tensor, token: Tensor, entries: Entries, padding_idx: int | None
+        ctx: Any, ids: Tensor, weight: Tensor, token: Tensor, tapped: Tapped, padding_idx: int | None
     ) -> Tensor:
-        ctx.entries, ctx.dtype = entries, token.dtype
+        ctx.tapped, ctx.dtype, ctx.shape = tapped, token.dtype, weight.shape
         ctx.padding = None if padding_idx is None else padding_idx % weight.shape[0]
         ctx.save_for_backward(ids)
         return F.embedding(ids, weight.detach(), padding_idx)
@@ -231,5 +248,8 @@ class SampledEmbedding(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (ids,) = ctx.saved_tensors
         g = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)
-        rows = by_rows(g, ids.reshape(-1), torch.Size(ctx.entries.shape), ctx.padding)
-        return None, None, take_gradient(rows, ctx.entries), None, None
+        rows = by_rows(g, ids.reshape(-1), ctx.shape, ctx.padding)
+        if ctx.tapped.pending is None:
+            return None, None, take_gradient(rows, ctx.tapped.entries), None, None
+        ctx.tapped.pending.put(rows.detach())
+        return None, None, g.new_zeros(1), None, None

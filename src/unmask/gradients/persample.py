@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unmask.gradients.factors import Factors
 from unmask.gradients.tap import TappedParameter, TapSet, index_of
 from unmask.slots import Entries
 
@@ -89,7 +90,10 @@ class PerSampleTaps:
 
     def entries(self, index: int) -> None: ...
 
-    def receive(self, index: int, gradient: Tensor, entries: Entries | None) -> None: ...
+    def factored(self, index: int) -> bool:
+        return False
+
+    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None: ...
 
     def end(self) -> None: ...
 

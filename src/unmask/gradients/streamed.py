@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unmask.errors import MethodError, NonFiniteGradientError
+from unmask.gradients.factors import Factors, as_dense
 from unmask.heuristics import Heuristic
 from unmask.methods import Allocation
 from unmask.slots import SlotTable, among, as_rows, take
@@ -90,27 +91,28 @@ class Ranker:
         self.top = StreamingTopK(keep)
         self._zero: list[tuple[int, Tensor | None]] = []  # tensors, and which of their rows are not zero
 
-    def rank(self, index: int, gradient: Tensor | None) -> None:
+    def rank(self, index: int, gradient: Tensor | Factors | None) -> None:
         """Offers one tensor's entries.
 
         Args:
             index: The tensor.
-            gradient: Its gradient, any strides and float dtype: dense, or sparse in whole rows (an embedding's, coalesced);
-                None for a heuristic that needs none.
+            gradient: Its gradient, any strides and float dtype: dense, sparse in whole rows (an embedding's, coalesced), or
+                the factors of a product; None for a heuristic that needs none.
 
         Raises:
             NonFiniteGradientError: A score is NaN or infinite.
             MethodError: The heuristic's scores are not of the weight's shape.
         """
-        if gradient is not None and gradient.is_sparse:
-            if self._vanishes():
-                self._rank_rows(index, gradient)
-                self._zero.append((index, gradient.indices()[0]))
-                return
-            gradient = gradient.to_dense()
-        if gradient is not None and gradient.ndim > 1 and self._glance(index, gradient):
+        if isinstance(gradient, Factors) and self._rank_factors(index, gradient):
             return
-        self._rank_whole(index, gradient)
+        if isinstance(gradient, Tensor) and gradient.is_sparse and self._vanishes():
+            self._rank_rows(index, gradient)
+            self._zero.append((index, gradient.indices()[0]))
+            return
+        whole = None if gradient is None else as_dense(gradient)
+        if whole is not None and whole.ndim > 1 and self._glance(index, whole):
+            return
+        self._rank_whole(index, whole)
 
     def rank_zero(self, index: int) -> None:
         """Offers a tensor that the loss did not reach: its gradient is zero."""
@@ -185,10 +187,26 @@ class Ranker:
         peak = max(-low, high)
         if not math.isfinite(peak):
             raise self._not_finite(index, peak)
-        least = (self.top.least or 0.0) * (1 - max(_ROUNDING, 2 * torch.finfo(g.dtype).eps))
+        least = self._least() * (1 - 2 * torch.finfo(g.dtype).eps)
         if peak * factor < least:
             return None
         return (g.abs() >= least / factor).nonzero()
+
+    def _rank_factors(self, index: int, gradient: Factors) -> bool:
+        """Offers what the factors' norms do not rule out; False if they cannot tell (yet), or rule out too little."""
+        if not self._vanishes() or not self.top.least:
+            return False
+        factor = self.heuristic.bound(self.table.layout.plain(index))
+        found = None if factor is None else gradient.above(lambda: self._least() / factor)
+        if found is None:
+            return False
+        for flat, values in found:
+            self._offer(index, flat, values)
+        return True
+
+    def _least(self) -> float:
+        """The score to reach, but for what rounding may lift a score over its ceiling."""
+        return (self.top.least or 0.0) * (1 - _ROUNDING)
 
     def _rank_rows(self, index: int, gradient: Tensor) -> None:
         """Offers the rows that a sparse gradient names."""

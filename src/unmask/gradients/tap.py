@@ -7,7 +7,8 @@ recomputed by gradient checkpointing. The proxy's backward passes the dense grad
 
 Where the receiver asks for some entries only, the tensor's tap is a *token*: a vector of as many zeros, whose gradient is
 that of the entries. The proxy then hangs on the token, and each use's dense gradient is gathered and freed at once; the
-operations in ``operations.py`` make the token's gradient without a dense one.
+operations in ``operations.py`` make the token's gradient without a dense one. A token may also stand for the whole tensor: its
+gradient is then no more than the signal that all uses have put theirs into a `Pending`, a linear layer's as `Factors`.
 
 What `TapSet` guarantees to its receiver, per outermost backward: ``begin`` once, then ``receive`` for each tensor with
 the sum over all its uses, then ``end`` once; a backward that dies is followed by ``abort``. The sum may come in pieces
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from unmask.errors import SelectionError
+from unmask.gradients.factors import Factors, Pending, add
 from unmask.gradients.sampled import take_gradient
 from unmask.slots import Entries
 
@@ -69,10 +71,13 @@ class Receiver(Protocol):
     def entries(self, index: int) -> Entries | None:
         """The entries whose gradient suffices; None for the whole tensor's."""
 
+    def factored(self, index: int) -> bool:
+        """Whether the whole tensor's gradient may come as `Factors`."""
+
     def begin(self) -> None:
         """A backward starts."""
 
-    def receive(self, index: int, gradient: Tensor, entries: Entries | None) -> None:
+    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
         """One tensor's gradient: whole, or (m,) at the entries that its forward was asked for."""
 
     def end(self) -> None:
@@ -87,12 +92,19 @@ class Tapped:
     """What stands for a tapped tensor in one forward.
 
     Attributes:
-        proxy: An alias of the tensor, or a token (m,): its gradient is what the tap fires with.
-        entries: The m entries that the token stands for; None where the proxy is an alias.
+        proxy: An alias of the tensor, or a token: a vector of zeros.
+        entries: The m entries that a token (m,) stands for: its gradient is theirs.
+        pending: Where the uses put their gradients; its token (1,) gets a gradient of zero.
     """
 
     proxy: Tensor
-    entries: Entries | None
+    entries: Entries | None = None
+    pending: Pending | None = None
+
+    @property
+    def alias(self) -> bool:
+        """Whether the proxy may take the tensor's place."""
+        return self.entries is None and self.pending is None
 
 
 class Site:
@@ -174,14 +186,17 @@ class _Tap(torch.autograd.Function):
     """Identity on a weight or a token; its backward hands the gradient over instead of propagating it."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, stand_in: Tensor, site: Site, entries: Entries | None) -> Tensor:  # type: ignore[override]
-        ctx.site, ctx.entries = site, entries
+    def forward(  # type: ignore[override]
+        ctx: Any, anchor: Tensor, stand_in: Tensor, site: Site, entries: Entries | None, pending: Pending | None
+    ) -> Tensor:
+        ctx.site, ctx.entries, ctx.pending = site, entries, pending
         return stand_in.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
-        ctx.site.taps.fire(ctx.site.index, gradient.detach(), ctx.entries)
-        return None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+        whole = gradient.detach() if ctx.pending is None else ctx.pending.take()
+        ctx.site.taps.fire(ctx.site.index, whole, ctx.entries)
+        return (None,) * 5
 
 
 class Gather(torch.autograd.Function):
@@ -196,6 +211,22 @@ class Gather(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         gradient = gradient.coalesce() if gradient.is_sparse else gradient
         return take_gradient(gradient, ctx.entries).to(ctx.dtype), None, None
+
+
+class Whole(torch.autograd.Function):
+    """A token as the weight it stands for; its backward puts the dense gradient into the `Pending`."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, weight: Tensor, pending: Pending) -> Tensor:  # type: ignore[override]
+        ctx.pending = pending
+        ctx.save_for_backward(token)
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (token,) = ctx.saved_tensors
+        ctx.pending.put(gradient.detach().coalesce() if gradient.is_sparse else gradient.detach())
+        return torch.zeros_like(token), None, None
 
 
 class _EndOfBackward:
@@ -229,7 +260,7 @@ class TapSet:
         self._task: weakref.ref[_EndOfBackward] | None = None
         self._uses: Counter[int] = Counter()  # since the last backward
         self._pieces: set[int] = set()  # tensors used more than once: a backward may bring their gradient in pieces
-        self._held: dict[tuple[int, int], tuple[Tensor, Entries | None]] = {}
+        self._held: dict[tuple[int, int], tuple[Tensor | Factors, Entries | None]] = {}
         self._received = False
         for tensor, site in zip(tensors, self._sites, strict=True):
             _attach(tensor, site)
@@ -263,9 +294,9 @@ class TapSet:
         tapped = self.tap(parameter)
         if tapped is None:
             return parameter
-        if tapped.entries is None:
-            return tapped.proxy
-        return Gather.apply(tapped.proxy, parameter, tapped.entries)
+        if tapped.entries is not None:
+            return Gather.apply(tapped.proxy, parameter, tapped.entries)
+        return tapped.proxy if tapped.pending is None else Whole.apply(tapped.proxy, parameter, tapped.pending)
 
     def tap(self, parameter: TappedParameter) -> Tapped | None:
         """What an operation's gradient for a tapped parameter goes to; None if it is not wanted."""
@@ -285,29 +316,36 @@ class TapSet:
             site.tapped = self._tapped(site, parameter)
             if not inside:
                 self._count(site.index)
+        if site.tapped.pending is not None:
+            site.tapped.pending.uses += 1
         return site.tapped
 
     def _tapped(self, site: Site, parameter: Tensor) -> Tapped:
         entries = self._receiver.entries(site.index)
+        pending = None
         if entries is None:
-            return Tapped(_Tap.apply(self._anchor, parameter, site, None), None)
+            if parameter.ndim != 2 or not self._receiver.factored(site.index):
+                return Tapped(_Tap.apply(self._anchor, parameter, site, None, None))
+            pending = Pending()
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        zeros = torch.zeros((), dtype=wide, device=parameter.device).expand(entries.flat.numel())
-        return Tapped(_Tap.apply(self._anchor, zeros, site, entries), entries)
+        length = 1 if entries is None else entries.flat.numel()
+        zeros = torch.zeros((), dtype=wide, device=parameter.device).expand(length)
+        return Tapped(_Tap.apply(self._anchor, zeros, site, entries, pending), entries, pending)
 
     def _count(self, index: int) -> None:
         self._uses[index] += 1
         if self._uses[index] > 1:
             self._pieces.add(index)
 
-    def fire(self, index: int, gradient: Tensor, entries: Entries | None) -> None:
+    def fire(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
         """A tap's backward ran."""
         self._open()
-        gradient = gradient.coalesce() if gradient.is_sparse else gradient
+        if isinstance(gradient, Tensor) and gradient.is_sparse:
+            gradient = gradient.coalesce()
         if index in self._pieces:
             key = (index, id(entries))
             held = self._held.get(key)
-            self._held[key] = (gradient if held is None else _sum(held[0], gradient), entries)
+            self._held[key] = (gradient if held is None else add(held[0], gradient), entries)
         else:
             self._received = True
             self._receiver.receive(index, gradient, entries)
@@ -341,17 +379,9 @@ class TapSet:
 def _stands_for(tapped: Tapped, parameter: Tensor) -> bool:
     """Whether the parameter still is the tensor that was tapped: a user may have replaced its data."""
     proxy = tapped.proxy
-    if tapped.entries is None:
+    if tapped.alias:
         return proxy.data_ptr() == parameter.data_ptr() and proxy.dtype == parameter.dtype
     return proxy.device == parameter.device
-
-
-def _sum(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of two gradients, each dense or sparse."""
-    if a.is_sparse:
-        a, b = b, a
-    total = a + b
-    return total.coalesce() if total.is_sparse else total
 
 
 def _attach(parameter: nn.Parameter, site: Site) -> None:

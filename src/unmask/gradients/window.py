@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unmask.errors import NonFiniteGradientError
-from unmask.gradients.sampled import forget, take_gradient
+from unmask.gradients.factors import Factors, as_dense, forget, gradient_at
 from unmask.gradients.streamed import Ranker
 from unmask.gradients.tap import in_pieces, stale
 from unmask.methods import Method
@@ -96,6 +96,10 @@ class Window:
             return None
         return self._active(index) or self._nothing(index)
 
+    def factored(self, index: int) -> bool:
+        """Whether the whole gradient may come as `Factors`."""
+        return self.sampled
+
     def _active(self, index: int) -> Entries | None:
         """The tensor's slots that this step trains."""
         members = self.table.members(index)
@@ -121,28 +125,29 @@ class Window:
             self._added = torch.zeros_like(self._candidates.payload)
 
     @torch.no_grad()
-    def receive(self, index: int, gradient: Tensor, entries: Entries | None) -> None:
+    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
         """One tensor's gradient: add what its slots get, rank the rest, let go.
 
         Args:
             index: The tensor.
-            gradient: Whole (dense, or sparse in rows), or (m,) at ``entries``.
+            gradient: Whole (dense, sparse in rows, or `Factors`), or (m,) at ``entries``.
             entries: What the forward was told by `entries`.
         """
         if entries is not None:
-            self._add(entries, gradient)
+            self._add(entries, as_dense(gradient))
             if self.plan.selecting:
                 raise stale()
             return
+        if self.plan.selecting and not self.nonfinite:
+            try:
+                self._offer(index, gradient)
+            except (
+                NonFiniteGradientError
+            ) as error:  # a GradScaler's overflow is no error until the optimizer steps on it
+                self.nonfinite = str(error)
         active = self._active(index)
         if active is not None:
-            self._add(active, take_gradient(gradient, active))
-        if not self.plan.selecting or self.nonfinite:
-            return
-        try:
-            self._offer(index, gradient)
-        except NonFiniteGradientError as error:  # a GradScaler's overflow is no error until the optimizer steps on it
-            self.nonfinite = str(error)
+            self._add(active, gradient_at(gradient, active))
 
     @torch.no_grad()
     def end(self) -> None:
@@ -188,10 +193,11 @@ class Window:
         if self._buffer is not None:
             self._buffer[entries.slots] += gradient.to(self._buffer)
 
-    def _offer(self, index: int, gradient: Tensor) -> None:
+    def _offer(self, index: int, gradient: Tensor | Factors) -> None:
         if self.accumulation == "exact":
-            gradient = gradient.to_dense() if gradient.is_sparse else gradient
-            gradient = gradient.to(self.values.dtype, copy=index not in self._dense)  # sums of bfloat16 would lose bits
+            gradient = as_dense(gradient).to(
+                self.values.dtype, copy=index not in self._dense
+            )  # sums of bfloat16 would lose bits
             self._dense[index] = self._dense[index].add_(gradient) if index in self._dense else gradient
         elif self._ranker is not None:
             if index in self._offered:
@@ -200,7 +206,7 @@ class Window:
             self._ranker.rank(index, gradient)
         elif index in self._by_tensor and self._added is not None:
             candidates = self._by_tensor[index]
-            self._added[candidates.slots] += take_gradient(gradient, candidates).to(self._added)
+            self._added[candidates.slots] += gradient_at(gradient, candidates).to(self._added)
 
     def _ranked(self) -> Ranked:
         """The first u_t entries by what has been summed so far."""
