@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check setup clean
+.PHONY: demo test test-peft check setup clean
 
 setup: $(VENV)/.stamp
 
@@ -27,6 +27,12 @@ demo: setup
 
 test: setup $(VENV)/.stamp-test
 	$(BIN)/python -m pytest
+
+# The PEFT method with the newest PEFT 0.20 too, put beside the environment's own.
+test-peft: setup
+	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade --target $(VENV)/peft-0.20 --no-deps 'peft==0.20.*'
+	PYTHONPATH=$(VENV)/peft-0.20 $(BIN)/python -c "import peft; assert peft.__version__.startswith('0.20.')"
+	PYTHONPATH=$(VENV)/peft-0.20 $(BIN)/python -m pytest tests/test_peft*.py
 
 check: setup $(VENV)/.stamp-test
 	$(BIN)/ruff check src tests

@@ -74,7 +74,9 @@ class Adapter:
     def slots(self) -> Slots:
         """What it holds; copies."""
         if self.selection is None:
-            return Slots(self._positions.clone(), self._base.clone(), self.values.detach().clone(), self._used, self._step)
+            return Slots(
+                self._positions.clone(), self._base.clone(), self.values.detach().clone(), self._used, self._step
+            )
         state = self.selection.state_dict()
         return Slots(*(state[key] for key in ("positions", "base", "values", "used", "step")))
 
@@ -169,7 +171,7 @@ class Adapter:
         current, whole = self.layout.read(positions, slots.base.dtype), {n: tensors[n].clone() for n in base_whole}
         if self.selection is not None:
             self.selection._taps.pause()
-        with _unsafe_preserve_version_counter(tuple([*touched, *(tensors[name] for name in base_whole)])):
+        with _unsafe_preserve_version_counter((*touched, *(tensors[name] for name in base_whole))):
             self.layout.write(positions, slots.base[: slots.used])
             _copy(base_whole, tensors)
             try:
@@ -201,7 +203,9 @@ class Adapter:
         bounds = dict(zip(self.layout.names, self.layout.bounds.tolist(), strict=False))
         foreign = [name for name in delta.sparse if name not in bounds]
         if foreign:
-            raise DeltaError(f"the adapter holds values of {foreign[0]!r}, which the config's target_modules do not cover.")
+            raise DeltaError(
+                f"the adapter holds values of {foreign[0]!r}, which the config's target_modules do not cover."
+            )
         if len(delta) > self.budget:
             raise DeltaError(f"the adapter holds {len(delta):,} values; the config's budget is {self.budget:,}.")
         slots = Slots(torch.full_like(self._positions, -1), torch.zeros_like(self._base), torch.zeros_like(self.values))
@@ -209,9 +213,7 @@ class Adapter:
         if delta.sparse:
             flat = torch.cat([entry.indices.cpu() + bounds[name] for name, entry in delta.sparse.items()])
             slots.positions[: slots.used] = flat.to(slots.positions)
-            held = torch.cat([entry.values.to(slots.values) for entry in delta.sparse.values()])
-            slots.values = slots.values.detach()
-            slots.values[: slots.used] = held
+            slots.values[: slots.used] = torch.cat([entry.values.to(slots.values) for entry in delta.sparse.values()])
             slots.base[: slots.used] = self.layout.read(slots.positions[: slots.used], slots.base.dtype)
         return slots
 
