@@ -70,7 +70,7 @@ class SelectiveModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds the adapter of ``self.peft_config[adapter_name]``, which sets no weight yet."""
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]  # a SelectiveConfig
         total = sum(parameter.numel() for parameter in Base(model).parameters.values())
         budget = None if config.budget is None else parse_budget(config.budget, total)
         method = config.build(budget)

@@ -110,7 +110,8 @@ def _matched(model: nn.Module, base: Base, config: SelectiveConfig) -> tuple[set
     wanted: PeftConfig | SimpleNamespace = config
     if config.target_modules is None:
         wanted = SimpleNamespace(**{**vars(config), "target_modules": ".*"})
-    targets, excluded = set(), set()
+    targets: set[str] = set()
+    excluded: set[str] = set()
     for name, _ in model.named_modules():
         own = base.name_of(name)
         if own is None or (not own and config.target_modules is not None):
