@@ -163,3 +163,27 @@ def test_limitation_clipping_the_models_own_parameters_clips_nothing():
     mean_square(model, batches(1)[0]).backward()
     assert nn.utils.clip_grad_norm_(model.parameters(), 1e-9) == 0
     assert selection.values.grad.norm() > 1e-6
+
+
+def test_a_given_parameter_becomes_the_trainable_vector():
+    """An optimizer may be built before the selection is made."""
+    values, model = nn.Parameter(torch.ones(12)), mlp()
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW([values], lr=0.05)
+    selection = unmask.select(model, unmask.id3(12, steps=4), values=values)
+    assert selection.values is values
+    assert not values.any()
+    train(model, optimizer, batches(4))
+    train(twin, id3_run(twin)[1], batches(4))
+    assert_same_tensors(snapshot(twin), snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [(torch.zeros(11), r"shape torch.Size\(\[11\]\)"), (torch.zeros(12, dtype=torch.float64), "dtype torch.float64")],
+)
+def test_a_given_parameter_that_does_not_fit_is_refused(values, match):
+    model = mlp()
+    with pytest.raises(MethodError, match=match):
+        unmask.select(model, unmask.id3(12, steps=4), values=nn.Parameter(values))
+    assert all(p.requires_grad for p in model.parameters())

@@ -113,7 +113,9 @@ def test_merge_and_unload_gives_an_ordinary_model_and_unload_the_base():
         assert {type(p) for p in plain.parameters()} == {nn.Parameter}
         assert {name: p.requires_grad for name, p in plain.named_parameters()} == flags
         assert plain.out.weight is plain.embed.weight
-        assert not plain._forward_pre_hooks and not hasattr(plain, "peft_config") and not has_selection(plain)
+        assert not plain._forward_pre_hooks
+        assert not hasattr(plain, "peft_config")
+        assert not has_selection(plain)
     again = peft.get_peft_model(unloaded, config(method="pafi"))
     assert run(again.train()).base_model.deltas.active.used == 30
 

@@ -104,7 +104,7 @@ def test_loading_into_an_adapter_that_trains_replaces_what_it_holds(tmp_path):
 
 
 def test_saving_while_disabled_or_between_backward_and_step_saves_the_adapter(tmp_path):
-    model, expected = saved(tmp_path / "before")
+    model, _ = saved(tmp_path / "before")
     mean_square(model, batches(1)[0]).backward()
     model.eval()
     with model.disable_adapter():
@@ -138,7 +138,7 @@ def test_an_altered_file_is_refused(tmp_path, damage):
     else:
         del tensors["base_model.unmask_header"]
     save_file(tensors, path)
-    with pytest.raises(DeltaError, match="checksum|header"):
+    with pytest.raises(DeltaError, match=r"checksum|header"):
         peft.PeftModel.from_pretrained(travelling(), tmp_path)
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from unmask.delta import SparseDelta, SparseTensor
-from unmask.errors import DeltaError, ScheduleNotRunError
+from unmask.errors import DeltaError
 from unmask.peft.config import SelectiveConfig
+from unmask.peft.waiting import Waiting
 from unmask.selection import Selection, select
 from unmask.slots import Layout
 from unmask.stepping import unwatch, watch
@@ -70,11 +71,14 @@ class Adapter:
         self._positions = torch.full((budget,), -1, dtype=torch.int64, device=first.device)
         self._base = torch.zeros_like(zeros)
         self._used = self._step = 0
+        self._waiting = Waiting(self.values, self.layout.tensors)
 
     def slots(self) -> Slots:
         """What it holds; copies."""
         if self.selection is None:
-            return Slots(self._positions.clone(), self._base.clone(), self.values.detach().clone(), self._used, self._step)
+            return Slots(
+                self._positions.clone(), self._base.clone(), self.values.detach().clone(), self._used, self._step
+            )
         state = self.selection.state_dict()
         return Slots(*(state[key] for key in ("positions", "base", "values", "used", "step")))
 
@@ -92,7 +96,7 @@ class Adapter:
 
     def start(self, model: nn.Module) -> None:
         """Makes the live selection, on the device where the base is now. The values must be in the tensors."""
-        unwatch(self)
+        self.expect(False)
         held = self.slots()
         self.layout.write(held.positions[: held.used], held.base[: held.used])  # selecting starts from base weights
         names = {id(p): name for name, p in model.named_parameters()}
@@ -113,7 +117,7 @@ class Adapter:
 
     def stop(self) -> None:
         """Ends the live selection, if there is one; the values stay in the tensors."""
-        unwatch(self)
+        self.expect(False)
         selection = self.selection
         if selection is None:
             return
@@ -135,7 +139,14 @@ class Adapter:
         self.stop()
         self._positions, self._base = self._positions.to(self.values.device), self._base.to(self.values.device)
         if self.written:
-            watch(self)
+            self.expect(self.values.requires_grad)
+
+    def expect(self, training: bool) -> None:
+        """Whether an optimizer's step before the next forward is an error."""
+        if training:
+            watch(self._waiting)
+        else:
+            unwatch(self._waiting)
 
     # In and out of the tensors.
 
@@ -169,7 +180,7 @@ class Adapter:
         current, whole = self.layout.read(positions, slots.base.dtype), {n: tensors[n].clone() for n in base_whole}
         if self.selection is not None:
             self.selection._taps.pause()
-        with _unsafe_preserve_version_counter(tuple([*touched, *(tensors[name] for name in base_whole)])):
+        with _unsafe_preserve_version_counter((*touched, *(tensors[name] for name in base_whole))):
             self.layout.write(positions, slots.base[: slots.used])
             _copy(base_whole, tensors)
             try:
@@ -201,7 +212,9 @@ class Adapter:
         bounds = dict(zip(self.layout.names, self.layout.bounds.tolist(), strict=False))
         foreign = [name for name in delta.sparse if name not in bounds]
         if foreign:
-            raise DeltaError(f"the adapter holds values of {foreign[0]!r}, which the config's target_modules do not cover.")
+            raise DeltaError(
+                f"the adapter holds values of {foreign[0]!r}, which the config's target_modules do not cover."
+            )
         if len(delta) > self.budget:
             raise DeltaError(f"the adapter holds {len(delta):,} values; the config's budget is {self.budget:,}.")
         slots = Slots(torch.full_like(self._positions, -1), torch.zeros_like(self._base), torch.zeros_like(self.values))
@@ -209,52 +222,9 @@ class Adapter:
         if delta.sparse:
             flat = torch.cat([entry.indices.cpu() + bounds[name] for name, entry in delta.sparse.items()])
             slots.positions[: slots.used] = flat.to(slots.positions)
-            held = torch.cat([entry.values.to(slots.values) for entry in delta.sparse.values()])
-            slots.values = slots.values.detach()
-            slots.values[: slots.used] = held
+            slots.values[: slots.used] = torch.cat([entry.values.to(slots.values) for entry in delta.sparse.values()])
             slots.base[: slots.used] = self.layout.read(slots.positions[: slots.used], slots.base.dtype)
         return slots
-
-    # What the optimizer hooks ask (see unmask.stepping) while it is to be trained and no forward has started it.
-
-    @property
-    def model(self) -> nn.Module | None:
-        """No model has a live selection for it yet."""
-        return None
-
-    @property
-    def in_use(self) -> int:
-        """See `unmask.Selection.in_use`."""
-        return self.used
-
-    def clock(self) -> Tensor:
-        """See `unmask.Selection.clock`."""
-        return self.values
-
-    def owns(self, parameter: Tensor) -> bool:
-        """See `unmask.Selection.owns`."""
-        return any(parameter is tensor for tensor in self.layout.tensors)
-
-    def has_gradient(self) -> bool:
-        """True, so that `before_step` gives the reason."""
-        return True
-
-    def nonfinite(self) -> None:
-        """Nothing to report."""
-
-    def before_step(self, optimizer: Any) -> None:
-        """An optimizer steps on values that no forward knows of."""
-        raise ScheduleNotRunError(
-            "optimizer.step() was called, but no forward in grad mode has gone through the PEFT model since the adapter was "
-            "added, made active or moved, so nothing would be trained. Call the PEFT model (or its base model) itself, not "
-            "a module inside it, and put it in training mode first: model.train()."
-        )
-
-    def after_step(self) -> None:
-        """Not reached."""
-
-    def sync_dense(self, held: Any) -> None:
-        """Nothing is trained whole here: modules_to_save are PEFT's."""
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, is not live."""

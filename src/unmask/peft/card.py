@@ -41,7 +41,13 @@ def section(record: Mapping[str, Any]) -> str:
         "stored whole, outside the budget": f"{record['whole']:,} numbers" + _names(record["dense"]),
         "optimizer steps": f"{record['step']:,}",
     }
-    lines = ["## Selective fine-tuning", "", "| | |", "|---|---|", *(f"| {key} | {text} |" for key, text in rows.items())]
+    lines = [
+        "## Selective fine-tuning",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {text} |" for key, text in rows.items()),
+    ]
     return "\n".join([*lines, "", _USE])
 
 

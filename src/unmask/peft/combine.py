@@ -32,7 +32,8 @@ def combined_config(configs: Sequence[SelectiveConfig], names: Sequence[str], bu
 
 def union(adapters: Sequence[Adapter]) -> tuple[dict[str, nn.Parameter], int]:
     """The parameters in which adapters hold slots, by name, and how many weights these are (at least 1)."""
-    parameters, held = {}, {}
+    parameters: dict[str, nn.Parameter] = {}
+    held: dict[str, list[Tensor]] = {}
     for adapter in adapters:
         slots = adapter.slots()
         for index, flat, _ in adapter.layout.split(slots.positions[: slots.used]):

@@ -20,7 +20,6 @@ from unmask.peft.adapter import Adapter, changed
 from unmask.peft.targets import Base
 from unmask.peft.total_steps import not_known, steps_of_caller
 from unmask.recording import missing_from_checkpoint
-from unmask.stepping import unwatch, watch
 
 
 class Values(nn.ParameterDict):
@@ -118,7 +117,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
             raise SelectionError("delete_adapter() inside disable_adapter(); leave that first.")
         if adapter_name in self.active_adapters:
             self._exchange(self.active, None)
-        unwatch(self.adapters[adapter_name])
+        self.adapters[adapter_name].expect(False)
         super().delete_adapter(adapter_name)  # chooses the next one
         del self.adapters[adapter_name]
 
@@ -148,7 +147,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters:
             self.enable_adapters(True)
         for adapter in self.adapters.values():
-            unwatch(adapter)
+            adapter.expect(False)
         if active is not None and not keep:
             active.withdraw(self._whole, self._tensors())
         elif active is not None:
@@ -179,10 +178,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         if not trainable:
             adapter.stop()
         adapter.values.requires_grad_(trainable)
-        if trainable and adapter.selection is None and adapter is self.active:
-            watch(adapter)
-        elif not trainable:
-            unwatch(adapter)
+        adapter.expect(trainable and adapter.selection is None and adapter is self.active)
 
     def _exchange(self, old: Adapter | None, new: Adapter | None) -> None:
         if old is new:

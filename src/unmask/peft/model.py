@@ -16,7 +16,6 @@ from unmask.errors import DeltaError, MethodError
 from unmask.methods import parse_budget
 from unmask.peft.adapter import Adapter
 from unmask.peft.combine import combine_whole, combined_config, combined_slots, union
-from unmask.peft.config import SelectiveConfig
 from unmask.peft.kind import PREFIX
 from unmask.peft.layer import SelectiveLayer
 from unmask.peft.saving import is_entry, put_entries, take_entries
@@ -71,7 +70,7 @@ class SelectiveModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds the adapter of ``self.peft_config[adapter_name]``, which sets no weight yet."""
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]  # a SelectiveConfig
         total = sum(parameter.numel() for parameter in Base(model).parameters.values())
         budget = None if config.budget is None else parse_budget(config.budget, total)
         method = config.build(budget)
@@ -83,7 +82,9 @@ class SelectiveModel(BaseTuner):
     def _add(self, name: str, adapter: Adapter) -> None:
         config = adapter.config
         self.deltas.add(name, adapter)
-        self.targeted_module_names = sorted({n.rpartition(".")[0] for a in self.deltas.adapters.values() for n in a.layout.names})
+        self.targeted_module_names = sorted(
+            {n.rpartition(".")[0] for a in self.deltas.adapters.values() for n in a.layout.names}
+        )
         active = name in self.active_adapters
         if active:
             self.deltas.set_adapter(name, inference_mode=config.inference_mode)
@@ -156,9 +157,13 @@ class SelectiveModel(BaseTuner):
         if len(adapters) != len(weights):
             raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight for each adapter.")
         if adapter_name in self.peft_config:
-            raise ValueError(f"Adapter with name {adapter_name!r} already exists; delete_adapter({adapter_name!r}) first.")
+            raise ValueError(
+                f"Adapter with name {adapter_name!r} already exists; delete_adapter({adapter_name!r}) first."
+            )
         if combination_type != "linear":
-            raise ValueError(f"combination_type = {combination_type!r}; deltas of single weights combine 'linear' only.")
+            raise ValueError(
+                f"combination_type = {combination_type!r}; deltas of single weights combine 'linear' only."
+            )
         parts = [self.deltas.adapters[name] for name in adapters]
         parameters, count = union(parts)
         config = combined_config([part.config for part in parts], list(parameters), count)
@@ -261,7 +266,6 @@ class SelectiveModel(BaseTuner):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _load(self, name: str, delta: SparseDelta) -> None:
-        adapter = self.deltas.adapters[name]
         without = {*delta.whole, *saved_whole(self.model, name)}
         mine = self.deltas.fingerprint(without)
         if mine != delta.base:
@@ -274,7 +278,12 @@ class SelectiveModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: Any
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: Any,
     ) -> dict[str, Tensor]:
         return {key: tensor for key, tensor in state_dict.items() if is_entry(key, adapter_name)}
 

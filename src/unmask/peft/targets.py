@@ -30,7 +30,9 @@ class Base:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._wrappers = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        self._wrappers = [
+            name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
         self.parameters: dict[str, nn.Parameter] = self._own(dict(model.named_parameters()))
         self.buffers: dict[str, Tensor] = self._own(persistent_buffers(model))
 
@@ -96,7 +98,9 @@ def eligible(model: nn.Module, config: SelectiveConfig, method: Method) -> dict[
             f"{_some(model)}."
         )
     if config.exclude_modules and not outside:
-        raise MethodError(f"exclude_modules = {config.exclude_modules!r} excludes nothing; modules are like {_some(model)}.")
+        raise MethodError(
+            f"exclude_modules = {config.exclude_modules!r} excludes nothing; modules are like {_some(model)}."
+        )
     return chosen
 
 
@@ -106,7 +110,8 @@ def _matched(model: nn.Module, base: Base, config: SelectiveConfig) -> tuple[set
     wanted: PeftConfig | SimpleNamespace = config
     if config.target_modules is None:
         wanted = SimpleNamespace(**{**vars(config), "target_modules": ".*"})
-    targets, excluded = set(), set()
+    targets: set[str] = set()
+    excluded: set[str] = set()
     for name, _ in model.named_modules():
         own = base.name_of(name)
         if own is None or (not own and config.target_modules is not None):
