@@ -166,7 +166,7 @@ def with_head(dtype: torch.dtype, wrap: bool, full: bool = False) -> dict[str, T
     torch.manual_seed(0)
     model = mlp(depth=2).append(nn.Linear(6, 2)).to(dtype)
     selection = unmask.select(model, unmask.full() if full else unmask.id3(12, steps=4), dense=None if full else "4")
-    wrapped = DistributedDataParallel(model) if wrap and dist.is_initialized() else model
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if wrap and dist.is_initialized() else model
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.5)
     for step in range(4):
         for micro in range(2):
@@ -189,7 +189,27 @@ def refused() -> list[str]:
         model = mlp()
         said.append(_refusal(lambda model=model, method=method: unmask.select(model, method())))
         assert all(type(p) is nn.Parameter for p in model.parameters())
+    unmask.select(model, unmask.id3(5, steps=2))
+    said.append(_refusal(lambda: DistributedDataParallel(model)))
+    for member in (0, 1):
+        group = dist.new_group([member])
+        said.append(_refusal(lambda group=group: unmask.select(mlp(), unmask.id3(5, steps=2), group=group)))
     return said
+
+
+def in_pairs() -> tuple[Tensor, Tensor]:
+    """Two groups of two, each from weights of its own."""
+    rank, _ = place()
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    torch.manual_seed(rank)
+    model = mlp()
+    selection = unmask.select(model, unmask.id3(12, steps=4), dense="4", group=groups[rank // 2])
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
+    for step in range(4):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(10 * step + rank))
+        model(x).square().mean().backward()
+        optimizer.step()
+    return selection._table.positions.clone(), torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
 def _squares(model: nn.Module, batch: Tensor) -> Tensor:
@@ -391,6 +411,8 @@ def fsdp(
         if step == resume:
             state, adam = selection.state_dict(), optimizer.state_dict()
             model, selection, optimizer = begin()
+            with torch.no_grad():
+                model(fsdp_batch(0))  # leaves the root unsharded: what is loaded must reach it
             selection.load_state_dict(state)
             optimizer.load_state_dict(adam)
         nets.loss(model, part(fsdp_batch(step))).backward()

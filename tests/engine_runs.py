@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
 import unmask
+from unmask import SelectionError
 from unmask.integrations.transformers import SelectiveTrainer
 
 PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
@@ -55,6 +56,22 @@ def accelerated(folder: str, accumulation: int) -> None:
                 known["optimizer"].zero_grad()
     if accelerator.is_main_process:
         selection.delta().save("delta.safetensors")
+
+
+def refused(folder: str) -> str:
+    """What ``SelectiveTrainer`` says to FSDP in the arguments."""
+    config = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = BertForSequenceClassification(config)
+    settings = TrainingArguments(folder, use_cpu=True, fsdp=True, fsdp_config={"version": 2}, report_to="none")
+    selection = unmask.select(model, unmask.id3(20, steps=2))
+    optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
+    try:
+        SelectiveTrainer(
+            model=model, selection=selection, args=settings, train_dataset=[1], optimizers=(optimizer, None)
+        )
+    except SelectionError as error:
+        return str(error)
+    return "nothing"
 
 
 class _Dies(TrainerCallback):

@@ -87,3 +87,8 @@ def test_the_trainer_selects_as_one_process_and_goes_on_after_a_death(folders):
     assert read_state(folders("dead") / "out" / "checkpoint-4" / "selection.safetensors")["step"] == 4
     processes.run(4, folders("four"), runs.trainer, str(folders("dead")), False, False, True, group=False)
     assert_same_selection(folders("one"), folders("dead"))
+
+
+def test_arguments_that_shard_the_model_after_the_selection_are_refused(folders):
+    for said in run(2, folders("two"), runs.refused):
+        assert "Leave them out: under torchrun the selection reduces its own gradients" in said

@@ -44,10 +44,12 @@ class SelectiveTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Clips the norm of what the selection trains; the model's own parameters are frozen, and DDP has nothing to do."""
         super().create_accelerator_and_postprocess()
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        asked = self.args.fsdp or self.args.deepspeed
+        if asked or self.is_fsdp_enabled or self.is_deepspeed_enabled:  # accelerate's own configuration may ask too
             raise SelectionError(
-                "TrainingArguments ask for FSDP or DeepSpeed, which take the model apart after unmask.select(). Leave them out: "
-                "under torchrun the selection reduces its own gradients. To shard a model, see docs/distributed.md."
+                "TrainingArguments or accelerate's configuration ask for FSDP or DeepSpeed, which take the model apart after "
+                "unmask.select(). Leave them out: under torchrun the selection reduces its own gradients. To shard a model, see "
+                "docs/distributed.md."
             )
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         clip = self.accelerator.clip_grad_norm_
