@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import nets
 import unmask
 from helpers import mlp
-from unmask import NonFiniteGradientError, SelectionError
+from unmask import MethodError, NonFiniteGradientError, SelectionError
 from unmask.distributed import processes, rounds
 
 
@@ -166,7 +166,7 @@ def with_head(dtype: torch.dtype, wrap: bool, full: bool = False) -> dict[str, T
     torch.manual_seed(0)
     model = mlp(depth=2).append(nn.Linear(6, 2)).to(dtype)
     selection = unmask.select(model, unmask.full() if full else unmask.id3(12, steps=4), dense=None if full else "4")
-    wrapped = DistributedDataParallel(model) if wrap and dist.is_initialized() else model
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if wrap and dist.is_initialized() else model
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.5)
     for step in range(4):
         for micro in range(2):
@@ -189,7 +189,27 @@ def refused() -> list[str]:
         model = mlp()
         said.append(_refusal(lambda model=model, method=method: unmask.select(model, method())))
         assert all(type(p) is nn.Parameter for p in model.parameters())
+    unmask.select(model, unmask.id3(5, steps=2))
+    said.append(_refusal(lambda: DistributedDataParallel(model)))
+    for member in (0, 1):
+        group = dist.new_group([member])
+        said.append(_refusal(lambda group=group: unmask.select(mlp(), unmask.id3(5, steps=2), group=group)))
     return said
+
+
+def in_pairs() -> tuple[Tensor, Tensor]:
+    """Two groups of two, each from weights of its own."""
+    rank, _ = place()
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    torch.manual_seed(rank)
+    model = mlp()
+    selection = unmask.select(model, unmask.id3(12, steps=4), dense="4", group=groups[rank // 2])
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
+    for step in range(4):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(10 * step + rank))
+        model(x).square().mean().backward()
+        optimizer.step()
+    return selection._table.positions.clone(), torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
 def _squares(model: nn.Module, batch: Tensor) -> Tensor:
@@ -199,7 +219,7 @@ def _squares(model: nn.Module, batch: Tensor) -> Tensor:
 def _refusal(call: Callable[[], Any]) -> str:
     try:
         call()
-    except SelectionError as error:
+    except (SelectionError, MethodError, RuntimeError) as error:
         return str(error)
     return "nothing"
 
@@ -391,21 +411,155 @@ def fsdp(
         if step == resume:
             state, adam = selection.state_dict(), optimizer.state_dict()
             model, selection, optimizer = begin()
+            with torch.no_grad():
+                model(fsdp_batch(0))  # leaves the root unsharded: what is loaded must reach it
             selection.load_state_dict(state)
             optimizer.load_state_dict(adam)
-        batch = torch.randint(0, 19, (8, 6), generator=torch.Generator().manual_seed(step))
-        nets.loss(model, part(batch)).backward()
+        nets.loss(model, part(fsdp_batch(step))).backward()
         optimizer.step()
-    model(part(batch))  # leaves the root unsharded
-    delta = selection.delta()
-    shares = sum(p.to_local().numel() for p in model.parameters()) if count > 1 else 0
+    with torch.no_grad():
+        model(fsdp_batch(0))  # leaves the root unsharded
+    return outcome(model, selection)
+
+
+def fsdp_batch(step: int) -> Tensor:
+    return torch.randint(
+        0, 19, (place()[1] * 4 if place()[1] > 2 else 8, 6), generator=torch.Generator().manual_seed(step)
+    )
+
+
+def outcome(model: nn.Module, selection: unmask.Selection) -> dict[str, Any]:
+    delta, total = selection.delta(), sum(p.numel() for p in model.parameters())
+    held = sum(p.to_local().numel() if place()[1] > 1 else p.numel() for p in model.parameters())
     result = {
         "positions": selection._table.positions.clone(),
         "values": selection.values.detach().clone(),
         "delta": {name: entry.values for name, entry in delta.sparse.items()},
-        "fingerprint": delta.base,
+        "base": delta.base,
         "state": selection.state_dict(),
-        "held": shares / sum(p.numel() for p in model.parameters()),
+        "held": held / total,
     }
     selection.release()
     return result
+
+
+def fsdp_grid(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [fsdp(**case) for case in cases]
+
+
+def fsdp_full(folder: str) -> dict[str, Tensor]:
+    """Saves the delta; the trained model's tensors."""
+    model = shard(blocks())
+    selection = unmask.select(model, unmask.id3(40, steps=3))
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
+    for step in range(3):
+        nets.loss(model, part(fsdp_batch(step))).backward()
+        optimizer.step()
+    delta = selection.delta()
+    if place()[0] == 0:
+        delta.save(f"{folder}/delta.safetensors")
+    dist.barrier()
+    return {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+
+
+def fsdp_loaded(state: dict[str, Any]) -> tuple[int, Tensor]:
+    selection = unmask.select(shard(blocks()), FSDP_METHODS["id3_strided"]())
+    selection.load_state_dict(state)
+    return selection.step, selection.values.detach().clone()
+
+
+class Checkpointed(Blocks):
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        logits = self.out(x)
+        return logits * self.head(logits)
+
+
+def fsdp_variant(case: str) -> dict[str, Any]:
+    """bfloat16 weights; float32 weights computed with in bfloat16; gradient checkpointing; two micro-batches."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
+    torch.manual_seed(0)
+    model: Any = (Checkpointed() if case == "checkpointed" else Blocks()).to(dtype)
+    if place()[1] > 1:
+        model = shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16 if case == "mixed" else None))
+    selection = unmask.select(model, unmask.id3(40, steps=4, stride=2))
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
+    for step in range(4):
+        micro = 2 if case == "accumulated" else 1
+        for i in range(micro):
+            (nets.loss(model, part(fsdp_batch(10 * step + i))) / micro).backward()
+        optimizer.step()
+    return outcome(model, selection)
+
+
+def fsdp_nonfinite() -> list[str]:
+    """The second process's loss is NaN on the first and third step."""
+    said, model = [], shard(blocks())
+    selection = unmask.select(model, unmask.id3(40, steps=4))
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
+    for step in range(4):
+        loss = nets.loss(model, part(fsdp_batch(step)))
+        (loss * (torch.nan if step in (0, 2) and place()[0] == 1 else 1.0)).backward()
+        try:
+            optimizer.step()
+            said.append(f"step {selection.step}")
+        except NonFiniteGradientError:
+            said.append("refused")
+        optimizer.zero_grad()
+    return said
+
+
+def fsdp_head() -> tuple[Tensor, Tensor, Tensor]:
+    """(positions, values, the head's weight), the head being dense and not sharded."""
+    model = blocks()
+    if place()[1] > 1:
+        shard(model, ignored_params=set(model.head.parameters()))
+    selection = unmask.select(model, unmask.id3(40, steps=4), dense="head")
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=0.01)
+    for step in range(4):
+        nets.loss(model, part(fsdp_batch(step))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return selection._table.positions.clone(), selection.values.detach().clone(), model.head.weight.detach().clone()
+
+
+def fsdp_refused() -> dict[str, str]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    id3, mesh = unmask.id3(10, steps=3), init_device_mesh("cpu", (place()[1],))
+    columns = parallelize_module(nets.mixed(), mesh, {"up": ColwiseParallel(output_layouts=None)})
+    columns.down.weight = nn.Parameter(
+        torch.distributed.tensor.distribute_tensor(columns.down.weight, mesh, [torch.distributed.tensor.Shard(1)])
+    )
+    after = blocks()
+    unmask.select(after, id3)
+    shard(after)
+    fish = unmask.fish(10, [nets.tokens(1)], loss=nets.loss)
+    held = shard(blocks())
+    selection = unmask.select(held, id3)
+
+    def foreign() -> None:
+        torch.optim.SGD(held.parameters(), lr=0.1).step()
+
+    said = {
+        "candidates": _refusal(lambda: unmask.select(shard(blocks()), id3, exchange="candidates")),
+        "dense": _refusal(lambda: unmask.select(shard(blocks()), id3, dense="head")),
+        "rows": _refusal(lambda: unmask.select(shard(blocks()), id3.but(allocation="row"))),
+        "fisher": _refusal(lambda: unmask.select(shard(blocks()), fish)),
+        "mixed": _refusal(lambda: unmask.select(_partly_sharded(), id3)),
+        "tensor parallel": _refusal(lambda: unmask.select(columns, id3)),
+        "sharded after": _refusal(lambda: nets.loss(after, fsdp_batch(0)).backward()),
+        "optimizer": _refusal(foreign),
+    }
+    selection.release()
+    return said
+
+
+def _partly_sharded() -> nn.Module:
+    model = blocks()
+    return shard(model, ignored_params=set(model.head.parameters()))

@@ -10,7 +10,7 @@ import nets
 import processes
 import unmask
 from helpers import dense_gradients
-from unmask import MethodError
+from unmask import MethodError, SelectionError
 
 EQUAL_TO_ONE = [  # what every process must reproduce, whatever travels
     *({"method": name} for name in runs.METHODS if name != "most"),
@@ -96,21 +96,22 @@ def test_a_grad_scaler_skips_the_same_steps_everywhere(tmp_path):
     assert first[1].equal(second[1])
 
 
-@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize(
-    ("dtype", "wrap", "full"),
+    ("count", "dtype", "wrap", "full"),
     [
-        (torch.float32, False, False),
-        (torch.float32, True, False),
-        (torch.bfloat16, False, False),
-        (torch.bfloat16, True, False),
-        (torch.float32, False, True),
-        (torch.bfloat16, False, True),
+        (2, torch.float32, False, False),
+        (3, torch.float32, False, False),
+        (2, torch.float32, True, False),
+        (3, torch.float32, True, False),
+        (2, torch.bfloat16, False, False),
+        (2, torch.bfloat16, True, False),
+        (2, torch.float32, False, True),
+        (2, torch.float32, True, True),
+        (2, torch.bfloat16, False, True),
     ],
 )
 def test_tensors_trained_whole_are_reduced_too(count, dtype, wrap, full, tmp_path):
-    if count == 3 and dtype == torch.bfloat16:
-        pytest.skip("the same path")
+    """Whether or not DDP wraps the model; half precision by its float32 master."""
     first, *others = processes.run(count, tmp_path, runs.with_head, dtype, wrap, full)
     for other in others:
         assert all(torch.equal(other[name], tensor) for name, tensor in first.items())
@@ -125,6 +126,25 @@ def test_processes_that_do_not_fit_together_are_refused(tmp_path):
     for said in processes.run(2, tmp_path, runs.refused):
         assert "process 1 has another model, method" in said[0]
         assert "the order of unmasking" in said[1]
+        assert "DistributedDataParallel is not needed" in said[2]
+        assert "no member of the given group" in said[3 if said[3] != "nothing" else 4]
+
+
+def test_groups_of_processes_train_apart_from_each_other(tmp_path):
+    results = processes.run(4, tmp_path, runs.in_pairs)
+    for low in (0, 2):
+        assert results[low][0].equal(results[low + 1][0])
+        assert results[low][1].equal(results[low + 1][1])
+    assert not results[0][0].equal(results[2][0])
+
+
+def test_values_that_zero_has_taken_over_are_refused():
+    """ZeRO 1 and 2 mark the parameters whose copies they step."""
+    model = nets.mixed()
+    selection = unmask.select(model, unmask.id3(5, steps=2))
+    selection.values._hp_mapping = None
+    with pytest.raises(SelectionError, match="train with torchrun or accelerate alone"):
+        nets.loss(model, nets.tokens(0)).backward()
 
 
 def test_a_process_group_made_after_the_selection_is_joined_if_the_weights_agree(tmp_path):

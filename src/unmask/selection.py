@@ -16,7 +16,7 @@ from unmask.delta import SparseDelta
 from unmask.dense import DenseTensor
 from unmask.distributed.dense import DenseGradients
 from unmask.distributed.reducer import Exchange, ProcessReducer, check_exchange
-from unmask.distributed.sharding import check_sharded
+from unmask.distributed.sharding import check_sharded, reshard
 from unmask.errors import MethodError, ScheduleNotRunError, SelectionError
 from unmask.gradients.calibrate import estimates
 from unmask.gradients.operations import handlers
@@ -301,6 +301,7 @@ class Selection:
         if self._released:
             return
         unwatch(self)
+        reshard(self.model)
         self._taps.remove()
         self._dense_gradients.remove()
         settle(self.model, self._layout.tensors)

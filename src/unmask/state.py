@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from unmask.distributed.sharding import reshard
 from unmask.errors import SelectionError
 from unmask.slots import take
 
@@ -47,6 +48,7 @@ def state_of(selection: Selection) -> dict[str, Any]:
 def restore(selection: Selection, state: Mapping[str, Any]) -> None:
     """See `Selection.load_state_dict`."""
     _check_identity(selection, state)
+    reshard(selection.model)
     table, layout = selection._table, selection._layout
     layout.write(table.positions[: selection.used], table.base[: selection.used])
     try:

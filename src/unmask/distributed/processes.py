@@ -8,18 +8,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unmask.errors import MethodError
+
 
 class Processes:
     """The members of one process group. Every call is made by all of them, in the same order.
 
     Args:
         group: A process group; None for all processes.
+
+    Raises:
+        MethodError: This process is no member.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
+        if self.rank < 0:
+            raise MethodError(
+                "this process is no member of the given group; give it its own group, or exchange='none' to train by itself."
+            )
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of all processes' tensors, in place (a contiguous tensor's memory); bitwise the same in all of them."""
@@ -62,7 +71,8 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bits as integers, of the same shape."""
+    """The tensor's bits as integers, of the same shape (of a complex one: real and imaginary parts)."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return tensor.view(_BITS[tensor.element_size()])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unmask.distributed.processes import Processes
 from unmask.distributed.ranking import CandidateRanking, ExactRanking
-from unmask.distributed.sharding import ShardedLayout, ShardRanking, ShardTable, group_of, is_sharded
+from unmask.distributed.sharding import ShardedLayout, ShardRanking, ShardTable, group_of, reshard
 from unmask.errors import MethodError, SelectionError
 from unmask.gradients.reducing import NewRanker, Ranking
 from unmask.methods import Method
@@ -60,6 +60,7 @@ class ProcessReducer:
     def __init__(self, model: nn.Module, exchange: Exchange, group: dist.ProcessGroup | None) -> None:
         self._exchange, self._group = exchange, group
         self.processes: Processes | None = None
+        reshard(model)
         self.sharded = group_of(model)
         self._device = torch.device("cpu")
         self._description = ""
@@ -73,8 +74,11 @@ class ProcessReducer:
     def share_weights(self, model: nn.Module) -> None:
         """Gives every process the first one's parameters and buffers, as DDP does; only those that differ travel."""
         processes = self._find()
-        named = (*model.named_parameters(), *model.named_buffers())
-        tensors = {name: tensor.detach() for name, tensor in named if not is_sharded(tensor)}
+        with torch._C.DisableTorchFunctionSubclass():
+            detached = {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
+        tensors = {
+            name: tensor for name, tensor in detached.items() if type(tensor) is Tensor
+        }  # no shards, no quantised ones
         if processes is None or not tensors:
             return
         device = next(iter(tensors.values())).device
@@ -101,7 +105,7 @@ class ProcessReducer:
         processes = self._find() if self.processes is None else None
         if processes is None:
             return
-        _same_text(processes, self._description, self._device)
+        _same_text(processes, f"{self._description}, exchange {self._exchange}", self._device)
         differing = processes.differing(self._tensors(), self._device)
         if differing:
             raise SelectionError(

@@ -81,10 +81,12 @@ class SelectiveCallback(TrainerCallback):
     def _refuse_engines(self) -> None:
         """FSDP and DeepSpeed take the model apart after the selection; DDP finds every parameter of the model frozen."""
         trainer = self.trainer
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        asked = trainer.args.fsdp or trainer.args.deepspeed
+        if asked or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # accelerate's own configuration may ask too
             raise SelectionError(
-                "TrainingArguments ask for FSDP or DeepSpeed, which take the model apart after unmask.select(). Leave them out: "
-                "under torchrun the selection reduces its own gradients. To shard a model, see docs/distributed.md."
+                "TrainingArguments or accelerate's configuration ask for FSDP or DeepSpeed, which take the model apart after "
+                "unmask.select(). Leave them out: under torchrun the selection reduces its own gradients. To shard a model, see "
+                "docs/distributed.md."
             )
         prepare = trainer.accelerator.prepare_model
         trainer.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
