@@ -76,10 +76,14 @@ def check_sharded(
         )
     if plain:
         raise MethodError(f"{plain[0]!r} is not sharded, others are; leave such tensors out with exclude=.")
-    if not heuristic.elementwise or heuristic.needs == "fisher" or method.allocation != "global":
+    if method.unselected == "zero":
+        raise MethodError(
+            "a pruned adapter of a sharded model is not supported; use pruned='kept', or do not shard it."
+        )
+    if not heuristic.elementwise or heuristic.needs == "calibration" or method.allocation != "global":
         raise MethodError(
             f"heuristic {heuristic.name!r} under allocation {method.allocation!r} needs whole tensors, which no process of a "
-            "sharded model holds; use an elementwise heuristic other than fisher, and allocation='global'."
+            "sharded model holds; use an elementwise heuristic without calibration, and allocation='global'."
         )
 
 

@@ -82,7 +82,9 @@ class SelectiveCallback(TrainerCallback):
         """FSDP and DeepSpeed take the model apart after the selection; DDP finds every parameter of the model frozen."""
         trainer = self.trainer
         asked = trainer.args.fsdp or trainer.args.deepspeed
-        if asked or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # accelerate's own configuration may ask too
+        if (
+            asked or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        ):  # accelerate's own configuration may ask too
             raise SelectionError(
                 "TrainingArguments or accelerate's configuration ask for FSDP or DeepSpeed, which take the model apart after "
                 "unmask.select(). Leave them out: under torchrun the selection reduces its own gradients. To shard a model, see "

@@ -71,7 +71,7 @@ class Adapter:
         self._positions = torch.full((budget,), -1, dtype=torch.int64, device=first.device)
         self._base = torch.zeros_like(zeros)
         self._used = self._step = 0
-        self._waiting = Waiting(self.values, self.layout.tensors)
+        self._waiting = Waiting(self.values, list(parameters.values()))
 
     def slots(self) -> Slots:
         """What it holds; copies."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +39,11 @@ def union(adapters: Sequence[Adapter]) -> tuple[dict[str, nn.Parameter], int]:
         slots = adapter.slots()
         for index, flat, _ in adapter.layout.split(slots.positions[: slots.used]):
             name = adapter.layout.names[index]
-            parameters[name] = adapter.layout.tensors[index]
+            parameters[name] = cast(nn.Parameter, adapter.layout.tensors[index])
             held.setdefault(name, []).append(flat)
     count = sum(torch.cat(flats).unique().numel() for flats in held.values())
     if not parameters:  # nothing selected yet anywhere
-        parameters = dict(zip(adapters[0].layout.names[:1], adapters[0].layout.tensors[:1], strict=True))
+        parameters = {adapters[0].layout.names[0]: cast(nn.Parameter, adapters[0].layout.tensors[0])}
     return dict(sorted(parameters.items())), max(1, count)
 
 

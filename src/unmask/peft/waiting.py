@@ -21,6 +21,7 @@ class Waiting:
     def __init__(self, values: nn.Parameter, tensors: Sequence[nn.Parameter]) -> None:
         self.model = nn.Module()  # no model has a live selection for it yet
         self.values = values
+        self.step = 0
         self._tensors = tensors
 
     @property
@@ -57,6 +58,10 @@ class Waiting:
 
     def after_step(self) -> None:
         """Not reached."""
+
+    def trains_beside(self, held: Sequence[Tensor]) -> bool:
+        """Never."""
+        return False
 
     def sync_dense(self, held: Sequence[Tensor]) -> None:
         """Nothing is trained whole here: modules_to_save are PEFT's."""

@@ -23,7 +23,7 @@ def refuse_quantised(
         new: Tells the names of the tensors that the base checkpoint lacks; asked only if something is quantised.
 
     Raises:
-        MethodError: The method trains whole tensors or estimates the Fisher information of one, or a new tensor is quantised.
+        MethodError: The method trains whole tensors, calibrates or prunes one, or a new tensor is quantised.
     """
     quantised = sources(model)
     if not quantised:
@@ -31,10 +31,10 @@ def refuse_quantised(
     budgeted = sorted(quantised.keys() & eligible)
     if method.whole and budgeted:
         raise MethodError(f"{budgeted[0]!r} is quantised and cannot be trained whole; leave it out with exclude=.")
-    if method.heuristic.needs == "fisher" and budgeted:
+    if method.heuristic.needs == "calibration" and budgeted:
         raise MethodError(
-            f"{budgeted[0]!r} is quantised, and the Fisher information would take one float per weight of it; leave it out "
-            "with exclude=, or take another method, such as unmask.static_d3."
+            f"{budgeted[0]!r} is quantised, and the calibration of {method.heuristic.name!r} would take one float per weight of "
+            "it; leave it out with exclude=, or take another method, such as unmask.static_d3."
         )
     fresh = sorted(quantised.keys() & set(new()))
     if fresh:
