@@ -257,7 +257,7 @@ def half_precision():
 )
 @pytest.mark.usefixtures("half_precision")
 def test_a_scaler_changes_nothing_and_a_step_that_it_skips_consumes_nothing(clip_scope, optim, tmp_path, monkeypatch):
-    results = []
+    results, norms = [], []
     for kind, overflows in ((Ordered, ()), (Scaled, ()), (Scaled, (0, 1, 5))):
         monkeypatch.setattr(Scaled, "overflows", overflows)
         trainer, callback = selective(
@@ -276,6 +276,8 @@ def test_a_scaler_changes_nothing_and_a_step_that_it_skips_consumes_nothing(clip
         trainer.train()
         assert (callback.live.step, callback.live.used) == (6, 60)
         results.append(snapshot(trainer.model))
+        norms.append([row["grad_norm"] for row in trainer.state.log_history[:-1]])
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)  # of the unscaled gradient, in float16
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-3)
     assert_same_tensors(results[1], results[2])
 

@@ -148,6 +148,7 @@ class SelectiveCallback(TrainerCallback):
         if not isinstance(self._selective, Selection):
             if self.selection is not None:
                 self.selection.release()
+                self.selection = self._start = None
             self.selection = select(self._model, self._method(self._selective, steps), **self._options)
         check_run(self.trainer, self.live, steps)
         self._start = self.live.state_dict()
@@ -157,9 +158,12 @@ class SelectiveCallback(TrainerCallback):
         self._let_gradients_through()
 
     def _undo(self) -> None:
-        if self._start is not None:
-            self.live.load_state_dict(self._start)
-            _drop_gradients(self.live)
+        if self._start is None:
+            return
+        if self.trainer.model_init is not None and self.live.model is not self._model:
+            return  # a new model: the last one keeps what it was trained to
+        self.live.load_state_dict(self._start)
+        _drop_gradients(self.live)
 
     def _method(self, selective: Method | Callable[[int], Method], steps: int) -> Method:
         method = selective if isinstance(selective, Method) else selective(steps) if callable(selective) else None
