@@ -211,6 +211,13 @@ def test_one_tuner_at_a_time():
     selection.release()
 
 
+def test_direct_injection_is_refused():
+    base = travelling()
+    with pytest.raises(ValueError, match=r"shared state.*get_peft_model"):
+        peft.inject_adapter_in_model(config(), base)
+    assert not base._forward_pre_hooks
+
+
 def test_a_step_without_a_forward_through_the_model_is_an_error():
     _, model = wrapped()
     optimizer = optimizer_of(model)

@@ -6,7 +6,7 @@ import platform
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
@@ -41,7 +41,11 @@ class SelectiveModel(BaseTuner):
     target_module_mapping: dict = {}  # noqa: RUF012  # PEFT's name; nothing is looked up in it
     uses_shared_state = True
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(peft_config, PeftConfig):  # not from a PeftModel; PEFT 0.20 does not look at uses_shared_state
+            raise ValueError(
+                "selective adapters keep shared state beside the base model; use peft.get_peft_model instead."
+            )
         hooks = model._forward_pre_hooks.values()
         if has_selection(model) or any(isinstance(getattr(hook, "__self__", None), SelectiveModel) for hook in hooks):
             raise MethodError(
@@ -49,7 +53,7 @@ class SelectiveModel(BaseTuner):
                 "peft_model.add_adapter(name, config); to start anew: base = peft_model.unload(), or selection.release()."
             )
         try:
-            super().__init__(model, *args, **kwargs)
+            super().__init__(model, peft_config, *args, **kwargs)
         except Exception:
             if "deltas" in self.__dict__.get("_modules", {}):
                 self._end(keep=False)
