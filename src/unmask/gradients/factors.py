@@ -143,27 +143,28 @@ def _cpu_multiplies_halves() -> bool:
 
 
 class Pending:
-    """What the uses of one tensor in one forward bring in a backward; handed over when all have run."""
+    """What the uses of one tensor in one forward bring in a backward; handed over when all have run.
+
+    Each of autograd's graph tasks has a sum of its own: one task may run inside another (reentrant checkpointing), and one that
+    does not reach the tensor's tap (``torch.autograd.grad`` for the inputs) leaves a sum that nobody takes.
+    """
 
     def __init__(self) -> None:
         self.uses = 0
-        self._part: Tensor | Factors | None = None
-        self._task = -1  # the graph task that brought it: another one's is void, for it may not have reached the tensor
+        self._parts: dict[int, Tensor | Factors] = {}
 
     def put(self, part: Tensor | Factors) -> None:
         """A use's backward ran."""
         task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._part, self._task = None, task
-        if self._part is not None:
-            part = add(self._part, part)
+        if task in self._parts:
+            part = add(self._parts[task], part)
         elif self.uses > 1 and isinstance(part, Factors):
             part = part.dense()
-        self._part = part
+        self._parts[task] = part
 
     def take(self) -> Tensor | Factors:
         """The sum over all uses."""
-        part, self._part = self._part, None
+        part = self._parts.pop(torch._C._current_graph_task_id(), None)
         if part is None:
             raise AssertionError("a use's backward runs before the tap's")
         return part
