@@ -232,7 +232,7 @@ def test_what_cannot_work_is_refused_before_training():
         unmask.select(net, unmask.full())
     with pytest.raises(MethodError, match=r"dense: 'up.weight' is quantised.*modules_to_not_convert"):
         unmask.select(net, unmask.id3(10, steps=2), dense="up.weight")
-    with pytest.raises(MethodError, match=r"'down.weight' is quantised, and the Fisher information"):
+    with pytest.raises(MethodError, match=r"'down.weight' is quantised, and the calibration of 'fisher'"):
         unmask.select(net, unmask.fish(10, [data(0)], loss=loss))
     with pytest.raises(MethodError, match=r"'up.weight' is quantised but not in the base checkpoint"):
         unmask.select(net, unmask.id3(10, steps=2), new="up")
