@@ -78,23 +78,27 @@ def grid(cases: list[dict[str, Any]]) -> list[tuple[Tensor, Tensor, dict[str, Te
 
 
 class Branches(nn.Module):
-    """Each process reaches another branch, and none reaches the last."""
+    """Each process reaches another branch and other rows of a table, and none reaches the last: N = 594."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.branches = nn.ModuleList(mlp(depth=2) for _ in range(3))
         self.trunk = mlp(depth=1)
+        self.table = nn.Embedding(50, 6)
 
     def forward(self, x: Tensor, ranks: range) -> Tensor:
-        return sum(self.branches[i](self.trunk(x)).square().mean() for i in ranks) / len(ranks)
+        return sum(self._branch(x, i) for i in ranks) / len(ranks)
+
+    def _branch(self, x: Tensor, i: int) -> Tensor:
+        return self.branches[i](self.trunk(x) + self.table(torch.arange(5) + 4 * i)).square().mean()
 
 
-def branches(exchange: str, bucket: int) -> tuple[Tensor, Tensor]:
+def branches(exchange: str, bucket: int, budget: int) -> tuple[Tensor, Tensor]:
     rounds.BUCKET = bucket
     rank, count = place()
     model = Branches()
-    selection = unmask.select(model, unmask.id3(40, steps=4), exchange=exchange)
+    selection = unmask.select(model, unmask.id3(budget, steps=4), exchange=exchange)
     optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
     for step in range(4):
         x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))

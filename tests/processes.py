@@ -47,7 +47,7 @@ def run(
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(300.0)
+        worker.join(200.0)
     hung = [rank for rank, worker in enumerate(workers) if worker.is_alive()]
     for worker in workers:
         worker.kill()

@@ -73,11 +73,13 @@ def test_an_entry_that_no_process_puts_first_is_not_a_candidate(tmp_path):
     assert processes.run(2, tmp_path / "candidates", runs.cancelling, "candidates") == [[0], [0]]
 
 
+@pytest.mark.parametrize("budget", [40, 560])
 @pytest.mark.parametrize("bucket", [30, 1 << 22])
-def test_processes_may_reach_different_tensors(bucket, tmp_path):
-    alone = runs.branches("exact", bucket)
+def test_processes_may_reach_different_tensors(bucket, budget, tmp_path):
+    """With the larger budget, weights that no process reaches are unmasked too, in the order of one process."""
+    alone = runs.branches("exact", bucket, budget)
     for exchange in ("exact", "candidates"):
-        for positions, values in processes.run(2, tmp_path / exchange, runs.branches, exchange, bucket):
+        for positions, values in processes.run(2, tmp_path / exchange, runs.branches, exchange, bucket, budget):
             assert positions.equal(alone[0])
             torch.testing.assert_close(values, alone[1])
 
