@@ -27,7 +27,7 @@ from unmask.quantised.layers import weights
 from unmask.quantised.tensor import QuantisedTensor
 from unmask.slots import take
 
-LENGTH, BATCH = 48, 16
+LENGTH, BATCH, RATE = 32, 16, 3e-3
 
 
 def configuration(kind: str) -> Any:
@@ -54,13 +54,12 @@ def load(source: str, kind: str) -> Any:
 
 
 def train(model: Any, tokenizer: Any, data: Any, arguments: argparse.Namespace) -> unmask.Selection:
-    method = unmask.id3(arguments.budget, arguments.steps, stride=10)
+    method = unmask.id3(arguments.budget, arguments.steps)
     selection = unmask.select(
         model.train(), method, include=r"encoder.*weight", exclude="LayerNorm", dense="classifier"
     )
-    optimizer = torch.optim.AdamW(
-        [{"params": selection.parameters()[:1], "lr": 3e-3}, {"params": selection.parameters()[1:], "lr": 1e-3}]
-    )
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=arguments.steps)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     for step in range(arguments.steps):
         rows = data.take([order[i % len(order)] for i in range(step * BATCH, (step + 1) * BATCH)])
@@ -68,6 +67,7 @@ def train(model: Any, tokenizer: Any, data: Any, arguments: argparse.Namespace) 
         model(**batch, labels=torch.tensor(rows.labels)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        schedule.step()
     return selection
 
 

@@ -21,8 +21,8 @@ def dequantise_and_merge(model: nn.Module, dtype: torch.dtype = torch.float32) -
     """Replaces every quantised linear layer by an ordinary one that holds the base's value plus the change.
 
     The model then takes the memory of a float model, and is no longer what was quantised: in float32 its weights are those
-    that were trained, in half precision their rounding. To quantise it again would round most of the change away; see
-    docs/quantised.md for how much.
+    that were trained, in half precision their rounding. To quantise it again rounds what was trained, and small changes
+    away; see docs/quantised.md.
 
     Args:
         model: A model with quantised layers, with a delta applied or a selection released; changed in place.
