@@ -34,7 +34,8 @@ from unmask.optim import BiasCorrection, SelectiveAdamW
 from unmask.presets import into_from, method_from
 from unmask.progress import LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.scopes import exactly
-from unmask.selection import Selection, select
+from unmask.selecting import select
+from unmask.selection import Selection
 from unmask.tasks import compute, load_files, load_glue
 from unmask.tasks.data import Examples, TaskData
 
