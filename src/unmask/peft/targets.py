@@ -61,7 +61,7 @@ def saved_whole(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and adapter in getattr(module, "modules_to_save", {}):
-            state = module.modules_to_save[adapter].state_dict()
+            state = module.modules_to_save[adapter].state_dict(keep_vars=True)
             whole |= {f"{name}.{key}": tensor for key, tensor in state.items()}
     return whole
 
