@@ -121,8 +121,8 @@ def trainer(folder: str, early: bool = False, dies: bool = False, resume: bool =
         selection.delta().save("delta.safetensors")
 
 
-def config_alone(folder: str, resume: bool = False) -> None:
-    """12 steps of a PEFT model in an ordinary Trainer, which wraps it in DDP."""
+def config_alone(folder: str, head: bool = True, resume: bool = False) -> None:
+    """12 steps of a PEFT model in an ordinary Trainer, which wraps it in DDP where there is a head to reduce."""
     import peft
 
     import unmask.peft
@@ -132,7 +132,9 @@ def config_alone(folder: str, resume: bool = False) -> None:
     sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.4}
     base = BertForSequenceClassification(BertConfig(**sizes, **still, intermediate_size=32))
-    given = unmask.peft.SelectiveConfig(task_type="SEQ_CLS", budget=200, stride=2, target_modules="all-linear")
+    given = unmask.peft.SelectiveConfig(
+        task_type="SEQ_CLS" if head else None, budget=200, stride=2, target_modules=["query", "dense"]
+    )
     model = peft.get_peft_model(base, given)
     generator = torch.Generator().manual_seed(3)
     data = [{"input_ids": torch.randint(0, 30, (7,), generator=generator), "labels": i % 2} for i in range(96)]

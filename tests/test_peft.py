@@ -14,6 +14,7 @@ import unmask
 import unmask.peft
 from helpers import assert_same_tensors, batches, mean_square, snapshot, train, travelling
 from peft_nets import OLD_NAMES, base_state, config, optimizer_of, outputs, run, wrapped
+from quantised_nets import quantised
 from unmask.errors import MethodError, ScheduleNotRunError
 from unmask.stepping import has_selection
 
@@ -222,6 +223,15 @@ def test_a_configuration_that_does_not_fit_the_base_leaves_the_base_alone(given,
     assert all(p.requires_grad for p in base.parameters())
     assert not base._forward_pre_hooks
     assert peft.get_peft_model(base, config())
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "torchao"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_quantised_layer_is_refused_and_the_others_are_trained(kind):
+    with pytest.raises(MethodError, match=r"'up.weight' is quantised.*unmask.select"):
+        peft.get_peft_model(quantised(kind), config(target_modules=["up", "head"]))
+    model = peft.get_peft_model(quantised(kind), config(target_modules=["head"], method="pafi"))
+    assert adapter_of(model).layout.names == ["head.bias", "head.weight"]
 
 
 def test_one_tuner_at_a_time():

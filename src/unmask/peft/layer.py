@@ -20,6 +20,7 @@ from unmask.peft.adapter import Adapter, changed
 from unmask.peft.attempt import Attempt, not_known, planned_steps
 from unmask.peft.callers import calling_trainer
 from unmask.peft.clipping import clip_in
+from unmask.peft.ddp import stay_unwrapped
 from unmask.peft.pause import Pause
 from unmask.peft.progress import Progress
 from unmask.peft.targets import Base, saved_whole
@@ -325,6 +326,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> SelectiveLayer:
         """As any module's, for devices; ``values`` keep their dtype, being masters of whatever the tensors hold."""
         self.settle()
+        stay_unwrapped(self)  # a Trainer that is being built moves its model
         held = {name: (p.device, p.dtype, p.detach()) for name, p in self.unmask_values.items()}
         super()._apply(fn, recurse)
         self._digests = None

@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
-from transformers.utils import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin
 
 from unmask.delta import SparseDelta
 from unmask.errors import DeltaError, MethodError
@@ -20,6 +20,7 @@ from unmask.peft.adapter import Adapter
 from unmask.peft.callers import caller, calling_trainer
 from unmask.peft.card import complete_card
 from unmask.peft.combine import combine_whole, combined_config, combined_slots, union
+from unmask.peft.ddp import name_in_peft_model
 from unmask.peft.kind import PREFIX
 from unmask.peft.layer import SelectiveLayer
 from unmask.peft.progress import Progress
@@ -63,8 +64,8 @@ class SelectiveModel(BaseTuner):
             if "deltas" in self.__dict__.get("_modules", {}):
                 self._end(keep=False)
             raise
-        owner = caller(PeftModel)  # is being built, and knows these two by their names
-        for name in ("print_trainable_parameters", "_upload_modified_files"):
+        owner = caller(PeftModel)  # is being built, and knows these by their names
+        for name in ("print_trainable_parameters", "_upload_modified_files", "_ddp_params_and_buffers_to_ignore"):
             setattr(owner, name, getattr(self, name))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,6 +93,7 @@ class SelectiveModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.deltas = SelectiveLayer(model)
+        self._ddp_params_and_buffers_to_ignore: list[str] = []
         self._hook = model.register_forward_pre_hook(self._before_forward)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
@@ -119,6 +121,7 @@ class SelectiveModel(BaseTuner):
     def _add(self, name: str, adapter: Adapter) -> None:
         config = adapter.config
         self.deltas.add(name, adapter)
+        self._ddp_params_and_buffers_to_ignore.append(name_in_peft_model(name))
         self.targeted_module_names = sorted(
             {n.rpartition(".")[0] for a in self.deltas.adapters.values() for n in a.layout.names}
         )
