@@ -168,6 +168,7 @@ def test_a_budget_in_a_head_that_the_checkpoint_lacks_is_saved_and_goes_on(activ
             optimizer.zero_grad()
 
     model.eval()  # no dropout
+    head = model.get_base_model().classifier.weight.detach().clone()
     train(model, optimizer, 3)
     expected = snapshot(model.get_base_model())
     if not active:
@@ -184,6 +185,10 @@ def test_a_budget_in_a_head_that_the_checkpoint_lacks_is_saved_and_goes_on(activ
     train(again, other, 1)
     assert_same_tensors(snapshot(model.get_base_model()), snapshot(again.get_base_model()))
     assert again.base_model.deltas.active.used == 50
+    for each in (model, again):  # the head is stored as it was before training, the adapter's entries over it
+        assert torch.equal(unmask.peft.delta(each).whole["classifier.weight"], head)
+    bases = [each.base_model.deltas.active.slots().base for each in (model, again)]
+    assert torch.equal(*bases)
     plain = headless(folder)
     unmask.peft.delta(again).apply(plain)
     assert_same_tensors(snapshot(plain), snapshot(again.get_base_model()))
