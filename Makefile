@@ -41,7 +41,7 @@ test-adapters: $(VENV)-adapters/.stamp
 	$(VENV)-adapters/bin/python -m pytest tests/bottlenecks tests/test_lora.py tests/test_into.py tests/test_sparse_adapter.py tests/test_cli.py
 
 # The PEFT method with the newest PEFT 0.20 too, put beside the environment's own.
-test-peft: setup
+test-peft: setup $(VENV)/.stamp-test
 	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade --target $(VENV)/peft-0.20 --no-deps 'peft==0.20.*'
 	PYTHONPATH=$(VENV)/peft-0.20 $(BIN)/python -c "import peft; assert peft.__version__.startswith('0.20.')"
 	PYTHONPATH=$(VENV)/peft-0.20 $(BIN)/python -m pytest tests/test_peft*.py
