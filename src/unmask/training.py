@@ -24,7 +24,7 @@ from unmask.kinds import Prepared, kind_for
 from unmask.modeling import load_base, quiet
 from unmask.optim import BiasCorrection, SelectiveAdamW
 from unmask.presets import into_from, method_from
-from unmask.progress import LiveProgress, MetricsFile, StopOnInterrupt
+from unmask.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.run_folder import RunFolder
 from unmask.scopes import exactly
 from unmask.selecting import select
@@ -124,6 +124,7 @@ class _Run:
         self.interrupt = StopOnInterrupt()
         self.progress = LiveProgress(self.selection, prepared.step_metric, console)
         self.metrics = MetricsFile(folder.metrics, self.selection)
+        self.allocation = AllocationFile(folder.allocation, self.selection)
         with quiet():
             self.trainer = self._trainer()
 
@@ -180,7 +181,7 @@ class _Run:
             compute_metrics=prepared.step_metrics,
             preprocess_logits_for_metrics=prepared.reduce_logits,
             optimizers=(optimizer, None),
-            callbacks=[self.progress, self.metrics, self.interrupt],
+            callbacks=[self.progress, self.metrics, self.allocation, self.interrupt],
         )
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
@@ -198,7 +199,7 @@ class _Run:
     def _finish(self, before: dict[str, float], after: dict[str, float], seconds: float) -> Outcome:
         into = into_from(self.config)
         inside = {} if into is None else {"into": into.describe()}
-        delta = self.selection.delta(self.config.model).with_metadata(
+        delta = self.selection.delta(self.config.model, order=self.config.order).with_metadata(
             task=self.prepared.describe(), after=after, **inside
         )
         path = delta.save(self.folder.delta)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-import torch
 from torch import Tensor, nn
 
 from unmask.delta import SparseDelta, base_tensors
@@ -65,6 +64,7 @@ def mask_over(indices: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
     """A mask whose tensors are all known.
 
     Example:
+        >>> import torch
         >>> len(mask_over({"a": torch.tensor([0, 3])}, {"a": (2, 2), "b": (4,)}))
         2
     """
@@ -124,7 +124,9 @@ def prefixes(source: Selection | SparseDelta, points: int) -> Iterator[Mask]:
 
 def _check_used(source: Selection | SparseDelta | Mask, used: int) -> None:
     if isinstance(source, Mask):
-        raise MethodError("a mask does not know in which order its weights were unmasked; give the selection or the delta.")
+        raise MethodError(
+            "a mask does not know in which order its weights were unmasked; give the selection or the delta."
+        )
     if not orders(source):
         if isinstance(source, Selection):
             raise SelectionError(
