@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError, need
-from unmask.tasks.glue import GLUE
-
-TASKS = tuple(sorted(GLUE))
+from unmask.tasks.names import TASKS
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class TrainConfig:
     """Everything a run depends on; written to ``config.yaml`` beside its results.
 
     Attributes:
-        model: Folder or hub id of a transformers sequence-classification base.
+        model: Folder or hub id of a transformers base.
         output: Folder for the delta, the resolved configuration, metrics and checkpoints.
         task: A GLUE task; or None with ``data``.
         data_dir: Folder that holds the GLUE tasks; None for the hub.
@@ -63,6 +61,7 @@ class TrainConfig:
         bf16: Autocast to bfloat16.
         gradient_checkpointing: Recompute activations in the backward.
         seed: Of the head's init, the data order and random masks.
+        order: Keep the order of unmasking in the delta (4 bytes a weight), so that smaller budgets can be read off it.
         eval_steps: Evaluate every so many steps; None at each epoch's end.
         save_steps: Checkpoint every so many steps; None with each evaluation.
         logging_steps: Log every so many steps.
@@ -111,6 +110,7 @@ class TrainConfig:
     bf16: bool = False
     gradient_checkpointing: bool = False
     seed: int = 0
+    order: bool = False
     eval_steps: int | None = None
     save_steps: int | None = None
     logging_steps: int = 20
@@ -135,6 +135,8 @@ class TrainConfig:
             raise ConfigError(
                 "method 'sparse_adapter' prunes what is added to the base: give into (lora, pfeiffer, ...)."
             )
+        if self.order and self.method in ("repeat_d3", "full"):
+            raise ConfigError(f"method {self.method!r} has no order of unmasking; leave order=false.")
         if self.budget is None and self.method not in ("bitfit", "full"):
             raise ConfigError(
                 f"method {self.method!r} needs a budget: a count (20000) or a share of the weights (0.17%)."
