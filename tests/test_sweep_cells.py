@@ -32,7 +32,7 @@ def test_seeds_are_outermost_unless_told_otherwise():
     ]
 
 
-def test_rules_go_over_axes_and_methods_over_rules():
+def test_rules_go_over_settings_and_axes_and_methods_over_rules():
     cells = expand(
         sweep(
             axes={"task": ["rte", "cola"]},
@@ -47,6 +47,9 @@ def test_rules_go_over_axes_and_methods_over_rules():
     assert found["cola", "id3"] == {**BASE, "task": "cola", "epochs": 10.0, "exp": 1.0, "batch_size": 8}
     assert found["cola", "flat"] == {**BASE, "task": "cola", "epochs": 10.0, "exp": 0.0}
     assert found["rte", "id3"] == {**BASE, "batch_size": 8}
+    rules = [{"when": {"method": "id3"}, "settings": {"exp": 1, "epochs": 5}}]
+    (over,) = expand(sweep(settings={**BASE, "epochs": 7}, axes={"exp": [0]}, rules=rules))
+    assert over.settings == {**BASE, "epochs": 5.0, "exp": 0.0}
 
 
 def test_a_rule_brings_a_grid_of_its_own():
@@ -102,6 +105,8 @@ def test_filters_and_given_settings():
     given = values.with_settings({"task": "mrpc", "lr": "5e-4"})
     assert {(c.settings["task"], c.settings["lr"]) for c in expand(given)} == {("mrpc", 5e-4)}
     assert {c.settings["budget"] for c in expand(values.with_axis("budget", [10, 20]))} == {"10", "20"}
+    ruled = sweep(axes={"task": ["rte", "cola"]}, rules=[{"when": {"task": t}, "settings": {"epochs": e}} for t, e in (("rte", 5), ("cola", 7))])
+    assert [c.settings["epochs"] for c in expand(ruled.with_settings({"task": "cola"}))] == [7.0]
     with pytest.raises(ConfigError, match="method 'lora' is not in this sweep; there are id3, pafi"):
         values.only({"method": ["lora"]})
 

@@ -28,14 +28,17 @@ class TrainConfig:
         text: Text column of ``data``.
         text_pair: Second text column, if the task has pairs.
         label: Label column of ``data``.
-        into: Select inside what is added to the base: lora, dora (peft), pfeiffer, houlsby (adapters); None: the base itself.
-        lora_r: Rank of the LoRA.
+        into: Select inside what is added to the base: lora, dora, shira (peft), pfeiffer, houlsby (adapters); None: the base
+            itself. With method "full" all of it is trained: an ordinary LoRA.
+        lora_r: Rank of the LoRA; SHiRA trains as many weights of each layer as a LoRA of this rank would.
         lora_alpha: Its scale is lora_alpha / lora_r.
         lora_dropout: On the LoRA's input.
         lora_targets: Modules that get a LoRA; all-linear for all linear ones, none for peft's own choice.
         reduction_factor: A bottleneck adapter's width is the hidden size divided by this.
         method: A preset: id3, repeat_d3, static_d3, pafi, fish, bitfit, random_mask, sparse_adapter, full.
         budget: A count or a share ("0.17%"); None only for bitfit and full.
+        heuristic: What ranks the weights, in place of D3 (id3, repeat_d3, static_d3): gradient, snip (|g w|), magnitude (the
+            smallest), large_magnitude or random; None for D3.
         eps: Of D3.
         exp: Of D3.
         stride: Unmask every stride-th step (id3, repeat_d3).
@@ -64,6 +67,7 @@ class TrainConfig:
         eval_steps: Evaluate every so many steps; None at each epoch's end.
         save_steps: Checkpoint every so many steps; None with each evaluation.
         logging_steps: Log every so many steps.
+        snapshots: Write where the unmasked weights are to allocation.jsonl, with each evaluation.
         report_to: Loggers of transformers' Trainer (tensorboard, wandb, ...).
     """
 
@@ -84,6 +88,7 @@ class TrainConfig:
     reduction_factor: float = 16.0
     method: str = "id3"
     budget: str | None = None
+    heuristic: str | None = None
     eps: float = 1.0
     exp: float = 2.0
     stride: int = 1
@@ -112,6 +117,7 @@ class TrainConfig:
     eval_steps: int | None = None
     save_steps: int | None = None
     logging_steps: int = 20
+    snapshots: bool = False
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -126,7 +132,12 @@ class TrainConfig:
         _one_of("allocation", self.allocation, ("global", "tensor", "row"))
         _one_of("scope", self.scope, (None, "all", "linear", "bias", "vector"))
         _one_of("bias_correction", self.bias_correction, ("global", "entry"))
-        _one_of("into", self.into, (None, "lora", "dora", "pfeiffer", "houlsby"))
+        _one_of("into", self.into, (None, "lora", "dora", "shira", "pfeiffer", "houlsby"))
+        _one_of("heuristic", self.heuristic, (None, *HEURISTICS))
+        if self.heuristic is not None and self.method not in RANKED:
+            raise ConfigError(
+                f"heuristic = {self.heuristic!r} goes with {', '.join(RANKED)}; method {self.method!r} has its own."
+            )
         _one_of("criterion", self.criterion, ("random", "magnitude", "snip", "grasp", "synflow"))
         _one_of("pruned", self.pruned, ("zero", "kept"))
         if self.method == "sparse_adapter" and self.into is None:
@@ -165,6 +176,9 @@ class TrainConfig:
 
 # the keys of unmask.methods.PRESETS, which would import torch; a test holds them together
 METHODS = ("id3", "repeat_d3", "static_d3", "pafi", "fish", "bitfit", "random_mask", "sparse_adapter", "full")
+
+RANKED = ("id3", "repeat_d3", "static_d3")  # methods whose heuristic can be another
+HEURISTICS = ("d3", "gradient", "snip", "magnitude", "large_magnitude", "random")
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:

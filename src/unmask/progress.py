@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from unmask.analysis import snapshot
 from unmask.selection import Selection
 
 
@@ -98,6 +99,18 @@ class MetricsFile(TrainerCallback):
     def _append(self, row: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+class AllocationFile(TrainerCallback):
+    """Appends where the unmasked weights are to ``allocation.jsonl``, with each evaluation: `unmask.analysis.snapshot`."""
+
+    def __init__(self, path: Path, selection: Selection) -> None:
+        self._path, self._selection = path, selection
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        shot = snapshot(self._selection)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(shot) + "\n")
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -22,6 +22,7 @@ class RunFolder:
         self.path = path
         self.config, self.metrics, self.summary = path / "config.yaml", path / "metrics.jsonl", path / "summary.json"
         self.delta, self.checkpoints = path / "delta.safetensors", path / "checkpoints"
+        self.allocation = path / "allocation.jsonl"
 
     def check(self, resume: bool, overwrite: bool) -> str | None:
         """Whether a run may start here; touches nothing.
@@ -55,12 +56,14 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
-            for file in (self.delta, self.summary, self.metrics):
+            for file in (self.delta, self.summary, self.metrics, self.allocation):
                 file.unlink(missing_ok=True)
-        elif self.metrics.is_file():
-            step = int(checkpoint.rpartition("-")[2])
-            rows = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            self.metrics.write_text("".join(row for row in rows if _step(row) <= step), encoding="utf-8")
+            return
+        step = int(checkpoint.rpartition("-")[2])
+        for file in (self.metrics, self.allocation):
+            if file.is_file():
+                rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+                file.write_text("".join(row for row in rows if _step(row) <= step), encoding="utf-8")
 
     def how_to_go_on(self) -> str:
         """What to tell the user of an interrupted run."""

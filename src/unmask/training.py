@@ -24,7 +24,7 @@ from unmask.kinds import Prepared, kind_for
 from unmask.modeling import load_base, quiet
 from unmask.optim import BiasCorrection, SelectiveAdamW
 from unmask.presets import into_from, method_from
-from unmask.progress import LiveProgress, MetricsFile, StopOnInterrupt
+from unmask.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.run_folder import RunFolder
 from unmask.scopes import exactly
 from unmask.selecting import select
@@ -114,6 +114,7 @@ class _Run:
         model: PreTrainedModel = base.model
         self.config, self.task, self.prepared, self.model = config, task, prepared, model
         self.folder, self.console = folder, console
+        self.head = sum(p.numel() for name, p in model.named_parameters() if name in set(base.head))
         self.steps = planned_steps(config, len(prepared.train_set))  # type: ignore[arg-type]
         set_seed(config.seed)
         if config.gradient_checkpointing:
@@ -180,11 +181,14 @@ class _Run:
             compute_metrics=prepared.step_metrics,
             preprocess_logits_for_metrics=prepared.reduce_logits,
             optimizers=(optimizer, None),
-            callbacks=[self.progress, self.metrics, self.interrupt],
+            callbacks=[self.progress, self.metrics, self.interrupt, *self._extra()],
         )
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def _extra(self) -> list[AllocationFile]:
+        return [AllocationFile(self.folder.allocation, self.selection)] if self.config.snapshots else []
 
     def _report_start(self, before: dict[str, float]) -> None:
         selection, total = self.selection, sum(p.numel() for p in self.model.parameters())
@@ -222,6 +226,7 @@ class _Run:
             "budget": self.selection.budget,
             "used": self.selection.used,
             "dense": self.selection.dense_numel,
+            "head": self.head,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "steps": self.selection.step,
             "seconds": round(seconds, 2),

@@ -100,7 +100,9 @@ def _files(path: Path) -> dict[str, Path]:
         return {name: path / file for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise DeltaError(f"there is no checkpoint at {str(path)!r}; give a folder that holds model.safetensors, or a file.")
+        raise DeltaError(
+            f"there is no checkpoint at {str(path)!r}; give a folder that holds model.safetensors, or a file."
+        )
     try:
         with safe_open(file, framework="pt") as opened:
             return dict.fromkeys(opened.keys(), file)

@@ -124,7 +124,9 @@ def prefixes(source: Selection | SparseDelta, points: int) -> Iterator[Mask]:
 
 def _check_used(source: Selection | SparseDelta | Mask, used: int) -> None:
     if isinstance(source, Mask):
-        raise MethodError("a mask does not know in which order its weights were unmasked; give the selection or the delta.")
+        raise MethodError(
+            "a mask does not know in which order its weights were unmasked; give the selection or the delta."
+        )
     if not orders(source):
         if isinstance(source, Selection):
             raise SelectionError(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from unmask.cli import sweeps
 from unmask.version import __version__
 
 app = typer.Typer(
@@ -185,3 +186,6 @@ def bench(
     from unmask.cli.bench import run
 
     run(given, shlex.join(["unmask", *sys.argv[1:]]))
+
+
+sweeps.register(app)

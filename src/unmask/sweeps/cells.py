@@ -74,12 +74,12 @@ def _tried(sweep: Sweep, row: Row, place: Mapping[str, Any]) -> Iterator[tuple[d
     """(labels, settings) of every value of the place's grid."""
     labels = {"method": row.name, **place}
     rules = [rule for rule in sweep.rules if rule.holds(labels)]
-    settings = {**sweep.settings, **place}
+    settings = dict(sweep.settings)
     grid = dict(row.grid)
     for rule in rules:
         settings |= rule.settings
         grid |= {key: values for key, values in rule.grid.items() if key not in row.settings}
-    settings |= row.settings
+    settings |= {**place, **row.settings}
     labels |= {axis: settings[axis] for axis in place if axis in row.settings}
     for values in itertools.product(*grid.values()):
         given = dict(zip(grid, values, strict=True))

@@ -26,7 +26,9 @@ def matching_rank(settings: Mapping[str, Any]) -> int:
     config = build({**settings, "lora_r": 1, "lora_alpha": 1, "output": "-"})
     if config.into not in ("lora", "dora", "shira"):
         raise ConfigError(f"lora_r = 'match' goes with into = lora, dora or shira, not {config.into!r}.")
-    total, one, two = _counts(config.model, config.into, config.lora_targets)
+    # SHiRA has as many as a LoRA of the same rank, and peft cannot lay it out without data
+    kind = "lora" if config.into == "shira" else config.into
+    total, one, two = _counts(config.model, kind, config.lora_targets)
     budget = parse_budget(config.budget, total)  # type: ignore[arg-type]  # not None: checked before
     return max(1, round((budget - one) / (two - one)) + 1)
 

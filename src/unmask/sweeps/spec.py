@@ -20,7 +20,7 @@ class Row:
 
     Attributes:
         name: Its name in tables; also what rules and filters call it.
-        settings: Of `unmask.config.TrainConfig`, over those of the sweep, the axes and the rules.
+        settings: Of `unmask.config.TrainConfig`, over those of the sweep, the rules and the axes.
         grid: Settings with several values, tried one by one: ``{"lr": (1e-4, 3e-4)}``.
     """
 
@@ -35,7 +35,7 @@ class Rule:
 
     Attributes:
         when: Axes (or ``method``) and the values, as text, for which it holds.
-        settings: Over those of the sweep and the axes.
+        settings: Over those of the sweep; an axis or a row goes over them.
         grid: In place of the row's own.
     """
 
@@ -152,9 +152,9 @@ class Sweep:
                 replace(r, settings=_without(r.settings, given), grid=_without(r.grid, given)) for r in self.rows
             ),
             rules=tuple(
-                replace(r, settings=_without(r.settings, given), grid=_without(r.grid, given))
+                Rule(_without(r.when, given), _without(r.settings, given), _without(r.grid, given))
                 for r in self.rules
-                if not given & set(r.when) or r.holds({k: settings.get(k) for k in r.when})
+                if replace(r, when={k: v for k, v in r.when.items() if k in given}).holds(settings)
             ),
             order=tuple(key for key in self.order if key not in given),
         )
