@@ -105,7 +105,8 @@ def test_filters_and_given_settings():
     given = values.with_settings({"task": "mrpc", "lr": "5e-4"})
     assert {(c.settings["task"], c.settings["lr"]) for c in expand(given)} == {("mrpc", 5e-4)}
     assert {c.settings["budget"] for c in expand(values.with_axis("budget", [10, 20]))} == {"10", "20"}
-    ruled = sweep(axes={"task": ["rte", "cola"]}, rules=[{"when": {"task": t}, "settings": {"epochs": e}} for t, e in (("rte", 5), ("cola", 7))])
+    rules = [{"when": {"task": task}, "settings": {"epochs": e}} for task, e in (("rte", 5), ("cola", 7))]
+    ruled = sweep(axes={"task": ["rte", "cola"]}, rules=rules)
     assert [c.settings["epochs"] for c in expand(ruled.with_settings({"task": "cola"}))] == [7.0]
     with pytest.raises(ConfigError, match="method 'lora' is not in this sweep; there are id3, pafi"):
         values.only({"method": ["lora"]})

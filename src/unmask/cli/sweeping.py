@@ -104,7 +104,9 @@ def listing(sweep: Sweep, cells: Sequence[Cell], results: dict[str, Result]) -> 
         shown.add_column(column, justify="right" if not shown.columns else "left", overflow="fold")
     now = {cell.id for cell in due(cells, sweep.choice, results)}
     for number, cell in enumerate(runs(cells), start=1):
-        state = outcome(results[cell.id]) if cell.id in results else "to run" if cell.id in now else "if its rate is chosen"
+        state = (
+            outcome(results[cell.id]) if cell.id in results else "to run" if cell.id in now else "if its rate is chosen"
+        )
         shown.add_row(str(number), cell.id, escape(describe(cell)), escape(state))
     return shown
 
@@ -115,7 +117,9 @@ def _finish(sweep: Sweep, store: Store, made: Report, console: Console) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     for path in _figures(sweep, store, made, console):
         console.print(f"figure: {path}", markup=False, highlight=False)
-    console.print(f"report: unmask report {store.folder} --output report.html", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"report: unmask report {store.folder} --output report.html", markup=False, highlight=False, soft_wrap=True
+    )
     if made.failed:
         for result in made.failed:
             console.print(f"{result['id']}  {outcome(result)}", style="red", markup=False, highlight=False)
@@ -129,7 +133,9 @@ def _figures(sweep: Sweep, store: Store, made: Report, console: Console) -> list
     from unmask.report.drawing import chosen_records, draw_files
 
     try:
-        return draw_files(sweep.figures, chosen_records(made.cells, made.results, sweep.choice), store.folder / "figures")
+        return draw_files(
+            sweep.figures, chosen_records(made.cells, made.results, sweep.choice), store.folder / "figures"
+        )
     except MissingExtraError as error:
         console.print(f"no figures: {error}", markup=False)
         return []

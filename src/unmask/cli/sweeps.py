@@ -43,9 +43,12 @@ def reproduce(
     name: Annotated[str, typer.Argument(help="table1 to table5, fig1, fig4 to fig9.")],
     model: Annotated[str, typer.Option(help="Base model: a folder or a hub id.")],
     data_dir: DataDir = None,
-    scale: Annotated[str, typer.Option(help="full: as in the paper, as far as known; small: minutes, to see it work.")] = "full",
+    scale: Annotated[
+        str, typer.Option(help="full: as in the paper, as far as known; small: minutes, to see it work.")
+    ] = "full",
     protocol: Annotated[
-        str | None, typer.Option(help="paper (best three of four runs) or seeds (mean and interval); both are in the report.")
+        str | None,
+        typer.Option(help="paper (best three of four runs) or seeds (mean and interval); both are in the report."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder; default runs/reproduce/NAME-SCALE.")] = None,
     workers: Workers = 1,

@@ -26,9 +26,7 @@ CAPTIONS = {
 _OWN = ("method", "task", "budget", "seed", "model", "eps", "exp", "lr")  # labels that a record has a place for
 
 
-def chosen_records(
-    cells: Iterable[Cell], results: Mapping[str, Result], choice: Choice | None
-) -> list[RunRecord]:
+def chosen_records(cells: Iterable[Cell], results: Mapping[str, Result], choice: Choice | None) -> list[RunRecord]:
     """Records of the runs that count: at the chosen value of the swept setting; other axes become part of the method's name.
 
     Args:

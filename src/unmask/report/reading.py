@@ -74,11 +74,14 @@ def _of_sweep(store: Store) -> Study:
             command=plan["command"],
         )
     except (KeyError, TypeError) as error:
-        raise DataError(f"{str(store.folder / 'sweep.json')!r} is no sweep of this version ({error!r}); run it again.") from error
+        raise DataError(
+            f"{str(store.folder / 'sweep.json')!r} is no sweep of this version ({error!r}); run it again."
+        ) from error
 
 
 def _of_runs(folder: Path) -> Study:
-    cells, results = [], {}
+    cells: list[Cell] = []
+    results: dict[str, Result] = {}
     for path in sorted(folder.rglob("summary.json")):
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import shutil
 import sys
@@ -18,6 +17,7 @@ from rich.console import Console
 
 from unmask.config import TrainConfig, build
 from unmask.run_folder import RunFolder
+from unmask.sweeps.curves import curve, read_rows, scores
 from unmask.training import InterruptedRunError, train
 from unmask.version import __version__
 
@@ -51,8 +51,8 @@ def run_cell(settings: Mapping[str, Any], output: Path) -> dict[str, Any]:
         **scores(summary),
         "resumed_at": resumed_at,
         "summary": summary,
-        "curve": curve(_rows(folder.metrics), summary),
-        "allocation": _rows(folder.allocation),
+        "curve": curve(read_rows(folder.metrics), summary),
+        "allocation": read_rows(folder.allocation),
         "versions": versions(),
     }
 
@@ -90,38 +90,6 @@ def last_whole_checkpoint(folder: RunFolder) -> int | None:
     return None
 
 
-def scores(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's final score, metric and loss, from its summary; None for what is not finite.
-
-    Example:
-        >>> scores({"main_metric": "mse", "main": 2.0, "greater_is_better": False, "after": {"loss": 2.0}})
-        {'score': -2.0, 'metric': '-mse', 'loss': 2.0}
-    """
-    better = summary["greater_is_better"]
-    losses = [value for key, value in summary["after"].items() if key == "loss" or key.endswith("_loss")]
-    score = summary["main"] if better else -summary["main"]
-    metric = summary["main_metric"] if better else f"-{summary['main_metric']}"
-    return {"score": _finite(score), "metric": metric, "loss": _finite(losses[0]) if losses else None}
-
-
-def curve(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Score and loss against step and unmasked weights, from the rows of ``metrics.jsonl``.
-
-    Several splits are logged one after the other at a step: their rows are put together.
-    """
-    key, sign = f"eval_{summary['main_metric']}", 1 if summary["greater_is_better"] else -1
-    points: dict[int, dict[str, Any]] = {}
-    for row in rows:
-        if row.get(key) is not None:
-            points.setdefault(row["step"], {"step": row["step"], "used": row["used"]})["score"] = sign * row[key]
-        losses = [
-            row[name] for name in row if name == "eval_loss" or (name.startswith("eval_") and name.endswith("_loss"))
-        ]
-        if losses and row["step"] in points:
-            points[row["step"]].setdefault("loss", losses[0])
-    return [point for _, point in sorted(points.items()) if all(map(math.isfinite, point.values()))]
-
-
 def versions() -> dict[str, str]:
     """What the run was made with."""
     found = {"unmask": __version__, "python": platform.python_version(), "torch": torch.__version__}
@@ -139,17 +107,9 @@ def versions() -> dict[str, str]:
     return found | {"device": name, "threads": str(torch.get_num_threads())}
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _summary(folder: RunFolder) -> dict[str, Any] | None:
     try:
         summary: dict[str, Any] = json.loads(folder.summary.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there yet, or a kill cut it short
         return None
     return summary
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -15,7 +15,7 @@ from unmask.sweeps.records import trained_weights
 from unmask.sweeps.spec import Choice, Protocol
 from unmask.sweeps.store import Result
 
-EDGES = {"low": "the lowest rate tried", "high": "the highest rate tried", "alone": "one rate tried"}
+EDGES = {"low": "the lowest value tried", "high": "the highest value tried"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ def table(
     swept = choice.setting if choice else ""
     rows: dict[tuple[tuple[str, str], ...], dict[str, list[Cell]]] = {}
     for cell in cells:
-        labels = tuple((k, str(v)) for k, v in cell.labels.items() if k not in ("task", "seed", swept) and v is not None)
+        labels = tuple(
+            (k, str(v)) for k, v in cell.labels.items() if k not in ("task", "seed", swept) and v is not None
+        )
         rows.setdefault(labels, {}).setdefault(task_of(cell), []).append(cell)
     tasks = tuple(dict.fromkeys(task_of(cell) for cell in cells))
     lines = []
