@@ -21,13 +21,13 @@ class TrainConfig:
     Attributes:
         model: Folder or hub id of a transformers base.
         output: Folder for the delta, the resolved configuration, metrics and checkpoints.
-        task: A GLUE task; or None with ``data``.
-        data_dir: Folder that holds the GLUE tasks; None for the hub.
-        data: Training file (csv, tsv, jsonl, parquet) or hub id.
+        task: A GLUE task, conll2003 or wnut17; None for texts to classify in ``data``, ner for tagged sentences there.
+        data_dir: Folder that holds the task's files; None for the hub.
+        data: Training file (csv, tsv, jsonl, parquet; of ner: conll, txt, bio, ..., jsonl) or hub id.
         eval: Evaluation file; None holds out a tenth of ``data``.
-        text: Text column of ``data``.
+        text: Text column of ``data`` (of ner: the column of word lists, for tokens or words).
         text_pair: Second text column, if the task has pairs.
-        label: Label column of ``data``.
+        label: Label column of ``data`` (of ner: the column of tag lists, for ner_tags or tags).
         into: Select inside what is added to the base: lora, dora, shira (peft), pfeiffer, houlsby (adapters); None: the base
             itself. With method "full" all of it is trained: an ordinary LoRA.
         lora_r: Rank of the LoRA; SHiRA trains as many weights of each layer as a LoRA of this rank would.
@@ -60,7 +60,7 @@ class TrainConfig:
         accumulation: Micro-batches per optimizer step.
         warmup: Share of the steps with rising learning rate.
         max_grad_norm: Clips the norm of the selected weights' gradient; 0 for no clipping.
-        max_length: Longest input in tokens; longer ones are cut.
+        max_length: Longest input in tokens; longer texts are cut, longer sentences of ner are split.
         bf16: Autocast to bfloat16.
         gradient_checkpointing: Recompute activations in the backward.
         seed: Of the head's init, the data order and random masks.
@@ -125,7 +125,10 @@ class TrainConfig:
             raise ConfigError(
                 f"unknown task {self.task!r}; there are {', '.join(TASKS)}. For your own files give data."
             )
-        if (self.task is None) == (self.data is None):
+        if self.task == "ner":
+            if (self.data is None) == (self.data_dir is None):
+                raise ConfigError("task 'ner' is your own: give data (and eval), or data_dir, and not both.")
+        elif (self.task is None) == (self.data is None):
             raise ConfigError("give either task (with data_dir) or data (with text and label), and not both.")
         _one_of("method", self.method, METHODS)
         _one_of("schedule", self.schedule, ("uniform", "cosine", "front-loaded"))

@@ -75,12 +75,15 @@ class Protocol:
         interval: ``"t"`` or ``"bootstrap"``.
         level: Of the interval.
         best: How many runs count under ``"paper"``.
+        score: What is reported: ``"score"``, the task's main metric on its first evaluation split, or a metric by its name after
+            training (``test_f1``: another split than the one that the choice is made on).
     """
 
     kind: Literal["seeds", "paper"] = "seeds"
     interval: Literal["t", "bootstrap"] = "t"
     level: float = 0.95
     best: int = 3
+    score: str = "score"
 
 
 @dataclass(frozen=True)
@@ -268,7 +271,7 @@ def _choice(values: Any) -> Choice | None:
 
 def _protocol(values: Any) -> Protocol:
     values = _mapping("protocol", values)
-    _known("protocol", values, ("kind", "interval", "level", "best"))
+    _known("protocol", values, ("kind", "interval", "level", "best", "score"))
     for key, options in (("kind", ("seeds", "paper")), ("interval", ("t", "bootstrap"))):
         if values.get(key, options[0]) not in options:
             raise ConfigError(f"protocol.{key} = {values[key]!r}; it must be one of {', '.join(options)}.")

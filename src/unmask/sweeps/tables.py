@@ -127,13 +127,16 @@ def _entry(
 ) -> Entry:
     pick = chosen.get(members[0].group(choice.setting, "seed")) if choice else None
     if choice and pick:
+        if pick.final and pick.value is None:  # no value of the grid has a run that is done
+            return Entry(None, None, failed=len(runs(c for c in members if choosing(c, choice))))
         members = [c for c in members if str(c.labels.get(choice.setting)) == str(pick.value)]
         others = [c for c in members if not choosing(c, choice)]
         members = others if choice.report == "others" and others else members
     unique = runs(members)
     ended = [(cell, results[cell.id]) for cell in unique if cell.id in results]
-    done = [(cell, r) for cell, r in ended if r["status"] == "done" and _is_figure(r.get("score"))]
-    by_seed = {str(cell.settings.get("seed", 0)): float(r["score"]) for cell, r in done}
+    found = [(cell, result, reported(result, protocol)) for cell, result in ended]
+    done = [(cell, result, score) for cell, result, score in found if score is not None]
+    by_seed = {str(cell.settings.get("seed", 0)): score for cell, _, score in done}
     scores, first = list(by_seed.values()), done[0][1] if done else {}
     summary = first.get("summary") or {}
     return Entry(
@@ -142,7 +145,7 @@ def _entry(
         value=pick.value if pick else None,
         edge=pick.edge if pick else None,
         tried=pick.tried if pick else {},
-        metric=str(first.get("metric", "score")),
+        metric=str(first.get("metric", "score")) if protocol.score == "score" else protocol.score,
         trained=trained_weights(summary) if summary.get("budget") else None,
         scores=by_seed,
         runs=tuple(cell.id for cell in members),
@@ -151,8 +154,12 @@ def _entry(
     )
 
 
-def _is_figure(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def reported(result: Result, protocol: Protocol) -> float | None:
+    """What a run's result reports under a protocol; None for a run that failed, or without such a finite figure."""
+    after = (result.get("summary") or {}).get("after", {})
+    value = result.get("score") if protocol.score == "score" else after.get(protocol.score)
+    known = result["status"] == "done" and isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if known else None  # type: ignore[arg-type]
 
 
 def _average(entries: Sequence[Entry | None], protocol: Protocol) -> float | None:
