@@ -99,7 +99,9 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_as_if_nothing_had_bee
     monkeypatch.chdir(root)
     whole = run_cell(killed["settings"], tmp_path / "whole")
     assert whole["resumed_at"] is None
-    deltas = [SparseDelta.load(f / "delta.safetensors") for f in (root / "out" / "runs" / killed["id"], tmp_path / "whole")]
+    deltas = [
+        SparseDelta.load(f / "delta.safetensors") for f in (root / "out" / "runs" / killed["id"], tmp_path / "whole")
+    ]
     one, two = (mask_of(delta).indices for delta in deltas)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -118,7 +120,9 @@ def test_a_finished_run_whose_result_was_lost_is_not_trained_again(world, monkey
     metrics = root / "out" / "runs" / done["id"] / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns
     again = run_cell(done["settings"], metrics.parent)
-    assert {key: again[key] for key in ("score", "loss", "curve")} == {key: done[key] for key in ("score", "loss", "curve")}
+    assert {key: again[key] for key in ("score", "loss", "curve")} == {
+        key: done[key] for key in ("score", "loss", "curve")
+    }
     assert metrics.stat().st_mtime_ns == before
 
 
@@ -126,12 +130,16 @@ def test_the_rivals_train_as_many_weights(world):
     root, _ = world
     cells = expand(read_sweep(root / "sweep.yaml"), rank=lambda settings: 2)
     found = {r["method"]: r for r in records(cells, Store(root / "out").results())}
-    assert {name: r["budget"] for name, r in found.items() if name not in ("full", "long", "diverging")} == dict.fromkeys(
-        ("id3", "snip", "lora", "shira"), 256
-    )
+    assert {
+        name: r["budget"] for name, r in found.items() if name not in ("full", "long", "diverging")
+    } == dict.fromkeys(("id3", "snip", "lora", "shira"), 256)
     assert found["id3"]["share"] == found["lora"]["share"] == found["shira"]["share"]
     assert found["full"]["share"] == pytest.approx(1, abs=0.01)
-    assert (found["id3"]["strategy"], found["snip"]["strategy"], found["lora"]["strategy"]) == ("increment", "static", "none")
+    assert (found["id3"]["strategy"], found["snip"]["strategy"], found["lora"]["strategy"]) == (
+        "increment",
+        "static",
+        "none",
+    )
     assert [shot["used"] for shot in found["id3"]["allocation"]] == [128, 256]
 
 
@@ -169,7 +177,18 @@ def test_the_command_shows_the_table_and_the_report_reads_the_folder(world):
 
 def test_a_dry_run_lists_the_runs_and_runs_nothing(world):
     root, _ = world
-    done = run("sweep", "sweep.yaml", "--output", "elsewhere", "--dry-run", "--only", "method=id3,snip", "--axis", "seed=0,1", cwd=root)
+    done = run(
+        "sweep",
+        "sweep.yaml",
+        "--output",
+        "elsewhere",
+        "--dry-run",
+        "--only",
+        "method=id3,snip",
+        "--axis",
+        "seed=0,1",
+        cwd=root,
+    )
     assert done.stdout.count("to run") == 3
     assert done.stdout.count("if its rate is chosen") == 2
     assert not (root / "elsewhere").exists()
@@ -205,7 +224,9 @@ def test_a_damaged_checkpoint_means_a_fresh_start(world, monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shape")
-    BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64).save_pretrained(folder)
+    BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64
+    ).save_pretrained(folder)
     return {"model": str(folder), "task": "rte", "method": "full", "lora_targets": ["query", "value"]}
 
 

@@ -77,17 +77,25 @@ def train(
     output: Annotated[str | None, typer.Option(help="Folder for the delta, metrics and checkpoints.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings; options and --set go over it.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting as key=value; see docs/cli.md.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="paper: the paper's settings for the task as far as known; everything else goes over."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the output.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew over a run in the output.")] = False,
 ) -> None:
     """Train a delta on a known task or on your own data."""
-    run_options = ("config", "set_", "resume", "overwrite")
+    run_options = ("config", "set_", "preset", "resume", "overwrite")
     given: dict[str, Any] = {
         k: v for k, v in locals().items() if k not in (*run_options, "run_options") and v is not None
     }
     from unmask.config import build, parse_assignments, read_yaml
 
     settings = (read_yaml(config) if config else {}) | given | parse_assignments(set_ or [])
+    if preset is not None:
+        from unmask.reproduce import under_preset
+
+        settings = under_preset(preset, settings)
     resolved = build(settings)  # refuse a bad setting before torch is imported
     from unmask.training import train as run
 
