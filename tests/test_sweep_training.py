@@ -43,7 +43,9 @@ SWEEP = {
         "id3": {"grid": {"lr": ["1e-2", "5e-2"]}},
         "snip": {"settings": {"method": "static_d3", "heuristic": "snip"}, "grid": {"lr": ["5e-2"]}},
         "lora": {
-            "settings": {"into": "lora", "method": "full", "lora_r": "match", "lora_alpha": "match", "lora_targets": ["query", "value"]},
+            "settings": {
+                "into": "lora", "method": "full", "lora_r": "match", "lora_alpha": "match", "lora_targets": ["query", "value"]
+            },
             "grid": {"lr": ["5e-2"]},
         },
         "shira": {

@@ -62,8 +62,7 @@ def run_sweep(
 ) -> Report:
     """Does all runs of a sweep that are not done yet.
 
-    Several processes may work on one folder at a time, also of several machines that share it (given locks): each run
-    is done once.
+    Several commands may work on one folder at a time: each run is done once.
 
     Args:
         sweep: The sweep.

@@ -123,6 +123,7 @@ def _listen(tasks: queue.Queue[dict[str, Any] | None], at_work: threading.Event)
     while chunk := os.read(0, 65536):  # not sys.stdin, whose lock would be held at exit
         *lines, held = (held + chunk).split(b"\n")
         for line in lines:
+            at_work.set()  # here and not where it is taken, so that no task outlives the parent unseen
             tasks.put(json.loads(line))
     if at_work.is_set():
         os._exit(3)
@@ -135,7 +136,6 @@ def _serve(store: Store, runner: Runner, channel: TextIO) -> None:
     threading.Thread(target=_listen, args=(tasks, at_work), daemon=True).start()
     print(json.dumps({"status": "ready"}), file=channel, flush=True)
     while (task := tasks.get()) is not None:
-        at_work.set()
         status = do_run(store, task, runner)
         at_work.clear()
         print(json.dumps({"id": task["id"], "status": status}), file=channel, flush=True)
