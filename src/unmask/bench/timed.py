@@ -11,6 +11,7 @@ import torch
 
 from unmask.bench.builders import missing
 from unmask.bench.grouping import plan_groups, row_bytes, step_bytes, too_large
+from unmask.bench.heap import keep_freed_memory
 from unmask.bench.machine import available_bytes
 from unmask.bench.models import Blueprint
 from unmask.bench.rounds import RowResult, race
@@ -52,6 +53,7 @@ def time_rows(
     Returns:
         How the rows were grouped, as JSON values.
     """
+    heap = keep_freed_memory() if plan.device.type == "cpu" else {}
     waiting = [result for result in results if result.status == "waiting"]
     held, step = estimates(waiting, plan)
     free = available_bytes(plan.device)
@@ -73,6 +75,7 @@ def time_rows(
         "free_bytes": free,
         "held_bytes": held,
         "step_bytes": step,
+        "heap": heap,
         "note": "ratios of rows of different groups go through the frozen row" if len(groups) > 1 else None,
     }
 
