@@ -26,8 +26,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def rows(folder: Path, file: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
 
 
 def steady(row: dict) -> dict:
@@ -62,7 +62,10 @@ def test_a_killed_run_that_is_resumed_has_every_step_once(world: Path) -> None:
     with (folder / "metrics.jsonl").open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in whole if row["step"] <= 21)
         file.write('{"step": 2')
+    with (folder / "allocation.jsonl").open("a") as file:
+        file.write('{"step": 24, "us')
     run("train", "--config", "run/config.yaml", "--set", "output=killed", "--resume", cwd=world)
+    assert rows(folder, "allocation.jsonl") == rows(world / "run", "allocation.jsonl")
     untimed = [steady(row) for row in whole if "train_runtime" not in row]
     assert [steady(row) for row in rows(folder) if "train_runtime" not in row] == untimed
 
@@ -77,3 +80,4 @@ def test_starting_anew_leaves_nothing_of_the_earlier_run(world: Path) -> None:
     run(*words, "--overwrite", cwd=world)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-6"]
     assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [0, 6]
+    assert [row["step"] for row in rows(folder, "allocation.jsonl")] == [1, 6]

@@ -35,7 +35,7 @@ SWEEP = {
     "name": "tiny",
     "settings": {
         "model": "base", "data": "train.csv", "eval": "dev.csv", "text": "review", "label": "verdict", "budget": "256",
-        "batch_size": 16, "max_steps": 12, "eval_steps": 6, "snapshots": True,
+        "batch_size": 16, "max_steps": 12, "eval_steps": 6,
     },
     "axes": {"seed": [0]},
     "methods": {

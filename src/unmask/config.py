@@ -64,10 +64,10 @@ class TrainConfig:
         bf16: Autocast to bfloat16.
         gradient_checkpointing: Recompute activations in the backward.
         seed: Of the head's init, the data order and random masks.
+        order: Keep the order of unmasking in the delta (4 bytes a weight), so that smaller budgets can be read off it.
         eval_steps: Evaluate every so many steps; None at each epoch's end.
         save_steps: Checkpoint every so many steps; None with each evaluation.
         logging_steps: Log every so many steps.
-        snapshots: Write where the unmasked weights are to allocation.jsonl, with each evaluation.
         report_to: Loggers of transformers' Trainer (tensorboard, wandb, ...).
     """
 
@@ -114,10 +114,10 @@ class TrainConfig:
     bf16: bool = False
     gradient_checkpointing: bool = False
     seed: int = 0
+    order: bool = False
     eval_steps: int | None = None
     save_steps: int | None = None
     logging_steps: int = 20
-    snapshots: bool = False
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -147,6 +147,8 @@ class TrainConfig:
             raise ConfigError(
                 "method 'sparse_adapter' prunes what is added to the base: give into (lora, pfeiffer, ...)."
             )
+        if self.order and self.method in ("repeat_d3", "full"):
+            raise ConfigError(f"method {self.method!r} has no order of unmasking; leave order=false.")
         if self.budget is None and self.method not in ("bitfit", "full"):
             raise ConfigError(
                 f"method {self.method!r} needs a budget: a count (20000) or a share of the weights (0.17%)."

@@ -103,15 +103,28 @@ class MetricsFile(TrainerCallback):
 
 
 class AllocationFile(TrainerCallback):
-    """Appends where the unmasked weights are to ``allocation.jsonl``, with each evaluation: `unmask.analysis.snapshot`."""
+    """Appends where the unmasked weights are (`unmask.analysis.snapshot`) to ``allocation.jsonl``.
+
+    After the first step, with every evaluation, and at the end: a line a step at most.
+    """
 
     def __init__(self, path: Path, selection: Selection) -> None:
         self._path, self._selection = path, selection
+        self._written = -1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == 1 or state.global_step == state.max_steps:
+            self._append()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        shot = snapshot(self._selection)
+        self._append()
+
+    def _append(self) -> None:
+        if self._written == self._selection.step or not self._selection.step:
+            return
+        self._written = self._selection.step
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(shot) + "\n")
+            file.write(json.dumps(snapshot(self._selection)) + "\n")
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -77,7 +77,7 @@ class RunFolder:
 
 
 def _step(row: str) -> float:
-    """The step of a line of ``metrics.jsonl``; infinite for a line that a kill cut short."""
+    """The step of a line of ``metrics.jsonl`` or ``allocation.jsonl``; infinite for a line that a kill cut short."""
     try:
         return int(json.loads(row)["step"])
     except (ValueError, KeyError):

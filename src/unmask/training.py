@@ -125,6 +125,7 @@ class _Run:
         self.interrupt = StopOnInterrupt()
         self.progress = LiveProgress(self.selection, prepared.step_metric, console)
         self.metrics = MetricsFile(folder.metrics, self.selection)
+        self.allocation = AllocationFile(folder.allocation, self.selection)
         with quiet():
             self.trainer = self._trainer()
 
@@ -181,14 +182,11 @@ class _Run:
             compute_metrics=prepared.step_metrics,
             preprocess_logits_for_metrics=prepared.reduce_logits,
             optimizers=(optimizer, None),
-            callbacks=[self.progress, self.metrics, self.interrupt, *self._extra()],
+            callbacks=[self.progress, self.metrics, self.allocation, self.interrupt],
         )
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         return trainer
-
-    def _extra(self) -> list[AllocationFile]:
-        return [AllocationFile(self.folder.allocation, self.selection)] if self.config.snapshots else []
 
     def _report_start(self, before: dict[str, float]) -> None:
         selection, total = self.selection, sum(p.numel() for p in self.model.parameters())
@@ -202,7 +200,7 @@ class _Run:
     def _finish(self, before: dict[str, float], after: dict[str, float], seconds: float) -> Outcome:
         into = into_from(self.config)
         inside = {} if into is None else {"into": into.describe()}
-        delta = self.selection.delta(self.config.model).with_metadata(
+        delta = self.selection.delta(self.config.model, order=self.config.order).with_metadata(
             task=self.prepared.describe(), after=after, **inside
         )
         path = delta.save(self.folder.delta)

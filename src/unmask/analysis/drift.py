@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,8 +44,8 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
         MethodError: The counts differ, there are fewer than two, or one is NaN.
 
     Example:
-        >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 4.0, 9.0]))
-        1.0
+        >>> round(rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 9.0, 4.0])), 6)
+        0.5
     """
     if a.numel() != b.numel() or a.numel() < 2:
         raise MethodError(f"{a.numel()} and {b.numel()} scores; give two or more of each, and as many of both.")
@@ -52,7 +53,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
         raise MethodError("a score is NaN; there is no rank for it.")
     x, y = _ranks(a), _ranks(b)
     x, y = x - x.mean(), y - y.mean()
-    norms = float(x.norm() * y.norm())
+    norms = math.sqrt(float(x @ x) * float(y @ y))
     return max(-1.0, min(1.0, float(x @ y) / norms)) if norms else math.nan
 
 
@@ -103,7 +104,7 @@ def turnover(masks: Sequence[Source]) -> list[float]:
     """
     if len(masks) < 2:
         raise MethodError(f"{len(masks)} masks; give two or more.")
-    return [1 - overlap(a, b).of_a for a, b in zip(masks, masks[1:], strict=False)]
+    return [1 - overlap(a, b).of_a for a, b in pairwise(masks)]
 
 
 def _flattened(scores: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-import torch
 from torch import Tensor, nn
 
 from unmask.delta import SparseDelta, base_tensors
@@ -65,6 +64,7 @@ def mask_over(indices: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
     """A mask whose tensors are all known.
 
     Example:
+        >>> import torch
         >>> len(mask_over({"a": torch.tensor([0, 3])}, {"a": (2, 2), "b": (4,)}))
         2
     """

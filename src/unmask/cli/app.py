@@ -126,11 +126,14 @@ def inspect(
     delta: Annotated[Path, typer.Argument(help="The delta.")],
     top: Annotated[int, typer.Option(help="Rows to show per table.", min=1)] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the allocation too: a .png or .svg file, or no ending for both.")
+    ] = None,
 ) -> None:
     """Show what a delta changes: per layer and module kind, sizes, provenance."""
     from unmask.cli.inspect import run_inspect
 
-    run_inspect(delta, top, as_json)
+    run_inspect(delta, top, as_json, plot)
 
 
 @app.command()

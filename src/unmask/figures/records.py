@@ -29,7 +29,7 @@ class AllocationRow(TypedDict):
 
     Attributes:
         layer: The layer's number as text, from ``"0"``; ``"other"`` for tensors outside the layers.
-        kind: One of `KINDS`, or ``"other"``.
+        kind: One of `unmask.naming.KINDS`, or ``"other"``.
         unmasked: How many weights are unmasked.
         of: How many weights there are.
     """
@@ -99,7 +99,6 @@ class RunRecord(TypedDict):
 
 
 REQUIRED = ("name", "method", "task", "model", "budget", "share", "seed", "lr", "score")
-KINDS = ("key", "query", "value", "attention output", "ffn1", "ffn2")
 
 
 def check_records(records: Iterable[Mapping[str, Any]], *needs: str) -> list[RunRecord]:

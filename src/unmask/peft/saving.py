@@ -1,8 +1,9 @@
 """An adapter as entries of a state dict, and back: PEFT writes them to ``adapter_model.safetensors``.
 
 The entries are the delta's tensors (see `unmask.delta_file`) under PEFT's kind of keys, for a tensor NAME of the base:
-``base_model.model.NAME.unmask_indices``, ``....unmask_values``, ``....unmask_whole``; and the delta's header, as JSON in a
-tensor of bytes, ``base_model.unmask_header``. In a model's own state dict the adapter's name is appended to each key.
+``base_model.model.NAME.unmask_indices``, ``....unmask_values``, ``....unmask_whole``, ``....unmask_slots``; and the
+delta's header, as JSON in a tensor of bytes, ``base_model.unmask_header``. In a model's own state dict the adapter's name is
+appended to each key.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 
 from unmask.delta import SparseDelta
-from unmask.delta_file import INDICES, VALUES, WHOLE, pack, unpack
+from unmask.delta_file import INDICES, SLOTS, VALUES, WHOLE, pack, unpack
 from unmask.errors import DeltaError
 from unmask.peft.kind import PREFIX
 
 _HEADER, _BASE = f"{PREFIX}header", "model."
-_ENDINGS = {INDICES: f".{PREFIX}indices", VALUES: f".{PREFIX}values", WHOLE: f".{PREFIX}whole"}
+_ENDINGS = {kind: f".{PREFIX}{kind.removeprefix('::')}" for kind in (INDICES, VALUES, WHOLE, SLOTS)}
 
 
 def put_entries(delta: SparseDelta, adapter: str, prefix: str, state: MutableMapping[str, Any]) -> None:
