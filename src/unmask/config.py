@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError, need
-from unmask.tasks.glue import GLUE
-
-TASKS = tuple(sorted(GLUE))
+from unmask.tasks.names import TASKS
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class TrainConfig:
     """Everything a run depends on; written to ``config.yaml`` beside its results.
 
     Attributes:
-        model: Folder or hub id of a transformers sequence-classification base.
+        model: Folder or hub id of a transformers base.
         output: Folder for the delta, the resolved configuration, metrics and checkpoints.
         task: A GLUE task; or None with ``data``.
         data_dir: Folder that holds the GLUE tasks; None for the hub.

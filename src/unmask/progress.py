@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -71,10 +72,18 @@ class LiveProgress(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log of the Trainer to ``metrics.jsonl``, with the selection's state at that step."""
+    """Appends every log of the Trainer to ``metrics.jsonl``, with the selection's state at that step.
+
+    The rows that hold ``eval_loss`` are the run's curve: ``step``, ``used`` (weights unmasked by then), and every metric of
+    the evaluation with ``eval_`` before it (and the split's name, where several are evaluated, a row each).
+    """
 
     def __init__(self, path: Path, selection: Selection) -> None:
         self._path, self._selection = path, selection
+
+    def start(self, before: Mapping[str, float]) -> None:
+        """Writes the first point of the curve: the metrics before training, at step 0."""
+        self._append({"step": 0, "epoch": 0, "used": 0, **{f"eval_{name}": value for name, value in before.items()}})
 
     def on_log(
         self,
@@ -84,7 +93,9 @@ class MetricsFile(TrainerCallback):
         logs: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        row = {"step": state.global_step, "epoch": state.epoch, "used": self._selection.used, **(logs or {})}
+        self._append({"step": state.global_step, "epoch": state.epoch, "used": self._selection.used, **(logs or {})})
+
+    def _append(self, row: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -100,8 +100,9 @@ def evaluate(
 ) -> None:
     """Evaluate base + delta on a task."""
     from unmask.cli.evaluate import run_eval
+    from unmask.kinds import Request
 
-    run_eval(model, delta, task, data_dir, data, (text, text_pair, label), batch_size)
+    run_eval(model, delta, Request(task, data_dir, data, text, text_pair, label), batch_size)
 
 
 @app.command()
