@@ -138,12 +138,11 @@ def _number(text: str, marked: bool) -> str | None:
 
 
 def _choice(text: str, marked: bool) -> str | None:
-    if marked and (first := _FIRST.match(text)):
-        # "a 5% loss" is no choice: a bare small letter counts in brackets, or with nothing but a stop behind it
-        if first[1].isupper() or first["after"] or not text[first.end() :].strip():
-            return first[1].upper()
+    first = _FIRST.match(text) if marked else None
+    # "a 5% loss" is no choice: a bare small letter counts in brackets, or with nothing but a stop behind it
+    if first and (first[1].isupper() or first["after"] or not text[first.end() :].strip()):
+        return first[1].upper()
     bracketed = [match[1] or match[2] for match in _BRACKETED.finditer(text)]
     alone = [m[1] for m in _ALONE.finditer(text) if not (m[1] == "A" and _ARTICLE.match(text, m.end()))]
-    if marked:
-        return (bracketed or alone or [None])[0].upper() if bracketed or alone else None
-    return bracketed[-1].upper() if bracketed else alone[-1] if alone else None
+    letters = bracketed or alone
+    return letters[0 if marked else -1].upper() if letters else None
