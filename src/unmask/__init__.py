@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from unmask.optim import SelectiveAdamW
     from unmask.schedules import SCHEDULES, Schedule, schedule
     from unmask.scopes import Scope, patterns
-    from unmask.selection import Selection, select
+    from unmask.selecting import select
+    from unmask.selection import Selection
 
 __all__ = [
     "PRESETS",
@@ -88,7 +89,8 @@ _HOMES = {
     "unmask.heuristics": {"Heuristic", "heuristic", "heuristic_names", "register_heuristic"},
     "unmask.schedules": {"SCHEDULES", "Schedule", "schedule"},
     "unmask.scopes": {"Scope", "patterns"},
-    "unmask.selection": {"Selection", "select"},
+    "unmask.selecting": {"select"},
+    "unmask.selection": {"Selection"},
     "unmask.optim": {"SelectiveAdamW"},
     "unmask.methods": {
         *("PRESETS", "Method", "bitfit", "fish", "full", "id3", "pafi", "random_mask", "repeat_d3"),

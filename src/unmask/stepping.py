@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from unmask.errors import NonFiniteGradientError, ScheduleNotRunError, SelectionError
-from unmask.gradients.tap import is_tapped
+from unmask.gradients.tapped import is_tapped
 from unmask.quantised.layers import is_trained
 
 

@@ -27,7 +27,8 @@ from unmask.presets import into_from, method_from
 from unmask.progress import LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.run_folder import RunFolder
 from unmask.scopes import exactly
-from unmask.selection import Selection, select
+from unmask.selecting import select
+from unmask.selection import Selection
 
 
 class InterruptedRunError(UnmaskError):

@@ -10,7 +10,8 @@ from unmask.bench.contender import Contender, adamw
 from unmask.bench.models import Blueprint
 from unmask.bench.rows import Row
 from unmask.methods import Method, id3, random_mask, static_d3
-from unmask.selection import Selection, select
+from unmask.selecting import select
+from unmask.selection import Selection
 
 _PLANNED = 1_000  # steps of the training run that a timed stretch stands for: B / 1,000 weights are unmasked per step
 _SHARE = 0.8  # at most this share of the budget is unmasked within the timed stretch

@@ -21,7 +21,8 @@ from unmask.methods import id3
 from unmask.modeling import describe_task, load_base, load_tuned
 from unmask.predicting import predict
 from unmask.scopes import exactly
-from unmask.selection import Selection, select
+from unmask.selecting import select
+from unmask.selection import Selection
 from unmask.tasks import compute
 from unmask.tasks.data import Examples, TaskData
 

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.gradients.factors import Factors, as_dense
 from unmask.gradients.persample import PerSampleTaps
-from unmask.gradients.tap import TapSet, in_pieces
+from unmask.gradients.receiver import in_pieces
+from unmask.gradients.tap import TapSet
 from unmask.methods import Calibration
 from unmask.slots import Entries, Layout
 

@@ -20,7 +20,8 @@ from unmask.errors import SelectionError
 from unmask.gradients.factors import Factors
 from unmask.gradients.recompute import Node, again, origin
 from unmask.gradients.sampled import Product, by_rows, choose, sampled_product, take_gradient
-from unmask.gradients.tap import Gather, Handler, Tapped, TappedParameter, Whole, set_of
+from unmask.gradients.standins import Gather, Tapped, Whole
+from unmask.gradients.tapped import Handler, TappedParameter, set_of
 from unmask.slots import Entries, take
 
 

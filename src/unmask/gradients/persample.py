@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unmask.gradients.factors import Factors
-from unmask.gradients.tap import TappedParameter, TapSet, index_of
+from unmask.gradients.tap import TapSet
+from unmask.gradients.tapped import TappedParameter, index_of
 from unmask.slots import Entries
 
 _PRODUCT = 1 << 24  # scalars in one block of per-sample weight gradients

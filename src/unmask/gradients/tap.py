@@ -21,212 +21,16 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unmask.errors import SelectionError
 from unmask.gradients.factors import Factors, Pending, add
-from unmask.gradients.sampled import take_gradient
+from unmask.gradients.receiver import Receiver
+from unmask.gradients.standins import Gather, Tap, Tapped, Whole
+from unmask.gradients.tapped import SITE, Handler, Site, TappedParameter, attach, detach, is_tapped
 from unmask.slots import Entries
-
-_SITE = "_unmask_site"
-# Differentiable properties; every other property (shape, grad, requires_grad ...) is read off the parameter itself.
-_VIEWS = {torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.H.__get__, torch.Tensor.mH.__get__}  # type: ignore[attr-defined]
-_RAW = (
-    {"__get__", "__set__", "__delete__", "__setitem__", "__hash__", "__repr__", "__format__", "__reduce_ex__"}
-    | {
-        f"__i{name}__"
-        for name in (
-            "add",
-            "sub",
-            "mul",
-            "truediv",
-            "floordiv",
-            "mod",
-            "pow",
-            "and",
-            "or",
-            "xor",
-            "lshift",
-            "rshift",
-        )
-    }
-    | {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "detach", "data_ptr"}
-    | {"size", "dim", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size", "get_device"}
-    | {"is_floating_point", "is_complex", "untyped_storage", "__len__"}
-)
-
-Handler = Callable[[Any, tuple, dict], Any]  # NotImplemented: autograd shall do it
-
-
-class Receiver(Protocol):
-    """What consumes the gradients."""
-
-    def wanted(self, index: int) -> bool:
-        """Whether this tensor's gradient is wanted in the coming backward."""
-
-    def entries(self, index: int) -> Entries | None:
-        """The entries whose gradient suffices; None for the whole tensor's."""
-
-    def factored(self, index: int) -> bool:
-        """Whether the whole tensor's gradient may come as `Factors`."""
-
-    def begin(self) -> None:
-        """A backward starts."""
-
-    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
-        """One tensor's gradient: whole, or (m,) at the entries that its forward was asked for."""
-
-    def end(self) -> None:
-        """The backward is complete."""
-
-    def abort(self) -> None:
-        """The backward died; what it brought is void."""
-
-
-@dataclass(frozen=True)
-class Tapped:
-    """What stands for a tapped tensor in one forward.
-
-    Attributes:
-        proxy: An alias of the tensor, or a token: a vector of zeros.
-        entries: The m entries that a token (m,) stands for: its gradient is theirs.
-        pending: Where the uses put their gradients; its token (1,) gets a gradient of zero.
-    """
-
-    proxy: Tensor
-    entries: Entries | None = None
-    pending: Pending | None = None
-
-    @property
-    def alias(self) -> bool:
-        """Whether the proxy may take the tensor's place."""
-        return self.entries is None and self.pending is None
-
-
-class Site:
-    """One tapped tensor's place in its set."""
-
-    __slots__ = ("index", "kind", "tapped", "taps")
-
-    def __init__(self, taps: TapSet, index: int, kind: type) -> None:
-        self.taps = taps
-        self.index = index
-        self.kind = kind  # the parameter's own class
-        self.tapped: Tapped | None = None
-
-
-class TappedParameter(nn.Parameter):
-    """A frozen parameter whose gradient is streamed to a selection. Copies and pickles of it are ordinary parameters."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return _dispatch(func, args, kwargs or {})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        if id(self) not in memo:
-            memo[id(self)] = nn.Parameter(_plain(self).clone(), requires_grad=False)
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(_plain(self), requires_grad=False).__reduce_ex__(protocol)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler must not see this state: its graph breaks here
-def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
-        if _is_raw(func, args):
-            return func(*args, **kwargs)
-        handler = _handler(func, args, kwargs)
-        if handler is not None:
-            result = handler(func, args, kwargs)
-            if result is not NotImplemented:
-                return result
-        return func(*substitute(args), **substitute(kwargs))
-
-
-def _plain(parameter: Tensor) -> Tensor:
-    with torch._C.DisableTorchFunctionSubclass():
-        return parameter.detach()
-
-
-def _is_raw(func: Any, args: tuple) -> bool:
-    """Whether a function concerns the parameter as an object; in-place functions of *other* tensors use its value."""
-    if not (args and isinstance(args[0], TappedParameter)):
-        return False
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return func not in _VIEWS
-    return name in _RAW or (name.endswith("_") and not name.startswith("__"))
-
-
-def _handler(func: Any, args: tuple, kwargs: dict) -> Handler | None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, TappedParameter):
-            handlers = value.__dict__[_SITE].taps.handlers
-            return handlers.get(func) if handlers and torch.is_grad_enabled() else None
-    return None
-
-
-def substitute(value: Any) -> Any:
-    """A value, or a nest of them, with every tapped parameter replaced by what an operation gets in its place."""
-    if isinstance(value, TappedParameter):
-        return value.__dict__[_SITE].taps.use(value)
-    if type(value) in (list, tuple):
-        return type(value)(substitute(item) for item in value)
-    if type(value) is dict:
-        return {key: substitute(item) for key, item in value.items()}
-    return value
-
-
-class _Tap(torch.autograd.Function):
-    """Identity on a weight or a token; its backward hands the gradient over instead of propagating it."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, anchor: Tensor, stand_in: Tensor, site: Site, entries: Entries | None, pending: Pending | None
-    ) -> Tensor:
-        ctx.site, ctx.entries, ctx.pending = site, entries, pending
-        return stand_in.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:  # type: ignore[override]
-        whole = gradient.detach() if ctx.pending is None else ctx.pending.take()
-        ctx.site.taps.fire(ctx.site.index, whole, ctx.entries)
-        return (None,) * 5
-
-
-class Gather(torch.autograd.Function):
-    """A token as the weight it stands for; its backward gathers the dense gradient's entries."""
-
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, weight: Tensor, entries: Entries) -> Tensor:  # type: ignore[override]
-        ctx.entries, ctx.dtype = entries, token.dtype
-        return weight.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        gradient = gradient.coalesce() if gradient.is_sparse else gradient
-        return take_gradient(gradient, ctx.entries).to(ctx.dtype), None, None
-
-
-class Whole(torch.autograd.Function):
-    """A token as the weight it stands for; its backward puts the dense gradient into the `Pending`."""
-
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, weight: Tensor, pending: Pending) -> Tensor:  # type: ignore[override]
-        ctx.pending = pending
-        ctx.save_for_backward(token)
-        return weight.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (token,) = ctx.saved_tensors
-        ctx.pending.put(gradient.detach().coalesce() if gradient.is_sparse else gradient.detach())
-        return torch.zeros_like(token), None, None
 
 
 class _EndOfBackward:
@@ -264,24 +68,24 @@ class TapSet:
         self._held: dict[tuple[int, int], tuple[Tensor | Factors, Entries | None]] = {}
         self._received = False
         for tensor, site in zip(tensors, self._sites, strict=True):
-            _attach(tensor, site)
+            attach(tensor, site)
 
     def remove(self) -> None:
         """Makes every tensor an ordinary parameter again."""
         for tensor in self._tensors:
-            _detach(tensor)
+            detach(tensor)
         self.owner = None
         self.forget()
 
     def pause(self) -> None:
         """Until `resume`, a forward takes the tensors for ordinary frozen parameters; a backward that waits still arrives."""
         for tensor in self._tensors:
-            _detach(tensor)
+            detach(tensor)
 
     def resume(self) -> None:
         """Ends a `pause`."""
         for tensor, site in zip(self._tensors, self._sites, strict=True):
-            _attach(tensor, site)
+            attach(tensor, site)
 
     def forget(self) -> None:
         """An optimizer step is over: nothing is known of any tensor's uses."""
@@ -311,7 +115,7 @@ class TapSet:
 
     def tap(self, parameter: Tensor) -> Tapped | None:
         """What an operation's gradient for a tapped tensor goes to; None if it is not wanted."""
-        site: Site = parameter.__dict__[_SITE]
+        site: Site = parameter.__dict__[SITE]
         inside = torch._C._current_graph_task_id() != -1
         if not inside:
             self._discard_dead_task()
@@ -336,12 +140,12 @@ class TapSet:
         pending = None
         if entries is None:
             if parameter.ndim != 2 or not self._receiver.factored(site.index):
-                whole = parameter if _is_attached(parameter) else _zeros(parameter, parameter.shape, parameter.dtype)
-                return Tapped(_Tap.apply(self._anchor, whole, site, None, None))
+                whole = parameter if is_tapped(parameter) else _zeros(parameter, parameter.shape, parameter.dtype)
+                return Tapped(Tap.apply(self._anchor, whole, site, None, None))
             pending = Pending()
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         zeros = _zeros(parameter, (1 if entries is None else entries.flat.numel(),), wide)
-        return Tapped(_Tap.apply(self._anchor, zeros, site, entries, pending), entries, pending)
+        return Tapped(Tap.apply(self._anchor, zeros, site, entries, pending), entries, pending)
 
     def _count(self, index: int) -> None:
         self._uses[index] += 1
@@ -390,7 +194,7 @@ class TapSet:
 def _stands_for(tapped: Tapped, parameter: Tensor) -> bool:
     """Whether the parameter still is the tensor that was tapped: a user may have replaced its data."""
     proxy = tapped.proxy
-    if tapped.alias and _is_attached(parameter):
+    if tapped.alias and is_tapped(parameter):
         return proxy.data_ptr() == parameter.data_ptr() and proxy.dtype == parameter.dtype
     return proxy.device == parameter.device
 
@@ -398,65 +202,3 @@ def _stands_for(tapped: Tapped, parameter: Tensor) -> bool:
 def _zeros(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros without memory of their own."""
     return torch.zeros((), dtype=dtype, device=like.device).expand(shape)
-
-
-def _attach(parameter: Tensor, site: Site) -> None:
-    if isinstance(parameter, nn.Parameter):
-        parameter.requires_grad_(False)
-        parameter.__class__ = TappedParameter
-    parameter.__dict__[_SITE] = site
-
-
-def _is_attached(parameter: Tensor) -> bool:
-    """Whether operations on the tensor are intercepted; if not (a quantised weight), its layer's hook asks for its tap."""
-    return isinstance(parameter, TappedParameter)
-
-
-def _detach(parameter: Tensor) -> None:
-    site = parameter.__dict__.pop(_SITE, None)
-    if site is not None and _is_attached(parameter):
-        parameter.__class__ = site.kind
-
-
-def in_pieces() -> SelectionError:
-    """The error of a receiver that needs whole gradients."""
-    return SelectionError(
-        "a tensor received its gradient in pieces within one backward, and cannot be ranked by it. If a module is shared "
-        "between segments of reentrant checkpointing, call model.train() or checkpoint with use_reentrant=False; if one loss "
-        "contains forwards from before and after another backward, run its backward by itself."
-    )
-
-
-def stale() -> SelectionError:
-    """The error of a receiver that needs whole gradients and gets some entries."""
-    return SelectionError(
-        "this backward goes through a forward that ran before the last optimizer step, and this step selects by whole "
-        "gradients, which that forward does not give. Run the forward again, or select(..., gradients='dense')."
-    )
-
-
-def is_tapped(parameter: Tensor) -> bool:
-    """Whether a parameter belongs to a live selection."""
-    return isinstance(parameter, TappedParameter)
-
-
-def owner_of(parameter: Tensor) -> object:
-    """The selection that a tapped parameter belongs to; None for any other tensor."""
-    return parameter.__dict__[_SITE].taps.owner if isinstance(parameter, TappedParameter) else None
-
-
-def has_site(tensor: Tensor) -> bool:
-    """Whether a tensor is tapped, as a parameter or by its layer."""
-    return _SITE in tensor.__dict__
-
-
-def set_of(parameter: Tensor) -> TapSet:
-    """The set that a tapped parameter, or a tensor that has a site, belongs to."""
-    site: Site = parameter.__dict__[_SITE]
-    return site.taps
-
-
-def index_of(parameter: TappedParameter) -> int:
-    """A tapped parameter's index in its set."""
-    site: Site = parameter.__dict__[_SITE]
-    return site.index

@@ -25,9 +25,9 @@ from unmask.distributed.deepspeed import refuse_zero
 from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at
 from unmask.gradients.norm import total_norm
+from unmask.gradients.receiver import in_pieces, stale
 from unmask.gradients.reducing import Ranking, Reducer
 from unmask.gradients.streamed import Ranker
-from unmask.gradients.tap import in_pieces, stale
 from unmask.methods import Method
 from unmask.slots import Entries, SlotTable
 from unmask.topk import Ranked, in_order

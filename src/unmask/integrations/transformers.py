@@ -22,7 +22,8 @@ from unmask.errors import ConfigError, MethodError, ScheduleNotRunError, Selecti
 from unmask.integrations.trainer_checks import check_run, check_schedule
 from unmask.integrations.trainer_optimizer import GivenOptimizer, new_optimizer
 from unmask.methods import Method
-from unmask.selection import Selection, select
+from unmask.selecting import select
+from unmask.selection import Selection
 from unmask.state_file import read_state, write_state
 
 STATE_FILE = "selection.safetensors"

@@ -21,7 +21,8 @@ from unmask.delta import SparseDelta, SparseTensor
 from unmask.errors import DeltaError
 from unmask.peft.config import SelectiveConfig
 from unmask.peft.waiting import Waiting
-from unmask.selection import Selection, select
+from unmask.selecting import select
+from unmask.selection import Selection
 from unmask.slots import Layout
 from unmask.stepping import unwatch, watch
 

@@ -21,7 +21,7 @@ from unmask.peft.layer import SelectiveLayer
 from unmask.peft.saving import is_entry, put_entries, take_entries
 from unmask.peft.targets import Base, eligible, saved_whole
 from unmask.recording import name_or_path
-from unmask.selection import count_budget
+from unmask.selecting import count_budget
 from unmask.stepping import has_selection
 from unmask.version import __version__
 

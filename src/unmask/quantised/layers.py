@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from unmask.errors import SelectionError
 from unmask.gradients.factors import Factors
 from unmask.gradients.sampled import Product, choose, sampled_product, spread
-from unmask.gradients.tap import Tapped, TappedParameter, has_site, set_of
+from unmask.gradients.standins import Tapped
+from unmask.gradients.tapped import TappedParameter, has_site, set_of
 from unmask.quantised.kinds import Source, Unsupported, sources
 from unmask.quantised.sidecar import Sidecar
 from unmask.quantised.sparse import SparseMatrix
