@@ -174,8 +174,7 @@ def _generated(
 def _config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings
 ) -> GenerationConfig:
-    own = getattr(model, "generation_config", None)
-    ends = getattr(own, "eos_token_id", None)
+    ends = getattr(model.generation_config, "eos_token_id", None)
     known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
     sampled = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
     return GenerationConfig(
@@ -207,7 +206,7 @@ def _check_positions(model: PreTrainedModel, prompts: Sequence[Sequence[int]], s
 @contextlib.contextmanager
 def _generates_as(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Evaluation mode, and a checkpoint's own generation settings (a repetition penalty, say) out of the way."""
-    training, own = model.training, getattr(model, "generation_config", None)
+    training, own = model.training, model.generation_config
     model.eval()
     model.generation_config = config
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from unmask.prompting import Prompter
 from unmask.tasks.answers import RULES, Rule, extract, is_right
 from unmask.tasks.arithmetic import TEST_SETS, Problem, load_problems
 from unmask.tasks.outputs import OutputFile, claim
+
+SCORES = "scores.json"
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def solve(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Iterator[Solved]:
-    """Solves test sets one after the other, keeping every output in ``output/SET.jsonl``.
+    """Solves test sets one after the other, keeping every output in ``output/SET.jsonl``, the outcomes in ``scores.json``.
 
     What is in these files already is not generated again, so a run that was killed goes on where it was.
 
@@ -123,9 +127,12 @@ def solve(
     """
     prompter = Prompter(tokenizer, settings.prompt)
     problems = {name: load_problems(name, "test", settings.data_dir)[: settings.limit] for name in settings.sets}
-    claim(output, settings.identity(**identity), overwrite)
+    files = [*(f"{name}.jsonl" for name in TEST_SETS), SCORES]
+    claim(output, settings.identity(**identity), files, overwrite)
     for name, wanted in problems.items():
-        yield _solve_set(model, prompter, name, wanted, settings, OutputFile(output / f"{name}.jsonl"), console)
+        solved = _solve_set(model, prompter, name, wanted, settings, OutputFile(output / f"{name}.jsonl"), console)
+        _note(output / SCORES, solved)
+        yield solved
 
 
 def _solve_set(
@@ -195,6 +202,15 @@ def _outcome(name: str, rows: Sequence[Mapping[str, Any]]) -> Solved:
         sum(row["extracted"] is None for row in rows),
         sum(row["finish"] == "length" for row in rows),
     )
+
+
+def _note(path: Path, solved: Solved) -> None:
+    """Puts a set's outcome down beside those of other sets."""
+    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    scores = held | {solved.name: {**asdict(solved), "accuracy": solved.accuracy}}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def _digest(text: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from unmask.tasks.arithmetic import ARITHMETIC
 from unmask.tasks.glue import GLUE
 
-TASKS: Mapping[str, str] = dict.fromkeys(sorted(GLUE), "sequence")
+TASKS: Mapping[str, str] = dict.fromkeys(sorted(GLUE), "sequence") | dict.fromkeys(ARITHMETIC, "generation")
 """The kind's name (`unmask.kinds`) by the task's."""

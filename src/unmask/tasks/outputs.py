@@ -75,13 +75,14 @@ class OutputFile:
             ) from error
 
 
-def claim(folder: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+def claim(folder: Path, settings: Mapping[str, Any], files: Iterable[str], overwrite: bool = False) -> None:
     """Makes a folder that of one evaluation: its settings are written down, and a folder of another one is refused.
 
     Args:
         folder: Made if it is not there.
         settings: JSON values that decide what is generated.
-        overwrite: Take the folder from another evaluation: its jsonl files are deleted.
+        files: Names of all files that an evaluation may leave there.
+        overwrite: Take the folder from another evaluation: these files are deleted.
 
     Raises:
         ConfigError: The folder holds the outputs of another evaluation.
@@ -89,8 +90,8 @@ def claim(folder: Path, settings: Mapping[str, Any], overwrite: bool = False) ->
     path, wanted = folder / SETTINGS, json.loads(json.dumps(dict(settings)))
     held = _held(path)
     if overwrite:
-        for output in folder.glob("*.jsonl"):
-            output.unlink()
+        for name in files:
+            (folder / name).unlink(missing_ok=True)
     elif held is not None and held != wanted:
         key = next(key for key in sorted({*held, *wanted}) if held.get(key) != wanted.get(key))
         raise ConfigError(
@@ -101,6 +102,11 @@ def claim(folder: Path, settings: Mapping[str, Any], overwrite: bool = False) ->
     part = path.with_suffix(".part")
     part.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
     os.replace(part, path)
+
+
+def is_of(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a folder is that of the evaluation with these settings, or of none yet."""
+    return _held(folder / SETTINGS) in (None, json.loads(json.dumps(dict(settings))))
 
 
 def _held(path: Path) -> dict[str, Any] | None:
