@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from commands import run
-from tiny_llama import byte_tokenizer, llama, math_folder, save_llama
+from tiny_llama import addition, byte_tokenizer, llama, math_folder, save_llama
 from unmask.config import build
 from unmask.errors import ConfigError
 from unmask.kinds import kind_for
 from unmask.kinds.generation import token_accuracy
 from unmask.prompting import Completions, PadRight, Prompter
-from unmask.tasks.arithmetic import load_problems
+from unmask.tasks.arithmetic import Problem, load_problems
 
 TRAIN = (
     "train", "--model", "base", "--data-dir", "math", "--max-steps", 40, "--batch-size", 8, "--lr", 0.01,
@@ -150,9 +150,6 @@ def test_token_accuracy_counts_the_completions_tokens_only(world):
 def test_the_loss_is_that_of_the_completion():
     """Completion-only loss, by hand: the mean negative log-likelihood of the completion's tokens."""
     tokenizer, model = byte_tokenizer(), llama(torch.float64)
-    from tiny_llama import addition
-    from unmask.tasks.arithmetic import Problem
-
     rows = [Problem(row["instruction"], "", row["output"], row["answer"], "number") for row in addition(2)]
     prompter = Prompter(tokenizer)
     batch = PadRight(0)([Completions(rows, prompter, 512)[i] for i in range(2)])
@@ -162,4 +159,4 @@ def test_the_loss_is_that_of_the_completion():
         prompt, completion = prompter.prompt_ids(problem), prompter.completion_ids(problem.solution)
         scores = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
         likelihoods += [scores[len(prompt) - 1 + at, token] for at, token in enumerate(completion)]
-    torch.testing.assert_close(loss, -torch.stack(likelihoods).mean())
+    assert loss.item() == pytest.approx(-torch.stack(likelihoods).mean().item(), rel=1e-5)

@@ -39,6 +39,10 @@ class Prompter:
             raise ConfigError("the tokenizer has no chat template; take prompt = alpaca, or a template file.")
         if tokenizer.eos_token_id is None:
             raise ConfigError("the tokenizer has no end token (eos_token), so a model could not learn where to stop.")
+        begin: Any = tokenizer.bos_token_id
+        adds = begin is not None and list(tokenizer("a")["input_ids"])[:1] == [begin]
+        a_mark = adds and str(tokenizer.bos_token) in str(tokenizer.chat_template or "")
+        self._adds = [begin] if adds and not a_mark else []
 
     def text(self, problem: Problem) -> str:
         """The prompt as text."""
@@ -60,12 +64,9 @@ class Prompter:
         return [*self.tokenizer(solution, add_special_tokens=False)["input_ids"], end]
 
     def _begin(self, text: str) -> list[int]:
-        """What the tokenizer puts before a text by itself, where that makes sense."""
-        tokenizer, begin = self.tokenizer, self.tokenizer.bos_token
-        if begin is None or text.startswith(begin) or begin in str(tokenizer.chat_template or ""):
-            return []
-        marked = list(tokenizer("a")["input_ids"])
-        return [tokenizer.bos_token_id] if marked[:1] == [tokenizer.bos_token_id] else []  # type: ignore[list-item]
+        """What the tokenizer puts before a text by itself, if the text does not bring it."""
+        begin = self.tokenizer.bos_token
+        return [] if begin is None or text.startswith(begin) else self._adds
 
 
 @dataclass(frozen=True)
