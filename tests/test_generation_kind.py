@@ -10,9 +10,10 @@ import torch
 
 from commands import run
 from tiny_llama import addition, byte_tokenizer, llama, math_folder, save_llama
+from unmask.cli.evaluate import _refuse_generations_own
 from unmask.config import build
 from unmask.errors import ConfigError
-from unmask.kinds import kind_for
+from unmask.kinds import Request, kind_for
 from unmask.kinds.generation import token_accuracy
 from unmask.prompting import Completions, PadRight, Prompter
 from unmask.tasks.arithmetic import Problem, load_problems
@@ -111,6 +112,13 @@ def test_what_cannot_work_is_refused_at_once(world, words, message):
     done = run(*words, cwd=world, check=False)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def test_options_of_word_problems_are_refused_elsewhere():
+    with pytest.raises(ConfigError, match=r"--limit, --set: for word problems only; 'sst2' has no use for it"):
+        _refuse_generations_own(
+            {"kind": "sequence", "name": "sst2"}, Request("sst2", limit=3, options={"rule": "last"})
+        )
 
 
 def test_word_problems_may_be_longer_than_sentences():

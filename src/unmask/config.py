@@ -21,13 +21,13 @@ class TrainConfig:
     Attributes:
         model: Folder or hub id of a transformers base.
         output: Folder for the delta, the resolved configuration, metrics and checkpoints.
-        task: A GLUE task, gsm8k or math10k; or None with ``data``.
-        data_dir: Folder that holds the GLUE tasks; None for the hub.
-        data: Training file (csv, tsv, jsonl, parquet) or hub id.
+        task: A task's name; None for texts to classify in ``data``, ner for tagged sentences there.
+        data_dir: Folder that holds the task's files; None for the hub.
+        data: Training file (csv, tsv, jsonl, parquet; of ner: conll, txt, bio, ..., jsonl) or hub id.
         eval: Evaluation file; None holds out a tenth of ``data``.
-        text: Text column of ``data``.
+        text: Text column of ``data`` (of ner: the column of word lists, for tokens or words).
         text_pair: Second text column, if the task has pairs.
-        label: Label column of ``data``.
+        label: Label column of ``data`` (of ner: the column of tag lists, for ner_tags or tags).
         into: Select inside what is added to the base: lora, dora (peft), pfeiffer, houlsby (adapters); None: the base itself.
         lora_r: Rank of the LoRA.
         lora_alpha: Its scale is lora_alpha / lora_r.
@@ -57,7 +57,8 @@ class TrainConfig:
         accumulation: Micro-batches per optimizer step.
         warmup: Share of the steps with rising learning rate.
         max_grad_norm: Clips the norm of the selected weights' gradient; 0 for no clipping.
-        max_length: Longest input in tokens; longer ones are cut. (512 for word problems, when settings are read by `build`.)
+        max_length: Longest input in tokens; longer texts are cut, longer sentences of ner are split. 512 for word
+            problems, where settings are read by `build`.
         bf16: Autocast to bfloat16.
         gradient_checkpointing: Recompute activations in the backward.
         seed: Of the head's init, the data order and random masks.
@@ -133,7 +134,10 @@ class TrainConfig:
             raise ConfigError(
                 f"unknown task {self.task!r}; there are {', '.join(TASKS)}. For your own files give data."
             )
-        if (self.task is None) == (self.data is None):
+        if self.task == "ner":
+            if (self.data is None) == (self.data_dir is None):
+                raise ConfigError("task 'ner' is your own: give data (and eval), or data_dir, and not both.")
+        elif (self.task is None) == (self.data is None):
             raise ConfigError("give either task (with data_dir) or data (with text and label), and not both.")
         _one_of("method", self.method, METHODS)
         _one_of("schedule", self.schedule, ("uniform", "cosine", "front-loaded"))

@@ -76,6 +76,9 @@ def load_base(
                 source, dtype=torch.float32, output_loading_info=True, **_labels(num_labels, label_names)
             )
             tokenizer = AutoTokenizer.from_pretrained(source)
+            if head == "token" and getattr(tokenizer, "add_prefix_space", None) is False:
+                # a byte-level vocabulary (RoBERTa's) has a word's usual piece only behind a blank
+                tokenizer = AutoTokenizer.from_pretrained(source, add_prefix_space=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the model {source!r} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:

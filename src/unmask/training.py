@@ -175,7 +175,7 @@ class _Run:
             selection=self.selection,
             args=_arguments(config, self.steps, self.folder, bool(sets)),
             train_dataset=prepared.train_set,
-            eval_dataset=sets if len(sets) > 1 else next(iter(sets.values()), None),
+            eval_dataset=sets.get("", sets or None),
             data_collator=prepared.collate,
             compute_metrics=prepared.step_metrics,
             preprocess_logits_for_metrics=prepared.reduce_logits,

@@ -18,6 +18,12 @@ app = typer.Typer(
 )
 
 
+TASK_HELP = (
+    "sst2, cola, mrpc, rte, stsb, qnli, qqp, mnli (GLUE); conll2003, wnut17, or ner for tagged sentences of "
+    "your own; gsm8k, math10k."
+)
+
+
 def _version(show: bool) -> None:
     if show:
         typer.echo(f"unmask {__version__}")
@@ -46,11 +52,11 @@ def demo(
 @app.command()
 def train(
     model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub id.")] = None,
-    task: Annotated[
-        str | None, typer.Option(help="sst2, cola, mrpc, rte, stsb, qnli, qqp, mnli (GLUE); gsm8k, math10k.")
-    ] = None,
+    task: Annotated[str | None, typer.Option(help=TASK_HELP)] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder with the task's files; without it, the hub.")] = None,
-    data: Annotated[str | None, typer.Option(help="Your training data: csv, tsv, jsonl, parquet, or a hub id.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Your training data: csv, tsv, jsonl, parquet, conll, or a hub id.")
+    ] = None,
     eval: Annotated[str | None, typer.Option("--eval", help="Your evaluation data; default: a tenth held out.")] = None,
     text: Annotated[str | None, typer.Option(help="Text column.")] = None,
     text_pair: Annotated[str | None, typer.Option(help="Second text column.")] = None,
@@ -74,7 +80,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the output.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew over a run in the output.")] = False,
 ) -> None:
-    """Train a delta on a GLUE task or on your own data."""
+    """Train a delta on a known task or on your own data."""
     run_options = ("config", "set_", "resume", "overwrite")
     given: dict[str, Any] = {
         k: v for k, v in locals().items() if k not in (*run_options, "run_options") and v is not None
@@ -95,10 +101,10 @@ def evaluate(
         Path | None, typer.Argument(help="The delta; left out, the base alone solves word problems.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="A GLUE task; or sets of word problems, comma-separated: gsm8k,svamp,aqua.")
+        str | None, typer.Option(help="A task; default: the one that it was trained on. Word problems: gsm8k,svamp,...")
     ] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder with the task's files; without it, the hub.")] = None,
-    data: Annotated[str | None, typer.Option(help="Your evaluation data: csv, tsv, jsonl, parquet.")] = None,
+    data: Annotated[str | None, typer.Option(help="Your evaluation data: csv, tsv, jsonl, parquet, conll.")] = None,
     text: Annotated[str, typer.Option(help="Text column.")] = "text",
     text_pair: Annotated[str | None, typer.Option(help="Second text column.")] = None,
     label: Annotated[str, typer.Option(help="Label column.")] = "label",

@@ -18,6 +18,7 @@ def run_eval(source: str, delta_path: Path | None, request: Request, batch_size:
     """Prints the metrics of each evaluation split."""
     delta = None if delta_path is None else SparseDelta.load(delta_path)
     described = _untrained(request) if delta is None else task_of(delta)
+    _refuse_generations_own(described, request)
     request = replace(request, model=source, delta=None if delta_path is None else str(delta_path))
     task = kind_of(described).reload(described, request)
     if delta is None:
@@ -27,6 +28,18 @@ def run_eval(source: str, delta_path: Path | None, request: Request, batch_size:
     for scored in task.score(on_accelerator(model.eval()), tokenizer, described, batch_size):
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in scored.metrics.items())
         print(f"{scored.split} ({scored.count:,}): {metrics}", flush=True)
+
+
+def _refuse_generations_own(described: Mapping[str, Any], request: Request) -> None:
+    given = {
+        "--limit": request.limit,
+        "--output": request.output,
+        "--set": request.options,
+        "--overwrite": request.overwrite,
+    }
+    names = [name for name, value in given.items() if value]
+    if names and kind_of(described).head != "generation":
+        raise ConfigError(f"{', '.join(names)}: for word problems only; {described['name']!r} has no use for it.")
 
 
 def _untrained(request: Request) -> Mapping[str, Any]:

@@ -80,7 +80,10 @@ class Prepared(Protocol):
 
     @property
     def step_sets(self) -> Mapping[str, Dataset]:
-        """What is evaluated along the run, every ``eval_steps``, by split; empty for nothing."""
+        """What is evaluated along the run, every ``eval_steps``; empty for nothing.
+
+        By the names that go before their metrics; a single set may be called "" for none (see `splits.named`).
+        """
 
     @property
     def collate(self) -> Callable[[Any], Any]:

@@ -12,7 +12,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedMode
 from unmask.config import TrainConfig
 from unmask.errors import ConfigError
 from unmask.kinds.protocol import Kind, Request, Scored, Stage
-from unmask.kinds.splits import evaluate_splits, metric_key
+from unmask.kinds.splits import evaluate_splits, metric_key, named
 from unmask.modeling import describe_task, longest_input
 from unmask.predicting import predict
 from unmask.tasks import compute, load_evaluation, load_files, load_glue
@@ -101,7 +101,7 @@ class SequenceTask:
             self.data.spec,
             length,
             encoded(self.data.train),
-            {split: encoded(examples) for split, examples in self.data.evals.items()},
+            named({split: encoded(examples) for split, examples in self.data.evals.items()}),
             DataCollatorWithPadding(tokenizer),
             (cut,) if length < config.max_length else (),
         )
