@@ -21,7 +21,7 @@ class TrainConfig:
     Attributes:
         model: Folder or hub id of a transformers base.
         output: Folder for the delta, the resolved configuration, metrics and checkpoints.
-        task: A GLUE task, conll2003 or wnut17; None for texts to classify in ``data``, ner for tagged sentences there.
+        task: A task's name; None for texts to classify in ``data``, ner for tagged sentences there.
         data_dir: Folder that holds the task's files; None for the hub.
         data: Training file (csv, tsv, jsonl, parquet; of ner: conll, txt, bio, ..., jsonl) or hub id.
         eval: Evaluation file; None holds out a tenth of ``data``.
@@ -60,7 +60,8 @@ class TrainConfig:
         accumulation: Micro-batches per optimizer step.
         warmup: Share of the steps with rising learning rate.
         max_grad_norm: Clips the norm of the selected weights' gradient; 0 for no clipping.
-        max_length: Longest input in tokens; longer texts are cut, longer sentences of ner are split.
+        max_length: Longest input in tokens; longer texts are cut, longer sentences of ner are split. 512 for word
+            problems, where settings are read by `build`.
         bf16: Autocast to bfloat16.
         gradient_checkpointing: Recompute activations in the backward.
         seed: Of the head's init, the data order and random masks.
@@ -69,6 +70,13 @@ class TrainConfig:
         save_steps: Checkpoint every so many steps; None with each evaluation.
         logging_steps: Log every so many steps.
         report_to: Loggers of transformers' Trainer (tensorboard, wandb, ...).
+        prompt: Of word problems: alpaca, chat (the tokenizer's own template), or a text file with {instruction} in it.
+        train_on_prompt: Let the prompt's tokens carry loss too, and not the solution's alone.
+        held_out: Word problems held out of the training data for the loss along the run.
+        test_sets: Sets of word problems to solve after training.
+        test_limit: Only the first so many problems of each.
+        test_batch_size: Prompts per batch there.
+        max_new_tokens: Most tokens to generate per problem.
     """
 
     model: str
@@ -119,6 +127,13 @@ class TrainConfig:
     save_steps: int | None = None
     logging_steps: int = 20
     report_to: tuple[str, ...] = ()
+    prompt: str = "alpaca"
+    train_on_prompt: bool = False
+    held_out: int = 120
+    test_sets: tuple[str, ...] = ()
+    test_limit: int | None = None
+    test_batch_size: int = 16
+    max_new_tokens: int = 256
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
@@ -159,6 +174,9 @@ class TrainConfig:
             "batch_size",
             "accumulation",
             "max_length",
+            "held_out",
+            "test_batch_size",
+            "max_new_tokens",
             "logging_steps",
             "stride",
             "num_samples",
@@ -167,7 +185,7 @@ class TrainConfig:
             "reduction_factor",
         ):
             _above(name, getattr(self, name), 0)
-        for name in ("max_steps", "eval_steps", "save_steps"):
+        for name in ("max_steps", "eval_steps", "save_steps", "test_limit"):
             if getattr(self, name) is not None:
                 _above(name, getattr(self, name), 0)
         for name in ("weight_decay", "warmup", "max_grad_norm"):
@@ -199,6 +217,8 @@ def _above(name: str, value: float, bound: float) -> None:
 
 
 _HINTS = typing.get_type_hints(TrainConfig)
+# where a kind of task wants another default than the rest: a solution is longer than a sentence
+_KIND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"generation": {"max_length": 512}}
 
 
 def build(values: Mapping[str, Any]) -> TrainConfig:
@@ -218,7 +238,8 @@ def build(values: Mapping[str, Any]) -> TrainConfig:
     absent = sorted(required - {key for key, value in values.items() if value is not None})
     if absent:
         raise ConfigError(f"{' and '.join(absent)} must be given.")
-    return TrainConfig(**{key: _convert(key, value) for key, value in values.items()})
+    defaults = _KIND_DEFAULTS.get(TASKS.get(str(values.get("task")), ""), {})
+    return TrainConfig(**{key: _convert(key, value) for key, value in {**defaults, **values}.items()})
 
 
 def _convert(key: str, value: Any) -> Any:

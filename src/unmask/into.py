@@ -118,7 +118,7 @@ def insert(model: nn.Module, into: Into, missing: Collection[str], seed: int) ->
     """Adds a LoRA or adapters to a base model, in place.
 
     Args:
-        model: A transformers model with a classification head.
+        model: A transformers model with the head of its task.
         into: What to add.
         missing: Names of the tensors that the base checkpoint lacks (a new head).
         seed: Of the random init of what is added.
@@ -181,7 +181,7 @@ def _with_lora(model: nn.Module, into: Into, missing: Collection[str]) -> nn.Mod
     import peft
 
     shared: dict[str, Any] = {
-        "task_type": peft.TaskType.SEQ_CLS,
+        "task_type": _task_type(model),
         "r": into.r,
         "target_modules": "all-linear" if into.targets == ("all-linear",) else list(into.targets) or None,
         "modules_to_save": _whole_modules(model, missing) or None,
@@ -197,6 +197,20 @@ def _with_lora(model: nn.Module, into: Into, missing: Collection[str]) -> nn.Mod
         )
     )
     return peft.get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+
+
+def _task_type(model: nn.Module) -> Any:
+    """peft's name for what the model's head does; it decides which heads peft trains, and how a saved LoRA is loaded."""
+    import peft
+
+    endings = {
+        "ForSequenceClassification": peft.TaskType.SEQ_CLS,
+        "ForTokenClassification": peft.TaskType.TOKEN_CLS,
+        "ForCausalLM": peft.TaskType.CAUSAL_LM,
+        "LMHeadModel": peft.TaskType.CAUSAL_LM,
+    }
+    name = type(model).__name__
+    return next((kind for ending, kind in endings.items() if name.endswith(ending)), None)
 
 
 def _with_bottlenecks(model: Any, into: Into) -> nn.Module:

@@ -94,6 +94,12 @@ def _labels(num_labels: int | None, names: Sequence[str] | None) -> dict[str, An
     return {} if num_labels is None else {"num_labels": num_labels}
 
 
+def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
+    """The model on this machine's accelerator, if it has one."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return model if device is None else model.to(device)  # type: ignore[arg-type, return-value]
+
+
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
     """``wanted`` tokens, or as many as the model has positions for."""
     limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)

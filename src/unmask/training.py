@@ -245,7 +245,7 @@ def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bo
         output_dir=str(folder.checkpoints),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=4 * config.batch_size,
+        per_device_eval_batch_size=kind_for(config).eval_batches * config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.lr,
         warmup_steps=math.ceil(config.warmup * steps),

@@ -20,7 +20,8 @@ app = typer.Typer(
 
 
 TASK_HELP = (
-    "sst2, cola, mrpc, rte, stsb, qnli, qqp, mnli (GLUE); conll2003, wnut17, or ner for tagged sentences of your own."
+    "sst2, cola, mrpc, rte, stsb, qnli, qqp, mnli (GLUE); conll2003, wnut17, or ner for tagged sentences of "
+    "your own; gsm8k, math10k."
 )
 
 
@@ -105,20 +106,46 @@ def train(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
-    delta: Annotated[Path, typer.Argument(help="The delta.")],
-    task: Annotated[str | None, typer.Option(help="A task; default: the one that it was trained on.")] = None,
+    delta: Annotated[
+        Path | None, typer.Argument(help="The delta; left out, the base alone solves word problems.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="A task; default: the one that it was trained on. Word problems: gsm8k,svamp,...")
+    ] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder with the task's files; without it, the hub.")] = None,
     data: Annotated[str | None, typer.Option(help="Your evaluation data: csv, tsv, jsonl, parquet, conll.")] = None,
     text: Annotated[str, typer.Option(help="Text column.")] = "text",
     text_pair: Annotated[str | None, typer.Option(help="Second text column.")] = None,
     label: Annotated[str, typer.Option(help="Label column.")] = "label",
     batch_size: Annotated[int, typer.Option(help="Examples per forward.", min=1)] = 64,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many word problems of each set.", min=1)] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Folder of what is generated; default: beside the delta, or under runs.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what was generated there before.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Of word problems: prompt, max_new_tokens, rule, ...; see docs/tasks.md."),
+    ] = None,
 ) -> None:
-    """Evaluate base + delta on a task."""
+    """Evaluate base + delta on a task; outputs of word problems are kept, and a killed evaluation goes on."""
     from unmask.cli.evaluate import run_eval
+    from unmask.config import parse_assignments
     from unmask.kinds import Request
 
-    run_eval(model, delta, Request(task, data_dir, data, text, text_pair, label), batch_size)
+    request = Request(
+        task,
+        data_dir,
+        data,
+        text,
+        text_pair,
+        label,
+        limit=limit,
+        output=output,
+        overwrite=overwrite,
+        options=parse_assignments(set_ or []),
+    )
+    run_eval(model, delta, request, batch_size)
 
 
 @app.command()
