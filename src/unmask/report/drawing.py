@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from unmask.errors import MissingExtraError, UnmaskError
+from unmask.figures import FIGURES, Style, svg, write_figure
 from unmask.figures.records import RunRecord
 from unmask.sweeps.cells import Cell
 from unmask.sweeps.choosing import choose
@@ -54,7 +56,8 @@ def fitting(name: str, records: Sequence[RunRecord]) -> list[RunRecord]:
     if name == "fig4":
         return [r for r in records if {"eps", "exp"} <= r.get("parameters", {}).keys()]
     if name == "fig5":
-        return [r for r in records if r.get("strategy") != "increment" or r.get("curve")]
+        kept = [r for r in records if r.get("strategy") != "none"]
+        return [r for r in kept if r["strategy"] != "increment" or r.get("curve")]
     if name == "fig6":
         return [r for r in records if r.get("strategy") != "none"]
     if name in ("fig7", "fig8", "fig9"):
@@ -77,15 +80,12 @@ def inline(names: Iterable[str], records: Sequence[RunRecord], salt: str = "") -
     Args:
         names: Keys of `unmask.figures.FIGURES`.
         records: Of the runs that count.
-        salt: Keeps ids of several studies on one page apart.
+        salt: Begins every id, so that no two on a page are alike.
     """
     drawn: dict[str, str | UnmaskError] = {}
     for name in names:
         try:
-            from unmask.figures import FIGURES, svg
-
-            shown = fitting(name, records)
-            drawn[name] = svg(lambda style, name=name, shown=shown: FIGURES[name](shown, style), f"{salt}{name}")
+            drawn[name] = _prefixed(svg(_draw(name, records), f"{salt}{name}"), f"{salt}-{name}-")
         except UnmaskError as error:
             drawn[name] = error
         except ValueError as error:  # matplotlib reads a $ in a name as mathematics
@@ -99,15 +99,23 @@ def draw_files(names: Iterable[str], records: Sequence[RunRecord], folder: Path)
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    from unmask.figures import FIGURES, write_figure
-
     written: list[Path] = []
     for name in names:
-        shown: list[Any] = fitting(name, records)
         try:
-            written += write_figure(lambda style, name=name, shown=shown: FIGURES[name](shown, style), folder / name)
+            written += write_figure(_draw(name, records), folder / name)
         except MissingExtraError:
             raise
         except UnmaskError:  # nothing to draw yet; the report says why
             continue
     return written
+
+
+def _draw(name: str, records: Sequence[RunRecord]) -> Callable[[Style], Any]:
+    shown = fitting(name, records)
+    return lambda style: FIGURES[name](shown, style)
+
+
+def _prefixed(element: str, prefix: str) -> str:
+    """An SVG element with a prefix to every id and every reference to one."""
+    element = re.sub(r'\bid="', f'id="{prefix}', element)
+    return re.sub(r'(href="#|url\(#)', rf"\1{prefix}", element)

@@ -40,7 +40,7 @@ def page(studies: Sequence[Study]) -> str:
     style, script = (
         files("unmask.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
     )
-    contents = "".join(study_section(study, f"s{number}") for number, study in enumerate(studies))
+    contents = "".join(study_section(study, f"s{number}", len(studies) > 1) for number, study in enumerate(studies))
     links = "".join(f'<a href="#s{n}">{escape(s.title or s.name)}</a>' for n, s in enumerate(studies))
     menu = f"<nav>{links}</nav>" if len(studies) > 1 else ""
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

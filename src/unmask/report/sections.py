@@ -16,10 +16,19 @@ from unmask.sweeps.protocols import Estimate
 from unmask.sweeps.spec import Protocol
 from unmask.sweeps.tables import EDGES, Entry, Line, Table, figure, legend, table
 
+_MARKS = "below; \N{WARNING SIGN}"  # see `legend`
 
-def study_section(study: Study, anchor: str) -> str:
-    """Everything about one study."""
+
+def study_section(study: Study, anchor: str, titled: bool = True) -> str:
+    """Everything about one study.
+
+    Args:
+        study: The study.
+        anchor: Its id on the page.
+        titled: Under a heading of its own.
+    """
     parts = [
+        f"<h2>{escape(study.title or study.name)}</h2>" if titled else "",
         _head(study),
         _tables(study),
         _rates(study),
@@ -38,7 +47,7 @@ def _head(study: Study) -> str:
     facts = [f"{len(ended) - failed} runs done", f"{failed} failed" if failed else "", _open(study, len(ended))]
     versions = sorted({json.dumps(r["versions"], sort_keys=True) for r in ended if r.get("versions")})
     made = "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(text).items()) for text in versions)
-    lines = [f"<h2>{escape(study.title or study.name)}</h2>", f"<p>{', '.join(filter(None, facts))}.</p>"]
+    lines = [f"<p>{', '.join(filter(None, facts))}.</p>"]
     lines += [f'<p class="note">{escape(note)}</p>' for note in study.notes]
     lines += [f'<p class="muted">Command: <code>{escape(study.command)}</code></p>'] if study.command else []
     lines += [f'<p class="muted">Made with {escape(made)}.</p>'] if made else []
@@ -76,7 +85,7 @@ def score_table(found: Table) -> str:
     rows = "".join(_row(line, names, found, best, averages) for line in found.lines)
     return (
         f'<div class="wide"><table><thead><tr>{"".join(head)}</tr></thead><tbody>{rows}</tbody></table></div>'
-        f'<p class="muted">{escape(legend(found))}</p>'
+        f'<p class="muted">{escape(legend(found, "below; \u26a0"))}</p>'
     )
 
 

@@ -10,8 +10,9 @@ import torch
 
 from unmask.config import build
 from unmask.errors import ConfigError
+from unmask.kinds import kind_for
 from unmask.methods import parse_budget
-from unmask.modeling import quiet
+from unmask.modeling import HEADS, Head, quiet
 
 
 def matching_rank(settings: Mapping[str, Any]) -> int:
@@ -28,15 +29,15 @@ def matching_rank(settings: Mapping[str, Any]) -> int:
         raise ConfigError(f"lora_r = 'match' goes with into = lora, dora or shira, not {config.into!r}.")
     # SHiRA has as many as a LoRA of the same rank, and peft cannot lay it out without data
     kind = "lora" if config.into == "shira" else config.into
-    total, one, two = _counts(config.model, kind, config.lora_targets)
+    total, one, two = _counts(config.model, kind_for(config).head, kind, config.lora_targets)
     budget = parse_budget(config.budget, total)  # type: ignore[arg-type]  # not None: checked before
     return max(1, round((budget - one) / (two - one)) + 1)
 
 
 @functools.lru_cache(maxsize=64)
-def _counts(model: str, into: str, targets: tuple[str, ...]) -> tuple[int, int, int]:
+def _counts(model: str, head: Head, into: str, targets: tuple[str, ...]) -> tuple[int, int, int]:
     """Weights of the base, and of what ranks 1 and 2 add to it (DoRA adds some that no rank changes)."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     from unmask.into import Into, Kind, insert
 
@@ -47,7 +48,7 @@ def _counts(model: str, into: str, targets: tuple[str, ...]) -> tuple[int, int, 
     counts = []
     for r in (1, 2):
         with quiet(), torch.device("meta"):
-            base = AutoModelForSequenceClassification.from_config(shape)
+            base = HEADS[head].from_config(shape)
             total = sum(p.numel() for p in base.parameters())
             inserted = insert(base, Into(cast(Kind, into), r=r, targets=targets), (), seed=0)
         sizes = dict(inserted.model.named_parameters())

@@ -194,18 +194,23 @@ def entry_text(entry: Entry | None, protocol: Protocol) -> str:
     return words + rate + (f", {entry.failed} failed" if entry.failed else "")
 
 
-def legend(found: Table) -> str:
-    """What the figures of a table are, in a sentence or two."""
+def legend(found: Table, marks: str = "after @; [low], [high]") -> str:
+    """What the figures of a table are, in a sentence or two.
+
+    Args:
+        found: The table.
+        marks: Where the chosen value stands, and what marks one at the edge of its grid.
+    """
     protocol, choice = found.protocol, found.choice
     if protocol.kind == "paper":
         text = f"Scores in percent: mean and deviation of the best {protocol.best} runs (the paper's protocol)."
     else:
         text = (
-            f"Scores in percent: mean over seeds ± half the {100 * protocol.level:g}% interval ({protocol.interval}), number of "
-            "seeds in brackets."
+            f"Scores in percent: mean over seeds ± half the {100 * protocol.level:g}% interval ({protocol.interval}), with the "
+            "number of seeds."
         )
     if choice:
-        seeds = ", ".join(map(str, choice.seeds))
-        text += f" After @: the {choice.setting} chosen by {choice.by} on seed {seeds}; [low], [high]: at the edge of its grid."
+        seeds, (place, mark) = ", ".join(map(str, choice.seeds)), marks.split("; ")
+        text += f" The {choice.setting} ({place}) was chosen by {choice.by} on seed {seeds}; {mark}: at the edge of its grid."
         text += " Those seeds are not in the mean." if choice.report == "others" else " Those seeds are in the mean."
     return text
