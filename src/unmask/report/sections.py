@@ -85,7 +85,7 @@ def score_table(found: Table) -> str:
     rows = "".join(_row(line, names, found, best, averages) for line in found.lines)
     return (
         f'<div class="wide"><table><thead><tr>{"".join(head)}</tr></thead><tbody>{rows}</tbody></table></div>'
-        f'<p class="muted">{escape(legend(found, "below; \u26a0"))}</p>'
+        f'<p class="muted">{escape(legend(found, _MARKS))}</p>'
     )
 
 
