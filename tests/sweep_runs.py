@@ -37,7 +37,7 @@ def threads(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def failing(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if count(folder, "starts") == 1 and settings.get("lr") == 1e-2:
-        raise ValueError("the loss is <NaN>")
+        raise ValueError("the loss is <NaN> [/b]")
     return scored(settings)
 
 

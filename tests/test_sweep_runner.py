@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -66,7 +67,7 @@ def test_a_failure_is_recorded_and_done_again_only_when_asked(tmp_path):
     report = run(sweep(), tmp_path, "failing")
     (failed,) = report.failed
     assert failed["error"]["type"] == "ValueError"
-    assert failed["error"]["message"] == "the loss is <NaN>"
+    assert failed["error"]["message"] == "the loss is <NaN> [/b]"
     assert "sweep_runs.py" in failed["error"]["traceback"]
     assert len(report.results) == 3
     assert len(run(sweep(), tmp_path, "failing").failed) == 1
@@ -82,6 +83,19 @@ def test_a_run_whose_worker_is_killed_is_tried_once_more(tmp_path):
     assert "SIGKILL" in failed["error"]["message"]
     attempts = {result["labels"]["lr"]: times(tmp_path, i) for i, result in report.results.items()}
     assert attempts == {"1e-4": 2, "1e-3": 1, "1e-2": 2}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_shown_while_it_runs(tmp_path, terminal):
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=terminal, width=120, color_system=None)
+    plan = sweep(methods={"odd [bold]": {"grid": {"lr": ["1e-3", "1e-2"]}}})
+    run_sweep(plan, Store(tmp_path), runner="sweep_runs:failing", console=console)
+    text = shown.getvalue()
+    assert "odd [bold], seed 0, lr 1e-3" in text
+    assert "accuracy 0.5000, loss 0.5000" in text
+    assert "failed: the loss is <NaN> [/b]" in text
+    assert "2 ended, 0 to go, 1 failed" in text
 
 
 def test_threads_and_devices_reach_the_workers(tmp_path):

@@ -61,7 +61,7 @@ def fitting(name: str, records: Sequence[RunRecord]) -> list[RunRecord]:
     if name == "fig6":
         return [r for r in records if r.get("strategy") != "none"]
     if name in ("fig7", "fig8", "fig9"):
-        return [r for r in records if r.get("allocation")]
+        return [r for r in records if r.get("allocation") and r.get("strategy") != "none"]
     return list(records)
 
 

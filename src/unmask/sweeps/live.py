@@ -60,11 +60,11 @@ class LiveTable:
         """Takes in a run that has ended."""
         self._ended.append((cell, result))
         if self._live is None:
-            self._console.print(f"{cell.id}  {describe(cell)}  {outcome(result)}  ({self._counts()})", highlight=False)
+            self.say(f"{cell.id}  {describe(cell)}  {outcome(result)}  ({self._counts()})")
 
     def say(self, text: str) -> None:
         """Prints a line."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _counts(self) -> str:
         left = remaining(self._cells, self._choice, self._results)
@@ -79,10 +79,12 @@ class LiveTable:
         for column in ("run", "", "outcome", "time"):
             table.add_column(column, no_wrap=column == "run", justify="right" if column == "time" else "left")
         for cell, result in self._ended:
-            table.add_row(cell.id, describe(cell), outcome(result), duration(result.get("seconds", 0.0)))
+            words = (cell.id, describe(cell), outcome(result), duration(result.get("seconds", 0.0)))
+            table.add_row(*map(Text, words))  # not as markup: a name or an error may hold [brackets]
         for worker in self._running:
             if worker.cell:
-                table.add_row(worker.cell.id, describe(worker.cell), "running", duration(worker.elapsed), style="bold")
+                words = (worker.cell.id, describe(worker.cell), "running", duration(worker.elapsed))
+                table.add_row(*map(Text, words), style="bold")
         return Group(table, Text(self._counts()))
 
 
