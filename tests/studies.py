@@ -23,7 +23,7 @@ VALUES: dict[str, Any] = {
         "full": {"settings": {"method": "full", "budget": None}, "grid": {"lr": ["5e-5"]}},
     },
     "choose": {"seeds": [0]},
-    "figures": ["fig1", "fig5", "fig6", "fig7", "fig8", "fig9"],
+    "figures": ["fig1", "fig5", "fig8"],
     "claims": [{"source": "a page", "method": EVIL, "score": "88.6"}],
 }
 

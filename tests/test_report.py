@@ -139,7 +139,7 @@ def test_a_value_at_the_edge_is_marked(text):
 
 def test_figures_are_drawn_into_the_page(text):
     pytest.importorskip("matplotlib")
-    assert text.count("<svg") == 6
+    assert text.count("<svg") == 3
     assert "not drawn" not in text
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
