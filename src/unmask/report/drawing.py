@@ -116,6 +116,7 @@ def _draw(name: str, records: Sequence[RunRecord]) -> Callable[[Style], Any]:
 
 
 def _prefixed(element: str, prefix: str) -> str:
-    """An SVG element with a prefix to every id and every reference to one."""
-    element = re.sub(r'\bid="', f'id="{prefix}', element)
+    """An SVG element with a prefix to every id and every reference to one; ids that nothing refers to are left out."""
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', element))
+    element = re.sub(r' id="([^"]+)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in used else "", element)
     return re.sub(r'(href="#|url\(#)', rf"\1{prefix}", element)
