@@ -122,7 +122,9 @@ def _finish(sweep: Sweep, store: Store, made: Report, console: Console) -> None:
     )
     if made.failed:
         for result in made.failed:
-            console.print(f"{result['id']}  {outcome(result)}", style="red", markup=False, highlight=False)
+            console.print(
+                f"{result['id']}  {outcome(result)}", style="red", markup=False, highlight=False, soft_wrap=True
+            )
         console.print(f"{len(made.failed)} runs failed; --retry-failed does them again. Logs: {store.folder / 'logs'}")
         raise typer.Exit(1)
 

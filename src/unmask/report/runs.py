@@ -21,8 +21,8 @@ def runs_section(study: Study, anchor: str) -> str:
     if not ended:
         return ""
     names = list(dict.fromkeys(key for cell, _ in ended for key, value in cell.labels.items() if value is not None))
-    head = "".join(_header(name, numeric=False) for name in names)
-    head += "".join(_header(name, numeric=True) for name in _FIGURES) + "<th>run</th>"
+    head = "<th>run</th>" + "".join(_header(name, numeric=False) for name in names)
+    head += "".join(_header(name, numeric=True) for name in _FIGURES)
     body = "".join(_row(cell, result, names) for cell, result in ended)
     search = f'<input type="search" data-filter="{anchor}-runs" placeholder="id3 0.001 ...">'
     return (
@@ -57,7 +57,7 @@ def _row(cell: Cell, result: Result, names: list[str]) -> str:
         cells.append(_number(result.get("seconds"), duration(result.get("seconds") or 0)))
     else:
         cells += _figures(result)
-    return f"<tr>{''.join(cells)}<td>{_details(cell, result)}</td></tr>"
+    return f"<tr><td>{_details(cell, result)}</td>{''.join(cells)}</tr>"
 
 
 def _figures(result: Result) -> list[str]:

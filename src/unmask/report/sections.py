@@ -119,6 +119,7 @@ def _remarks(entry: Entry, estimate: Estimate, found: Table) -> str:
     words += [f"{entry.failed} failed"] if entry.failed else []
     words += [f"{entry.missing} to go"] if entry.missing else []
     words += [f"{found.choice.setting} {entry.value}"] if found.choice and entry.value is not None else []
+    words += ["no other tried"] if entry.edge == "alone" else []
     return ", ".join(words)
 
 

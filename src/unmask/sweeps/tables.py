@@ -190,7 +190,11 @@ def entry_text(entry: Entry | None, protocol: Protocol) -> str:
     spread = estimate.deviation if protocol.kind == "paper" or estimate.high is None else estimate.high - estimate.mean
     words = f"{100 * estimate.mean:.2f}" + (f" ± {100 * spread:.2f}" if spread is not None else "")
     words += f" ({estimate.n})" if protocol.kind == "seeds" else f" (best {estimate.n} of {estimate.of})"
-    rate = f" @ {entry.value}" + {"low": " [low]", "high": " [high]"}.get(entry.edge or "", "") if entry.value else ""
+    rate = (
+        f" @ {entry.value}" + {"low": " [low]", "high": " [high]", "alone": " [alone]"}.get(entry.edge or "", "")
+        if entry.value
+        else ""
+    )
     return words + rate + (f", {entry.failed} failed" if entry.failed else "")
 
 
@@ -212,5 +216,6 @@ def legend(found: Table, marks: str = "after @; [low], [high]") -> str:
     if choice:
         seeds, (place, mark) = ", ".join(map(str, choice.seeds)), marks.split("; ")
         text += f" The {choice.setting} ({place}) was chosen by {choice.by} on seed {seeds}; {mark}: at the edge of its grid."
+        text += " [alone]: no other value was tried." if "@" in place else ""
         text += " Those seeds are not in the mean." if choice.report == "others" else " Those seeds are in the mean."
     return text
