@@ -219,6 +219,10 @@ def bench(
     lora_r: Annotated[int | None, typer.Option(help="LoRA's rank; default 8.")] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory, a process per method.")] = True,
     timing: Annotated[bool, typer.Option("--timing/--no-timing", help="Step times, interleaved.")] = True,
+    processes: Annotated[
+        bool | None,
+        typer.Option("--processes/--no-processes", help="A process per method while timed; default: on the CPU."),
+    ] = None,
     isolate: Annotated[bool, typer.Option("--isolate", help="One method at a time beside the frozen one.")] = False,
     curve: Annotated[str | None, typer.Option(help="A curve instead: budget, size or selection.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the results; default runs/bench.")] = None,
