@@ -135,22 +135,24 @@ def test_predictions_of_windows_are_put_together_before_they_are_scored() -> Non
 
 
 def test_training_cuts_outside_entities_and_evaluation_does_not_look_at_the_tags() -> None:
-    words = ["axy", "pxy", "qxy", "bxy", "cxy"]
-    tagged, plain = ["O", "B-PER", "I-PER", "O", "O"], ["O"] * 5
+    words = ["axy", "bxy", "pxy", "qxy", "cxy"]
+    tagged, plain = ["O", "O", "B-PER", "I-PER", "O"], ["O"] * 5
 
     def cuts(tags: list[str], training: bool) -> list[int]:
-        windows = Windows(Sentences([words], [tags]), letters_tokenizer(), SPEC.label_names, 9, training)
+        windows = Windows(Sentences([words], [tags]), letters_tokenizer(), SPEC.label_names, 12, training)
         return [w.start for w in windows.windows]
 
-    assert cuts(plain, training=True) == [0, 2, 4]
-    assert cuts(tagged, training=True) == [0, 1, 3]
-    assert cuts(tagged, training=False) == cuts(plain, training=False) == [0, 2, 4]
+    assert cuts(plain, training=True) == [0, 3]
+    assert cuts(tagged, training=True) == [0, 2]
+    assert cuts(tagged, training=False) == cuts(plain, training=False) == [0, 3]
 
 
 def test_evaluation_cuts_after_punctuation_where_that_is_in_reach() -> None:
-    words = ["ax", "bx", "cx", ".", "dx", "ex", "fx", "gx"]
-    windows = Windows(Sentences([words], [["O"] * 8]), letters_tokenizer(), SPEC.label_names, 12, training=False)
-    assert [w.start for w in windows.windows] == [0, 4]
+    for pause, second in ((3, 4), (1, 5)):  # in the first half it is no good place: the part would be short
+        words = ["ax", "bx", "cx", "dx", "ex", "fx", "gx", "hx"]
+        words[pause] = "."
+        windows = Windows(Sentences([words], [["O"] * 8]), letters_tokenizer(), SPEC.label_names, 12, training=False)
+        assert [w.start for w in windows.windows] == [0, second]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 9])
