@@ -183,7 +183,7 @@ def test_the_curve_of_a_run_is_its_mean_over_seeds_by_unmasked_weights():
     assert list(mean.get_ydata()) == pytest.approx([0.56, 0.61, 0.66, 0.71])
     assert sorted(labels_of(axes)) == ["id3, along the run", "repeat_d3"]
     only = [r for r in all_runs() if r["strategy"] == "repeat"]
-    with pytest.raises(DataError, match="increment"):
+    with pytest.raises(DataError, match="no run has strategy 'increment'"):
         score_along_run(only)
 
 
@@ -241,7 +241,8 @@ def test_runs_that_are_not_seeds_of_one_setting_are_not_averaged():
 
 @pytest.mark.parametrize("figure", FIGURES)
 def test_svg_takes_the_pages_ink_and_is_the_same_every_time(figure):
-    first, again = (svg(lambda style: FIGURES[figure](all_runs(), style), salt=figure) for _ in range(2))
+    runs = [run for run in all_runs() if figure != "fig4" or run["method"] == "id3"]
+    first, again = (svg(lambda style: FIGURES[figure](runs, style), salt=figure) for _ in range(2))
     assert first == again
     assert first.startswith("<svg")
     assert "currentColor" in first

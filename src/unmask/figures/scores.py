@@ -85,6 +85,10 @@ def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
         MissingExtraError: matplotlib is not installed.
     """
     runs = check_records(records, "strategy")
+    if not any(run["strategy"] == "increment" for run in runs):
+        raise DataError(
+            "no run has strategy 'increment', and only such a run's checkpoints are models of smaller budgets."
+        )
     check_records([run for run in runs if run["strategy"] == "increment"], "curve")
     looks = look_of(list(by_method(runs)))
 
@@ -106,7 +110,7 @@ def parameter_sweep(
     """Figure 4: score over eps and over exp, a row per model and task, a column per parameter.
 
     Args:
-        records: Runs whose ``parameters`` hold the numbers; a line for each value of the other ones.
+        records: Runs of one method whose ``parameters`` hold the numbers; a line for each value of the other ones.
         style: Colours of the page.
         parameters: What is swept.
 
