@@ -21,21 +21,24 @@ class TrainConfig:
     Attributes:
         model: Folder or hub id of a transformers base.
         output: Folder for the delta, the resolved configuration, metrics and checkpoints.
-        task: A GLUE task; or None with ``data``.
-        data_dir: Folder that holds the GLUE tasks; None for the hub.
-        data: Training file (csv, tsv, jsonl, parquet) or hub id.
+        task: A task's name; None for texts to classify in ``data``, ner for tagged sentences there.
+        data_dir: Folder that holds the task's files; None for the hub.
+        data: Training file (csv, tsv, jsonl, parquet; of ner: conll, txt, bio, ..., jsonl) or hub id.
         eval: Evaluation file; None holds out a tenth of ``data``.
-        text: Text column of ``data``.
+        text: Text column of ``data`` (of ner: the column of word lists, for tokens or words).
         text_pair: Second text column, if the task has pairs.
-        label: Label column of ``data``.
-        into: Select inside what is added to the base: lora, dora (peft), pfeiffer, houlsby (adapters); None: the base itself.
-        lora_r: Rank of the LoRA.
+        label: Label column of ``data`` (of ner: the column of tag lists, for ner_tags or tags).
+        into: Select inside what is added to the base: lora, dora, shira (peft), pfeiffer, houlsby (adapters); None: the base
+            itself. With method "full" all of it is trained: an ordinary LoRA.
+        lora_r: Rank of the LoRA; SHiRA trains as many weights of each layer as a LoRA of this rank would.
         lora_alpha: Its scale is lora_alpha / lora_r.
         lora_dropout: On the LoRA's input.
         lora_targets: Modules that get a LoRA; all-linear for all linear ones, none for peft's own choice.
         reduction_factor: A bottleneck adapter's width is the hidden size divided by this.
         method: A preset: id3, repeat_d3, static_d3, pafi, fish, bitfit, random_mask, sparse_adapter, full.
         budget: A count or a share ("0.17%"); None only for bitfit and full.
+        heuristic: What ranks the weights, in place of D3 (id3, repeat_d3, static_d3): gradient, snip (|g w|), magnitude (the
+            smallest), large_magnitude or random; None for D3.
         eps: Of D3.
         exp: Of D3.
         stride: Unmask every stride-th step (id3, repeat_d3).
@@ -57,7 +60,8 @@ class TrainConfig:
         accumulation: Micro-batches per optimizer step.
         warmup: Share of the steps with rising learning rate.
         max_grad_norm: Clips the norm of the selected weights' gradient; 0 for no clipping.
-        max_length: Longest input in tokens; longer ones are cut.
+        max_length: Longest input in tokens; longer texts are cut, longer sentences of ner are split. 512 for word
+            problems, where settings are read by `build`.
         bf16: Autocast to bfloat16.
         gradient_checkpointing: Recompute activations in the backward.
         seed: Of the head's init, the data order and random masks.
@@ -66,6 +70,13 @@ class TrainConfig:
         save_steps: Checkpoint every so many steps; None with each evaluation.
         logging_steps: Log every so many steps.
         report_to: Loggers of transformers' Trainer (tensorboard, wandb, ...).
+        prompt: Of word problems: alpaca, chat (the tokenizer's own template), or a text file with {instruction} in it.
+        train_on_prompt: Let the prompt's tokens carry loss too, and not the solution's alone.
+        held_out: Word problems held out of the training data for the loss along the run.
+        test_sets: Sets of word problems to solve after training.
+        test_limit: Only the first so many problems of each.
+        test_batch_size: Prompts per batch there.
+        max_new_tokens: Most tokens to generate per problem.
     """
 
     model: str
@@ -85,6 +96,7 @@ class TrainConfig:
     reduction_factor: float = 16.0
     method: str = "id3"
     budget: str | None = None
+    heuristic: str | None = None
     eps: float = 1.0
     exp: float = 2.0
     stride: int = 1
@@ -115,20 +127,35 @@ class TrainConfig:
     save_steps: int | None = None
     logging_steps: int = 20
     report_to: tuple[str, ...] = ()
+    prompt: str = "alpaca"
+    train_on_prompt: bool = False
+    held_out: int = 120
+    test_sets: tuple[str, ...] = ()
+    test_limit: int | None = None
+    test_batch_size: int = 16
+    max_new_tokens: int = 256
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
             raise ConfigError(
                 f"unknown task {self.task!r}; there are {', '.join(TASKS)}. For your own files give data."
             )
-        if (self.task is None) == (self.data is None):
+        if self.task == "ner":
+            if (self.data is None) == (self.data_dir is None):
+                raise ConfigError("task 'ner' is your own: give data (and eval), or data_dir, and not both.")
+        elif (self.task is None) == (self.data is None):
             raise ConfigError("give either task (with data_dir) or data (with text and label), and not both.")
         _one_of("method", self.method, METHODS)
         _one_of("schedule", self.schedule, ("uniform", "cosine", "front-loaded"))
         _one_of("allocation", self.allocation, ("global", "tensor", "row"))
         _one_of("scope", self.scope, (None, "all", "linear", "bias", "vector"))
         _one_of("bias_correction", self.bias_correction, ("global", "entry"))
-        _one_of("into", self.into, (None, "lora", "dora", "pfeiffer", "houlsby"))
+        _one_of("into", self.into, (None, "lora", "dora", "shira", "pfeiffer", "houlsby"))
+        _one_of("heuristic", self.heuristic, (None, *HEURISTICS))
+        if self.heuristic is not None and self.method not in RANKED:
+            raise ConfigError(
+                f"heuristic = {self.heuristic!r} goes with {', '.join(RANKED)}; method {self.method!r} has its own."
+            )
         _one_of("criterion", self.criterion, ("random", "magnitude", "snip", "grasp", "synflow"))
         _one_of("pruned", self.pruned, ("zero", "kept"))
         if self.method == "sparse_adapter" and self.into is None:
@@ -147,6 +174,9 @@ class TrainConfig:
             "batch_size",
             "accumulation",
             "max_length",
+            "held_out",
+            "test_batch_size",
+            "max_new_tokens",
             "logging_steps",
             "stride",
             "num_samples",
@@ -155,7 +185,7 @@ class TrainConfig:
             "reduction_factor",
         ):
             _above(name, getattr(self, name), 0)
-        for name in ("max_steps", "eval_steps", "save_steps"):
+        for name in ("max_steps", "eval_steps", "save_steps", "test_limit"):
             if getattr(self, name) is not None:
                 _above(name, getattr(self, name), 0)
         for name in ("weight_decay", "warmup", "max_grad_norm"):
@@ -169,6 +199,9 @@ class TrainConfig:
 
 # the keys of unmask.methods.PRESETS, which would import torch; a test holds them together
 METHODS = ("id3", "repeat_d3", "static_d3", "pafi", "fish", "bitfit", "random_mask", "sparse_adapter", "full")
+
+RANKED = ("id3", "repeat_d3", "static_d3")  # methods whose heuristic can be another
+HEURISTICS = ("d3", "gradient", "snip", "magnitude", "large_magnitude", "random")
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:
@@ -184,6 +217,8 @@ def _above(name: str, value: float, bound: float) -> None:
 
 
 _HINTS = typing.get_type_hints(TrainConfig)
+# where a kind of task wants another default than the rest: a solution is longer than a sentence
+_KIND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"generation": {"max_length": 512}}
 
 
 def build(values: Mapping[str, Any]) -> TrainConfig:
@@ -203,7 +238,8 @@ def build(values: Mapping[str, Any]) -> TrainConfig:
     absent = sorted(required - {key for key, value in values.items() if value is not None})
     if absent:
         raise ConfigError(f"{' and '.join(absent)} must be given.")
-    return TrainConfig(**{key: _convert(key, value) for key, value in values.items()})
+    defaults = _KIND_DEFAULTS.get(TASKS.get(str(values.get("task")), ""), {})
+    return TrainConfig(**{key: _convert(key, value) for key, value in {**defaults, **values}.items()})
 
 
 def _convert(key: str, value: Any) -> Any:

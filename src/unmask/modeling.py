@@ -76,6 +76,9 @@ def load_base(
                 source, dtype=torch.float32, output_loading_info=True, **_labels(num_labels, label_names)
             )
             tokenizer = AutoTokenizer.from_pretrained(source)
+            if head == "token" and getattr(tokenizer, "add_prefix_space", None) is False:
+                # a byte-level vocabulary (RoBERTa's) has a word's usual piece only behind a blank
+                tokenizer = AutoTokenizer.from_pretrained(source, add_prefix_space=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the model {source!r} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
@@ -89,6 +92,12 @@ def _labels(num_labels: int | None, names: Sequence[str] | None) -> dict[str, An
     if names is not None:
         return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     return {} if num_labels is None else {"num_labels": num_labels}
+
+
+def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
+    """The model on this machine's accelerator, if it has one."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return model if device is None else model.to(device)  # type: ignore[arg-type, return-value]
 
 
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:

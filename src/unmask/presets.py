@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from unmask import methods
 from unmask.config import TrainConfig
+from unmask.heuristics import heuristic
 from unmask.into import Into, Kind
 from unmask.methods import Method
 from unmask.scopes import Scope
@@ -45,6 +46,9 @@ def method_from(config: TrainConfig, steps: int, loader: Iterable[Any] | None = 
     else:
         method = methods.full()
     changes: dict[str, Any] = {"allocation": config.allocation}
+    if config.heuristic is not None and config.heuristic != "d3":
+        seed = {"seed": config.seed} if config.heuristic == "random" else {}
+        changes["heuristic"] = heuristic(config.heuristic, **seed)
     if config.scope is not None:
         changes["scope"] = Scope(config.scope)  # type: ignore[arg-type]  # checked by TrainConfig
     return method.but(**changes)
@@ -77,4 +81,5 @@ def into_from(config: TrainConfig) -> Into | None:
         config.lora_dropout,
         config.lora_targets,
         config.reduction_factor,
+        config.seed if config.into == "shira" else 0,
     )

@@ -75,8 +75,9 @@ class LiveProgress(TrainerCallback):
 class MetricsFile(TrainerCallback):
     """Appends every log of the Trainer to ``metrics.jsonl``, with the selection's state at that step.
 
-    The rows that hold ``eval_loss`` are the run's curve: ``step``, ``used`` (weights unmasked by then), and every metric of
-    the evaluation with ``eval_`` before it (and the split's name, where several are evaluated, a row each).
+    The rows with keys that begin with ``eval_`` are the run's curve: ``step``, ``used`` (weights unmasked by then), and the
+    loss and metrics of the evaluation as ``eval_loss``, ``eval_accuracy`` ..., or with the split's name, where there are
+    several, as ``eval_dev_loss`` ... (a row for each split, but one for all at step 0).
     """
 
     def __init__(self, path: Path, selection: Selection) -> None:

@@ -114,6 +114,7 @@ class _Run:
         model: PreTrainedModel = base.model
         self.config, self.task, self.prepared, self.model = config, task, prepared, model
         self.folder, self.console = folder, console
+        self.head = sum(p.numel() for name, p in model.named_parameters() if name in set(base.head))
         self.steps = planned_steps(config, len(prepared.train_set))  # type: ignore[arg-type]
         set_seed(config.seed)
         if config.gradient_checkpointing:
@@ -176,7 +177,7 @@ class _Run:
             selection=self.selection,
             args=_arguments(config, self.steps, self.folder, bool(sets)),
             train_dataset=prepared.train_set,
-            eval_dataset=sets if len(sets) > 1 else next(iter(sets.values()), None),
+            eval_dataset=sets.get("", sets or None),
             data_collator=prepared.collate,
             compute_metrics=prepared.step_metrics,
             preprocess_logits_for_metrics=prepared.reduce_logits,
@@ -223,6 +224,7 @@ class _Run:
             "budget": self.selection.budget,
             "used": self.selection.used,
             "dense": self.selection.dense_numel,
+            "head": self.head,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "steps": self.selection.step,
             "seconds": round(seconds, 2),
@@ -243,7 +245,7 @@ def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bo
         output_dir=str(folder.checkpoints),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=4 * config.batch_size,
+        per_device_eval_batch_size=kind_for(config).eval_batches * config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.lr,
         warmup_steps=math.ceil(config.warmup * steps),

@@ -7,7 +7,7 @@ delta's metadata carries `Prepared.describe`, from which `Kind.reload` gives the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch.utils.data import Dataset
@@ -30,6 +30,12 @@ class Request:
         text: Its text column.
         text_pair: Its second text column.
         label: Its label column.
+        model: The base model, as given.
+        delta: Path of the delta; None for the base alone.
+        limit: Only the first so many examples of each set (generation).
+        output: Folder of per-item outputs (generation).
+        overwrite: Delete the outputs that are there.
+        options: Further settings of the kind.
     """
 
     task: str | None = None
@@ -38,6 +44,12 @@ class Request:
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
+    model: str = ""
+    delta: str | None = None
+    limit: int | None = None
+    output: str | None = None
+    overwrite: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,10 @@ class Prepared(Protocol):
 
     @property
     def step_sets(self) -> Mapping[str, Dataset]:
-        """What is evaluated along the run, every ``eval_steps``, by split; empty for nothing."""
+        """What is evaluated along the run, every ``eval_steps``; empty for nothing.
+
+        By the names that go before their metrics; a single set may be called "" for none (see `splits.named`).
+        """
 
     @property
     def collate(self) -> Callable[[Any], Any]:
@@ -148,8 +163,10 @@ class Kind:
         load: The data of a run.
         reload: The evaluation data for a delta, from its metadata and what was asked for. Refuses (ConfigError) what does
             not fit the delta.
+        eval_batches: Size of a batch that is evaluated along the run, in batches that are trained on.
     """
 
     head: Head
     load: Callable[[TrainConfig], Task]
     reload: Callable[[Mapping[str, Any], Request], Task]
+    eval_batches: int = 4

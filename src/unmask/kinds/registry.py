@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from unmask.config import TrainConfig
+from unmask.kinds.generation import GENERATION
 from unmask.kinds.protocol import Kind
 from unmask.kinds.sequence import SEQUENCE
+from unmask.kinds.token import TOKEN
 from unmask.modeling import head_of
 from unmask.tasks.names import TASKS
 
-KINDS: Mapping[str, Kind] = {kind.head: kind for kind in (SEQUENCE,)}
+KINDS: Mapping[str, Kind] = {kind.head: kind for kind in (SEQUENCE, TOKEN, GENERATION)}
 
 
 def kind_for(config: TrainConfig) -> Kind:

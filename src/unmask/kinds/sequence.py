@@ -12,10 +12,10 @@ from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedMode
 from unmask.config import TrainConfig
 from unmask.errors import ConfigError
 from unmask.kinds.protocol import Kind, Request, Scored, Stage
-from unmask.kinds.splits import evaluate_splits, metric_key
+from unmask.kinds.splits import evaluate_splits, metric_key, named
 from unmask.modeling import describe_task, longest_input
 from unmask.predicting import predict
-from unmask.tasks import compute, load_evaluation, load_files, load_glue
+from unmask.tasks import GLUE, compute, load_evaluation, load_files, load_glue
 from unmask.tasks.data import Examples, TaskData, TaskSpec
 
 
@@ -101,7 +101,7 @@ class SequenceTask:
             self.data.spec,
             length,
             encoded(self.data.train),
-            {split: encoded(examples) for split, examples in self.data.evals.items()},
+            named({split: encoded(examples) for split, examples in self.data.evals.items()}),
             DataCollatorWithPadding(tokenizer),
             (cut,) if length < config.max_length else (),
         )
@@ -146,17 +146,27 @@ def _file(described: Mapping[str, Any], request: Request) -> TaskData:
     if request.task is not None:
         raise ConfigError("give either --task or --data, not both.")
     assert request.data is not None, "asked by `reload`"
-    names, classes = described["label_names"], described["num_labels"] > 1
+    names, metrics = described["label_names"], _metrics(described)
     spec = TaskSpec(
         described["name"],
         tuple(described["text_columns"]),
         described["num_labels"],
         tuple(names) if names else None,
-        ("accuracy",) if classes else ("pearson", "spearman", "mse"),
-        "accuracy" if classes else "pearson",
+        metrics,
+        metrics[0],
     )
     examples = load_evaluation(spec, request.data, request.text, request.label, request.text_pair)
     return TaskData(spec, Examples([], None, []), {"eval": examples})
+
+
+def _metrics(described: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of training, the main one first."""
+    name, labels = described["name"], described["num_labels"]
+    if name in GLUE and GLUE[name].num_labels == labels:
+        return GLUE[name].metrics
+    if labels == 1:
+        return ("pearson_spearman", "pearson", "spearman", "mse")
+    return ("accuracy", "f1") if labels == 2 else ("accuracy",)
 
 
 SEQUENCE = Kind("sequence", load, reload)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from unmask.tasks.arithmetic import ARITHMETIC
 from unmask.tasks.glue import GLUE
+from unmask.tasks.ner import CUSTOM_NER, NER
 
-TASKS: Mapping[str, str] = dict.fromkeys(sorted(GLUE), "sequence")
+TASKS: Mapping[str, str] = {
+    **dict.fromkeys(sorted(GLUE), "sequence"),
+    **dict.fromkeys((*sorted(NER), CUSTOM_NER), "token"),
+    **dict.fromkeys(ARITHMETIC, "generation"),
+}
 """The kind's name (`unmask.kinds`) by the task's."""
