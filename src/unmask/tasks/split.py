@@ -43,7 +43,7 @@ def held_rows(keys: Sequence[str], count: int, seed: int) -> set[int]:
 
     Example:
         >>> held_rows(["a", "b", "a", "c"], 1, seed=0)
-        {3}
+        {1}
     """
     groups: dict[str, list[int]] = {}
     for row, key in enumerate(keys):
