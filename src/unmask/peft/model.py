@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unmask.delta import SparseDelta
 from unmask.errors import DeltaError, MethodError
-from unmask.methods import parse_budget
+from unmask.method import parse_budget
 from unmask.peft.adapter import Adapter
 from unmask.peft.combine import combine_whole, combined_config, combined_slots, union
 from unmask.peft.kind import PREFIX
