@@ -61,14 +61,18 @@ def by_tensor(score: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Te
     return flat
 
 
-def spread(score: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Scores over the roots of their row's and their column's mean; of a vector, over its mean."""
+def spread(score: Callable[[Tensor, Tensor], Tensor], root: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """Scores over what the means of their row and column predict, or the root of their product; of a vector, over its mean."""
 
     def normalised(w: Tensor, g: Tensor) -> Tensor:
         s = score(w, g)
-        row, column = (s.abs().double().mean(d, keepdim=True) for d in (1, 0))
-        root, other = (m.where(m > 0, 1.0).sqrt().float() for m in (row, row if s.shape[0] == 1 else column))
-        return s / root / other
+        row, column, mean = (s.abs().double().mean(d, keepdim=True) for d in (1, 0, (0, 1)))
+        if s.shape[0] == 1:
+            return s / torch.where(mean > 0, mean, 1.0).sqrt().float() / torch.where(mean > 0, mean, 1.0).sqrt().float()
+        parts = [m.sqrt() if root else m / mean.sqrt() for m in (row, column)]
+        for part in parts:
+            s = s / torch.where(part > 0, part, 1.0).float()
+        return s
 
     return by_tensor(normalised)
 
@@ -128,7 +132,8 @@ CASES = {
     "snip-increment": Case(
         unmask.id3(BUDGET, STEPS).but(heuristic=unmask.heuristic("snip")), lambda w, g: (w * g).abs(), uniform
     ),
-    "id3-normalised": Case(unmask.id3(BUDGET, STEPS).but(normalise="row-column"), spread(d3(2)), uniform),
+    "id3-normalised": Case(unmask.id3(BUDGET, STEPS).but(normalise="row-column"), spread(d3(2), root=False), uniform),
+    "id3-root": Case(unmask.id3(BUDGET, STEPS).but(normalise="row-column-root"), spread(d3(2), root=True), uniform),
     "regrow": Case(unmask.regrow(BUDGET, STEPS), d3(2), all_at_once, dropped=half_cosine(0.3, 10)),
     "id3-drop": Case(unmask.id3(BUDGET, STEPS, stride=3).but(drop=0.5), d3(2), stride_3, dropped=half_cosine(0.5, 3)),
     "lift": Case(unmask.Method("lift", BUDGET, LIFT, "static"), lift_scores, given=True),

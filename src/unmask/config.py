@@ -46,7 +46,7 @@ class TrainConfig:
         rank: Of the approximation that lift ranks by, as a method or a heuristic.
         drop: Share of the slots that compete anew at every stride-th step (regrow, id3); None for the method's own.
         allocation: global, tensor, row or column; None for the method's own.
-        normalise: none, or row-column: scores against the means of their row and column.
+        normalise: none, row-column or row-column-root: scores against the means of their row and column.
         scope: all, linear, bias or vector; None for the method's own.
         include: Regular expressions: only these tensors are eligible.
         exclude: Regular expressions: these tensors are not.
@@ -139,7 +139,7 @@ class TrainConfig:
         _one_of("schedule", self.schedule, ("uniform", "cosine", "front-loaded", "at-once"))
         _one_of("heuristic", self.heuristic, (None, *HEURISTICS))
         _one_of("allocation", self.allocation, (None, "global", "tensor", "row", "column"))
-        _one_of("normalise", self.normalise, ("none", "row-column"))
+        _one_of("normalise", self.normalise, ("none", "row-column", "row-column-root"))
         _one_of("scope", self.scope, (None, "all", "linear", "bias", "vector"))
         _one_of("bias_correction", self.bias_correction, ("global", "entry"))
         _one_of("lr_scale", self.lr_scale, ("none", "row-column"))

@@ -22,7 +22,7 @@ from unmask.scopes import Scope
 Budget = int | str
 Strategy = Literal["static", "increment", "repeat"]
 Allocation = Literal["global", "tensor", "row", "column"]
-Normalise = Literal["none", "row-column"]
+Normalise = Literal["none", "row-column", "row-column-root"]
 Unselected = Literal["kept", "zero"]
 
 
@@ -69,8 +69,9 @@ class Method:
         scope: Which tensors are eligible.
         allocation: ``"global"`` as in the paper; ``"tensor"``, ``"row"`` or ``"column"``: at most ``ceil(B n / N)`` of a
             tensor's (an output row's, an input column's) n weights, of N eligible in all; a vector is one row, and one column.
-        normalise: ``"none"`` as in the paper; ``"row-column"``: scores are ranked after division by the root of the mean
-            |score| of their row times that of their column (a vector's by its mean), so that no few of them take all.
+        normalise: ``"none"`` as in the paper; ``"row-column"``: s_ij m / (r_i c_j) is ranked, with the means of |s| over the
+            tensor, the row and the column, so that no few of them take all; ``"row-column-root"``: s_ij / sqrt(r_i c_j).
+            Scores of a vector are divided by their mean.
         drop: Drop and regrow, under ``"increment"``: at every ``schedule.stride``-th step the ``drop`` share of the slots in
             use whose weights have changed least compete anew; the share falls to 0 at T by half a cosine.
         calibration: For a heuristic that needs one.
@@ -96,7 +97,7 @@ class Method:
         for name, allowed in (
             ("strategy", ("static", "increment", "repeat")),
             ("allocation", ("global", "tensor", "row", "column")),
-            ("normalise", ("none", "row-column")),
+            ("normalise", ("none", "row-column", "row-column-root")),
             ("unselected", ("kept", "zero")),
         ):
             if getattr(self, name) not in allowed:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unmask.method import Allocation
+from unmask.method import Allocation, Normalise
 from unmask.slots import as_rows
 
 
@@ -72,36 +72,40 @@ def best_of_rows(scores: Tensor, bounds: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Means:
-    """Roots of the mean |score| of each row and each column of one tensor; 1 where the mean is 0, as its scores are then.
+class Divisors:
+    """What the scores of one tensor are divided by; 1 for a row or column whose mean is 0, as its scores are then.
 
     Attributes:
         rows: (rows,).
-        columns: (columns,); of a vector (1,), its one mean again.
+        columns: (columns,); of a vector (1,).
     """
 
     rows: Tensor
     columns: Tensor
 
     def divide(self, scores: Tensor, first: int) -> Tensor:
-        """``s_ij / sqrt(r_i c_j)`` of some whole rows (n, columns), or of a part of a vector, from row ``first`` on."""
+        """``s_ij / (rows_i columns_j)`` of some whole rows (n, columns), or of a part of a vector, from row ``first`` on."""
         rows = self.rows[first : first + scores.shape[0], None].to(scores.dtype)
         return scores / rows / self.columns.to(scores.dtype)  # one by one: their product may underflow
 
 
-def means_of(shape: tuple[int, int], blocks: Iterable[tuple[int, Tensor]], device: torch.device) -> Means:
-    """The means over a tensor that comes in blocks; O(rows + columns) numbers are kept.
+def divisors_of(
+    normalise: Normalise, shape: tuple[int, int], blocks: Iterable[tuple[int, Tensor]], device: torch.device
+) -> Divisors:
+    """What a tensor's scores are divided by, from the means of |score| over its rows, its columns, and all of it.
 
     Args:
+        normalise: ``"row-column"``: r_i c_j / m, the scores that the means alone predict (Adafactor's factors, arXiv
+            1804.04235); ``"row-column-root"``: sqrt(r_i c_j), which takes half of that out. A vector's are divided by m.
         shape: (rows, columns) of the tensor.
         blocks: The first row's place, and the scores of some whole rows (n, columns); of a vector, of some entries (1, n).
+            O(rows + columns) numbers are kept of them.
         device: Where the scores are.
 
     Example:
-        >>> scores = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
-        >>> means = means_of((2, 2), [(0, scores)], scores.device)
-        >>> means.rows.square().tolist(), means.columns.square().tolist()
-        ([2.0000000000000004, 1.0], [0.5, 1.5])
+        >>> scores = torch.tensor([[1.0, 3.0], [2.0, 6.0]])  # of rank 1
+        >>> divisors_of("row-column", (2, 2), [(0, scores)], scores.device).divide(scores, 0).tolist()
+        [[1.0, 1.0], [1.0, 1.0]]
     """
     rows, columns = shape
     across = torch.zeros(rows, dtype=torch.float64, device=device)
@@ -113,4 +117,9 @@ def means_of(shape: tuple[int, int], blocks: Iterable[tuple[int, Tensor]], devic
             down += sizes.sum(0, dtype=torch.float64)
     across /= columns
     down = across if rows == 1 else down / rows
-    return Means(*(torch.where(mean > 0, mean, 1.0).sqrt() for mean in (across, down)))
+    if normalise == "row-column-root" or rows == 1:
+        across, down = across.sqrt(), down.sqrt()
+    else:
+        root = across.mean().sqrt()
+        across, down = (mean / root for mean in (across, down))
+    return Divisors(*(torch.where(mean > 0, mean, 1.0) for mean in (across, down)))

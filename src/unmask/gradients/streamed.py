@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.gradients.factors import Factors, as_dense
-from unmask.gradients.spread import means_of, quota
+from unmask.gradients.spread import divisors_of, quota
 from unmask.heuristics import Heuristic
 from unmask.method import Allocation, Normalise
 from unmask.slots import SlotTable, among, as_rows, take
@@ -140,10 +140,10 @@ class Ranker:
         rows, columns = as_rows(weight).shape
         once = self._by_tensor() or weight.numel() <= BLOCK  # one block: keep its scores
         blocks = list(scored()) if once else None
-        first_pass = scored() if blocks is None else blocks
-        means = means_of((rows, columns), ((low // columns, scores) for low, _, scores in first_pass), weight.device)
+        scores_by_row = ((low // columns, scores) for low, _, scores in (scored() if blocks is None else blocks))
+        divisors = divisors_of(self.normalise, (rows, columns), scores_by_row, weight.device)
         for low, g, scores in scored() if blocks is None else blocks:
-            yield low, g, means.divide(scores, low // columns)
+            yield low, g, divisors.divide(scores, low // columns)
 
     def _held(self, index: int) -> Tensor | None:
         """Flat indices, ascending, of what is unmasked and does not compete."""

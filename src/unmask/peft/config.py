@@ -33,7 +33,7 @@ class SelectiveConfig(PeftConfig):
         schedule: ``"uniform"``, ``"cosine"`` or ``"front-loaded"`` (``id3``).
         seed: For ``random_mask``.
         allocation: ``"global"``, ``"tensor"``, ``"row"`` or ``"column"``.
-        normalise: ``"none"`` or ``"row-column"``: what scores are divided by.
+        normalise: ``"none"``, ``"row-column"`` or ``"row-column-root"``: what scores are divided by.
         accumulation: ``"candidates"`` or ``"exact"``: the selection that gradient accumulation makes.
         gradients: ``"auto"``, ``"sampled"`` or ``"dense"``.
         target_modules: Modules whose parameters (those of modules inside them too) are eligible: names or name endings,
@@ -60,7 +60,7 @@ class SelectiveConfig(PeftConfig):
     schedule: str = field(default="uniform", metadata={"help": "How the budget is spread over the steps."})
     seed: int = field(default=0, metadata={"help": "Seed of random_mask."})
     allocation: str = field(default="global", metadata={"help": "global, tensor, row or column."})
-    normalise: str = field(default="none", metadata={"help": "none or row-column."})
+    normalise: str = field(default="none", metadata={"help": "none, row-column or row-column-root."})
     accumulation: str = field(default="candidates", metadata={"help": "candidates or exact."})
     gradients: str = field(default="auto", metadata={"help": "auto, sampled or dense."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that are eligible."})
