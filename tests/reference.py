@@ -21,6 +21,7 @@ class DenseReference:
         cumulative: Callable[[int], int],
         budget: int,
         repeat: bool | int = False,
+        dropped: Callable[[int, int], int] = lambda t, used: 0,  # how many of the mask compete anew
         **adamw: float,
     ) -> None:
         parameters = dict(model.named_parameters())
@@ -30,6 +31,7 @@ class DenseReference:
         for p in self.tensors:
             p.requires_grad_(True)
         self.score, self.cumulative, self.budget, self.repeat = score, cumulative, budget, int(repeat)
+        self.dropped = dropped
         self.base = self._weights()
         self.master = nn.Parameter(self.base.clone())
         self.mask = torch.zeros_like(self.base, dtype=torch.bool)
@@ -66,14 +68,23 @@ class DenseReference:
                 return
             new = torch.zeros_like(self.mask)
             new[scores.argsort(descending=True, stable=True)[: self.budget]] = True
-            entering = new & ~self.mask
-            with torch.no_grad():
-                self.master[~new] = self.base[~new]
-            for state in self.optimizer.state[self.master].values():
-                if state.shape == self.mask.shape:
-                    state[entering] = 0
-            self.mask = new
+            self._replace(new)
             return
-        due = self.cumulative(self.t) - int(self.mask.sum())
-        order = scores.masked_fill(self.mask, -torch.inf).argsort(descending=True, stable=True)
-        self.mask[order[:due]] = True
+        used = int(self.mask.sum())
+        drops = self.dropped(self.t, used)
+        change = (self.master.detach() - self.base).abs().masked_fill(~self.mask, torch.inf)
+        new = self.mask.clone()
+        new[change.argsort(stable=True)[:drops]] = False
+        order = scores.masked_fill(new, -torch.inf).argsort(descending=True, stable=True)
+        new[order[: self.cumulative(self.t) - used + drops]] = True
+        self._replace(new)
+
+    def _replace(self, new: Tensor) -> None:
+        """What leaves goes back to the base; what enters has fresh optimizer state."""
+        entering = new & ~self.mask
+        with torch.no_grad():
+            self.master[~new] = self.base[~new]
+        for state in self.optimizer.state[self.master].values():
+            if state.shape == self.mask.shape:
+                state[entering] = 0
+        self.mask = new

@@ -23,15 +23,17 @@ if TYPE_CHECKING:
         UnmaskError,
     )
     from unmask.heuristics import Heuristic, heuristic, heuristic_names, register_heuristic
+    from unmask.method import Method
     from unmask.methods import (
         PRESETS,
-        Method,
         bitfit,
         fish,
         full,
         id3,
+        lift,
         pafi,
         random_mask,
+        regrow,
         repeat_d3,
         sparse_adapter,
         static_d3,
@@ -70,10 +72,12 @@ __all__ = [
     "heuristic",
     "heuristic_names",
     "id3",
+    "lift",
     "pafi",
     "patterns",
     "random_mask",
     "register_heuristic",
+    "regrow",
     "repeat_d3",
     "schedule",
     "select",
@@ -92,8 +96,9 @@ _HOMES = {
     "unmask.selecting": {"select"},
     "unmask.selection": {"Selection"},
     "unmask.optim": {"SelectiveAdamW"},
+    "unmask.method": {"Method"},
     "unmask.methods": {
-        *("PRESETS", "Method", "bitfit", "fish", "full", "id3", "pafi", "random_mask", "repeat_d3"),
+        *("PRESETS", "bitfit", "fish", "full", "id3", "lift", "pafi", "random_mask", "regrow", "repeat_d3"),
         *("sparse_adapter", "static_d3"),
     },
 }

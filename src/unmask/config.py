@@ -35,15 +35,17 @@ class TrainConfig:
         lora_dropout: On the LoRA's input.
         lora_targets: Modules that get a LoRA; all-linear for all linear ones, none for peft's own choice.
         reduction_factor: A bottleneck adapter's width is the hidden size divided by this.
-        method: A preset: id3, repeat_d3, static_d3, pafi, fish, bitfit, random_mask, sparse_adapter, full.
+        method: A preset: id3, repeat_d3, static_d3, regrow, lift, pafi, fish, bitfit, random_mask, sparse_adapter, full.
         budget: A count or a share ("0.17%"); None only for bitfit and full.
-        heuristic: What ranks the weights, in place of D3 (id3, repeat_d3, static_d3): gradient, snip (|g w|), magnitude (the
-            smallest), large_magnitude or random; None for D3.
         eps: Of D3.
         exp: Of D3.
-        stride: Unmask every stride-th step (id3, repeat_d3).
-        schedule: uniform, cosine or front-loaded (id3).
-        allocation: global, tensor or row.
+        stride: Select every stride-th step (id3, repeat_d3, regrow).
+        schedule: uniform, cosine, front-loaded or at-once (id3).
+        heuristic: What ranks instead of D3 (id3, repeat_d3, static_d3, regrow); None for D3.
+        rank: Of the approximation that lift ranks by, as a method or a heuristic.
+        drop: Share of the slots that compete anew at every stride-th step (regrow, id3); None for the method's own.
+        allocation: global, tensor, row or column; None for the method's own.
+        normalise: none, row-column or row-column-root: scores against the means of their row and column.
         scope: all, linear, bias or vector; None for the method's own.
         include: Regular expressions: only these tensors are eligible.
         exclude: Regular expressions: these tensors are not.
@@ -54,6 +56,8 @@ class TrainConfig:
         lr: Peak learning rate.
         weight_decay: AdamW's, on the selected weights only.
         bias_correction: Adam's, "global" (the paper's) or "entry" (an age per weight, from its unmasking on).
+        lr_scale: none, or row-column: a selected weight's rate falls with how many share its row and its column.
+        slot_warmup: Steps over which a weight's rate rises after its unmasking (bias_correction "entry").
         epochs: Passes over the training data; ignored with max_steps.
         max_steps: Optimizer steps.
         batch_size: Examples per forward.
@@ -96,12 +100,15 @@ class TrainConfig:
     reduction_factor: float = 16.0
     method: str = "id3"
     budget: str | None = None
-    heuristic: str | None = None
     eps: float = 1.0
     exp: float = 2.0
     stride: int = 1
     schedule: str = "uniform"
-    allocation: str = "global"
+    heuristic: str | None = None
+    rank: int = 128
+    drop: float | None = None
+    allocation: str | None = None
+    normalise: str = "none"
     scope: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -112,6 +119,8 @@ class TrainConfig:
     lr: float = 1e-3
     weight_decay: float = 0.0
     bias_correction: str = "global"
+    lr_scale: str = "none"
+    slot_warmup: int = 0
     epochs: float = 3.0
     max_steps: int | None = None
     batch_size: int = 16
@@ -146,16 +155,14 @@ class TrainConfig:
         elif (self.task is None) == (self.data is None):
             raise ConfigError("give either task (with data_dir) or data (with text and label), and not both.")
         _one_of("method", self.method, METHODS)
-        _one_of("schedule", self.schedule, ("uniform", "cosine", "front-loaded"))
-        _one_of("allocation", self.allocation, ("global", "tensor", "row"))
+        _one_of("schedule", self.schedule, ("uniform", "cosine", "front-loaded", "at-once"))
+        _one_of("heuristic", self.heuristic, (None, *HEURISTICS))
+        _one_of("allocation", self.allocation, (None, "global", "tensor", "row", "column"))
+        _one_of("normalise", self.normalise, ("none", "row-column", "row-column-root"))
         _one_of("scope", self.scope, (None, "all", "linear", "bias", "vector"))
         _one_of("bias_correction", self.bias_correction, ("global", "entry"))
+        _one_of("lr_scale", self.lr_scale, ("none", "row-column"))
         _one_of("into", self.into, (None, "lora", "dora", "shira", "pfeiffer", "houlsby"))
-        _one_of("heuristic", self.heuristic, (None, *HEURISTICS))
-        if self.heuristic is not None and self.method not in RANKED:
-            raise ConfigError(
-                f"heuristic = {self.heuristic!r} goes with {', '.join(RANKED)}; method {self.method!r} has its own."
-            )
         _one_of("criterion", self.criterion, ("random", "magnitude", "snip", "grasp", "synflow"))
         _one_of("pruned", self.pruned, ("zero", "kept"))
         if self.method == "sparse_adapter" and self.into is None:
@@ -179,6 +186,7 @@ class TrainConfig:
             "max_new_tokens",
             "logging_steps",
             "stride",
+            "rank",
             "num_samples",
             "lora_r",
             "lora_alpha",
@@ -188,7 +196,8 @@ class TrainConfig:
         for name in ("max_steps", "eval_steps", "save_steps", "test_limit"):
             if getattr(self, name) is not None:
                 _above(name, getattr(self, name), 0)
-        for name in ("weight_decay", "warmup", "max_grad_norm"):
+        self._check_parts()
+        for name in ("weight_decay", "warmup", "max_grad_norm", "slot_warmup"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}; it must be 0 or more.")
         if self.warmup >= 1:
@@ -196,12 +205,25 @@ class TrainConfig:
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout = {self.lora_dropout}; it is a probability, from 0 to below 1.")
 
+    def _check_parts(self) -> None:
+        """Parts of a method that another method would not use."""
+        if self.heuristic is not None and self.method not in RANKED:
+            raise ConfigError(f"heuristic goes with method {', '.join(RANKED)}; method {self.method!r} has its own.")
+        if self.drop is not None and self.method not in ("id3", "regrow"):
+            raise ConfigError(
+                f"drop goes with method id3 and regrow; method {self.method!r} does not exchange weights so."
+            )
+        if self.drop is not None and not 0 <= self.drop < 1:
+            raise ConfigError(f"drop = {self.drop}; it is a share of the slots, from 0 to below 1.")
+        if self.slot_warmup and self.bias_correction != "entry":
+            raise ConfigError("slot_warmup counts the steps of each weight's life: give bias_correction=entry with it.")
+
 
 # the keys of unmask.methods.PRESETS, which would import torch; a test holds them together
-METHODS = ("id3", "repeat_d3", "static_d3", "pafi", "fish", "bitfit", "random_mask", "sparse_adapter", "full")
-
-RANKED = ("id3", "repeat_d3", "static_d3")  # methods whose heuristic can be another
-HEURISTICS = ("d3", "gradient", "snip", "magnitude", "large_magnitude", "random")
+RANKED = ("id3", "repeat_d3", "static_d3", "regrow")
+METHODS = (*RANKED, "lift", "pafi", "fish", "bitfit", "random_mask", "sparse_adapter", "full")
+# the registered heuristics but those that are estimated before training, by methods of their own
+HEURISTICS = ("constant", "d3", "gradient", "large_magnitude", "lift", "magnitude", "random", "snip")
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:

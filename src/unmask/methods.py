@@ -1,188 +1,42 @@
-"""Methods: frozen values composed of scope, allocation, heuristic, strategy and schedule.
+"""The methods by name: presets, functions that return a `Method`.
 
-A preset is a function that returns such a value; `Method.but` gives a changed copy, so any heuristic goes with any
-strategy: ``unmask.id3(budget=1000, steps=100).but(heuristic=unmask.heuristic("snip"))``.
+``unmask.id3(budget=1000, steps=100)`` is the paper's; ``.but(...)`` changes a part of it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from unmask.errors import MethodError
 from unmask.heuristics import Heuristic, heuristic
-from unmask.schedules import Cumulative, Schedule, schedule, uniform
+from unmask.method import Budget, Calibration, Method, Unselected, parse_budget
+from unmask.schedules import Cumulative, uniform
+from unmask.schedules import schedule as _schedule
 from unmask.scopes import Scope
 
-Budget = int | str
-Strategy = Literal["static", "increment", "repeat"]
-Allocation = Literal["global", "tensor", "row"]
-Unselected = Literal["kept", "zero"]
+__all__ = [
+    "PRESETS",
+    "Calibration",
+    "Method",
+    "bitfit",
+    "fish",
+    "full",
+    "id3",
+    "lift",
+    "pafi",
+    "parse_budget",
+    "random_mask",
+    "regrow",
+    "repeat_d3",
+    "sparse_adapter",
+    "static_d3",
+]
+
 Criterion = Literal["random", "magnitude", "snip", "grasp", "synflow"]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What an estimate before training is made from; see `unmask.fish` and `unmask.sparse_adapter`.
-
-    Attributes:
-        loader: Iterable of batches (mappings of tensors with ``labels``, or whatever ``loss`` takes).
-        num_samples: How many examples to use, the first of the loader.
-        sample_type: Of the Fisher information. ``"label"``: gradients at the given labels; ``"expect"``: expectation over
-            the model's own output.
-        grad_type: Of the Fisher information: ``"square"`` or ``"abs"`` of each example's gradient.
-        loss: ``loss(model, batch) -> scalar``, the mean over the batch; None for ``model(**batch).loss``.
-    """
-
-    loader: Iterable[Any]
-    num_samples: int = 1024
-    sample_type: Literal["label", "expect"] = "label"
-    grad_type: Literal["square", "abs"] = "square"
-    loss: Callable[[nn.Module, Any], Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise MethodError(f"num_samples = {self.num_samples}; it must be at least 1.")
-        for name, allowed in (("sample_type", ("label", "expect")), ("grad_type", ("square", "abs"))):
-            if getattr(self, name) not in allowed:
-                raise MethodError(f"{name} = {getattr(self, name)!r}; it must be one of {allowed}.")
-        if self.sample_type == "expect" and self.loss is not None:
-            raise MethodError("sample_type='expect' takes its loss from the model's logits; leave loss=None.")
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is unmasked, and when.
-
-    Attributes:
-        name: For reports and the delta's metadata.
-        budget: A count, a share of the model's parameters (``"0.17%"``), or None for the whole scope.
-        heuristic: Ranks scalar weights.
-        strategy: ``"static"`` (all of the budget at the first step), ``"increment"`` (by the schedule, and for good) or
-            ``"repeat"`` (the best B anew at every selecting step; weights that leave go back to their base value).
-        schedule: b(t); static and repeat select B at step 0, and repeat again every ``schedule.stride`` steps.
-        scope: Which tensors are eligible.
-        allocation: ``"global"`` as in the paper; ``"tensor"`` or ``"row"``: at most ``ceil(B n / N)`` of a tensor's (an
-            output row's) n weights, of N eligible in all.
-        calibration: For a heuristic that needs one.
-        whole: Train the scope's tensors as ordinary dense parameters (full fine-tuning); there is no budget then.
-        unselected: What the scope's other weights do: ``"kept"`` as they are, or pruned to ``"zero"`` at once. Pruning is
-            for tensors that the base checkpoint lacks, whose every value travels in the delta.
-    """
-
-    name: str
-    budget: Budget | None
-    heuristic: Heuristic
-    strategy: Strategy
-    schedule: Schedule = field(default_factory=lambda: Schedule(uniform, 1))
-    scope: Scope = field(default_factory=Scope)
-    allocation: Allocation = "global"
-    calibration: Calibration | None = None
-    whole: bool = False
-    unselected: Unselected = "kept"
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("strategy", ("static", "increment", "repeat")),
-            ("allocation", ("global", "tensor", "row")),
-            ("unselected", ("kept", "zero")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise MethodError(f"{name} = {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
-        for name, kind in (("heuristic", Heuristic), ("schedule", Schedule)):
-            if not isinstance(getattr(self, name), kind):
-                raise MethodError(f"{name} = {getattr(self, name)!r}; build one with unmask.{name}(...).")
-        self._check_calibration()
-        if self.unselected == "zero" and (
-            self.heuristic.needs == "gradient" or self.strategy == "repeat" or self.whole
-        ):
-            raise MethodError(
-                "unselected='zero' prunes before the first step, so the selection must be known then: take a heuristic that "
-                "needs no gradient of the step (unmask.sparse_adapter has five), and not strategy='repeat'."
-            )
-        if self.budget is not None:
-            parse_budget(self.budget, None)
-
-    def _check_calibration(self) -> None:
-        name = self.heuristic.name
-        if self.heuristic.needs != "calibration":
-            return
-        if self.calibration is None:
-            raise MethodError(
-                f"the {name} heuristic needs a calibration: unmask.fish or unmask.sparse_adapter brings one."
-            )
-        if self.strategy == "repeat":
-            raise MethodError(
-                f"the {name} heuristic is estimated once, before training; strategy='repeat' would need it anew."
-            )
-        if name == "synflow" and self.allocation != "global":
-            raise MethodError("synflow prunes round by round over all tensors together; leave allocation='global'.")
-
-    def but(self, **changes: Any) -> Method:
-        """A copy with some fields changed.
-
-        Example:
-            >>> pafi(10).but(allocation="row").allocation
-            'row'
-        """
-        return dataclasses.replace(self, **changes)
-
-    def cumulative(self, t: int, budget: int) -> int:
-        """b(t), after step t (from 0) has selected; 0 for t < 0."""
-        if self.strategy == "increment":
-            return self.schedule.cumulative(t, budget)
-        return 0 if t < 0 else budget
-
-    def describe(self) -> dict[str, Any]:
-        """The method as plain JSON values, for metadata and for comparing a resumed run's method with its own."""
-        function = self.schedule.function
-        return {
-            "name": self.name,
-            "heuristic": self.heuristic.name,
-            "parameters": dict(self.heuristic.parameters),
-            "strategy": self.strategy,
-            "schedule": getattr(function, "__name__", type(function).__name__),
-            "steps": self.schedule.steps,
-            "stride": self.schedule.stride,
-            "scope": self.scope.kind,
-            "patterns": list(self.scope.patterns),
-            "allocation": self.allocation,
-        } | ({"unselected": self.unselected} if self.unselected != "kept" else {})
-
-
-def parse_budget(budget: Budget, total: int | None) -> int:
-    """A budget as a count.
-
-    Args:
-        budget: A count, or a share such as ``"0.17%"`` (rounded to the nearest count, at least 1).
-        total: The model's number of scalar parameters; None only checks the form.
-
-    Raises:
-        MethodError: Not a positive count or a share in (0%, 100%].
-
-    Example:
-        >>> parse_budget("0.1%", 20_000)
-        20
-    """
-    if isinstance(budget, bool) or not isinstance(budget, (int, str)):
-        raise MethodError(f"budget = {budget!r}; give a count (320_000) or a share of the parameters ('0.17%').")
-    text = str(budget).strip()
-    try:
-        number = float(text.removesuffix("%")) / 100 if text.endswith("%") else int(text)
-    except ValueError:
-        number = math.nan
-    if isinstance(number, int):
-        if number < 1:
-            raise MethodError(f"budget = {number}; it must be at least 1.")
-        return number
-    if not 0 < number <= 1:
-        raise MethodError(f"budget = {budget!r}; give a count ('320000') or a share above 0% and up to 100% ('0.17%').")
-    return 1 if total is None else max(1, round(number * total))
 
 
 def id3(
@@ -218,6 +72,37 @@ def repeat_d3(budget: Budget, eps: float = 1.0, exp: float = 2.0, stride: int = 
     enters starts with fresh optimizer state.
     """
     return Method("repeat_d3", budget, _d3(eps, exp), "repeat", _schedule(uniform, 1, stride))
+
+
+def regrow(
+    budget: Budget, steps: int, drop: float = 0.3, eps: float = 1.0, exp: float = 2.0, stride: int = 10
+) -> Method:
+    """Drop and regrow: all of the budget at once by D3; then the least changed weights are exchanged for the best-scored.
+
+    RigL's schedule (arXiv 1911.11134) with SpIEL's criterion, the change from the base (arXiv 2401.16405). The budget is
+    exact at every step: a weight that leaves goes back to its base value, one that enters starts with fresh optimizer state.
+
+    Args:
+        budget: B, a count or a share.
+        steps: T, the planned number of optimizer steps; nothing is exchanged from T on.
+        drop: Share of the slots that compete anew, at first; falls to 0 at T by half a cosine.
+        eps: Of D3.
+        exp: Of D3; 0 is RigL's |g|.
+        stride: Steps between two exchanges, which a newcomer has to change in.
+    """
+    return Method("regrow", budget, _d3(eps, exp), "increment", _schedule("at-once", steps, stride), drop=drop)
+
+
+def lift(budget: Budget, rank: int = 128) -> Method:
+    """LIFT: the largest weights of each linear layer's best approximation of a rank, static (arXiv 2506.00772).
+
+    Args:
+        budget: B, a count or a share; every tensor gets its share of it.
+        rank: Of the approximation; the authors' code recommends 128, for models of width 2,048 and more.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise MethodError(f"rank = {rank!r}; it must be a whole number, at least 1.")
+    return Method("lift", budget, heuristic("lift", rank=rank), "static", scope=Scope("linear"), allocation="tensor")
 
 
 def pafi(budget: Budget) -> Method:
@@ -296,7 +181,7 @@ def full() -> Method:
 
 PRESETS: Mapping[str, Callable[..., Method]] = {
     preset.__name__: preset
-    for preset in (id3, repeat_d3, static_d3, pafi, fish, bitfit, random_mask, sparse_adapter, full)
+    for preset in (id3, repeat_d3, static_d3, regrow, lift, pafi, fish, bitfit, random_mask, sparse_adapter, full)
 }
 
 
@@ -306,7 +191,3 @@ def _d3(eps: float, exp: float) -> Heuristic:
             f"eps = {eps}, exp = {exp}; eps must be above 0, or a zero weight divides by zero where exp > 0."
         )
     return heuristic("d3", eps=eps, exp=exp)
-
-
-def _schedule(which: str | Cumulative, steps: int, stride: int) -> Schedule:
-    return schedule(which, steps, stride)

@@ -1,4 +1,4 @@
-"""A method, and what it selects inside of, from a run's configuration."""
+"""A method, its optimizer, and what it selects inside of, from a run's configuration."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from unmask import methods
 from unmask.config import TrainConfig
 from unmask.heuristics import heuristic
 from unmask.into import Into, Kind
-from unmask.methods import Method
+from unmask.method import Method
+from unmask.optim import BiasCorrection, LrScale, SelectiveAdamW
 from unmask.scopes import Scope
+from unmask.selection import Selection
 
 
 def method_from(config: TrainConfig, steps: int, loader: Iterable[Any] | None = None) -> Method:
@@ -33,6 +35,11 @@ def method_from(config: TrainConfig, steps: int, loader: Iterable[Any] | None = 
         method = methods.repeat_d3(budget, config.eps, config.exp, config.stride)
     elif config.method == "static_d3":
         method = methods.static_d3(budget, config.eps, config.exp)
+    elif config.method == "regrow":
+        drop = 0.3 if config.drop is None else config.drop
+        method = methods.regrow(budget, steps, drop, config.eps, config.exp, config.stride)
+    elif config.method == "lift":
+        method = methods.lift(budget, config.rank)
     elif config.method == "fish":
         method = methods.fish(budget, loader if loader is not None else (), config.num_samples)
     elif config.method == "bitfit":
@@ -45,13 +52,39 @@ def method_from(config: TrainConfig, steps: int, loader: Iterable[Any] | None = 
         method = methods.pafi(budget)
     else:
         method = methods.full()
-    changes: dict[str, Any] = {"allocation": config.allocation}
-    if config.heuristic is not None and config.heuristic != "d3":
-        seed = {"seed": config.seed} if config.heuristic == "random" else {}
-        changes["heuristic"] = heuristic(config.heuristic, **seed)
+    return method.but(**_changes(config))
+
+
+def _changes(config: TrainConfig) -> dict[str, Any]:
+    """Parts that go with several methods; what they are is checked by `TrainConfig`, whether they go together by `Method`."""
+    changes: dict[str, Any] = {"normalise": config.normalise}
+    if config.allocation is not None:
+        changes["allocation"] = config.allocation
     if config.scope is not None:
-        changes["scope"] = Scope(config.scope)  # type: ignore[arg-type]  # checked by TrainConfig
-    return method.but(**changes)
+        changes["scope"] = Scope(config.scope)  # type: ignore[arg-type]
+    if config.heuristic not in (None, "d3"):
+        own = {"lift": {"rank": config.rank}, "random": {"seed": config.seed}}
+        changes["heuristic"] = heuristic(config.heuristic, **own.get(config.heuristic, {}))
+    if config.method == "id3" and config.drop is not None:
+        changes["drop"] = config.drop
+    return changes
+
+
+def optimizer_from(config: TrainConfig, selection: Selection) -> SelectiveAdamW:
+    """The configured optimizer of what a selection trains.
+
+    Args:
+        config: The run's configuration.
+        selection: A live selection.
+    """
+    return SelectiveAdamW(
+        selection.parameters(),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        bias_correction=cast(BiasCorrection, config.bias_correction),  # checked by TrainConfig, as what follows
+        lr_scale=cast(LrScale, config.lr_scale),
+        slot_warmup=config.slot_warmup,
+    )
 
 
 def _sparse_adapter(config: TrainConfig, loader: Iterable[Any] | None) -> Method:

@@ -48,7 +48,17 @@ def front_loaded(t: int, T: int, B: int) -> int:
     return B - -(-B * (T - t - 1) ** 3 // T**3)
 
 
-SCHEDULES: dict[str, Cumulative] = {"uniform": uniform, "cosine": cosine, "front-loaded": front_loaded}
+def at_once(t: int, T: int, B: int) -> int:
+    """``b(t) = B``: the whole budget at the first step, as a static selection; for `unmask.regrow`."""
+    return B
+
+
+SCHEDULES: dict[str, Cumulative] = {
+    "uniform": uniform,
+    "cosine": cosine,
+    "front-loaded": front_loaded,
+    "at-once": at_once,
+}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from unmask.distributed.reducer import Exchange, ProcessReducer, check_exchange
 from unmask.distributed.sharding import check_sharded
 from unmask.errors import MethodError
 from unmask.gradients.window import Accumulation, Gradients
-from unmask.methods import Method, parse_budget
+from unmask.method import Method, parse_budget
 from unmask.quantised.layers import weights
 from unmask.quantised.refusals import refuse_quantised
 from unmask.recording import missing_from_checkpoint, new_tensors

@@ -20,12 +20,14 @@ from unmask.distributed.sharding import reshard
 from unmask.errors import MethodError, ScheduleNotRunError, SelectionError
 from unmask.gradients.calibrate import estimates
 from unmask.gradients.operations import handlers
+from unmask.gradients.plan import Plan
 from unmask.gradients.streamed import Ranker
 from unmask.gradients.tap import TapSet
 from unmask.gradients.tapped import owner_of
-from unmask.gradients.window import Accumulation, Gradients, Plan, Window
-from unmask.methods import Method
+from unmask.gradients.window import Accumulation, Gradients, Window
+from unmask.method import Method
 from unmask.quantised.layers import reach_biases, settle, stored_in, weights
+from unmask.rates import SlotScale
 from unmask.recording import record_delta
 from unmask.slots import SlotTable
 from unmask.state import persistent_buffers, restore, state_of
@@ -92,6 +94,7 @@ class Selection:
         zeros = torch.zeros(self._slots, dtype=dtype, device=device)
         self.values = nn.Parameter(zeros) if values is None else _emptied(values, zeros)
         self._table = SlotTable(self._layout, self._slots, dtype, device)
+        self._scale = SlotScale()
         self._ordered = self._known_order()  # before freezing: a calibration wants the model as it was
         if self._ordered:
             refuse_dead_lora(model, {*dense, *(self._layout.names[i] for i in self._table.occupied())})
@@ -174,6 +177,7 @@ class Selection:
         """
         self._alive("load_state_dict")
         restore(self, state)
+        self._scale = SlotScale()
         self._begin_step()
 
     def release(self) -> None:
@@ -199,8 +203,11 @@ class Selection:
     @property
     def in_use(self) -> int:
         """Slots that the coming optimizer step trains: the first ``in_use`` of ``values``."""
-        plan = self._window.plan
-        return self._slots if plan.repeat or self.method.whole else plan.active + plan.newcomers
+        return self._slots if self.method.whole else self._window.plan.due
+
+    def slot_scale(self) -> Tensor:
+        """``1 / sqrt(n_i m_j)`` of each slot at the coming step, 1 for those not in use then: (B,); see `unmask.rates`."""
+        return self._scale.of(self._table, self._window.tentative, self._window.plan.due)
 
     def __repr__(self) -> str:
         dense = f", dense={self.dense_numel:,}" if self.dense_numel else ""
@@ -248,9 +255,9 @@ class Selection:
         return None
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Repeat-S: a slot that changes hands starts with fresh optimizer state."""
+        """A slot that changes hands starts with fresh optimizer state."""
         tentative = self._window.tentative
-        if not self._window.plan.repeat or tentative is None:
+        if not self._window.plan.exchanging or tentative is None:
             return
         clear_state(optimizer.state.get(self.values, {}), self.values, tentative.slots)
 
@@ -260,7 +267,7 @@ class Selection:
         window, plan = self._window, self._window.plan
         tentative = window.tentative
         if tentative is not None:
-            if plan.repeat:  # what leaves goes back to its base value
+            if plan.exchanging:  # what leaves goes back to its base value
                 leaving = self._table.positions[tentative.slots]
                 held = leaving >= 0
                 self._layout.write(leaving[held], self._table.base[tentative.slots][held])
@@ -270,7 +277,7 @@ class Selection:
                 "the optimizer stepped without calling its closure, so no backward selected any weight."
             )
         if not self.method.whole:
-            self.used = self._slots if plan.repeat else plan.active + plan.newcomers
+            self.used = plan.due
         self._table.scatter(self.values, self.used)
         self.values.grad = None  # spent; a Trainer's model.zero_grad() would not reach it
         self.step += 1
@@ -298,19 +305,20 @@ class Selection:
             again = t % self.method.schedule.stride == 0
             self._window.start(Plan(t, used, used, self._slots if again else 0, repeat=True))
         else:
-            self._window.start(Plan(t, used, used, due - used, repeat=False))
+            drops = self.method.dropped(t, used)
+            self._window.start(Plan(t, used, used, due - used + drops, repeat=False, drops=drops))
 
     def _known_order(self) -> bool:
         """Ranks the whole budget now, where the heuristic needs no gradient and the ranking cannot change later."""
-        heuristic = self.method.heuristic
-        if not self._slots or heuristic.needs == "gradient" or self.method.strategy == "repeat":
+        method, table = self.method, self._table
+        if not self._slots or method.heuristic.needs == "gradient" or method.strategy == "repeat" or method.drop:
             return False
-        ranker = Ranker(heuristic, self._table, self.method.allocation, self._slots, 0, exclude_members=False)
-        scores = estimates(self.model, self._layout, self.method, self._slots)
+        ranker = Ranker(method.heuristic, table, method.allocation, self._slots, 0, False, method.normalise)
+        scores = estimates(self.model, self._layout, method, self._slots)
         for index in range(len(self._layout.tensors)):
             ranker.rank(index, scores.pop(index, None))
         positions = ranker.result().positions.to(self.values.device)
-        self._table.load(positions, self._layout.read(positions, self.values.dtype))
+        table.load(positions, self._layout.read(positions, self.values.dtype))
         return True
 
     def _alive(self, what: str) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,8 +22,7 @@ from unmask.integrations.transformers import SelectiveTrainer
 from unmask.into import Inserted, insert, require
 from unmask.kinds import Prepared, kind_for
 from unmask.modeling import load_base, quiet
-from unmask.optim import BiasCorrection, SelectiveAdamW
-from unmask.presets import into_from, method_from
+from unmask.presets import into_from, method_from, optimizer_from
 from unmask.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.run_folder import RunFolder
 from unmask.scopes import exactly
@@ -165,12 +164,7 @@ class _Run:
 
     def _trainer(self) -> SelectiveTrainer:
         config, prepared = self.config, self.prepared
-        optimizer = SelectiveAdamW(
-            self.selection.parameters(),
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            bias_correction=cast(BiasCorrection, config.bias_correction),  # checked by TrainConfig
-        )
+        optimizer = optimizer_from(config, self.selection)
         sets = dict(prepared.step_sets)
         trainer = SelectiveTrainer(
             model=self.model,

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import inspect
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
 
+from unmask.heuristics import heuristic_names
+from unmask.method import Allocation, Normalise
 from unmask.methods import PRESETS
+from unmask.schedules import SCHEDULES
+from unmask.scopes import Kind
 
 
 def run_methods() -> None:
-    """Prints each preset's name, arguments and one line on what it does."""
+    """Prints each preset's name, arguments and one line on what it does, and what methods are composed of."""
     table = Table(show_lines=False)
     for column in ("method", "arguments (defaults)", "what it does"):
         table.add_column(column)
     for name, preset in sorted(PRESETS.items()):
         table.add_row(name, _arguments(preset), (inspect.getdoc(preset) or "").split("\n")[0])
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for part, values in _parts().items():
+        console.print(f"{part}: {', '.join(values)}", highlight=False)
+
+
+def _parts() -> dict[str, tuple[str, ...]]:
+    """What a method may be composed of (docs/methods.md)."""
+    return {
+        "heuristics": tuple(heuristic_names()),
+        "schedules": tuple(SCHEDULES),
+        "allocations": get_args(Allocation),
+        "normalise": get_args(Normalise),
+        "scopes": get_args(Kind),
+    }
 
 
 def _arguments(preset: object) -> str:

@@ -15,7 +15,7 @@ from unmask.distributed.ranking import CandidateRanking, ExactRanking
 from unmask.distributed.sharding import ShardedLayout, ShardRanking, ShardTable, group_of, reshard
 from unmask.errors import MethodError, SelectionError
 from unmask.gradients.reducing import NewRanker, Ranking
-from unmask.methods import Method
+from unmask.method import Method
 from unmask.slots import Layout, SlotTable
 
 Exchange = Literal["exact", "candidates", "none"]
@@ -30,12 +30,11 @@ def check_exchange(exchange: str, method: Method) -> None:
     if exchange not in get_args(Exchange):
         raise MethodError(f"exchange = {exchange!r}; it must be 'exact', 'candidates' or 'none'.")
     heuristic = method.heuristic
-    ranks = heuristic.needs == "gradient" or method.strategy == "repeat"
-    single = heuristic.elementwise and heuristic.needs == "gradient" and method.allocation == "global"
-    if exchange == "candidates" and ranks and not single:
+    ranks = heuristic.needs == "gradient" or method.strategy == "repeat" or method.drop > 0
+    if exchange == "candidates" and ranks and not method.by_entry:
         raise MethodError(
             f"exchange = 'candidates' scores single entries by their gradient, which heuristic {heuristic.name!r} under "
-            f"allocation {method.allocation!r} does not allow; use exchange='exact'."
+            f"allocation {method.allocation!r} and normalise {method.normalise!r} does not allow; use exchange='exact'."
         )
 
 

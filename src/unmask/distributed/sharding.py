@@ -20,7 +20,7 @@ from unmask.distributed.processes import Processes, bits
 from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.gradients.factors import Factors, as_dense
 from unmask.gradients.streamed import Ranker
-from unmask.methods import Method
+from unmask.method import Method
 from unmask.slots import Entries, Layout, SlotTable, put, take
 from unmask.topk import Ranked, StreamingTopK
 
@@ -80,10 +80,12 @@ def check_sharded(
         raise MethodError(
             "a pruned adapter of a sharded model is not supported; use pruned='kept', or do not shard it."
         )
-    if not heuristic.elementwise or heuristic.needs == "calibration" or method.allocation != "global":
+    alone = method.allocation == "global" and method.normalise == "none"
+    if not heuristic.elementwise or heuristic.needs == "calibration" or not alone:
         raise MethodError(
-            f"heuristic {heuristic.name!r} under allocation {method.allocation!r} needs whole tensors, which no process of a "
-            "sharded model holds; use an elementwise heuristic without calibration, and allocation='global'."
+            f"heuristic {heuristic.name!r} under allocation {method.allocation!r} and normalise {method.normalise!r} needs whole "
+            "tensors, which no process of a sharded model holds; use an elementwise heuristic without calibration, "
+            "allocation='global' and normalise='none'."
         )
 
 

@@ -8,7 +8,7 @@ from unmask.errors import MethodError
 from unmask.gradients.fisher import estimate_fisher
 from unmask.gradients.pruning import connection_sensitivity, gradient_flow
 from unmask.gradients.synflow import synaptic_flow
-from unmask.methods import Method
+from unmask.method import Method
 from unmask.slots import Layout
 
 _DATA = {"fisher": estimate_fisher, "initial_snip": connection_sensitivity, "grasp": gradient_flow}

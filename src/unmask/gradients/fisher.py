@@ -21,7 +21,7 @@ from unmask.gradients.factors import Factors, as_dense
 from unmask.gradients.persample import PerSampleTaps
 from unmask.gradients.receiver import in_pieces
 from unmask.gradients.tap import TapSet
-from unmask.methods import Calibration
+from unmask.method import Calibration
 from unmask.slots import Entries, Layout
 
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.gradients.fisher import batch_size, batches, frozen_evaluation, objectives
-from unmask.methods import Calibration
+from unmask.method import Calibration
 from unmask.slots import Layout
 
 Gradients = list[Tensor]

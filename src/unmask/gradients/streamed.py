@@ -10,59 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.gradients.factors import Factors, as_dense
+from unmask.gradients.spread import divisors_of, quota
 from unmask.heuristics import Heuristic
-from unmask.methods import Allocation
+from unmask.method import Allocation, Normalise
 from unmask.slots import SlotTable, among, as_rows, take
 from unmask.topk import Ranked, StreamingTopK
 
 BLOCK = 1 << 20  # scalar weights scored at a time
 GLANCE = 1 << 18  # scalar gradients looked at at a time: small enough for a CPU's cache
 _ROUNDING = 1e-4  # how far rounding may lift a score over its ceiling, relative
-
-
-@dataclass(frozen=True)
-class Quota:
-    """How many weights of one tensor, or of each of its rows, may still be unmasked; None: no bound."""
-
-    tensor: int | None = None
-    rows: Tensor | None = None  # (rows,) int64
-
-
-def caps(allocation: Allocation, numel: int, columns: int, budget: int, total: int) -> int | None:
-    """The bound ``ceil(B n / N)`` of an allocation's groups, n being the tensor's or the row's size."""
-    if allocation == "global":
-        return None
-    size = numel if allocation == "tensor" else columns
-    return min(size, -(-budget * size // total))
-
-
-def quota(allocation: Allocation, weight: Tensor, budget: int, total: int, held: Tensor | None) -> Quota:
-    """What one tensor may still receive.
-
-    Args:
-        allocation: How the budget is spread.
-        weight: The tensor.
-        budget: B.
-        total: N, the number of eligible weights.
-        held: Flat indices that are already unmasked and count against the bound; None for none.
-    """
-    rows = as_rows(weight)
-    cap = caps(allocation, weight.numel(), rows.shape[1], budget, total)
-    if cap is None:
-        return Quota()
-    if allocation == "tensor" or rows.shape[0] == 1:  # a long row comes in several blocks
-        return Quota(tensor=cap - (0 if held is None else held.numel()))
-    used = torch.zeros(rows.shape[0], dtype=torch.int64, device=weight.device)
-    if held is not None:
-        used += torch.bincount(held.to(weight.device) // rows.shape[1], minlength=rows.shape[0])
-    return Quota(rows=cap - used)
 
 
 class Ranker:
@@ -75,6 +37,8 @@ class Ranker:
         keep: k, how many entries to keep.
         step: Seeds random heuristics.
         exclude_members: Leave out what is unmasked already (increment-S); repeat-S ranks everything.
+        normalise: What scores are divided by before they are ranked.
+        leaving: Positions, ascending, that are unmasked and compete for their place like what is not; None for none.
     """
 
     def __init__(
@@ -85,11 +49,15 @@ class Ranker:
         keep: int,
         step: int,
         exclude_members: bool,
+        normalise: Normalise = "none",
+        leaving: Tensor | None = None,
     ) -> None:
         self.heuristic, self.table, self.allocation = heuristic, table, allocation
         self.step, self.exclude_members = step, exclude_members
+        self.normalise, self.leaving = normalise, leaving
         self.top = StreamingTopK(keep)
         self._zero: list[tuple[int, Tensor | None]] = []  # tensors, and which of their rows are not zero
+        self._kept: dict[int, Tensor | None] = {}  # flat indices that are unmasked and stay so, by tensor
 
     def rank(self, index: int, gradient: Tensor | Factors | None) -> None:
         """Offers one tensor's entries.
@@ -131,7 +99,8 @@ class Ranker:
 
     def _vanishes(self) -> bool:
         """Whether a zero gradient always has the least score, zero, so that zeros can wait."""
-        return self.heuristic.ceiling is not None and self.allocation == "global" and self.heuristic.elementwise
+        alone = self.heuristic.elementwise and self.normalise == "none"
+        return self.heuristic.ceiling is not None and self.allocation == "global" and alone
 
     def _zeros(self, index: int) -> Tensor:
         weight = self.table.layout.plain(index)
@@ -144,21 +113,48 @@ class Ranker:
         held = self._held(index)
         bound = quota(self.allocation, weight, self.table.positions.numel(), layout.total, held)
         top = self.top if bound.tensor is None else StreamingTopK(min(self.top.k, bound.tensor))
-        for low, w, g in self._blocks(weight, gradient):
-            scores = self._exclude(self._scores(index, low, w, g), low, held)
+        columns = as_rows(weight).shape[1]
+        for low, g, values in self._scored(index, weight, gradient):
+            first = low // columns
+            scores = self._exclude(values.reshape(-1), low, held).view(values.shape)
             if without is not None:
-                first = low // w.shape[1]
-                rows = without[(without >= first) & (without < first + w.shape[0])] - first
-                scores = scores.view(w.shape).index_fill(0, rows, -torch.inf).view(-1)
-            if bound.rows is not None:
-                scores = _best_of_rows(scores.view(w.shape), _rows_of(bound.rows, weight, low, w)).view(-1)
+                rows = without[(without >= first) & (without < first + scores.shape[0])] - first
+                scores = scores.index_fill(0, rows, -torch.inf)
+            scores = bound.apply(scores, first).reshape(-1)
             top.update(scores, start + low, scores if g is None else g.reshape(-1).to(self.table.base.dtype))
         if top is not self.top:
             self.top.merge(top.result())
 
+    def _scored(
+        self, index: int, weight: Tensor, gradient: Tensor | None
+    ) -> Iterator[tuple[int, Tensor | None, Tensor]]:
+        """Blocks as (first flat index, gradients, scores), the last two of one shape; normalised scores take two passes."""
+
+        def scored() -> Iterator[tuple[int, Tensor | None, Tensor]]:
+            for low, w, g in self._blocks(weight, gradient):
+                yield low, g, self._scores(index, low, w, g).view(w.shape)
+
+        if self.normalise == "none":
+            yield from scored()
+            return
+        rows, columns = as_rows(weight).shape
+        once = self._by_tensor() or weight.numel() <= BLOCK  # one block: keep its scores
+        blocks = list(scored()) if once else None
+        scores_by_row = ((low // columns, scores) for low, _, scores in (scored() if blocks is None else blocks))
+        divisors = divisors_of(self.normalise, (rows, columns), scores_by_row, weight.device)
+        for low, g, scores in scored() if blocks is None else blocks:
+            yield low, g, divisors.divide(scores, low // columns)
+
     def _held(self, index: int) -> Tensor | None:
-        members = self.table.members(index) if self.exclude_members else None
-        return None if members is None else members.flat
+        """Flat indices, ascending, of what is unmasked and does not compete."""
+        if index not in self._kept:
+            members = self.table.members(index) if self.exclude_members else None
+            flat = None if members is None else members.flat
+            if flat is not None and self.leaving is not None:
+                leaving = self.leaving.to(flat.device)
+                flat = flat[~among(flat + self.table.layout.starts[index], leaving)]
+            self._kept[index] = flat
+        return self._kept[index]
 
     def _glance(self, index: int, gradient: Tensor) -> bool:
         """Offers what a look at |g| alone does not rule out; False if that cannot be told (yet)."""
@@ -245,10 +241,14 @@ class Ranker:
                 part = slice(low, low + BLOCK)
                 yield low, rows[:, part], None if grads is None else grads[:, part]
             return
-        height = max(1, BLOCK // columns) if self.heuristic.elementwise else rows.shape[0]
+        height = rows.shape[0] if self._by_tensor() else max(1, BLOCK // columns)
         for row in range(0, rows.shape[0], height):
             part = slice(row, row + height)
             yield row * columns, rows[part], None if grads is None else grads[part]
+
+    def _by_tensor(self) -> bool:
+        """Whether a matrix is scored in one block: its scores, or the bounds on its columns, need all of it."""
+        return not self.heuristic.elementwise or self.allocation == "column"
 
     def _scores(self, index: int, low: int, weight: Tensor, gradient: Tensor | None) -> Tensor:
         scores = self.heuristic.score(weight, gradient, (self.step, index, low))
@@ -277,22 +277,3 @@ class Ranker:
         edges = torch.tensor([low, low + scores.numel()], device=held.device)
         first, last = torch.searchsorted(held, edges).tolist()
         return scores.index_fill(0, (held[first:last] - low).to(scores.device), -torch.inf)
-
-
-def _rows_of(bounds: Tensor, weight: Tensor, low: int, block: Tensor) -> Tensor:
-    first = low // as_rows(weight).shape[1]
-    return bounds[first : first + block.shape[0]]
-
-
-def _best_of_rows(scores: Tensor, bounds: Tensor) -> Tensor:
-    """Sets all but the ``bounds[r]`` best entries of each row r to -inf; ties go to the smaller column."""
-    most = int(bounds.max().item())
-    if most <= 0:
-        return torch.full_like(scores, -torch.inf)
-    best = scores.topk(min(most, scores.shape[1]), dim=1).values
-    cut = best.gather(1, (bounds.clamp(1, best.shape[1]) - 1).unsqueeze(1))
-    above = scores > cut
-    ties = scores == cut
-    room = bounds.unsqueeze(1) - above.sum(1, keepdim=True)
-    keep = (above | (ties & (ties.cumsum(1) <= room))) & (bounds > 0).unsqueeze(1)
-    return scores.masked_fill(~keep, -torch.inf)

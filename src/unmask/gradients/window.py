@@ -15,7 +15,6 @@ Of several processes each has a window, and all have the same: every micro-batch
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,42 +24,17 @@ from unmask.distributed.deepspeed import refuse_zero
 from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at
 from unmask.gradients.norm import total_norm
+from unmask.gradients.plan import Plan, Tentative
 from unmask.gradients.receiver import in_pieces, stale
 from unmask.gradients.reducing import Ranking, Reducer
 from unmask.gradients.streamed import Ranker
-from unmask.methods import Method
+from unmask.method import Method
 from unmask.slots import Entries, SlotTable
 from unmask.topk import Ranked, in_order
 
 Accumulation = Literal["candidates", "exact"]
 Gradients = Literal["auto", "sampled", "dense"]
 OVERSAMPLE = 4  # candidates kept per entry to be unmasked
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one optimizer step does: fixed before its first forward."""
-
-    step: int
-    used: int  # slots that hold trained weights
-    active: int  # slots whose gradient is wanted: `used`, and those that a known order unmasks now
-    newcomers: int  # u_t, to be selected by this step's gradient; for repeat-S the whole of B
-    repeat: bool
-
-    @property
-    def selecting(self) -> bool:
-        """Whether dense gradients are needed to select."""
-        return self.newcomers > 0
-
-
-@dataclass(frozen=True)
-class Tentative:
-    """A selection that waits for the optimizer's step."""
-
-    slots: Tensor  # (u,) int64
-    positions: Tensor  # (u,) int64
-    weights: Tensor  # (u,) their current weights
-    displaced: Tensor  # (u,) what `values` held at these slots
 
 
 class Window:
@@ -94,6 +68,7 @@ class Window:
         self._dense: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
         self._offered: set[int] = set()
+        self._open = torch.empty(0, dtype=torch.int64)  # slots that the newcomers may take
 
     def start(self, plan: Plan) -> None:
         """A new step's window."""
@@ -101,6 +76,8 @@ class Window:
         self._inside = {}
         self._clear()
         self.tentative = None
+        if plan.selecting:
+            self._open = plan.open(self.values.detach(), self.table.base, self.table.positions)
 
     def wanted(self, index: int) -> bool:
         """Whether the tensor's gradient is wanted; with nothing to train yet, all are, so that the loss has a graph."""
@@ -285,20 +262,16 @@ class Window:
             raise AssertionError("a further micro-batch has candidates")
         self.reducer.mean(self._added)
         candidates.payload.add_(self._added)
-        heuristic = self.method.heuristic
-        if heuristic.elementwise and heuristic.needs == "gradient" and self.method.allocation == "global":
+        if self.method.by_entry:
+            heuristic = self.method.heuristic
             weights = self.table.layout.read(candidates.positions, self.table.base.dtype)
             candidates = in_order(candidates._replace(scores=heuristic.score(weights, candidates.payload)))
         return Ranked(*(column[: self.plan.newcomers] for column in candidates))
 
     def _settle(self, ranked: Ranked, buffer: Tensor) -> None:
-        if self.plan.repeat:
-            ranked, slots = self._exchanged(ranked)
-        else:
-            end = self.plan.used + ranked.positions.numel()
-            slots = torch.arange(self.plan.used, end, device=self.values.device)
+        ranked, slots = self._exchanged(ranked)
         positions, payload = ranked.positions.to(buffer.device), ranked.payload.to(buffer)
-        gathered = buffer.clone() if self.plan.repeat else None
+        gathered = buffer.clone() if self.plan.exchanging else None
         if self.tentative is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
             self.values[self.tentative.slots] = self.tentative.displaced
             before = 0.0 if self._earlier is None else self._earlier[self.tentative.slots]
@@ -312,11 +285,10 @@ class Window:
         buffer[slots] = payload
 
     def _exchanged(self, ranked: Ranked) -> tuple[Ranked, Tensor]:
-        """Of a repeat-S selection: what is not unmasked already, and the slots of what leaves for it."""
-        new = ~torch.isin(ranked.positions, self.table.positions)
-        leaving = ~torch.isin(self.table.positions, ranked.positions)
-        entrants = Ranked(*(column[new] for column in ranked))
-        return entrants, leaving.nonzero().squeeze(1)[: entrants.positions.numel()]
+        """What is not unmasked already, and the slots for it: of the open ones, those that what was best does not hold."""
+        held, best = self.table.positions[self._open], ranked.positions.to(self.table.positions.device)
+        entrants = Ranked(*(column[~torch.isin(ranked.positions, held.to(column.device))] for column in ranked))
+        return entrants, self._open[~torch.isin(held, best)][: entrants.positions.numel()]
 
     def _new_ranker(self, keep: int) -> Ranking:
         new = functools.partial(
@@ -326,6 +298,8 @@ class Window:
             keep=keep,
             step=self.plan.step,
             exclude_members=not self.plan.repeat,
+            normalise=self.method.normalise,
+            leaving=self.table.positions[self._open].sort().values if self.plan.drops else None,
         )
         return self.reducer.ranking(new, self.table)
 

@@ -21,7 +21,7 @@ from unmask.clipping import clip_grad_norm_
 from unmask.errors import ConfigError, MethodError, ScheduleNotRunError, SelectionError
 from unmask.integrations.trainer_checks import check_run, check_schedule
 from unmask.integrations.trainer_optimizer import GivenOptimizer, new_optimizer
-from unmask.methods import Method
+from unmask.method import Method
 from unmask.selecting import select
 from unmask.selection import Selection
 from unmask.state_file import read_state, write_state

@@ -11,7 +11,7 @@ from unmask import methods
 from unmask.clipping import ClipScope
 from unmask.distributed.reducer import Exchange, check_exchange
 from unmask.errors import MethodError
-from unmask.methods import Budget, Method
+from unmask.method import Budget, Method
 from unmask.peft.card import write_card
 from unmask.peft.kind import peft_type
 
@@ -40,7 +40,8 @@ class SelectiveConfig(PeftConfig):
         stride: Select every ``stride``-th step (``id3``, ``repeat_d3``).
         schedule: ``"uniform"``, ``"cosine"`` or ``"front-loaded"`` (``id3``).
         seed: For ``random_mask``.
-        allocation: ``"global"``, ``"tensor"`` or ``"row"``.
+        allocation: ``"global"``, ``"tensor"``, ``"row"`` or ``"column"``.
+        normalise: ``"none"``, ``"row-column"`` or ``"row-column-root"``: what scores are divided by.
         accumulation: ``"candidates"`` or ``"exact"``: the selection that gradient accumulation makes.
         gradients: ``"auto"``, ``"sampled"`` or ``"dense"``.
         exchange: How several processes select together: ``"exact"``, ``"candidates"`` or ``"none"``; see `unmask.select`.
@@ -71,7 +72,8 @@ class SelectiveConfig(PeftConfig):
     stride: int = field(default=1, metadata={"help": "Select every stride-th step."})
     schedule: str = field(default="uniform", metadata={"help": "How the budget is spread over the steps."})
     seed: int = field(default=0, metadata={"help": "Seed of random_mask."})
-    allocation: str = field(default="global", metadata={"help": "global, tensor or row."})
+    allocation: str = field(default="global", metadata={"help": "global, tensor, row or column."})
+    normalise: str = field(default="none", metadata={"help": "none, row-column or row-column-root."})
     accumulation: str = field(default="candidates", metadata={"help": "candidates or exact."})
     gradients: str = field(default="auto", metadata={"help": "auto, sampled or dense."})
     exchange: str = field(default="exact", metadata={"help": "exact, candidates or none: several processes."})
@@ -121,7 +123,7 @@ class SelectiveConfig(PeftConfig):
             method = methods.bitfit(budget)
         else:
             method = methods.random_mask(_given(budget), self.seed)
-        return method.but(allocation=self.allocation)
+        return method.but(allocation=self.allocation, normalise=self.normalise)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; and once an adapter is saved, its figures into the model card beside it."""

@@ -15,7 +15,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from unmask.delta import SparseDelta
 from unmask.errors import DeltaError, MethodError
-from unmask.methods import parse_budget
+from unmask.method import parse_budget
 from unmask.peft.adapter import Adapter
 from unmask.peft.callers import caller, calling_trainer
 from unmask.peft.card import complete_card

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from unmask.errors import MethodError
-from unmask.methods import Method
+from unmask.method import Method
 from unmask.peft.config import SelectiveConfig
 from unmask.quantised.kinds import sources
 from unmask.scopes import refuse_renormalized

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import nn
 
 from unmask.errors import MethodError
-from unmask.methods import Method
+from unmask.method import Method
 from unmask.quantised.kinds import sources
 
 

@@ -1,0 +1,232 @@
+"""A method: a frozen value composed of scope, allocation, normalisation, heuristic, strategy and schedule.
+
+The presets of `unmask.methods` return such values; `Method.but` gives a changed copy, so any heuristic goes with any
+strategy: ``unmask.id3(budget=1000, steps=100).but(heuristic=unmask.heuristic("snip"))``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from unmask.errors import MethodError
+from unmask.heuristics import Heuristic
+from unmask.schedules import Schedule, uniform
+from unmask.scopes import Scope
+
+Budget = int | str
+Strategy = Literal["static", "increment", "repeat"]
+Allocation = Literal["global", "tensor", "row", "column"]
+Normalise = Literal["none", "row-column", "row-column-root"]
+Unselected = Literal["kept", "zero"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What an estimate before training is made from; see `unmask.fish` and `unmask.sparse_adapter`.
+
+    Attributes:
+        loader: Iterable of batches (mappings of tensors with ``labels``, or whatever ``loss`` takes).
+        num_samples: How many examples to use, the first of the loader.
+        sample_type: Of the Fisher information. ``"label"``: gradients at the given labels; ``"expect"``: expectation over
+            the model's own output.
+        grad_type: Of the Fisher information: ``"square"`` or ``"abs"`` of each example's gradient.
+        loss: ``loss(model, batch) -> scalar``, the mean over the batch; None for ``model(**batch).loss``.
+    """
+
+    loader: Iterable[Any]
+    num_samples: int = 1024
+    sample_type: Literal["label", "expect"] = "label"
+    grad_type: Literal["square", "abs"] = "square"
+    loss: Callable[[nn.Module, Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise MethodError(f"num_samples = {self.num_samples}; it must be at least 1.")
+        for name, allowed in (("sample_type", ("label", "expect")), ("grad_type", ("square", "abs"))):
+            if getattr(self, name) not in allowed:
+                raise MethodError(f"{name} = {getattr(self, name)!r}; it must be one of {allowed}.")
+        if self.sample_type == "expect" and self.loss is not None:
+            raise MethodError("sample_type='expect' takes its loss from the model's logits; leave loss=None.")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is unmasked, and when.
+
+    Attributes:
+        name: For reports and the delta's metadata.
+        budget: A count, a share of the model's parameters (``"0.17%"``), or None for the whole scope.
+        heuristic: Ranks scalar weights.
+        strategy: ``"static"`` (all of the budget at the first step), ``"increment"`` (by the schedule, and for good) or
+            ``"repeat"`` (the best B anew at every selecting step; weights that leave go back to their base value).
+        schedule: b(t); static and repeat select B at step 0, and repeat again every ``schedule.stride`` steps.
+        scope: Which tensors are eligible.
+        allocation: ``"global"`` as in the paper; ``"tensor"``, ``"row"`` or ``"column"``: at most ``ceil(B n / N)`` of a
+            tensor's (an output row's, an input column's) n weights, of N eligible in all; a vector is one row, and one column.
+        normalise: ``"none"`` as in the paper; ``"row-column"``: s_ij m / (r_i c_j) is ranked, with the means of |s| over the
+            tensor, the row and the column, so that no few of them take all; ``"row-column-root"``: s_ij / sqrt(r_i c_j).
+            Scores of a vector are divided by their mean.
+        drop: Drop and regrow, under ``"increment"``: at every ``schedule.stride``-th step the ``drop`` share of the slots in
+            use whose weights have changed least compete anew; the share falls to 0 at T by half a cosine.
+        calibration: For a heuristic that needs one.
+        whole: Train the scope's tensors as ordinary dense parameters (full fine-tuning); there is no budget then.
+        unselected: What the scope's other weights do: ``"kept"`` as they are, or pruned to ``"zero"`` at once. Pruning is
+            for tensors that the base checkpoint lacks, whose every value travels in the delta.
+    """
+
+    name: str
+    budget: Budget | None
+    heuristic: Heuristic
+    strategy: Strategy
+    schedule: Schedule = field(default_factory=lambda: Schedule(uniform, 1))
+    scope: Scope = field(default_factory=Scope)
+    allocation: Allocation = "global"
+    normalise: Normalise = "none"
+    drop: float = 0.0
+    calibration: Calibration | None = None
+    whole: bool = False
+    unselected: Unselected = "kept"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("strategy", ("static", "increment", "repeat")),
+            ("allocation", ("global", "tensor", "row", "column")),
+            ("normalise", ("none", "row-column", "row-column-root")),
+            ("unselected", ("kept", "zero")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise MethodError(f"{name} = {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        for name, kind in (("heuristic", Heuristic), ("schedule", Schedule)):
+            if not isinstance(getattr(self, name), kind):
+                raise MethodError(f"{name} = {getattr(self, name)!r}; build one with unmask.{name}(...).")
+        self._check_calibration()
+        self._check_drop()
+        if self.unselected == "zero" and (
+            self.heuristic.needs == "gradient" or self.strategy == "repeat" or self.whole
+        ):
+            raise MethodError(
+                "unselected='zero' prunes before the first step, so the selection must be known then: take a heuristic that "
+                "needs no gradient of the step (unmask.sparse_adapter has five), and not strategy='repeat'."
+            )
+        if self.budget is not None:
+            parse_budget(self.budget, None)
+
+    def _check_calibration(self) -> None:
+        name = self.heuristic.name
+        if self.heuristic.needs != "calibration":
+            return
+        if self.calibration is None:
+            raise MethodError(
+                f"the {name} heuristic needs a calibration: unmask.fish or unmask.sparse_adapter brings one."
+            )
+        if self.strategy == "repeat":
+            raise MethodError(
+                f"the {name} heuristic is estimated once, before training; strategy='repeat' would need it anew."
+            )
+        if name == "synflow" and (self.allocation, self.normalise) != ("global", "none"):
+            raise MethodError(
+                "synflow prunes round by round over all tensors together; leave allocation='global', normalise='none'."
+            )
+
+    def _check_drop(self) -> None:
+        if isinstance(self.drop, bool) or not isinstance(self.drop, (int, float)) or not 0 <= self.drop < 1:
+            raise MethodError(f"drop = {self.drop!r}; it is a share of the slots, from 0 to below 1.")
+        if self.drop and (self.strategy != "increment" or self.heuristic.needs == "calibration"):
+            raise MethodError(
+                f"drop = {self.drop} exchanges weights under strategy='increment', by scores of that step; this method has "
+                f"strategy={self.strategy!r} and heuristic {self.heuristic.name!r}. unmask.regrow(...) builds one that works."
+            )
+
+    def but(self, **changes: Any) -> Method:
+        """A copy with some fields changed.
+
+        Example:
+            >>> import unmask
+            >>> unmask.pafi(10).but(allocation="row").allocation
+            'row'
+        """
+        return dataclasses.replace(self, **changes)
+
+    def cumulative(self, t: int, budget: int) -> int:
+        """b(t), after step t (from 0) has selected; 0 for t < 0."""
+        if self.strategy == "increment":
+            return self.schedule.cumulative(t, budget)
+        return 0 if t < 0 else budget
+
+    def dropped(self, t: int, used: int) -> int:
+        """d_t: of ``used`` slots, how many compete anew at step t (from 0).
+
+        RigL's half cosine, ``drop used (1 + cos(pi t / T)) / 2`` rounded down, at every stride-th step before T.
+
+        Example:
+            >>> import unmask
+            >>> [unmask.regrow(100, steps=40, drop=0.5, stride=10).dropped(t, 100) for t in (0, 5, 10, 20, 30, 40)]
+            [0, 0, 42, 25, 7, 0]
+        """
+        steps = self.schedule.steps
+        if not self.drop or t % self.schedule.stride or not 0 < t < steps:
+            return 0
+        return int(self.drop * used * (1 + math.cos(math.pi * t / steps)) / 2)
+
+    @property
+    def by_entry(self) -> bool:
+        """Whether an entry's rank depends on its own weight and gradient alone."""
+        alone = self.allocation == "global" and self.normalise == "none"
+        return alone and self.heuristic.elementwise and self.heuristic.needs == "gradient"
+
+    def describe(self) -> dict[str, Any]:
+        """The method as plain JSON values, for metadata and for comparing a resumed run's method with its own."""
+        function = self.schedule.function
+        return {
+            "name": self.name,
+            "heuristic": self.heuristic.name,
+            "parameters": dict(self.heuristic.parameters),
+            "strategy": self.strategy,
+            "schedule": getattr(function, "__name__", type(function).__name__),
+            "steps": self.schedule.steps,
+            "stride": self.schedule.stride,
+            "scope": self.scope.kind,
+            "patterns": list(self.scope.patterns),
+            "allocation": self.allocation,
+        } | {name: value for name, value, usual in self._later_parts() if value != usual}
+
+    def _later_parts(self) -> list[tuple[str, Any, Any]]:
+        """Parts that earlier versions lacked, and their values then: left out of old metadata and states."""
+        parts = ("unselected", self.unselected, "kept"), ("normalise", self.normalise, "none"), ("drop", self.drop, 0.0)
+        return list(parts)
+
+
+def parse_budget(budget: Budget, total: int | None) -> int:
+    """A budget as a count.
+
+    Args:
+        budget: A count, or a share such as ``"0.17%"`` (rounded to the nearest count, at least 1).
+        total: The model's number of scalar parameters; None only checks the form.
+
+    Raises:
+        MethodError: Not a positive count or a share in (0%, 100%].
+
+    Example:
+        >>> parse_budget("0.1%", 20_000)
+        20
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, str)):
+        raise MethodError(f"budget = {budget!r}; give a count (320_000) or a share of the parameters ('0.17%').")
+    text = str(budget).strip()
+    try:
+        number = float(text.removesuffix("%")) / 100 if text.endswith("%") else int(text)
+    except ValueError:
+        number = math.nan
+    if isinstance(number, int):
+        if number < 1:
+            raise MethodError(f"budget = {number}; it must be at least 1.")
+        return number
+    if not 0 < number <= 1:
+        raise MethodError(f"budget = {budget!r}; give a count ('320000') or a share above 0% and up to 100% ('0.17%').")
+    return 1 if total is None else max(1, round(number * total))

@@ -1,0 +1,88 @@
+"""From a run's settings to its method and optimizer."""
+
+from __future__ import annotations
+
+import pytest
+
+import unmask
+from helpers import mlp
+from unmask import ConfigError, MethodError
+from unmask.config import HEURISTICS, build
+from unmask.heuristics import _REGISTRY
+from unmask.presets import method_from, optimizer_from
+
+RUN = {"model": "m", "output": "o", "task": "sst2", "budget": "30"}
+
+
+def method(**settings):
+    return method_from(build(RUN | settings), steps=40)
+
+
+def test_the_configuration_knows_every_heuristic_that_needs_no_calibration():
+    assert set(HEURISTICS) == {name for name, h in _REGISTRY.items() if h.needs != "calibration"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, unmask.id3("30", 40)),
+        ({"normalise": "row-column", "allocation": "column"},
+         unmask.id3("30", 40).but(normalise="row-column", allocation="column")),
+        ({"drop": "0.2", "stride": "5"}, unmask.id3("30", 40, stride=5).but(drop=0.2)),
+        ({"method": "regrow", "stride": "5"}, unmask.regrow("30", 40, stride=5)),
+        ({"method": "regrow", "drop": "0.1", "exp": "0", "stride": "10"}, unmask.regrow("30", 40, drop=0.1, exp=0.0)),
+        ({"method": "lift", "rank": "8"}, unmask.lift("30", rank=8)),
+        ({"method": "lift", "allocation": "global", "scope": "all"},
+         unmask.lift("30").but(allocation="global", scope=unmask.Scope("all"))),
+        ({"heuristic": "snip"}, unmask.id3("30", 40).but(heuristic=unmask.heuristic("snip"))),
+        ({"heuristic": "d3", "exp": "1"}, unmask.id3("30", 40, exp=1.0)),
+        ({"heuristic": "random", "seed": "4"}, unmask.id3("30", 40).but(heuristic=unmask.heuristic("random", seed=4))),
+        ({"method": "static_d3", "heuristic": "lift", "rank": "2"},
+         unmask.static_d3("30").but(heuristic=unmask.heuristic("lift", rank=2))),
+        ({"schedule": "at-once"}, unmask.id3("30", 40, schedule="at-once")),
+    ],
+)  # fmt: skip
+def test_settings_make_the_method_that_python_makes(settings, expected):
+    assert method(**settings).describe() == expected.describe()
+    assert str(method(**settings).budget) == str(expected.budget)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"heuristic": "fisher"},
+        {"method": "pafi", "heuristic": "snip"},
+        {"method": "pafi", "drop": "0.1"},
+        {"drop": "1"},
+        {"drop": "-0.5"},
+        {"rank": "0"},
+        {"normalise": "row"},
+        {"allocation": "rows"},
+        {"lr_scale": "rms"},
+        {"slot_warmup": "3"},
+        {"slot_warmup": "-1", "bias_correction": "entry"},
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings):
+    name = next(iter(set(settings) - {"method", "bias_correction"}))
+    with pytest.raises(ConfigError, match=name):
+        method(**settings)
+
+
+def test_what_only_the_method_knows_is_refused_by_it():
+    with pytest.raises(MethodError, match="synflow"):
+        method(method="sparse_adapter", into="lora", criterion="synflow", normalise="row-column")
+
+
+def test_settings_make_the_optimizer():
+    selection = unmask.select(mlp(), unmask.pafi(30))
+    settings = {
+        "lr": "0.5",
+        "weight_decay": "0.1",
+        "bias_correction": "entry",
+        "lr_scale": "row-column",
+        "slot_warmup": "7",
+    }
+    group = optimizer_from(build(RUN | settings), selection).param_groups[0]
+    wanted = {"lr": 0.5, "weight_decay": 0.1, "bias_correction": "entry", "lr_scale": "row-column", "slot_warmup": 7}
+    assert {name: group[name] for name in wanted} == wanted
