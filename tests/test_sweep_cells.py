@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from unmask.errors import ConfigError
 from unmask.sweeps import expand, parse, read_sweep
@@ -147,3 +150,14 @@ def test_from_a_file(tmp_path):
     path.write_text("settings: {model: m, task: rte, budget: 1%}\nmethods:\n  id3: {grid: {lr: [1e-3, 3e-3]}}\n")
     sweep = read_sweep(path)
     assert (sweep.name, len(expand(sweep))) == ("mine", 2)
+
+
+def test_the_pages_example_is_a_sweep():
+    page = Path(__file__).parents[1] / "docs" / "reproduce.md"
+    text = page.read_text("utf-8").split("```yaml\n")[1].split("```")[0]
+    sweep = parse(yaml.safe_load(text)).with_settings({"model": "m"})
+    cells = expand(sweep, rank=lambda settings: 2)
+    assert (sweep.choice.seeds, len(sweep.rows), cells[0].labels["budget"]) == ((0,), 4, None)
+    assert [c.labels["lr"] for c in cells if c.group("lr", "seed") == (("method", "id3"), ("budget", "0.05%"))][:3] == [
+        "1e-3", "3e-3", "1e-2",
+    ]  # fmt: skip

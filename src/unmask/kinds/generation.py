@@ -70,7 +70,7 @@ class GenerationPrepared:
 
     @property
     def step_sets(self) -> Mapping[str, Dataset]:
-        return {"": self.held_out}
+        return {"": self.held_out}  # the only one: its metrics have no name before theirs
 
     def reduce_logits(self, logits: Any, labels: Any) -> Tensor:
         return predicted(logits, labels)
