@@ -75,7 +75,7 @@ def select(
         SelectionError: Another process has another model or method.
 
     Example:
-        >>> import unmask
+        >>> import torch, unmask
         >>> model = nn.Linear(8, 4)
         >>> selection = select(model, unmask.id3(budget=6, steps=3))
         >>> optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
