@@ -18,8 +18,10 @@ from unmask.bench import tables
 
 TITLES = {
     "reference": "RoBERTa-base shape, 16 x 128, float32: the bars",
-    "reference-no-dropout": "The same without dropout",
-    "reference-autocast": "The same under bfloat16 autocast",
+    "reference-others": "The other rows",
+    "reference-no-dropout": "The bars without dropout",
+    "reference-autocast": "The bar under bfloat16 autocast",
+    "reference-memory": "Peak memory",
     "reference-held": "Peak memory of what is held",
     "minilm": "MiniLM shape",
     "mpnet": "MPNet shape",
@@ -36,7 +38,7 @@ def section(title: str, record: dict[str, Any], out: Path) -> str:
     """One run: its command, where it ran, its tables."""
     record["verdicts"] = record.get("verdicts") or {"apply": True, "bars": []}
     record["verdicts"]["bars"] = [bar for bar in record["verdicts"]["bars"] if bar["measured"] is not None]
-    if not title.startswith(("RoBERTa", "The same", "Peak")):
+    if not title.startswith(("RoBERTa", "The bar", "The other", "Peak")):
         record["verdicts"] = {"apply": True, "bars": []}  # they are not defined for it
     record["command"] = re.sub(re.escape(str(out)), "OUT", record["command"])
     return f"### {title}\n\n{tables.markdown(record)}"

@@ -25,7 +25,7 @@ def write_config(path):
 
 
 def settings_for(folder, output, **more):
-    given = {"methods": "all", "rounds": 2, "steps": 2, "memory": False, "device": "cpu"} | more
+    given = {"methods": "all", "rounds": 2, "steps": 2, "memory": False, "device": "cpu", "processes": False} | more
     return BenchSettings(
         model=str(folder), batch_size=2, seq_len=8, budget=BUDGET, threads=1, output=str(output), **given
     )

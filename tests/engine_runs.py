@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import unmask
 from unmask import SelectionError
@@ -119,3 +119,32 @@ def trainer(folder: str, early: bool = False, dies: bool = False, resume: bool =
     assert runner.state.global_step == selection.step == 12
     if rank == 0:
         selection.delta().save("delta.safetensors")
+
+
+def config_alone(folder: str, head: bool = True, resume: bool = False) -> None:
+    """12 steps of a PEFT model in an ordinary Trainer, which wraps it in DDP where there is a head to reduce."""
+    import peft
+
+    import unmask.peft
+
+    os.chdir(folder)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.4}
+    base = BertForSequenceClassification(BertConfig(**sizes, **still, intermediate_size=32))
+    given = unmask.peft.SelectiveConfig(
+        task_type="SEQ_CLS" if head else None, budget=200, stride=2, target_modules=["query", "dense"]
+    )
+    model = peft.get_peft_model(base, given)
+    generator = torch.Generator().manual_seed(3)
+    data = [{"input_ids": torch.randint(0, 30, (7,), generator=generator), "labels": i % 2} for i in range(96)]
+    count = int(os.environ["WORLD_SIZE"])
+    settings = TrainingArguments(
+        "out", use_cpu=True, max_steps=12, per_device_train_batch_size=8 // count, gradient_accumulation_steps=2,
+        save_steps=4, learning_rate=1e-2, lr_scheduler_type="constant", report_to="none", disable_tqdm=True, seed=5,
+    )  # fmt: skip
+    runner = Trainer(model=model, args=settings, train_dataset=data)
+    runner.train(resume_from_checkpoint="out/checkpoint-4" if resume else None)
+    assert model.base_model.deltas.active.step == runner.state.global_step == 12
+    if int(os.environ["RANK"]) == 0:
+        unmask.peft.delta(model).save("delta.safetensors")

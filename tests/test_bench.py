@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from bench_tiny import BUDGET, LINEAR, settings_for, write_config
-from unmask.bench import builders, memory, rounds, runner
+from unmask.bench import builders, memory, runner
 from unmask.bench.builders import build
 from unmask.bench.contender import Contender, state_bytes
+from unmask.bench.lanes import LaneError, RemoteLane, cycles_of
 from unmask.bench.models import blueprint
 from unmask.bench.ours import mid_run
 from unmask.bench.rows import KINDS
@@ -99,7 +100,7 @@ def test_trained_weights_are_counted(whole):
     assert weights["authors"]["trained"] == 3 * settings.steps  # one weight a step, warm-up included
     for row in settings.rows():
         if row.kind.startswith("id3"):
-            cycles = rounds.cycles_of(row, settings)
+            cycles = cycles_of(row, settings)
             assert weights[row.label]["trained"] == mid_run(row, cycles)(row.cycle * cycles - 1, 0, BUDGET)
 
 
@@ -253,6 +254,35 @@ def test_rows_that_do_not_fit_together_run_in_groups_with_the_frozen_row(folder,
     found = rows["static"]["ratios"]
     assert found["full"]["through"] == "frozen"
     assert found["full"]["ratio"] == pytest.approx(found["frozen"]["ratio"] / rows["full"]["ratios"]["frozen"]["ratio"])
+
+
+@pytest.mark.slow
+def test_rows_in_processes_of_their_own_run_the_same_steps(folder, tmp_path):
+    here, there = (
+        run_bench(
+            settings_for(folder, tmp_path / str(processes), methods="frozen,id3-10", rounds=1, processes=processes),
+            lambda line: None,
+        )
+        for processes in (False, True)
+    )
+    assert (here["grouping"]["processes"], there["grouping"]["processes"]) == (False, True)
+    for label, row in there["rows"].items():
+        assert row["weights"] == here["rows"][label]["weights"]
+        marks = [[(s["round"], s["selecting"]) for s in rows[label]["steps"]] for rows in (here["rows"], there["rows"])]
+        assert marks[0] == marks[1]
+        assert min(step["backward"] for step in row["steps"]) > 0
+
+
+@pytest.mark.slow
+def test_a_row_whose_process_ends_says_how(folder, tmp_path):
+    settings = settings_for(folder, tmp_path, methods="shira", rounds=1)
+    with pytest.raises(LaneError, match="ConfigError: model"):
+        RemoteLane(settings.rows()[0], dataclasses.replace(settings, model=str(tmp_path / "nothing/here")))
+    lane = RemoteLane(settings.rows()[0], settings)
+    lane._process.kill()
+    with pytest.raises((LaneError, BrokenPipeError)):
+        lane.stretch(0, 0)
+    lane.close()
 
 
 def test_what_is_too_large_is_skipped(folder, tmp_path, monkeypatch):

@@ -11,9 +11,10 @@ from unmask import ConfigError
 from unmask.bench.bars import BARS, Bar, judge, off_reference
 from unmask.bench.curves import selection_cost
 from unmask.bench.grouping import plan_groups, row_bytes, too_large
+from unmask.bench.lanes import cycles_of
 from unmask.bench.ours import mid_run
 from unmask.bench.peers import shira_rank
-from unmask.bench.rounds import RowResult, cycles_of, rotated
+from unmask.bench.rounds import RowResult, rotated
 from unmask.bench.rows import KINDS, Row, parse_rows
 from unmask.bench.settings import BenchSettings
 from unmask.bench.stats import StepTime, ratio, round_medians, spread, timing

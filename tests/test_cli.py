@@ -87,7 +87,7 @@ def test_eval_gives_the_figure_of_training(trained: Path, world: Path) -> None:
     words = ("eval", "base", "run/delta.safetensors", "--data", "dev.csv", "--text", "review", "--label", "verdict")
     printed = run(*words, cwd=world).stdout
     after = json.loads((trained / "summary.json").read_text())["after"]
-    assert f"accuracy {after['accuracy']:.4f}" in printed
+    assert f"eval (32): accuracy {after['accuracy']:.4f}, f1 {after['f1']:.4f}" in printed
 
 
 def test_apply_writes_the_model_that_base_plus_delta_is(trained: Path, world: Path) -> None:

@@ -89,6 +89,17 @@ def test_the_trainer_selects_as_one_process_and_goes_on_after_a_death(folders):
     assert_same_selection(folders("one"), folders("dead"))
 
 
+@pytest.mark.parametrize("head", [False, True])
+def test_a_peft_model_in_an_ordinary_trainer_makes_the_run_of_one_process(head, folders):
+    """And a checkpoint of two processes is gone on with by one."""
+    run(1, folders("one"), runs.config_alone, head)
+    run(2, folders("two"), runs.config_alone, head)
+    assert_same_selection(folders("one"), folders("two"))
+    (folders("two") / "delta.safetensors").unlink()
+    processes.run(1, folders("again"), runs.config_alone, str(folders("two")), head, True, group=False)
+    assert_same_selection(folders("one"), folders("two"))
+
+
 def test_arguments_that_shard_the_model_after_the_selection_are_refused(folders):
     for said in run(2, folders("two"), runs.refused):
         assert "Leave them out: under torchrun the selection reduces its own gradients" in said

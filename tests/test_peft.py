@@ -14,6 +14,7 @@ import unmask
 import unmask.peft
 from helpers import assert_same_tensors, batches, mean_square, snapshot, train, travelling
 from peft_nets import OLD_NAMES, base_state, config, optimizer_of, outputs, run, wrapped
+from quantised_nets import quantised
 from unmask.errors import MethodError, ScheduleNotRunError
 from unmask.stepping import has_selection
 
@@ -44,12 +45,32 @@ def test_what_is_trainable_is_the_budget_and_modules_to_save(capsys):
     base, model = wrapped(modules_to_save=["head"])
     head, total = sum(p.numel() for p in base.head.parameters()), sum(p.numel() for p in base.parameters())
     assert model.get_nb_trainable_parameters() == (30 + head, 30 + head + total)
-    model.print_trainable_parameters()
-    assert f"trainable params: {30 + head} || all params: {30 + head + total}" in capsys.readouterr().out
     run(model, 1)
-    assert unmask.peft.status(model) == (
-        f"default (id3): 10 weights selected of a budget of 30, step 1 of 3; {head} numbers trained whole in modules_to_save"
-    )
+    line = f"default (id3): 10 weights selected of a budget of 30, step 1 of 3; {head} numbers trained whole in modules_to_save"
+    assert unmask.peft.status(model) == line
+    model.print_trainable_parameters()
+    peft_line, ours = capsys.readouterr().out.splitlines()
+    assert peft_line.startswith(f"trainable params: {30 + head} || all params: {30 + head + total} || trainable%: ")
+    assert ours == line
+
+
+def test_what_it_prints_is_of_the_model_it_is_called_on(capsys, tmp_path):
+    _, model = wrapped()
+    twin, file = copy.deepcopy(model), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    pickled = torch.load(file, weights_only=False)
+    run(model, 1).save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(travelling(), tmp_path)
+    run(model, 2)
+    for each in (model, twin, pickled, loaded):
+        each.print_trainable_parameters()
+    lines = [line.split(" weights")[0] for line in capsys.readouterr().out.splitlines() if "selected" in line]
+    assert lines == [f"default (id3): {count}" for count in (30, 0, 0, 10)]
+    for name in list(model.peft_config):
+        model.delete_adapter(name)
+    model.print_trainable_parameters()
+    assert "selected" not in capsys.readouterr().out
 
 
 def test_outside_the_adapter_every_weight_is_the_bases_and_the_budget_is_exact():
@@ -176,6 +197,10 @@ def test_target_modules_may_be_all_linear_a_list_a_regex_or_nothing():
         ({"total_steps": 0}, "steps = 0"),
         ({"accumulation": "some"}, "accumulation = 'some'"),
         ({"gradients": "none"}, "gradients = 'none'"),
+        ({"clip_scope": "none"}, "clip_scope = 'none'"),
+        ({"clip_scope": "all", "gradients": "sampled"}, "needs the whole gradient"),
+        ({"exchange": "some"}, "exchange = 'some'"),
+        ({"exchange": "candidates", "allocation": "row"}, "exchange='exact'"),
     ],
 )
 def test_a_configuration_that_cannot_work_is_refused_at_once(given, match):
@@ -198,6 +223,15 @@ def test_a_configuration_that_does_not_fit_the_base_leaves_the_base_alone(given,
     assert all(p.requires_grad for p in base.parameters())
     assert not base._forward_pre_hooks
     assert peft.get_peft_model(base, config())
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "torchao"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_quantised_layer_is_refused_and_the_others_are_trained(kind):
+    with pytest.raises(MethodError, match=r"'up.weight' is quantised.*unmask.select"):
+        peft.get_peft_model(quantised(kind), config(target_modules=["up", "head"]))
+    model = peft.get_peft_model(quantised(kind), config(target_modules=["head"], method="pafi"))
+    assert adapter_of(model).layout.names == ["head.bias", "head.weight"]
 
 
 def test_one_tuner_at_a_time():

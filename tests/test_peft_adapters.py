@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
+import peft
 import pytest
 import torch
 
-from helpers import assert_same_tensors, snapshot, travelling
+from helpers import assert_same_tensors, batches, mean_square, snapshot, travelling
 from peft_nets import OLD_NAMES, base_state, config, optimizer_of, outputs, run, wrapped
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAMES)
@@ -174,3 +177,62 @@ def test_running_statistics_belong_to_their_adapter():
     model.set_adapter("default")
     assert torch.equal(model.get_base_model().norm.running_mean, mean)
     assert_same_tensors(snapshot(travelling()), snapshot(model.unload()))
+
+
+def test_a_switch_between_forward_and_backward_leaves_graph_and_gradient_good():
+    """As preference optimization does with a reference adapter, under gradient accumulation too."""
+    results = []
+    for switch in (False, True):
+        _, model = wrapped()
+        model.add_adapter("ref", config(method="pafi"))
+        run(model, 1)
+        optimizer = optimizer_of(model)
+        for x in (batches(2)[0], batches(2)[1]):
+            loss = mean_square(model, x)
+            if switch:
+                with torch.no_grad():
+                    model.set_adapter("ref")
+                    assert torch.equal(model.get_base_model().body[0].weight, travelling().body[0].weight)
+                    model(x)
+                    model.set_adapter("default")
+            loss.backward()
+        optimizer.step()
+        results.append(snapshot(model.get_base_model()))
+    assert_same_tensors(*results)
+
+
+@pytest.mark.parametrize("then", ["step", "train", "save", "copy", "delete", "unload", "load", "move"])
+def test_an_adapter_that_waits_to_train_on_is_like_any_inactive_one(then, tmp_path):
+    _, model = wrapped()
+    run(model, 2)
+    expected = vars(model.base_model.deltas.active.slots())
+    optimizer = optimizer_of(model)
+    model.add_adapter("other", config(budget=5))
+    mean_square(model, batches(1)[0]).backward()  # a gradient that no step has used
+    model.set_adapter("other")
+    adapter = model.base_model.deltas.adapters["default"]
+    if then == "step":  # of an optimizer that holds what waits
+        optimizer.step()
+    elif then == "train":
+        run(model, 1)
+    elif then == "save":
+        model.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(travelling(), tmp_path)
+        adapter = again.base_model.deltas.adapters["default"]
+    elif then == "copy":
+        adapter = copy.deepcopy(model).base_model.deltas.adapters["default"]
+    elif then == "delete":
+        model.delete_adapter("default")
+        assert_same_tensors(snapshot(travelling()), base_state(model))
+        return
+    elif then == "unload":
+        assert_same_tensors(snapshot(travelling()), snapshot(model.unload()))
+        return
+    elif then == "load":
+        model.save_pretrained(tmp_path)
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    else:
+        model.to(torch.float64).to(torch.float32)
+    for name, tensor in expected.items():
+        now = getattr(adapter.slots(), name)
+        assert torch.equal(now, tensor) if isinstance(tensor, torch.Tensor) else now == tensor, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def test_the_file_is_small_and_says_what_it_holds(tmp_path):
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     values = {key: t for key, t in tensors.items() if key.endswith(".unmask_values")}
     assert sum(t.numel() for t in values.values()) == 30
-    assert all(key.startswith("base_model.model.") for key in tensors if "header" not in key)
+    assert all(key.startswith("base_model.model.") for key in tensors if not key.endswith(("header", "order")))
     assert {"base_model.model.head.weight", "base_model.model.head.bias"} <= tensors.keys()
     for key, t in values.items():
         indices = tensors[key.replace("values", "indices")]
@@ -199,27 +200,47 @@ def test_the_model_card_says_what_was_trained(tmp_path, classifier):
         assert text in card, text
 
 
-def test_a_push_uploads_the_adapter_with_its_card(monkeypatch, classifier):
+class Hub:
+    """What transformers calls of the hub; nothing leaves this process."""
+
+    def __init__(self):
+        self.repo, self.options, self.files = {}, {}, {}
+
+    def create_repo(self, repo_id, **options):
+        self.repo = options
+        return type("Repo", (), {"repo_id": f"me/{repo_id}"})
+
+    def create_commit(self, repo_id, operations, **options):
+        self.options = options
+        self.files = {o.path_in_repo: Path(o.path_or_fileobj).read_bytes() for o in operations}
+        return f"https://an.address/{repo_id}"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
+    return hub
+
+
+@pytest.mark.parametrize("way", ["verb", "function", "copy"])
+def test_a_push_uploads_the_adapter_with_its_card(hub, classifier, way):
+    folder, model = classifier
+    pushed = copy.deepcopy(model) if way == "copy" else model
+    options = {"private": True, "token": "t", "commit_message": "first", "tags": ["reviews"]}
+    push = unmask.peft.push_to_hub if way == "function" else type(model).push_to_hub
+    assert push(pushed, "mine", **options) == "https://an.address/me/mine"
+    assert (hub.repo["private"], hub.repo["token"], hub.options["commit_message"]) == (True, "t", "first")
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= hub.files.keys()
+    card = hub.files["README.md"].decode()
+    for text in ("base's fingerprint", "library_name: peft", f"base_model: {folder}", "- reviews", "50 of "):
+        assert text in card, text
+
+
+def test_a_push_of_several_adapters_gives_each_its_card(hub, classifier):
     _, model = classifier
-    uploaded = {}
-
-    class Api:
-        def __init__(self, token=None):
-            uploaded["token"] = token
-
-        def create_repo(self, repo_id, private=None, exist_ok=False):
-            uploaded["private"] = private
-            return type("Repo", (), {"repo_id": f"me/{repo_id}"})
-
-        def upload_folder(self, repo_id, folder_path, **options):
-            uploaded["repo"], uploaded["options"] = repo_id, options
-            uploaded["files"] = {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
-            return "https://an.address"
-
-    monkeypatch.setattr("unmask.peft.verbs.HfApi", Api)
-    address = unmask.peft.push_to_hub(model, "mine", private=True, token="t", commit_message="first")
-    assert address == "https://an.address"
-    assert (uploaded["repo"], uploaded["private"], uploaded["token"]) == ("me/mine", True, "t")
-    assert uploaded["options"] == {"commit_message": "first"}
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= uploaded["files"].keys()
-    assert b"base's fingerprint" in uploaded["files"]["README.md"]
+    model.add_adapter("other", unmask.peft.SelectiveConfig(budget=5, method="pafi", target_modules=["query"]))
+    model.push_to_hub("mine")
+    cards = [hub.files[name].decode() for name in ("README.md", "other/README.md")]
+    assert "id3 (eps 1.0" in cards[0]
+    assert "pafi" in cards[1]

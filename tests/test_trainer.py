@@ -12,14 +12,25 @@ from transformers import (
     AutoModelForSequenceClassification,
     EarlyStoppingCallback,
     Trainer,
-    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
 )
 
 import unmask
 from helpers import assert_same_tensors, assert_unselected_is_base, snapshot
-from trainers import Ordered, Tokens, arguments, bert, frozen_garbage, id3, selective  # noqa: F401
+from trainers import (  # noqa: F401
+    Ordered,
+    Scaled,
+    Tokens,
+    arguments,
+    bert,
+    frozen_garbage,
+    half_precision,
+    id3,
+    recomputing,
+    run_out_of_memory,
+    selective,
+)
 from unmask.integrations.transformers import SelectiveCallback, SelectiveTrainer
 
 METHODS = {
@@ -219,38 +230,6 @@ def test_bfloat16_weights_resume_bitwise(tmp_path):
     assert_same_tensors(state_of(straight, callback.live), state_of(resumed, again.live))
 
 
-SCALE = 2.0**10
-
-
-class Scaled(Ordered):
-    """Trains in float16 with a GradScaler, which accelerate does on GPUs only; some steps overflow."""
-
-    overflows: tuple[int, ...] = ()
-
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        self.accelerator.native_amp = True
-        self.accelerator.state._mixed_precision = "fp16"
-        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
-        self.accelerator.scaler.scale(torch.ones(()))
-
-    def training_step(self, *args, **kwargs):
-        scale = self.accelerator.scaler._scale
-        scale.fill_(torch.inf if self.state.global_step in self.overflows else SCALE)
-        loss = super().training_step(*args, **kwargs)
-        scale.fill_(SCALE)
-        return loss
-
-
-@pytest.fixture
-def half_precision():
-    """accelerate keeps the precision for the whole process."""
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.parametrize(  # a fused optimizer skips the step inside its kernel
     ("clip_scope", "optim"),
     [("selected", "adamw_torch"), ("selected", "adamw_torch_fused"), ("all", "adamw_torch_fused")],
@@ -324,12 +303,6 @@ def test_clip_scope_all_with_accumulation_says_what_it_needs(tmp_path):
 # Gradient checkpointing.
 
 
-def recomputing(on, reentrant):
-    """The Trainer's arguments for it; transformers 5.23 renamed them."""
-    kind = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
-    return {f"{kind}_checkpointing": on, f"{kind}_checkpointing_kwargs": {"use_reentrant": reentrant}}
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("exclude", [None, "embeddings"])
 def test_gradient_checkpointing_makes_the_same_run(reentrant, exclude, tmp_path):
@@ -383,20 +356,6 @@ def test_reentrant_checkpointing_of_a_model_whose_inputs_are_no_tokens(tmp_path)
 
 
 # auto_find_batch_size.
-
-
-def run_out_of_memory(trainer, batches, limit):
-    """From the given training batch on, more than ``limit`` examples do not fit."""
-    seen, step = [0], trainer.training_step
-
-    def training_step(model, inputs, *args, **kwargs):
-        seen[0] += 1
-        loss = step(model, inputs, *args, **kwargs)  # the backward has run: a gradient is in flight
-        if seen[0] >= batches and len(inputs["labels"]) > limit:
-            raise RuntimeError("CUDA out of memory.")
-        return loss
-
-    trainer.training_step = training_step
 
 
 @pytest.mark.parametrize("how", ["method", "selection"])

@@ -102,3 +102,55 @@ def frozen_garbage() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+SCALE = 2.0**10
+
+
+class Scaled(Ordered):
+    """Trains in float16 with a GradScaler, which accelerate does on GPUs only; some steps overflow."""
+
+    overflows: tuple[int, ...] = ()
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.native_amp = True
+        self.accelerator.state._mixed_precision = "fp16"
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+        self.accelerator.scaler.scale(torch.ones(()))
+
+    def training_step(self, *args, **kwargs):
+        scale = self.accelerator.scaler._scale
+        scale.fill_(torch.inf if self.state.global_step in self.overflows else SCALE)
+        loss = super().training_step(*args, **kwargs)
+        scale.fill_(SCALE)
+        return loss
+
+
+@pytest.fixture
+def half_precision():
+    """accelerate keeps the precision for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def recomputing(on, reentrant):
+    """The Trainer's arguments for it; transformers 5.23 renamed them."""
+    kind = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
+    return {f"{kind}_checkpointing": on, f"{kind}_checkpointing_kwargs": {"use_reentrant": reentrant}}
+
+
+def run_out_of_memory(trainer, batches, limit):
+    """From the given training batch on, more than ``limit`` examples do not fit."""
+    seen, step = [0], trainer.training_step
+
+    def training_step(model, inputs, *args, **kwargs):
+        seen[0] += 1
+        loss = step(model, inputs, *args, **kwargs)  # the backward has run: a gradient is in flight
+        if seen[0] >= batches and len(inputs["labels"]) > limit:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+    trainer.training_step = training_step

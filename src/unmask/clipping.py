@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 ClipScope = Literal["selected", "all"]
 
 
-def clip_grad_norm_(selection: Selection, max_norm: float, loss_scale: float = 1.0) -> Tensor:
+def clip_grad_norm_(
+    selection: Selection, max_norm: float, loss_scale: float = 1.0, beside: Sequence[Tensor] = ()
+) -> Tensor:
     """Scales the gradient of what a selection trains, in place, so that a norm is at most ``max_norm``.
 
     Under ``select(..., clip_scope="selected")`` it is the norm of that gradient, and this is
@@ -28,6 +31,7 @@ def clip_grad_norm_(selection: Selection, max_norm: float, loss_scale: float = 1
         max_norm: The largest norm allowed; infinity only measures.
         loss_scale: What the loss was multiplied by, if ``GradScaler.unscale_`` has divided the gradients since:
             ``scaler.get_scale()``.
+        beside: Further parameters that the optimizer trains: their gradients count, and are scaled, with the rest.
 
     Returns:
         The norm before clipping, 0-d.
@@ -45,22 +49,22 @@ def clip_grad_norm_(selection: Selection, max_norm: float, loss_scale: float = 1
         >>> bool(norm > selection.values.grad.norm())
         True
     """
-    trained = selection.parameters()
+    trained = [*selection.parameters(), *beside]
     if selection.clip_scope == "selected" or selection.method.whole:
         return torch.nn.utils.clip_grad_norm_(trained, max_norm)
     gradients = [p.grad for p in trained if p.grad is not None]
-    norm = _whole_norm(selection, loss_scale)
+    norm = _whole_norm(selection, loss_scale, beside)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's
     for gradient in gradients:
         gradient.mul_(factor.to(gradient))
     return norm
 
 
-def _whole_norm(selection: Selection, loss_scale: float) -> Tensor:
+def _whole_norm(selection: Selection, loss_scale: float, beside: Sequence[Tensor]) -> Tensor:
     measured = selection._window.norm
     if measured is None:
         raise SelectionError(
             "there is no gradient to clip: the order is loss.backward(), clip_grad_norm_(selection, ...), optimizer.step()."
         )
-    dense = [tensor.master.grad for tensor in selection.dense if tensor.master.grad is not None]
-    return total_norm([measured / loss_scale, *dense])
+    whole = [*(tensor.master for tensor in selection.dense), *beside]
+    return total_norm([measured / loss_scale, *(p.grad for p in whole if p.grad is not None)])

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError, need
-from unmask.tasks.glue import GLUE
-
-TASKS = tuple(sorted(GLUE))
+from unmask.tasks.names import TASKS
 
 
 @dataclass(frozen=True)
@@ -21,17 +19,18 @@ class TrainConfig:
     """Everything a run depends on; written to ``config.yaml`` beside its results.
 
     Attributes:
-        model: Folder or hub id of a transformers sequence-classification base.
+        model: Folder or hub id of a transformers base.
         output: Folder for the delta, the resolved configuration, metrics and checkpoints.
-        task: A GLUE task; or None with ``data``.
-        data_dir: Folder that holds the GLUE tasks; None for the hub.
-        data: Training file (csv, tsv, jsonl, parquet) or hub id.
+        task: A task's name; None for texts to classify in ``data``, ner for tagged sentences there.
+        data_dir: Folder that holds the task's files; None for the hub.
+        data: Training file (csv, tsv, jsonl, parquet; of ner: conll, txt, bio, ..., jsonl) or hub id.
         eval: Evaluation file; None holds out a tenth of ``data``.
-        text: Text column of ``data``.
+        text: Text column of ``data`` (of ner: the column of word lists, for tokens or words).
         text_pair: Second text column, if the task has pairs.
-        label: Label column of ``data``.
-        into: Select inside what is added to the base: lora, dora (peft), pfeiffer, houlsby (adapters); None: the base itself.
-        lora_r: Rank of the LoRA.
+        label: Label column of ``data`` (of ner: the column of tag lists, for ner_tags or tags).
+        into: Select inside what is added to the base: lora, dora, shira (peft), pfeiffer, houlsby (adapters); None: the base
+            itself. With method "full" all of it is trained: an ordinary LoRA.
+        lora_r: Rank of the LoRA; SHiRA trains as many weights of each layer as a LoRA of this rank would.
         lora_alpha: Its scale is lora_alpha / lora_r.
         lora_dropout: On the LoRA's input.
         lora_targets: Modules that get a LoRA; all-linear for all linear ones, none for peft's own choice.
@@ -65,14 +64,23 @@ class TrainConfig:
         accumulation: Micro-batches per optimizer step.
         warmup: Share of the steps with rising learning rate.
         max_grad_norm: Clips the norm of the selected weights' gradient; 0 for no clipping.
-        max_length: Longest input in tokens; longer ones are cut.
+        max_length: Longest input in tokens; longer texts are cut, longer sentences of ner are split. 512 for word
+            problems, where settings are read by `build`.
         bf16: Autocast to bfloat16.
         gradient_checkpointing: Recompute activations in the backward.
         seed: Of the head's init, the data order and random masks.
+        order: Keep the order of unmasking in the delta (4 bytes a weight), so that smaller budgets can be read off it.
         eval_steps: Evaluate every so many steps; None at each epoch's end.
         save_steps: Checkpoint every so many steps; None with each evaluation.
         logging_steps: Log every so many steps.
         report_to: Loggers of transformers' Trainer (tensorboard, wandb, ...).
+        prompt: Of word problems: alpaca, chat (the tokenizer's own template), or a text file with {instruction} in it.
+        train_on_prompt: Let the prompt's tokens carry loss too, and not the solution's alone.
+        held_out: Word problems held out of the training data for the loss along the run.
+        test_sets: Sets of word problems to solve after training.
+        test_limit: Only the first so many problems of each.
+        test_batch_size: Prompts per batch there.
+        max_new_tokens: Most tokens to generate per problem.
     """
 
     model: str
@@ -123,17 +131,28 @@ class TrainConfig:
     bf16: bool = False
     gradient_checkpointing: bool = False
     seed: int = 0
+    order: bool = False
     eval_steps: int | None = None
     save_steps: int | None = None
     logging_steps: int = 20
     report_to: tuple[str, ...] = ()
+    prompt: str = "alpaca"
+    train_on_prompt: bool = False
+    held_out: int = 120
+    test_sets: tuple[str, ...] = ()
+    test_limit: int | None = None
+    test_batch_size: int = 16
+    max_new_tokens: int = 256
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
             raise ConfigError(
                 f"unknown task {self.task!r}; there are {', '.join(TASKS)}. For your own files give data."
             )
-        if (self.task is None) == (self.data is None):
+        if self.task == "ner":
+            if (self.data is None) == (self.data_dir is None):
+                raise ConfigError("task 'ner' is your own: give data (and eval), or data_dir, and not both.")
+        elif (self.task is None) == (self.data is None):
             raise ConfigError("give either task (with data_dir) or data (with text and label), and not both.")
         _one_of("method", self.method, METHODS)
         _one_of("schedule", self.schedule, ("uniform", "cosine", "front-loaded", "at-once"))
@@ -143,13 +162,15 @@ class TrainConfig:
         _one_of("scope", self.scope, (None, "all", "linear", "bias", "vector"))
         _one_of("bias_correction", self.bias_correction, ("global", "entry"))
         _one_of("lr_scale", self.lr_scale, (None, "row-column"))
-        _one_of("into", self.into, (None, "lora", "dora", "pfeiffer", "houlsby"))
+        _one_of("into", self.into, (None, "lora", "dora", "shira", "pfeiffer", "houlsby"))
         _one_of("criterion", self.criterion, ("random", "magnitude", "snip", "grasp", "synflow"))
         _one_of("pruned", self.pruned, ("zero", "kept"))
         if self.method == "sparse_adapter" and self.into is None:
             raise ConfigError(
                 "method 'sparse_adapter' prunes what is added to the base: give into (lora, pfeiffer, ...)."
             )
+        if self.order and self.method in ("repeat_d3", "full"):
+            raise ConfigError(f"method {self.method!r} has no order of unmasking; leave order=false.")
         if self.budget is None and self.method not in ("bitfit", "full"):
             raise ConfigError(
                 f"method {self.method!r} needs a budget: a count (20000) or a share of the weights (0.17%)."
@@ -160,6 +181,9 @@ class TrainConfig:
             "batch_size",
             "accumulation",
             "max_length",
+            "held_out",
+            "test_batch_size",
+            "max_new_tokens",
             "logging_steps",
             "stride",
             "rank",
@@ -169,7 +193,7 @@ class TrainConfig:
             "reduction_factor",
         ):
             _above(name, getattr(self, name), 0)
-        for name in ("max_steps", "eval_steps", "save_steps"):
+        for name in ("max_steps", "eval_steps", "save_steps", "test_limit"):
             if getattr(self, name) is not None:
                 _above(name, getattr(self, name), 0)
         self._check_parts()
@@ -196,22 +220,8 @@ class TrainConfig:
 
 
 # the keys of unmask.methods.PRESETS, which would import torch; a test holds them together
-METHODS = (
-    *(
-        "id3",
-        "repeat_d3",
-        "static_d3",
-        "regrow",
-        "lift",
-        "pafi",
-        "fish",
-        "bitfit",
-        "random_mask",
-        "sparse_adapter",
-        "full",
-    ),
-)
 RANKED = ("id3", "repeat_d3", "static_d3", "regrow")
+METHODS = (*RANKED, "lift", "pafi", "fish", "bitfit", "random_mask", "sparse_adapter", "full")
 # the registered heuristics but those that are estimated before training, by methods of their own
 HEURISTICS = ("constant", "d3", "gradient", "large_magnitude", "lift", "magnitude", "random", "snip")
 
@@ -229,6 +239,8 @@ def _above(name: str, value: float, bound: float) -> None:
 
 
 _HINTS = typing.get_type_hints(TrainConfig)
+# where a kind of task wants another default than the rest: a solution is longer than a sentence
+_KIND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"generation": {"max_length": 512}}
 
 
 def build(values: Mapping[str, Any]) -> TrainConfig:
@@ -248,7 +260,8 @@ def build(values: Mapping[str, Any]) -> TrainConfig:
     absent = sorted(required - {key for key, value in values.items() if value is not None})
     if absent:
         raise ConfigError(f"{' and '.join(absent)} must be given.")
-    return TrainConfig(**{key: _convert(key, value) for key, value in values.items()})
+    defaults = _KIND_DEFAULTS.get(TASKS.get(str(values.get("task")), ""), {})
+    return TrainConfig(**{key: _convert(key, value) for key, value in {**defaults, **values}.items()})
 
 
 def _convert(key: str, value: Any) -> Any:

@@ -33,11 +33,13 @@ class SparseTensor:
         indices: (n,) int64 flat (row-major) indices, strictly ascending.
         values: (n,) in the tensor's own dtype.
         shape: The whole tensor's shape.
+        slots: (n,) int64: each entry's place in the order of unmasking, over all tensors; None where that is not kept.
     """
 
     indices: Tensor
     values: Tensor
     shape: tuple[int, ...]
+    slots: Tensor | None = None
 
     @property
     def numel(self) -> int:
@@ -70,6 +72,7 @@ class SparseDelta:
                 raise DeltaError(
                     f"the delta's tensor {name!r} holds NaN or infinite values; it is damaged or training diverged."
                 )
+        _check_slots(self.sparse)
         for name in self.overlaid:
             part, whole = self.sparse[name], self.whole[name]
             if (part.shape, part.values.dtype) != (tuple(whole.shape), whole.dtype):
@@ -216,6 +219,19 @@ def _check_entry(name: str, entry: SparseTensor) -> None:
         raise DeltaError(f"the indices of {name!r} do not ascend; the delta is damaged.")
     if not torch.isfinite(entry.values).all():
         raise DeltaError(f"a value of {name!r} is NaN or infinite; the delta is damaged or training diverged.")
+
+
+def _check_slots(sparse: Mapping[str, SparseTensor]) -> None:
+    """The order of unmasking numbers all entries from 0, or is not kept at all."""
+    kept = [entry.slots for entry in sparse.values() if entry.slots is not None]
+    if not kept:
+        return
+    total = sum(entry.numel for entry in sparse.values())
+    if len(kept) < len(sparse) or not torch.equal(torch.cat(kept).sort().values, torch.arange(total)):
+        raise DeltaError(f"the order of unmasking does not number the delta's {total} entries; the delta is damaged.")
+    for name, entry in sparse.items():
+        if entry.slots is None or entry.slots.shape != entry.indices.shape:
+            raise DeltaError(f"{name!r} has another number of slots than of indices; the delta is damaged.")
 
 
 def _check_same(name: str, shape: tuple[int, ...], dtype: torch.dtype, tensor: Tensor) -> None:

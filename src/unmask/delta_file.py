@@ -1,7 +1,8 @@
 """The delta's file: safetensors, with JSON metadata and a checksum over everything.
 
 Tensors: ``<name>::indices`` (int32 where the tensor has fewer than 2^31 entries, else int64) and ``<name>::values`` for
-each tensor changed in part; ``<name>::whole`` for each tensor stored whole. A name with all three is a tensor that the base
+each tensor changed in part; ``<name>::slots`` (as the indices) beside them where the order of unmasking is kept;
+``<name>::whole`` for each tensor stored whole. A name with indices, values and whole is a tensor that the base
 lacks: the values lie over the whole. Such a file has format version 2; any other is still written as version 1. The
 safetensors metadata holds one entry, ``unmask``: JSON with the format version, shapes, the base's fingerprint, the user's
 metadata, and a SHA-256 over all of these and the tensors' bytes.
@@ -23,7 +24,7 @@ from unmask.errors import DeltaError
 from unmask.files import read_tensors, write_tensors
 from unmask.fingerprint import tensor_bytes
 
-INDICES, VALUES, WHOLE = "::indices", "::values", "::whole"
+INDICES, VALUES, WHOLE, SLOTS = "::indices", "::values", "::whole", "::slots"
 
 
 def write(delta: SparseDelta, path: Path) -> Path:
@@ -49,6 +50,10 @@ def pack(delta: SparseDelta) -> tuple[dict[str, Tensor], dict[str, Any]]:
         numel = torch.Size(entry.shape).numel()
         tensors[name + INDICES] = entry.indices.cpu().to(torch.int32 if numel < 2**31 else torch.int64).contiguous()
         tensors[name + VALUES] = entry.values.cpu().contiguous()
+        if entry.slots is not None:
+            tensors[name + SLOTS] = (
+                entry.slots.cpu().to(torch.int32 if len(delta) < 2**31 else torch.int64).contiguous()
+            )
     for name, tensor in delta.whole.items():
         tensors[name + WHOLE] = tensor.cpu().contiguous().clone()
     header = {
@@ -82,8 +87,9 @@ def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], source: str
         )
     if _checksum(header, tensors) != expected:
         raise DeltaError(f"{source} fails its checksum: it was altered after unmask wrote it. Take another copy.")
+    slots = {key.removesuffix(SLOTS): tensor.long() for key, tensor in tensors.items() if key.endswith(SLOTS)}
     sparse = {
-        name: SparseTensor(tensors[name + INDICES].long(), tensors[name + VALUES], tuple(shape))
+        name: SparseTensor(tensors[name + INDICES].long(), tensors[name + VALUES], tuple(shape), slots.get(name))
         for name, shape in header["shapes"].items()
     }
     whole = {key.removesuffix(WHOLE): tensor for key, tensor in tensors.items() if key.endswith(WHOLE)}

@@ -1,7 +1,7 @@
 """Adding a LoRA or bottleneck adapters to a base, for a run that selects its budget inside them.
 
-peft adds LoRA and DoRA; the `adapters` library adds bottleneck adapters. What was added, and with which settings, travels in
-the delta's metadata, so that a fresh process can add the same before it applies the delta.
+peft adds LoRA, DoRA and SHiRA; the `adapters` library adds bottleneck adapters. What was added, and with which settings,
+travels in the delta's metadata, so that a fresh process can add the same before it applies the delta.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import nn
 from unmask.added import added_tensors, checkpoint_name
 from unmask.errors import ConfigError, DeltaError, MissingExtraError, need
 
-Kind = Literal["lora", "dora", "pfeiffer", "houlsby"]
-KINDS: tuple[Kind, ...] = ("lora", "dora", "pfeiffer", "houlsby")
+Kind = Literal["lora", "dora", "shira", "pfeiffer", "houlsby"]
+KINDS: tuple[Kind, ...] = ("lora", "dora", "shira", "pfeiffer", "houlsby")
 NAME = "unmask"  # of the adapter in the `adapters` library; peft's stays "default"
 _BOTTLENECKS = {"pfeiffer": "seq_bn", "houlsby": "double_seq_bn"}  # the library's own names since its version 3
 
@@ -31,12 +31,13 @@ class Into:
     """What is added to a base.
 
     Attributes:
-        kind: ``"lora"`` or ``"dora"`` (peft), ``"pfeiffer"`` or ``"houlsby"`` (bottleneck adapters of `adapters`).
-        r: Rank of the LoRA.
+        kind: ``"lora"``, ``"dora"`` or ``"shira"`` (peft), ``"pfeiffer"`` or ``"houlsby"`` (bottleneck adapters of `adapters`).
+        r: Rank of the LoRA; SHiRA has r (in + out) weights of a layer.
         alpha: Its scale is alpha / r.
         dropout: On the LoRA's input.
         targets: Names of the modules that get a LoRA; ``("all-linear",)`` for all linear ones, () for peft's own choice.
         reduction: The bottleneck is the hidden size divided by this.
+        seed: Of SHiRA's random places. peft draws the same ones for all layers of a shape.
     """
 
     kind: Kind
@@ -45,6 +46,7 @@ class Into:
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
     reduction: float = 16.0
+    seed: int = 0
 
     @property
     def is_lora(self) -> bool:
@@ -54,7 +56,10 @@ class Into:
     def describe(self) -> dict[str, Any]:
         """The settings that count for the kind, as JSON values; `into_of` gives them back."""
         settings = asdict(self) | {"targets": list(self.targets)}
-        keys = ("kind", "r", "alpha", "dropout", "targets") if self.is_lora else ("kind", "reduction")
+        lora = ("kind", "r", "alpha", "dropout", "targets")
+        keys = {"shira": ("kind", "r", "targets", "seed"), "lora": lora, "dora": lora}.get(
+            self.kind, ("kind", "reduction")
+        )
         return {key: settings[key] for key in keys}
 
 
@@ -113,7 +118,7 @@ def insert(model: nn.Module, into: Into, missing: Collection[str], seed: int) ->
     """Adds a LoRA or adapters to a base model, in place.
 
     Args:
-        model: A transformers model with a classification head.
+        model: A transformers model with the head of its task.
         into: What to add.
         missing: Names of the tensors that the base checkpoint lacks (a new head).
         seed: Of the random init of what is added.
@@ -175,16 +180,37 @@ def merged(model: Any, into: Into) -> Any:
 def _with_lora(model: nn.Module, into: Into, missing: Collection[str]) -> nn.Module:
     import peft
 
-    config = peft.LoraConfig(
-        task_type=peft.TaskType.SEQ_CLS,
-        r=into.r,
-        lora_alpha=into.alpha,  # type: ignore[arg-type]  # a fraction is as good
-        lora_dropout=into.dropout,
-        target_modules="all-linear" if into.targets == ("all-linear",) else list(into.targets) or None,
-        use_dora=into.kind == "dora",
-        modules_to_save=_whole_modules(model, missing) or None,
+    shared: dict[str, Any] = {
+        "task_type": _task_type(model),
+        "r": into.r,
+        "target_modules": "all-linear" if into.targets == ("all-linear",) else list(into.targets) or None,
+        "modules_to_save": _whole_modules(model, missing) or None,
+    }
+    config = (
+        peft.ShiraConfig(random_seed=into.seed, **shared)
+        if into.kind == "shira"
+        else peft.LoraConfig(
+            lora_alpha=into.alpha,  # type: ignore[arg-type]  # a fraction is as good
+            lora_dropout=into.dropout,
+            use_dora=into.kind == "dora",
+            **shared,
+        )
     )
     return peft.get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+
+
+def _task_type(model: nn.Module) -> Any:
+    """peft's name for what the model's head does; it decides which heads peft trains, and how a saved LoRA is loaded."""
+    import peft
+
+    endings = {
+        "ForSequenceClassification": peft.TaskType.SEQ_CLS,
+        "ForTokenClassification": peft.TaskType.TOKEN_CLS,
+        "ForCausalLM": peft.TaskType.CAUSAL_LM,
+        "LMHeadModel": peft.TaskType.CAUSAL_LM,
+    }
+    name = type(model).__name__
+    return next((kind for ending, kind in endings.items() if name.endswith(ending)), None)
 
 
 def _with_bottlenecks(model: Any, into: Into) -> nn.Module:

@@ -1,21 +1,36 @@
-"""Loading base models for classification and regression, and remembering in a delta how that was done."""
+"""Loading base models with the head of a task, and remembering in a delta how that was done."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from unmask.delta import SparseDelta
 from unmask.errors import ConfigError, DeltaError
 from unmask.into import insert, into_of
 from unmask.tasks.data import TaskSpec
+
+Head = Literal["sequence", "token", "generation"]
+HEADS: Mapping[Head, Any] = {
+    "sequence": AutoModelForSequenceClassification,
+    "token": AutoModelForTokenClassification,
+    "generation": AutoModelForCausalLM,
+}
+"""The Auto class that loads a base, by kind of task."""
 
 
 @contextlib.contextmanager
@@ -30,13 +45,21 @@ def quiet() -> Iterator[None]:
         hf_logging.set_verbosity(before)
 
 
-def load_base(source: str, num_labels: int, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
-    """Loads a base with a classification head, in float32.
+def load_base(
+    source: str,
+    num_labels: int | None,
+    seed: int,
+    head: Head = "sequence",
+    label_names: Sequence[str] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """Loads a base with a task's head, in float32.
 
     Args:
         source: Folder or hub id.
-        num_labels: Outputs of the head; 1 for regression.
+        num_labels: Outputs of the head; 1 for regression; None for the checkpoint's own (generation).
         seed: Of the head's random init, if the checkpoint has none.
+        head: Which of `HEADS`.
+        label_names: Names of the labels, for the model's config.
 
     Returns:
         The model, its tokenizer, and the names of the tensors that the checkpoint lacks.
@@ -49,10 +72,13 @@ def load_base(source: str, num_labels: int, seed: int) -> tuple[PreTrainedModel,
     torch.manual_seed(seed)
     try:
         with quiet():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=num_labels, dtype=torch.float32, output_loading_info=True
+            model, info = HEADS[head].from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, **_labels(num_labels, label_names)
             )
             tokenizer = AutoTokenizer.from_pretrained(source)
+            if head == "token" and getattr(tokenizer, "add_prefix_space", None) is False:
+                # a byte-level vocabulary (RoBERTa's) has a word's usual piece only behind a blank
+                tokenizer = AutoTokenizer.from_pretrained(source, add_prefix_space=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the model {source!r} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
@@ -60,6 +86,18 @@ def load_base(source: str, num_labels: int, seed: int) -> tuple[PreTrainedModel,
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer, sorted(info["missing_keys"])
+
+
+def _labels(num_labels: int | None, names: Sequence[str] | None) -> dict[str, Any]:
+    if names is not None:
+        return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    return {} if num_labels is None else {"num_labels": num_labels}
+
+
+def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
+    """The model on this machine's accelerator, if it has one."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return model if device is None else model.to(device)  # type: ignore[arg-type, return-value]
 
 
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
@@ -71,6 +109,7 @@ def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wa
 def describe_task(spec: TaskSpec, max_length: int) -> dict[str, Any]:
     """What `load_tuned` and ``unmask eval`` need to know, as JSON values for the delta's metadata."""
     return {
+        "kind": "sequence",
         "name": spec.name,
         "text_columns": list(spec.text_columns),
         "num_labels": spec.num_labels,
@@ -94,9 +133,28 @@ def task_of(delta: SparseDelta) -> Mapping[str, Any]:
     return task
 
 
+def head_of(task: Mapping[str, Any]) -> Head:
+    """The kind of a task that a delta's metadata describe; a delta from before there were kinds classifies texts.
+
+    Raises:
+        DeltaError: A kind that this unmask does not know.
+
+    Example:
+        >>> head_of({"kind": "token"}), head_of({})
+        ('token', 'sequence')
+    """
+    kind = task.get("kind", "sequence")
+    if kind not in HEADS:
+        raise DeltaError(f"the delta was trained on a task of kind {kind!r}; this unmask knows {', '.join(HEADS)}.")
+    return cast(Head, kind)
+
+
 def load_tuned(source: str, delta: SparseDelta) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base, with what the run added to it, with the delta applied, in evaluation mode; and its tokenizer."""
-    model, tokenizer, missing = load_base(source, int(task_of(delta)["num_labels"]), seed=0)
+    task = task_of(delta)
+    head = head_of(task)
+    names = task.get("label_names") if head == "token" else None
+    model, tokenizer, missing = load_base(source, task.get("num_labels"), 0, head, names)
     into = into_of(delta)
     if into is not None:
         model = insert(model, into, missing, seed=0).model  # the delta holds the init

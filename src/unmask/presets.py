@@ -114,4 +114,5 @@ def into_from(config: TrainConfig) -> Into | None:
         config.lora_dropout,
         config.lora_targets,
         config.reduction_factor,
+        config.seed if config.into == "shira" else 0,
     )

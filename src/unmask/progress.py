@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from unmask.analysis import snapshot
 from unmask.selection import Selection
 
 
@@ -71,10 +73,19 @@ class LiveProgress(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log of the Trainer to ``metrics.jsonl``, with the selection's state at that step."""
+    """Appends every log of the Trainer to ``metrics.jsonl``, with the selection's state at that step.
+
+    The rows with keys that begin with ``eval_`` are the run's curve: ``step``, ``used`` (weights unmasked by then), and the
+    loss and metrics of the evaluation as ``eval_loss``, ``eval_accuracy`` ..., or with the split's name, where there are
+    several, as ``eval_dev_loss`` ... (a row for each split, but one for all at step 0).
+    """
 
     def __init__(self, path: Path, selection: Selection) -> None:
         self._path, self._selection = path, selection
+
+    def start(self, before: Mapping[str, float]) -> None:
+        """Writes the first point of the curve: the metrics before training, at step 0."""
+        self._append({"step": 0, "epoch": 0, "used": 0, **{f"eval_{name}": value for name, value in before.items()}})
 
     def on_log(
         self,
@@ -84,9 +95,36 @@ class MetricsFile(TrainerCallback):
         logs: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        row = {"step": state.global_step, "epoch": state.epoch, "used": self._selection.used, **(logs or {})}
+        self._append({"step": state.global_step, "epoch": state.epoch, "used": self._selection.used, **(logs or {})})
+
+    def _append(self, row: dict[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+class AllocationFile(TrainerCallback):
+    """Appends where the unmasked weights are (`unmask.analysis.snapshot`) to ``allocation.jsonl``.
+
+    After the first step, with every evaluation, and at the end: a line a step at most.
+    """
+
+    def __init__(self, path: Path, selection: Selection) -> None:
+        self._path, self._selection = path, selection
+        self._written = -1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == 1 or state.global_step == state.max_steps:
+            self._append()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._append()
+
+    def _append(self) -> None:
+        if self._written == self._selection.step or not self._selection.step:
+            return
+        self._written = self._selection.step
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(snapshot(self._selection)) + "\n")
 
 
 class StopOnInterrupt(TrainerCallback):

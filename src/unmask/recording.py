@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from unmask.added import added_tensors, checkpoint_name
 from unmask.delta import SparseDelta, SparseTensor, base_tensors
 from unmask.distributed.sharding import gathered, reshard
+from unmask.errors import SelectionError
 from unmask.fingerprint import digest, fingerprint
 from unmask.quantised.layers import weights
 from unmask.quantised.tensor import QuantisedTensor
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from unmask.selection import Selection
 
 
-def record_delta(selection: Selection, base: str | None) -> SparseDelta:
+def record_delta(selection: Selection, base: str | None, order: bool = False) -> SparseDelta:
     """Reads a selection's changes off the model; see `Selection.delta`."""
+    slots = _order(selection) if order else {}
     reshard(selection.model)
     tensors = {name: gathered(tensor) for name, tensor in base_tensors(selection.model).items()}
     changed_buffers = {n for n, b in selection._buffers.items() if not torch.equal(b, tensors[n])}
@@ -35,7 +37,7 @@ def record_delta(selection: Selection, base: str | None) -> SparseDelta:
     whole_names = current | new_tensors(selection.model, selection._new)
     indices = {name: flat for name, flat in selection.indices.items() if name not in current}
     sparse = {
-        name: SparseTensor(flat, take(tensors[name], flat).cpu(), tuple(tensors[name].shape))
+        name: SparseTensor(flat, take(tensors[name], flat).cpu(), tuple(tensors[name].shape), slots.get(name))
         for name, flat in indices.items()
     }
     originals = _originals(selection, tensors)
@@ -43,6 +45,16 @@ def record_delta(selection: Selection, base: str | None) -> SparseDelta:
     # of a tensor that the base lacks, what it was before training: its trained entries lie over that
     whole = {name: originals.get(name, tensors[name]).cpu().clone() for name in sorted(whole_names)}
     return SparseDelta(sparse, whole, fingerprint(digests), _metadata(selection, base))
+
+
+def _order(selection: Selection) -> dict[str, Tensor]:
+    """Each unmasked weight's slot, by tensor name, in the order of `Selection.indices`."""
+    if selection.method.strategy == "repeat":
+        raise SelectionError(
+            f"{selection.method.name} selects anew, so its slots stand in no order of unmasking; leave order=False."
+        )
+    positions = selection._table.positions[: selection.used]
+    return {selection._layout.names[i]: places.cpu() for i, _, places in selection._layout.split(positions)}
 
 
 def _originals(selection: Selection, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -64,6 +76,7 @@ def _metadata(selection: Selection, base: str | None) -> dict[str, Any]:
         "budget": selection.budget,
         "used": selection.used,
         "step": selection.step,
+        "eligible": {"tensors": len(selection._layout.names), "weights": selection._layout.total},
         "dense": [d.name for d in selection.dense],
         "base_id": base or name_or_path(selection.model),
         "parameters": sum(p.numel() for p in tensors.values()),

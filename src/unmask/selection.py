@@ -147,14 +147,18 @@ class Selection:
         """How many weights are trained outside the budget."""
         return 0 if self.method.whole else sum(d.parameter.numel() for d in self.dense)
 
-    def delta(self, base: str | None = None) -> SparseDelta:
+    def delta(self, base: str | None = None, order: bool = False) -> SparseDelta:
         """What training changed, as an exact delta to the base model.
 
         Args:
             base: The base model's id or folder, for the metadata; None for what the model's config says.
+            order: Keep the order of unmasking too (4 bytes a weight), so that `unmask.analysis` can read off smaller budgets.
+
+        Raises:
+            SelectionError: ``order`` of a method that selects anew (repeat-S), or the selection was released.
         """
         self._alive("delta")
-        return record_delta(self, base)
+        return record_delta(self, base, order)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything an exact resume needs beside the optimizer's own state: O(B) tensors and plain values.

@@ -5,41 +5,29 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    DataCollatorWithPadding,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
 from unmask.config import TrainConfig, write_yaml
 from unmask.delta import SparseDelta
-from unmask.errors import ConfigError, UnmaskError
+from unmask.errors import UnmaskError
 from unmask.integrations.transformers import SelectiveTrainer
 from unmask.into import Inserted, insert, require
-from unmask.modeling import describe_task, load_base, longest_input, quiet
-from unmask.optim import BiasCorrection, SelectiveAdamW
-from unmask.presets import into_from, method_from
-from unmask.progress import LiveProgress, MetricsFile, StopOnInterrupt
+from unmask.kinds import Prepared, kind_for
+from unmask.modeling import load_base, quiet
+from unmask.presets import into_from, method_from, optimizer_from
+from unmask.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
+from unmask.run_folder import RunFolder
 from unmask.scopes import exactly
 from unmask.selecting import select
 from unmask.selection import Selection
-from unmask.tasks import compute, load_files, load_glue
-from unmask.tasks.data import Examples, TaskData
-
-CHECKPOINTS = "checkpoints"
 
 
 class InterruptedRunError(UnmaskError):
@@ -61,30 +49,6 @@ class Outcome:
     after: dict[str, float]
     delta: Path
     summary: dict[str, Any]
-
-
-class Encoded(Dataset):
-    """Tokenized examples: ``input_ids``, ``attention_mask`` ... and ``labels``, unpadded."""
-
-    def __init__(
-        self, examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, regression: bool
-    ) -> None:
-        self._inputs = tokenizer(examples.texts, examples.pairs, truncation=True, max_length=max_length)
-        self._labels = [float(label) if regression else int(label) for label in examples.labels]
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {key: values[index] for key, values in self._inputs.items()} | {"labels": self._labels[index]}
-
-
-def load_data(config: TrainConfig) -> TaskData:
-    """The run's task: a GLUE task, the user's own files, or a hub data set."""
-    if config.task is not None:
-        return load_glue(config.task, config.data_dir)
-    assert config.data is not None, "checked by TrainConfig"
-    return load_files(config.data, config.eval, config.text, config.label, config.text_pair)
 
 
 def planned_steps(config: TrainConfig, examples: int) -> int:
@@ -117,62 +81,40 @@ def train(
         UnmaskError: Any other refusal, with what to do.
     """
     console = console or Console()
-    output, into = Path(config.output), into_from(config)
+    folder, into = RunFolder(Path(config.output)), into_from(config)
     if into is not None:
         require(into)
-    checkpoint = _prepare_output(output, resume, overwrite)
-    data = load_data(config)
-    for note in data.notes:
-        console.print(f"note: {note}")
-    model, tokenizer, missing = load_base(config.model, data.spec.num_labels, config.seed)
-    output.mkdir(parents=True, exist_ok=True)
-    write_yaml(config, output / "config.yaml")
+    checkpoint = folder.check(resume, overwrite)
+    kind = kind_for(config)
+    task = kind.load(config)
+    _note(console, task.notes)
+    model, tokenizer, missing = load_base(config.model, task.num_labels, config.seed, kind.head, task.label_names)
+    prepared = task.prepare(model, tokenizer, config)
+    _note(console, prepared.notes)
     # the base itself: the budget's scope is the method's, and all that the checkpoint lacks is a head
     base = Inserted(model, [], missing, missing) if into is None else insert(model, into, missing, config.seed)
-    return _Run(config, data, base, tokenizer, console).go(checkpoint)
+    run = _Run(config, task.name, prepared, base, folder, console)
+    folder.open(checkpoint)
+    write_yaml(config, folder.config)
+    return run.go(checkpoint)
 
 
-def _prepare_output(output: Path, resume: bool, overwrite: bool) -> str | None:
-    checkpoints = output / CHECKPOINTS
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if resume:
-        if last is None:
-            raise ConfigError(
-                f"there is no checkpoint under {str(checkpoints)!r} to resume from; start without --resume."
-            )
-        return last
-    held = output / "delta.safetensors"
-    if (held.exists() or last) and not overwrite:
-        raise ConfigError(
-            f"{str(output)!r} already holds a run; give another --output, or --resume to continue it, or --overwrite."
-        )
-    return None
+def _note(console: Console, notes: Iterable[str]) -> None:
+    for note in notes:
+        console.print(f"note: {note}")
 
 
 class _Run:
     """One training run in the making: everything that `train` composes."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        data: TaskData,
-        base: Inserted,
-        tokenizer: PreTrainedTokenizerBase,
-        console: Console,
+        self, config: TrainConfig, task: str, prepared: Prepared, base: Inserted, folder: RunFolder, console: Console
     ) -> None:
         model: PreTrainedModel = base.model
-        self.config, self.data, self.model, self.console = config, data, model, console
-        self.output = Path(config.output)
-        self.collate = DataCollatorWithPadding(tokenizer)
-        regression = data.spec.num_labels == 1
-        self.max_length = longest_input(model, tokenizer, config.max_length)
-        if self.max_length < config.max_length:
-            console.print(
-                f"note: inputs are cut at the {self.max_length} tokens that {config.model} has positions for."
-            )
-        self.train_set = Encoded(data.train, tokenizer, self.max_length, regression)
-        self.eval_sets = {k: Encoded(v, tokenizer, self.max_length, regression) for k, v in data.evals.items()}
-        self.steps = planned_steps(config, len(self.train_set))
+        self.config, self.task, self.prepared, self.model = config, task, prepared, model
+        self.folder, self.console = folder, console
+        self.head = sum(p.numel() for name, p in model.named_parameters() if name in set(base.head))
+        self.steps = planned_steps(config, len(prepared.train_set))  # type: ignore[arg-type]
         set_seed(config.seed)
         if config.gradient_checkpointing:
             # transformers 5.23 renamed it; 4.57 has the old name alone
@@ -180,15 +122,19 @@ class _Run:
             enable({"use_reentrant": False})
         self.selection = self._select(base)
         self.interrupt = StopOnInterrupt()
-        self.progress = LiveProgress(self.selection, self._live_metric(), console)
+        self.progress = LiveProgress(self.selection, prepared.step_metric, console)
+        self.metrics = MetricsFile(folder.metrics, self.selection)
+        self.allocation = AllocationFile(folder.allocation, self.selection)
         with quiet():
             self.trainer = self._trainer()
 
     def go(self, checkpoint: str | None) -> Outcome:
-        before = self._evaluate()
+        before = self.prepared.evaluate(self.trainer, "before")
         self._report_start(before)
         if checkpoint:
             self.console.print(f"continuing from {checkpoint}")
+        else:
+            self.metrics.start(before)
         start = time.perf_counter()
         try:
             self.trainer.train(resume_from_checkpoint=checkpoint)
@@ -198,15 +144,15 @@ class _Run:
             self.progress.stop()
             self.interrupt.restore()
         if self.interrupt.interrupted:
-            raise InterruptedRunError(self._how_to_go_on())
+            raise InterruptedRunError(self.folder.how_to_go_on())
         seconds = time.perf_counter() - start
-        return self._finish(before, self._evaluate(), seconds)
+        return self._finish(before, self.prepared.evaluate(self.trainer, "after"), seconds)
 
     def _select(self, base: Inserted) -> Selection:
         config = self.config
         head = exactly(base.head)
         dense = [p for given in config.dense for p in (head if given == "new" else [given])]
-        loader = DataLoader(self.train_set, config.batch_size, shuffle=True, collate_fn=self.collate)
+        loader = DataLoader(self.prepared.train_set, config.batch_size, shuffle=True, collate_fn=self.prepared.collate)
         return select(
             self.model,
             method_from(config, self.steps, loader),
@@ -217,71 +163,24 @@ class _Run:
         )
 
     def _trainer(self) -> SelectiveTrainer:
-        config = self.config
-        optimizer = SelectiveAdamW(
-            self.selection.parameters(),
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            bias_correction=cast(BiasCorrection, config.bias_correction),  # checked by TrainConfig
-        )
-        eval_strategy = "epoch" if config.eval_steps is None else "steps"
-        arguments = TrainingArguments(
-            output_dir=str(self.output / CHECKPOINTS),
-            max_steps=self.steps,
-            per_device_train_batch_size=config.batch_size,
-            per_device_eval_batch_size=4 * config.batch_size,
-            gradient_accumulation_steps=config.accumulation,
-            learning_rate=config.lr,
-            warmup_steps=math.ceil(config.warmup * self.steps),
-            max_grad_norm=config.max_grad_norm,
-            bf16=config.bf16,
-            use_cpu=not torch.accelerator.is_available(),
-            seed=config.seed,
-            eval_strategy=eval_strategy,
-            eval_steps=config.eval_steps,
-            save_strategy="steps" if config.save_steps or config.eval_steps else "epoch",
-            save_steps=config.save_steps or config.eval_steps or 500,
-            save_total_limit=2,
-            logging_steps=config.logging_steps,
-            report_to=list(config.report_to) or "none",
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )
+        config, prepared = self.config, self.prepared
+        optimizer = optimizer_from(config, self.selection)
+        sets = dict(prepared.step_sets)
         trainer = SelectiveTrainer(
             model=self.model,
             selection=self.selection,
-            args=arguments,
-            train_dataset=self.train_set,
-            eval_dataset=self._eval_argument(),
-            data_collator=self.collate,
-            compute_metrics=self._metrics,
+            args=_arguments(config, self.steps, self.folder, bool(sets)),
+            train_dataset=prepared.train_set,
+            eval_dataset=sets.get("", sets or None),
+            data_collator=prepared.collate,
+            compute_metrics=prepared.step_metrics,
+            preprocess_logits_for_metrics=prepared.reduce_logits,
             optimizers=(optimizer, None),
-            callbacks=[self.progress, MetricsFile(self.output / "metrics.jsonl", self.selection), self.interrupt],
+            callbacks=[self.progress, self.metrics, self.allocation, self.interrupt],
         )
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         return trainer
-
-    def _eval_argument(self) -> Any:
-        return self.eval_sets if len(self.eval_sets) > 1 else next(iter(self.eval_sets.values()))
-
-    def _live_metric(self) -> str:
-        first = next(iter(self.eval_sets))
-        return self.data.spec.main_metric if len(self.eval_sets) == 1 else f"{first}_{self.data.spec.main_metric}"
-
-    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        return compute(self.data.spec, prediction.predictions, prediction.label_ids)
-
-    def _evaluate(self) -> dict[str, float]:
-        """Main and further metrics of every split, from the Trainer's own prediction loop."""
-        result: dict[str, float] = {}
-        for name, examples in self.eval_sets.items():
-            prediction = self.trainer.predict(examples, metric_key_prefix="x")  # type: ignore[arg-type]
-            prefix = f"{name}_" if len(self.eval_sets) > 1 else ""
-            metrics = compute(self.data.spec, prediction.predictions, prediction.label_ids)
-            result |= {prefix + key: value for key, value in metrics.items()}
-            result[f"{prefix}loss"] = float((prediction.metrics or {})["x_loss"])
-        return result
 
     def _report_start(self, before: dict[str, float]) -> None:
         selection, total = self.selection, sum(p.numel() for p in self.model.parameters())
@@ -292,21 +191,15 @@ class _Run:
         )
         self.console.print("before: " + _line(before))
 
-    def _how_to_go_on(self) -> str:
-        checkpoints = self.output / CHECKPOINTS
-        last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-        if last is None:
-            return "interrupted before the first checkpoint; nothing was saved. Start again with the same command."
-        return f"interrupted; {last} is kept. Go on with: unmask train --config {self.output / 'config.yaml'} --resume"
-
     def _finish(self, before: dict[str, float], after: dict[str, float], seconds: float) -> Outcome:
-        task = describe_task(self.data.spec, self.max_length)
         into = into_from(self.config)
         inside = {} if into is None else {"into": into.describe()}
-        delta = self.selection.delta(self.config.model).with_metadata(task=task, after=after, **inside)
-        path = delta.save(self.output / "delta.safetensors")
+        delta = self.selection.delta(self.config.model, order=self.config.order).with_metadata(
+            task=self.prepared.describe(), after=after, **inside
+        )
+        path = delta.save(self.folder.delta)
         summary = self._summary(before, after, seconds, delta, path)
-        (self.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        self.folder.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         self.console.print("after:  " + _line(after))
         self.console.print(f"delta:  {path} ({path.stat().st_size:,} bytes)")
         self.selection.release()
@@ -315,11 +208,17 @@ class _Run:
     def _summary(
         self, before: dict[str, float], after: dict[str, float], seconds: float, delta: SparseDelta, path: Path
     ) -> dict[str, Any]:
+        main = self.prepared.main_metric
         return {
+            "task": self.task,
+            "main_metric": main,
+            "main": after[main],
+            "greater_is_better": self.prepared.greater_is_better,
             "method": self.selection.method.describe(),
             "budget": self.selection.budget,
             "used": self.selection.used,
             "dense": self.selection.dense_numel,
+            "head": self.head,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "steps": self.selection.step,
             "seconds": round(seconds, 2),
@@ -332,6 +231,32 @@ class _Run:
             "lr": self.config.lr,
             "bias_correction": self.config.bias_correction,
         }
+
+
+def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bool) -> TrainingArguments:
+    eval_strategy = "epoch" if config.eval_steps is None else "steps"
+    return TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=kind_for(config).eval_batches * config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.lr,
+        warmup_steps=math.ceil(config.warmup * steps),
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        seed=config.seed,
+        eval_strategy=eval_strategy if evaluates else "no",
+        eval_steps=config.eval_steps,
+        save_strategy="steps" if config.save_steps or config.eval_steps else "epoch",
+        save_steps=config.save_steps or config.eval_steps or 500,
+        save_total_limit=2,
+        logging_steps=config.logging_steps,
+        report_to=list(config.report_to) or "none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
 
 
 def _line(metrics: dict[str, float]) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 from unmask.bench.grouping import too_large
 from unmask.bench.machine import available_bytes
 from unmask.bench.models import Blueprint, blueprint
+from unmask.bench.quiet import quiet_torch
 from unmask.bench.record import derive, write_json
 from unmask.bench.rounds import RowResult
-from unmask.bench.runner import header, quiet_torch, write_reports
+from unmask.bench.runner import header, write_reports
 from unmask.bench.settings import BenchSettings
 from unmask.bench.shapes import SHAPES, SIZES, Shape
 from unmask.bench.stats import StepTime

@@ -5,8 +5,6 @@ Run as ``python -m unmask.bench.memory SETTINGS LABEL`` by `measure`; the figure
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import os
 import subprocess
@@ -18,7 +16,6 @@ from typing import Any
 from unmask.bench.rows import Row
 from unmask.bench.settings import BenchSettings
 
-IMPORTS = ("torch", "transformers", "peft", "selective_optimizers.wrap")  # in every row's process, where installed
 RAMP = 50  # steps in which an ID3 row fills half of its budget: at once it would cost memory that no real run needs
 _STEPS = 3  # at least
 _MARK = "unmask-bench-memory:"
@@ -51,16 +48,15 @@ def run(settings: BenchSettings, row: Row) -> dict[str, Any]:
 
     An ID3 row fills half of its budget before, on two tokens a step, so that it is measured in the middle of a run.
     """
-    for name in IMPORTS:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
     import torch
 
     from unmask.bench.builders import build
     from unmask.bench.contender import state_bytes
     from unmask.bench.machine import peak_bytes, resident_bytes
     from unmask.bench.models import blueprint
+    from unmask.bench.quiet import import_peers
 
+    import_peers()
     torch.set_num_threads(settings.threads)
     plan = blueprint(settings)
     count = max(_STEPS, row.cycle + 1)

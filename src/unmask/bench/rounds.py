@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from unmask.bench.builders import build
-from unmask.bench.contender import Contender
-from unmask.bench.models import Batch, Blueprint
+from unmask.bench.lanes import Lane, LaneError
 from unmask.bench.rows import Row
 from unmask.bench.settings import BenchSettings
 from unmask.bench.stats import StepTime
@@ -44,11 +41,6 @@ class RowResult:
         self.steps.clear()
 
 
-def cycles_of(row: Row, settings: BenchSettings) -> int:
-    """How many cycles a row runs in all, warm-up included."""
-    return (settings.warmup + settings.rounds) * (1 if row.stride > 1 else settings.steps)
-
-
 def rotated(labels: Sequence[str], round_: int) -> list[str]:
     """The order of a round: each starts one further, so that no row always follows the same one after a break.
 
@@ -62,7 +54,7 @@ def rotated(labels: Sequence[str], round_: int) -> list[str]:
 
 def race(
     results: Sequence[RowResult],
-    plan: Blueprint,
+    start: Callable[[Row], Lane],
     settings: BenchSettings,
     group: int,
     after_round: Callable[[int], None],
@@ -71,51 +63,44 @@ def race(
 
     Args:
         results: The rows' results, filled in place.
-        plan: The model.
+        start: Makes a row ready.
         settings: The run.
         group: The group's number, kept with each step.
         after_round: Called with the number of finished rounds, warm-up included.
     """
-    contenders: dict[str, Contender] = {}
-    batches = plan.batches()
-    for result in results:
-        with _guarded(result):
-            contenders[result.row.label] = build(result.row, plan, settings, cycles_of(result.row, settings))
-    by_label = {result.row.label: result for result in results}
-    labels = list(contenders)
+    lanes: dict[str, Lane] = {}
+    try:
+        for result in results:
+            with _guarded(result):
+                lanes[result.row.label] = start(result.row)
+        _rounds({result.row.label: result for result in results}, lanes, settings, group, after_round)
+    finally:
+        for lane in lanes.values():
+            lane.close()
+
+
+def _rounds(
+    by_label: dict[str, RowResult],
+    lanes: dict[str, Lane],
+    settings: BenchSettings,
+    group: int,
+    after_round: Callable[[int], None],
+) -> None:
+    labels = list(lanes)
     for number in range(settings.warmup + settings.rounds):
-        gc.collect()
         for label in rotated(labels, number):
-            if label not in contenders:
+            if label not in lanes:
                 continue
             with _guarded(by_label[label]) as guard:
-                steps = _stretch(contenders[label], batches, settings, group, number - settings.warmup)
-                by_label[label].facts.update(_facts(contenders[label]))
+                steps = lanes[label].stretch(group, number - settings.warmup)
+                by_label[label].facts.update(lanes[label].facts())
                 if number >= settings.warmup:
                     by_label[label].steps.extend(steps)
             if guard.failed:
-                del contenders[label]
+                lanes.pop(label).close()
         after_round(number + 1)
-    for label in contenders:
+    for label in lanes:
         by_label[label].status = "ok"
-
-
-def _stretch(
-    contender: Contender, batches: Sequence[Batch], settings: BenchSettings, group: int, round_: int
-) -> list[StepTime]:
-    """One row's steps of one round, with the garbage collector out of the way."""
-    count = contender.row.cycle if contender.row.stride > 1 else settings.steps
-    gc.disable()
-    try:
-        return [
-            contender.step(batches[i % len(batches)], settings.dtype == "autocast", group, round_) for i in range(count)
-        ]
-    finally:
-        gc.enable()
-
-
-def _facts(contender: Contender) -> dict[str, Any]:
-    return {**contender.facts, "trainable": contender.trainable, "trained": contender.trained()}
 
 
 @dataclass
@@ -137,5 +122,7 @@ def _guarded(result: RowResult) -> Iterator[_Guard]:
 
 
 def _short(error: BaseException) -> str:
+    if isinstance(error, LaneError):
+        return str(error)
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"

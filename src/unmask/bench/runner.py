@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from unmask.bench.figures import draw
 from unmask.bench.grouping import too_large
 from unmask.bench.machine import available_bytes, describe_machine
 from unmask.bench.memory import measure
 from unmask.bench.models import Blueprint, blueprint, device_of
+from unmask.bench.quiet import quiet_torch
 from unmask.bench.record import derive, verdicts, write_json, write_text
 from unmask.bench.rounds import RowResult
 from unmask.bench.settings import BenchSettings
@@ -53,7 +48,8 @@ def run_bench(settings: BenchSettings, say: Say = print, command: str | None = N
         if settings.memory:
             _measure_memory(results, plan, settings, say, save)
         if settings.timing:
-            record["grouping"] = time_rows(results, plan, settings, say, save)
+            processes = plan.device.type == "cpu" if settings.processes is None else settings.processes
+            record["grouping"] = time_rows(results, plan, settings, say, save, processes)
         _settle(results)
         record["complete"] = True
         save()
@@ -73,21 +69,6 @@ def header(settings: BenchSettings, command: str | None) -> dict[str, Any]:
         "grouping": None,
         "rows": {},
     }
-
-
-@contextmanager
-def quiet_torch(threads: int) -> Iterator[None]:
-    """So many threads, no network, and no advice of the peers' libraries, while it lasts."""
-    before, offline = torch.get_num_threads(), os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    torch.set_num_threads(threads)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(peft|transformers|torch)\.")
-            yield
-    finally:
-        torch.set_num_threads(before)
-        os.environ.pop("HF_HUB_OFFLINE") if offline is None else os.environ.update(HF_HUB_OFFLINE=offline)
 
 
 def write_reports(record: dict[str, Any], settings: BenchSettings, name: str, say: Say) -> None:

@@ -37,6 +37,7 @@ class BenchSettings:
         lora_r: LoRA's rank.
         memory: Measure peak memory, each row in a process of its own.
         timing: Measure step times.
+        processes: Time each row in a process of its own; None: on the CPU, but not for curves.
         isolate: Never hold more than one row and the reference at a time.
         curve: A scaling curve instead of the table: budget, size or selection.
         output: Folder of the results.
@@ -58,6 +59,7 @@ class BenchSettings:
     lora_r: int = 8
     memory: bool = True
     timing: bool = True
+    processes: bool | None = None
     isolate: bool = False
     curve: str | None = None
     output: str = "runs/bench"

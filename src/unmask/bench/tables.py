@@ -93,6 +93,7 @@ def _heading(record: Mapping[str, Any]) -> str:
     lines = [f"    {record['command']}"] if record["command"] else []
     where = machine["device"] if machine["device"] != "cpu" else machine["cpu"]
     allocator = "".join(f"; {name}={value}" for name, value in machine["allocator"].items())
+    allocator += "".join(f"; {name}: {value}" for name, value in (record["grouping"] or {}).get("heap", {}).items())
     lines.append(f"{where}, {machine['threads']} threads of {machine['cores']} cores; {versions}{allocator}.")
     if model:
         dropout = ", ".join(f"{name} {value}" for name, value in model["dropout"].items() if value is not None)

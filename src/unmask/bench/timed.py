@@ -11,11 +11,15 @@ import torch
 
 from unmask.bench.builders import missing
 from unmask.bench.grouping import plan_groups, row_bytes, step_bytes, too_large
+from unmask.bench.heap import keep_freed_memory
+from unmask.bench.lanes import Lane, LocalLane, RemoteLane
 from unmask.bench.machine import available_bytes
 from unmask.bench.models import Blueprint
 from unmask.bench.rounds import RowResult, race
+from unmask.bench.rows import Row
 from unmask.bench.settings import BenchSettings
 
+_LIBRARIES = 400 << 20  # what a process weighs before it has a model
 Say = Callable[[str], None]
 Save = Callable[[], None]
 
@@ -38,7 +42,12 @@ def refuse_missing(results: Sequence[RowResult]) -> None:
 
 
 def time_rows(
-    results: Sequence[RowResult], plan: Blueprint, settings: BenchSettings, say: Say, save: Save
+    results: Sequence[RowResult],
+    plan: Blueprint,
+    settings: BenchSettings,
+    say: Say,
+    save: Save,
+    processes: bool = False,
 ) -> dict[str, Any]:
     """Runs every row that waits, in groups that fit into memory.
 
@@ -48,12 +57,16 @@ def time_rows(
         settings: The run.
         say: Takes a line of progress, one per round.
         save: Called after every round, so that a killed run leaves what it has.
+        processes: Each row in a process of its own, or all of a group in this one.
 
     Returns:
         How the rows were grouped, as JSON values.
     """
     waiting = [result for result in results if result.status == "waiting"]
     held, step = estimates(waiting, plan)
+    if processes:  # a process's heap may keep what a step needed
+        held, step = {label: size + step + _LIBRARIES for label, size in held.items()}, 0
+    start, heap = (_process_of(settings), {}) if processes else _lane_in(plan, settings)
     free = available_bytes(plan.device)
     by_label = {result.row.label: result for result in waiting}
     groups = plan_groups(held, step, free, settings.isolate)
@@ -64,7 +77,7 @@ def time_rows(
             _skip(members, large)
             continue
         say(f"group {number + 1} of {len(groups)}: {', '.join(labels)}")
-        race(members, plan, settings, number, _reporter(settings, say, save))
+        race(members, start, settings, number, _reporter(settings, say, save))
         _free()
     save()
     return {
@@ -73,8 +86,20 @@ def time_rows(
         "free_bytes": free,
         "held_bytes": held,
         "step_bytes": step,
+        "heap": heap,
+        "processes": processes,
         "note": "ratios of rows of different groups go through the frozen row" if len(groups) > 1 else None,
     }
+
+
+def _process_of(settings: BenchSettings) -> Callable[[Row], Lane]:
+    return lambda row: RemoteLane(row, settings)
+
+
+def _lane_in(plan: Blueprint, settings: BenchSettings) -> tuple[Callable[[Row], Lane], dict[str, str]]:
+    """Rows of this process, on the same batches; on the CPU its heap keeps what it has."""
+    heap, batches = keep_freed_memory() if plan.device.type == "cpu" else {}, plan.batches()
+    return lambda row: LocalLane(row, plan, batches, settings), heap
 
 
 def _skip(members: Sequence[RowResult], reason: str) -> None:

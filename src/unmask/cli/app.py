@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from unmask.cli import sweeps
 from unmask.version import __version__
 
 app = typer.Typer(
@@ -15,6 +16,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Fine-tune a network by changing a budget of single scalar weights, and keep the result as a tiny exact delta.",
+)
+
+
+TASK_HELP = (
+    "sst2, cola, mrpc, rte, stsb, qnli, qqp, mnli (GLUE); conll2003, wnut17, or ner for tagged sentences of "
+    "your own; gsm8k, math10k."
 )
 
 
@@ -46,9 +53,11 @@ def demo(
 @app.command()
 def train(
     model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub id.")] = None,
-    task: Annotated[str | None, typer.Option(help="A GLUE task: sst2, cola, mrpc, rte, stsb, qnli, qqp, mnli.")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Folder with the GLUE tasks; without it, the hub.")] = None,
-    data: Annotated[str | None, typer.Option(help="Your training data: csv, tsv, jsonl, parquet, or a hub id.")] = None,
+    task: Annotated[str | None, typer.Option(help=TASK_HELP)] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with the task's files; without it, the hub.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Your training data: csv, tsv, jsonl, parquet, conll, or a hub id.")
+    ] = None,
     eval: Annotated[str | None, typer.Option("--eval", help="Your evaluation data; default: a tenth held out.")] = None,
     text: Annotated[str | None, typer.Option(help="Text column.")] = None,
     text_pair: Annotated[str | None, typer.Option(help="Second text column.")] = None,
@@ -69,17 +78,25 @@ def train(
     output: Annotated[str | None, typer.Option(help="Folder for the delta, metrics and checkpoints.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings; options and --set go over it.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting as key=value; see docs/cli.md.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="paper: the paper's settings for the task as far as known; everything else goes over."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the output.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew over a run in the output.")] = False,
 ) -> None:
-    """Train a delta on a GLUE task or on your own data."""
-    run_options = ("config", "set_", "resume", "overwrite")
+    """Train a delta on a known task or on your own data."""
+    run_options = ("config", "set_", "preset", "resume", "overwrite")
     given: dict[str, Any] = {
         k: v for k, v in locals().items() if k not in (*run_options, "run_options") and v is not None
     }
     from unmask.config import build, parse_assignments, read_yaml
 
     settings = (read_yaml(config) if config else {}) | given | parse_assignments(set_ or [])
+    if preset is not None:
+        from unmask.reproduce import under_preset
+
+        settings = under_preset(preset, settings)
     resolved = build(settings)  # refuse a bad setting before torch is imported
     from unmask.training import train as run
 
@@ -89,19 +106,46 @@ def train(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
-    delta: Annotated[Path, typer.Argument(help="The delta.")],
-    task: Annotated[str | None, typer.Option(help="A GLUE task.")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Folder with the GLUE tasks; without it, the hub.")] = None,
-    data: Annotated[str | None, typer.Option(help="Your evaluation data: csv, tsv, jsonl, parquet.")] = None,
+    delta: Annotated[
+        Path | None, typer.Argument(help="The delta; left out, the base alone solves word problems.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="A task; default: the one that it was trained on. Word problems: gsm8k,svamp,...")
+    ] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder with the task's files; without it, the hub.")] = None,
+    data: Annotated[str | None, typer.Option(help="Your evaluation data: csv, tsv, jsonl, parquet, conll.")] = None,
     text: Annotated[str, typer.Option(help="Text column.")] = "text",
     text_pair: Annotated[str | None, typer.Option(help="Second text column.")] = None,
     label: Annotated[str, typer.Option(help="Label column.")] = "label",
     batch_size: Annotated[int, typer.Option(help="Examples per forward.", min=1)] = 64,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many word problems of each set.", min=1)] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Folder of what is generated; default: beside the delta, or under runs.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what was generated there before.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Of word problems: prompt, max_new_tokens, rule, ...; see docs/tasks.md."),
+    ] = None,
 ) -> None:
-    """Evaluate base + delta on a task."""
+    """Evaluate base + delta on a task; outputs of word problems are kept, and a killed evaluation goes on."""
     from unmask.cli.evaluate import run_eval
+    from unmask.config import parse_assignments
+    from unmask.kinds import Request
 
-    run_eval(model, delta, task, data_dir, data, (text, text_pair, label), batch_size)
+    request = Request(
+        task,
+        data_dir,
+        data,
+        text,
+        text_pair,
+        label,
+        limit=limit,
+        output=output,
+        overwrite=overwrite,
+        options=parse_assignments(set_ or []),
+    )
+    run_eval(model, delta, request, batch_size)
 
 
 @app.command()
@@ -109,11 +153,14 @@ def inspect(
     delta: Annotated[Path, typer.Argument(help="The delta.")],
     top: Annotated[int, typer.Option(help="Rows to show per table.", min=1)] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the allocation too: a .png or .svg file, or no ending for both.")
+    ] = None,
 ) -> None:
     """Show what a delta changes: per layer and module kind, sizes, provenance."""
     from unmask.cli.inspect import run_inspect
 
-    run_inspect(delta, top, as_json)
+    run_inspect(delta, top, as_json, plot)
 
 
 @app.command()
@@ -172,6 +219,10 @@ def bench(
     lora_r: Annotated[int | None, typer.Option(help="LoRA's rank; default 8.")] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory, a process per method.")] = True,
     timing: Annotated[bool, typer.Option("--timing/--no-timing", help="Step times, interleaved.")] = True,
+    processes: Annotated[
+        bool | None,
+        typer.Option("--processes/--no-processes", help="A process per method while timed; default: on the CPU."),
+    ] = None,
     isolate: Annotated[bool, typer.Option("--isolate", help="One method at a time beside the frozen one.")] = False,
     curve: Annotated[str | None, typer.Option(help="A curve instead: budget, size or selection.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the results; default runs/bench.")] = None,
@@ -184,3 +235,6 @@ def bench(
     from unmask.cli.bench import run
 
     run(given, shlex.join(["unmask", *sys.argv[1:]]))
+
+
+sweeps.register(app)

@@ -1,58 +1,53 @@
-"""``unmask eval``: base + delta on a task."""
+"""``unmask eval``: base + delta on a task, or the base alone on what needs no trained head."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from unmask.delta import SparseDelta
 from unmask.errors import ConfigError
-from unmask.modeling import load_tuned, task_of
-from unmask.predicting import predict
-from unmask.tasks import compute, load_evaluation, load_glue
-from unmask.tasks.data import Examples, TaskSpec
+from unmask.kinds import Request, kind_of
+from unmask.modeling import load_base, load_tuned, on_accelerator, task_of
+from unmask.tasks.names import TASKS
 
 
-def run_eval(
-    source: str,
-    delta_path: Path,
-    task: str | None,
-    data_dir: str | None,
-    data: str | None,
-    columns: tuple[str, str | None, str],
-    batch_size: int,
-) -> None:
+def run_eval(source: str, delta_path: Path | None, request: Request, batch_size: int) -> None:
     """Prints the metrics of each evaluation split."""
-    delta = SparseDelta.load(delta_path)
-    trained = task_of(delta)
-    spec, splits = _examples(delta, task or (trained["name"] if data is None else None), data_dir, data, columns)
-    if spec.num_labels != trained["num_labels"]:
+    delta = None if delta_path is None else SparseDelta.load(delta_path)
+    described = _untrained(request) if delta is None else task_of(delta)
+    _refuse_generations_own(described, request)
+    request = replace(request, model=source, delta=None if delta_path is None else str(delta_path))
+    task = kind_of(described).reload(described, request)
+    if delta is None:
+        model, tokenizer, _ = load_base(source, None, 0, kind_of(described).head)
+    else:
+        model, tokenizer = load_tuned(source, delta)
+    for scored in task.score(on_accelerator(model.eval()), tokenizer, described, batch_size):
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in scored.metrics.items())
+        print(f"{scored.split} ({scored.count:,}): {metrics}", flush=True)
+
+
+def _refuse_generations_own(described: Mapping[str, Any], request: Request) -> None:
+    given = {
+        "--limit": request.limit,
+        "--output": request.output,
+        "--set": request.options,
+        "--overwrite": request.overwrite,
+    }
+    names = [name for name, value in given.items() if value]
+    if names and kind_of(described).head != "generation":
+        raise ConfigError(f"{', '.join(names)}: for word problems only; {described['name']!r} has no use for it.")
+
+
+def _untrained(request: Request) -> Mapping[str, Any]:
+    """What takes the place of a delta's metadata where there is no delta."""
+    name = (request.task or "").split(",")[0].strip()
+    if TASKS.get(name) != "generation":
+        able = ", ".join(task for task, kind in TASKS.items() if kind == "generation")
         raise ConfigError(
-            f"task {spec.name!r} has {spec.num_labels} labels; the delta was trained with {trained['num_labels']}."
+            f"give a delta: without one, only word problems can be evaluated (--task with some of {able})."
         )
-    model, tokenizer = load_tuned(source, delta)
-    for name, examples in splits.items():
-        scores = predict(model, tokenizer, examples, int(trained["max_length"]), batch_size)
-        metrics = compute(spec, scores, examples.labels)
-        print(f"{name} ({len(examples):,}): " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
-
-
-def _examples(
-    delta: SparseDelta, task: str | None, data_dir: str | None, data: str | None, columns: tuple[str, str | None, str]
-) -> tuple[TaskSpec, dict[str, Examples]]:
-    if data is None:
-        loaded = load_glue(str(task), data_dir, need_train=False)
-        return loaded.spec, dict(loaded.evals)
-    if task is not None:
-        raise ConfigError("give either --task or --data, not both.")
-    trained = task_of(delta)
-    names = trained["label_names"]
-    spec = TaskSpec(
-        trained["name"],
-        tuple(trained["text_columns"]),
-        trained["num_labels"],
-        tuple(names) if names else None,
-        ("accuracy",) if trained["num_labels"] > 1 else ("pearson", "spearman", "mse"),
-        "accuracy" if trained["num_labels"] > 1 else "pearson",
-    )
-    text, pair, label = columns
-    return spec, {"eval": load_evaluation(spec, data, text, label, pair)}
+    return {"kind": "generation", "name": name}

@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import defaultdict
+import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from unmask.analysis import allocation, grouped, mask_of, snapshots, sparsity_entropy, tensor_sparsity
+from unmask.analysis.mask import Mask, orders
 from unmask.delta import SparseDelta
+from unmask.errors import DeltaError
+from unmask.naming import layer_of, without_layer
 
-_LAYER = re.compile(r"\.(?:layer|layers|h|block|blocks)\.(\d+)\.")
+_POINTS = 10
 
 
-def run_inspect(path: Path, top: int, as_json: bool) -> None:
-    """Prints a delta's tables, or everything as JSON."""
+def run_inspect(path: Path, top: int, as_json: bool, plot: Path | None = None) -> None:
+    """Prints a delta's tables, or everything as JSON; draws it too, if there is a path for that."""
     delta = SparseDelta.load(path)
     facts = describe(delta, path)
+    if plot is not None:
+        _draw(delta, facts, plot)
     if as_json:
         print(json.dumps(facts, indent=2))
-        return
+    else:
+        _print(facts, top)
+
+
+def _draw(delta: SparseDelta, facts: dict[str, Any], path: Path) -> None:
+    from unmask.figures import delta_figure, write_figure
+
+    if not len(delta):
+        raise DeltaError("this delta holds whole tensors only, so there is no allocation to draw.")
+    along = snapshots(delta, _POINTS) if orders(delta) and facts["tensor_sparsity"] is not None else []
+    for written in write_figure(lambda style: delta_figure({**facts, "along": along}, style), path):
+        print(f"written: {written}", file=sys.stderr)
+
+
+def _print(facts: dict[str, Any], top: int) -> None:
     console = Console()
     console.print(_header(facts), highlight=False)
+    if facts["weights"]:
+        console.print(_spread(facts), highlight=False)
     console.print("'of' counts the weights of the tensors that changed", highlight=False)
     for title, key, rows in (
         ("by layer", "layer", "layers"),
@@ -49,36 +70,24 @@ def run_inspect(path: Path, top: int, as_json: bool) -> None:
 def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:
     """A delta as JSON values: counts by layer, kind and tensor, sizes, provenance."""
     size = path.stat().st_size
+    mask = mask_of(delta) if len(delta) else Mask({}, {}, None, None)
     return {
         "file": str(path),
         "bytes": size,
         "weights": len(delta),
         "bytes_per_weight": round(size / max(1, len(delta) + delta.whole_numel), 2),
-        "layers": _grouped(delta, lambda name: m.group(1) if (m := _LAYER.search(f".{name}")) else "outside layers"),
-        "kinds": _grouped(delta, _kind),
-        "tensors": _grouped(delta, lambda name: name),
+        "tensor_sparsity": None if mask.tensors is None else tensor_sparsity(mask),
+        "sparsity_entropy": sparsity_entropy(mask),
+        "eligible": delta.metadata.get("eligible"),
+        "layers": grouped(mask, lambda name: layer_of(name) or "outside layers"),
+        "kinds": grouped(mask, without_layer),
+        "tensors": grouped(mask, lambda name: name),
+        "allocation": allocation(mask),
         "whole": {name: tensor.numel() for name, tensor in delta.whole.items()},
         "initial": delta.overlaid,
         "base": delta.base,
         "metadata": dict(delta.metadata),
     }
-
-
-def _kind(name: str) -> str:
-    """A tensor's name without its layer number, e.g. ``attention.self.query.weight``."""
-    match = _LAYER.search(f".{name}")
-    return f".{name}"[match.end() :] if match else name
-
-
-def _grouped(delta: SparseDelta, key: Any) -> dict[str, dict[str, float]]:
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for name, entry in delta.sparse.items():
-        size = 1
-        for length in entry.shape:
-            size *= length
-        counts[key(name)][0] += entry.numel
-        counts[key(name)][1] += size
-    return {group: {"changed": n, "of": size, "density": n / size} for group, (n, size) in counts.items()}
 
 
 def _header(facts: dict[str, Any]) -> str:
@@ -94,6 +103,15 @@ def _header(facts: dict[str, Any]) -> str:
         settings = ", ".join(f"{key} {value}" for key, value in meta["into"].items() if key != "kind")
         lines.append(f"inside {meta['into']['kind']} ({settings})")
     return "\n".join(lines)
+
+
+def _spread(facts: dict[str, Any]) -> str:
+    """How the weights spread over tensors, in words."""
+    held, entropy = len(facts["tensors"]), facts["sparsity_entropy"]
+    eligible = facts["eligible"]
+    of = "" if eligible is None else f" of {eligible['tensors']}"
+    sparsity = "" if facts["tensor_sparsity"] is None else f" (tensor sparsity {facts['tensor_sparsity']:.1%})"
+    return f"in {held}{of} tensors{sparsity}; sparsity entropy {entropy:.3f} nats"
 
 
 def _table(title: str, key: str, rows: dict[str, dict[str, float]], top: int) -> Table:

@@ -26,8 +26,10 @@ from unmask.gradients import triton_sampled
 from unmask.slots import Entries, take
 
 Product = Literal["dense", "compact", "sampled"]
-PIECE = 256  # tokens at a time on a CPU
-DEPTH = 128  # tokens of one block of a piece: what a dot product reads in one go
+PIECE = 512  # tokens at a time on a CPU, and half as many of activations wider than WIDE
+WIDE = 1024
+DEPTH = 256  # tokens of one block of a piece: what a dot product reads in one go
+LINE = 64  # bytes of a cache line
 SHARED = 1 << 21  # the largest input, in scalars, whose blocks are kept for the next product
 
 
@@ -52,9 +54,9 @@ class Cost:
 
 # CPU: an AMD EPYC with AVX-512, 2 threads. CUDA: from an A100's data sheet, not measured.
 _CPU = {
-    torch.float64: Cost(dense=0.02, select=1.5, transpose=1.0, dot=0.2, fixed=250.0),
-    torch.float32: Cost(dense=0.0100, select=1.0, transpose=0.5, dot=0.105, fixed=250.0),
-    torch.bfloat16: Cost(dense=0.0048, select=1.0, transpose=0.45, dot=0.105, fixed=250.0),
+    torch.float64: Cost(dense=0.02, select=1.5, transpose=0.6, dot=0.13, fixed=60.0),
+    torch.float32: Cost(dense=0.0105, select=0.8, transpose=0.27, dot=0.065, fixed=60.0),
+    torch.bfloat16: Cost(dense=0.0027, select=2.8, transpose=0.3, dot=0.06, fixed=60.0),
 }
 _CUDA = {
     torch.float32: Cost(dense=1.0e-4, select=5e-3, transpose=5e-3, dot=2e-3, fixed=0.02),
@@ -75,13 +77,13 @@ def choose(entries: Entries, tokens: int, dtype: torch.dtype, device: torch.devi
     costs = _costs(dtype, device)
     rows, columns = entries.shape
     some_rows, some_columns = spread(entries)
-    compact = costs.select * (some_rows + some_columns) + costs.dense * some_rows * some_columns
+    gathered = some_rows * (some_rows < rows) + some_columns * (some_columns < columns)
+    compact = costs.select * gathered + costs.dense * some_rows * some_columns
     sampled = costs.fixed + costs.transpose * (rows + columns) + costs.dot * entries.flat.numel()
-    offers: dict[Product, float] = {"compact": compact}
+    offers: dict[Product, float] = {"dense": costs.dense * rows * columns} if dense else {}
+    offers["compact"] = compact
     if _samples(dtype, device):
         offers["sampled"] = sampled * max(1.0, PIECE / max(1, tokens))
-    if dense:
-        offers["dense"] = costs.dense * rows * columns
     return min(offers, key=offers.__getitem__)
 
 
@@ -172,7 +174,7 @@ def _compact(g: Tensor, x: Tensor, entries: Entries) -> Tensor:
 
 def _on_cpu(g: Tensor, x: Tensor, entries: Entries, wide: torch.dtype) -> Tensor:
     total = torch.zeros(entries.flat.shape, dtype=wide)
-    pieces = _pieces(g.shape[0])
+    pieces = _pieces(g.shape[0], max(entries.shape))
     shared = _shared(x, pieces, wide)
     for i, (low, high, depth) in enumerate(pieces):
         mask = _csr(entries, (high - low) // depth, wide)
@@ -182,10 +184,11 @@ def _on_cpu(g: Tensor, x: Tensor, entries: Entries, wide: torch.dtype) -> Tensor
     return total
 
 
-def _pieces(tokens: int) -> list[tuple[int, int, int]]:
+def _pieces(tokens: int, width: int) -> list[tuple[int, int, int]]:
     """(first token, end, depth of the blocks) of each piece."""
-    whole = tokens - tokens % PIECE
-    pieces = [(low, low + PIECE, DEPTH) for low in range(0, whole, PIECE)]
+    piece = PIECE if width <= WIDE else PIECE // 2
+    whole = tokens - tokens % piece
+    pieces = [(low, low + piece, DEPTH) for low in range(0, whole, piece)]
     while whole < tokens:
         depth = min(DEPTH, tokens - whole)
         pieces.append((whole, whole + depth, depth))
@@ -220,7 +223,7 @@ def _shared(x: Tensor, pieces: list[tuple[int, int, int]], dtype: torch.dtype) -
     """The blocks of an input that the next product may use as well: query, key and value share theirs."""
     if x.numel() > SHARED:
         return None
-    key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, dtype)
+    key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, dtype, len(pieces))
     if _scratch.shared is None or _scratch.shared[0] != key:
         blocks = [_blocks(x[low:high], depth, dtype, f"x from {low}") for low, high, depth in pieces]
         _scratch.shared = (key, x, blocks)  # x is held, so that its address stays its own
@@ -231,12 +234,17 @@ def _blocks(piece: Tensor, depth: int, dtype: torch.dtype, name: str) -> Tensor:
     """(n depth, columns) as (n, columns, depth), in ``dtype``: each column's tokens side by side within a block."""
     tokens, columns = piece.shape
     stride = piece.stride(0)
-    if piece.stride(1) != 1 or piece.dtype != dtype or stride * dtype.itemsize % 2048 == 0:
-        stride = columns + 16 if columns * dtype.itemsize % 2048 == 0 else columns  # rows that share no cache set
+    if piece.stride(1) != 1 or piece.dtype != dtype or _shares_sets(stride * dtype.itemsize):
+        stride = columns + LINE // dtype.itemsize if _shares_sets(columns * dtype.itemsize) else columns
         padded = _scratch.take(name + " padded", tokens * stride, dtype).view(tokens, stride)[:, :columns]
         piece = padded.copy_(piece)
     blocks = _scratch.take(name, tokens * columns, dtype).view(tokens // depth, columns, depth)
     return blocks.copy_(piece.as_strided(blocks.shape, (depth * stride, 1, stride), piece.storage_offset()))
+
+
+def _shares_sets(stride: int) -> bool:
+    """Whether rows so many bytes apart lie in few of a cache's sets: an odd number of lines reaches all of them."""
+    return stride % (2 * LINE) == 0
 
 
 def _csr(entries: Entries, batch: int, dtype: torch.dtype) -> Tensor:

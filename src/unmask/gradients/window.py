@@ -208,7 +208,7 @@ class Window:
 
     def _add(self, entries: Entries, gradient: Tensor) -> None:
         if self._buffer is not None:
-            self._buffer[entries.slots] += gradient.to(self._buffer)
+            self._buffer.index_add_(0, entries.slots, gradient.to(self._buffer))
 
     def _offer(self, index: int, gradient: Tensor | Factors) -> None:
         if self._ranker is not None:

@@ -10,8 +10,8 @@ need("peft", "hf")
 from unmask.peft.config import SelectiveConfig  # noqa: E402
 from unmask.peft.kind import register  # noqa: E402
 from unmask.peft.model import SelectiveModel  # noqa: E402
-from unmask.peft.verbs import delta, push_to_hub, status  # noqa: E402
+from unmask.peft.verbs import clip_grad_norm_, delta, push_to_hub, status  # noqa: E402
 
 register(SelectiveConfig, SelectiveModel)
 
-__all__ = ["SelectiveConfig", "SelectiveModel", "delta", "push_to_hub", "status"]
+__all__ = ["SelectiveConfig", "SelectiveModel", "clip_grad_norm_", "delta", "push_to_hub", "status"]

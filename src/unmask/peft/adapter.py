@@ -11,7 +11,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,15 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from unmask.delta import SparseDelta, SparseTensor
 from unmask.errors import DeltaError
 from unmask.peft.config import SelectiveConfig
+from unmask.peft.progress import Progress
 from unmask.peft.waiting import Waiting
 from unmask.selecting import select
 from unmask.selection import Selection
-from unmask.slots import Layout
+from unmask.slots import Layout, put
 from unmask.stepping import unwatch, watch
+
+if TYPE_CHECKING:
+    from unmask.peft.attempt import Attempt
 
 
 @dataclass
@@ -58,6 +62,8 @@ class Adapter:
             changed, and tensors that the base's checkpoint lacks.
         selection: The live selection, while it trains.
         written: Whether its values are in the base's tensors.
+        attempt: The Trainer's attempt at a run that it is trained in, if one is.
+        asked: Whether ``config.total_steps`` was the Trainer's.
     """
 
     def __init__(self, config: SelectiveConfig, budget: int, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -69,6 +75,8 @@ class Adapter:
         self.whole: dict[str, Tensor] = {}
         self.selection: Selection | None = None
         self.written = False
+        self.attempt: Attempt | None = None
+        self.asked = False
         self._positions = torch.full((budget,), -1, dtype=torch.int64, device=first.device)
         self._base = torch.zeros_like(zeros)
         self._used = self._step = 0
@@ -110,6 +118,8 @@ class Adapter:
                 new=[],
                 accumulation=self.config.accumulation,  # type: ignore[arg-type]  # checked by SelectiveConfig
                 gradients=self.config.gradients,  # type: ignore[arg-type]
+                exchange=self.config.exchange,  # type: ignore[arg-type]
+                clip_scope=self.config.clip_scope,  # type: ignore[arg-type]
                 values=self.values,
             )
         if held.step or held.used:
@@ -204,11 +214,25 @@ class Adapter:
             sparse[self.layout.names[index]] = SparseTensor(flat.cpu(), values, tuple(tensor.shape))
         return sparse
 
-    def slots_of(self, delta: SparseDelta) -> Slots:
+    def initial(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy of one of the base's tensors without this adapter's values in it: what its entries lie over."""
+        slots, whole = self.slots(), tensor.detach().clone()
+        for index, flat, places in self.layout.split(slots.positions[: slots.used]):
+            if self.layout.names[index] == name:
+                put(whole, flat, slots.base[places])
+        return whole
+
+    def progress(self) -> Progress | None:
+        """What training needs to go on from the saved values; None if there is nothing to go on with, or it is not wanted."""
+        if self.step == 0 or not self.config.training_state:
+            return None
+        return Progress.of(self.slots(), any(t.dtype != self.values.dtype for t in self.layout.tensors))
+
+    def slots_of(self, delta: SparseDelta, progress: Progress | None = None) -> Slots:
         """A delta's entries as slots; the base's tensors must hold the base.
 
         Raises:
-            DeltaError: The delta does not fit the configuration.
+            DeltaError: The delta does not fit the configuration, or ``progress`` is another delta's.
         """
         bounds = dict(zip(self.layout.names, self.layout.bounds.tolist(), strict=False))
         foreign = [name for name in delta.sparse if name not in bounds]
@@ -220,18 +244,31 @@ class Adapter:
             raise DeltaError(f"the adapter holds {len(delta):,} values; the config's budget is {self.budget:,}.")
         slots = Slots(torch.full_like(self._positions, -1), torch.zeros_like(self._base), torch.zeros_like(self.values))
         slots.used, slots.step = len(delta), int(delta.metadata.get("step", 0))
-        if delta.sparse:
-            flat = torch.cat([entry.indices.cpu() + bounds[name] for name, entry in delta.sparse.items()])
+        parts = sorted(delta.sparse.items())
+        if parts:
+            flat = torch.cat([entry.indices.cpu() + bounds[name] for name, entry in parts])
             slots.positions[: slots.used] = flat.to(slots.positions)
-            slots.values[: slots.used] = torch.cat([entry.values.to(slots.values) for entry in delta.sparse.values()])
-            slots.base[: slots.used] = self.layout.read(slots.positions[: slots.used], slots.base.dtype)
+            slots.values[: slots.used] = torch.cat([entry.values.to(slots.values) for _, entry in parts])
+            slots.base[: slots.used] = self._base_of(delta, slots.positions[: slots.used])
+        if progress is not None:
+            progress.check([entry.values for _, entry in parts])
+            progress.arrange(slots)
         return slots
+
+    def _base_of(self, delta: SparseDelta, positions: Tensor) -> Tensor:
+        """The base's weights at positions; a tensor that the delta brings whole is its own base."""
+        base = self.layout.read(positions, self.values.dtype)
+        for index, flat, places in self.layout.split(positions):
+            whole = delta.whole.get(self.layout.names[index])
+            if whole is not None:
+                base[places] = whole.reshape(-1)[flat.to(whole.device)].to(base)
+        return base
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, is not live."""
         slots = self.slots()
         at_rest = {"_positions": slots.positions, "_base": slots.base, "_used": slots.used, "_step": slots.step}
-        return {**vars(self), **at_rest, "selection": None}
+        return {**vars(self), **at_rest, "selection": None, "attempt": None}
 
 
 def changed(base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCard
 
 _BEGIN, _END = "<!-- unmask: begin -->", "<!-- unmask: end -->"
 _NEW = "---\nlibrary_name: peft\n---\n"
@@ -20,6 +23,24 @@ def write_card(folder: str, record: Mapping[str, Any]) -> Path:
     card = f"{before.rstrip()}\n\n{_BEGIN}\n{section(record)}\n{_END}\n{after.lstrip()}"
     path.write_text(card, encoding="utf-8")
     return path
+
+
+def complete_card(folder: str) -> None:
+    """Gives the card of a folder that is about to be uploaded what transformers' own card there lacks.
+
+    That is PEFT's metadata (library and base), and the section of the adapter in that folder; adapters in folders inside
+    have cards of their own.
+    """
+    path, config = Path(folder, "README.md"), Path(folder, "adapter_config.json")
+    if not config.is_file():
+        return
+    card, saved = ModelCard.load(path), json.loads(config.read_text(encoding="utf-8"))
+    card.data.library_name = "peft"
+    if saved["base_model_name_or_path"]:
+        card.data.base_model = saved["base_model_name_or_path"]
+    card.save(path)
+    if saved["record"] is not None:
+        write_card(folder, saved["record"])
 
 
 def section(record: Mapping[str, Any]) -> str:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from peft import PeftConfig
 
 from unmask import methods
+from unmask.clipping import ClipScope
+from unmask.distributed.reducer import Exchange, check_exchange
 from unmask.errors import MethodError
 from unmask.method import Budget, Method
 from unmask.peft.card import write_card
 from unmask.peft.kind import peft_type
 
 METHODS = ("id3", "repeat_d3", "static_d3", "pafi", "bitfit", "random_mask")
+_ALLOWED = {
+    "accumulation": ("candidates", "exact"),
+    "gradients": ("auto", "sampled", "dense"),
+    "exchange": get_args(Exchange),
+    "clip_scope": get_args(ClipScope),
+}
 _ELSEWHERE = {
     "fish": "it needs a loader, which no adapter_config.json can hold: use unmask.select(model, unmask.fish(...))",
     "full": "it has no budget: use modules_to_save",
@@ -36,12 +44,17 @@ class SelectiveConfig(PeftConfig):
         normalise: ``"none"``, ``"row-column"`` or ``"row-column-root"``: what scores are divided by.
         accumulation: ``"candidates"`` or ``"exact"``: the selection that gradient accumulation makes.
         gradients: ``"auto"``, ``"sampled"`` or ``"dense"``.
+        exchange: How several processes select together: ``"exact"``, ``"candidates"`` or ``"none"``; see `unmask.select`.
+        clip_scope: Which norm a ``transformers.Trainer`` (by ``max_grad_norm``) and `unmask.peft.clip_grad_norm_` clip by:
+            ``"selected"``, of what is trained; or ``"all"``, of every eligible weight too; see `unmask.select`.
         target_modules: Modules whose parameters (those of modules inside them too) are eligible: names or name endings,
             one regular expression that matches whole names, or ``"all-linear"``. None: the whole model.
         exclude_modules: Modules whose parameters are not; names or name endings, or one regular expression.
         modules_to_save: Modules trained and saved whole, outside the budget: a new head, say.
         total_steps: T, the planned number of optimizer steps, over which ``id3`` spreads its budget. None: taken from
             the ``transformers.Trainer`` that runs the first step.
+        training_state: Whether a saved adapter also holds what training needs to go on bit for bit (the order of
+            unmasking, and float32 masters in half precision): 4 bytes a weight, 8 in half precision. False: values alone.
         record: What the adapter holds, filled when it is saved: the delta's metadata, and the base's fingerprint.
 
     Raises:
@@ -63,10 +76,13 @@ class SelectiveConfig(PeftConfig):
     normalise: str = field(default="none", metadata={"help": "none, row-column or row-column-root."})
     accumulation: str = field(default="candidates", metadata={"help": "candidates or exact."})
     gradients: str = field(default="auto", metadata={"help": "auto, sampled or dense."})
+    exchange: str = field(default="exact", metadata={"help": "exact, candidates or none: several processes."})
+    clip_scope: str = field(default="selected", metadata={"help": "selected or all."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that are eligible."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that are not."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
     total_steps: int | None = field(default=None, metadata={"help": "Planned number of optimizer steps."})
+    training_state: bool = field(default=True, metadata={"help": "Save what training needs to go on bit for bit."})
     record: dict[str, Any] | None = field(default=None, metadata={"help": "What the saved adapter holds."})
 
     def __post_init__(self) -> None:
@@ -77,12 +93,14 @@ class SelectiveConfig(PeftConfig):
         if self.method not in METHODS:
             why = _ELSEWHERE.get(self.method, "there are " + ", ".join(METHODS))
             raise MethodError(f"method = {self.method!r}; {why}.")
-        for name, allowed in (("accumulation", ("candidates", "exact")), ("gradients", ("auto", "sampled", "dense"))):
+        for name, allowed in _ALLOWED.items():
             if getattr(self, name) not in allowed:
                 raise MethodError(f"{name} = {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
         if self.budget is None and self.method != "bitfit":
             raise MethodError("budget is missing; give a count (320_000) or a share of the parameters ('0.17%').")
-        self.build(self.budget)  # refuses what cannot work now, not at the first step
+        if self.clip_scope == "all" and self.gradients == "sampled":
+            raise MethodError("clip_scope='all' needs the whole gradient at every step; leave gradients='auto'.")
+        check_exchange(self.exchange, self.build(self.budget))  # refuses what cannot work now, not at the first step
 
     @property
     def needs_total_steps(self) -> bool:

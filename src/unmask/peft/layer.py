@@ -17,8 +17,13 @@ from unmask.delta import SparseDelta
 from unmask.errors import SelectionError
 from unmask.fingerprint import digest, fingerprint
 from unmask.peft.adapter import Adapter, changed
-from unmask.peft.targets import Base
-from unmask.peft.total_steps import not_known, steps_of_caller
+from unmask.peft.attempt import Attempt, not_known, planned_steps
+from unmask.peft.callers import calling_trainer
+from unmask.peft.clipping import clip_in
+from unmask.peft.ddp import stay_unwrapped
+from unmask.peft.pause import Pause
+from unmask.peft.progress import Progress
+from unmask.peft.targets import Base, saved_whole
 from unmask.recording import missing_from_checkpoint
 
 
@@ -58,6 +63,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._disabled = contextlib.ExitStack()  # holds the base restored, while adapters are disabled
         self._left: Adapter | None = None  # whose values it puts back
+        self._pause: Pause | None = None  # an adapter that goes on training when it is made active again
         self._digests: dict[str, str] | None = None
         model.requires_grad_(False)
 
@@ -115,6 +121,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         """Forgets an adapter; if it was active, the base's weights are back and the next one becomes active."""
         if self._disable_adapters:
             raise SelectionError("delete_adapter() inside disable_adapter(); leave that first.")
+        self.settle()
         if adapter_name in self.active_adapters:
             self._exchange(self.active, None)
         self.adapters[adapter_name].expect(False)
@@ -146,6 +153,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         active = self.active
         if self._disable_adapters:
             self.enable_adapters(True)
+        self.settle()
         for adapter in self.adapters.values():
             adapter.expect(False)
         if active is not None and not keep:
@@ -164,18 +172,51 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
             return
         if not adapter.values.requires_grad:
             adapter.stop()  # the user froze it by hand
-        elif adapter.selection is None and self._steps_are_known(adapter):
+            return
+        self._follow(adapter)
+        if adapter.selection is None and self._steps_are_known(adapter):
+            self.settle()
             adapter.start(self.model)
+
+    def _follow(self, adapter: Adapter) -> None:
+        """Knows the Trainer's attempt that this forward belongs to, and undoes one that has failed."""
+        if adapter.attempt is None:
+            if adapter.selection is not None:
+                return  # a loop of the user's: nothing to look for at each forward
+            trainer = calling_trainer()
+        elif adapter.attempt.running:
+            return
+        else:
+            trainer = calling_trainer()
+            if adapter.attempt.failed:
+                self._go_back(adapter, adapter.attempt)
+        adapter.attempt = None
+        if planned_steps(trainer) is not None:
+            adapter.attempt = Attempt(trainer, adapter, self.whole_of(adapter), self._copies(adapter))
+            if adapter.config.clip_scope == "all":
+                clip_in(trainer, self)
+
+    def _go_back(self, adapter: Adapter, attempt: Attempt) -> None:
+        adapter.withdraw(self._whole, self._tensors())
+        adapter.load(attempt.slots)
+        adapter.whole = dict(attempt.whole)
+        adapter.write(self._tensors())
+        attempt.undo(self._copies(adapter))
+        if adapter.asked:
+            adapter.config.total_steps = None
+
+    def _copies(self, adapter: Adapter) -> dict[str, Tensor]:
+        return saved_whole(self.model, next(name for name, each in self.adapters.items() if each is adapter))
 
     def _steps_are_known(self, adapter: Adapter) -> bool:
         if adapter.config.needs_total_steps:
-            adapter.config.total_steps = steps_of_caller()
+            adapter.config.total_steps, adapter.asked = planned_steps(calling_trainer()), True
         if adapter.config.needs_total_steps and self.model.training:
             raise not_known(next(name for name, each in self.adapters.items() if each is adapter))
         return not adapter.config.needs_total_steps
 
     def _train(self, adapter: Adapter, trainable: bool) -> None:
-        if not trainable:
+        if not trainable and (self._pause is None or self._pause.adapter is not adapter):
             adapter.stop()
         adapter.values.requires_grad_(trainable)
         adapter.expect(trainable and adapter.selection is None and adapter is self.active)
@@ -186,9 +227,34 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
                 new.write(self._tensors())
             return
         if old is not None and old.written:
-            old.withdraw(self._whole, self._tensors())
-        if new is not None:
+            if old.selection is not None and new is not None and self._pause is None:
+                self._pause = Pause(old, self._whole, self._tensors())
+            else:
+                old.withdraw(self._whole, self._tensors())
+        if self._pause is not None and self._pause.adapter is new:
+            self._pause.end()
+            self._pause = None
+        elif new is not None:
             new.write(self._tensors())
+
+    def settle(self) -> None:
+        """Ends the training of an adapter that is not active but could have gone on; its state is kept."""
+        if self._pause is None:
+            return
+        active, paused = self.active, self._pause.adapter
+        written = active is not None and active.written
+        if active is not None and written:
+            active.withdraw(self._whole, self._tensors())
+        self._pause.end()
+        self._pause = None
+        paused.withdraw(self._whole, self._tensors())
+        if active is not None and written:
+            active.write(self._tensors())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, has no training that waits."""
+        self.settle()
+        return dict(vars(self))
 
     # The base.
 
@@ -197,17 +263,18 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         """The base's version of all that an adapter may set whole."""
         return self._whole
 
-    def load(self, name: str, delta: SparseDelta) -> None:
+    def load(self, name: str, delta: SparseDelta, progress: Progress | None = None) -> None:
         """Replaces what an adapter holds."""
+        self.settle()
         adapter = self.adapters[name]
         adapter.stop()
         written = adapter.written and not self._disable_adapters
         if written:
             adapter.withdraw(self._whole, self._tensors())
         with self.base_restored():
-            slots = adapter.slots_of(delta)
+            slots = adapter.slots_of(delta, progress)
         adapter.load(slots)
-        adapter.whole = dict(delta.whole)
+        adapter.whole, adapter.attempt = dict(delta.whole), None
         if written:
             adapter.write(self._tensors())
             self._train(adapter, adapter.values.requires_grad)
@@ -226,11 +293,18 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
             yield
 
     def whole_of(self, adapter: Adapter) -> dict[str, Tensor]:
-        """The tensors that a saved adapter brings whole, by name: buffers it changed, and what the checkpoint lacks."""
+        """The tensors that a saved adapter brings whole, by name: buffers it changed, and what the checkpoint lacks.
+
+        Without the adapter's own entries, which lie over them.
+        """
+        if adapter is not self.active:
+            self.settle()
         tensors = self._tensors()
         if adapter is self.active and adapter.written and not self._disable_adapters:
-            return {name: tensors[name] for name in sorted({*self.new, *changed(self._whole, tensors)})}
-        return {name: adapter.whole.get(name, self._whole[name]) for name in sorted({*self.new, *adapter.whole})}
+            whole = {name: tensors[name] for name in sorted({*self.new, *changed(self._whole, tensors)})}
+        else:
+            whole = {n: adapter.whole.get(n, self._whole[n]) for n in sorted({*self.new, *adapter.whole})}
+        return {name: adapter.initial(name, tensor) for name, tensor in whole.items()}
 
     def fingerprint(self, without: Any) -> str:
         """The base's fingerprint, over all of its tensors but those named. Hashed once, until the base is converted."""
@@ -239,8 +313,20 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
                 self._digests = {name: digest(tensor) for name, tensor in self._tensors().items()}
         return fingerprint({name: value for name, value in self._digests.items() if name not in without})
 
+    def describe(self, name: str) -> str:
+        """What an adapter holds now, in a line; see `unmask.peft.status`."""
+        adapter = self.adapters[name]
+        dense = sum(tensor.numel() for tensor in saved_whole(self.model, name).values())
+        steps = "" if adapter.config.total_steps is None else f" of {adapter.config.total_steps:,}"
+        return (
+            f"{name} ({adapter.config.method}): {adapter.used:,} weights selected of a budget of {adapter.budget:,}, step "
+            f"{adapter.step:,}{steps}; {dense:,} numbers trained whole in modules_to_save"
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> SelectiveLayer:
         """As any module's, for devices; ``values`` keep their dtype, being masters of whatever the tensors hold."""
+        self.settle()
+        stay_unwrapped(self)  # a Trainer that is being built moves its model
         held = {name: (p.device, p.dtype, p.detach()) for name, p in self.unmask_values.items()}
         super()._apply(fn, recurse)
         self._digests = None

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import platform
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
+from transformers.utils.hub import PushToHubMixin
 
 from unmask.delta import SparseDelta
 from unmask.errors import DeltaError, MethodError
 from unmask.method import parse_budget
 from unmask.peft.adapter import Adapter
+from unmask.peft.callers import caller, calling_trainer
+from unmask.peft.card import complete_card
 from unmask.peft.combine import combine_whole, combined_config, combined_slots, union
+from unmask.peft.ddp import name_in_peft_model
 from unmask.peft.kind import PREFIX
 from unmask.peft.layer import SelectiveLayer
+from unmask.peft.progress import Progress
 from unmask.peft.saving import is_entry, put_entries, take_entries
 from unmask.peft.targets import Base, eligible, saved_whole
 from unmask.recording import name_or_path
@@ -58,15 +64,36 @@ class SelectiveModel(BaseTuner):
             if "deltas" in self.__dict__.get("_modules", {}):
                 self._end(keep=False)
             raise
+        owner = caller(PeftModel)  # is being built, and knows these by their names
+        for name in ("print_trainable_parameters", "_upload_modified_files", "_ddp_params_and_buffers_to_ignore"):
+            setattr(owner, name, getattr(self, name))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's, through its hooks: PEFT 0.20 calls the base's ``forward`` past them."""
         return self.model(*args, **kwargs)
 
+    # What a PeftModel has of its own, and does here.
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers in parameters, as PEFT counts them."""
+        return PeftModel.get_nb_trainable_parameters(cast(PeftModel, self))
+
+    def print_trainable_parameters(self) -> None:
+        """PEFT's line; then what the active adapter has selected, its budget, and what is trained whole beside it."""
+        PeftModel.print_trainable_parameters(cast(PeftModel, self))
+        for name in self.deltas.active_adapters:
+            print(self.deltas.describe(name))
+
+    def _upload_modified_files(self, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        """The end of ``push_to_hub``: transformers has put a card of its own in the place of the saved one."""
+        complete_card(working_dir)
+        return PushToHubMixin._upload_modified_files(cast(PeftModel, self), working_dir, *args, **kwargs)
+
     # Adding and choosing adapters.
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.deltas = SelectiveLayer(model)
+        self._ddp_params_and_buffers_to_ignore: list[str] = []
         self._hook = model.register_forward_pre_hook(self._before_forward)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
@@ -75,17 +102,26 @@ class SelectiveModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds the adapter of ``self.peft_config[adapter_name]``, which sets no weight yet."""
         config: Any = self.peft_config[adapter_name]  # a SelectiveConfig
+        twin = next((a for a in self.deltas.adapters.values() if a.config is config), None)
+        if twin is not None:  # each writes what it holds into its own
+            config = self.peft_config[adapter_name] = copy.copy(config)
         total = sum(parameter.numel() for parameter in Base(model).parameters.values())
         budget = None if config.budget is None else parse_budget(config.budget, total)
         method = config.build(budget)
         parameters = eligible(model, config, method)
         names = {id(p): name for name, p in model.named_parameters()}
         method.schedule.check(count := count_budget(model, method, [names[id(p)] for p in parameters.values()]))
-        self._add(adapter_name, Adapter(config, count, parameters))
+        adapter = Adapter(config, count, parameters)
+        if twin is not None and adapter_name == "ref" and calling_trainer() is not None:
+            # TRL's reference: an equal adapter, whose parameters it then makes equal one by one
+            adapter.load(twin.slots())
+            adapter.whole = self.deltas.whole_of(twin)
+        self._add(adapter_name, adapter)
 
     def _add(self, name: str, adapter: Adapter) -> None:
         config = adapter.config
         self.deltas.add(name, adapter)
+        self._ddp_params_and_buffers_to_ignore.append(name_in_peft_model(name))
         self.targeted_module_names = sorted(
             {n.rpartition(".")[0] for a in self.deltas.adapters.values() for n in a.layout.names}
         )
@@ -235,9 +271,9 @@ class SelectiveModel(BaseTuner):
         """An adapter as an `unmask.SparseDelta` of the base; see `unmask.peft.delta`."""
         adapter = self.deltas.adapters[adapter_name]
         saved = {name: tensor.detach().cpu().clone() for name, tensor in saved_whole(self.model, adapter_name).items()}
-        whole = {n: t.detach().cpu().clone() for n, t in self.deltas.whole_of(adapter).items() if n not in saved}
+        whole = {name: t.cpu() for name, t in self.deltas.whole_of(adapter).items() if name not in saved}
         without = {*whole, *saved}
-        sparse = {name: entry for name, entry in adapter.entries().items() if name not in without}
+        sparse = adapter.entries()
         metadata = {
             "method": adapter.config.build(adapter.budget).describe(),
             "budget": adapter.budget,
@@ -260,16 +296,17 @@ class SelectiveModel(BaseTuner):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.deltas.adapters:
-            put_entries(self.delta(name, modules_to_save=False), name, prefix, destination)
+            progress = self.deltas.adapters[name].progress()
+            put_entries(self.delta(name, modules_to_save=False), progress, name, prefix, destination)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for name in self.deltas.adapters:
-            delta = take_entries(name, prefix, state_dict)
-            if delta is not None:
-                self._load(name, delta)
+            saved = take_entries(name, prefix, state_dict)
+            if saved is not None:
+                self._load(name, *saved)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _load(self, name: str, delta: SparseDelta) -> None:
+    def _load(self, name: str, delta: SparseDelta, progress: Progress | None) -> None:
         without = {*delta.whole, *saved_whole(self.model, name)}
         mine = self.deltas.fingerprint(without)
         if mine != delta.base:
@@ -278,7 +315,7 @@ class SelectiveModel(BaseTuner):
                 f"{delta.metadata.get('base_id') or 'another base'!r} with {delta.base[:23]}... Its values were not loaded. "
                 "Load that base, unmodified, in the same dtype and with the same modules_to_save."
             )
-        self.deltas.load(name, delta)
+        self.deltas.load(name, delta, progress)
 
     @classmethod
     def _get_adapter_state_dict(

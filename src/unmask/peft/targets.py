@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from unmask.errors import MethodError
 from unmask.method import Method
 from unmask.peft.config import SelectiveConfig
+from unmask.quantised.kinds import sources
 from unmask.scopes import refuse_renormalized
 from unmask.state import persistent_buffers
 
@@ -61,7 +62,7 @@ def saved_whole(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and adapter in getattr(module, "modules_to_save", {}):
-            state = module.modules_to_save[adapter].state_dict()
+            state = module.modules_to_save[adapter].state_dict(keep_vars=True)
             whole |= {f"{name}.{key}": tensor for key, tensor in state.items()}
     return whole
 
@@ -75,7 +76,7 @@ def eligible(model: nn.Module, config: SelectiveConfig, method: Method) -> dict[
         method: Its scope narrows the choice (``bitfit``).
 
     Raises:
-        MethodError: Nothing is left, or ``exclude_modules`` excludes nothing.
+        MethodError: A tensor is quantised, nothing is left, or ``exclude_modules`` excludes nothing.
     """
     base = Base(model)
     _maybe_include_all_linear_layers(config, model)
@@ -86,10 +87,12 @@ def eligible(model: nn.Module, config: SelectiveConfig, method: Method) -> dict[
     inside, outside = _below(model, base, targets), _below(model, base, excluded)
     parameters = dict(model.named_parameters())
     scope = {id(parameters[name]) for name in method.scope.names(model)}
+    wanted = (inside & scope) - outside
+    _refuse_quantised(model, wanted)
     chosen = {
         name: parameter
         for name, parameter in sorted(base.parameters.items())
-        if id(parameter) in (inside & scope) - outside and parameter.is_floating_point() and parameter.numel()
+        if id(parameter) in wanted and parameter.is_floating_point() and parameter.numel()
     }
     if not chosen:
         raise MethodError(
@@ -102,6 +105,17 @@ def eligible(model: nn.Module, config: SelectiveConfig, method: Method) -> dict[
             f"exclude_modules = {config.exclude_modules!r} excludes nothing; modules are like {_some(model)}."
         )
     return chosen
+
+
+def _refuse_quantised(model: nn.Module, wanted: set[int]) -> None:
+    """An adapter's values are in the base's own tensors, where a quantised matrix has no place for them."""
+    parameters = dict(model.named_parameters())
+    quantised = [name for name in sources(model) if name in parameters and id(parameters[name]) in wanted]
+    if quantised:
+        raise MethodError(
+            f"{quantised[0]!r} is quantised, and a SelectiveConfig cannot train it. Use unmask.select(model, ...), which puts a "
+            "sidecar beside it (docs/quantised.md), or leave it out of target_modules."
+        )
 
 
 def _matched(model: nn.Module, base: Base, config: SelectiveConfig) -> tuple[set[str], set[str]]:

@@ -1,16 +1,15 @@
-"""What PEFT has no verb for: an adapter as a delta, its state in words, and a push that keeps the model card."""
+"""What PEFT has no verb for: an adapter as a delta, and its state in words."""
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
-from huggingface_hub import HfApi
 from peft import PeftModel
+from torch import Tensor
 
 from unmask.delta import SparseDelta
+from unmask.peft.clipping import clip
 from unmask.peft.model import tuner_of
-from unmask.peft.targets import saved_whole
 
 
 def delta(model: PeftModel, adapter_name: str | None = None) -> SparseDelta:
@@ -41,34 +40,38 @@ def status(model: PeftModel, adapter_name: str | None = None) -> str:
         model: A PEFT model.
         adapter_name: None for the active one.
     """
-    tuner, name = tuner_of(model), _name(model, adapter_name)
-    adapter = tuner.deltas.adapters[name]
-    dense = sum(tensor.numel() for tensor in saved_whole(tuner.model, name).values())
-    steps = "" if adapter.config.total_steps is None else f" of {adapter.config.total_steps:,}"
-    return (
-        f"{name} ({adapter.config.method}): {adapter.used:,} weights selected of a budget of {adapter.budget:,}, step "
-        f"{adapter.step:,}{steps}; {dense:,} numbers trained whole in modules_to_save"
-    )
+    return tuner_of(model).deltas.describe(_name(model, adapter_name))
+
+
+def clip_grad_norm_(model: PeftModel, max_norm: float, loss_scale: float = 1.0) -> Tensor:
+    """Clips what a PEFT model trains, by the norm that ``SelectiveConfig(clip_scope=...)`` names; a Trainer needs no such call.
+
+    Args:
+        model: A PEFT model; call this between ``backward`` and ``step``.
+        max_norm: The largest norm allowed.
+        loss_scale: As for `unmask.clip_grad_norm_`.
+
+    Returns:
+        The norm before clipping, 0-d.
+
+    Raises:
+        ScheduleNotRunError: Nothing is being trained.
+    """
+    return clip(tuner_of(model).deltas, model.parameters(), max_norm, loss_scale)
 
 
 def push_to_hub(model: PeftModel, repo_id: str, **options: Any) -> str:
-    """Uploads adapters with the model card that `save_pretrained` writes.
-
-    ``model.push_to_hub(repo_id)`` uploads the same files, but transformers puts a card of its own in the place of PEFT's.
+    """Uploads adapters with their model card: ``model.push_to_hub(repo_id, **options)``, as text.
 
     Args:
         model: A PEFT model.
         repo_id: ``"user/name"``; created if there is none.
-        **options: ``private`` and ``token``; what else `huggingface_hub.HfApi.upload_folder` takes.
+        **options: ``private``, ``token``, ``commit_message`` and the like, as for any model of transformers.
 
     Returns:
         The commit's address.
     """
-    api, private = HfApi(token=options.pop("token", None)), options.pop("private", None)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, **options))
+    return str(model.push_to_hub(repo_id, **options))
 
 
 def _name(model: PeftModel, adapter_name: str | None) -> str:

@@ -22,20 +22,21 @@ def is_hub_id(source: str) -> bool:
     return _ID.fullmatch(source) is not None and not source.startswith(".")
 
 
-def load_splits(path: str, config: str | None, instead: str) -> Mapping[str, Any]:
+def load_splits(path: str, config: str | None, instead: str, revision: str | None = None) -> Mapping[str, Any]:
     """Loads all splits of a data set.
 
     Args:
         path: ``user/name``.
         config: Configuration, if it has several.
         instead: For the error: what to do without the hub.
+        revision: A branch other than the main one.
 
     Raises:
         DataError: It cannot be had: no network, no such data set or configuration, a damaged cache.
     """
     datasets = need("datasets", "hf")
     try:
-        return datasets.load_dataset(path, config)
+        return datasets.load_dataset(path, config, **({} if revision is None else {"revision": revision}))
     except Exception as error:  # datasets and its file systems raise dozens of kinds
         lines = str(error).strip().splitlines() or [""]
         raise DataError(
@@ -66,12 +67,19 @@ def split_table(splits: Mapping[str, Any], split: str, source: str, columns: Seq
 
 def class_names(dataset: Any, column: str) -> tuple[str, ...] | None:
     """The names of a column's classes in the order of their ids, if the data set tells them."""
-    names = getattr(dataset.features[column], "names", None)
+    kind = dataset.features[column]
+    names = getattr(getattr(kind, "feature", kind), "names", None)  # of a list: those of its items
     return tuple(names) if names else None
 
 
 def _named(values: Sequence[Any], names: tuple[str, ...] | None) -> Sequence[Any]:
-    """Ids as names. An id outside them (the hub writes -1 for "no label") stays, and is refused as a label later."""
+    """Ids (or lists of ids) as names. An id outside them (the hub writes -1 for "no label") stays, and is refused later."""
     if names is None:
         return values
-    return [names[value] if value is not None and 0 <= value < len(names) else value for value in values]
+    return [_name(value, names) for value in values]
+
+
+def _name(value: Any, names: tuple[str, ...]) -> Any:
+    if isinstance(value, list):
+        return [_name(item, names) for item in value]
+    return names[value] if value is not None and 0 <= value < len(names) else value

@@ -22,6 +22,7 @@ class HubSource:
         label: Its label column.
         train: Its training split.
         evals: Pairs (its split, our name) of the evaluation splits.
+        revision: A branch, where the main one cannot be loaded.
     """
 
     path: str
@@ -30,6 +31,7 @@ class HubSource:
     label: str = "label"
     train: str = "train"
     evals: tuple[tuple[str, str], ...] = (("validation", "dev"),)
+    revision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 from unmask.errors import DataError
 from unmask.tasks.data import Examples
@@ -30,20 +31,33 @@ def hold_out(examples: Examples, count: int, seed: int) -> tuple[Examples, Examp
         >>> len(train), len(held)
         (3, 1)
     """
+    held = held_rows(_keys(examples), count, seed)
+    return examples.take([row for row in range(len(examples)) if row not in held]), examples.take(sorted(held))
+
+
+def held_rows(keys: Sequence[str], count: int, seed: int) -> set[int]:
+    """The rows that `hold_out` holds out, of rows known by their texts: rows of equal text stay together.
+
+    Raises:
+        DataError: One side would be empty.
+
+    Example:
+        >>> held_rows(["a", "b", "a", "c"], 1, seed=0)
+        {1}
+    """
     groups: dict[str, list[int]] = {}
-    for row, key in enumerate(_keys(examples)):
+    for row, key in enumerate(keys):
         groups.setdefault(key, []).append(row)
     held: set[int] = set()
     for key in sorted(groups, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest()):
         if len(held) + len(groups[key]) <= count:
             held.update(groups[key])
-    if not held or len(held) == len(examples):
+    if not held or len(held) == len(keys):
         raise DataError(
-            f"{len(examples)} examples with {len(groups)} distinct texts cannot be split into training and evaluation "
+            f"{len(keys)} examples with {len(groups)} distinct texts cannot be split into training and evaluation "
             "data; give an evaluation file."
         )
-    rows = range(len(examples))
-    return examples.take([row for row in rows if row not in held]), examples.take(sorted(held))
+    return held
 
 
 def shared(train: Examples, evaluation: Examples) -> int:
@@ -54,6 +68,14 @@ def shared(train: Examples, evaluation: Examples) -> int:
 
 def _keys(examples: Examples) -> list[str]:
     pairs = examples.pairs if examples.pairs is not None else [""] * len(examples)
-    return [
-        "\n".join(" ".join(text.lower().split()) for text in both) for both in zip(examples.texts, pairs, strict=True)
-    ]
+    return ["\n".join(map(text_key, both)) for both in zip(examples.texts, pairs, strict=True)]
+
+
+def text_key(text: str) -> str:
+    """What two texts share that are equal up to case and blanks.
+
+    Example:
+        >>> text_key("  A b\\n")
+        'a b'
+    """
+    return " ".join(text.lower().split())

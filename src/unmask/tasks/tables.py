@@ -119,17 +119,18 @@ def _parse(path: Path, suffix: str, header: tuple[str, ...] | None, skip_short: 
         rows = len(next(iter(columns.values()), []))
         return Table(str(path), columns, range(1, rows + 1))
     if suffix in (".csv", ".tsv"):
-        with _open(path, newline="" if suffix == ".csv" else "\n") as file:
+        with open_text(path, newline="" if suffix == ".csv" else "\n") as file:
             cells = _csv_rows(file, str(path)) if suffix == ".csv" else _tsv_rows(file)
             return _from_cells(str(path), cells, header, skip_short)
-    with _open(path, newline="\n") as file:
+    with open_text(path, newline="\n") as file:
         read: Callable[[TextIO, str], Table] = _read_json if suffix == ".json" else _read_jsonl
         return read(file, str(path))
 
 
-def _open(path: Path, newline: str) -> TextIO:
-    """utf-8-sig, for a byte-order mark must not become part of the first column's name.
+def open_text(path: Path, newline: str) -> TextIO:
+    """Opens a text file, gzipped or not.
 
+    utf-8-sig, for a byte-order mark must not become part of the first column's name.
     newline="\\n": other characters that Unicode counts as line ends are part of the text.
     """
     if path.name.lower().endswith(".gz"):

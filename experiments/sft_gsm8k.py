@@ -1,0 +1,179 @@
+"""TRL's SFTTrainer on GSM8K, ID3 in the base and ID3 in a LoRA of rank 32: the table of docs/results.md.
+
+    python experiments/sft_gsm8k.py --model SMOLLM2_FOLDER --data-dir GSM8K_FOLDER [--where base lora] [--steps 200]
+
+GSM8K_FOLDER holds train.jsonl and test.jsonl ({"question", "answer"}). Each row is run twice: straight to the end, with a
+checkpoint in the middle; and in a fresh process that starts from that checkpoint. The two must end with the same delta, bit for
+bit. The answer loss is the mean cross-entropy of the answers' tokens, in float32, over the first test items, before and after.
+Finished runs are kept in --output and skipped, so the command can be stopped and started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+import unmask
+from unmask.integrations.transformers import STATE_FILE, SelectiveCallback
+
+RUNS = ("straight", "resumed")
+LENGTH = 384
+
+
+def examples(file: Path, count: int | None = None) -> list[dict[str, Any]]:
+    """GSM8K's lines as conversations; the answers' calculator marks (<<48/2=24>>) stay, as they are in the data."""
+    lines = file.read_text(encoding="utf-8").splitlines()[:count]
+    return [
+        {
+            "prompt": [{"role": "user", "content": row["question"]}],
+            "completion": [{"role": "assistant", "content": row["answer"]}],
+        }
+        for row in map(json.loads, lines)
+    ]
+
+
+@torch.no_grad()
+def answer_loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
+    """Mean cross-entropy per token of the answers, given their questions."""
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for row in rows:
+        text = {"tokenize": True, "return_dict": False}
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **text)
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], **text)[:LENGTH]
+        ids = torch.tensor([whole])
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+        total += F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
+        count += len(whole) - len(prompt)
+    model.train(training)
+    return total / count
+
+
+def run(arguments: argparse.Namespace, where: str, name: str, output: Path) -> dict[str, Any]:
+    """One training run; a resumed one starts from the straight one's checkpoint in the middle."""
+    torch.manual_seed(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    weights = sum(p.numel() for p in model.parameters())
+    if where == "lora":
+        settings = LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=32, target_modules="all-linear")
+        model = get_peft_model(model, settings)
+    held_out = examples(Path(arguments.data_dir, "test.jsonl"), arguments.items)
+    config = SFTConfig(
+        str(output),
+        max_steps=arguments.steps,
+        per_device_train_batch_size=arguments.batch_size,
+        learning_rate=arguments.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=arguments.steps // 16,
+        max_length=LENGTH,
+        bf16=True,
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+        save_steps=arguments.steps // 2,
+        logging_steps=10,
+        seed=arguments.seed,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    data = Dataset.from_list(examples(Path(arguments.data_dir, "train.jsonl")))
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+    include = {"include": "lora_"} if where == "lora" else {}
+    callback = SelectiveCallback(
+        trainer,
+        lambda steps: unmask.id3(arguments.budget, steps, exp=0.0, stride=arguments.stride),
+        **include,
+    )
+    trainer.add_callback(callback)
+    before = answer_loss(model, tokenizer, held_out)
+    middle = output.parent / "straight" / f"checkpoint-{arguments.steps // 2}"
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(middle) if name == "resumed" else None)
+    seconds = time.perf_counter() - start
+    selection = callback.live
+    delta = selection.delta(arguments.model).save(output / "delta.safetensors")
+    checkpoint = output / f"checkpoint-{arguments.steps}"
+    return {
+        "budget": selection.budget,
+        "used": selection.used,
+        "weights": weights,
+        "loss before": before,
+        "loss after": answer_loss(model, tokenizer, held_out),
+        "seconds per step": seconds / (arguments.steps // (2 if name == "resumed" else 1)),
+        "delta bytes": delta.stat().st_size,
+        "checkpoint bytes": sum(file.stat().st_size for file in checkpoint.iterdir()),
+        "state bytes": (checkpoint / STATE_FILE).stat().st_size,
+    }
+
+
+def same_delta(folder: Path) -> bool:
+    """Whether both runs ended with the same indices and the same values, bit for bit."""
+    one, other = (unmask.SparseDelta.load(folder / name / "delta.safetensors") for name in RUNS)
+    return one.sparse.keys() == other.sparse.keys() and all(
+        torch.equal(one.sparse[name].indices, other.sparse[name].indices)
+        and torch.equal(one.sparse[name].values, other.sparse[name].values)
+        for name in one.sparse
+    )
+
+
+def table(arguments: argparse.Namespace) -> str:
+    lines = [
+        "| ID3 in | weights trained | answer loss before | after | s per step | delta, bytes | checkpoint, bytes | resumed run |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for where in arguments.where:
+        folder = Path(arguments.output, where)
+        straight = json.loads((folder / "straight" / "result.json").read_text())
+        same = "the same delta, bit for bit" if same_delta(folder) else "ANOTHER DELTA"
+        lines.append(
+            f"| {where} | {straight['used']:,} | {straight['loss before']:.4f} | {straight['loss after']:.4f} | "
+            f"{straight['seconds per step']:.2f} | {straight['delta bytes']:,} | {straight['checkpoint bytes']:,} | {same} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--output", default="runs/sft")
+    parser.add_argument("--where", nargs="+", default=["base", "lora"], choices=["base", "lora"])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--budget", default="0.2%", help="of all the model's weights, the LoRA's included")
+    parser.add_argument("--stride", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--items", type=int, default=200, help="test items of the answer loss")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # WHERE/RUN: what a process of its own does
+    arguments = parser.parse_args()
+    if arguments.only:
+        where, name = arguments.only.split("/")
+        output = Path(arguments.output, where, name)
+        output.joinpath("result.json").write_text(json.dumps(run(arguments, where, name, output), indent=2) + "\n")
+        return
+    for where in arguments.where:
+        for name in RUNS:
+            output = Path(arguments.output, where, name)
+            output.mkdir(parents=True, exist_ok=True)
+            if not (output / "result.json").is_file():
+                subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", f"{where}/{name}"], check=True)
+    print(table(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""What a selection, a delta or two checkpoints say about where the budget went; see docs/analysis.md."""
+
+from unmask.analysis.allocation import allocation, grouped, snapshot, snapshots
+from unmask.analysis.checkpoints import changed
+from unmask.analysis.drift import Drift, drift, rank_correlation, turnover
+from unmask.analysis.mask import Mask, mask_of, mask_over
+from unmask.analysis.measures import Overlap, densities, overlap, sparsity_entropy, tensor_sparsity
+from unmask.analysis.updates import gradient_updates
+
+__all__ = [
+    "Drift",
+    "Mask",
+    "Overlap",
+    "allocation",
+    "changed",
+    "densities",
+    "drift",
+    "gradient_updates",
+    "grouped",
+    "mask_of",
+    "mask_over",
+    "overlap",
+    "rank_correlation",
+    "snapshot",
+    "snapshots",
+    "sparsity_entropy",
+    "tensor_sparsity",
+    "turnover",
+]

@@ -1,0 +1,134 @@
+"""Where the budget went: by layer and module kind; and snapshots of it in the course of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from unmask.analysis.mask import Mask, mask_of, prefixes
+from unmask.analysis.measures import Source, sparsity_entropy, tensor_sparsity
+from unmask.delta import SparseDelta
+from unmask.naming import KINDS, OTHER, kinds_of, layer_labels
+from unmask.selection import Selection
+
+
+def allocation(source: Source) -> list[dict[str, Any]]:
+    """Unmasked weights by layer and module kind, as plain rows.
+
+    A module's bias counts with its weight. GPT-2's joint query, key and value tensor is counted in its three parts.
+    Tensors outside the layers, and those of no kind, have rows with ``"other"``: ``unmasked`` sums to the mask's length.
+
+    Returns:
+        ``{"layer": "0", "kind": "query", "unmasked": 12, "of": 147456}``, by layer, in the order of `unmask.naming.KINDS`.
+        Of a delta without ``like(model)``, only tensors that hold unmasked weights are known and counted in ``of``.
+
+    Example:
+        >>> import torch
+        >>> from unmask.analysis import mask_over
+        >>> shapes = {"encoder.layer.0.attention.self.query.weight": (4, 4), "embeddings.weight": (9, 4)}
+        >>> mask = mask_over({name: torch.arange(2) for name in shapes}, shapes)
+        >>> [(row["layer"], row["kind"], row["unmasked"], row["of"]) for row in allocation(mask)]
+        [('0', 'query', 2, 16), ('other', 'other', 2, 36)]
+    """
+    mask = mask_of(source)
+    labels = layer_labels(mask.shapes)
+    cells: dict[tuple[str, str], list[int]] = {}
+    for name, shape in mask.shapes.items():
+        weight = mask.shapes.get(f"{name.removesuffix('bias')}weight") if name.endswith("bias") else None
+        kinds = kinds_of(name, shape, weight)
+        counts = _by_part(mask.indices.get(name), shape, len(kinds))
+        size = 1
+        for length in shape:
+            size *= length
+        for kind, count in zip(kinds, counts, strict=True):
+            cell = cells.setdefault((labels[name], kind), [0, 0])
+            cell[0] += count
+            cell[1] += size // len(kinds)
+    rows = sorted(cells.items(), key=lambda cell: _place(*cell[0]))
+    return [{"layer": layer, "kind": kind, "unmasked": n, "of": of} for (layer, kind), (n, of) in rows]
+
+
+def grouped(source: Source, key: Callable[[str], str]) -> dict[str, dict[str, float]]:
+    """Unmasked weights of the tensors that hold some, by any key of their names.
+
+    Returns:
+        ``{group: {"changed": unmasked weights, "of": weights, "density": share}}``.
+
+    Example:
+        >>> import torch
+        >>> from unmask.analysis import mask_over
+        >>> mask = mask_over({"a.weight": torch.arange(2)}, {"a.weight": (8,), "b.weight": (8,)})
+        >>> grouped(mask, lambda name: name[0])
+        {'a': {'changed': 2, 'of': 8, 'density': 0.25}}
+    """
+    groups: dict[str, list[int]] = {}
+    for name, (count, size) in mask_of(source).counts().items():
+        if count:
+            group = groups.setdefault(key(name), [0, 0])
+            group[0] += count
+            group[1] += size
+    return {group: {"changed": n, "of": of, "density": n / of} for group, (n, of) in groups.items()}
+
+
+def snapshot(source: Source, step: int | None = None) -> dict[str, Any]:
+    """The allocation and its measures at one moment, as JSON values: an `unmask.figures.Snapshot`.
+
+    Args:
+        source: A selection while it trains, a delta, or a mask.
+        step: Optimizer steps taken; None for a selection's own, and for no step otherwise.
+
+    Raises:
+        DeltaError: The delta does not say among how many tensors it was selected.
+
+    Example:
+        >>> import unmask
+        >>> from torch import nn
+        >>> shot = snapshot(unmask.select(nn.Linear(4, 2), unmask.pafi(budget=3)))
+        >>> shot["step"], shot["used"], shot["rows"]
+        (0, 3, [{'layer': 'other', 'kind': 'other', 'unmasked': 3, 'of': 10}])
+    """
+    if step is None and isinstance(source, Selection):
+        step = source.step
+    mask = mask_of(source)
+    return {
+        **({} if step is None else {"step": step}),
+        "used": len(mask),
+        "tensor_sparsity": tensor_sparsity(mask),
+        "sparsity_entropy": sparsity_entropy(mask),
+        "tensors": mask.tensors,
+        "rows": allocation(mask),
+    }
+
+
+def snapshots(source: Selection | SparseDelta, points: int = 10) -> list[dict[str, Any]]:
+    """Snapshots along the slots: a prefix of them is the mask of a smaller budget, so a finished run shows its course.
+
+    Args:
+        source: A selection, or a delta of ``selection.delta(order=True)``.
+        points: How many, in equal steps of the count of unmasked weights.
+
+    Raises:
+        SelectionError: The selection has no order of unmasking (repeat-S): take a `snapshot` in the course of the run.
+        DeltaError: The delta does not carry its order.
+    """
+    return [snapshot(mask) for mask in prefixes(source, points)]
+
+
+def _by_part(flat: Tensor | None, shape: tuple[int, ...], parts: int) -> list[int]:
+    """Counts in equal parts along the last dimension."""
+    if flat is None or parts == 1:
+        return [0 if flat is None else flat.numel()] + [0] * (parts - 1)
+    columns = flat % shape[-1]
+    return columns.div(shape[-1] // parts, rounding_mode="floor").bincount(minlength=parts).tolist()
+
+
+def _place(layer: str, kind: str) -> tuple[bool, str, int, int]:
+    """Sorts layers by stack and number, kinds in their own order, what is other last."""
+    stack, _, number = layer.rpartition(" ")
+    column = KINDS.index(kind) if kind in KINDS else len(KINDS)
+    return layer == OTHER, stack, int(number) if number.isdigit() else 0, column
+
+
+__all__ = ["Mask", "allocation", "grouped", "snapshot", "snapshots"]

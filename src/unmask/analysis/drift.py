@@ -1,0 +1,124 @@
+"""How scores, or selections, move in the course of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from unmask.analysis.measures import Source, overlap
+from unmask.errors import MethodError
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far one moment's scores are from another's.
+
+    Attributes:
+        earlier: Which moment (from 0) it is compared with.
+        later: Which moment.
+        rank_correlation: Spearman's, over all weights, -1 to 1; NaN if one moment's scores are all alike.
+        top_overlap: Share of the earlier top-k that is in the later, 0 to 1.
+        expected: What ``top_overlap`` would be by chance, k / N.
+    """
+
+    earlier: int
+    later: int
+    rank_correlation: float
+    top_overlap: float
+    expected: float
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation, ties at their mean rank; NaN if one of them is constant.
+
+    Args:
+        a: Any shape and dtype, at least two entries.
+        b: As many.
+
+    Raises:
+        MethodError: The counts differ, there are fewer than two, or one is NaN.
+
+    Example:
+        >>> round(rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 9.0, 4.0])), 6)
+        0.5
+    """
+    if a.numel() != b.numel() or a.numel() < 2:
+        raise MethodError(f"{a.numel()} and {b.numel()} scores; give two or more of each, and as many of both.")
+    if a.isnan().any() or b.isnan().any():
+        raise MethodError("a score is NaN; there is no rank for it.")
+    x, y = _ranks(a), _ranks(b)
+    x, y = x - x.mean(), y - y.mean()
+    norms = math.sqrt(float(x @ x) * float(y @ y))
+    return max(-1.0, min(1.0, float(x @ y) / norms)) if norms else math.nan
+
+
+def drift(scores: Sequence[Mapping[str, Tensor]], k: int, against: str = "previous") -> list[Drift]:
+    """How scores move over snapshots: the rank correlation, and how many of the top k stay.
+
+    Args:
+        scores: Two or more snapshots: a score (or a gradient's magnitude) per weight by tensor name, shapes alike.
+        k: Size of the top, e.g. the budget. Ties go to tensor name order, then to the lower flat index.
+        against: Compare each with the ``"previous"`` snapshot, or with the ``"first"``.
+
+    Raises:
+        MethodError: Fewer than two snapshots, other tensors in one of them, ``k`` outside 1..N, NaN.
+
+    Example:
+        >>> drift([{"w": torch.tensor([3.0, 2.0, 1.0])}, {"w": torch.tensor([3.0, 1.0, 2.0])}], k=2)[0]
+        Drift(earlier=0, later=1, rank_correlation=0.5, top_overlap=0.5, expected=0.6666666666666666)
+    """
+    rows = _flattened(scores)
+    if against not in ("previous", "first"):
+        raise MethodError(f"against = {against!r}; it must be 'previous' or 'first'.")
+    total = rows[0].numel()
+    if not 1 <= k <= total:
+        raise MethodError(f"k = {k}; there are {total:,} scores, so it must be from 1 to {total}.")
+    tops = [row.sort(descending=True, stable=True).indices[:k] for row in rows]
+    result = []
+    for later in range(1, len(rows)):
+        earlier = later - 1 if against == "previous" else 0
+        stayed = int(torch.isin(tops[earlier], tops[later], assume_unique=True).sum())
+        correlation = rank_correlation(rows[earlier], rows[later])
+        result.append(Drift(earlier, later, correlation, stayed / k, k / total))
+    return result
+
+
+def turnover(masks: Sequence[Source]) -> list[float]:
+    """Share of each mask that is gone in the next one, 0 to 1: 0 throughout for increment-S.
+
+    Args:
+        masks: Two or more, in the order of the run (`mask_of` a selection freezes its mask of that moment).
+
+    Raises:
+        MethodError: Fewer than two.
+
+    Example:
+        >>> from unmask.analysis import mask_over
+        >>> turnover([mask_over({"w": torch.tensor(flat)}, {"w": (8,)}) for flat in ([0, 1], [1, 2], [1, 2, 3])])
+        [0.5, 0.0]
+    """
+    if len(masks) < 2:
+        raise MethodError(f"{len(masks)} masks; give two or more.")
+    return [1 - overlap(a, b).of_a for a, b in pairwise(masks)]
+
+
+def _flattened(scores: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    if len(scores) < 2:
+        raise MethodError(f"{len(scores)} snapshots of scores; give two or more.")
+    shapes = {name: tensor.shape for name, tensor in scores[0].items()}
+    for i, snapshot in enumerate(scores):
+        if {name: tensor.shape for name, tensor in snapshot.items()} != shapes:
+            raise MethodError(f"snapshot {i} holds other tensors or shapes than snapshot 0; take all on one model.")
+    return [torch.cat([snapshot[name].detach().reshape(-1).cpu() for name in sorted(shapes)]) for snapshot in scores]
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """(n,) float64, from 1; ties share their mean rank."""
+    _, inverse, counts = values.detach().reshape(-1).cpu().unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse]

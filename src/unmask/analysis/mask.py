@@ -1,0 +1,171 @@
+"""Which scalar weights are unmasked: one view of a selection, a delta, or two checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from torch import Tensor, nn
+
+from unmask.delta import SparseDelta, base_tensors
+from unmask.errors import DeltaError, MethodError, SelectionError
+from unmask.selection import Selection
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The unmasked weights of a model.
+
+    Attributes:
+        indices: Unmasked weights by tensor name: (n,) int64 flat (row-major) indices, ascending, on the CPU. Tensors with
+            none are left out.
+        shapes: Shapes by tensor name, of the tensors in ``indices`` and of all others that are known.
+        tensors: How many tensors could hold unmasked weights; None where that is not known.
+        weights: How many weights these tensors have; None where that is not known.
+    """
+
+    indices: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    tensors: int | None
+    weights: int | None
+
+    def __len__(self) -> int:
+        """How many weights are unmasked."""
+        return sum(flat.numel() for flat in self.indices.values())
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """(unmasked weights, weights) of every known tensor, by name."""
+        return {n: (len(self.indices.get(n, ())), prod(shape)) for n, shape in sorted(self.shapes.items())}
+
+    def like(self, model: nn.Module | Mapping[str, Tensor]) -> Mask:
+        """The same mask, counted over all of a model's parameters.
+
+        Args:
+            model: A module, or tensors by name.
+
+        Raises:
+            DeltaError: The model lacks one of the tensors, or has it in another shape.
+        """
+        if isinstance(model, nn.Module):
+            persistent = {name for name, _ in model.named_buffers()}
+            model = {name: tensor for name, tensor in base_tensors(model).items() if name not in persistent}
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.items()}
+        for name in self.indices:
+            if shapes.get(name) != self.shapes[name]:
+                raise DeltaError(
+                    f"{name!r} has shape {self.shapes[name]} in the mask and {shapes.get(name, 'no counterpart')} in the "
+                    "model; give the model that it was made on."
+                )
+        return mask_over(self.indices, shapes)
+
+
+def mask_over(indices: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Mask:
+    """A mask whose tensors are all known.
+
+    Example:
+        >>> import torch
+        >>> len(mask_over({"a": torch.tensor([0, 3])}, {"a": (2, 2), "b": (4,)}))
+        2
+    """
+    held = {name: flat for name, flat in sorted(indices.items()) if flat.numel()}
+    return Mask(held, dict(shapes), len(shapes), sum(prod(shape) for shape in shapes.values()))
+
+
+def mask_of(source: Selection | SparseDelta | Mask, used: int | None = None) -> Mask:
+    """The mask of a selection or of a delta.
+
+    Args:
+        source: A selection (its eligible tensors), a delta (tensors stored in part), or a mask, which is returned.
+        used: Count of weights; only the first ``used`` to be unmasked: the nested mask of that smaller budget. A delta
+            must carry its order for that: ``selection.delta(order=True)``.
+
+    Raises:
+        MethodError: ``used`` is outside 0..len(mask), or given for a mask.
+        SelectionError: The selection has no order of unmasking (repeat-S).
+        DeltaError: The delta does not carry its order, or holds whole tensors only.
+
+    Example:
+        >>> import unmask
+        >>> selection = unmask.select(nn.Linear(4, 2), unmask.pafi(budget=3))
+        >>> len(mask_of(selection)), len(mask_of(selection, used=1))
+        (3, 1)
+    """
+    if used is not None:
+        _check_used(source, used)
+    if isinstance(source, Selection):
+        return _of_selection(source, used)
+    if isinstance(source, SparseDelta):
+        return _of_delta(source, used)
+    return source
+
+
+def orders(source: Selection | SparseDelta) -> bool:
+    """Whether the order of unmasking is known, so that smaller budgets can be read off."""
+    if isinstance(source, Selection):
+        return source.method.strategy != "repeat" and not source.method.whole
+    return bool(source.sparse) and all(entry.slots is not None for entry in source.sparse.values())
+
+
+def prefixes(source: Selection | SparseDelta, points: int) -> Iterator[Mask]:
+    """The nested masks of ``points`` budgets from about ``len / points`` to ``len``, in equal steps.
+
+    Raises:
+        MethodError: ``points`` is below 1.
+        SelectionError: No order of unmasking (repeat-S).
+        DeltaError: The delta does not carry its order.
+    """
+    if points < 1:
+        raise MethodError(f"points = {points}; it must be at least 1.")
+    total = len(mask_of(source))
+    for used in dict.fromkeys(-(-total * i // points) for i in range(1, points + 1)):
+        yield mask_of(source, used)
+
+
+def _check_used(source: Selection | SparseDelta | Mask, used: int) -> None:
+    if isinstance(source, Mask):
+        raise MethodError(
+            "a mask does not know in which order its weights were unmasked; give the selection or the delta."
+        )
+    if not orders(source):
+        if isinstance(source, Selection):
+            raise SelectionError(
+                f"{source.method.name} has no order of unmasking (it selects anew, or whole tensors), so no smaller mask is "
+                "part of it; take masks in the course of the run instead."
+            )
+        raise DeltaError("this delta does not carry the order of unmasking; save it with selection.delta(order=True).")
+    held = source.used if isinstance(source, Selection) else len(source)
+    if not 0 <= used <= held:
+        raise MethodError(f"used = {used}; {held:,} weights are unmasked, so it must be from 0 to {held}.")
+
+
+def _of_selection(selection: Selection, used: int | None) -> Mask:
+    layout = selection._layout
+    if selection.method.whole:
+        shapes = {dense.name: tuple(dense.parameter.shape) for dense in selection.dense}
+        return mask_over(selection.indices, shapes)
+    shapes = {name: tuple(t.shape) for name, t in zip(layout.names, layout.tensors, strict=True)}
+    positions = selection._table.positions[: selection.used if used is None else used]
+    return mask_over({layout.names[i]: flat.cpu() for i, flat, _ in layout.split(positions)}, shapes)
+
+
+def _of_delta(delta: SparseDelta, used: int | None) -> Mask:
+    if delta.whole and not delta.sparse:
+        raise DeltaError(
+            "this delta holds whole tensors only, so it has no mask; compare two checkpoints instead: "
+            "unmask.analysis.changed(base, tuned)."
+        )
+    eligible = delta.metadata.get("eligible", {})
+    mask = Mask(
+        {name: entry.indices for name, entry in sorted(delta.sparse.items()) if entry.numel},
+        {name: entry.shape for name, entry in delta.sparse.items()},
+        eligible.get("tensors"),
+        eligible.get("weights"),
+    )
+    if used is None:
+        return mask
+    first = {n: e.indices[e.slots < used] for n, e in delta.sparse.items() if e.slots is not None}
+    return replace(mask, indices={name: flat for name, flat in sorted(first.items()) if flat.numel()})
+
+
+__all__ = ["Mask", "mask_of", "mask_over", "orders", "prefixes"]

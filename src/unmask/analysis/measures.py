@@ -1,0 +1,156 @@
+"""Numbers about masks: tensor sparsity, densities, sparsity entropy, overlap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unmask.analysis.mask import Mask, mask_of
+from unmask.delta import SparseDelta
+from unmask.errors import DeltaError, MethodError
+from unmask.selection import Selection
+
+Source = Selection | SparseDelta | Mask
+
+
+def tensor_sparsity(source: Source) -> float:
+    """Share of the tensors that hold no unmasked weight, 0 to 1.
+
+    Raises:
+        DeltaError: The delta does not say over how many tensors (earlier versions did not record it).
+
+    Example:
+        >>> from unmask.analysis import mask_over
+        >>> tensor_sparsity(mask_over({"a": torch.tensor([0])}, {"a": (2, 2), "b": (4,), "c": (4,), "d": (4,)}))
+        0.75
+    """
+    mask = mask_of(source)
+    if mask.tensors is None:
+        raise DeltaError(
+            "this delta does not say among how many tensors it was selected; give them: "
+            "unmask.analysis.mask_of(delta).like(model)."
+        )
+    return 1 - len(mask.indices) / mask.tensors if mask.tensors else 0.0
+
+
+def densities(source: Source) -> dict[str, float]:
+    """Share of each known tensor's weights that are unmasked, 0 to 1, by name.
+
+    Example:
+        >>> from unmask.analysis import mask_over
+        >>> densities(mask_over({"a": torch.tensor([0])}, {"a": (2, 2), "b": (4,)}))
+        {'a': 0.25, 'b': 0.0}
+    """
+    return {name: n / of if of else 0.0 for name, (n, of) in mask_of(source).counts().items()}
+
+
+def sparsity_entropy(source: Source, of: Literal["share", "density"] = "share") -> float:
+    """Shannon entropy over tensors of where an unmasked weight lies, in nats: ``-sum_k p_k ln p_k``.
+
+    0 if all of them lie in one tensor, ``ln K`` if they are spread evenly over K tensors. ``exp`` of it is the number of
+    tensors that an even spread of this entropy would use.
+
+    Args:
+        source: A selection, a delta or a mask.
+        of: ``"share"``: ``p_k = n_k / n``, the chance that an unmasked weight is one of tensor k's n_k. ``"density"``:
+            ``p_k = d_k / sum_j d_j`` with the density ``d_k = n_k / N_k``, which takes out that tensors differ in size.
+
+    Raises:
+        MethodError: ``of`` is neither.
+
+    Example:
+        >>> from unmask.analysis import mask_over
+        >>> mask = mask_over({"a": torch.arange(3), "b": torch.arange(1)}, {"a": (12,), "b": (4,)})
+        >>> round(sparsity_entropy(mask), 4), round(sparsity_entropy(mask, of="density"), 4)
+        (0.5623, 0.6931)
+    """
+    if of not in ("share", "density"):
+        raise MethodError(f"of = {of!r}; it must be 'share' or 'density'.")
+    counts = [(n, size) for n, size in mask_of(source).counts().values() if n]
+    terms = [float(n) if of == "share" else n / size for n, size in counts]
+    total = sum(terms)
+    return -sum(x / total * math.log(x / total) for x in terms) + 0.0  # no -0.0
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How two masks agree.
+
+    Attributes:
+        common: Weights that are unmasked in both.
+        a: Weights unmasked in the first.
+        b: Weights unmasked in the second.
+        expected: What ``common`` would be on average if each were drawn at random from its own tensors; None where these
+            are not known.
+    """
+
+    common: int
+    a: int
+    b: int
+    expected: float | None
+
+    @property
+    def jaccard(self) -> float:
+        """Common weights over those unmasked in either, 0 to 1; 1 for two empty masks."""
+        either = self.a + self.b - self.common
+        return self.common / either if either else 1.0
+
+    @property
+    def of_a(self) -> float:
+        """Share of the first that is in the second; 1 for an empty one."""
+        return self.common / self.a if self.a else 1.0
+
+    @property
+    def of_b(self) -> float:
+        """Share of the second that is in the first; 1 for an empty one."""
+        return self.common / self.b if self.b else 1.0
+
+    @property
+    def times_chance(self) -> float | None:
+        """``common`` in units of what chance would give; None where that is not known, or 0."""
+        return self.common / self.expected if self.expected else None
+
+
+def overlap(a: Source, b: Source) -> Overlap:
+    """How many weights two masks have in common, and how many they would have by chance.
+
+    Raises:
+        DeltaError: A tensor has another shape in the one than in the other.
+
+    Example:
+        >>> from unmask.analysis import mask_over
+        >>> shapes = {"a": (10,)}
+        >>> both = overlap(mask_over({"a": torch.arange(4)}, shapes), mask_over({"a": torch.arange(2, 7)}, shapes))
+        >>> both.common, both.jaccard, both.of_a, both.of_b, both.expected
+        (2, 0.2857142857142857, 0.5, 0.4, 2.0)
+    """
+    one, two = mask_of(a), mask_of(b)
+    shared = one.shapes.keys() & two.shapes.keys()
+    for name in shared:
+        if one.shapes[name] != two.shapes[name]:
+            raise DeltaError(f"{name!r} has shape {one.shapes[name]} in one and {two.shapes[name]} in the other mask.")
+    common = sum(_common(one.indices[n], two.indices[n]) for n in one.indices.keys() & two.indices.keys())
+    return Overlap(common, len(one), len(two), _expected(one, two, shared))
+
+
+def _common(a: Tensor, b: Tensor) -> int:
+    return int(torch.isin(a, b, assume_unique=True).sum())
+
+
+def _expected(a: Mask, b: Mask, shared: Sequence[str] | set[str]) -> float | None:
+    """``|A| |B| / (N_A N_B)`` for each weight that could be in both."""
+    if a.weights is None or b.weights is None or not a.weights or not b.weights:
+        return None
+    if len(a.shapes) == a.tensors and len(b.shapes) == b.tensors:
+        both = sum(prod(a.shapes[name]) for name in shared)
+    elif (a.tensors, a.weights) == (b.tensors, b.weights):  # two deltas of one scope
+        both = a.weights
+    else:
+        return None
+    return len(a) * len(b) * both / (a.weights * b.weights)

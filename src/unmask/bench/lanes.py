@@ -1,0 +1,150 @@
+"""Where a row's timed steps run: in a process of its own, as a user's training does, or in this one.
+
+A row's process builds the row, then runs a stretch of steps whenever it is told to, so that rows are interleaved all the
+same. It is run as ``python -m unmask.bench.lanes SETTINGS LABEL``; words go over its standard input and output, a line of JSON
+each.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from unmask.bench.builders import build
+from unmask.bench.models import Batch, Blueprint, blueprint
+from unmask.bench.quiet import import_peers, quiet_torch
+from unmask.bench.rows import Row
+from unmask.bench.settings import BenchSettings
+from unmask.bench.stats import StepTime
+from unmask.errors import UnmaskError
+
+_MARK = "unmask-bench-lane:"
+
+
+class Lane(Protocol):
+    """A row that is ready to run."""
+
+    def stretch(self, group: int, round_: int) -> list[StepTime]:
+        """Runs its steps of one round."""
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of the row by now: counts of weights, and whatever its builder found worth knowing."""
+
+    def close(self) -> None:
+        """Lets go of it."""
+
+
+class LocalLane:
+    """A row in this process."""
+
+    def __init__(self, row: Row, plan: Blueprint, batches: Sequence[Batch], settings: BenchSettings) -> None:
+        self._contender = build(row, plan, settings, cycles_of(row, settings))
+        self._batches, self._autocast = batches, settings.dtype == "autocast"
+        self._steps = row.cycle if row.stride > 1 else settings.steps
+
+    def stretch(self, group: int, round_: int) -> list[StepTime]:
+        """Runs the steps of one round, with the garbage collector out of the way."""
+        gc.collect()
+        gc.disable()
+        try:
+            return [
+                self._contender.step(self._batches[i % len(self._batches)], self._autocast, group, round_)
+                for i in range(self._steps)
+            ]
+        finally:
+            gc.enable()
+
+    def facts(self) -> dict[str, Any]:
+        contender = self._contender
+        return {**contender.facts, "trainable": contender.trainable, "trained": contender.trained()}
+
+    def close(self) -> None:
+        del self._contender
+
+
+class RemoteLane:
+    """A row in a process of its own.
+
+    Raises:
+        LaneError: The process ended, or could not build the row.
+    """
+
+    def __init__(self, row: Row, settings: BenchSettings) -> None:
+        command = [sys.executable, "-m", "unmask.bench.lanes", json.dumps(settings.as_json()), row.label]
+        env = {**os.environ, "OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, text=True, env=env, **pipes)  # type: ignore[call-overload]
+        self._facts: dict[str, Any] = {}
+        try:
+            self._hear()
+        except BaseException:
+            self.close()
+            raise
+
+    def stretch(self, group: int, round_: int) -> list[StepTime]:
+        self._process.stdin.write(json.dumps([group, round_]) + "\n")
+        self._process.stdin.flush()
+        return [StepTime(**step) for step in self._hear()["steps"]]
+
+    def facts(self) -> dict[str, Any]:
+        return self._facts
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _hear(self) -> dict[str, Any]:
+        for line in self._process.stdout:
+            if line.startswith(_MARK):
+                said = json.loads(line.removeprefix(_MARK))
+                if "error" in said:
+                    raise LaneError(said["error"])
+                self._facts = said["facts"]
+                return said
+        code = self._process.wait()
+        raise LaneError(
+            f"the row's process was killed by signal {-code} (out of memory?)"
+            if code < 0
+            else f"the row's process ended with status {code}"
+        )
+
+
+class LaneError(UnmaskError):
+    """A row's process could not go on."""
+
+
+def cycles_of(row: Row, settings: BenchSettings) -> int:
+    """How many cycles a row runs in all, warm-up included."""
+    return (settings.warmup + settings.rounds) * (1 if row.stride > 1 else settings.steps)
+
+
+def _say(**words: Any) -> None:
+    print(_MARK + json.dumps(words), flush=True)
+
+
+def main() -> None:
+    """The entry of a row's process."""
+    settings = BenchSettings(**json.loads(sys.argv[1]))
+    row = next(row for row in settings.rows() if row.label == sys.argv[2])
+    import_peers()
+    try:
+        with quiet_torch(settings.threads):
+            plan = blueprint(settings)
+            lane = LocalLane(row, plan, plan.batches(), settings)
+            _say(facts=lane.facts())
+            for line in sys.stdin:
+                group, round_ = json.loads(line)
+                steps = [vars(step) for step in lane.stretch(group, round_)]
+                _say(steps=steps, facts=lane.facts())
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        _say(error=f"{type(error).__name__}: {first[:300]}")
+
+
+if __name__ == "__main__":
+    main()

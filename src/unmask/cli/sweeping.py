@@ -1,0 +1,151 @@
+"""``unmask sweep``, ``reproduce`` and ``report``: what they do."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from unmask.config import parse_assignments
+from unmask.errors import ConfigError, MissingExtraError
+from unmask.sweeps.cells import Cell, expand, runs
+from unmask.sweeps.choosing import due
+from unmask.sweeps.live import describe, outcome
+from unmask.sweeps.runner import Report, run_sweep
+from unmask.sweeps.spec import Sweep
+from unmask.sweeps.store import Result, Store, write_text
+from unmask.sweeps.tables import markdown, table
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `unmask sweep` and `unmask reproduce` share; see `unmask.cli.sweeps`."""
+
+    model: str | None
+    data_dir: str | None
+    workers: int
+    threads: int | None
+    devices: str | None
+    axis: list[str] | None
+    only: list[str] | None
+    set_: list[str] | None
+    dry_run: bool
+    retry_failed: bool
+
+
+def go(sweep: Sweep, output: Path, options: Options) -> None:
+    """Runs a sweep, or lists its runs, and prints and writes its table.
+
+    Raises:
+        Exit: With status 1, if runs failed.
+    """
+    sweep = changed(sweep, options)
+    cells, store, console = expand(sweep), Store(output), Console()
+    if options.dry_run:
+        console.print(listing(sweep, cells, store.results()))
+        return
+    made = run_sweep(
+        sweep,
+        store,
+        workers=options.workers,
+        threads=options.threads,
+        devices=[part.strip() for part in options.devices.split(",")] if options.devices else (),
+        retry_failed=options.retry_failed,
+        console=console,
+        command=shlex.join(["unmask", *sys.argv[1:]]),
+        cells=cells,
+    )
+    _finish(sweep, store, made, console)
+
+
+def changed(sweep: Sweep, options: Options) -> Sweep:
+    """The sweep with what the command line says: axes, then filters, then settings."""
+    for axis, values in _pairs("--axis", options.axis).items():
+        sweep = sweep.with_axis(axis, values)
+    sweep = sweep.only(_pairs("--only", options.only))
+    given: dict[str, Any] = {"model": options.model, "data_dir": options.data_dir}
+    settings = {key: value for key, value in given.items() if value is not None} | parse_assignments(options.set_ or [])
+    return sweep.with_settings(settings)
+
+
+def with_protocol(sweep: Sweep, kind: str | None) -> Sweep:
+    """The sweep under another protocol.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if kind not in (None, "paper", "seeds"):
+        raise ConfigError(f"protocol = {kind!r}; it must be paper or seeds.")
+    return sweep if kind is None else replace(sweep, protocol=replace(sweep.protocol, kind=cast(Any, kind)))
+
+
+def _pairs(option: str, texts: Sequence[str] | None) -> dict[str, list[str]]:
+    pairs = {}
+    for text in texts or ():
+        key, sign, values = text.partition("=")
+        if not sign or not values:
+            raise ConfigError(f"{option} {text!r}: write name=value or name=value,value.")
+        pairs[key.strip()] = [value.strip() for value in values.split(",")]
+    return pairs
+
+
+def listing(sweep: Sweep, cells: Sequence[Cell], results: dict[str, Result]) -> Table:
+    """The runs in order, and what is known of each."""
+    shown = Table(title=f"{sweep.name}: {len(runs(cells))} runs", title_justify="left")
+    for column in ("", "run", "", "state"):
+        shown.add_column(column, justify="right" if not shown.columns else "left", overflow="fold")
+    now = {cell.id for cell in due(cells, sweep.choice, results)}
+    for number, cell in enumerate(runs(cells), start=1):
+        state = (
+            outcome(results[cell.id]) if cell.id in results else "to run" if cell.id in now else "if its rate is chosen"
+        )
+        shown.add_row(str(number), cell.id, escape(describe(cell)), escape(state))
+    return shown
+
+
+def _finish(sweep: Sweep, store: Store, made: Report, console: Console) -> None:
+    text = markdown(table(made.cells, made.results, sweep.protocol, sweep.choice))
+    write_text(store.folder / "table.md", f"{text}\n")
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    for path in _figures(sweep, store, made, console):
+        console.print(f"figure: {path}", markup=False, highlight=False)
+    console.print(
+        f"report: unmask report {store.folder} --output report.html", markup=False, highlight=False, soft_wrap=True
+    )
+    if made.failed:
+        for result in made.failed:
+            console.print(
+                f"{result['id']}  {outcome(result)}", style="red", markup=False, highlight=False, soft_wrap=True
+            )
+        console.print(f"{len(made.failed)} runs failed; --retry-failed does them again. Logs: {store.folder / 'logs'}")
+        raise typer.Exit(1)
+
+
+def _figures(sweep: Sweep, store: Store, made: Report, console: Console) -> list[Path]:
+    if not sweep.figures:
+        return []
+    from unmask.report.drawing import chosen_records, draw_files
+
+    try:
+        return draw_files(
+            sweep.figures, chosen_records(made.cells, made.results, sweep.choice), store.folder / "figures"
+        )
+    except MissingExtraError as error:
+        console.print(f"no figures: {error}", markup=False)
+        return []
+
+
+def run_report(folders: Sequence[Path], output: Path) -> None:
+    """Writes the report."""
+    from unmask.report import write_report
+
+    path = write_report(folders, output)
+    print(f"report in {path} ({path.stat().st_size:,} bytes)")

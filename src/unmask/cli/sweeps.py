@@ -1,0 +1,89 @@
+"""``unmask sweep``, ``reproduce`` and ``report``: what they take. What they do is imported when they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Workers = Annotated[int, typer.Option(help="Worker processes; several can share a GPU.", min=1)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of each worker; default: the cores shared out.", min=1)]
+Devices = Annotated[str | None, typer.Option(help="GPUs for the workers in turn, as CUDA numbers: 0,1.")]
+Axis = Annotated[list[str] | None, typer.Option(help="Other values on an axis: --axis task=mrpc,rte --axis seed=0,1.")]
+Only = Annotated[list[str] | None, typer.Option(help="Some methods or values only: --only method=id3,pafi.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of every run: --set max_steps=100.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs in order, and run nothing.")]
+Retry = Annotated[bool, typer.Option("--retry-failed", help="Do failed runs again.")]
+DataDir = Annotated[str | None, typer.Option(help="Folder with the tasks' files; without it, the hub.")]
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="The sweep's YAML file; see docs/reproduce.md.")],
+    output: Annotated[Path, typer.Option(help="Folder for the results; what is done there is not done again.")],
+    model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub id.")] = None,
+    data_dir: DataDir = None,
+    workers: Workers = 1,
+    threads: Threads = None,
+    devices: Devices = None,
+    axis: Axis = None,
+    only: Only = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    retry_failed: Retry = False,
+) -> None:
+    """Run a grid of trainings from a YAML file; stop it and start it again as you like."""
+    from unmask.cli.sweeping import Options, go
+    from unmask.sweeps.spec import read_sweep
+
+    go(read_sweep(file), output, Options(**_shared(locals())))
+
+
+def reproduce(
+    name: Annotated[str, typer.Argument(help="table1 to table5, fig1, fig4 to fig9.")],
+    model: Annotated[str, typer.Option(help="Base model: a folder or a hub id.")],
+    data_dir: DataDir = None,
+    scale: Annotated[
+        str, typer.Option(help="full: as in the paper, as far as known; small: minutes, to see it work.")
+    ] = "full",
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="paper (best three of four runs) or seeds (mean and interval); both are in the report."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default runs/reproduce/NAME-SCALE.")] = None,
+    workers: Workers = 1,
+    threads: Threads = None,
+    devices: Devices = None,
+    axis: Axis = None,
+    only: Only = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    retry_failed: Retry = False,
+) -> None:
+    """Run a table or a figure of the paper on your model."""
+    from unmask.cli.sweeping import Options, go, with_protocol
+    from unmask.reproduce import load
+
+    loaded = with_protocol(load(name, scale), protocol)  # type: ignore[arg-type]  # checked by load
+    go(loaded, output or Path("runs", "reproduce", f"{name}-{scale}"), Options(**_shared(locals())))
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of sweeps, or of runs of `unmask train`.")],
+    output: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+) -> None:
+    """Write one HTML page with the tables, figures and runs of sweeps."""
+    from unmask.cli.sweeping import run_report
+
+    run_report(runs, output)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    for command in (sweep, reproduce, report):
+        app.command()(command)
+
+
+def _shared(given: dict[str, Any]) -> dict[str, Any]:
+    names = ("model", "data_dir", "workers", "threads", "devices", "axis", "only", "set_", "dry_run", "retry_failed")
+    return {name: given[name] for name in names}

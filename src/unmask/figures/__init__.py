@@ -1,0 +1,44 @@
+"""Figures of runs, drawn from plain records. matplotlib (extra ``plot``) is imported when a figure is drawn, torch never."""
+
+from collections.abc import Callable
+from typing import Any
+
+from unmask.figures.deltas import delta_figure
+from unmask.figures.maps import allocation_maps
+from unmask.figures.records import AllocationRow, CurvePoint, RunRecord, Snapshot
+from unmask.figures.scores import budget_sweep, parameter_sweep, score_against_share, score_along_run
+from unmask.figures.style import DARK, LIGHT, Style
+from unmask.figures.tensors import sparsity_entropy, tensor_sparsity
+from unmask.figures.writing import svg, write_figure
+
+FIGURES: dict[str, Callable[..., Any]] = {
+    "fig1": score_against_share,
+    "fig4": parameter_sweep,
+    "fig5": score_along_run,
+    "fig6": budget_sweep,
+    "fig7": allocation_maps,
+    "fig8": tensor_sparsity,
+    "fig9": sparsity_entropy,
+}
+"""The paper's figures: ``FIGURES["fig1"](records, style)`` returns a matplotlib figure."""
+
+__all__ = [
+    "DARK",
+    "FIGURES",
+    "LIGHT",
+    "AllocationRow",
+    "CurvePoint",
+    "RunRecord",
+    "Snapshot",
+    "Style",
+    "allocation_maps",
+    "budget_sweep",
+    "delta_figure",
+    "parameter_sweep",
+    "score_against_share",
+    "score_along_run",
+    "sparsity_entropy",
+    "svg",
+    "tensor_sparsity",
+    "write_figure",
+]

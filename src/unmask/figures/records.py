@@ -1,0 +1,139 @@
+"""What a figure is drawn from: one record per finished run, plain values as JSON holds them. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NotRequired, TypedDict, cast
+
+from unmask.errors import DataError
+
+
+class CurvePoint(TypedDict):
+    """One evaluation in the course of a run.
+
+    Attributes:
+        step: Optimizer steps taken.
+        used: Weights unmasked by then, b(step - 1).
+        score: Main metric on the evaluation split, higher is better.
+        loss: Mean loss on the evaluation split.
+    """
+
+    step: int
+    used: int
+    score: float
+    loss: NotRequired[float]
+
+
+class AllocationRow(TypedDict):
+    """Unmasked weights of one layer and module kind.
+
+    Attributes:
+        layer: The layer's number as text, from ``"0"``; ``"other"`` for tensors outside the layers.
+        kind: One of `unmask.naming.KINDS`, or ``"other"``.
+        unmasked: How many weights are unmasked.
+        of: How many weights there are.
+    """
+
+    layer: str
+    kind: str
+    unmasked: int
+    of: int
+
+
+class Snapshot(TypedDict):
+    """Where the unmasked weights were after some step; `unmask.analysis.snapshot` makes one.
+
+    Attributes:
+        step: Optimizer steps taken; absent where only the count is known (read off the slots' order).
+        used: Weights unmasked by then.
+        tensor_sparsity: Share of tensors that hold no unmasked weight, 0 to 1.
+        sparsity_entropy: Entropy of the allocation over tensors, in nats.
+        tensors: How many tensors these two are taken over.
+        rows: The allocation; ``unmasked`` sums to ``used``.
+    """
+
+    step: NotRequired[int]
+    used: int
+    tensor_sparsity: float
+    sparsity_entropy: float
+    tensors: int
+    rows: list[AllocationRow]
+
+
+class RunRecord(TypedDict):
+    """One finished run. A figure names the optional entries it needs, and refuses records without them.
+
+    Attributes:
+        name: Name of the run, unique among the records.
+        method: Name to group and label by: ``"id3"``, ``"lora"``, ``"full"``.
+        task: Task, e.g. ``"sst2"``.
+        model: Base model's name.
+        budget: Trained weights that count: B, or a peer's trainable weights (without the dense head).
+        share: ``budget`` over the base model's weights, 0 to 1.
+        seed: Of the run; runs that differ in nothing else are averaged.
+        lr: Peak learning rate.
+        score: Final main metric, higher is better.
+        loss: Final mean loss on the evaluation split.
+        metric: The main metric's name, for the axis.
+        strategy: ``"static"``, ``"repeat"``, ``"increment"``, or ``"none"`` for peers.
+        parameters: The method's parameters: ``eps``, ``exp``, ``schedule``, ``stride``, ...
+        curve: Evaluations in the course of the run, by step.
+        allocation: Snapshots in the course of the run, by step.
+    """
+
+    name: str
+    method: str
+    task: str
+    model: str
+    budget: int
+    share: float
+    seed: int
+    lr: float
+    score: float
+    loss: NotRequired[float]
+    metric: NotRequired[str]
+    strategy: NotRequired[str]
+    parameters: NotRequired[dict[str, Any]]
+    curve: NotRequired[list[CurvePoint]]
+    allocation: NotRequired[list[Snapshot]]
+
+
+REQUIRED = ("name", "method", "task", "model", "budget", "share", "seed", "lr", "score")
+
+
+def check_records(records: Iterable[Mapping[str, Any]], *needs: str) -> list[RunRecord]:
+    """Refuses records that a figure cannot be drawn from.
+
+    Args:
+        records: Runs, as read from JSON.
+        *needs: Optional entries that this figure needs too, e.g. ``"curve"``.
+
+    Returns:
+        The records.
+
+    Raises:
+        DataError: There are none, or one lacks an entry.
+
+    Example:
+        >>> run = dict.fromkeys(REQUIRED, 0) | {"name": "a"}
+        >>> len(check_records([run]))
+        1
+    """
+    listed = list(records)
+    if not listed:
+        raise DataError("there are no runs to draw; give the records of at least one finished run.")
+    for record in listed:
+        lacking = [key for key in (*REQUIRED, *needs) if record.get(key) is None]
+        if lacking:
+            raise DataError(
+                f"the record of run {record.get('name', '?')!r} lacks {', '.join(lacking)}; see unmask.figures.RunRecord."
+            )
+    return cast(list[RunRecord], listed)
+
+
+def by_method(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Groups runs by method, methods in order of their first run."""
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        groups.setdefault(record["method"], []).append(record)
+    return groups

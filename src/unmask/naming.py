@@ -1,0 +1,115 @@
+"""What a tensor's name says: its layer, and the kind of its module. No torch here.
+
+The kinds are those of a transformer layer: key, query, value, attention output, and the two halves of the feed-forward
+network. Known are the names of BERT, RoBERTa, MPNet, DeBERTa, DistilBERT, ModernBERT, T5, BART, OPT, Llama and GPT-2, and of
+what descends from them. Everything else (embeddings, normalisations, heads, projections that hold queries, keys and
+values in an order of their own) is ``"other"``, so that counts by kind add up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+KINDS = ("key", "query", "value", "attention output", "ffn1", "ffn2")
+OTHER = "other"
+
+_LAYER = re.compile(r"\.(?:layer|layers|h|block|blocks)\.(\d+)\.")
+_OF_KIND = (
+    ("key", re.compile(r"\.(?:key|key_proj|k_proj|k_lin|k)\.")),
+    ("query", re.compile(r"\.(?:query|query_proj|q_proj|q_lin|q)\.")),
+    ("value", re.compile(r"\.(?:value|value_proj|v_proj|v_lin|v)\.")),
+    (
+        "attention output",
+        re.compile(r"[Aa]tt\w*\.(?:o_proj|out_proj|out_lin|o|Wo|c_proj|dense|output\.dense|attn\.o)\."),
+    ),
+    (
+        "ffn1",
+        re.compile(r"\.(?:intermediate\.dense|gate_proj|up_proj|gate_up_proj|c_fc|fc1|lin1|wi|wi_\d|mlp\.Wi|w1|w3)\."),
+    ),
+    ("ffn2", re.compile(r"\.(?:output\.dense|down_proj|mlp\.c_proj|fc2|lin2|wo|mlp\.Wo|w2)\.")),
+)
+_FUSED = re.compile(r"\.attn\.c_attn\.(?:base_layer\.)?(?:weight|bias)$")
+_THREE = ("query", "key", "value")
+
+
+def layer_of(name: str) -> str | None:
+    """The number of the layer that a tensor belongs to, as text; None outside the layers.
+
+    Example:
+        >>> layer_of("bert.encoder.layer.11.output.dense.weight"), layer_of("bert.pooler.dense.weight")
+        ('11', None)
+    """
+    match = _LAYER.search(f".{name}")
+    return match.group(1) if match else None
+
+
+def without_layer(name: str) -> str:
+    """A tensor's name after its layer's number; the whole name outside the layers.
+
+    Example:
+        >>> without_layer("encoder.layer.3.attention.self.query.weight")
+        'attention.self.query.weight'
+    """
+    match = _LAYER.search(f".{name}")
+    return f".{name}"[match.end() :] if match else name
+
+
+def kind_of(name: str) -> str:
+    """The kind of a tensor's module: one of `KINDS`, or ``"other"``.
+
+    Example:
+        >>> kind_of("model.layers.0.mlp.down_proj.weight"), kind_of("model.embed_tokens.weight")
+        ('ffn2', 'other')
+    """
+    if layer_of(name) is None:
+        return OTHER
+    rest = f".{without_layer(name)}"
+    return next((kind for kind, pattern in _OF_KIND if pattern.search(rest)), OTHER)
+
+
+def kinds_of(name: str, shape: Sequence[int], weight: Sequence[int] | None = None) -> tuple[str, ...]:
+    """The kinds of equal parts along a tensor's last dimension: one, or GPT-2's query, key and value in one tensor.
+
+    Args:
+        name: The tensor's name.
+        shape: Its shape.
+        weight: Shape of the weight that a bias belongs to, where it is known.
+
+    Example:
+        >>> kinds_of("transformer.h.0.attn.c_attn.weight", (4, 12))
+        ('query', 'key', 'value')
+        >>> kinds_of("transformer.h.0.attn.c_attn.weight", (12, 4))
+        ('other',)
+    """
+    if not _FUSED.search(f".{name}") or layer_of(name) is None:
+        return (kind_of(name),)
+    matrix = shape if len(shape) == 2 else weight or (shape[-1] // 3, shape[-1])
+    three = len(matrix) == 2 and matrix[1] == 3 * matrix[0]  # else a linear layer with an order of its own
+    return _THREE if three else (OTHER,)
+
+
+def layer_labels(names: Iterable[str]) -> dict[str, str]:
+    """A label for each tensor's layer: its number, ``"other"`` outside; with the stack's name where there are several.
+
+    Example:
+        >>> layer_labels(["encoder.block.0.a.weight", "decoder.block.0.a.weight", "shared.weight"])
+        {'encoder.block.0.a.weight': 'encoder 0', 'decoder.block.0.a.weight': 'decoder 0', 'shared.weight': 'other'}
+    """
+    listed = list(names)
+    stacks = {name: _stack(name) for name in listed}
+    several = len({stack for stack in stacks.values() if stack is not None}) > 1
+    return {name: _label(name, stacks[name] if several else None) for name in listed}
+
+
+def _label(name: str, stack: str | None) -> str:
+    layer = layer_of(name)
+    if layer is None:
+        return OTHER
+    return f"{stack} {layer}" if stack else layer
+
+
+def _stack(name: str) -> str | None:
+    """What the layers are part of: the path before ``layer.N``, its last piece."""
+    match = _LAYER.search(f".{name}")
+    return f".{name}"[: match.start()].rpartition(".")[2] if match else None

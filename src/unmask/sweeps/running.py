@@ -1,0 +1,115 @@
+"""What a worker does for one run: trains, going on from the last whole checkpoint, and gathers the run's record."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+import traceback
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from unmask.config import TrainConfig, build
+from unmask.run_folder import RunFolder
+from unmask.sweeps.curves import curve, read_rows, scores
+from unmask.training import InterruptedRunError, train
+from unmask.version import __version__
+
+
+def run_cell(settings: Mapping[str, Any], output: Path) -> dict[str, Any]:
+    """Trains, unless the output holds the finished run; the entries of its result.
+
+    Args:
+        settings: Of `unmask.config.TrainConfig`, without ``output``.
+        output: The run's folder. Its checkpoints are removed at the end, and so is the delta of full fine-tuning, which is as
+            large as the model.
+
+    Returns:
+        ``score`` (higher is better) and ``metric``, ``loss``, ``summary``, ``curve``, ``allocation``, ``versions``, and
+        ``resumed_at``: the step of the checkpoint that it went on from.
+
+    Raises:
+        InterruptedRunError: Ctrl-C.
+        UnmaskError: The run cannot work.
+    """
+    config, folder = build({**settings, "output": str(output)}), RunFolder(output)
+    resumed_at = None
+    if _summary(folder) is None:
+        resumed_at = _train(config, folder)
+    summary = _summary(folder)
+    assert summary is not None, "written by train"
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    if config.method == "full" and config.into is None:
+        folder.delta.unlink(missing_ok=True)
+    return {
+        **scores(summary),
+        "resumed_at": resumed_at,
+        "summary": summary,
+        "curve": curve(read_rows(folder.metrics), summary),
+        "allocation": read_rows(folder.allocation),
+        "versions": versions(),
+    }
+
+
+def _train(config: TrainConfig, folder: RunFolder) -> int | None:
+    """Trains to the end; the step that it went on from, None for a fresh start."""
+    console = Console(file=sys.stdout, force_terminal=False, width=120)
+    step = last_whole_checkpoint(folder)
+    if step is not None:
+        try:
+            train(config, resume=True, console=console)
+            return step
+        except (InterruptedRunError, KeyboardInterrupt):
+            raise
+        except Exception:  # a damaged checkpoint must not end a run that can be made anew
+            traceback.print_exc()
+            print("the run could not go on from its checkpoint, and is started anew", flush=True)
+    train(config, overwrite=True, console=console)
+    return None
+
+
+def last_whole_checkpoint(folder: RunFolder) -> int | None:
+    """The step of the last checkpoint, after removing those that a kill left in pieces; None for none.
+
+    A checkpoint is whole if it holds a readable ``trainer_state.json``, which the Trainer writes last.
+    """
+    found = sorted((int(path.name.rpartition("-")[2]), path) for path in folder.checkpoints.glob("checkpoint-*[0-9]"))
+    for step, path in reversed(found):
+        try:
+            if json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step:
+                return step
+        except (OSError, ValueError, KeyError):
+            pass
+        shutil.rmtree(path)
+    return None
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    found = {"unmask": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    name = (
+        torch.cuda.get_device_name()
+        if device is not None and device.type == "cuda"
+        else str(device or platform.machine())
+    )
+    return found | {"device": name, "threads": str(torch.get_num_threads())}
+
+
+def _summary(folder: RunFolder) -> dict[str, Any] | None:
+    try:
+        summary: dict[str, Any] = json.loads(folder.summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there yet, or a kill cut it short
+        return None
+    return summary

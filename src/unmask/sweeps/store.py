@@ -1,0 +1,130 @@
+"""Where a sweep keeps its results: one JSON per run, written in one step, so that a kill leaves none in pieces. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import ConfigError, DataError
+
+try:
+    import fcntl
+except ImportError:  # no POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+Result = dict[str, Any]
+STATES = ("done", "failed")
+
+
+class Store:
+    """A sweep's folder.
+
+    ``results/ID.json`` is a run's result, ``runs/ID`` its output, ``logs/ID.log`` what it printed, ``locks/ID.lock`` is locked
+    by the process that runs it, ``sweep.json`` tells what is to be run.
+
+    Args:
+        folder: May be new.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def result_path(self, run: str) -> Path:
+        return self.folder / "results" / f"{run}.json"
+
+    def run_folder(self, run: str) -> Path:
+        return self.folder / "runs" / run
+
+    def log_path(self, run: str) -> Path:
+        return self.folder / "logs" / f"{run}.log"
+
+    def result(self, run: str) -> Result | None:
+        """A run's result; None for a run that has not ended."""
+        path = self.result_path(run)
+        return _read(path) if path.is_file() else None
+
+    def results(self) -> dict[str, Result]:
+        """All results, by id."""
+        found = sorted(self.folder.glob("results/*.json"))
+        return {path.stem: _read(path) for path in found}
+
+    def write_result(self, run: str, result: Mapping[str, Any]) -> Path:
+        """Writes a run's result in one step."""
+        if result.get("status") not in STATES:
+            raise ConfigError(f"status = {result.get('status')!r}; a result is {' or '.join(STATES)}.")
+        return write_json(self.result_path(run), {"id": run, **result})
+
+    def write_plan(self, plan: Mapping[str, Any]) -> Path:
+        """Writes what is to be run: the sweep, its cells, the command."""
+        return write_json(self.folder / "sweep.json", plan)
+
+    def plan(self) -> dict[str, Any]:
+        """What `write_plan` wrote.
+
+        Raises:
+            DataError: The folder holds no sweep.
+        """
+        path = self.folder / "sweep.json"
+        if not path.is_file():
+            raise DataError(
+                f"{str(self.folder)!r} holds no sweep (no sweep.json); give a folder that `unmask sweep` wrote."
+            )
+        return _read(path)
+
+    @contextlib.contextmanager
+    def lock(self, run: str) -> Iterator[bool]:
+        """Whether this process has the run now. The lock is the system's, and goes with the process, however it ends.
+
+        Within one process a run must not be locked twice at a time.
+        """
+        if fcntl is None:
+            raise ConfigError("sweeps need POSIX file locks, which this system has not; run them on Linux or macOS.")
+        path = self.folder / "locks" / f"{run}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            try:
+                # of the process, and not shared with forked children as flock's are
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                yield False
+                return
+            try:
+                yield True
+            finally:
+                fcntl.lockf(file, fcntl.LOCK_UN)
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Writes a JSON file by way of a temporary one beside it, on disk before it takes the name."""
+    return write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a text file by way of a temporary one beside it, on disk before it takes the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{str(path)!r} cannot be read ({error}); remove it to run that run again.") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{str(path)!r} holds no result; remove it to run that run again.")
+    return value

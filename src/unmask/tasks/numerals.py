@@ -1,0 +1,130 @@
+"""Numbers as people and models write them, read exactly.
+
+What counts as one number: an optional sign and currency, digits with or without thousands separators, decimals, an exponent, or
+a fraction (``3/4``, ``5 2/3``, ``\\frac{3}{4}``). A percent sign, a unit and a closing full stop are left behind: "25%" is 25,
+"72." is 72. Not a number: digits that hang on a letter (``x2``), number words ("five"), a fraction by zero.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+_CURRENCY = r"(?:(?:\b(?:US|A|C))?[$€£¥₹]|\b(?:USD|EUR|GBP|INR|Rs\b\.?|Rs(?=\d)))\s?"
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)"
+_DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{{1,2}}(?![\d.]))?"
+_LATEX = r"\\[dt]?frac\s*\{\s*(?P<above>\d+)\s*\}\s*\{\s*(?P<below>\d+)\s*\}"
+_NUMBER = re.compile(
+    rf"(?P<sign>-)?(?:{_CURRENCY})?(?P<inner>-)?"
+    rf"(?:{_LATEX}"
+    r"|(?<!/)(?:(?P<whole>\d+)[ ])?(?P<top>\d+)/(?P<bottom>\d+)(?![\d/]|\.\d)"
+    rf"|(?P<decimal>{_DECIMAL}))"
+)
+_MINUS = str.maketrans({"\u2212": "-", "\u2012": "-", "\ufe63": "-", "\uff0d": "-", "\u202f": " ", "\u00a0": " "})
+_LONGEST = 100  # digits; a model that repeats itself writes thousands, and they are no answer
+
+
+@dataclass(frozen=True)
+class Found:
+    """A number in a text.
+
+    Attributes:
+        value: Its exact value.
+        start: Where it begins.
+        end: Where it ends.
+    """
+
+    value: Fraction
+    start: int
+    end: int
+
+
+def tidied(text: str) -> str:
+    """The text with one kind of minus sign and blank, and without LaTeX's own thousands separators; `find_numbers` reads it.
+
+    Example:
+        >>> tidied("\\u22121{,}234 \\\\$5")
+        '-1,234 $5'
+    """
+    return re.sub(r"\{,\}|(?<=\d)\\[,!](?=\d{3})", ",", text.translate(_MINUS)).replace("\\$", "$").replace("\\%", "%")
+
+
+def find_numbers(text: str) -> list[Found]:
+    """All numbers of a text, in order.
+
+    A minus is a sign where it touches its number and nothing to subtract from stands before it: "-3" and "is -3" are negative,
+    the second numbers of "10-3", "10 - 3" and "(4)-3" are not.
+
+    Example:
+        >>> [str(found.value) for found in find_numbers("$1,234.50 less 3/4 of -2 is 10-3.")]
+        ['2469/2', '3/4', '-2', '10', '3']
+    """
+    found, at = [], 0
+    while match := _NUMBER.search(text, at):
+        at = max(match.end(), match.start() + 1)
+        if _hangs_on_a_word(text, match):
+            continue
+        value = _value(match)
+        if value is not None:
+            negative = bool(match["inner"]) or (bool(match["sign"]) and _is_sign(text, match.start()))
+            found.append(Found(-value if negative else value, match.start(), match.end()))
+    return found
+
+
+def read_number(text: str) -> Fraction | None:
+    """The value of a text that is one number and nothing else; None for any other text.
+
+    Example:
+        >>> read_number(" 1,080 "), read_number("5 apples")
+        (Fraction(1080, 1), None)
+    """
+    text = tidied(text).strip()
+    numbers = find_numbers(text)
+    whole = len(numbers) == 1 and text[: numbers[0].start] == "" and text[numbers[0].end :] in ("", ".", "%")
+    return numbers[0].value if whole else None
+
+
+def written(value: Fraction) -> str:
+    """A number in its shortest exact form, which `read_number` reads: an integer, a decimal, else a fraction.
+
+    Example:
+        >>> written(Fraction(72)), written(Fraction(-37, 2)), written(Fraction(17, 3))
+        ('72', '-18.5', '17/3')
+    """
+    twos, fives, rest = 0, 0, value.denominator
+    while rest % 2 == 0:
+        twos, rest = twos + 1, rest // 2
+    while rest % 5 == 0:
+        fives, rest = fives + 1, rest // 5
+    if rest != 1:
+        return str(value)
+    places = max(twos, fives)
+    if places == 0:
+        return str(value.numerator)
+    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
+    return f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}"
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    """None for a fraction by zero, and for digits without end."""
+    if match.end() - match.start() > _LONGEST:
+        return None
+    if match["decimal"]:
+        return Fraction(match["decimal"].replace(",", ""))
+    top, bottom = int(match["above"] or match["top"]), int(match["below"] or match["bottom"])
+    return int(match["whole"] or 0) + Fraction(top, bottom) if bottom else None
+
+
+def _hangs_on_a_word(text: str, match: re.Match[str]) -> bool:
+    """Whether a letter, or a piece of another number, stands right before it."""
+    before = text[max(0, match.start() - 2) : match.start()]
+    if match["sign"] or not before:
+        return False
+    part_of_a_number = re.fullmatch(r"\d\.", before) or (before[-1].isdigit() and match[0].startswith("."))
+    return before[-1].isalpha() or before[-1] == "_" or bool(part_of_a_number)
+
+
+def _is_sign(text: str, start: int) -> bool:
+    before = text[:start].rstrip(" ")
+    return not before or not (before[-1].isdigit() or before[-1] in ")]}%" or text[start - 1].isalpha())

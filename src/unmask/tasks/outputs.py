@@ -1,0 +1,122 @@
+"""Per-item outputs of a long evaluation: a jsonl file that a kill at any moment leaves usable."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import ConfigError, DataError
+
+SETTINGS = "settings.json"
+
+
+class OutputFile:
+    """Rows by number, appended a batch at a time.
+
+    A batch is written at once, and each of its rows says how large it is, so a batch that a kill cut short is known and is
+    done again as a whole: in the same company, a row comes out as in an uninterrupted run, to the last bit.
+
+    Args:
+        path: A jsonl file, which need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """The rows of whole batches by their ``"row"``. A torn last line and a batch that is not whole are taken off the file.
+
+        Raises:
+            DataError: A line before the last that is no row of ours.
+        """
+        if not self.path.is_file():
+            return {}
+        *lines, torn = self.path.read_bytes().split(b"\n")
+        rows = [self._parse(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        sizes: dict[tuple[int, int], int] = {}
+        for row in rows:
+            sizes[tuple(row["batch"])] = sizes.get(tuple(row["batch"]), 0) + 1
+        whole = [row for row in rows if sizes[tuple(row["batch"])] == row["batch"][1]]
+        if torn.strip() or len(whole) < len(rows):
+            self._write(whole)
+        return {row["row"]: row for row in whole}
+
+    def append(self, batch: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Adds the rows of one batch; each must hold its number, ``"row"``. Returns them as they stand in the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{**row, "batch": [batch[0]["row"], len(batch)]} for row in batch]
+        with self.path.open("ab") as file:
+            file.write(_lines(rows))
+            file.flush()
+            os.fsync(file.fileno())
+        return rows
+
+    def rewrite(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
+        """Puts all rows down anew, in order, by way of a file beside it."""
+        self._write([rows[row] for row in sorted(rows)])
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_bytes(_lines(rows))
+        os.replace(part, self.path)
+
+    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+            first, size = row["batch"]
+            return {**row, "row": int(row["row"]), "batch": [int(first), int(size)]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.path}, line {number} is no row of an evaluation ({error!r:.80}); delete the line, or the file."
+            ) from error
+
+
+def claim(folder: Path, settings: Mapping[str, Any], files: Iterable[str], overwrite: bool = False) -> None:
+    """Makes a folder that of one evaluation: its settings are written down, and a folder of another one is refused.
+
+    Args:
+        folder: Made if it is not there.
+        settings: JSON values that decide what is generated.
+        files: Names of all files that an evaluation may leave there.
+        overwrite: Take the folder from another evaluation: these files are deleted.
+
+    Raises:
+        ConfigError: The folder holds the outputs of another evaluation.
+    """
+    path, wanted = folder / SETTINGS, json.loads(json.dumps(dict(settings)))
+    held = _held(path)
+    if overwrite:
+        for name in files:
+            (folder / name).unlink(missing_ok=True)
+    elif held is not None and held != wanted:
+        key = next(key for key in sorted({*held, *wanted}) if held.get(key) != wanted.get(key))
+        raise ConfigError(
+            f"{str(folder)!r} holds the outputs of another evaluation ({key} was {held.get(key)!r}, and is {wanted.get(key)!r}); "
+            "give another --output, or --overwrite."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def is_of(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a folder is that of the evaluation with these settings, or of none yet."""
+    return _held(folder / SETTINGS) in (None, json.loads(json.dumps(dict(settings))))
+
+
+def _held(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise DataError(f"{str(path)!r} cannot be read ({error}); delete it, or give another --output.") from error
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")

@@ -1,0 +1,63 @@
+"""Made-up runs for the tests of sweeps: what a runner function does, in worker processes of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LOSSES = {1e-4: 0.7, 1e-3: 0.5, 1e-2: 0.6}
+
+
+def count(folder: Path, what: str) -> int:
+    """Notes in the run's folder that something happened; how often it did."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / what).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    return len((folder / what).read_text().split())
+
+
+def scored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    loss = LOSSES.get(settings.get("lr", 1e-3), 1.0) + settings.get("seed", 0) / 1000
+    return {"score": 1 - loss, "loss": loss, "metric": "accuracy"}
+
+
+def quick(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    count(folder, "starts")
+    print("printed by the run", settings.get("seed", 0))
+    return scored(settings)
+
+
+def threads(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    return scored(settings) | {k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+
+
+def failing(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    if count(folder, "starts") == 1 and settings.get("lr") == 1e-2:
+        raise ValueError("the loss is <NaN> [/b]")
+    return scored(settings)
+
+
+def dying(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Killed in its first attempt at 1e-4, in every one at 1e-2."""
+    attempt = count(folder, "starts")
+    if settings.get("lr") == 1e-2 or (settings.get("lr") == 1e-4 and attempt == 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return scored(settings)
+
+
+def stepping(settings: Mapping[str, Any], folder: Path, steps: int = 20, each: float = 0.03) -> dict[str, Any]:
+    """Counts its steps into a file, goes on where it was cut off, and stops for Ctrl-C after a whole step."""
+    stop: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
+    try:
+        while count(folder, "steps") < steps:
+            time.sleep(each)
+            if stop:
+                raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return scored(settings) | {"steps": len((folder / "steps").read_text().split())}
