@@ -26,6 +26,7 @@ def test_the_configuration_knows_every_heuristic_that_needs_no_calibration():
     ("settings", "expected"),
     [
         ({}, unmask.id3("30", 40)),
+        ({"normalise": "none"}, unmask.id3("30", 40)),
         ({"normalise": "row-column", "allocation": "column"},
          unmask.id3("30", 40).but(normalise="row-column", allocation="column")),
         ({"drop": "0.2", "stride": "5"}, unmask.id3("30", 40, stride=5).but(drop=0.2)),

@@ -45,7 +45,7 @@ class TrainConfig:
         rank: Of the approximation that lift ranks by, as a method or a heuristic.
         drop: Share of the slots that compete anew at every stride-th step (regrow, id3); None for the method's own.
         allocation: global, tensor, row or column; None for the method's own.
-        normalise: none, row-column or row-column-root: scores against the means of their row and column.
+        normalise: row-column or row-column-root: scores against the means of their row and column.
         scope: all, linear, bias or vector; None for the method's own.
         include: Regular expressions: only these tensors are eligible.
         exclude: Regular expressions: these tensors are not.
@@ -56,7 +56,7 @@ class TrainConfig:
         lr: Peak learning rate.
         weight_decay: AdamW's, on the selected weights only.
         bias_correction: Adam's, "global" (the paper's) or "entry" (an age per weight, from its unmasking on).
-        lr_scale: none, or row-column: a selected weight's rate falls with how many share its row and its column.
+        lr_scale: row-column: a selected weight's rate falls with how many share its row and its column.
         slot_warmup: Steps over which a weight's rate rises after its unmasking (bias_correction "entry").
         epochs: Passes over the training data; ignored with max_steps.
         max_steps: Optimizer steps.
@@ -108,7 +108,7 @@ class TrainConfig:
     rank: int = 128
     drop: float | None = None
     allocation: str | None = None
-    normalise: str = "none"
+    normalise: str | None = None
     scope: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -119,7 +119,7 @@ class TrainConfig:
     lr: float = 1e-3
     weight_decay: float = 0.0
     bias_correction: str = "global"
-    lr_scale: str = "none"
+    lr_scale: str | None = None
     slot_warmup: int = 0
     epochs: float = 3.0
     max_steps: int | None = None
@@ -158,10 +158,10 @@ class TrainConfig:
         _one_of("schedule", self.schedule, ("uniform", "cosine", "front-loaded", "at-once"))
         _one_of("heuristic", self.heuristic, (None, *HEURISTICS))
         _one_of("allocation", self.allocation, (None, "global", "tensor", "row", "column"))
-        _one_of("normalise", self.normalise, ("none", "row-column", "row-column-root"))
+        _one_of("normalise", self.normalise, (None, "row-column", "row-column-root"))
         _one_of("scope", self.scope, (None, "all", "linear", "bias", "vector"))
         _one_of("bias_correction", self.bias_correction, ("global", "entry"))
-        _one_of("lr_scale", self.lr_scale, ("none", "row-column"))
+        _one_of("lr_scale", self.lr_scale, (None, "row-column"))
         _one_of("into", self.into, (None, "lora", "dora", "shira", "pfeiffer", "houlsby"))
         _one_of("criterion", self.criterion, ("random", "magnitude", "snip", "grasp", "synflow"))
         _one_of("pruned", self.pruned, ("zero", "kept"))

@@ -57,7 +57,7 @@ def method_from(config: TrainConfig, steps: int, loader: Iterable[Any] | None = 
 
 def _changes(config: TrainConfig) -> dict[str, Any]:
     """Parts that go with several methods; what they are is checked by `TrainConfig`, whether they go together by `Method`."""
-    changes: dict[str, Any] = {"normalise": config.normalise}
+    changes: dict[str, Any] = {"normalise": config.normalise or "none"}
     if config.allocation is not None:
         changes["allocation"] = config.allocation
     if config.scope is not None:
@@ -82,7 +82,7 @@ def optimizer_from(config: TrainConfig, selection: Selection) -> SelectiveAdamW:
         lr=config.lr,
         weight_decay=config.weight_decay,
         bias_correction=cast(BiasCorrection, config.bias_correction),  # checked by TrainConfig, as what follows
-        lr_scale=cast(LrScale, config.lr_scale),
+        lr_scale=cast(LrScale, config.lr_scale or "none"),
         slot_warmup=config.slot_warmup,
     )
 

@@ -104,7 +104,8 @@ def divisors_of(
 
     Example:
         >>> scores = torch.tensor([[1.0, 3.0], [2.0, 6.0]])  # of rank 1
-        >>> divisors_of("row-column", (2, 2), [(0, scores)], scores.device).divide(scores, 0).tolist()
+        >>> divisors = divisors_of("row-column", (2, 2), [(0, scores)], scores.device)
+        >>> divisors.divide(scores, 0).round(decimals=4).tolist()
         [[1.0, 1.0], [1.0, 1.0]]
     """
     rows, columns = shape
