@@ -4,7 +4,8 @@
 
 GSM8K_FOLDER holds train.jsonl and test.jsonl ({"question", "answer"}). Each row is run twice: straight to the end, with a
 checkpoint in the middle; and in a fresh process that starts from that checkpoint. The two must end with the same delta, bit for
-bit. The answer loss is the mean cross-entropy of the answers' tokens, in float32, over the first test items, before and after.
+bit. With --kill the first run is killed once that checkpoint is written: two thirds of the time, and nothing to compare with. The
+answer loss is the mean cross-entropy of the answers' tokens, in float32, over the first test items, before and after.
 Finished runs are kept in --output and skipped, so the command can be stopped and started again.
 """
 
@@ -120,14 +121,40 @@ def run(arguments: argparse.Namespace, where: str, name: str, output: Path) -> d
     }
 
 
-def same_delta(folder: Path) -> bool:
+def run_apart(arguments: argparse.Namespace, where: str, name: str) -> None:
+    """A run in a process of its own, unless it is done; with --kill the straight one ends by a signal in its middle."""
+    output = Path(arguments.output, where, name)
+    output.mkdir(parents=True, exist_ok=True)
+    if (output / "result.json").is_file():
+        return
+    middle = (
+        output / f"checkpoint-{arguments.steps // 2}" / "trainer_state.json"
+    )  # a checkpoint's last file but the RNG's
+    kill = arguments.kill and name == "straight"
+    if kill and middle.is_file():
+        return
+    process = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--only", f"{where}/{name}"])
+    while kill and not middle.is_file() and process.poll() is None:
+        time.sleep(1)
+    if kill and process.poll() is None:
+        time.sleep(5)
+        process.kill()
+        process.wait()
+    elif process.wait():
+        raise SystemExit(f"{where}/{name} ended with status {process.returncode}")
+
+
+def same_delta(folder: Path) -> str:
     """Whether both runs ended with the same indices and the same values, bit for bit."""
+    if not (folder / "straight" / "delta.safetensors").is_file():
+        return "killed in the middle, resumed"
     one, other = (unmask.SparseDelta.load(folder / name / "delta.safetensors") for name in RUNS)
-    return one.sparse.keys() == other.sparse.keys() and all(
+    same = one.sparse.keys() == other.sparse.keys() and all(
         torch.equal(one.sparse[name].indices, other.sparse[name].indices)
         and torch.equal(one.sparse[name].values, other.sparse[name].values)
         for name in one.sparse
     )
+    return "the same delta, bit for bit" if same else "ANOTHER DELTA"
 
 
 def table(arguments: argparse.Namespace) -> str:
@@ -137,11 +164,10 @@ def table(arguments: argparse.Namespace) -> str:
     ]
     for where in arguments.where:
         folder = Path(arguments.output, where)
-        straight = json.loads((folder / "straight" / "result.json").read_text())
-        same = "the same delta, bit for bit" if same_delta(folder) else "ANOTHER DELTA"
+        done = json.loads((folder / "resumed" / "result.json").read_text())
         lines.append(
-            f"| {where} | {straight['used']:,} | {straight['loss before']:.4f} | {straight['loss after']:.4f} | "
-            f"{straight['seconds per step']:.2f} | {straight['delta bytes']:,} | {straight['checkpoint bytes']:,} | {same} |"
+            f"| {where} | {done['used']:,} | {done['loss before']:.4f} | {done['loss after']:.4f} | "
+            f"{done['seconds per step']:.2f} | {done['delta bytes']:,} | {done['checkpoint bytes']:,} | {same_delta(folder)} |"
         )
     return "\n".join(lines)
 
@@ -159,6 +185,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--items", type=int, default=200, help="test items of the answer loss")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kill", action="store_true")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # WHERE/RUN: what a process of its own does
     arguments = parser.parse_args()
     if arguments.only:
@@ -168,10 +195,7 @@ def main() -> None:
         return
     for where in arguments.where:
         for name in RUNS:
-            output = Path(arguments.output, where, name)
-            output.mkdir(parents=True, exist_ok=True)
-            if not (output / "result.json").is_file():
-                subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", f"{where}/{name}"], check=True)
+            run_apart(arguments, where, name)
     print(table(arguments))
 
 
