@@ -100,7 +100,8 @@ def run(arguments: argparse.Namespace, where: str, name: str, output: Path) -> d
         **include,
     )
     trainer.add_callback(callback)
-    before = answer_loss(model, tokenizer, held_out)
+    killed = arguments.kill and name == "straight"
+    before = None if killed else answer_loss(model, tokenizer, held_out)
     middle = output.parent / "straight" / f"checkpoint-{arguments.steps // 2}"
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(middle) if name == "resumed" else None)
@@ -127,9 +128,7 @@ def run_apart(arguments: argparse.Namespace, where: str, name: str) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if (output / "result.json").is_file():
         return
-    middle = (
-        output / f"checkpoint-{arguments.steps // 2}" / "trainer_state.json"
-    )  # a checkpoint's last file but the RNG's
+    middle = output / f"checkpoint-{arguments.steps // 2}" / "trainer_state.json"
     kill = arguments.kill and name == "straight"
     if kill and middle.is_file():
         return
