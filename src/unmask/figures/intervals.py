@@ -1,4 +1,4 @@
-"""Means over seeds with Student's confidence interval. The standard library is enough."""
+"""Means over seeds with Student's confidence interval."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-from unmask.errors import DataError
+from unmask.errors import DataError, need
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None]:
@@ -30,29 +30,10 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
 
 
 def t_quantile(confidence: float, degrees: int) -> float:
-    """t with ``P(|T| <= t) = confidence`` for Student's T with a whole number of degrees of freedom, by bisection.
+    """t with ``P(|T| <= t) = confidence`` for Student's T with so many degrees of freedom.
 
     Example:
         >>> round(t_quantile(0.95, 2), 4), round(t_quantile(0.95, 30), 4)
         (4.3027, 2.0423)
     """
-    low, high = 0.0, 1.0
-    while _within(high, degrees) < confidence:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, degrees) < confidence else (low, middle)
-    return high
-
-
-def _within(t: float, degrees: int) -> float:
-    """``P(|T| <= t)``: the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(degrees))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for k in range(2 + odd, degrees, 2):
-        term *= (k - 1) / k * cosine**2
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return float(need("scipy.stats", "plot").t.ppf((1 + confidence) / 2, degrees))

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from unmask.errors import ConfigError, need
+from unmask.errors import ConfigError
+from unmask.figures.intervals import t_quantile
 from unmask.sweeps.spec import Protocol
 
 
@@ -70,7 +71,7 @@ def interval(
     Args:
         scores: One for each seed.
         level: Of the interval.
-        how: ``"t"``: Student's t, for scores that are about normal (needs the extra ``eval``); ``"bootstrap"``: percentiles of
+        how: ``"t"``: Student's t, for scores that are about normal (needs the extra ``plot``); ``"bootstrap"``: percentiles of
             the means of resampled scores, which is too narrow for few seeds.
         resamples: Of the bootstrap, with a fixed seed.
 
@@ -91,7 +92,7 @@ def interval(
     if how == "bootstrap":
         low, high = _percentiles(scores, level, resamples)
     else:
-        reach = float(need("scipy.stats", "eval").t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n)
+        reach = t_quantile(level, n - 1) * deviation / math.sqrt(n)
         low, high = mean - reach, mean + reach
     return Estimate(mean, deviation, low, high, n, n)
 
