@@ -158,15 +158,15 @@ def same_delta(folder: Path) -> str:
 
 def table(arguments: argparse.Namespace) -> str:
     lines = [
-        "| ID3 in | weights trained | answer loss before | after | s per step | delta, bytes | checkpoint, bytes | resumed run |",
-        "|---|---|---|---|---|---|---|---|",
+        "| ID3 in | weights trained | answer loss before | after | delta, bytes | checkpoint, bytes | resumed run |",
+        "|---|---|---|---|---|---|---|",
     ]
     for where in arguments.where:
         folder = Path(arguments.output, where)
         done = json.loads((folder / "resumed" / "result.json").read_text())
         lines.append(
             f"| {where} | {done['used']:,} | {done['loss before']:.4f} | {done['loss after']:.4f} | "
-            f"{done['seconds per step']:.2f} | {done['delta bytes']:,} | {done['checkpoint bytes']:,} | {same_delta(folder)} |"
+            f"{done['delta bytes']:,} | {done['checkpoint bytes']:,} | {same_delta(folder)} |"
         )
     return "\n".join(lines)
 
