@@ -193,7 +193,7 @@ def test_a_byte_level_vocabulary_gets_the_blank_before_each_word(tmp_path: Path)
     _, tokenizer, _ = load_base(str(tmp_path), None, 0, "token", SPEC.label_names)
     sentence = Sentences([["ab", "ab", "x\ufe0f"]], [["B-PER", "I-PER", "O"]])
     windows = Windows(sentence, tokenizer, SPEC.label_names, 32, training=True)
-    assert windows[0]["input_ids"][1:3] == [vocabulary["Ġab"]] * 2
+    assert windows[0]["input_ids"].count(vocabulary["Ġab"]) == 2  # transformers 4.57 puts no token before them
     assert windows.tags_of([windows[0]["labels"]]) == sentence.tags
 
 
