@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from pathlib import Path
 
 import pytest
@@ -516,7 +517,7 @@ def test_an_optimizer_that_does_not_step_is_an_error_at_once(tmp_path):
     selection = unmask.select(model, unmask.id3(60, steps=10))
     optimizer = Idle(selection.parameters(), lr=0.1)
     trainer, _ = selective(tmp_path, selection, model, given={"optimizers": (optimizer, None)})
-    optimizer.step = lambda closure=None: None  # not even torch's hooks run
+    optimizer.step = types.MethodType(lambda self, closure=None: None, optimizer)  # not even torch's hooks run
     with pytest.raises(unmask.ScheduleNotRunError, match="step 1 of the Trainer did not reach the selection"):
         trainer.train()
 
