@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 import unmask
 from commands import run, train_words
 from helpers import assert_same_tensors
-from tiny import tiny_model, toy_csv
+from tiny import tiny_world
 from unmask.config import METHODS
 
 UNMASK = [sys.executable, "-c", "from unmask.cli import main; main()"]
@@ -28,11 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    tiny_model(root / "base")
-    toy_csv(root / "train.csv", 64, seed=0)
-    toy_csv(root / "dev.csv", 32, seed=1)
-    return root
+    return tiny_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

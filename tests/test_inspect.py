@@ -9,7 +9,7 @@ import pytest
 
 import unmask
 from commands import run, train_words
-from tiny import tiny_model, toy_csv
+from tiny import tiny_world
 from unmask.analysis import changed, mask_of, overlap, snapshot, tensor_sparsity
 from unmask.config import TrainConfig
 from unmask.errors import ConfigError
@@ -23,10 +23,7 @@ SETTINGS = ("--set", "eval_steps=6", "--set", "order=true")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    tiny_model(root / "base")
-    toy_csv(root / "train.csv", 64, seed=0)
-    toy_csv(root / "dev.csv", 32, seed=1)
+    root = tiny_world(tmp_path_factory.mktemp("world"))
     run(*train_words("run", *SETTINGS), cwd=root)
     return root
 

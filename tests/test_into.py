@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 import unmask
 from commands import run, train_words
 from helpers import assert_same_tensors, snapshot
-from tiny import tiny_model, toy_csv
+from tiny import tiny_world
 from unmask.config import build
 from unmask.errors import ConfigError
 from unmask.into import Into, _has_adapters, insert, into_of
@@ -32,10 +32,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("into")
-    tiny_model(root / "base")
-    toy_csv(root / "train.csv", 64, seed=0)
-    toy_csv(root / "dev.csv", 32, seed=1)
+    root = tiny_world(tmp_path_factory.mktemp("into"))
     for kind, words in KINDS.items():
         run(*train_words(kind, "--set", "save_steps=8"), *words, cwd=root)
     return root

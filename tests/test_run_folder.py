@@ -10,7 +10,7 @@ import pytest
 
 import unmask
 from commands import run, train_words
-from tiny import tiny_model, toy_csv
+from tiny import tiny_world
 
 # the Trainer's own warnings are not what is tested here
 pytestmark = pytest.mark.filterwarnings("default")
@@ -18,10 +18,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    tiny_model(root / "base")
-    toy_csv(root / "train.csv", 64, seed=0)
-    toy_csv(root / "dev.csv", 32, seed=1)
+    root = tiny_world(tmp_path_factory.mktemp("world"))
     run(*train_words("run", "--set", "eval_steps=6", "--set", "logging_steps=1"), cwd=root)
     return root
 

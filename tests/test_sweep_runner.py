@@ -175,11 +175,21 @@ def test_killed_at_any_point_it_goes_on_where_it_was(tmp_path):
         parent.kill()
         parent.communicate()
         wait_for(lambda pids=pids: not any(alive(pid) for pid in pids))  # the workers go with their parent
-    assert not list(tmp_path.glob("results/.*"))
     report = run(sweep(seeds=(0, 1)), tmp_path, "stepping", workers=2)
+    assert not list(tmp_path.glob("results/.*"))
     assert [r["status"] for r in report.results.values()] == ["done"] * 6
     assert {result["steps"] for result in report.results.values()} == {20}
     assert {times(tmp_path, i, "steps") for i in report.results} == {20}
+
+
+def test_what_a_process_left_that_was_killed_as_it_wrote_is_removed(tmp_path):
+    run_id = expand(sweep())[0].id
+    part = Store(tmp_path).result_path(run_id).with_name(f".{run_id}.jsonabc.part")
+    part.parent.mkdir()
+    part.write_text("{")
+    report = run(sweep(), tmp_path, "quick")
+    assert report.results[run_id]["status"] == "done"
+    assert sorted(path.stem for path in part.parent.iterdir()) == sorted(report.results)
 
 
 def test_two_sweeps_over_one_folder_share_the_work(tmp_path):

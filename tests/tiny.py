@@ -62,3 +62,11 @@ def toy_csv(path: Path, count: int = 64, seed: int = 0) -> Path:
         writer.writerow(["review", "verdict"])
         writer.writerows(toy_rows(count, seed))
     return path
+
+
+def tiny_world(root: Path) -> Path:
+    """A folder with what a run on one's own data needs: ``base``, ``train.csv``, ``dev.csv``."""
+    tiny_model(root / "base")
+    toy_csv(root / "train.csv", 64, seed=0)
+    toy_csv(root / "dev.csv", 32, seed=1)
+    return root

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from unmask.prompting import Prompter
 from unmask.tasks.answers import RULES, Rule, extract, is_right
 from unmask.tasks.arithmetic import TEST_SETS, Problem, load_problems
 from unmask.tasks.outputs import OutputFile, claim
+from unmask.writing import write_json
 
 SCORES = "scores.json"
 
@@ -208,9 +208,7 @@ def _note(path: Path, solved: Solved) -> None:
     """Puts a set's outcome down beside those of other sets."""
     held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     scores = held | {solved.name: {**asdict(solved), "accuracy": solved.accuracy}}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_json(path, scores, indent=2)
 
 
 def _digest(text: str) -> str:

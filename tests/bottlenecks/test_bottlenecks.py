@@ -25,7 +25,7 @@ from helpers import (
 )
 from helpers import train as train_steps
 from lora_nets import sentences, tiny_bert
-from tiny import tiny_model, toy_csv
+from tiny import tiny_world
 from unmask.added import added_tensors
 from unmask.into import NAME, insert, into_of
 from unmask.modeling import load_base, load_tuned
@@ -116,10 +116,7 @@ def test_sparse_adapter_prunes_to_zero_and_trains_the_rest(kind: str, criterion:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("bottlenecks")
-    tiny_model(root / "base")
-    toy_csv(root / "train.csv", 64, seed=0)
-    toy_csv(root / "dev.csv", 32, seed=1)
+    root = tiny_world(tmp_path_factory.mktemp("bottlenecks"))
     for kind in KINDS:
         words = ("--into", kind, "--set", "reduction_factor=4", "--set", "save_steps=8")
         run(*train_words(kind), *words, cwd=root)

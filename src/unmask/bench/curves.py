@@ -12,13 +12,14 @@ from unmask.bench.grouping import too_large
 from unmask.bench.machine import available_bytes
 from unmask.bench.models import Blueprint, blueprint
 from unmask.bench.quiet import quiet_torch
-from unmask.bench.record import derive, write_json
+from unmask.bench.record import derive
 from unmask.bench.rounds import RowResult
 from unmask.bench.runner import header, write_reports
 from unmask.bench.settings import BenchSettings
 from unmask.bench.shapes import SHAPES, SIZES, Shape
 from unmask.bench.stats import StepTime
 from unmask.bench.timed import Say, estimates, time_rows
+from unmask.writing import write_json
 
 BUDGETS = (10**3, 10**4, 10**5, 10**6, 10**7)
 SIZE_BUDGET = 100_000

@@ -2,7 +2,7 @@
 
 glibc gives the top of its heap back to the system as soon as more than some megabytes of it are free, and takes it again,
 page by page, at the next step. With several rows in one process it is chance which row's memory lies at the top, so that one
-pays for this at every step (a tenth of a step was seen) and another never. A timed process therefore keeps what it has.
+pays for this at every step and another never. A timed process therefore keeps what it has.
 """
 
 from __future__ import annotations

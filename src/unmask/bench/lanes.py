@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 from unmask.bench.builders import build
 from unmask.bench.models import Batch, Blueprint, blueprint
+from unmask.bench.processes import command, ending, environment, heard, say, short, told
 from unmask.bench.quiet import import_peers, quiet_torch
 from unmask.bench.rows import Row
 from unmask.bench.settings import BenchSettings
@@ -75,10 +75,10 @@ class RemoteLane:
     """
 
     def __init__(self, row: Row, settings: BenchSettings) -> None:
-        command = [sys.executable, "-m", "unmask.bench.lanes", json.dumps(settings.as_json()), row.label]
-        env = {**os.environ, "OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, text=True, env=env, **pipes)  # type: ignore[call-overload]
+        self._process = subprocess.Popen(  # type: ignore[call-overload]
+            command("unmask.bench.lanes", settings, row), text=True, env=environment(settings), **pipes
+        )
         self._facts: dict[str, Any] = {}
         try:
             self._hear()
@@ -100,18 +100,14 @@ class RemoteLane:
 
     def _hear(self) -> dict[str, Any]:
         for line in self._process.stdout:
-            if line.startswith(_MARK):
-                said = json.loads(line.removeprefix(_MARK))
-                if "error" in said:
-                    raise LaneError(said["error"])
-                self._facts = said["facts"]
-                return said
-        code = self._process.wait()
-        raise LaneError(
-            f"the row's process was killed by signal {-code} (out of memory?)"
-            if code < 0
-            else f"the row's process ended with status {code}"
-        )
+            said = heard(_MARK, line)
+            if said is None:
+                continue
+            if "error" in said:
+                raise LaneError(said["error"])
+            self._facts = said["facts"]
+            return said
+        raise LaneError(ending(self._process.wait()))
 
 
 class LaneError(UnmaskError):
@@ -123,27 +119,21 @@ def cycles_of(row: Row, settings: BenchSettings) -> int:
     return (settings.warmup + settings.rounds) * (1 if row.stride > 1 else settings.steps)
 
 
-def _say(**words: Any) -> None:
-    print(_MARK + json.dumps(words), flush=True)
-
-
 def main() -> None:
     """The entry of a row's process."""
-    settings = BenchSettings(**json.loads(sys.argv[1]))
-    row = next(row for row in settings.rows() if row.label == sys.argv[2])
+    settings, row = told(sys.argv)
     import_peers()
     try:
         with quiet_torch(settings.threads):
             plan = blueprint(settings)
             lane = LocalLane(row, plan, plan.batches(), settings)
-            _say(facts=lane.facts())
+            say(_MARK, {"facts": lane.facts()})
             for line in sys.stdin:
                 group, round_ = json.loads(line)
                 steps = [vars(step) for step in lane.stretch(group, round_)]
-                _say(steps=steps, facts=lane.facts())
+                say(_MARK, {"steps": steps, "facts": lane.facts()})
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        _say(error=f"{type(error).__name__}: {first[:300]}")
+        say(_MARK, {"error": short(error)})
 
 
 if __name__ == "__main__":

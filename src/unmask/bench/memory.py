@@ -5,14 +5,13 @@ Run as ``python -m unmask.bench.memory SETTINGS LABEL`` by `measure`; the figure
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from unmask.bench.processes import command, ending, environment, heard, say, told
 from unmask.bench.rows import Row
 from unmask.bench.settings import BenchSettings
 
@@ -28,19 +27,17 @@ def measure(settings: BenchSettings, row: Row) -> dict[str, Any]:
         ``peak_mb`` (the process's largest resident size; on CUDA the largest allocation on the device), ``before_mb``
         (resident before the first step), ``state_bytes``, ``trainable``, ``trained``, ``saved_bytes``; or ``error``.
     """
-    command = [sys.executable, "-m", "unmask.bench.memory", json.dumps(settings.as_json()), row.label]
-    env = {**os.environ, "OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    words = command("unmask.bench.memory", settings, row)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(settings))
     for line in done.stdout.splitlines():
-        if line.startswith(_MARK):
-            return json.loads(line.removeprefix(_MARK))
+        said = heard(_MARK, line)
+        if said is not None:
+            return said
     return {"error": _reason(done.returncode, done.stderr)}
 
 
 def _reason(code: int, stderr: str) -> str:
-    if code < 0:
-        return f"the process was killed by signal {-code} (out of memory?)"
-    return (stderr.strip().splitlines() or [f"exit status {code}"])[-1][:300]
+    return ending(code, (stderr.strip().splitlines() or [""])[-1][:300])
 
 
 def run(settings: BenchSettings, row: Row) -> dict[str, Any]:
@@ -103,9 +100,8 @@ def _saved(contender: Any) -> dict[str, Any]:
 
 def main() -> None:
     """The entry of a row's process."""
-    settings = BenchSettings(**json.loads(sys.argv[1]))
-    row = next(row for row in settings.rows() if row.label == sys.argv[2])
-    print(_MARK + json.dumps(run(settings, row)), flush=True)
+    settings, row = told(sys.argv)
+    say(_MARK, run(settings, row))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from unmask.bench.bars import judge, off_reference
@@ -70,22 +66,3 @@ def verdicts(
         if row["timing"] and "amortised" in row["timing"]
     }
     return {"apply": True, "because": [], "bars": judge(steps, peaks, amortised, settings.dtype)}
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> Path:
-    """Replaces a JSON file in one step: a killed run leaves the last whole one."""
-    return write_text(path, json.dumps(record, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Replaces a text file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
-    return path

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from unmask.bench.lanes import Lane, LaneError
+from unmask.bench.processes import short
 from unmask.bench.rows import Row
 from unmask.bench.settings import BenchSettings
 from unmask.bench.stats import StepTime
@@ -37,7 +38,7 @@ class RowResult:
 
     def fail(self, error: BaseException) -> None:
         """Keeps the reason, drops the figures."""
-        self.status, self.reason = "failed", _short(error)
+        self.status, self.reason = "failed", str(error) if isinstance(error, LaneError) else short(error)
         self.steps.clear()
 
 
@@ -119,10 +120,3 @@ def _guarded(result: RowResult) -> Iterator[_Guard]:
         result.fail(error)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _short(error: BaseException) -> str:
-    if isinstance(error, LaneError):
-        return str(error)
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"

@@ -12,12 +12,13 @@ from unmask.bench.machine import available_bytes, describe_machine
 from unmask.bench.memory import measure
 from unmask.bench.models import Blueprint, blueprint, device_of
 from unmask.bench.quiet import quiet_torch
-from unmask.bench.record import derive, verdicts, write_json, write_text
+from unmask.bench.record import derive, verdicts
 from unmask.bench.rounds import RowResult
 from unmask.bench.settings import BenchSettings
 from unmask.bench.tables import markdown
 from unmask.bench.timed import Say, estimates, refuse_missing, time_rows
 from unmask.errors import MissingExtraError
+from unmask.writing import write_json, write_text
 
 
 def run_bench(settings: BenchSettings, say: Say = print, command: str | None = None) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from unmask.sweeps.choosing import due
 from unmask.sweeps.live import describe, outcome
 from unmask.sweeps.runner import Report, run_sweep
 from unmask.sweeps.spec import Sweep
-from unmask.sweeps.store import Result, Store, write_text
+from unmask.sweeps.store import Result, Store
 from unmask.sweeps.tables import markdown, table
+from unmask.writing import write_text
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ transposition of g and x and m dot products, instead of a dense product of rows 
 - CUDA: the Triton kernel in ``triton_sampled.py``.
 - Anywhere, where few rows and columns hold all entries: the dense product of these rows and columns.
 
-Which is cheapest is told by a cost model; its constants were measured with ``benchmarks/crossover.py``.
+Which is cheapest is told by a cost model; its constants for CPUs follow what ``benchmarks/crossover.py`` measures.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Cost:
     fixed: float
 
 
-# CPU: an AMD EPYC with AVX-512, 2 threads. CUDA: from an A100's data sheet, not measured.
+# CPU: an AMD EPYC with AVX-512, 2 threads; float64 scaled from float32. CUDA: from an A100's data sheet, not measured.
 _CPU = {
     torch.float64: Cost(dense=0.02, select=1.5, transpose=0.6, dot=0.13, fixed=60.0),
     torch.float32: Cost(dense=0.0105, select=0.8, transpose=0.27, dot=0.065, fixed=60.0),

@@ -11,8 +11,8 @@ from pathlib import Path
 from unmask.errors import ConfigError
 from unmask.report.reading import Study, read_study
 from unmask.report.sections import study_section
-from unmask.sweeps.store import write_text
 from unmask.version import __version__
+from unmask.writing import write_text
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 

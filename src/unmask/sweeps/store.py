@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError, DataError
+from unmask.writing import write_json
 
 try:
     import fcntl
@@ -93,31 +92,12 @@ class Store:
             except (BlockingIOError, PermissionError):
                 yield False
                 return
+            for part in self.folder.glob(f"results/.{run}.json*.part"):  # of a process that was killed as it wrote
+                part.unlink(missing_ok=True)
             try:
                 yield True
             finally:
                 fcntl.lockf(file, fcntl.LOCK_UN)
-
-
-def write_json(path: Path, value: Any) -> Path:
-    """Writes a JSON file by way of a temporary one beside it, on disk before it takes the name."""
-    return write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Writes a text file by way of a temporary one beside it, on disk before it takes the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
-    return path
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError, DataError
+from unmask.writing import write_bytes, write_json
 
 SETTINGS = "settings.json"
 
@@ -41,7 +42,7 @@ class OutputFile:
             sizes[tuple(row["batch"])] = sizes.get(tuple(row["batch"]), 0) + 1
         whole = [row for row in rows if sizes[tuple(row["batch"])] == row["batch"][1]]
         if torn.strip() or len(whole) < len(rows):
-            self._write(whole)
+            write_bytes(self.path, _lines(whole))
         return {row["row"]: row for row in whole}
 
     def append(self, batch: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -56,13 +57,7 @@ class OutputFile:
 
     def rewrite(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
         """Puts all rows down anew, in order, by way of a file beside it."""
-        self._write([rows[row] for row in sorted(rows)])
-
-    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_bytes(_lines(rows))
-        os.replace(part, self.path)
+        write_bytes(self.path, _lines([rows[row] for row in sorted(rows)]))
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:
@@ -98,10 +93,7 @@ def claim(folder: Path, settings: Mapping[str, Any], files: Iterable[str], overw
             f"{str(folder)!r} holds the outputs of another evaluation ({key} was {held.get(key)!r}, and is {wanted.get(key)!r}); "
             "give another --output, or --overwrite."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_json(path, wanted, indent=2)
 
 
 def is_of(folder: Path, settings: Mapping[str, Any]) -> bool:
