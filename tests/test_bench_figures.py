@@ -136,6 +136,7 @@ def test_rows_share_memory_if_they_fit_and_else_each_group_has_the_reference():
     assert plan_groups(held, step=3, free=60, isolate=True) == [["frozen", "a"], ["frozen", "b"], ["frozen", "c"]]
     assert plan_groups(held, step=3, free=None) == [["frozen", "a", "b", "c"]]
     assert plan_groups({"a": 10, "b": 10}, step=0, free=20) == [["a"], ["b"]]
+    assert plan_groups({"a": 10, "b": 10}, step=0, free=20, share=1.0) == [["a", "b"]]
     assert plan_groups({"frozen": 10}, step=0, free=1) == [["frozen"]]
 
 

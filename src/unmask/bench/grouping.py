@@ -8,7 +8,7 @@ from typing import Any
 from unmask.bench.rows import DENSE, Row
 from unmask.bench.stats import REFERENCE
 
-SHARE = 0.7  # of the free memory: an estimate is no promise
+SHARE = 0.7  # of the free memory, unless told otherwise: an estimate is no promise
 _GRADIENT, _MOMENTS, _MASK = 1, 2, 0.25  # in multiples of float32 weights
 _PER_TOKEN = 34  # activations of a transformer layer: 34 hidden values a token, and 5 length per head, at 2 bytes
 _ADAPTED = 2.0  # adapters keep about as much again (they save their inputs, dropout, sums)
@@ -25,8 +25,16 @@ def row_bytes(row: Row, weights: int) -> int:
     return int(weights * (1 + extra)) + 40 * row.budget
 
 
-def step_bytes(described: Mapping[str, Any], weights: int, config: Any, itemsize: int) -> int:
-    """What the greediest row needs during a step: activations (arXiv 2205.05198, eq. 2), logits and a dense gradient."""
+def step_bytes(described: Mapping[str, Any], weights: int, config: Any, itemsize: int, adapted: bool = True) -> int:
+    """What a row needs during a step: activations (arXiv 2205.05198, eq. 2), logits and a dense gradient.
+
+    Args:
+        described: The model and its batch, see `Blueprint.describe`.
+        weights: Bytes of the model's weights.
+        config: The model's config.
+        itemsize: Bytes of a value.
+        adapted: The row has adapters of peft's; so it is for the greediest row.
+    """
     hidden, layers, heads, vocab = (
         int(getattr(config, name, 0) or 0)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -34,10 +42,12 @@ def step_bytes(described: Mapping[str, Any], weights: int, config: Any, itemsize
     tokens = described["tokens"]
     activations = tokens * layers * (_PER_TOKEN * hidden + 5 * heads * described["seq_len"]) * itemsize / 2
     logits = 4 * tokens * vocab * itemsize if described["class"].endswith("CausalLM") else 0
-    return int(_ADAPTED * activations + logits + _GRADIENT * weights)
+    return int((_ADAPTED if adapted else 1) * activations + logits + _GRADIENT * weights)
 
 
-def plan_groups(held: Mapping[str, int], step: int, free: int | None, isolate: bool = False) -> list[list[str]]:
+def plan_groups(
+    held: Mapping[str, int], step: int, free: int | None, isolate: bool = False, share: float = SHARE
+) -> list[list[str]]:
     """Rows that run interleaved, in order, each group with the reference row first if there is one.
 
     Args:
@@ -45,12 +55,13 @@ def plan_groups(held: Mapping[str, int], step: int, free: int | None, isolate: b
         step: Bytes that a step needs beside; one row steps at a time.
         free: Free memory in bytes; None if unknown, which is taken for enough.
         isolate: One row (and the reference) at a time, whatever fits.
+        share: How much of the free memory the rows of a group may fill by their estimate.
 
     Example:
         >>> plan_groups({"frozen": 4, "a": 4, "b": 4}, step=2, free=16)
         [['frozen', 'a'], ['frozen', 'b']]
     """
-    room = float("inf") if free is None else SHARE * free - step
+    room = float("inf") if free is None else share * free - step
     if not isolate and sum(held.values()) <= room:
         return [list(held)]
     shared = [label for label in held if label == REFERENCE]

@@ -27,6 +27,7 @@ EXTRA = {
     "super": "peft",
     "authors": "selective_optimizers",
 }  # the package that a row needs beside the core
+ADAPTED = ("lora", "shira", "super")  # rows with adapters of peft's
 DENSE = ("full", "full-fused", "authors")  # rows that hold a gradient and two moments for every weight
 _LONGEST_CYCLE = 10
 

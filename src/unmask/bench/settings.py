@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unmask.bench.grouping import SHARE
 from unmask.bench.rows import Row, parse_rows
 from unmask.bench.shapes import SHAPES, Shape
 from unmask.errors import ConfigError
@@ -39,6 +40,7 @@ class BenchSettings:
         timing: Measure step times.
         processes: Time each row in a process of its own; None: on the CPU, but not for curves.
         isolate: Never hold more than one row and the reference at a time.
+        memory_share: How much of the free memory the rows of a group may fill, by an estimate; above 0, at most 1.
         curve: A scaling curve instead of the table: budget, size or selection.
         output: Folder of the results.
         seed: Of weights, batches and random masks.
@@ -61,6 +63,7 @@ class BenchSettings:
     timing: bool = True
     processes: bool | None = None
     isolate: bool = False
+    memory_share: float = SHARE
     curve: str | None = None
     output: str = "runs/bench"
     seed: int = 0
@@ -77,6 +80,8 @@ class BenchSettings:
                 _at_least(name, getattr(self, name), least)
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout = {self.dropout!r}; it must be at least 0 and below 1.")
+        if not 0 < self.memory_share <= 1:
+            raise ConfigError(f"memory_share = {self.memory_share!r}; it must be above 0 and at most 1.")
         if not self.memory and not self.timing:
             raise ConfigError("neither memory nor timing is to be measured; leave at least one of them on.")
         if self.model not in SHAPES and "/" not in self.model and not Path(self.model).is_dir():

@@ -16,7 +16,7 @@ from unmask.bench.lanes import Lane, LocalLane, RemoteLane
 from unmask.bench.machine import available_bytes
 from unmask.bench.models import Blueprint
 from unmask.bench.rounds import RowResult, race
-from unmask.bench.rows import Row
+from unmask.bench.rows import ADAPTED, Row
 from unmask.bench.settings import BenchSettings
 
 _LIBRARIES = 400 << 20  # what a process weighs before it has a model
@@ -24,13 +24,24 @@ Say = Callable[[str], None]
 Save = Callable[[], None]
 
 
-def estimates(results: Sequence[RowResult], plan: Blueprint) -> tuple[dict[str, int], int]:
-    """Bytes that each row holds, and what a step needs beside; estimates, see `unmask.bench.grouping`."""
+def estimates(results: Sequence[RowResult], plan: Blueprint, processes: bool = False) -> tuple[dict[str, int], int]:
+    """Bytes that each row holds, and what a step needs beside; estimates, see `unmask.bench.grouping`.
+
+    Args:
+        results: The rows.
+        plan: The model.
+        processes: Each row has a process of its own, whose heap may keep what a step needed: nothing is left beside.
+    """
     described = plan.describe()
     itemsize = 2 if plan.dtype == torch.bfloat16 else 4
     weights = described["parameters"] * itemsize
     held = {result.row.label: row_bytes(result.row, weights) for result in results}
-    return held, step_bytes(described, weights, plan.config, itemsize)
+    if not processes:
+        return held, step_bytes(described, weights, plan.config, itemsize)
+    for result in results:
+        adapted = result.row.kind in ADAPTED
+        held[result.row.label] += _LIBRARIES + step_bytes(described, weights, plan.config, itemsize, adapted)
+    return held, 0
 
 
 def refuse_missing(results: Sequence[RowResult]) -> None:
@@ -63,13 +74,11 @@ def time_rows(
         How the rows were grouped, as JSON values.
     """
     waiting = [result for result in results if result.status == "waiting"]
-    held, step = estimates(waiting, plan)
-    if processes:  # a process's heap may keep what a step needed
-        held, step = {label: size + step + _LIBRARIES for label, size in held.items()}, 0
+    held, step = estimates(waiting, plan, processes)
     start, heap = (_process_of(settings), {}) if processes else _lane_in(plan, settings)
     free = available_bytes(plan.device)
     by_label = {result.row.label: result for result in waiting}
-    groups = plan_groups(held, step, free, settings.isolate)
+    groups = plan_groups(held, step, free, settings.isolate, settings.memory_share)
     for number, labels in enumerate(groups):
         members = [by_label[label] for label in labels]
         large = too_large(labels, held, step, available_bytes(plan.device))

@@ -224,6 +224,9 @@ def bench(
         typer.Option("--processes/--no-processes", help="A process per method while timed; default: on the CPU."),
     ] = None,
     isolate: Annotated[bool, typer.Option("--isolate", help="One method at a time beside the frozen one.")] = False,
+    memory_share: Annotated[
+        float | None, typer.Option(help="Share of the free memory that methods may fill together; default 0.7.")
+    ] = None,
     curve: Annotated[str | None, typer.Option(help="A curve instead: budget, size or selection.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the results; default runs/bench.")] = None,
 ) -> None:
