@@ -3,8 +3,8 @@
 set -eu
 out=${1:?usage: bash benchmarks/models.sh OUT}
 few=frozen,full,lora,static,id3,id3-10
-unmask bench --model minilm --output "$out/minilm"
+unmask bench --model minilm --rounds 2 --output "$out/minilm"
 for model in mpnet smollm2; do
-  unmask bench --model "$model" --methods $few --rounds 2 --output "$out/$model"
+  unmask bench --model "$model" --methods $few --rounds 1 --output "$out/$model"
 done
 unmask bench --model llama-1b --dtype bf16 --budget 1000000 --methods $few --rounds 1 --steps 2 --output "$out/llama-1b"

@@ -17,9 +17,9 @@ from typing import Any
 from unmask.bench import tables
 
 TITLES = {
-    "reference": "RoBERTa-base shape, 16 x 128, float32: the bars",
-    "reference-others": "The other rows",
-    "reference-no-dropout": "The bars without dropout",
+    "reference": "RoBERTa-base shape, 16 x 128, float32: the bars against the floor, LoRA and SHiRA",
+    "reference-full": "The bars against full fine-tuning and the authors' toolkit",
+    "reference-others": "B = 1e6 against B = 1e4, and other rows",
     "reference-autocast": "The bar under bfloat16 autocast",
     "reference-memory": "Peak memory",
     "reference-held": "Peak memory of what is held",
@@ -38,10 +38,17 @@ def section(title: str, record: dict[str, Any], out: Path) -> str:
     """One run: its command, where it ran, its tables."""
     record["verdicts"] = record.get("verdicts") or {"apply": True, "bars": []}
     record["verdicts"]["bars"] = [bar for bar in record["verdicts"]["bars"] if bar["measured"] is not None]
-    if not title.startswith(("RoBERTa", "The bar", "The other", "Peak")):
+    if not title.startswith(("RoBERTa", "The bar", "B = 1e6", "Peak")):
         record["verdicts"] = {"apply": True, "bars": []}  # they are not defined for it
     record["command"] = re.sub(re.escape(str(out)), "OUT", record["command"])
     return f"### {title}\n\n{tables.markdown(record)}"
+
+
+def profiles(file: Path, out: Path) -> str:
+    """Where a step's time goes, as `operators.py` found it."""
+    record = json.loads(file.read_text())
+    command = re.sub(re.escape(str(out)), "OUT", record["command"])
+    return f"### Where a step's time goes\n\n    {command}\n\n{record['table']}\n"
 
 
 def main() -> None:
@@ -52,6 +59,8 @@ def main() -> None:
         file = out / f"{name}.json" if name.startswith("curves/") else out / name / "bench.json"
         if file.is_file():
             sections.append(section(title, json.loads(file.read_text()), out))
+    if (out / "operators.json").is_file():
+        sections.append(profiles(out / "operators.json", out))
     head, _, rest = page.read_text().partition("## Results\n")
     _, found, reading = rest.partition("## Reading them\n")
     page.write_text(head + "## Results\n\n" + "\n".join(sections) + ("\n" + found + reading if found else ""))

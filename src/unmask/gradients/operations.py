@@ -1,8 +1,9 @@
 """Operations that differentiate a tapped weight without a dense gradient: linear layers and embeddings.
 
-They take the operation's place while its weight's tap is a token (see ``tap.py``): same output, same input gradient. The
-weight's is made at the token's entries, or put into its `Pending` in a form that is not dense yet. Whatever they do not
-know, autograd does, and its dense gradient is gathered.
+They take the operation's place while its weight's tap is a token (see ``tap.py``), or while nothing is wanted of it: same
+output, same input gradient. The weight's is made at the token's entries, or put into its `Pending` in a form that is not dense
+yet. Whatever they do not know, autograd does, and its dense gradient is gathered. On a CPU a linear layer's backward leaves out
+the tokens whose gradient is zero (``rows.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from unmask.errors import SelectionError
 from unmask.gradients.factors import Factors
 from unmask.gradients.recompute import Node, again, origin
+from unmask.gradients.rows import live_rows, spread_rows
 from unmask.gradients.sampled import Product, by_rows, choose, sampled_product, take_gradient
 from unmask.gradients.standins import Gather, Tapped, Whole
 from unmask.gradients.tapped import Handler, TappedParameter, set_of
@@ -39,7 +41,7 @@ def handlers(dense: bool) -> dict[Any, Handler]:
 class _Job:
     """What a sampled linear operation knows beside its tensors."""
 
-    tapped: Tapped
+    tapped: Tapped | None  # None: the weight's gradient is not wanted
     bias_entries: Entries | None
     how: Product  # where the token stands for some entries
     transposed: bool  # the weight is (in, out), as in transformers' Conv1D
@@ -77,11 +79,13 @@ class _Linear:
         if not weight.numel() or (bias is not None and bias.shape != (weight.shape[1 if transposed else 0],)):
             return NotImplemented  # a bias of another shape is broadcast
         tapped = set_of(weight).tap(weight)
-        if tapped is None or tapped.alias:
+        if tapped is None and (not x.requires_grad or x.device.type != "cpu"):
+            return NotImplemented
+        if tapped is not None and tapped.alias:
             return NotImplemented
         cast = self._cast(x)
         how: Product = "dense"
-        if tapped.entries is not None:
+        if tapped is not None and tapped.entries is not None:
             dtype = x.dtype if cast is None else cast.dtype
             how = choose(tapped.entries, x.numel() // max(1, x.shape[-1]), dtype, x.device, self._dense)
             if how == "dense":
@@ -93,6 +97,8 @@ class _Linear:
                 bias = tap.proxy
             elif tap is not None:
                 token, entries = tap.proxy, tap.entries
+        if tapped is None:
+            return SampledLinear.apply(x, cast, weight, bias, None, token, _Job(None, entries, how, transposed, None))
         job = _Job(tapped, entries, how, transposed, origin(x) if cast is None else None)
         return SampledLinear.apply(x, cast, weight, bias, tapped.proxy, token, job)
 
@@ -118,18 +124,21 @@ class SampledLinear(torch.autograd.Function):
         cast: Tensor | None,  # x in autocast's dtype
         weight: Tensor,
         bias: Tensor | None,
-        token: Tensor,
+        token: Tensor | None,
         bias_token: Tensor | None,
         job: _Job,
     ) -> Tensor:
-        ctx.job, ctx.dtype, ctx.bias_dtype = job, x.dtype, None if bias is None else bias.dtype
+        ctx.job, ctx.shape, ctx.dtype, ctx.bias_dtype = job, x.shape, x.dtype, None if bias is None else bias.dtype
         weight, ctx.weight_dtype = weight.detach(), weight.dtype
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             weight = weight.to(dtype)
             x, bias = x if cast is None else cast, None if bias is None else bias.to(dtype)
         ctx.save_for_backward(
-            x if job.origin is None else None, weight if ctx.needs_input_grad[0] else None, token, bias_token
+            x if token is not None and job.origin is None else None,
+            weight if ctx.needs_input_grad[0] else None,
+            token,
+            bias_token,
         )
         return _product(x, weight if job.transposed else weight.t(), bias)
 
@@ -139,12 +148,17 @@ class SampledLinear(torch.autograd.Function):
         x = x if ctx.job.origin is None else again(ctx.job.origin)
         g = gradient.reshape(-1, gradient.shape[-1])
         if torch.is_grad_enabled():
+            if token is None:
+                return _twice_frozen(ctx, g, weight, bias_token)
             return _twice(ctx, g, x, weight, token, bias_token)
         job, needs = ctx.job, ctx.needs_input_grad
-        flat_x = x.reshape(-1, x.shape[-1])
+        tokens, rows = g.shape[0], live_rows(g)
+        g = g if rows is None else g.index_select(0, rows)
         with _without_autocast(g.device.type):
             grad_x = grad_bias = grad_token = grad_bias_token = None
             if needs[4]:
+                flat_x = x.reshape(-1, x.shape[-1])
+                flat_x = flat_x if rows is None else flat_x.index_select(0, rows)
                 left, right = (flat_x, g) if job.transposed else (g, flat_x)
                 if job.tapped.pending is None:
                     grad_token = sampled_product(left, right, job.tapped.entries, job.how).to(token.dtype)
@@ -156,7 +170,9 @@ class SampledLinear(torch.autograd.Function):
             if needs[3]:
                 grad_bias = g.sum(0).to(ctx.bias_dtype)
             if needs[0]:
-                grad_x = (g @ (weight.t() if job.transposed else weight)).view(x.shape).to(ctx.dtype)
+                grad_x = g @ (weight.t() if job.transposed else weight)
+                grad_x = grad_x if rows is None else spread_rows(grad_x, rows, tokens)
+                grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
         return grad_x, None, None, grad_bias, grad_token, grad_bias_token, None
 
 
@@ -190,19 +206,32 @@ def _twice(
         )
     flat_x = x.reshape(-1, x.shape[-1])
     product = flat_x.t() @ g if job.transposed else g.t() @ flat_x
-    sums, grad_x, pending = g.sum(0), None, job.tapped.pending
+    grad_x, pending = None, job.tapped.pending
     if pending is None:
         grad_token = take(product, job.tapped.entries.flat).to(token.dtype)
     else:
         pending.put(product.detach())
         grad_token = torch.zeros_like(token)
-    grad_bias_token = None if bias_token is None else take(sums, job.bias_entries.flat).to(bias_token.dtype)
     if weight is not None:
         live = (
             Gather.apply(token, weight, job.tapped.entries) if pending is None else Whole.apply(token, weight, pending)
         )
         grad_x = (g @ (live.t() if job.transposed else live)).view(x.shape)
-    return grad_x, None, None, sums if ctx.needs_input_grad[3] else None, grad_token, grad_bias_token, None
+    grad_bias, grad_bias_token = _twice_bias(ctx, g, bias_token)
+    return grad_x, None, None, grad_bias, grad_token, grad_bias_token, None
+
+
+def _twice_frozen(ctx: Any, g: Tensor, weight: Tensor, bias_token: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same where nothing is wanted of the weight."""
+    grad_x = (g @ (weight.t() if ctx.job.transposed else weight)).view(ctx.shape).to(ctx.dtype)
+    grad_bias, grad_bias_token = _twice_bias(ctx, g, bias_token)
+    return grad_x, None, None, grad_bias, None, grad_bias_token, None
+
+
+def _twice_bias(ctx: Any, g: Tensor, token: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    sums = g.sum(0)
+    whole = sums.to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+    return whole, None if token is None else take(sums, ctx.job.bias_entries.flat).to(token.dtype)
 
 
 def _without_autocast(kind: str) -> Any:
