@@ -20,6 +20,7 @@ TITLES = {
     "reference": "RoBERTa-base shape, 16 x 128, float32: the bars against the floor, LoRA and SHiRA",
     "reference-full": "The bars against full fine-tuning and the authors' toolkit",
     "reference-others": "B = 1e6 against B = 1e4, and other rows",
+    "reference-rest": "Fused AdamW and Super-Tuning",
     "reference-autocast": "The bar under bfloat16 autocast",
     "reference-memory": "Peak memory",
     "reference-held": "Peak memory of what is held",
@@ -38,7 +39,7 @@ def section(title: str, record: dict[str, Any], out: Path) -> str:
     """One run: its command, where it ran, its tables."""
     record["verdicts"] = record.get("verdicts") or {"apply": True, "bars": []}
     record["verdicts"]["bars"] = [bar for bar in record["verdicts"]["bars"] if bar["measured"] is not None]
-    if not title.startswith(("RoBERTa", "The bar", "B = 1e6", "Peak")):
+    if not title.startswith(("RoBERTa", "The bar", "B = 1e6", "Fused", "Peak")):
         record["verdicts"] = {"apply": True, "bars": []}  # they are not defined for it
     record["command"] = re.sub(re.escape(str(out)), "OUT", record["command"])
     return f"### {title}\n\n{tables.markdown(record)}"
