@@ -11,6 +11,10 @@ $time --rounds 3 --methods frozen,lora,static,id3-10 --dtype autocast --output "
 python benchmarks/operators.py "$out" --methods frozen,static,id3-10,full
 $time --rounds 2 --methods frozen,static@10000,static@1000000,static-d3,id3-100 --output "$out/reference-others"
 $time --rounds 2 --methods frozen,full-fused,super --output "$out/reference-rest"
+# What the allocator does to the ratios: the rows of the bars against LoRA in one process, whose heap keeps what was freed.
+kept="$time --no-processes --rounds 2"
+$kept --methods frozen,lora,shira,static,id3-10 --output "$out/reference-kept"
+$kept --dtype autocast --methods frozen,lora,static,id3-10 --output "$out/reference-autocast-kept"
 # Peak memory; and again with every freed block of 1 MB or more given back to the system at once: what is held, without what
 # glibc's heap keeps between blocks.
 unmask bench --device cpu --no-timing --output "$out/reference-memory"
