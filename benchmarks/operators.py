@@ -1,11 +1,12 @@
 """Where a step's time goes: torch's profiler over some rows of the benchmark, operator by operator, side by side.
 
     python benchmarks/operators.py OUT --methods frozen,static,full --steps 4
+    python benchmarks/operators.py OUT --methods frozen,lora,id3-10 --dtype autocast
 
 Each row runs in turn in this process, on the same model and batches; the heap keeps what was freed. Times are the operators' own
 (without the operators that they call), in milliseconds a step; "between operators" is the step's wall time less their sum:
 Python, autograd's bookkeeping, the optimizer's. Profiling itself costs a little, so the ratios of benchmark runs are the ones to
-quote. Writes OUT/operators.json and prints the table.
+quote. Writes OUT/operators.json (for another dtype than float32 OUT/operators-DTYPE.json) and prints the table.
 """
 
 from __future__ import annotations
@@ -61,10 +62,13 @@ def main() -> None:
     parser.add_argument("output", metavar="OUT")
     parser.add_argument("--methods", default="frozen,static,full")
     parser.add_argument("--model", default="roberta-base")
+    parser.add_argument("--dtype", default="float32", help="float32, autocast or bf16")
     parser.add_argument("--steps", type=int, default=4, help="profiled steps of a row without a stride")
     parser.add_argument("--most", type=int, default=14, help="operators with a line of their own")
     given = parser.parse_args()
-    settings = BenchSettings(model=given.model, methods=given.methods, steps=given.steps, rounds=1, device="cpu")
+    settings = BenchSettings(
+        model=given.model, methods=given.methods, dtype=given.dtype, steps=given.steps, rounds=1, device="cpu"
+    )
     import_peers()
     keep_freed_memory()
     with quiet_torch(settings.threads):
@@ -78,7 +82,8 @@ def main() -> None:
         "rows": rows,
         "table": table(rows, given.most),
     }
-    (out / "operators.json").write_text(json.dumps(record, indent=2) + "\n")
+    name = "operators" if given.dtype == "float32" else f"operators-{given.dtype}"
+    (out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(record["table"])
 
 

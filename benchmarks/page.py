@@ -51,7 +51,7 @@ def profiles(file: Path, out: Path) -> str:
     """Where a step's time goes, as `operators.py` found it."""
     record = json.loads(file.read_text())
     command = re.sub(re.escape(str(out)), "OUT", record["command"])
-    return f"### Where a step's time goes\n\n    {command}\n\n{record['table']}\n"
+    return f"### Where a step's time goes, {record['settings']['dtype']}\n\n    {command}\n\n{record['table']}\n"
 
 
 def main() -> None:
@@ -62,8 +62,7 @@ def main() -> None:
         file = out / f"{name}.json" if name.startswith("curves/") else out / name / "bench.json"
         if file.is_file():
             sections.append(section(name, json.loads(file.read_text()), out))
-    if (out / "operators.json").is_file():
-        sections.append(profiles(out / "operators.json", out))
+    sections += [profiles(file, out) for file in sorted(out.glob("operators*.json"), key=lambda file: len(file.name))]
     head, _, rest = page.read_text().partition("## Results\n")
     _, found, reading = rest.partition("## Reading them\n")
     page.write_text(head + "## Results\n\n" + "\n".join(sections) + ("\n" + found + reading if found else ""))

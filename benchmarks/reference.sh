@@ -9,6 +9,7 @@ $time --rounds 3 --methods frozen,lora,shira,static,id3-10 --output "$out/refere
 $time --rounds 3 --methods frozen,full,authors,id3,id3-10 --output "$out/reference-full"
 $time --rounds 3 --methods frozen,lora,static,id3-10 --dtype autocast --output "$out/reference-autocast"
 python benchmarks/operators.py "$out" --methods frozen,static,id3-10,full
+python benchmarks/operators.py "$out" --methods frozen,lora,id3-10 --dtype autocast
 $time --rounds 2 --methods frozen,static@10000,static@1000000,static-d3,id3-100 --output "$out/reference-others"
 $time --rounds 2 --methods frozen,full-fused,super --output "$out/reference-rest"
 # What the allocator does to the ratios: the rows of the bars against LoRA in one process, whose heap keeps what was freed.
