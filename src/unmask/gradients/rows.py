@@ -25,6 +25,7 @@ def live_rows(g: Tensor) -> Tensor | None:
         sample.
 
     Example:
+        >>> import torch
         >>> g = torch.zeros(100, 4)
         >>> g[7, 3] = 1.0
         >>> live_rows(g).tolist()
