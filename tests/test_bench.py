@@ -328,3 +328,9 @@ def test_dropout_is_the_configs_own_or_what_is_asked_for(folder, tmp_path, dropo
 def test_a_dropout_that_is_no_probability_is_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match="dropout = 1"):
         settings_for(folder, tmp_path, dropout=1)
+
+
+@pytest.mark.parametrize("share", [0, 1.1])
+def test_a_share_of_the_memory_that_is_none_is_refused(share, folder, tmp_path):
+    with pytest.raises(ConfigError, match=f"memory_share = {share}; it must be above 0 and at most 1"):
+        settings_for(folder, tmp_path, memory_share=share)
