@@ -166,10 +166,17 @@ def _compact(g: Tensor, x: Tensor, entries: Entries) -> Tensor:
     rows, columns = entries.used_rows, entries.used_columns
     row, column = entries.rows, entries.columns
     if rows.numel() < g.shape[1]:
-        g, row = g.index_select(1, rows), torch.searchsorted(rows, row)
+        g, row = _columns(g, rows), torch.searchsorted(rows, row)
     if columns.numel() < x.shape[1]:
-        x, column = x.index_select(1, columns), torch.searchsorted(columns, column)
+        x, column = _columns(x, columns), torch.searchsorted(columns, column)
     return (g.t() @ x)[row, column]
+
+
+def _columns(x: Tensor, columns: Tensor) -> Tensor:
+    """Some columns; on a CPU a gather does it two to four times as fast as ``index_select`` does, for bfloat16."""
+    if x.device.type == "cpu":
+        return x.gather(1, columns.expand(x.shape[0], -1))
+    return x.index_select(1, columns)
 
 
 def _on_cpu(g: Tensor, x: Tensor, entries: Entries, wide: torch.dtype) -> Tensor:
