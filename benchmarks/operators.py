@@ -25,16 +25,13 @@ from unmask.bench.lanes import LocalLane
 from unmask.bench.machine import describe_machine
 from unmask.bench.models import blueprint
 from unmask.bench.quiet import import_peers, quiet_torch
-from unmask.bench.rows import Row
 from unmask.bench.settings import BenchSettings
 
 BETWEEN = "between operators"
 
 
-def profiled(row: Row, settings: BenchSettings) -> dict[str, float]:
+def profiled(lane: LocalLane) -> dict[str, float]:
     """Milliseconds a step of each operator of one row, and of what lies between them."""
-    plan = blueprint(settings)
-    lane = LocalLane(row, plan, plan.batches(), settings)
     lane.stretch(0, 0)  # masks and the heap are in place after it
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         start = time.perf_counter()
@@ -72,7 +69,9 @@ def main() -> None:
     import_peers()
     keep_freed_memory()
     with quiet_torch(settings.threads):
-        rows = {row.label: profiled(row, settings) for row in settings.rows()}
+        plan = blueprint(settings)
+        batches = plan.batches()
+        rows = {row.label: profiled(LocalLane(row, plan, batches, settings)) for row in settings.rows()}
     out = Path(given.output)
     out.mkdir(parents=True, exist_ok=True)
     record = {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unmask.gradients import sampled
-from unmask.gradients.sampled import choose, sampled_product, take_gradient
+from unmask.gradients.sampled import choose, sampled_product, take_columns, take_gradient
 from unmask.slots import Entries
 
 BAND = 1 << 18  # entries of the product formed at a time
@@ -90,7 +90,7 @@ class Factors:
     def _roughly(self, some: Tensor, near: Tensor, rows: Tensor, cut: float) -> Tensor | None:
         """Flat indices (n,), ascending, of all entries but those whose product in bfloat16 rules them out; None if too many."""
         left, right = (
-            x if kept.numel() == x.shape[1] else x.index_select(1, kept)
+            x if kept.numel() == x.shape[1] else take_columns(x, kept)
             for x, kept in ((self.left, some), (self.right, near))
         )
         product = left.to(torch.bfloat16).t() @ right.to(torch.bfloat16)
@@ -120,8 +120,8 @@ class Factors:
             if not near.numel():
                 return
             some = near.numel() * (1 + _GATHER / band.numel()) < count  # else gathering them costs more than it saves
-            right = self.right.index_select(1, near) if some else self.right
-            product = self.left.index_select(1, band).t() @ right
+            right = take_columns(self.right, near) if some else self.right
+            product = take_columns(self.left, band).t() @ right
             row, column = (product.abs() >= cut).nonzero().unbind(1)
             yield band[row] * count + (near[column] if some else column), product[row, column]
 

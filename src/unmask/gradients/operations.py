@@ -21,7 +21,7 @@ from unmask.errors import SelectionError
 from unmask.gradients.factors import Factors
 from unmask.gradients.recompute import Node, again, origin
 from unmask.gradients.rows import live_rows, spread_rows
-from unmask.gradients.sampled import Product, by_rows, choose, sampled_product, take_gradient
+from unmask.gradients.sampled import Product, by_rows, choose, sampled_product, take_columns, take_gradient
 from unmask.gradients.standins import Gather, Tapped, Whole
 from unmask.gradients.tapped import Handler, TappedParameter, set_of
 from unmask.slots import Entries, take
@@ -79,13 +79,11 @@ class _Linear:
         if not weight.numel() or (bias is not None and bias.shape != (weight.shape[1 if transposed else 0],)):
             return NotImplemented  # a bias of another shape is broadcast
         tapped = set_of(weight).tap(weight)
-        if tapped is None and (not x.requires_grad or x.device.type != "cpu"):
-            return NotImplemented
-        if tapped is not None and tapped.alias:
+        if tapped.alias if tapped else not x.requires_grad or x.device.type != "cpu":
             return NotImplemented
         cast = self._cast(x)
         how: Product = "dense"
-        if tapped is not None and tapped.entries is not None:
+        if tapped and tapped.entries is not None:
             dtype = x.dtype if cast is None else cast.dtype
             how = choose(tapped.entries, x.numel() // max(1, x.shape[-1]), dtype, x.device, self._dense)
             if how == "dense":
@@ -97,10 +95,8 @@ class _Linear:
                 bias = tap.proxy
             elif tap is not None:
                 token, entries = tap.proxy, tap.entries
-        if tapped is None:
-            return SampledLinear.apply(x, cast, weight, bias, None, token, _Job(None, entries, how, transposed, None))
-        job = _Job(tapped, entries, how, transposed, origin(x) if cast is None else None)
-        return SampledLinear.apply(x, cast, weight, bias, tapped.proxy, token, job)
+        job = _Job(tapped, entries, how, transposed, origin(x) if tapped and cast is None else None)
+        return SampledLinear.apply(x, cast, weight, bias, tapped.proxy if tapped else None, token, job)
 
     def _cast(self, x: Tensor) -> Tensor | None:
         kind = x.device.type
@@ -190,7 +186,7 @@ def _product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 def _column_sums(g: Tensor, entries: Entries, dtype: torch.dtype) -> Tensor:
     """A bias's gradient at entries."""
     if 8 * entries.flat.numel() < g.shape[1]:
-        return g.index_select(1, entries.flat).sum(0, dtype=dtype)
+        return take_columns(g, entries.flat).sum(0, dtype=dtype)
     return take(g.sum(0, dtype=dtype), entries.flat)
 
 

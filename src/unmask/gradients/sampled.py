@@ -142,6 +142,13 @@ def take_gradient(gradient: Tensor, entries: Entries) -> Tensor:
     return _take_rows(gradient, entries) if gradient.is_sparse else take(gradient, entries.flat)
 
 
+def take_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """``x[:, columns]``. On a CPU a gather is faster than ``index_select``, in bfloat16 most."""
+    if x.device.type == "cpu":
+        return x.gather(1, columns.expand(x.shape[0], -1))
+    return x.index_select(1, columns)
+
+
 def _take_rows(gradient: Tensor, entries: Entries) -> Tensor:
     seen, values = gradient._indices()[0], gradient._values()
     taken = torch.zeros(entries.flat.shape, dtype=values.dtype, device=values.device)
@@ -166,17 +173,10 @@ def _compact(g: Tensor, x: Tensor, entries: Entries) -> Tensor:
     rows, columns = entries.used_rows, entries.used_columns
     row, column = entries.rows, entries.columns
     if rows.numel() < g.shape[1]:
-        g, row = _columns(g, rows), torch.searchsorted(rows, row)
+        g, row = take_columns(g, rows), torch.searchsorted(rows, row)
     if columns.numel() < x.shape[1]:
-        x, column = _columns(x, columns), torch.searchsorted(columns, column)
+        x, column = take_columns(x, columns), torch.searchsorted(columns, column)
     return (g.t() @ x)[row, column]
-
-
-def _columns(x: Tensor, columns: Tensor) -> Tensor:
-    """Some columns; on a CPU a gather does it two to four times as fast as ``index_select`` does, for bfloat16."""
-    if x.device.type == "cpu":
-        return x.gather(1, columns.expand(x.shape[0], -1))
-    return x.index_select(1, columns)
 
 
 def _on_cpu(g: Tensor, x: Tensor, entries: Entries, wide: torch.dtype) -> Tensor:
