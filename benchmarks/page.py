@@ -2,8 +2,8 @@
 
     python benchmarks/page.py OUT docs/benchmarks.md
 
-OUT is the folder that was given to the scripts beside this file. Everything after the line "## Results" is replaced, but for
-what stands after "## Reading them".
+OUT is the folder that was given to the scripts beside this file. Under "## Results" the sections of the runs in OUT are replaced;
+the others, and what stands after "## Reading them", stay.
 """
 
 from __future__ import annotations
@@ -54,18 +54,28 @@ def profiles(file: Path, out: Path) -> str:
     return f"### Where a step's time goes, {record['settings']['dtype']}\n\n    {command}\n\n{record['table']}\n"
 
 
+def kept(results: str) -> dict[str, str]:
+    """The page's present sections by title."""
+    parts = re.split(r"^### (.+)$", results, flags=re.MULTILINE)[1:]
+    return {title: f"### {title}{text.rstrip()}\n" for title, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
 def main() -> None:
     """The command."""
     out, page = Path(sys.argv[1]), Path(sys.argv[2])
-    sections = []
-    for name in TITLES:
+    head, _, rest = page.read_text().partition("## Results\n")
+    results, found, reading = rest.partition("## Reading them\n")
+    sections = kept(results)
+    for name, title in TITLES.items():
         file = out / f"{name}.json" if name.startswith("curves/") else out / name / "bench.json"
         if file.is_file():
-            sections.append(section(name, json.loads(file.read_text()), out))
-    sections += [profiles(file, out) for file in sorted(out.glob("operators*.json"), key=lambda file: len(file.name))]
-    head, _, rest = page.read_text().partition("## Results\n")
-    _, found, reading = rest.partition("## Reading them\n")
-    page.write_text(head + "## Results\n\n" + "\n".join(sections) + ("\n" + found + reading if found else ""))
+            sections[title] = section(name, json.loads(file.read_text()), out)
+    for file in out.glob("operators*.json"):
+        text = profiles(file, out)
+        sections[text.partition("\n")[0].removeprefix("### ")] = text
+    order = {title: place for place, title in enumerate(TITLES.values())}
+    lines = [sections[title] for title in sorted(sections, key=lambda title: order.get(title, len(order)))]
+    page.write_text(f"{head}## Results\n\n" + "\n".join(lines) + (f"\n{found}{reading}" if found else ""))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from bench_tiny import BUDGET, LINEAR, settings_for, write_config
 from unmask.bench import builders, memory, runner
 from unmask.bench.builders import build
 from unmask.bench.contender import Contender, state_bytes
-from unmask.bench.lanes import LaneError, RemoteLane, cycles_of
+from unmask.bench.lanes import LaneError, LocalLane, RemoteLane, cycles_of
 from unmask.bench.models import blueprint
 from unmask.bench.ours import mid_run
 from unmask.bench.rows import KINDS
@@ -271,6 +271,26 @@ def test_rows_in_processes_of_their_own_run_the_same_steps(folder, tmp_path):
         marks = [[(s["round"], s["selecting"]) for s in rows[label]["steps"]] for rows in (here["rows"], there["rows"])]
         assert marks[0] == marks[1]
         assert min(step["backward"] for step in row["steps"]) > 0
+
+
+def test_every_draw_builds_the_rows_anew(folder, tmp_path, monkeypatch):
+    built, said = [], []
+
+    def counted(row, *given):
+        built.append(row.label)
+        if row.label == "full" and built.count("full") == 2:
+            raise RuntimeError("out of something")
+        return LocalLane(row, *given)
+
+    monkeypatch.setattr("unmask.bench.timed.LocalLane", counted)
+    settings = settings_for(folder, tmp_path, methods="frozen,full,static", rounds=2, draws=3)
+    record = run_bench(settings, said.append)
+    assert [built.count(label) for label in ("frozen", "full", "static")] == [3, 2, 3]
+    assert [step["round"] for step in record["rows"]["static"]["steps"]] == [r for r in range(6) for _ in range(2)]
+    assert len(record["rows"]["static"]["ratios"]["frozen"]["rounds"]["each"]) == 6
+    assert (record["rows"]["full"]["status"], record["rows"]["full"]["steps"]) == ("failed", [])  # not half a row
+    assert [line.split("(")[1].split(")")[0] for line in said if "round" in line] == ["warm-up", "timed", "timed"] * 3
+    assert "2 rounds in each of 3 draws" in (tmp_path / "bench.md").read_text()
 
 
 @pytest.mark.slow

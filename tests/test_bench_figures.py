@@ -220,6 +220,8 @@ def test_rows_are_named_or_refused():
         ({"curve": "time"}, "must be one of budget, size, selection"),
         ({"rounds": 0}, "rounds = 0; it must be a whole number, at least 1"),
         ({"warmup": 0}, "at least 1"),
+        ({"draws": 0}, "draws = 0; it must be a whole number, at least 1"),
+        ({"curve": "size", "processes": True}, "the rows of a curve share one process"),
         ({"budget": "many"}, "whole number"),
         ({"seq_len": 1}, "at least 2"),
         ({"model": "roberta"}, "the shapes are roberta-base, minilm"),

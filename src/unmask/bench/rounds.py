@@ -58,23 +58,26 @@ def race(
     start: Callable[[Row], Lane],
     settings: BenchSettings,
     group: int,
-    after_round: Callable[[int], None],
+    after_round: Callable[[], None],
+    draw: int = 0,
 ) -> None:
-    """Runs a group of rows: builds them, warms them up, times them. A row that fails is dropped, the rest goes on.
+    """Runs a group of rows once: builds them, warms them up, times them. A row that fails is dropped, the rest goes on.
 
     Args:
         results: The rows' results, filled in place.
         start: Makes a row ready.
         settings: The run.
         group: The group's number, kept with each step.
-        after_round: Called with the number of finished rounds, warm-up included.
+        after_round: Called after every round, warm-up included.
+        draw: How many times the group has run before. Rows that failed then are left out.
     """
     lanes: dict[str, Lane] = {}
+    results = [result for result in results if not (draw and result.status == "failed")]
     try:
         for result in results:
             with _guarded(result):
                 lanes[result.row.label] = start(result.row)
-        _rounds({result.row.label: result for result in results}, lanes, settings, group, after_round)
+        _rounds({result.row.label: result for result in results}, lanes, settings, group, after_round, draw)
     finally:
         for lane in lanes.values():
             lane.close()
@@ -85,21 +88,23 @@ def _rounds(
     lanes: dict[str, Lane],
     settings: BenchSettings,
     group: int,
-    after_round: Callable[[int], None],
+    after_round: Callable[[], None],
+    draw: int,
 ) -> None:
     labels = list(lanes)
     for number in range(settings.warmup + settings.rounds):
-        for label in rotated(labels, number):
+        warm = number < settings.warmup
+        for label in rotated(labels, draw + number):
             if label not in lanes:
                 continue
             with _guarded(by_label[label]) as guard:
-                steps = lanes[label].stretch(group, number - settings.warmup)
+                steps = lanes[label].stretch(group, draw * settings.rounds + number - settings.warmup)
                 by_label[label].facts.update(lanes[label].facts())
-                if number >= settings.warmup:
+                if not warm:
                     by_label[label].steps.extend(steps)
             if guard.failed:
                 lanes.pop(label).close()
-        after_round(number + 1)
+        after_round()
     for label in lanes:
         by_label[label].status = "ok"
 

@@ -31,6 +31,8 @@ class BenchSettings:
         methods: Rows, comma-separated; see `unmask.bench.rows.parse_rows`.
         rounds: Timed rounds; in each, every row runs its steps.
         warmup: Rounds before those, not counted.
+        draws: How often everything starts anew: every row is built again, in a new process if rows have one, warmed up and
+            timed for its rounds. A process keeps its memory layout, and with it its speed, for as long as it lives.
         steps: Steps per round of a row without a stride; strided rows run whole cycles.
         threads: CPU threads.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA where there is one.
@@ -54,6 +56,7 @@ class BenchSettings:
     methods: str = "all"
     rounds: int = 5
     warmup: int = 1
+    draws: int = 1
     steps: int = 3
     threads: int = 2
     device: str = "auto"
@@ -73,8 +76,10 @@ class BenchSettings:
         _one_of("device", self.device, DEVICES)
         if self.curve is not None:
             _one_of("curve", self.curve, CURVES)
-        for name, least in (("budget", 1), ("rounds", 1), ("warmup", 1), ("steps", 1), ("threads", 1), ("lora_r", 1)):
-            _at_least(name, getattr(self, name), least)
+            if self.processes:
+                raise ConfigError("processes = True with a curve; the rows of a curve share one process, leave it out.")
+        for name in ("budget", "rounds", "warmup", "draws", "steps", "threads", "lora_r"):
+            _at_least(name, getattr(self, name), 1)
         for name, least in (("batch_size", 1), ("seq_len", 2)):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), least)

@@ -90,6 +90,7 @@ def plain(header: Sequence[str], lines: Sequence[Cells]) -> str:
 def _heading(record: Mapping[str, Any]) -> str:
     machine, model, settings = record["machine"], record["model"], record["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    versions += f" ({machine['commit'][:7]})" if machine.get("commit") else ""
     lines = [f"    {record['command']}"] if record["command"] else []
     where = machine["device"] if machine["device"] != "cpu" else machine["cpu"]
     allocator = "".join(f"; {name}={value}" for name, value in machine["allocator"].items())
@@ -99,7 +100,7 @@ def _heading(record: Mapping[str, Any]) -> str:
         dropout = ", ".join(f"{name} {value}" for name, value in model["dropout"].items() if value is not None)
         lines.append(
             f"{model['name']} ({model['parameters']:,} weights, random), batch {model['batch_size']} x {model['seq_len']}, "
-            f"{settings['dtype']}, budget {settings['budget']:,}, {settings['rounds']} rounds; training mode, {dropout}."
+            f"{settings['dtype']}, budget {settings['budget']:,}, {_rounds(settings)}; training mode, {dropout}."
         )
     return "\n\n".join(lines)
 
@@ -138,6 +139,11 @@ def _cost_cells(label: str, row: Mapping[str, Any]) -> Cells:
         f"{memory['state_bytes'] / 1e6:,.1f}",
         f"{per_weight:.2f}" if per_weight is not None else _NONE,
     ]
+
+
+def _rounds(settings: Mapping[str, Any]) -> str:
+    draws = settings.get("draws", 1)
+    return f"{settings['rounds']} rounds" + (f" in each of {draws} draws" if draws > 1 else "")
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -86,8 +86,10 @@ def time_rows(
             _skip(members, large)
             continue
         say(f"group {number + 1} of {len(groups)}: {', '.join(labels)}")
-        race(members, start, settings, number, _reporter(settings, say, save))
-        _free()
+        after_round = _reporter(settings, say, save)
+        for draw in range(settings.draws):
+            race(members, start, settings, number, after_round, draw)
+            _free()
     save()
     return {
         "groups": groups,
@@ -117,13 +119,16 @@ def _skip(members: Sequence[RowResult], reason: str) -> None:
             result.status, result.reason = "skipped", reason
 
 
-def _reporter(settings: BenchSettings, say: Say, save: Save) -> Callable[[int], None]:
-    start, count = time.perf_counter(), settings.warmup + settings.rounds
+def _reporter(settings: BenchSettings, say: Say, save: Save) -> Callable[[], None]:
+    start, each = time.perf_counter(), settings.warmup + settings.rounds
+    count, done = each * settings.draws, 0
 
-    def after_round(done: int) -> None:
+    def after_round() -> None:
+        nonlocal done
         save()
         elapsed = time.perf_counter() - start
-        kind = "warm-up" if done <= settings.warmup else "timed"
+        kind = "warm-up" if done % each < settings.warmup else "timed"
+        done += 1
         say(f"  round {done} of {count} ({kind}): {elapsed:.0f} s, about {elapsed / done * (count - done):.0f} s to go")
 
     return after_round

@@ -210,6 +210,9 @@ def bench(
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Timed rounds; default 5.")] = None,
     warmup: Annotated[int | None, typer.Option(help="Rounds before those; default 1.")] = None,
+    draws: Annotated[
+        int | None, typer.Option(help="How often every method starts anew, rounds and all; default 1.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps per round, where there is no stride; default 3.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default 2.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or auto (default).")] = None,

@@ -88,9 +88,11 @@ class GenerationPrepared:
 
     def evaluate(self, trainer: Trainer, stage: Stage) -> dict[str, float]:
         """Loss and token accuracy on the held-out problems; afterwards, the accuracy on each of ``test_sets`` and their mean."""
-        metrics = evaluate_splits(
-            trainer, self.step_sets, lambda _, guesses, labels: {"token_accuracy": token_accuracy(guesses, labels)}
-        )
+
+        def scored(_: str, guesses: Any, labels: Any) -> Mapping[str, float]:
+            return {"token_accuracy": token_accuracy(guesses, labels)}
+
+        metrics = evaluate_splits(trainer, self.step_sets, scored, ("token_accuracy",), stage)
         if stage == "before" or not self.config.test_sets:
             return metrics
         solved = list(self._solve(trainer))

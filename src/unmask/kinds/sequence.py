@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +20,31 @@ from unmask.tasks.data import Examples, TaskData, TaskSpec
 
 
 class Encoded(Dataset):
-    """Tokenized examples: ``input_ids``, ``attention_mask`` ... and ``labels``, unpadded."""
+    """Tokenized examples: ``input_ids``, ``attention_mask`` ... and ``labels``, unpadded.
+
+    An example is tokenized when it is asked for, a batch at a time: a short run does not wait for all of a large training set.
+    """
 
     def __init__(
         self, examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, regression: bool
     ) -> None:
-        self._inputs = tokenizer(examples.texts, examples.pairs, truncation=True, max_length=max_length)
+        self._examples, self._tokenizer, self._max_length = examples, tokenizer, max_length
         self._labels = [float(label) if regression else int(label) for label in examples.labels]
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {key: values[index] for key, values in self._inputs.items()} | {"labels": self._labels[index]}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """A batch, as PyTorch's loaders ask for it."""
+        asked = self._examples.take(rows)
+        inputs = self._tokenizer(asked.texts, asked.pairs, truncation=True, max_length=self._max_length)
+        return [
+            {key: values[place] for key, values in inputs.items()} | {"labels": self._labels[row]}
+            for place, row in enumerate(rows)
+        ]
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,10 @@ class SequencePrepared:
         return self.spec.greater_is_better
 
     def evaluate(self, trainer: Trainer, stage: Stage) -> dict[str, float]:
-        return evaluate_splits(trainer, self.step_sets, lambda _, scores, labels: compute(self.spec, scores, labels))
+        def metrics(_: str, scores: Any, labels: Any) -> Mapping[str, float]:
+            return compute(self.spec, scores, labels)
+
+        return evaluate_splits(trainer, self.step_sets, metrics, self.spec.metrics, stage)
 
     def describe(self) -> dict[str, Any]:
         return describe_task(self.spec, self.max_length)
@@ -101,7 +116,7 @@ class SequenceTask:
             self.data.spec,
             length,
             encoded(self.data.train),
-            named({split: encoded(examples) for split, examples in self.data.evals.items()}),
+            named({split: encoded(examples.by_length()) for split, examples in self.data.evals.items()}),
             DataCollatorWithPadding(tokenizer),
             (cut,) if length < config.max_length else (),
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 from transformers import Trainer
+
+from unmask.kinds.protocol import Stage
 
 T = TypeVar("T")
 
@@ -36,7 +38,11 @@ def _prefix(split: str) -> str:
 
 
 def evaluate_splits(
-    trainer: Trainer, splits: Mapping[str, Dataset], metrics: Callable[[str, Any, Any], Mapping[str, float]]
+    trainer: Trainer,
+    splits: Mapping[str, Dataset],
+    metrics: Callable[[str, Any, Any], Mapping[str, float]],
+    names: Sequence[str],
+    stage: Stage,
 ) -> dict[str, float]:
     """Metrics and loss of every split.
 
@@ -44,6 +50,8 @@ def evaluate_splits(
         trainer: Whose model is evaluated.
         splits: Data sets, `named`.
         metrics: From a split's name, its predictions and its labels to metrics.
+        names: Of those metrics.
+        stage: After training, what the Trainer found at its last step is not computed again.
 
     Returns:
         By name, the split's before it.
@@ -55,6 +63,10 @@ def evaluate_splits(
     )  # what it scores along the run may know one split only
     try:
         for name, examples in splits.items():
+            found = _logged(trainer, _prefix(name), (*names, "loss")) if stage == "after" else None
+            if found is not None:
+                result |= found
+                continue
             prediction = trainer.predict(examples, metric_key_prefix="x")
             scores = metrics(name, prediction.predictions, prediction.label_ids)
             result |= {_prefix(name) + key: value for key, value in scores.items()}
@@ -62,3 +74,11 @@ def evaluate_splits(
     finally:
         trainer.compute_metrics = along
     return result
+
+
+def _logged(trainer: Trainer, prefix: str, names: Sequence[str]) -> dict[str, float] | None:
+    """A split's evaluation at the last step of training, from the Trainer's log; None if there was none."""
+    state = trainer.state
+    logged = {key: row[key] for row in state.log_history if row.get("step") == state.global_step for key in row}
+    found = {prefix + name: logged.get(f"eval_{prefix}{name}") for name in names}
+    return None if None in found.values() else found  # type: ignore[return-value]

@@ -24,7 +24,7 @@ from unmask.kinds.splits import evaluate_splits, metric_key, named
 from unmask.kinds.windows import Windows
 from unmask.modeling import longest_input
 from unmask.tasks.ner import CUSTOM_NER, load_ner, load_tagged, load_tagged_evaluation
-from unmask.tasks.spans import score
+from unmask.tasks.spans import METRICS, score
 from unmask.tasks.tagged import Sentences, TagData, TagSpec
 
 
@@ -65,7 +65,10 @@ class TokenPrepared:
         return metric_key(self.eval_sets, self.spec.main_metric)
 
     def evaluate(self, trainer: Trainer, stage: Stage) -> dict[str, float]:
-        return evaluate_splits(trainer, self.eval_sets, lambda split, ids, _: _scores(self.eval_sets[split], ids))
+        def metrics(split: str, ids: Any, _: Any) -> Mapping[str, float]:
+            return _scores(self.eval_sets[split], ids)
+
+        return evaluate_splits(trainer, self.eval_sets, metrics, METRICS, stage)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -107,7 +110,7 @@ class TokenTask:
             return Windows(sentences, tokenizer, self.label_names, length, training)
 
         train = windows(self.data.train, True)
-        evals = {split: windows(sentences, False) for split, sentences in self.data.evals.items()}
+        evals = {split: windows(sentences.by_length(), False) for split, sentences in self.data.evals.items()}
         notes = [encoded.note(split) for split, encoded in (("train", train), *evals.items())]
         collate = DataCollatorForTokenClassification(tokenizer)
         kept = tuple(note for note in notes if note is not None)

@@ -50,6 +50,18 @@ class Examples:
         labels: Any = [self.labels[row] for row in rows]
         return Examples([self.texts[row] for row in rows], pairs, labels)
 
+    def by_length(self) -> Examples:
+        """Short ones first: batches of like lengths need little padding.
+
+        Example:
+            >>> Examples(["abc", "b", "cd"], ["", "", "efg"], [0, 1, 2]).by_length().labels
+            [1, 0, 2]
+        """
+        lengths = [len(text) for text in self.texts]
+        if self.pairs is not None:
+            lengths = [first + len(second) for first, second in zip(lengths, self.pairs, strict=True)]
+        return self.take(sorted(range(len(self)), key=lengths.__getitem__))
+
 
 @dataclass(frozen=True)
 class TaskData:

@@ -90,6 +90,9 @@ def to_iob2(tags: Tags) -> list[str]:
     return [f"B-{tag[2:]}" if begins else tag for tag, begins in zip(tags, starts(tags), strict=True)]
 
 
+METRICS = ("f1", "precision", "recall", "accuracy")  # of `score`
+
+
 def score(gold: Sequence[Tags], guess: Sequence[Tags], strict: bool = False) -> dict[str, float]:
     """Precision, recall and F1 of entities, micro-averaged, and the accuracy of tags.
 

@@ -77,6 +77,10 @@ class Sentences:
         """The sentences of the given rows, in that order."""
         return Sentences([self.words[row] for row in rows], [self.tags[row] for row in rows])
 
+    def by_length(self) -> Sentences:
+        """Those of few words first: batches of like lengths need little padding."""
+        return self.take(sorted(range(len(self)), key=lambda row: len(self.words[row])))
+
 
 @dataclass(frozen=True)
 class TagData:
