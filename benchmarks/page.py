@@ -18,10 +18,12 @@ from unmask.bench import tables
 
 TITLES = {
     "reference": "RoBERTa-base shape, 16 x 128, float32: the bars against the floor, LoRA and SHiRA",
+    "reference-draws": "The same with new processes for every round",
     "reference-full": "The bars against full fine-tuning and the authors' toolkit",
     "reference-others": "B = 1e6 against B = 1e4, and other rows",
     "reference-rest": "Fused AdamW and Super-Tuning",
     "reference-autocast": "The bar under bfloat16 autocast",
+    "reference-autocast-draws": "The bar under autocast with new processes for every round",
     "reference-kept": "The bars against LoRA with a heap that keeps what was freed",
     "reference-autocast-kept": "The bar under autocast with such a heap",
     "reference-memory": "Peak memory",

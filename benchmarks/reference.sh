@@ -4,11 +4,14 @@
 set -eu
 out=${1:?usage: bash benchmarks/reference.sh OUT}
 time="unmask bench --device cpu --no-memory --memory-share 0.9"
-# As fine-tuning runs it, with the config's dropout of 0.1. What LoRA's step costs is settled by how its process's heap happens to lie:
-# every draw has new processes.
-$time --draws 3 --rounds 1 --methods frozen,lora,shira,static,id3-10 --output "$out/reference"
+# As fine-tuning runs it, with the config's dropout of 0.1.
+$time --rounds 3 --methods frozen,lora,shira,static,id3-10 --output "$out/reference"
 $time --rounds 3 --methods frozen,full,authors,id3,id3-10 --output "$out/reference-full"
-$time --draws 4 --rounds 1 --methods frozen,lora,static,id3-10 --dtype autocast --output "$out/reference-autocast"
+$time --rounds 3 --methods frozen,lora,static,id3-10 --dtype autocast --output "$out/reference-autocast"
+# How a process's heap happens to lie is settled when it starts, and with it some of what its steps cost: the same again, with new
+# processes for every round.
+$time --draws 3 --rounds 1 --methods frozen,lora,shira,static,id3-10 --output "$out/reference-draws"
+$time --draws 4 --rounds 1 --methods frozen,lora,static,id3-10 --dtype autocast --output "$out/reference-autocast-draws"
 python benchmarks/operators.py "$out" --methods frozen,static,id3-10,full
 python benchmarks/operators.py "$out" --methods frozen,lora,id3-10 --dtype autocast
 $time --rounds 2 --methods frozen,static@10000,static@1000000,static-d3,id3-100 --output "$out/reference-others"

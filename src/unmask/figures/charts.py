@@ -119,12 +119,15 @@ def note_intervals(figure: Any, style: Style, several: bool) -> None:
         figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=style.muted)
 
 
-def label_ends(axes: Any, ends: Sequence[End]) -> None:
+def label_ends(axes: Any, ends: Sequence[End], style: Style) -> None:
     """Writes a label at the right of the axes for every line end, moved apart where they would touch.
+
+    The text has the page's ink, for many labels are small; the line to its end has the series' colour.
 
     Args:
         axes: With its limits set.
         ends: (x, y, label, colour) each.
+        style: Colours of the page.
     """
     if not ends:
         return
@@ -140,10 +143,18 @@ def label_ends(axes: Any, ends: Sequence[End]) -> None:
             xy=(x, y),
             xytext=(1.03, place),
             textcoords="axes fraction",
-            color=colour,
+            color=style.ink,
             fontsize=8,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.4, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "alpha": 0.6,
+                "linewidth": 0.8,
+                "shrinkA": 1,
+                "shrinkB": 3,
+                "relpos": (0, 0.5),
+            },
             annotation_clip=False,
         )
 

@@ -49,7 +49,7 @@ def score_against_share(records: Iterable[Mapping[str, Any]], style: Style = LIG
         if parts:
             share_axis(axes, [run["share"] for run in parts])
         ends += _across(axes, [run for run in group if run["share"] > _WHOLE], style)
-        _finish(axes, ends)
+        _finish(axes, ends, style)
 
     return _noted(panels(runs, style, draw), runs, style)
 
@@ -62,7 +62,7 @@ def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> 
     def draw(axes: Any, group: list[RunRecord]) -> None:
         ends = _lines(axes, group, "budget", looks)
         count_axis(axes, [run["budget"] for run in group])
-        _finish(axes, ends)
+        _finish(axes, ends, style)
 
     return _noted(panels(runs, style, draw), runs, style)
 
@@ -99,7 +99,7 @@ def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
         ends += _lines(axes, still, "budget", looks)
         used = [point["used"] for run in moving for point in run["curve"] if point["used"]]
         count_axis(axes, _few([*used, *(run["budget"] for run in still)]))
-        _finish(axes, ends)
+        _finish(axes, ends, style)
 
     return _noted(panels(runs, style, draw), runs, style)
 
@@ -166,12 +166,12 @@ def _across(axes: Any, runs: Sequence[RunRecord], style: Style) -> list[End]:
     return ends
 
 
-def _finish(axes: Any, ends: Sequence[End]) -> None:
+def _finish(axes: Any, ends: Sequence[End], style: Style) -> None:
     """Room above and below, then the labels, which stand by the limits."""
     axes.margins(y=0.08)
     axes.autoscale_view(scalex=False)
     axes.set_ylim(axes.get_ylim())
-    label_ends(axes, ends)
+    label_ends(axes, ends, style)
 
 
 def _curves(axes: Any, method: str, runs: Sequence[RunRecord], look: Look) -> list[End]:
@@ -227,5 +227,5 @@ def _swept(axes: Any, runs: Sequence[RunRecord], parameter: str, others: Sequenc
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.minorticks_off()
     axes.set_xlabel(parameter)
-    _finish(axes, ends)
+    _finish(axes, ends, style)
     dress(axes, style, grid="y")

@@ -55,7 +55,7 @@ def _course(records: Iterable[Mapping[str, Any]], key: str, label: str, scale: f
         axes.set_xlabel("step" if x == "step" else "unmasked weights")
         axes.set_ylabel(label)
         axes.set_ylim(0 if key == "tensor_sparsity" else None, axes.get_ylim()[1])
-        label_ends(axes, ends)
+        label_ends(axes, ends, style)
 
     return panels(runs, style, draw)
 

@@ -1,0 +1,133 @@
+"""The study's tables from its runs, sorted by loss, and every run as a line of CSV.
+
+    python experiments/study/tables.py runs/study/minilm-glue runs/study/minilm-wnut17 --csv experiments/study/runs.csv
+    python experiments/study/tables.py --from experiments/study/runs.csv
+
+A method's rate is the one of least loss on seed 0; the figures are means over the seeds that ran at this rate, with half the
+95% interval of Student's t where there are at least three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+
+from unmask.sweeps.protocols import interval
+
+FIELDS = ("task", "budget", "method", "lr", "seed", "weights", "steps", "loss", "score", "metric", "seconds")
+Run = dict[str, str]
+
+
+def read(folders: list[Path]) -> list[Run]:
+    """The finished runs of some sweeps."""
+    runs = []
+    for file in sorted(file for folder in folders for file in folder.glob("results/*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if result["status"] != "done":
+            print(f"{file.stem}: {result['status']}, left out", file=sys.stderr)
+            continue
+        labels, summary = result["labels"], result["summary"]
+        values = {
+            "task": summary["task"],
+            "budget": labels.get("budget") or "own",
+            "method": labels["method"],
+            "lr": labels["lr"],
+            "seed": labels["seed"],
+            "weights": summary["budget"],  # the new classifier is beside it in every row
+            "steps": summary["steps"],
+            "loss": result["loss"] if result["loss"] is not None else "inf",
+            "score": result["score"] if result["score"] is not None else 0.0,
+            "metric": result["metric"],
+            "seconds": result["seconds"],
+        }
+        runs.append({key: str(value) for key, value in values.items()})
+    return sorted(runs, key=lambda run: [run[key] for key in ("task", "budget", "method", "seed", "lr")])
+
+
+def chosen(runs: list[Run]) -> tuple[str, list[Run], str]:
+    """The rate of least loss on seed 0, its runs, and a mark if it is the lowest or highest that was tried."""
+    tried = {run["lr"]: float(run["loss"]) for run in runs if run["seed"] == "0"}
+    rate = min(tried, key=lambda lr: tried[lr])
+    order = sorted(tried, key=float)
+    mark = " (lowest)" if rate == order[0] else " (highest)" if rate == order[-1] else ""
+    return rate, [run for run in runs if run["lr"] == rate], mark
+
+
+def figure(values: list[float], digits: int, scale: float = 1.0) -> str:
+    """Mean and half the interval."""
+    mean = f"{scale * fmean(values):.{digits}f}"
+    if len(values) < 3:
+        return mean
+    estimate = interval(values, 0.95, "t")
+    return f"{mean} ± {scale * (estimate.high - estimate.mean):.{digits}f}"
+
+
+def table(runs: list[Run]) -> tuple[str, dict[str, float]]:
+    """A task's table, best loss first, and each method's mean loss."""
+    by_method = defaultdict(list)
+    for run in runs:
+        by_method[run["method"]].append(run)
+    lines, losses = [], {}
+    for method, members in by_method.items():
+        rate, final, mark = chosen(members)
+        loss, score = [[float(run[key]) for run in final] for key in ("loss", "score")]
+        losses[method] = fmean(loss)
+        cells = [
+            method,
+            f"{int(final[0]['weights']):,}",
+            rate + mark,
+            figure(loss, 4),
+            figure(score, 1, 100),
+            str(len(final)),
+        ]
+        lines.append((losses[method], "| " + " | ".join(cells) + " |"))
+    head = (
+        f"| method | weights | rate | dev loss | dev {runs[0]['metric']}, % | seeds |\n|---|---:|---:|---:|---:|---:|"
+    )
+    return "\n".join([head, *(line for _, line in sorted(lines))]), losses
+
+
+def ranks(losses: dict[str, dict[str, float]], tasks: list[str]) -> str:
+    """Each method's place by loss on the tasks that it ran on, among the methods that ran on all of them, and the mean place."""
+    everywhere = set.intersection(*(set(losses[task]) for task in tasks))
+    places = {task: sorted(everywhere, key=losses[task].__getitem__) for task in tasks}
+    mean = {method: fmean(places[task].index(method) + 1 for task in tasks) for method in everywhere}
+    lines = ["| method | " + " | ".join(tasks) + " | mean place |", "|---|" + "---:|" * (len(tasks) + 1)]
+    for method in sorted(everywhere, key=lambda method: (mean[method], method)):
+        cells = [method, *(str(places[task].index(method) + 1) for task in tasks), f"{mean[method]:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of unmask sweep")
+    parser.add_argument("--from", dest="source", type=Path, help="a CSV of this command instead")
+    parser.add_argument("--csv", type=Path, help="write the runs here")
+    parser.add_argument("--chosen-on", default="sst2,mrpc")
+    parser.add_argument("--confirmed-on", default="stsb,wnut17")
+    given = parser.parse_args()
+    runs = list(csv.DictReader(given.source.open(encoding="utf-8"))) if given.source else read(given.folders)
+    if given.csv:
+        with given.csv.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(runs)
+    losses = {}
+    for task in dict.fromkeys(run["task"] for run in runs):
+        text, losses[task] = table([run for run in runs if run["task"] == task])
+        print(f"### {task}\n\n{text}\n")
+    for title, names in (("chosen on", given.chosen_on), ("confirmed on", given.confirmed_on)):
+        tasks = [task for task in names.split(",") if task in losses]
+        if tasks:
+            print(f"### Places by loss on the tasks {title}\n\n{ranks(losses, tasks)}\n")
+
+
+if __name__ == "__main__":
+    main()
