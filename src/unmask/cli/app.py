@@ -67,7 +67,7 @@ def train(
     ] = None,
     lora_r: Annotated[int | None, typer.Option(help="Rank of the LoRA; default 8.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="The LoRA's scale is alpha / r; default 8.")] = None,
-    method: Annotated[str | None, typer.Option(help="See `unmask methods`.")] = None,
+    method: Annotated[str | None, typer.Option(help="See `unmask methods`; default: the recommended recipe.")] = None,
     budget: Annotated[str | None, typer.Option(help="Scalar weights to unmask: 20000, or a share: 0.17%.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
@@ -80,7 +80,10 @@ def train(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting as key=value; see docs/cli.md.")] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="paper: the paper's settings for the task as far as known; everything else goes over."),
+        typer.Option(
+            help="recommended (the default where no method is named), or paper: the paper's settings for the task as far "
+            "as known. Everything else goes over it."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the output.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew over a run in the output.")] = False,
@@ -91,13 +94,10 @@ def train(
         k: v for k, v in locals().items() if k not in (*run_options, "run_options") and v is not None
     }
     from unmask.config import build, parse_assignments, read_yaml
+    from unmask.recipe import under_preset
 
     settings = (read_yaml(config) if config else {}) | given | parse_assignments(set_ or [])
-    if preset is not None:
-        from unmask.reproduce import under_preset
-
-        settings = under_preset(preset, settings)
-    resolved = build(settings)  # refuse a bad setting before torch is imported
+    resolved = build(under_preset(preset, settings))  # refuse a bad setting before torch is imported
     from unmask.training import train as run
 
     run(resolved, resume=resume, overwrite=overwrite)

@@ -61,22 +61,3 @@ def preset(task: str) -> Preset:
     if task not in presets():
         raise ConfigError(f"there are no settings of the paper's for task {task!r}; there are {', '.join(presets())}.")
     return presets()[task]
-
-
-def under_preset(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings over those of a preset.
-
-    Args:
-        name: ``"paper"``.
-        settings: A run's, with ``task``.
-
-    Raises:
-        ConfigError: No such preset, or none for the task.
-
-    Example:
-        >>> under_preset("paper", {"task": "cola", "epochs": 1})["batch_size"]
-        16
-    """
-    if name != "paper":
-        raise ConfigError(f"preset = {name!r}; there is paper.")
-    return {**preset(str(settings.get("task"))).settings, **settings}
