@@ -9,7 +9,7 @@ import pytest
 import unmask.reproduce
 from unmask.config import build
 from unmask.errors import ConfigError
-from unmask.reproduce import NAMES, load, preset, presets, under_preset
+from unmask.reproduce import NAMES, load, preset, presets
 from unmask.reproduce.loading import read
 from unmask.sweeps import expand
 from unmask.sweeps.cells import runs
@@ -65,15 +65,6 @@ def test_presets_tell_the_papers_values_from_ours():
         assert not set(found.paper) & set(found.ours), name
     settings = {**preset("rte").settings, "model": "m", "output": "o", "task": "rte", "budget": "1%"}
     assert build(settings).max_length == 256
-
-
-def test_a_run_can_stand_on_a_preset():
-    settings = under_preset("paper", {"task": "rte", "epochs": "2"})
-    assert (settings["max_length"], settings["epochs"], settings["exp"]) == (256, "2", 2)
-    with pytest.raises(ConfigError, match="preset = 'ours'; there is paper"):
-        under_preset("ours", {"task": "rte"})
-    with pytest.raises(ConfigError, match="task 'None'"):
-        under_preset("paper", {})
 
 
 def test_every_file_is_listed_and_ships_with_the_package():
