@@ -48,6 +48,8 @@ TRAIN = (
     "review",
     "--label",
     "verdict",
+    "--method",
+    "id3",
 )
 
 

@@ -19,7 +19,7 @@ from unmask.prompting import Completions, PadRight, Prompter
 from unmask.tasks.arithmetic import Problem, load_problems
 
 TRAIN = (
-    "train", "--model", "base", "--data-dir", "math", "--max-steps", 40, "--batch-size", 8, "--lr", 0.01,
+    "train", "--model", "base", "--method", "id3", "--data-dir", "math", "--max-steps", 40, "--batch-size", 8, "--lr", 0.01,
     "--set", "max_new_tokens=24", "--set", "test_limit=6", "--set", "held_out=4", "--set", "logging_steps=10",
 )  # fmt: skip
 

@@ -212,7 +212,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(output: str, *more: object) -> tuple[object, ...]:
     return (
-        "train", "--model", "base", "--task", "ner", "--data-dir", "data", "--budget", 150, "--lr", 0.05,
+        "train", "--model", "base", "--method", "id3", "--task", "ner", "--data-dir", "data", "--budget", 150, "--lr", 0.05,
         "--max-steps", 24, "--batch-size", 8, "--output", output, "--set", "eval_steps=8", *more,
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+import unmask
 from unmask.config import TrainConfig, build
 from unmask.errors import ConfigError
 from unmask.presets import method_from
@@ -11,26 +12,32 @@ RUN = {"model": "m", "output": "o", "task": "rte", "budget": "1%"}
 
 
 def test_without_a_method_the_recipe_lies_under_what_is_given():
-    config = build(under_preset(None, {**RUN, "stride": "5"}))
-    assert {key: getattr(config, key) for key in RECIPE} == {**RECIPE, "stride": 5}
+    config = build(under_preset(None, {**RUN, "lr": "3e-3"}))
+    assert {key: getattr(config, key) for key in RECIPE} == {**RECIPE, "lr": 3e-3}
 
 
 def test_a_named_method_comes_with_its_own_defaults():
     config = build(under_preset(None, {**RUN, "method": "id3"}))
     assert config == TrainConfig(**RUN, method="id3")
-    assert (config.scope, config.allocation, config.schedule, config.stride) == (None, None, "uniform", 1)
+    assert (config.scope, config.lr) == (None, 1e-3)
+
+
+def test_inside_added_modules_id3_stays_the_default():
+    config = build(under_preset(None, {**RUN, "into": "lora"}))
+    assert config == TrainConfig(**RUN, into="lora")
+    assert config.method == "id3"
+    assert build(under_preset(None, {**RUN, "into": "none"})).method == RECIPE["method"]
 
 
 def test_the_recipe_can_be_asked_for_under_another_method():
     config = build(under_preset("recommended", {**RUN, "method": "static_d3"}))
-    assert (config.method, config.scope, config.allocation) == ("static_d3", RECIPE["scope"], RECIPE["allocation"])
+    assert (config.method, config.scope, config.lr) == ("static_d3", RECIPE["scope"], RECIPE["lr"])
 
 
 def test_the_papers_preset_keeps_the_papers_method():
     settings = under_preset("paper", {**RUN, "epochs": "2"})
     config = build(settings)
-    assert (config.method, config.exp, config.max_length, config.epochs) == ("id3", 2, 256, 2)
-    assert (config.scope, config.allocation, config.schedule, config.stride) == (None, None, "uniform", 1)
+    assert (config.method, config.exp, config.max_length, config.epochs, config.scope) == ("id3", 2, 256, 2, None)
 
 
 def test_an_unknown_preset_and_a_task_without_one_are_refused():
@@ -41,9 +48,5 @@ def test_an_unknown_preset_and_a_task_without_one_are_refused():
 
 
 def test_what_the_recipe_selects():
-    method = method_from(build(under_preset(None, RUN)), steps=100)
-    assert method.allocation == "column"
-    assert method.scope.kind == "linear"
-    planned = [method.schedule.cumulative(t, 1_000) for t in range(100)]
-    assert planned[-1] == 1_000
-    assert planned[49] > 800, "front-loaded: most of it in the first half"
+    method = method_from(build(under_preset(None, {**RUN, "seed": 3})), steps=100)
+    assert method == unmask.random_mask("1%", seed=3).but(scope=unmask.Scope("linear"))

@@ -1,6 +1,6 @@
 """The recommended recipe: what ``unmask train`` does where no method is named. No torch here.
 
-Chosen, and confirmed on tasks that it was not chosen on, in experiments/study; docs/results.md has the figures, and where it loses.
+Chosen in experiments/study; docs/results.md has the figures, and where it loses.
 """
 
 from __future__ import annotations
@@ -11,16 +11,8 @@ from typing import Any
 
 from unmask.errors import ConfigError
 
-RECIPE: Mapping[str, Any] = MappingProxyType(
-    {
-        "method": "id3",
-        "scope": "linear",
-        "allocation": "column",
-        "schedule": "front-loaded",
-        "stride": 10,
-        "lr": 1e-2,
-    }
-)
+RECIPE: Mapping[str, Any] = MappingProxyType({"method": "random_mask", "scope": "linear", "lr": 1e-2})
+_NOTHING = (None, "", "none", "None", "null")
 
 
 def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,26 +20,28 @@ def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any
 
     Args:
         name: ``"recommended"``; ``"paper"``, the paper's settings for the task; None: recommended, unless ``settings`` name
-            a method, which then comes with its own defaults.
+            a method, which then comes with its own defaults, or select inside added modules (``into``), where no recipe
+            was studied and ID3 as published is the default.
         settings: A run's, with ``task`` where the preset is the paper's.
 
     Raises:
         ConfigError: No such preset, or none for the task.
 
     Example:
-        >>> under_preset(None, {"task": "cola", "lr": 1e-3})["allocation"]
-        'column'
+        >>> under_preset(None, {"task": "cola", "lr": 3e-3})
+        {'method': 'random_mask', 'scope': 'linear', 'lr': 0.003, 'task': 'cola'}
         >>> under_preset(None, {"task": "cola", "method": "pafi"})
         {'task': 'cola', 'method': 'pafi'}
         >>> under_preset("paper", {"task": "cola", "epochs": 1})["batch_size"]
         16
     """
     if name is None:
-        name = "recommended" if settings.get("method") is None else "none"
+        named = any(settings.get(key) not in _NOTHING for key in ("method", "into"))
+        return {**({} if named else RECIPE), **settings}
+    if name == "recommended":
+        return {**RECIPE, **settings}
     if name == "paper":
         from unmask.reproduce import preset
 
         return {"method": "id3", **preset(str(settings.get("task"))).settings, **settings}
-    if name not in ("recommended", "none"):
-        raise ConfigError(f"preset = {name!r}; there are recommended and paper.")
-    return {**(RECIPE if name == "recommended" else {}), **settings}
+    raise ConfigError(f"preset = {name!r}; there are recommended and paper.")
