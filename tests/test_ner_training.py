@@ -331,3 +331,17 @@ def test_bad_input_is_one_clear_message(what: str, world: Path) -> None:
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["lora", "shira"])
+def test_all_linear_layers_leave_a_taggers_head_whole(world, kind):
+    run(
+        *words(kind, "--into", kind, "--set", "lora_targets=all-linear", "--max-steps", 2, "--method", "full"),
+        cwd=world,
+    )
+    delta = unmask.SparseDelta.load(world / kind / "delta.safetensors")
+    names = {*delta.sparse, *delta.whole}
+    added = {name for name in names if f"{kind}_" in name}
+    assert not any("classifier" in name for name in added)
+    assert {"query", "key", "value", "intermediate"} <= {part for name in added for part in name.split(".")}
+    assert run("eval", "base", f"{kind}/delta.safetensors", "--task", "ner", "--data-dir", "data", cwd=world).stdout

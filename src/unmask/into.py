@@ -180,11 +180,12 @@ def merged(model: Any, into: Into) -> Any:
 def _with_lora(model: nn.Module, into: Into, missing: Collection[str]) -> nn.Module:
     import peft
 
+    whole = _whole_modules(model, missing)
     shared: dict[str, Any] = {
         "task_type": _task_type(model),
         "r": into.r,
-        "target_modules": "all-linear" if into.targets == ("all-linear",) else list(into.targets) or None,
-        "modules_to_save": _whole_modules(model, missing) or None,
+        "target_modules": _targets(model, into, whole),
+        "modules_to_save": whole or None,
     }
     config = (
         peft.ShiraConfig(random_seed=into.seed, **shared)
@@ -197,6 +198,24 @@ def _with_lora(model: nn.Module, into: Into, missing: Collection[str]) -> nn.Mod
         )
     )
     return peft.get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+
+
+def _targets(model: nn.Module, into: Into, whole: Collection[str]) -> list[str] | str | None:
+    """The modules that get a LoRA, in peft's terms: of "all-linear", it would take the head of a token classifier too."""
+    import peft
+
+    if into.targets != ("all-linear",):
+        return list(into.targets) or None
+    if _task_type(model) != peft.TaskType.TOKEN_CLS:
+        return "all-linear"
+    heads = tuple(
+        f"{name}." for name in (*whole, "classifier", "score")
+    )  # the last two are trained whole by peft itself
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not f"{name}.".startswith(heads)
+    ]
 
 
 def _task_type(model: nn.Module) -> Any:
