@@ -18,7 +18,7 @@ import unmask
 from commands import run, train_words
 from helpers import assert_same_tensors
 from tiny import tiny_world
-from unmask.config import METHODS
+from unmask.config import METHODS, read_yaml
 
 UNMASK = [sys.executable, "-c", "from unmask.cli import main; main()"]
 
@@ -54,6 +54,20 @@ def test_methods_lists_every_preset(world: Path) -> None:
 
 def test_the_configuration_knows_every_preset() -> None:
     assert set(METHODS) == set(unmask.PRESETS)
+
+
+def test_without_a_method_the_recipe_runs_and_the_config_says_so(world: Path) -> None:
+    words = [word for word in train_words("recipe", "--max-steps", 2) if word not in ("--method", "id3")]
+    run(*words, cwd=world)
+    config = read_yaml(world / "recipe" / "config.yaml")
+    assert (config["method"], config["scope"], config["lr"]) == (
+        "random_mask",
+        "linear",
+        0.05,
+    )  # the lr is the command's
+    delta = unmask.SparseDelta.load(world / "recipe" / "delta.safetensors")
+    assert sum(entry.indices.numel() for entry in delta.sparse.values()) == 120
+    assert not any("embedding" in name.lower() or name.endswith("bias") for name in delta.sparse)
 
 
 def test_train_leaves_delta_config_metrics_and_summary(trained: Path) -> None:
