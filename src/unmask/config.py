@@ -267,7 +267,7 @@ def build(values: Mapping[str, Any]) -> TrainConfig:
 def _convert(key: str, value: Any) -> Any:
     hint = _HINTS[key]
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
+    if is_none(value):
         if type(None) in options:
             return None
         return () if typing.get_origin(hint) is tuple else _bad(key, value, hint)
@@ -282,6 +282,11 @@ def _convert(key: str, value: Any) -> Any:
     except (TypeError, ValueError):
         return _bad(key, value, kind)
     return number if kind is str or number == float(value) else _bad(key, value, kind)
+
+
+def is_none(value: Any) -> bool:
+    """Whether a setting is none, also as a text of the command line."""
+    return value is None or (isinstance(value, str) and value.lower() in ("none", "null", ""))
 
 
 def _as_bool(key: str, value: Any) -> bool:

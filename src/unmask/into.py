@@ -19,6 +19,7 @@ from torch import nn
 
 from unmask.added import added_tensors, checkpoint_name
 from unmask.errors import ConfigError, DeltaError, MissingExtraError, need
+from unmask.scopes import is_linear
 
 Kind = Literal["lora", "dora", "shira", "pfeiffer", "houlsby"]
 KINDS: tuple[Kind, ...] = ("lora", "dora", "shira", "pfeiffer", "houlsby")
@@ -208,14 +209,10 @@ def _targets(model: nn.Module, into: Into, whole: Collection[str]) -> list[str] 
         return list(into.targets) or None
     if _task_type(model) != peft.TaskType.TOKEN_CLS:
         return "all-linear"
-    heads = tuple(
-        f"{name}." for name in (*whole, "classifier", "score")
-    )  # the last two are trained whole by peft itself
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not f"{name}.".startswith(heads)
-    ]
+    by_peft = ("classifier", "score")  # trained whole by peft itself
+    heads = tuple(f"{name}." for name in (*whole, *by_peft))
+    linear = (name for name, module in model.named_modules() if is_linear(module))
+    return [name for name in linear if not f"{name}.".startswith(heads)]
 
 
 def _task_type(model: nn.Module) -> Any:

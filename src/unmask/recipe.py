@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from unmask.config import is_none
 from unmask.errors import ConfigError
 
 RECIPE: Mapping[str, Any] = MappingProxyType({"method": "random_mask", "scope": "linear", "lr": 1e-2})
-_NOTHING = (None, "", "none", "None", "null")
 
 
 def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any
         16
     """
     if name is None:
-        named = any(settings.get(key) not in _NOTHING for key in ("method", "into"))
+        named = not all(is_none(settings.get(key)) for key in ("method", "into"))
         return {**({} if named else RECIPE), **settings}
     if name == "recommended":
         return {**RECIPE, **settings}

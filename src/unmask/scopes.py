@@ -61,10 +61,13 @@ def patterns(*expressions: str) -> Scope:
 def _linear_weights(model: nn.Module) -> Iterable[nn.Parameter]:
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        # transformers' Conv1D is a linear layer with a transposed weight; the core does not import transformers
-        is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if is_linear and isinstance(weight, nn.Parameter):
+        if is_linear(module) and isinstance(weight, nn.Parameter):
             yield weight
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: transformers' Conv1D is one with a transposed weight."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # the core does not import transformers
 
 
 def as_patterns(given: Patterns) -> tuple[str, ...]:
