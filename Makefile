@@ -34,8 +34,9 @@ $(VENV)-adapters/.stamp: pyproject.toml requirements-adapters.txt
 demo: setup
 	$(BIN)/unmask demo
 
+# Two processes of one thread each: with two threads each they would wait for one another. A file is not divided, for its fixtures.
 test: setup $(VENV)/.stamp-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-adapters: $(VENV)-adapters/.stamp
 	$(VENV)-adapters/bin/python -m pytest tests/bottlenecks tests/test_lora.py tests/test_into.py tests/test_sparse_adapter.py tests/test_cli.py

@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+import gc
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before what reads it is imported
+
 import pytest
 import torch
 
 from helpers import trained
 from unmask import heuristics
+
+
+def pytest_collection_finish():
+    """What all the imports made is no garbage: no collection need look at it again, of which the tests ask for many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

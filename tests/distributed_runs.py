@@ -268,8 +268,12 @@ def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDE, WIDE), nn.Tanh(), nn.Linear(WIDE, WIDE), nn.Tanh(), nn.Linear(WIDE, 8))
 
 
-def sent_by_kernel() -> int:
-    """Bytes that this process has sent over its TCP connections, as the kernel counts them (Linux)."""
+def received_by_kernel() -> int:
+    """Bytes that this process has received over its TCP connections, as the kernel counts them (Linux).
+
+    In a ring of two that is what it sends. The kernel's count of bytes sent would have what was sent twice in it, and not
+    yet what waits in a buffer: both come with a busy machine.
+    """
     total = 0
     for entry in Path("/proc/self/fd").iterdir():
         try:
@@ -277,7 +281,7 @@ def sent_by_kernel() -> int:
                 info = connection.getsockopt(socket.IPPROTO_TCP, 11, 256)  # TCP_INFO
         except OSError:
             continue
-        total += struct.unpack_from("Q", info, 200)[0] if len(info) >= 208 else 0  # tcpi_bytes_sent
+        total += struct.unpack_from("Q", info, 128)[0] if len(info) >= 136 else 0  # tcpi_bytes_received
     return total
 
 
@@ -326,12 +330,12 @@ def _dense_traffic(steps: int) -> tuple[int, float]:
         return future.then(lambda done: done.value()[0])
 
     model.register_comm_hook(None, counting)
-    before = sent_by_kernel()
+    before = received_by_kernel()
     for step in range(steps):
         model(torch.randn(4, WIDE, generator=torch.Generator().manual_seed(step))).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return sent_by_kernel() - before, called
+    return received_by_kernel() - before, called
 
 
 def _selective_traffic(exchange: str, stride: int | None, steps: int) -> tuple[int, float]:
@@ -340,13 +344,13 @@ def _selective_traffic(exchange: str, stride: int | None, steps: int) -> tuple[i
     method = unmask.pafi(budget) if stride is None else unmask.id3(budget, steps=steps, stride=stride)
     selection = unmask.select(model, method, exchange=exchange)
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
-    before = sent_by_kernel()
+    before = received_by_kernel()
     with Counted() as counted:
         for step in range(steps):
             model(torch.randn(4, WIDE, generator=torch.Generator().manual_seed(step))).square().mean().backward()
             optimizer.step()
     assert selection.used == budget
-    return sent_by_kernel() - before, counted.bytes
+    return received_by_kernel() - before, counted.bytes
 
 
 # FSDP2.

@@ -164,7 +164,7 @@ def test_processes_may_train_apart(tmp_path):
 
 
 def test_bytes_on_the_wire(tmp_path):
-    """Budget 0.2% of N; dense DDP is 1. By the calls, and by the kernel's count of what the sockets sent."""
+    """Budget 0.2% of N; dense DDP is 1. By the calls, and by the kernel's count of what came in."""
     for measured in processes.run(2, tmp_path, runs.traffic):
         (kernel, called), counts = measured["dense"], []
         for way in ("candidates", "none selected", "exact"):
