@@ -19,20 +19,21 @@ from statistics import fmean
 
 from unmask.sweeps.protocols import interval
 
-FIELDS = ("task", "budget", "method", "lr", "seed", "weights", "steps", "loss", "score", "metric", "seconds")
+FIELDS = ("model", "task", "budget", "method", "seed", "lr", "weights", "steps", "loss", "score", "metric", "seconds")
 Run = dict[str, str]
 
 
 def read(folders: list[Path]) -> list[Run]:
-    """The finished runs of some sweeps."""
+    """The finished runs of some sweeps, each named for its model: minilm-glue."""
     runs = []
-    for file in sorted(file for folder in folders for file in folder.glob("results/*.json")):
+    for folder, file in sorted((folder, file) for folder in folders for file in folder.glob("results/*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
         if result["status"] != "done":
             print(f"{file.stem}: {result['status']}, left out", file=sys.stderr)
             continue
         labels, summary = result["labels"], result["summary"]
         values = {
+            "model": json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["name"].split("-")[0],
             "task": summary["task"],
             "budget": labels.get("budget") or "own",
             "method": labels["method"],
@@ -46,7 +47,7 @@ def read(folders: list[Path]) -> list[Run]:
             "seconds": result["seconds"],
         }
         runs.append({key: str(value) for key, value in values.items()})
-    return sorted(runs, key=lambda run: [run[key] for key in ("task", "budget", "method", "seed", "lr")])
+    return sorted(runs, key=lambda run: [run[key] for key in FIELDS[:6]])
 
 
 def chosen(runs: list[Run]) -> tuple[str, list[Run], str]:
@@ -56,6 +57,31 @@ def chosen(runs: list[Run]) -> tuple[str, list[Run], str]:
     order = sorted(tried, key=float)
     mark = " (lowest)" if rate == order[0] else " (highest)" if rate == order[-1] else ""
     return rate, [run for run in runs if run["lr"] == rate], mark
+
+
+def cells(runs: list[Run]) -> dict[tuple[str, str, str], list[Run]]:
+    """The runs of each model, task and budget; those with a count of their own (full, BitFit) stand beside each budget."""
+    found = {}
+    for model, task in dict.fromkeys((run["model"], run["task"]) for run in runs):
+        here = [run for run in runs if (run["model"], run["task"]) == (model, task)]
+        for budget in sorted({run["budget"] for run in here} - {"own"}, key=lambda text: float(text.rstrip("%"))):
+            found[model, task, budget] = [run for run in here if run["budget"] in (budget, "own")]
+    return found
+
+
+def rates(runs: list[Run]) -> str:
+    """The rate of least loss on seed 0 at each budget, of the cells where a method ran at more than one."""
+    found: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
+    for (model, task, budget), members in cells(runs).items():
+        for method in {run["method"] for run in members if run["budget"] == budget}:
+            rate, _, mark = chosen([run for run in members if run["method"] == method])
+            found[model, task, method][budget] = rate + mark
+    budgets = sorted({budget for row in found.values() for budget in row}, key=lambda text: float(text.rstrip("%")))
+    lines = ["| model | task | method | " + " | ".join(budgets) + " |", "|---|---|---|" + "---:|" * len(budgets)]
+    for key, row in sorted(found.items()):
+        if len(row) > 1:
+            lines.append("| " + " | ".join([*key, *(row.get(budget, "") for budget in budgets)]) + " |")
+    return "\n".join(lines)
 
 
 def figure(values: list[float], digits: int, scale: float = 1.0) -> str:
@@ -110,8 +136,9 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path, help="folders of unmask sweep")
     parser.add_argument("--from", dest="source", type=Path, help="a CSV of this command instead")
     parser.add_argument("--csv", type=Path, help="write the runs here")
-    parser.add_argument("--chosen-on", default="sst2,mrpc")
-    parser.add_argument("--confirmed-on", default="stsb,wnut17")
+    parser.add_argument("--budget", default="0.2%", help="the budget of the tables of places")
+    parser.add_argument("--chosen-on", default="sst2,mrpc,cola")
+    parser.add_argument("--confirmed-on", default="stsb,wnut17,rte")
     given = parser.parse_args()
     runs = list(csv.DictReader(given.source.open(encoding="utf-8"))) if given.source else read(given.folders)
     if given.csv:
@@ -119,14 +146,17 @@ def main() -> None:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(runs)
-    losses = {}
-    for task in dict.fromkeys(run["task"] for run in runs):
-        text, losses[task] = table([run for run in runs if run["task"] == task])
-        print(f"### {task}\n\n{text}\n")
+    losses: dict[str, dict[str, float]] = {}
+    for (model, task, budget), members in cells(runs).items():
+        text, means = table(members)
+        print(f"### {model}, {task}, {budget}\n\n{text}\n")
+        if budget == given.budget:
+            losses[f"{task} ({model})"] = means
     for title, names in (("chosen on", given.chosen_on), ("confirmed on", given.confirmed_on)):
-        tasks = [task for task in names.split(",") if task in losses]
+        tasks = [task for task in losses if task.split(" ")[0] in names.split(",")]
         if tasks:
-            print(f"### Places by loss on the tasks {title}\n\n{ranks(losses, tasks)}\n")
+            print(f"### Places by loss at {given.budget} on the tasks {title}\n\n{ranks(losses, tasks)}\n")
+    print(f"### Rates by budget\n\n{rates(runs)}")
 
 
 if __name__ == "__main__":
