@@ -177,6 +177,9 @@ def test_the_curve_of_a_run_is_its_mean_over_seeds_by_unmasked_weights():
     assert list(mean.get_xdata()) == [250, 500, 750, 1000]  # nothing is unmasked at step 0
     assert list(mean.get_ydata()) == pytest.approx([0.56, 0.61, 0.66, 0.71])
     assert sorted(labels_of(axes)) == ["id3, along the run", "repeat_d3"]
+    other = [{**r, "budget": 2000} for r in all_runs() if r["strategy"] == "increment"]
+    (axes,) = score_along_run([*all_runs(), *other]).axes
+    assert sorted(labels_of(axes)) == ["id3, along the run to 1K", "id3, along the run to 2K", "repeat_d3"]
     only = [r for r in all_runs() if r["strategy"] == "repeat"]
     with pytest.raises(DataError, match="no run has strategy 'increment'"):
         score_along_run(only)

@@ -17,6 +17,7 @@ from unmask.figures.charts import (
     note_intervals,
     panels,
     share_axis,
+    short,
 )
 from unmask.figures.records import CurvePoint, RunRecord, by_method, check_records
 from unmask.figures.style import LIGHT, MARKERS, SERIES, Look, Style, dress, look_of, new_figure
@@ -177,7 +178,8 @@ def _finish(axes: Any, ends: Sequence[End], style: Style) -> None:
 def _curves(axes: Any, method: str, runs: Sequence[RunRecord], look: Look) -> list[End]:
     """One line per budget: the mean over seeds; each seed's own behind it."""
     colour, ends = look.colour, []
-    for budget in sorted({run["budget"] for run in runs}):
+    budgets = sorted({run["budget"] for run in runs})
+    for budget in budgets:
         curves = [[point for point in run["curve"] if point["used"]] for run in runs if run["budget"] == budget]
         for curve in curves if len(curves) > 1 else []:
             axes.plot(*_xy(curve), color=colour, linewidth=0.8, alpha=0.35, zorder=2)
@@ -185,7 +187,8 @@ def _curves(axes: Any, method: str, runs: Sequence[RunRecord], look: Look) -> li
         axes.plot(
             *zip(*mean, strict=True), "-", color=colour, marker=look.marker, markersize=3.5, linewidth=1.6, zorder=3
         )
-        ends.append((*mean[-1], f"{method}, along the run", colour))
+        whole = f" to {short(budget)}" if len(budgets) > 1 else ""
+        ends.append((*mean[-1], f"{method}, along the run{whole}", colour))
     return ends
 
 
