@@ -19,6 +19,7 @@ from commands import run, train_words
 from helpers import assert_same_tensors
 from tiny import tiny_world
 from unmask.config import METHODS, read_yaml
+from unmask.recipe import rate
 
 UNMASK = [sys.executable, "-c", "from unmask.cli import main; main()"]
 
@@ -62,6 +63,10 @@ def test_without_a_method_the_recipe_runs_and_the_config_says_so(world: Path) ->
     config = read_yaml(world / "recipe" / "config.yaml")
     assert (config["method"], config["scope"]) == ("random_mask", "linear")
     assert config["lr"] == 0.05, "the command's own"
+    at = words.index("--lr")
+    run(*words[:at], *words[at + 2 :], "--overwrite", cwd=world)
+    settings, summary = (read_yaml(world / "recipe" / name) for name in ("config.yaml", "summary.json"))
+    assert settings["lr"] == summary["lr"] == rate(120 / summary["parameters"])
     delta = unmask.SparseDelta.load(world / "recipe" / "delta.safetensors")
     assert sum(entry.indices.numel() for entry in delta.sparse.values()) == 120
     assert not any("embedding" in name.lower() or name.endswith("bias") for name in delta.sparse)

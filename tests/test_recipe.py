@@ -6,7 +6,7 @@ import unmask
 from unmask.config import TrainConfig, build
 from unmask.errors import ConfigError
 from unmask.presets import method_from
-from unmask.recipe import RECIPE, under_preset
+from unmask.recipe import RECIPE, rate, under_preset
 
 RUN = {"model": "m", "output": "o", "task": "rte", "budget": "1%"}
 
@@ -38,6 +38,15 @@ def test_the_papers_preset_keeps_the_papers_method():
     settings = under_preset("paper", {**RUN, "epochs": "2"})
     config = build(settings)
     assert (config.method, config.exp, config.max_length, config.epochs, config.scope) == ("id3", 2, 256, 2, None)
+
+
+def test_the_rate_falls_with_the_root_of_the_budgets_share():
+    assert rate(0.002) == pytest.approx(1e-2)
+    assert rate(0.008) == pytest.approx(rate(0.002) / 2)
+    assert [rate(share) for share in (1e-4, 1e-9)] == [3e-2, 3e-2]
+    assert build({**RUN, "lr": "none"}).lr is None
+    with pytest.raises(ConfigError, match=r"lr = 0\.0; it must be above 0"):
+        build({**RUN, "lr": 0})
 
 
 def test_an_unknown_preset_and_a_task_without_one_are_refused():

@@ -53,7 +53,7 @@ class TrainConfig:
         num_samples: Examples for the Fisher information (fish) and for pruning (sparse_adapter).
         criterion: What sparse_adapter keeps: random, magnitude, snip, grasp or synflow.
         pruned: What becomes of the rest (sparse_adapter): zero, or kept at its initial value.
-        lr: Peak learning rate.
+        lr: Peak learning rate; None: that of the recommended recipe for a budget of that share of the weights.
         weight_decay: AdamW's, on the selected weights only.
         bias_correction: Adam's, "global" (the paper's) or "entry" (an age per weight, from its unmasking on).
         lr_scale: row-column: a selected weight's rate falls with how many share its row and its column.
@@ -116,7 +116,7 @@ class TrainConfig:
     num_samples: int = 1024
     criterion: str = "snip"
     pruned: str = "zero"
-    lr: float = 1e-3
+    lr: float | None = 1e-3
     weight_decay: float = 0.0
     bias_correction: str = "global"
     lr_scale: str | None = None
@@ -176,7 +176,6 @@ class TrainConfig:
                 f"method {self.method!r} needs a budget: a count (20000) or a share of the weights (0.17%)."
             )
         for name in (
-            "lr",
             "epochs",
             "batch_size",
             "accumulation",
@@ -193,7 +192,7 @@ class TrainConfig:
             "reduction_factor",
         ):
             _above(name, getattr(self, name), 0)
-        for name in ("max_steps", "eval_steps", "save_steps", "test_limit"):
+        for name in ("lr", "max_steps", "eval_steps", "save_steps", "test_limit"):
             if getattr(self, name) is not None:
                 _above(name, getattr(self, name), 0)
         self._check_parts()

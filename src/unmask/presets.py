@@ -74,12 +74,12 @@ def optimizer_from(config: TrainConfig, selection: Selection) -> SelectiveAdamW:
     """The configured optimizer of what a selection trains.
 
     Args:
-        config: The run's configuration.
+        config: The run's configuration, its ``lr`` a number.
         selection: A live selection.
     """
     return SelectiveAdamW(
         selection.parameters(),
-        lr=config.lr,
+        lr=cast(float, config.lr),
         weight_decay=config.weight_decay,
         bias_correction=cast(BiasCorrection, config.bias_correction),  # checked by TrainConfig, as what follows
         lr_scale=cast(LrScale, config.lr_scale or "none"),

@@ -5,6 +5,7 @@ Chosen in experiments/study; docs/results.md has the figures, and where it loses
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +13,23 @@ from typing import Any
 from unmask.config import is_none
 from unmask.errors import ConfigError
 
-RECIPE: Mapping[str, Any] = MappingProxyType({"method": "random_mask", "scope": "linear", "lr": 1e-2})
+RECIPE: Mapping[str, Any] = MappingProxyType({"method": "random_mask", "scope": "linear", "lr": None})  # None: rate()
+
+
+def rate(share: float) -> float:
+    """The recipe's peak learning rate: 1e-2 for 0.2% of the weights, else in inverse proportion to the share's root.
+
+    Adam moves each weight about as far in a step; so all of them together move about as far whatever the budget. At most
+    3e-2, the largest rate that was at its best in the study (at 0.05%).
+
+    Args:
+        share: The budget as a share of the model's weights, above 0.
+
+    Example:
+        >>> rate(0.002), round(rate(0.01), 5), rate(1e-5)
+        (0.01, 0.00447, 0.03)
+    """
+    return min(0.03, 0.01 * math.sqrt(0.002 / share))
 
 
 def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:

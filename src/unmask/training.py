@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -24,6 +25,7 @@ from unmask.kinds import Prepared, kind_for
 from unmask.modeling import load_base, quiet
 from unmask.presets import into_from, method_from, optimizer_from
 from unmask.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
+from unmask.recipe import rate
 from unmask.run_folder import RunFolder
 from unmask.scopes import exactly
 from unmask.selecting import select
@@ -95,7 +97,7 @@ def train(
     base = Inserted(model, [], missing, missing) if into is None else insert(model, into, missing, config.seed)
     run = _Run(config, task.name, prepared, base, folder, console)
     folder.open(checkpoint)
-    write_yaml(config, folder.config)
+    write_yaml(run.config, folder.config)
     return run.go(checkpoint)
 
 
@@ -121,6 +123,8 @@ class _Run:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self.selection = self._select(base)
+        if config.lr is None:
+            self.config = dataclasses.replace(config, lr=rate(self.selection.budget / self._weights()))
         self.interrupt = StopOnInterrupt()
         self.progress = LiveProgress(self.selection, prepared.step_metric, console)
         self.metrics = MetricsFile(folder.metrics, self.selection)
@@ -182,12 +186,15 @@ class _Run:
         trainer.remove_callback(PrinterCallback)
         return trainer
 
+    def _weights(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
     def _report_start(self, before: dict[str, float]) -> None:
-        selection, total = self.selection, sum(p.numel() for p in self.model.parameters())
+        selection, total = self.selection, self._weights()
         extra = f", and {selection.dense_numel:,} outside the budget (dense)" if selection.dense_numel else ""
         self.console.print(
             f"{selection.method.name}: {selection.budget:,} of {total:,} weights ({selection.budget / total:.3%}){extra}; "
-            f"{self.steps:,} steps of {self.config.batch_size * self.config.accumulation}"
+            f"{self.steps:,} steps of {self.config.batch_size * self.config.accumulation}, lr {self.config.lr:.3g}"
         )
         self.console.print("before: " + _line(before))
 
@@ -219,7 +226,7 @@ class _Run:
             "used": self.selection.used,
             "dense": self.selection.dense_numel,
             "head": self.head,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": self._weights(),
             "steps": self.selection.step,
             "seconds": round(seconds, 2),
             "before": before,
@@ -241,7 +248,7 @@ def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bo
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=kind_for(config).eval_batches * config.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.lr,
+        learning_rate=cast(float, config.lr),  # None no more
         warmup_steps=math.ceil(config.warmup * steps),
         max_grad_norm=config.max_grad_norm,
         bf16=config.bf16,

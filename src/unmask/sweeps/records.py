@@ -25,7 +25,7 @@ def record(cell: Cell, result: Result) -> RunRecord | None:
         "budget": trained_weights(summary),
         "share": trained_weights(summary) / base_weights(summary),
         "seed": int(settings.get("seed", 0)),
-        "lr": float(settings.get("lr", 1e-3)),
+        "lr": float(summary.get("lr") or settings.get("lr", 1e-3)),
         "score": result["score"],
         "loss": result.get("loss"),
         "metric": str(result.get("metric", "score")),
