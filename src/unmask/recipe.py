@@ -16,20 +16,20 @@ from unmask.errors import ConfigError
 RECIPE: Mapping[str, Any] = MappingProxyType({"method": "random_mask", "scope": "linear", "lr": None})  # None: rate()
 
 
-def rate(share: float) -> float:
-    """The recipe's peak learning rate: 1e-2 for 0.2% of the weights, else in inverse proportion to the share's root.
+def rate(budget: int) -> float:
+    """The recipe's peak learning rate: 1e-2 for 45,000 weights, else in inverse proportion to the root of their number.
 
     Adam moves each weight about as far in a step; so all of them together move about as far whatever the budget. At most
-    3e-2, the largest rate that was at its best in the study (at 0.05%).
+    3e-2, the largest rate that was at its best in the study (with 11,357 weights).
 
     Args:
-        share: The budget as a share of the model's weights, above 0.
+        budget: How many weights are trained, at least 1.
 
     Example:
-        >>> rate(0.002), round(rate(0.01), 5), rate(1e-5)
-        (0.01, 0.00447, 0.03)
+        >>> rate(45_000), rate(180_000), rate(1_000)
+        (0.01, 0.005, 0.03)
     """
-    return min(0.03, 0.01 * math.sqrt(0.002 / share))
+    return min(0.03, 0.01 * math.sqrt(45_000 / budget))
 
 
 def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
