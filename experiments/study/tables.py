@@ -20,6 +20,10 @@ from statistics import fmean
 from unmask.sweeps.protocols import interval
 
 FIELDS = ("model", "task", "budget", "method", "seed", "lr", "weights", "steps", "loss", "score", "metric", "seconds")
+NAMES = {
+    "minilm": "MiniLM", "mpnet": "MPNet", "smollm2": "SmolLM2", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "cola": "CoLA",
+    "rte": "RTE", "wnut17": "WNUT-17", "gsm8k": "GSM8K", "dev_f1": "F1", "pearson_spearman": "(Pearson + Spearman) / 2",
+}  # fmt: skip
 Run = dict[str, str]
 
 
@@ -59,6 +63,11 @@ def chosen(runs: list[Run]) -> tuple[str, list[Run], str]:
     return rate, [run for run in runs if run["lr"] == rate], mark
 
 
+def named(key: str) -> str:
+    """As the field writes it."""
+    return NAMES.get(key, key)
+
+
 def cells(runs: list[Run]) -> dict[tuple[str, str, str], list[Run]]:
     """The runs of each model, task and budget; those with a count of their own (full, BitFit) stand beside each budget."""
     found = {}
@@ -80,7 +89,7 @@ def rates(runs: list[Run]) -> str:
     lines = ["| model | task | method | " + " | ".join(budgets) + " |", "|---|---|---|" + "---:|" * len(budgets)]
     for key, row in sorted(found.items()):
         if len(row) > 1:
-            lines.append("| " + " | ".join([*key, *(row.get(budget, "") for budget in budgets)]) + " |")
+            lines.append("| " + " | ".join([*map(named, key), *(row.get(budget, "") for budget in budgets)]) + " |")
     return "\n".join(lines)
 
 
@@ -112,18 +121,19 @@ def table(runs: list[Run]) -> tuple[str, dict[str, float]]:
             str(len(final)),
         ]
         lines.append((losses[method], "| " + " | ".join(cells) + " |"))
-    head = (
-        f"| method | weights | rate | dev loss | dev {runs[0]['metric']}, % | seeds |\n|---|---:|---:|---:|---:|---:|"
-    )
+    head = f"| method | weights | rate | dev loss | dev {named(runs[0]['metric'])}, % | seeds |\n|---|---:|---:|---:|---:|---:|"
     return "\n".join([head, *(line for _, line in sorted(lines))]), losses
 
 
-def ranks(losses: dict[str, dict[str, float]], tasks: list[str]) -> str:
+def ranks(losses: dict[tuple[str, str], dict[str, float]], tasks: list[tuple[str, str]]) -> str:
     """Each method's place by loss on the tasks that it ran on, among the methods that ran on all of them, and the mean place."""
     everywhere = set.intersection(*(set(losses[task]) for task in tasks))
     places = {task: sorted(everywhere, key=losses[task].__getitem__) for task in tasks}
     mean = {method: fmean(places[task].index(method) + 1 for task in tasks) for method in everywhere}
-    lines = ["| method | " + " | ".join(tasks) + " | mean place |", "|---|" + "---:|" * (len(tasks) + 1)]
+    lines = [
+        "| method | " + " | ".join(", ".join(map(named, task)) for task in tasks) + " | mean place |",
+        "|---|" + "---:|" * (len(tasks) + 1),
+    ]
     for method in sorted(everywhere, key=lambda method: (mean[method], method)):
         cells = [method, *(str(places[task].index(method) + 1) for task in tasks), f"{mean[method]:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -137,8 +147,8 @@ def main() -> None:
     parser.add_argument("--from", dest="source", type=Path, help="a CSV of this command instead")
     parser.add_argument("--csv", type=Path, help="write the runs here")
     parser.add_argument("--budget", default="0.2%", help="the budget of the tables of places")
-    parser.add_argument("--chosen-on", default="sst2,mrpc,cola")
-    parser.add_argument("--confirmed-on", default="stsb,wnut17,rte")
+    parser.add_argument("--chosen-on", default="sst2,mrpc")
+    parser.add_argument("--confirmed-on", default="stsb,wnut17")
     given = parser.parse_args()
     runs = list(csv.DictReader(given.source.open(encoding="utf-8"))) if given.source else read(given.folders)
     if given.csv:
@@ -146,14 +156,14 @@ def main() -> None:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(runs)
-    losses: dict[str, dict[str, float]] = {}
+    losses: dict[tuple[str, str], dict[str, float]] = {}
     for (model, task, budget), members in cells(runs).items():
         text, means = table(members)
-        print(f"### {model}, {task}, {budget}\n\n{text}\n")
+        print(f"### {named(task)}, {named(model)}, {budget}\n\n{text}\n")
         if budget == given.budget:
-            losses[f"{task} ({model})"] = means
+            losses[task, model] = means
     for title, names in (("chosen on", given.chosen_on), ("confirmed on", given.confirmed_on)):
-        tasks = [task for task in losses if task.split(" ")[0] in names.split(",")]
+        tasks = [task for task in losses if task[0] in names.split(",")]
         if tasks:
             print(f"### Places by loss at {given.budget} on the tasks {title}\n\n{ranks(losses, tasks)}\n")
     print(f"### Rates by budget\n\n{rates(runs)}")
