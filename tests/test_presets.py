@@ -87,3 +87,16 @@ def test_settings_make_the_optimizer():
     group = optimizer_from(build(RUN | settings), selection).param_groups[0]
     wanted = {"lr": 0.5, "weight_decay": 0.1, "bias_correction": "entry", "lr_scale": "row-column", "slot_warmup": 7}
     assert {name: group[name] for name in wanted} == wanted
+
+
+def test_what_is_trained_beside_the_budget_can_have_a_rate_of_its_own():
+    selection = unmask.select(mlp(), unmask.random_mask(5), dense="^2")
+    settings = {"method": "random_mask", "lr": 0.5, "weight_decay": 0.1}
+    ours, dense = optimizer_from(build(RUN | settings | {"dense_lr": "0.01"}), selection).param_groups
+    assert (ours["lr"], dense["lr"], dense["weight_decay"]) == (0.5, 0.01, 0.1)
+    assert ours["params"] == [selection.values]
+    assert {id(p) for p in ours["params"] + dense["params"]} == {id(p) for p in selection.parameters()}
+    (one,) = optimizer_from(build(RUN | settings), selection).param_groups
+    assert {id(p) for p in one["params"]} == {id(p) for p in selection.parameters()}
+    with pytest.raises(ConfigError, match="method 'full' trains all at lr"):
+        build(RUN | {"method": "full", "dense_lr": 0.01})

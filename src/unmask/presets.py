@@ -77,8 +77,12 @@ def optimizer_from(config: TrainConfig, selection: Selection) -> SelectiveAdamW:
         config: The run's configuration, its ``lr`` a number.
         selection: A live selection.
     """
+    params: list[Any] = selection.parameters()
+    if config.dense_lr is not None:
+        dense = [p for p in params if p is not selection.values]
+        params = [{"params": [selection.values]}, {"params": dense, "lr": config.dense_lr}]
     return SelectiveAdamW(
-        selection.parameters(),
+        params,
         lr=cast(float, config.lr),
         weight_decay=config.weight_decay,
         bias_correction=cast(BiasCorrection, config.bias_correction),  # checked by TrainConfig, as what follows
