@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 
 from unmask.sweeps.protocols import interval
+from unmask.sweeps.records import trained_weights
 
 FIELDS = ("model", "task", "budget", "method", "seed", "lr", "weights", "steps", "loss", "score", "metric", "seconds")
 NAMES = {
@@ -43,7 +44,7 @@ def read(folders: list[Path]) -> list[Run]:
             "method": labels["method"],
             "lr": labels["lr"],
             "seed": labels["seed"],
-            "weights": summary["budget"],  # the new classifier is beside it in every row
+            "weights": trained_weights(summary),  # without the new classifier, which every method trains whole
             "steps": summary["steps"],
             "loss": result["loss"] if result["loss"] is not None else "inf",
             "score": result["score"] if result["score"] is not None else 0.0,
