@@ -98,5 +98,12 @@ def test_what_is_trained_beside_the_budget_can_have_a_rate_of_its_own():
     assert {id(p) for p in ours["params"] + dense["params"]} == {id(p) for p in selection.parameters()}
     (one,) = optimizer_from(build(RUN | settings), selection).param_groups
     assert {id(p) for p in one["params"]} == {id(p) for p in selection.parameters()}
-    with pytest.raises(ConfigError, match="method 'full' trains all at lr"):
-        build(RUN | {"method": "full", "dense_lr": 0.01})
+    whole = unmask.select(mlp(), unmask.full())
+    settings = {"method": "full", "lr": 0.5, "dense_lr": 0.01}
+    ours, head = optimizer_from(build(RUN | settings), whole, {"4.weight", "4.bias"}).param_groups
+    assert (ours["lr"], len(ours["params"]), head["lr"], sorted(p.numel() for p in head["params"])) == (
+        0.5,
+        4,
+        0.01,
+        [6, 36],
+    )

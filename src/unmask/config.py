@@ -54,7 +54,7 @@ class TrainConfig:
         criterion: What sparse_adapter keeps: random, magnitude, snip, grasp or synflow.
         pruned: What becomes of the rest (sparse_adapter): zero, or kept at its initial value.
         lr: Peak learning rate; None: that of the recommended recipe for so large a budget.
-        dense_lr: Peak learning rate of what is trained whole beside the budget (a new head); None: lr.
+        dense_lr: Peak learning rate of what is trained whole beside the budget, under full of the new head; None: lr.
         weight_decay: AdamW's, on the selected weights only.
         bias_correction: Adam's, "global" (the paper's) or "entry" (an age per weight, from its unmasking on).
         lr_scale: row-column: a selected weight's rate falls with how many share its row and its column.
@@ -216,8 +216,6 @@ class TrainConfig:
             )
         if self.drop is not None and not 0 <= self.drop < 1:
             raise ConfigError(f"drop = {self.drop}; it is a share of the slots, from 0 to below 1.")
-        if self.dense_lr is not None and self.method == "full":
-            raise ConfigError("dense_lr is for what is trained beside a budget; method 'full' trains all at lr.")
         if self.slot_warmup and self.bias_correction != "entry":
             raise ConfigError("slot_warmup counts the steps of each weight's life: give bias_correction=entry with it.")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, cast
 
 from unmask import methods
@@ -70,17 +70,19 @@ def _changes(config: TrainConfig) -> dict[str, Any]:
     return changes
 
 
-def optimizer_from(config: TrainConfig, selection: Selection) -> SelectiveAdamW:
+def optimizer_from(config: TrainConfig, selection: Selection, head: Collection[str] = ()) -> SelectiveAdamW:
     """The configured optimizer of what a selection trains.
 
     Args:
         config: The run's configuration, its ``lr`` a number.
         selection: A live selection.
+        head: Names of the new head's tensors: where all is trained whole, ``dense_lr`` is for these alone.
     """
     params: list[Any] = selection.parameters()
     if config.dense_lr is not None:
-        dense = [p for p in params if p is not selection.values]
-        params = [{"params": [selection.values]}, {"params": dense, "lr": config.dense_lr}]
+        apart = [d.master for d in selection.dense if d.name in head or not selection.method.whole]
+        own = [p for p in params if all(p is not q for q in apart)]
+        params = [{"params": own}, {"params": apart, "lr": config.dense_lr}]
     return SelectiveAdamW(
         params,
         lr=cast(float, config.lr),

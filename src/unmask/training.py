@@ -115,7 +115,8 @@ class _Run:
         model: PreTrainedModel = base.model
         self.config, self.task, self.prepared, self.model = config, task, prepared, model
         self.folder, self.console = folder, console
-        self.head = sum(p.numel() for name, p in model.named_parameters() if name in set(base.head))
+        self.head_names = set(base.head)
+        self.head = sum(p.numel() for name, p in model.named_parameters() if name in self.head_names)
         self.steps = planned_steps(config, len(prepared.train_set))  # type: ignore[arg-type]
         set_seed(config.seed)
         if config.gradient_checkpointing:
@@ -168,7 +169,7 @@ class _Run:
 
     def _trainer(self) -> SelectiveTrainer:
         config, prepared = self.config, self.prepared
-        optimizer = optimizer_from(config, self.selection)
+        optimizer = optimizer_from(config, self.selection, self.head_names)
         sets = dict(prepared.step_sets)
         trainer = SelectiveTrainer(
             model=self.model,
