@@ -66,7 +66,7 @@ def test_without_a_method_the_recipe_runs_and_the_config_says_so(world: Path) ->
     at = words.index("--lr")
     run(*words[:at], *words[at + 2 :], "--overwrite", cwd=world)
     settings, summary = (read_yaml(world / "recipe" / name) for name in ("config.yaml", "summary.json"))
-    assert settings["lr"] == summary["lr"] == rate(120) == 3e-2
+    assert settings["lr"] == summary["lr"] == rate(120 / summary["parameters"])
     delta = unmask.SparseDelta.load(world / "recipe" / "delta.safetensors")
     assert sum(entry.indices.numel() for entry in delta.sparse.values()) == 120
     assert not any("embedding" in name.lower() or name.endswith("bias") for name in delta.sparse)

@@ -98,6 +98,8 @@ def test_what_is_trained_beside_the_budget_can_have_a_rate_of_its_own():
     assert {id(p) for p in ours["params"] + dense["params"]} == {id(p) for p in selection.parameters()}
     (one,) = optimizer_from(build(RUN | settings), selection).param_groups
     assert {id(p) for p in one["params"]} == {id(p) for p in selection.parameters()}
+    alone = optimizer_from(build(RUN | settings | {"dense_lr": "0.01"}), unmask.select(mlp(), unmask.random_mask(5)))
+    assert [group["lr"] for group in alone.param_groups] == [0.5]
     whole = unmask.select(mlp(), unmask.full())
     settings = {"method": "full", "lr": 0.5, "dense_lr": 0.01}
     ours, head = optimizer_from(build(RUN | settings), whole, {"4.weight", "4.bias"}).param_groups

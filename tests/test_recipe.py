@@ -40,10 +40,10 @@ def test_the_papers_preset_keeps_the_papers_method():
     assert (config.method, config.exp, config.max_length, config.epochs, config.scope) == ("id3", 2, 256, 2, None)
 
 
-def test_the_rate_falls_with_the_root_of_the_budget():
-    assert rate(45_000) == pytest.approx(1e-2)
-    assert rate(4 * 45_000) == pytest.approx(5e-3)
-    assert [rate(budget) for budget in (1_000, 1)] == [3e-2, 3e-2]
+def test_the_rate_falls_with_the_root_of_the_budgets_share():
+    assert rate(0.002) == pytest.approx(1e-2)
+    assert rate(0.008) == pytest.approx(rate(0.002) / 2)
+    assert [rate(share) for share in (1e-4, 1e-9)] == [3e-2, 3e-2]
     assert build({**RUN, "lr": "none"}).lr is None
     with pytest.raises(ConfigError, match=r"lr = 0\.0; it must be above 0"):
         build({**RUN, "lr": 0})

@@ -53,7 +53,7 @@ class TrainConfig:
         num_samples: Examples for the Fisher information (fish) and for pruning (sparse_adapter).
         criterion: What sparse_adapter keeps: random, magnitude, snip, grasp or synflow.
         pruned: What becomes of the rest (sparse_adapter): zero, or kept at its initial value.
-        lr: Peak learning rate; None: that of the recommended recipe for so large a budget.
+        lr: Peak learning rate; None: that of the recommended recipe for a budget of that share of the weights.
         dense_lr: Peak learning rate of what is trained whole beside the budget, under full of the new head; None: lr.
         weight_decay: AdamW's, on the selected weights only.
         bias_correction: Adam's, "global" (the paper's) or "entry" (an age per weight, from its unmasking on).

@@ -82,7 +82,7 @@ def optimizer_from(config: TrainConfig, selection: Selection, head: Collection[s
     if config.dense_lr is not None:
         apart = [d.master for d in selection.dense if d.name in head or not selection.method.whole]
         own = [p for p in params if all(p is not q for q in apart)]
-        params = [{"params": own}, {"params": apart, "lr": config.dense_lr}]
+        params = [{"params": own}, {"params": apart, "lr": config.dense_lr}] if apart else own
     return SelectiveAdamW(
         params,
         lr=cast(float, config.lr),

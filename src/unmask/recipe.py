@@ -13,23 +13,24 @@ from typing import Any
 from unmask.config import is_none
 from unmask.errors import ConfigError
 
-RECIPE: Mapping[str, Any] = MappingProxyType({"method": "random_mask", "scope": "linear", "lr": None})  # None: rate()
+# lr: rate(). A new head may be far larger than the budget, and does not stand the rates at which a sparse mask is at its best.
+RECIPE: Mapping[str, Any] = MappingProxyType({"method": "random_mask", "scope": "linear", "lr": None, "dense_lr": 1e-3})
 
 
-def rate(budget: int) -> float:
-    """The recipe's peak learning rate: 1e-2 for 45,000 weights, else in inverse proportion to the root of their number.
+def rate(share: float) -> float:
+    """The recipe's peak learning rate: 1e-2 for 0.2% of the weights, else in inverse proportion to the share's root.
 
-    Adam moves each weight about as far in a step; so all of them together move about as far whatever the budget. At most
-    3e-2, the largest rate that was at its best in the study (with 11,357 weights).
+    Adam moves each weight about as far in a step; so what a layer computes moves about as far whatever the budget. At most
+    3e-2, the largest rate that was at its best in the study (at 0.05%).
 
     Args:
-        budget: How many weights are trained, at least 1.
+        share: The budget as a share of the model's weights, above 0.
 
     Example:
-        >>> rate(45_000), rate(180_000), rate(1_000)
-        (0.01, 0.005, 0.03)
+        >>> rate(0.002), round(rate(0.01), 5), rate(1e-5)
+        (0.01, 0.00447, 0.03)
     """
-    return min(0.03, 0.01 * math.sqrt(45_000 / budget))
+    return min(0.03, 0.01 * math.sqrt(0.002 / share))
 
 
 def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any
 
     Example:
         >>> under_preset(None, {"task": "cola", "lr": 3e-3})
-        {'method': 'random_mask', 'scope': 'linear', 'lr': 0.003, 'task': 'cola'}
+        {'method': 'random_mask', 'scope': 'linear', 'lr': 0.003, 'dense_lr': 0.001, 'task': 'cola'}
         >>> under_preset(None, {"task": "cola", "method": "pafi"})
         {'task': 'cola', 'method': 'pafi'}
         >>> under_preset("paper", {"task": "cola", "epochs": 1})["batch_size"]

@@ -125,7 +125,7 @@ class _Run:
             enable({"use_reentrant": False})
         self.selection = self._select(base)
         if config.lr is None:
-            self.config = dataclasses.replace(config, lr=rate(self.selection.budget))
+            self.config = dataclasses.replace(config, lr=rate(self.selection.budget / self._weights()))
         self.interrupt = StopOnInterrupt()
         self.progress = LiveProgress(self.selection, prepared.step_metric, console)
         self.metrics = MetricsFile(folder.metrics, self.selection)
@@ -187,8 +187,11 @@ class _Run:
         trainer.remove_callback(PrinterCallback)
         return trainer
 
+    def _weights(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
     def _report_start(self, before: dict[str, float]) -> None:
-        selection, total = self.selection, sum(p.numel() for p in self.model.parameters())
+        selection, total = self.selection, self._weights()
         extra = f", and {selection.dense_numel:,} outside the budget (dense)" if selection.dense_numel else ""
         self.console.print(
             f"{selection.method.name}: {selection.budget:,} of {total:,} weights ({selection.budget / total:.3%}){extra}; "
@@ -224,7 +227,7 @@ class _Run:
             "used": self.selection.used,
             "dense": self.selection.dense_numel,
             "head": self.head,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": self._weights(),
             "steps": self.selection.step,
             "seconds": round(seconds, 2),
             "before": before,
