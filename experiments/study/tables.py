@@ -30,15 +30,16 @@ Run = dict[str, str]
 
 def read(folders: list[Path]) -> list[Run]:
     """The finished runs of some sweeps, each named for its model: minilm-glue."""
+    model = {f: json.loads((f / "sweep.json").read_text(encoding="utf-8"))["name"].split("-")[0] for f in folders}
     runs = []
-    for folder, file in sorted((folder, file) for folder in folders for file in folder.glob("results/*.json")):
+    for folder, file in sorted((f, file) for f in folders for file in f.glob("results/*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
         if result["status"] != "done":
             print(f"{file.stem}: {result['status']}, left out", file=sys.stderr)
             continue
         labels, summary = result["labels"], result["summary"]
         values = {
-            "model": json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["name"].split("-")[0],
+            "model": model[folder],
             "task": summary["task"],
             "budget": labels.get("budget") or "own",
             "method": labels["method"],
@@ -69,12 +70,17 @@ def named(key: str) -> str:
     return NAMES.get(key, key)
 
 
+def in_order(budgets: set[str]) -> list[str]:
+    """Shares of the weights, the least first."""
+    return sorted(budgets, key=lambda text: float(text.rstrip("%")))
+
+
 def cells(runs: list[Run]) -> dict[tuple[str, str, str], list[Run]]:
     """The runs of each model, task and budget; those with a count of their own (full, BitFit) stand beside each budget."""
     found = {}
     for model, task in dict.fromkeys((run["model"], run["task"]) for run in runs):
         here = [run for run in runs if (run["model"], run["task"]) == (model, task)]
-        for budget in sorted({run["budget"] for run in here} - {"own"}, key=lambda text: float(text.rstrip("%"))):
+        for budget in in_order({run["budget"] for run in here} - {"own"}):
             found[model, task, budget] = [run for run in here if run["budget"] in (budget, "own")]
     return found
 
@@ -86,7 +92,7 @@ def rates(runs: list[Run]) -> str:
         for method in {run["method"] for run in members if run["budget"] == budget}:
             rate, _, mark = chosen([run for run in members if run["method"] == method])
             found[model, task, method][budget] = rate + mark
-    budgets = sorted({budget for row in found.values() for budget in row}, key=lambda text: float(text.rstrip("%")))
+    budgets = in_order({budget for row in found.values() for budget in row})
     lines = ["| model | task | method | " + " | ".join(budgets) + " |", "|---|---|---|" + "---:|" * len(budgets)]
     for key, row in sorted(found.items()):
         if len(row) > 1:
