@@ -66,7 +66,7 @@ def test_without_a_method_the_recipe_runs_and_the_config_says_so(world: Path) ->
     at = words.index("--lr")
     run(*words[:at], *words[at + 2 :], "--overwrite", cwd=world)
     settings, summary = (read_yaml(world / "recipe" / name) for name in ("config.yaml", "summary.json"))
-    assert settings["lr"] == summary["lr"] == rate(120 / summary["parameters"])
+    assert settings["lr"] == settings["dense_lr"] == summary["lr"] == rate(120 / summary["parameters"])
     delta = unmask.SparseDelta.load(world / "recipe" / "delta.safetensors")
     assert sum(entry.indices.numel() for entry in delta.sparse.values()) == 120
     assert not any("embedding" in name.lower() or name.endswith("bias") for name in delta.sparse)
@@ -191,16 +191,19 @@ def test_bias_correction_entry_is_recorded_and_resumes_bit_for_bit(trained: Path
     assert_same_tensors(whole.whole, resumed.whole)
 
 
-def test_a_checkpoint_saved_before_its_epochs_evaluation_resumes_bit_for_bit(world: Path) -> None:
+@pytest.mark.parametrize(("name", "settings"), [("last", []), ("head", ["--set", "dense_lr=0.01"])])
+def test_a_checkpoint_saved_before_its_epochs_evaluation_resumes_bit_for_bit(
+    name: str, settings: list[str], world: Path
+) -> None:
     """Evaluating must draw no random number: the resumed run does not evaluate that epoch again."""
-    run(*train_words("last", "--set", "save_steps=8"), cwd=world)
-    folder = world / "last"
+    run(*train_words(name, "--set", "save_steps=8", *settings), cwd=world)
+    folder = world / name
     whole = unmask.SparseDelta.load(folder / "delta.safetensors")
     shutil.rmtree(folder / "checkpoints" / "checkpoint-24")
     state = json.loads((folder / "checkpoints" / "checkpoint-16" / "trainer_state.json").read_text())
     assert state["epoch"] == 4.0  # saved at an epoch's last step
     (folder / "delta.safetensors").unlink()
-    run("train", "--config", "last/config.yaml", "--resume", cwd=world)
+    run("train", "--config", f"{name}/config.yaml", "--resume", cwd=world)
     resumed = unmask.SparseDelta.load(folder / "delta.safetensors")
     for part in ("indices", "values"):
         left, right = ({n: getattr(e, part) for n, e in d.sparse.items()} for d in (whole, resumed))

@@ -3,10 +3,11 @@
 import pytest
 
 import unmask
+from helpers import mlp
 from unmask.config import TrainConfig, build
 from unmask.errors import ConfigError
-from unmask.presets import method_from
-from unmask.recipe import RECIPE, rate, under_preset
+from unmask.presets import method_from, with_rates
+from unmask.recipe import RECIPE, head_rate, rate, under_preset
 
 RUN = {"model": "m", "output": "o", "task": "rte", "budget": "1%"}
 
@@ -44,9 +45,36 @@ def test_the_rate_falls_with_the_root_of_the_budgets_share():
     assert rate(0.002) == pytest.approx(1e-2)
     assert rate(0.008) == pytest.approx(rate(0.002) / 2)
     assert [rate(share) for share in (1e-4, 1e-9)] == [3e-2, 3e-2]
-    assert build({**RUN, "lr": "none"}).lr is None
+    assert build({**RUN, "lr": "auto"}).lr == "auto"
     with pytest.raises(ConfigError, match=r"lr = 0\.0; it must be above 0"):
         build({**RUN, "lr": 0})
+    with pytest.raises(ConfigError, match=r"lr = 'fast' is no float, nor auto"):
+        build({**RUN, "lr": "fast"})
+    with pytest.raises(ConfigError, match="lr = 'none'"):
+        build({**RUN, "lr": "none"})
+
+
+def test_a_head_with_a_hidden_layer_has_a_lower_rate():
+    config = build(under_preset(None, {**RUN, "budget": 5, "lr": "0.5"}))
+    method = method_from(config, steps=10)
+
+    def rates(**more):
+        found = with_rates(config, unmask.select(mlp(), method, **more), total=1000)
+        return found.lr, found.dense_lr
+
+    assert rates(dense="^4") == (0.5, 0.5), "one matrix and its bias"
+    assert rates(dense="^[24]") == (0.5, 1e-3)
+    assert rates() == (0.5, 0.5)
+    assert head_rate(3e-4, 2) == 3e-4, "never above the mask's"
+    auto = with_rates(build({**RUN, "lr": "auto"}), unmask.select(mlp(), method), total=1000)
+    assert (auto.lr, auto.dense_lr) == (rate(0.005), None)
+
+
+def test_where_all_is_trained_whole_the_heads_matrices_count():
+    config = build({**RUN, "method": "full", "budget": None, "lr": 0.5, "dense_lr": "auto"})
+    selection = unmask.select(mlp(), unmask.full())
+    assert with_rates(config, selection, 1000, {"4.weight", "4.bias"}).dense_lr == 0.5
+    assert with_rates(config, selection, 1000, {"2.weight", "4.weight"}).dense_lr == 1e-3
 
 
 def test_an_unknown_preset_and_a_task_without_one_are_refused():

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from unmask.errors import ConfigError, need
 from unmask.tasks.names import TASKS
@@ -53,8 +53,9 @@ class TrainConfig:
         num_samples: Examples for the Fisher information (fish) and for pruning (sparse_adapter).
         criterion: What sparse_adapter keeps: random, magnitude, snip, grasp or synflow.
         pruned: What becomes of the rest (sparse_adapter): zero, or kept at its initial value.
-        lr: Peak learning rate; None: that of the recommended recipe for a budget of that share of the weights.
-        dense_lr: Peak learning rate of what is trained whole beside the budget, under full of the new head; None: lr.
+        lr: Peak learning rate; auto: the recommended recipe's, for a budget of that share of the weights.
+        dense_lr: Peak learning rate of what is trained whole beside the budget, under full of the new head; None: lr;
+            auto: the recommended recipe's, at most 1e-3 for a head with a hidden layer.
         weight_decay: AdamW's, on the selected weights only.
         bias_correction: Adam's, "global" (the paper's) or "entry" (an age per weight, from its unmasking on).
         lr_scale: row-column: a selected weight's rate falls with how many share its row and its column.
@@ -117,8 +118,8 @@ class TrainConfig:
     num_samples: int = 1024
     criterion: str = "snip"
     pruned: str = "zero"
-    lr: float | None = 1e-3
-    dense_lr: float | None = None
+    lr: float | Literal["auto"] = 1e-3
+    dense_lr: float | Literal["auto"] | None = None
     weight_decay: float = 0.0
     bias_correction: str = "global"
     lr_scale: str | None = None
@@ -195,7 +196,7 @@ class TrainConfig:
         ):
             _above(name, getattr(self, name), 0)
         for name in ("lr", "dense_lr", "max_steps", "eval_steps", "save_steps", "test_limit"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) not in (None, "auto"):
                 _above(name, getattr(self, name), 0)
         self._check_parts()
         for name in ("weight_decay", "warmup", "max_grad_norm", "slot_warmup"):
@@ -267,11 +268,14 @@ def build(values: Mapping[str, Any]) -> TrainConfig:
 
 def _convert(key: str, value: Any) -> Any:
     hint = _HINTS[key]
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if is_none(value):
         if type(None) in options:
             return None
         return () if typing.get_origin(hint) is tuple else _bad(key, value, hint)
+    words = [word for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)]
+    if value in words:
+        return value
     kind = next(option for option in options if option is not type(None))
     if typing.get_origin(kind) is tuple:
         parts = value.split(",") if isinstance(value, str) else value
@@ -281,8 +285,8 @@ def _convert(key: str, value: Any) -> Any:
     try:
         number = kind(value)
     except (TypeError, ValueError):
-        return _bad(key, value, kind)
-    return number if kind is str or number == float(value) else _bad(key, value, kind)
+        return _bad(key, value, kind, words)
+    return number if kind is str or number == float(value) else _bad(key, value, kind, words)
 
 
 def is_none(value: Any) -> bool:
@@ -295,9 +299,9 @@ def _as_bool(key: str, value: Any) -> bool:
     return texts[str(value).lower()] if str(value).lower() in texts else _bad(key, value, bool)
 
 
-def _bad(key: str, value: Any, kind: Any) -> Any:
+def _bad(key: str, value: Any, kind: Any, words: Iterable[str] = ()) -> Any:
     name = getattr(kind, "__name__", str(kind))
-    raise ConfigError(f"{key} = {value!r} is no {name}.")
+    raise ConfigError(f"{key} = {value!r} is no {name}{''.join(f', nor {word}' for word in words)}.")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

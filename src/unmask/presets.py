@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterable
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from unmask.heuristics import heuristic
 from unmask.into import Into, Kind
 from unmask.method import Method
 from unmask.optim import BiasCorrection, LrScale, SelectiveAdamW
+from unmask.recipe import head_rate, rate
 from unmask.scopes import Scope
 from unmask.selection import Selection
 
@@ -70,17 +72,38 @@ def _changes(config: TrainConfig) -> dict[str, Any]:
     return changes
 
 
+def with_rates(config: TrainConfig, selection: Selection, total: int, head: Collection[str] = ()) -> TrainConfig:
+    """The configuration with the recipe's numbers where a rate is ``auto``.
+
+    Args:
+        config: The run's configuration.
+        selection: A live selection.
+        total: How many weights the model has.
+        head: As of `optimizer_from`.
+    """
+    lr = rate(selection.budget / total) if config.lr == "auto" else config.lr
+    dense_lr = config.dense_lr
+    if dense_lr == "auto":
+        dense_lr = head_rate(lr, sum(p.dim() > 1 for p in _beside(selection, head)))
+    return dataclasses.replace(config, lr=lr, dense_lr=dense_lr)
+
+
+def _beside(selection: Selection, head: Collection[str]) -> list[Any]:
+    """What ``dense_lr`` is for."""
+    return [d.master for d in selection.dense if d.name in head or not selection.method.whole]
+
+
 def optimizer_from(config: TrainConfig, selection: Selection, head: Collection[str] = ()) -> SelectiveAdamW:
     """The configured optimizer of what a selection trains.
 
     Args:
-        config: The run's configuration, its ``lr`` a number.
+        config: The run's configuration, its rates numbers (`with_rates`).
         selection: A live selection.
         head: Names of the new head's tensors: where all is trained whole, ``dense_lr`` is for these alone.
     """
     params: list[Any] = selection.parameters()
     if config.dense_lr is not None:
-        apart = [d.master for d in selection.dense if d.name in head or not selection.method.whole]
+        apart = _beside(selection, head)
         own = [p for p in params if all(p is not q for q in apart)]
         params = [{"params": own}, {"params": apart, "lr": config.dense_lr}] if apart else own
     return SelectiveAdamW(

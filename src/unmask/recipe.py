@@ -13,8 +13,10 @@ from typing import Any
 from unmask.config import is_none
 from unmask.errors import ConfigError
 
-# lr: rate(). A new head may be far larger than the budget, and does not stand the rates at which a sparse mask is at its best.
-RECIPE: Mapping[str, Any] = MappingProxyType({"method": "random_mask", "scope": "linear", "lr": None, "dense_lr": 1e-3})
+# lr: rate(); dense_lr: head_rate()
+RECIPE: Mapping[str, Any] = MappingProxyType(
+    {"method": "random_mask", "scope": "linear", "lr": "auto", "dense_lr": "auto"}
+)
 
 
 def rate(share: float) -> float:
@@ -33,6 +35,23 @@ def rate(share: float) -> float:
     return min(0.03, 0.01 * math.sqrt(0.002 / share))
 
 
+def head_rate(lr: float, matrices: int) -> float:
+    """The recipe's peak learning rate for what is trained whole beside the budget: a new head.
+
+    A head of one layer is at its best at the mask's own rate. In one with a hidden layer all inputs of a unit move together, and
+    then all units; it does not stand the rates at which a sparse mask is at its best.
+
+    Args:
+        lr: The mask's rate.
+        matrices: How many weight matrices are trained whole.
+
+    Example:
+        >>> head_rate(1e-2, 1), head_rate(1e-2, 2), head_rate(3e-4, 2)
+        (0.01, 0.001, 0.0003)
+    """
+    return lr if matrices < 2 else min(lr, 1e-3)
+
+
 def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """A run's settings over those of a preset.
 
@@ -47,7 +66,7 @@ def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any
 
     Example:
         >>> under_preset(None, {"task": "cola", "lr": 3e-3})
-        {'method': 'random_mask', 'scope': 'linear', 'lr': 0.003, 'dense_lr': 0.001, 'task': 'cola'}
+        {'method': 'random_mask', 'scope': 'linear', 'lr': 0.003, 'dense_lr': 'auto', 'task': 'cola'}
         >>> under_preset(None, {"task": "cola", "method": "pafi"})
         {'task': 'cola', 'method': 'pafi'}
         >>> under_preset("paper", {"task": "cola", "epochs": 1})["batch_size"]

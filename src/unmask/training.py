@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -23,9 +22,8 @@ from unmask.integrations.transformers import SelectiveTrainer
 from unmask.into import Inserted, insert, require
 from unmask.kinds import Prepared, kind_for
 from unmask.modeling import load_base, quiet
-from unmask.presets import into_from, method_from, optimizer_from
+from unmask.presets import into_from, method_from, optimizer_from, with_rates
 from unmask.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
-from unmask.recipe import rate
 from unmask.run_folder import RunFolder
 from unmask.scopes import exactly
 from unmask.selecting import select
@@ -124,8 +122,7 @@ class _Run:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self.selection = self._select(base)
-        if config.lr is None:
-            self.config = dataclasses.replace(config, lr=rate(self.selection.budget / self._weights()))
+        self.config = with_rates(config, self.selection, self._weights(), self.head_names)
         self.interrupt = StopOnInterrupt()
         self.progress = LiveProgress(self.selection, prepared.step_metric, console)
         self.metrics = MetricsFile(folder.metrics, self.selection)
@@ -249,7 +246,7 @@ def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bo
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=kind_for(config).eval_batches * config.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        learning_rate=cast(float, config.lr),  # None no more
+        learning_rate=cast(float, config.lr),  # auto no more
         warmup_steps=math.ceil(config.warmup * steps),
         max_grad_norm=config.max_grad_norm,
         bf16=config.bf16,
