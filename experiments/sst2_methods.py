@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from unmask.config import build
 from unmask.demo_data import fetch_demo_model
+from unmask.settings import build
 from unmask.training import train
 
 RATES = {

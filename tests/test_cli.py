@@ -18,8 +18,9 @@ import unmask
 from commands import run, train_words
 from helpers import assert_same_tensors
 from tiny import tiny_world
-from unmask.config import METHODS, read_yaml
+from unmask.config import METHODS
 from unmask.recipe import rate
+from unmask.settings import read_yaml
 
 UNMASK = [sys.executable, "-c", "from unmask.cli import main; main()"]
 

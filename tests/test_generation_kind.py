@@ -11,11 +11,11 @@ import torch
 from commands import run
 from tiny_llama import addition, byte_tokenizer, llama, math_folder, save_llama
 from unmask.cli.evaluate import _refuse_generations_own
-from unmask.config import build
 from unmask.errors import ConfigError
 from unmask.kinds import Request, kind_for
 from unmask.kinds.generation import token_accuracy
 from unmask.prompting import Completions, PadRight, Prompter
+from unmask.settings import build
 from unmask.tasks.arithmetic import Problem, load_problems
 
 TRAIN = (

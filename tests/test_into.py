@@ -16,10 +16,10 @@ import unmask
 from commands import run, train_words
 from helpers import assert_same_tensors, snapshot
 from tiny import tiny_world
-from unmask.config import build
 from unmask.errors import ConfigError
 from unmask.into import Into, _has_adapters, insert, into_of
 from unmask.modeling import load_base, load_tuned
+from unmask.settings import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 

@@ -7,9 +7,10 @@ import pytest
 import unmask
 from helpers import mlp
 from unmask import ConfigError, MethodError
-from unmask.config import HEURISTICS, build
+from unmask.config import HEURISTICS
 from unmask.heuristics import _REGISTRY
 from unmask.presets import method_from, optimizer_from
+from unmask.settings import build
 
 RUN = {"model": "m", "output": "o", "task": "sst2", "budget": "30"}
 

@@ -4,10 +4,11 @@ import pytest
 
 import unmask
 from helpers import mlp
-from unmask.config import TrainConfig, build
+from unmask.config import TrainConfig
 from unmask.errors import ConfigError
 from unmask.presets import method_from, with_rates
 from unmask.recipe import RECIPE, head_rate, rate, under_preset
+from unmask.settings import build
 
 RUN = {"model": "m", "output": "o", "task": "rte", "budget": "1%"}
 

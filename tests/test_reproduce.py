@@ -7,10 +7,10 @@ from importlib.resources import files
 import pytest
 
 import unmask.reproduce
-from unmask.config import build
 from unmask.errors import ConfigError
 from unmask.reproduce import NAMES, load, preset, presets
 from unmask.reproduce.loading import read
+from unmask.settings import build
 from unmask.sweeps import expand
 from unmask.sweeps.cells import runs
 from unmask.tasks.names import TASKS

@@ -1,16 +1,11 @@
-"""The configuration of a training run: one frozen value, from the command line, a YAML file, or both. No torch here."""
+"""The configuration of a training run: one frozen value, checked. No torch here."""
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from unmask.errors import ConfigError, need
+from unmask.errors import ConfigError
 from unmask.tasks.names import TASKS
 
 
@@ -148,6 +143,14 @@ class TrainConfig:
     max_new_tokens: int = 256
 
     def __post_init__(self) -> None:
+        self._check_data()
+        self._check_words()
+        self._check_method()
+        self._check_parts()
+        self._check_numbers()
+
+    def _check_data(self) -> None:
+        """One source of examples."""
         if self.task is not None and self.task not in TASKS:
             raise ConfigError(
                 f"unknown task {self.task!r}; there are {', '.join(TASKS)}. For your own files give data."
@@ -157,6 +160,9 @@ class TrainConfig:
                 raise ConfigError("task 'ner' is your own: give data (and eval), or data_dir, and not both.")
         elif (self.task is None) == (self.data is None):
             raise ConfigError("give either task (with data_dir) or data (with text and label), and not both.")
+
+    def _check_words(self) -> None:
+        """Settings that are one of a few words."""
         _one_of("method", self.method, METHODS)
         _one_of("schedule", self.schedule, ("uniform", "cosine", "front-loaded", "at-once"))
         _one_of("heuristic", self.heuristic, (None, *HEURISTICS))
@@ -168,6 +174,9 @@ class TrainConfig:
         _one_of("into", self.into, (None, "lora", "dora", "shira", "pfeiffer", "houlsby"))
         _one_of("criterion", self.criterion, ("random", "magnitude", "snip", "grasp", "synflow"))
         _one_of("pruned", self.pruned, ("zero", "kept"))
+
+    def _check_method(self) -> None:
+        """What a method needs, and what it cannot have."""
         if self.method == "sparse_adapter" and self.into is None:
             raise ConfigError(
                 "method 'sparse_adapter' prunes what is added to the base: give into (lora, pfeiffer, ...)."
@@ -178,34 +187,6 @@ class TrainConfig:
             raise ConfigError(
                 f"method {self.method!r} needs a budget: a count (20000) or a share of the weights (0.17%)."
             )
-        for name in (
-            "epochs",
-            "batch_size",
-            "accumulation",
-            "max_length",
-            "held_out",
-            "test_batch_size",
-            "max_new_tokens",
-            "logging_steps",
-            "stride",
-            "rank",
-            "num_samples",
-            "lora_r",
-            "lora_alpha",
-            "reduction_factor",
-        ):
-            _above(name, getattr(self, name), 0)
-        for name in ("lr", "dense_lr", "max_steps", "eval_steps", "save_steps", "test_limit"):
-            if getattr(self, name) not in (None, "auto"):
-                _above(name, getattr(self, name), 0)
-        self._check_parts()
-        for name in ("weight_decay", "warmup", "max_grad_norm", "slot_warmup"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}; it must be 0 or more.")
-        if self.warmup >= 1:
-            raise ConfigError(f"warmup = {self.warmup}; it is a share of the steps, below 1.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout = {self.lora_dropout}; it is a probability, from 0 to below 1.")
 
     def _check_parts(self) -> None:
         """Parts of a method that another method would not use."""
@@ -220,12 +201,45 @@ class TrainConfig:
         if self.slot_warmup and self.bias_correction != "entry":
             raise ConfigError("slot_warmup counts the steps of each weight's life: give bias_correction=entry with it.")
 
+    def _check_numbers(self) -> None:
+        """Settings with bounds."""
+        for name in _POSITIVE:
+            _above(name, getattr(self, name), 0)
+        for name in _POSITIVE_IF_GIVEN:
+            if getattr(self, name) not in (None, "auto"):
+                _above(name, getattr(self, name), 0)
+        for name in ("weight_decay", "warmup", "max_grad_norm", "slot_warmup"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}; it must be 0 or more.")
+        if self.warmup >= 1:
+            raise ConfigError(f"warmup = {self.warmup}; it is a share of the steps, below 1.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout = {self.lora_dropout}; it is a probability, from 0 to below 1.")
+
 
 # the keys of unmask.methods.PRESETS, which would import torch; a test holds them together
 RANKED = ("id3", "repeat_d3", "static_d3", "regrow")
 METHODS = (*RANKED, "lift", "pafi", "fish", "bitfit", "random_mask", "sparse_adapter", "full")
 # the registered heuristics but those that are estimated before training, by methods of their own
 HEURISTICS = ("constant", "d3", "gradient", "large_magnitude", "lift", "magnitude", "random", "snip")
+
+_POSITIVE = (
+    "epochs",
+    "batch_size",
+    "accumulation",
+    "max_length",
+    "held_out",
+    "test_batch_size",
+    "max_new_tokens",
+    "logging_steps",
+    "stride",
+    "rank",
+    "num_samples",
+    "lora_r",
+    "lora_alpha",
+    "reduction_factor",
+)
+_POSITIVE_IF_GIVEN = ("lr", "dense_lr", "max_steps", "eval_steps", "save_steps", "test_limit")
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:
@@ -238,110 +252,3 @@ def _one_of(name: str, value: Any, allowed: tuple) -> None:
 def _above(name: str, value: float, bound: float) -> None:
     if not value > bound:
         raise ConfigError(f"{name} = {value}; it must be above {bound}.")
-
-
-_HINTS = typing.get_type_hints(TrainConfig)
-# where a kind of task wants another default than the rest: a solution is longer than a sentence
-_KIND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"generation": {"max_length": 512}}
-
-
-def build(values: Mapping[str, Any]) -> TrainConfig:
-    """A configuration from plain values (of a YAML file, or texts of the command line).
-
-    Raises:
-        ConfigError: An unknown key, a missing one, or a value of the wrong type.
-
-    Example:
-        >>> build({"model": "m", "output": "o", "task": "sst2", "budget": "1%", "lr": "3e-4"}).lr
-        0.0003
-    """
-    unknown = sorted(set(values) - set(_HINTS))
-    if unknown:
-        raise ConfigError(f"unknown setting {unknown[0]!r}; there are {', '.join(sorted(_HINTS))}.")
-    required = {f.name for f in dataclasses.fields(TrainConfig) if f.default is dataclasses.MISSING}
-    absent = sorted(required - {key for key, value in values.items() if value is not None})
-    if absent:
-        raise ConfigError(f"{' and '.join(absent)} must be given.")
-    defaults = _KIND_DEFAULTS.get(TASKS.get(str(values.get("task")), ""), {})
-    return TrainConfig(**{key: _convert(key, value) for key, value in {**defaults, **values}.items()})
-
-
-def _convert(key: str, value: Any) -> Any:
-    hint = _HINTS[key]
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    if is_none(value):
-        if type(None) in options:
-            return None
-        return () if typing.get_origin(hint) is tuple else _bad(key, value, hint)
-    words = [word for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)]
-    if value in words:
-        return value
-    kind = next(option for option in options if option is not type(None))
-    if typing.get_origin(kind) is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        return tuple(str(part).strip() for part in parts)
-    if kind is bool:
-        return _as_bool(key, value)
-    try:
-        number = kind(value)
-    except (TypeError, ValueError):
-        return _bad(key, value, kind, words)
-    return number if kind is str or number == float(value) else _bad(key, value, kind, words)
-
-
-def is_none(value: Any) -> bool:
-    """Whether a setting is none, also as a text of the command line."""
-    return value is None or (isinstance(value, str) and value.lower() in ("none", "null", ""))
-
-
-def _as_bool(key: str, value: Any) -> bool:
-    texts = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    return texts[str(value).lower()] if str(value).lower() in texts else _bad(key, value, bool)
-
-
-def _bad(key: str, value: Any, kind: Any, words: Iterable[str] = ()) -> Any:
-    name = getattr(kind, "__name__", str(kind))
-    raise ConfigError(f"{key} = {value!r} is no {name}{''.join(f', nor {word}' for word in words)}.")
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Settings from a YAML file: a flat mapping.
-
-    Raises:
-        ConfigError: No such file, or not a mapping.
-    """
-    yaml = need("yaml", "cli")
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"there is no configuration file {str(path)!r}.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{str(path)!r} is no valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{str(path)!r} must hold a mapping of settings (lr: 0.001), not a {type(values).__name__}.")
-    return values
-
-
-def write_yaml(config: TrainConfig, path: Path) -> None:
-    """Writes the resolved configuration; `read_yaml` and `build` give it back."""
-    plain = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
-    }
-    path.write_text(need("yaml", "cli").safe_dump(plain, sort_keys=False), encoding="utf-8")
-
-
-def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
-    """``--set key=value`` texts as a mapping.
-
-    Example:
-        >>> parse_assignments(["lr=1e-3", "include=query,value"])
-        {'lr': '1e-3', 'include': 'query,value'}
-    """
-    pairs = {}
-    for assignment in assignments:
-        key, sign, value = assignment.partition("=")
-        if not sign:
-            raise ConfigError(f"--set {assignment!r}: write key=value.")
-        pairs[key.strip()] = value.strip()
-    return pairs

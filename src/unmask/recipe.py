@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from unmask.config import is_none
 from unmask.errors import ConfigError
+from unmask.settings import is_none
 
 # lr: rate(); dense_lr: head_rate()
 RECIPE: Mapping[str, Any] = MappingProxyType(

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
-from unmask.config import TrainConfig, write_yaml
+from unmask.config import TrainConfig
 from unmask.delta import SparseDelta
 from unmask.errors import UnmaskError
 from unmask.integrations.transformers import SelectiveTrainer
@@ -28,6 +28,7 @@ from unmask.run_folder import RunFolder
 from unmask.scopes import exactly
 from unmask.selecting import select
 from unmask.selection import Selection
+from unmask.settings import write_yaml
 
 
 class InterruptedRunError(UnmaskError):

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from unmask.config import parse_assignments
 from unmask.errors import ConfigError, MissingExtraError
+from unmask.settings import parse_assignments
 from unmask.sweeps.cells import Cell, expand, runs
 from unmask.sweeps.choosing import due
 from unmask.sweeps.live import describe, outcome

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unmask.config import read_yaml
 from unmask.errors import DataError
+from unmask.settings import read_yaml
 from unmask.sweeps.cells import Cell, canonical, run_id
 from unmask.sweeps.spec import Choice, Protocol
 from unmask.sweeps.store import Result, Store

@@ -32,7 +32,7 @@ class Preset:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All of them, for `unmask.config.build`."""
+        """All of them, for `unmask.settings.build`."""
         return {**self.ours, **self.paper}
 
 

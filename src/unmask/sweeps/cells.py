@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from unmask.config import TrainConfig, build
+from unmask.config import TrainConfig
 from unmask.errors import ConfigError
+from unmask.settings import build
 from unmask.sweeps.spec import Row, Sweep
 
 Rank = Callable[[Mapping[str, Any]], int]
@@ -118,7 +119,7 @@ def _matching_rank(settings: Mapping[str, Any]) -> int:
 
 
 def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings as `unmask.config.build` reads them, without defaults and without ``output``; JSON values.
+    """A run's settings as `unmask.settings.build` reads them, without defaults and without ``output``; JSON values.
 
     Example:
         >>> canonical({"model": "m", "task": "rte", "budget": 100, "lr": "3e-4", "seed": 0})

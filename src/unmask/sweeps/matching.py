@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import torch
 
-from unmask.config import build
 from unmask.errors import ConfigError
 from unmask.kinds import kind_for
 from unmask.methods import parse_budget
 from unmask.modeling import HEADS, Head, quiet
+from unmask.settings import build
 
 
 def matching_rank(settings: Mapping[str, Any]) -> int:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from unmask.config import TrainConfig, build
+from unmask.config import TrainConfig
 from unmask.run_folder import RunFolder
+from unmask.settings import build
 from unmask.sweeps.curves import curve, read_rows, scores
 from unmask.training import InterruptedRunError, train
 from unmask.version import __version__

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from unmask.config import read_yaml
 from unmask.errors import ConfigError
+from unmask.settings import read_yaml
 
 Settings = Mapping[str, Any]
 Grid = Mapping[str, tuple[Any, ...]]
