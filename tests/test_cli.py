@@ -197,7 +197,8 @@ def test_a_checkpoint_saved_before_its_epochs_evaluation_resumes_bit_for_bit(
     name: str, settings: list[str], world: Path
 ) -> None:
     """Evaluating must draw no random number: the resumed run does not evaluate that epoch again."""
-    run(*train_words(name, "--set", "save_steps=8", *settings), cwd=world)
+    printed = run(*train_words(name, "--set", "save_steps=8", *settings), cwd=world).stdout
+    assert ("(dense 0.01)" in " ".join(printed.split())) == bool(settings)
     folder = world / name
     whole = unmask.SparseDelta.load(folder / "delta.safetensors")
     shutil.rmtree(folder / "checkpoints" / "checkpoint-24")

@@ -189,11 +189,12 @@ class _Run:
         return sum(p.numel() for p in self.model.parameters())
 
     def _report_start(self, before: dict[str, float]) -> None:
-        selection, total = self.selection, self._weights()
+        selection, total, config = self.selection, self._weights(), self.config
         extra = f", and {selection.dense_numel:,} outside the budget (dense)" if selection.dense_numel else ""
+        apart = f" (dense {config.dense_lr:.3g})" if extra and config.dense_lr not in (None, config.lr) else ""
         self.console.print(
             f"{selection.method.name}: {selection.budget:,} of {total:,} weights ({selection.budget / total:.3%}){extra}; "
-            f"{self.steps:,} steps of {self.config.batch_size * self.config.accumulation}, lr {self.config.lr:.3g}"
+            f"{self.steps:,} steps of {config.batch_size * config.accumulation}, lr {config.lr:.3g}{apart}"
         )
         self.console.print("before: " + _line(before))
 
