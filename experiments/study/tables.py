@@ -136,7 +136,10 @@ def table(runs: list[Run]) -> tuple[str, dict[str, float]]:
 
 
 def ranks(losses: dict[tuple[str, str], dict[str, float]], tasks: list[tuple[str, str]]) -> str:
-    """Each method's place by loss on the tasks that it ran on, among the methods that ran on all of them, and the mean place."""
+    """Each method's place by loss on the tasks, among the methods that ran on all of them, and the mean place."""
+    losses = {
+        task: {"recipe" if m == RECIPE[task[1]] else m: loss for m, loss in losses[task].items()} for task in tasks
+    }
     everywhere = set.intersection(*(set(losses[task]) for task in tasks))
     places = {task: sorted(everywhere, key=losses[task].__getitem__) for task in tasks}
     mean = {method: fmean(places[task].index(method) + 1 for task in tasks) for method in everywhere}
@@ -189,8 +192,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="write the runs here")
     parser.add_argument("--budget", default="0.2%", help="the budget of the tables of places")
     parser.add_argument("--against", default="recipe", help="the method that the others' losses are held against")
-    parser.add_argument("--chosen-on", default="sst2,mrpc")
-    parser.add_argument("--confirmed-on", default="stsb,wnut17")
+    parser.add_argument("--chosen-on", default="sst2,mrpc,cola")
+    parser.add_argument("--confirmed-on", default="stsb,wnut17,rte")
     given = parser.parse_args()
     runs = list(csv.DictReader(given.source.open(encoding="utf-8"))) if given.source else read(given.folders)
     if given.csv:
@@ -198,16 +201,21 @@ def main() -> None:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(runs)
+    role = dict.fromkeys(given.chosen_on.split(","), "chosen on")
+    role |= dict.fromkeys(given.confirmed_on.split(","), "confirmed on")
+    found = cells(runs)
     losses: dict[tuple[str, str], dict[str, float]] = {}
-    for (model, task, budget), members in cells(runs).items():
-        text, means = table(members)
-        print(f"### {named(task)}, {named(model)}, {budget}\n\n{text}\n")
+    for model, task, budget in sorted(found, key=lambda key: (*role, key[1]).index(key[1])):
+        text, means = table(found[model, task, budget])
+        print(f"### {named(task)}, {named(model)}, {budget}{f' ({role[task]})' if task in role else ''}\n\n{text}\n")
         if budget == given.budget:
             losses[task, model] = means
-    for title, names in (("chosen on", given.chosen_on), ("confirmed on", given.confirmed_on)):
-        tasks = [task for task in losses if task[0] in names.split(",")]
-        if tasks:
-            print(f"### Places by loss at {given.budget} on the tasks {title}\n\n{ranks(losses, tasks)}\n")
+    for title in dict.fromkeys(role.values()):
+        tasks = [cell for cell in losses if role.get(cell[0]) == title]
+        one_model = [cell for cell in tasks if cell[1] == tasks[0][1]]
+        for some, which in ((one_model, "one model"), (tasks, "all"))[len(one_model) == len(tasks) :]:
+            if some:
+                print(f"### Places by loss at {given.budget}, {title}, {which}\n\n{ranks(losses, some)}\n")
     title = f"### Loss over that of {given.against}, at {given.budget}, in percent"
     print(f"{title}\n\n{beside(runs, given.budget, given.against)}\n")
     print(f"### Rates by budget\n\n{rates(runs)}")
