@@ -19,7 +19,8 @@ from tiny import tiny_world
 from unmask.errors import ConfigError
 from unmask.into import Into, _has_adapters, insert, into_of
 from unmask.modeling import load_base, load_tuned
-from unmask.settings import build
+from unmask.recipe import rate
+from unmask.settings import build, read_yaml
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -61,6 +62,18 @@ def test_the_budget_lies_inside_and_the_head_outside_it(kind: str, world: Path) 
     assert summary["dense"] == 34
     assert summary["into"]["kind"] == kind
     assert summary["after"]["loss"] < summary["before"]["loss"]
+
+
+def test_without_a_method_a_random_mask_lies_in_the_lora(world: Path) -> None:
+    words = [word for word in train_words("recipe", "--max-steps", 2) if word not in ("--method", "id3")]
+    at = words.index("--lr")
+    run(*words[:at], *words[at + 2 :], *KINDS["lora"], cwd=world)
+    settings = read_yaml(world / "recipe" / "config.yaml")
+    summary = json.loads((world / "recipe" / "summary.json").read_text())
+    assert (settings["method"], settings["scope"]) == ("random_mask", None)
+    assert settings["lr"] == settings["dense_lr"] == rate(120 / summary["parameters"], inside=True)
+    assert sum("lora_" in name for name in delta_of(world / "recipe").sparse) > 0
+    assert len(delta_of(world / "recipe")) == 120
 
 
 @pytest.mark.parametrize("kind", KINDS)

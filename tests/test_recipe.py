@@ -24,9 +24,17 @@ def test_a_named_method_comes_with_its_own_defaults():
     assert (config.scope, config.lr) == (None, 1e-3)
 
 
-def test_inside_added_modules_id3_stays_the_default():
-    config = build(under_preset(None, {**RUN, "into": "lora"}))
-    assert config == TrainConfig(**RUN, into="lora")
+def test_inside_a_lora_the_random_mask_lies_in_all_of_it():
+    for preset in (None, "recommended"):
+        config = build(under_preset(preset, {**RUN, "into": "lora"}))
+        assert config == TrainConfig(**RUN, into="lora", method="random_mask", lr="auto", dense_lr="auto")
+    selection = unmask.select(mlp(), method_from(build({**RUN, "method": "random_mask", "budget": 1}), 10))
+    assert with_rates(config, selection, total=1_000).lr == pytest.approx(rate(1e-3, inside=True)) == 1e-2 < rate(1e-3)
+
+
+def test_inside_other_added_modules_id3_stays_the_default():
+    config = build(under_preset(None, {**RUN, "into": "dora"}))
+    assert config == TrainConfig(**RUN, into="dora")
     assert config.method == "id3"
     assert build(under_preset(None, {**RUN, "into": "none"})).method == RECIPE["method"]
 
@@ -46,6 +54,7 @@ def test_the_rate_falls_with_the_root_of_the_budgets_share():
     assert rate(0.002) == pytest.approx(1e-2)
     assert rate(0.008) == pytest.approx(rate(0.002) / 2)
     assert [rate(share) for share in (1e-4, 1e-9)] == [3e-2, 3e-2]
+    assert [rate(share, inside=True) for share in (1e-4, 0.002, 0.008)] == [1e-2, 1e-2, rate(0.008)]
     assert build({**RUN, "lr": "auto"}).lr == "auto"
     with pytest.raises(ConfigError, match=r"lr = 0\.0; it must be above 0"):
         build({**RUN, "lr": 0})

@@ -81,7 +81,7 @@ def with_rates(config: TrainConfig, selection: Selection, total: int, head: Coll
         total: How many weights the model has.
         head: As of `optimizer_from`.
     """
-    lr = rate(selection.budget / total) if config.lr == "auto" else config.lr
+    lr = rate(selection.budget / total, config.into is not None) if config.lr == "auto" else config.lr
     dense_lr = config.dense_lr
     if dense_lr == "auto":
         dense_lr = head_rate(lr, sum(p.dim() > 1 for p in _beside(selection, head)))

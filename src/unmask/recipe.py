@@ -17,22 +17,24 @@ from unmask.settings import is_none
 RECIPE: Mapping[str, Any] = MappingProxyType(
     {"method": "random_mask", "scope": "linear", "lr": "auto", "dense_lr": "auto"}
 )
+INSIDE_LORA: Mapping[str, Any] = MappingProxyType({"method": "random_mask", "lr": "auto", "dense_lr": "auto"})
 
 
-def rate(share: float) -> float:
+def rate(share: float, inside: bool = False) -> float:
     """The recipe's peak learning rate: 1e-2 for 0.2% of the weights, else in inverse proportion to the share's root.
 
     Adam moves each weight about as far in a step; so what a layer computes moves about as far whatever the budget. At most
-    3e-2, the largest rate that was at its best in the study (at 0.05%).
+    3e-2, the largest rate that was at its best in the study (at 0.05%); inside a LoRA, where 3e-2 diverged, 1e-2.
 
     Args:
         share: The budget as a share of the model's weights, above 0.
+        inside: Whether the budget lies inside added modules.
 
     Example:
         >>> rate(0.002), round(rate(0.01), 5), rate(1e-5)
         (0.01, 0.00447, 0.03)
     """
-    return min(0.03, 0.01 * math.sqrt(0.002 / share))
+    return min(0.01 if inside else 0.03, 0.01 * math.sqrt(0.002 / share))
 
 
 def head_rate(lr: float, matrices: int) -> float:
@@ -57,8 +59,8 @@ def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any
 
     Args:
         name: ``"recommended"``; ``"paper"``, the paper's settings for the task; None: recommended, unless ``settings`` name
-            a method, which then comes with its own defaults, or select inside added modules (``into``), where no recipe
-            was studied and ID3 as published is the default.
+            a method, which then comes with its own defaults, or select inside added modules (``into``) other than a LoRA,
+            where no recipe was studied and ID3 as published is the default.
         settings: A run's, with ``task`` where the preset is the paper's.
 
     Raises:
@@ -72,11 +74,13 @@ def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any
         >>> under_preset("paper", {"task": "cola", "epochs": 1})["batch_size"]
         16
     """
+    into = settings.get("into")
+    recipe = INSIDE_LORA if into == "lora" else RECIPE
     if name is None:
-        named = not all(is_none(settings.get(key)) for key in ("method", "into"))
-        return {**({} if named else RECIPE), **settings}
+        studied = is_none(settings.get("method")) and (is_none(into) or into == "lora")
+        return {**(recipe if studied else {}), **settings}
     if name == "recommended":
-        return {**RECIPE, **settings}
+        return {**recipe, **settings}
     if name == "paper":
         from unmask.reproduce import preset
 
