@@ -24,6 +24,7 @@ FIELDS = ("model", "task", "budget", "method", "seed", "lr", "weights", "steps",
 NAMES = {
     "minilm": "MiniLM", "mpnet": "MPNet", "smollm2": "SmolLM2", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "cola": "CoLA",
     "rte": "RTE", "wnut17": "WNUT-17", "gsm8k": "GSM8K", "dev_f1": "F1", "pearson_spearman": "(Pearson + Spearman) / 2",
+    "token_accuracy": "accuracy by token",
 }  # fmt: skip
 # the recipe's name in each model's sweep: MPNet's head has a hidden layer, and so a rate of its own
 RECIPE = {"minilm": "random-linear", "mpnet": "random-linear-head", "smollm2": "random-linear"}
@@ -40,6 +41,9 @@ def read(folders: list[Path]) -> list[Run]:
             print(f"{file.stem}: {result['status']}, left out", file=sys.stderr)
             continue
         labels, summary = result["labels"], result["summary"]
+        metric, score = result["metric"], result["score"]
+        if metric == "-loss":  # word problems that were not solved
+            metric, score = "token_accuracy", summary["after"]["token_accuracy"]
         values = {
             "model": model[folder],
             "task": summary["task"],
@@ -50,8 +54,8 @@ def read(folders: list[Path]) -> list[Run]:
             "weights": trained_weights(summary),  # without the new classifier, which every method trains whole
             "steps": summary["steps"],
             "loss": result["loss"] if result["loss"] is not None else "inf",
-            "score": result["score"] if result["score"] is not None else 0.0,
-            "metric": result["metric"],
+            "score": score if score is not None else 0.0,
+            "metric": metric,
             "seconds": result["seconds"],
         }
         runs.append({key: str(value) for key, value in values.items()})
