@@ -32,6 +32,14 @@ def test_inside_a_lora_the_random_mask_lies_in_all_of_it():
     assert with_rates(config, selection, total=1_000).lr == pytest.approx(rate(1e-3, inside=True)) == 1e-2 < rate(1e-3)
 
 
+@pytest.mark.parametrize("into", ["none", "lora"])
+def test_on_word_problems_id3_stays_the_default(into):
+    config = build(under_preset(None, {**RUN, "task": "gsm8k", "into": into}))
+    assert (config.method, config.scope, config.lr) == ("id3", None, 1e-3)
+    asked = build(under_preset("recommended", {**RUN, "task": "gsm8k", "into": into}))
+    assert (asked.method, asked.lr) == ("random_mask", "auto")
+
+
 def test_inside_other_added_modules_id3_stays_the_default():
     config = build(under_preset(None, {**RUN, "into": "dora"}))
     assert config == TrainConfig(**RUN, into="dora")

@@ -12,6 +12,7 @@ from typing import Any
 
 from unmask.errors import ConfigError
 from unmask.settings import is_none
+from unmask.tasks.names import TASKS
 
 # lr: rate(); dense_lr: head_rate()
 RECIPE: Mapping[str, Any] = MappingProxyType(
@@ -59,8 +60,8 @@ def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any
 
     Args:
         name: ``"recommended"``; ``"paper"``, the paper's settings for the task; None: recommended, unless ``settings`` name
-            a method, which then comes with its own defaults, or select inside added modules (``into``) other than a LoRA,
-            where no recipe was studied and ID3 as published is the default.
+            a method, which then comes with its own defaults. ID3 as published is the default inside added modules
+            (``into``) other than a LoRA, which were not studied, and on word problems, where it was ahead.
         settings: A run's, with ``task`` where the preset is the paper's.
 
     Raises:
@@ -77,8 +78,8 @@ def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any
     into = settings.get("into")
     recipe = INSIDE_LORA if into == "lora" else RECIPE
     if name is None:
-        studied = is_none(settings.get("method")) and (is_none(into) or into == "lora")
-        return {**(recipe if studied else {}), **settings}
+        studied = (is_none(into) or into == "lora") and TASKS.get(str(settings.get("task"))) != "generation"
+        return {**(recipe if studied and is_none(settings.get("method")) else {}), **settings}
     if name == "recommended":
         return {**recipe, **settings}
     if name == "paper":
