@@ -68,7 +68,7 @@ def test_the_rate_falls_with_the_root_of_the_budgets_share():
         build({**RUN, "lr": 0})
     with pytest.raises(ConfigError, match=r"lr = 'fast' is no float, nor auto"):
         build({**RUN, "lr": "fast"})
-    with pytest.raises(ConfigError, match="lr = 'none'"):
+    with pytest.raises(ConfigError, match="lr = 'none' is no float, nor auto"):
         build({**RUN, "lr": "none"})
 
 

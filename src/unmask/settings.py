@@ -42,14 +42,14 @@ def build(values: Mapping[str, Any]) -> TrainConfig:
 def _convert(key: str, value: Any) -> Any:
     hint = _HINTS[key]
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    words = [word for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)]
+    kind = next(option for option in options if option is not type(None))
     if is_none(value):
         if type(None) in options:
             return None
-        return () if typing.get_origin(hint) is tuple else _bad(key, value, hint)
-    words = [word for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)]
+        return () if typing.get_origin(hint) is tuple else _bad(key, value, kind, words)
     if value in words:
         return value
-    kind = next(option for option in options if option is not type(None))
     if typing.get_origin(kind) is tuple:
         parts = value.split(",") if isinstance(value, str) else value
         return tuple(str(part).strip() for part in parts)
