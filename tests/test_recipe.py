@@ -70,6 +70,10 @@ def test_the_rate_falls_with_the_root_of_the_budgets_share():
         build({**RUN, "lr": "fast"})
     with pytest.raises(ConfigError, match="lr = 'none' is no float, nor auto"):
         build({**RUN, "lr": "none"})
+    with pytest.raises(ConfigError, match="max_steps = 'auto' is no int"):
+        build({**RUN, "max_steps": "auto"})
+    with pytest.raises(TypeError):
+        TrainConfig(**RUN, max_steps="auto")
 
 
 def test_a_head_with_a_hidden_layer_has_a_lower_rate():

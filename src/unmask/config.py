@@ -206,8 +206,12 @@ class TrainConfig:
         for name in _POSITIVE:
             _above(name, getattr(self, name), 0)
         for name in _POSITIVE_IF_GIVEN:
-            if getattr(self, name) not in (None, "auto"):
+            if getattr(self, name) is not None:
                 _above(name, getattr(self, name), 0)
+        if self.lr != "auto":
+            _above("lr", self.lr, 0)
+        if self.dense_lr is not None and self.dense_lr != "auto":
+            _above("dense_lr", self.dense_lr, 0)
         for name in ("weight_decay", "warmup", "max_grad_norm", "slot_warmup"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}; it must be 0 or more.")
@@ -239,7 +243,7 @@ _POSITIVE = (
     "lora_alpha",
     "reduction_factor",
 )
-_POSITIVE_IF_GIVEN = ("lr", "dense_lr", "max_steps", "eval_steps", "save_steps", "test_limit")
+_POSITIVE_IF_GIVEN = ("max_steps", "eval_steps", "save_steps", "test_limit")
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:
