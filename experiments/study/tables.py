@@ -67,8 +67,8 @@ def chosen(runs: list[Run]) -> tuple[str, list[Run], str]:
     tried = {run["lr"]: float(run["loss"]) for run in runs if run["seed"] == "0"}
     rate = min(tried, key=lambda lr: tried[lr])
     order = sorted(tried, key=float)
-    mark = " (lowest)" if rate == order[0] else " (highest)" if rate == order[-1] else ""
-    mark = " (no other)" if len(order) == 1 else mark
+    edges = {order[0]: " (lowest)", order[-1]: " (highest)"}
+    mark = edges.get(rate, "") if len(order) > 1 else " (no other)"
     return rate, [run for run in runs if run["lr"] == rate], mark
 
 
@@ -92,12 +92,20 @@ def cells(runs: list[Run]) -> dict[tuple[str, str, str], list[Run]]:
     return found
 
 
+def by_method(runs: list[Run]) -> dict[str, list[Run]]:
+    """A cell's runs of each method."""
+    found = defaultdict(list)
+    for run in runs:
+        found[run["method"]].append(run)
+    return found
+
+
 def rates(runs: list[Run]) -> str:
     """The rate of least loss on seed 0 at each budget, of the cells where a method ran at more than one."""
     found: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
     for (model, task, budget), members in cells(runs).items():
-        for method in {run["method"] for run in members if run["budget"] == budget}:
-            rate, _, mark = chosen([run for run in members if run["method"] == method])
+        for method, own in by_method([run for run in members if run["budget"] == budget]).items():
+            rate, _, mark = chosen(own)
             found[model, task, method][budget] = rate + mark
     budgets = in_order({budget for row in found.values() for budget in row})
     lines = ["| model | task | method | " + " | ".join(budgets) + " |", "|---|---|---|" + "---:|" * len(budgets)]
@@ -118,11 +126,8 @@ def figure(values: list[float], digits: int, scale: float = 1.0, sign: str = "")
 
 def table(runs: list[Run]) -> tuple[str, dict[str, float]]:
     """A task's table, best loss first, and each method's mean loss."""
-    by_method = defaultdict(list)
-    for run in runs:
-        by_method[run["method"]].append(run)
     lines, losses = [], {}
-    for method, members in by_method.items():
+    for method, members in by_method(runs).items():
         rate, final, mark = chosen(members)
         loss, score = [[float(run[key]) for run in final] for key in ("loss", "score")]
         losses[method] = fmean(loss)
@@ -166,15 +171,13 @@ def beside(runs: list[Run], budget: str, against: str) -> str:
     tasks = []
     for (model, task, share), members in cells(runs).items():
         reference = RECIPE[model] if against == "recipe" else against
-        losses = {
-            method: {
-                run["seed"]: float(run["loss"]) for run in chosen([r for r in members if r["method"] == method])[1]
-            }
-            for method in {run["method"] for run in members}
-        }
-        if share != budget or reference not in losses:
+        methods = by_method(members)
+        if share != budget or reference not in methods:
             continue
         tasks.append((task, model))
+        losses = {
+            method: {run["seed"]: float(run["loss"]) for run in chosen(own)[1]} for method, own in methods.items()
+        }
         for method in losses.keys() - {reference}:
             common = losses[method].keys() & losses[reference].keys()
             found[method][task, model] = [losses[method][s] / losses[reference][s] - 1 for s in sorted(common)]
@@ -217,9 +220,10 @@ def main() -> None:
     for title in dict.fromkeys(role.values()):
         tasks = [cell for cell in losses if role.get(cell[0]) == title]
         one_model = [cell for cell in tasks if cell[1] == tasks[0][1]]
-        for some, which in ((one_model, "one model"), (tasks, "all"))[len(one_model) == len(tasks) :]:
-            if some:
-                print(f"### Places by loss at {given.budget}, {title}, {which}\n\n{ranks(losses, some)}\n")
+        if len(one_model) < len(tasks):
+            print(f"### Places by loss at {given.budget}, {title}, one model\n\n{ranks(losses, one_model)}\n")
+        if tasks:
+            print(f"### Places by loss at {given.budget}, {title}, all\n\n{ranks(losses, tasks)}\n")
     title = f"### Loss over that of {given.against}, at {given.budget}, in percent"
     print(f"{title}\n\n{beside(runs, given.budget, given.against)}\n")
     print(f"### Rates by budget\n\n{rates(runs)}")
