@@ -17,7 +17,13 @@ def count(folder: Path, what: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / what).open("a") as file:
         file.write(f"{os.getpid()}\n")
-    return len((folder / what).read_text().split())
+    return times(folder, what)
+
+
+def times(folder: Path, what: str) -> int:
+    """How often it has happened in the run's folder."""
+    path = folder / what
+    return len(path.read_text().split()) if path.is_file() else 0
 
 
 def scored(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,10 +60,13 @@ def stepping(settings: Mapping[str, Any], folder: Path, steps: int = 20, each: f
     stop: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
     try:
-        while count(folder, "steps") < steps:
+        while (
+            times(folder, "steps") < steps
+        ):  # all may be there: killed after the last one, before the result was written
+            count(folder, "steps")
             time.sleep(each)
             if stop:
                 raise KeyboardInterrupt
     finally:
         signal.signal(signal.SIGINT, before)
-    return scored(settings) | {"steps": len((folder / "steps").read_text().split())}
+    return scored(settings) | {"steps": times(folder, "steps")}

@@ -39,7 +39,7 @@ def run(plan, folder, runner, **more):
 
 
 def times(folder, run_id, what="starts"):
-    return len((Store(folder).run_folder(run_id) / what).read_text().split())
+    return sweep_runs.times(Store(folder).run_folder(run_id), what)
 
 
 def test_every_run_is_done_once_and_skipped_afterwards(tmp_path):
