@@ -42,6 +42,7 @@ METHODS: dict[str, Callable[[], unmask.Method]] = {
     "id3_rows": lambda: unmask.id3(60, steps=6).but(allocation="row"),
     "snip": lambda: unmask.id3(60, steps=6).but(heuristic=unmask.heuristic("snip")),
     "repeat_d3": lambda: unmask.repeat_d3(60, stride=2),
+    "repeat_d3_kept": lambda: unmask.repeat_d3(60, stride=2, leaving="kept"),
     "static_d3": lambda: unmask.static_d3(60),
     "most": lambda: unmask.id3(1_400, steps=3),  # of 1,440: zero gradients are unmasked too
     "random_mask": lambda: unmask.random_mask(60, seed=3),
@@ -558,6 +559,7 @@ def fsdp_refused() -> dict[str, str]:
         "candidates": _refusal(lambda: unmask.select(shard(blocks()), id3, exchange="candidates")),
         "dense": _refusal(lambda: unmask.select(shard(blocks()), id3, dense="head")),
         "rows": _refusal(lambda: unmask.select(shard(blocks()), id3.but(allocation="row"))),
+        "kept": _refusal(lambda: unmask.select(shard(blocks()), unmask.repeat_d3(10, leaving="kept"))),
         "fisher": _refusal(lambda: unmask.select(shard(blocks()), fish)),
         "mixed": _refusal(lambda: unmask.select(_partly_sharded(), id3)),
         "tensor parallel": _refusal(lambda: unmask.select(columns, id3)),

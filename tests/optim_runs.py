@@ -18,6 +18,7 @@ METHODS = {
     "id3_strided": lambda: unmask.id3(101, steps=20, stride=3),
     "repeat_d3": lambda: unmask.repeat_d3(101),
     "repeat_d3_strided": lambda: unmask.repeat_d3(101, stride=3),
+    "repeat_d3_kept": lambda: unmask.repeat_d3(40, stride=3, leaving="kept"),
     "random_increment": lambda: unmask.random_mask(101).but(
         strategy="increment", schedule=unmask.schedule("uniform", 20)
     ),

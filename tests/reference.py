@@ -22,6 +22,7 @@ class DenseReference:
         budget: int,
         repeat: bool | int = False,
         dropped: Callable[[int, int], int] = lambda t, used: 0,  # how many of the mask compete anew
+        kept: bool = False,  # repeat: what leaves stays as it is, without a gradient
         **adamw: float,
     ) -> None:
         parameters = dict(model.named_parameters())
@@ -31,10 +32,11 @@ class DenseReference:
         for p in self.tensors:
             p.requires_grad_(True)
         self.score, self.cumulative, self.budget, self.repeat = score, cumulative, budget, int(repeat)
-        self.dropped = dropped
+        self.dropped, self.kept = dropped, kept
         self.base = self._weights()
         self.master = nn.Parameter(self.base.clone())
         self.mask = torch.zeros_like(self.base, dtype=torch.bool)
+        self.picked = self.mask  # what has a gradient: of `kept`, the last picks
         self.optimizer = torch.optim.AdamW([self.master], **adamw)
         self.t = 0
 
@@ -50,7 +52,7 @@ class DenseReference:
         for p in self.tensors:
             p.grad = None
         self._select(gradient)
-        self.master.grad = torch.where(self.mask, gradient, 0.0)
+        self.master.grad = torch.where(self.picked, gradient, 0.0)
         self.optimizer.step()
         with torch.no_grad():
             self.master.copy_(torch.where(self.mask, self.master, self.base))
@@ -68,7 +70,8 @@ class DenseReference:
                 return
             new = torch.zeros_like(self.mask)
             new[scores.argsort(descending=True, stable=True)[: self.budget]] = True
-            self._replace(new)
+            self._replace(new | self.mask if self.kept else new)
+            self.picked = new
             return
         used = int(self.mask.sum())
         drops = self.dropped(self.t, used)
@@ -87,4 +90,4 @@ class DenseReference:
         for state in self.optimizer.state[self.master].values():
             if state.shape == self.mask.shape:
                 state[entering] = 0
-        self.mask = new
+        self.mask = self.picked = new

@@ -27,6 +27,7 @@ from unmask.analysis import (
     tensor_sparsity,
     turnover,
 )
+from unmask.analysis import snapshot as allocation_snapshot
 
 HAND = mask_over({"a": torch.tensor([0, 3]), "b": torch.tensor([5])}, {"a": (2, 2), "b": (6,), "c": (10,)})
 
@@ -44,8 +45,15 @@ def test_by_hand():
     assert len(HAND) == 3
     assert tensor_sparsity(HAND) == pytest.approx(1 / 3)
     assert densities(HAND) == {"a": 0.5, "b": pytest.approx(1 / 6), "c": 0.0}
-    assert sparsity_entropy(HAND) == pytest.approx(math.log(3) - 2 / 3 * math.log(2))  # shares 2/3, 1/3
-    assert sparsity_entropy(HAND, of="density") == pytest.approx(2 * math.log(2) - 0.75 * math.log(3))  # 3/4, 1/4
+    assert sparsity_entropy(HAND) == pytest.approx(2 * math.log(2) - 0.75 * math.log(3))  # densities 1/2, 1/6: 3/4, 1/4
+    assert sparsity_entropy(HAND, of="share") == pytest.approx(math.log(3) - 2 / 3 * math.log(2))  # shares 2/3, 1/3
+    shot = allocation_snapshot(HAND)
+    assert (shot["sparsity_entropy"], shot["sparsity_entropy_share"]) == (
+        sparsity_entropy(HAND, of="density"),
+        sparsity_entropy(HAND, of="share"),
+    )
+    with pytest.raises(MethodError, match="must be 'density' or 'share'"):
+        sparsity_entropy(HAND, of="count")
     assert allocation(HAND) == [{"layer": "other", "kind": "other", "unmasked": 3, "of": 20}]
 
 
@@ -53,10 +61,16 @@ def test_entropy_lies_between_one_tensor_and_an_even_spread():
     sizes = dict.fromkeys("abcde", 8)
     even = random_mask(0, dict.fromkeys("abcde", 4), sizes)
     assert sparsity_entropy(even) == pytest.approx(math.log(5))
-    assert sparsity_entropy(even, of="density") == pytest.approx(math.log(5))
+    assert sparsity_entropy(even, of="share") == pytest.approx(math.log(5))
     assert sparsity_entropy(random_mask(0, {"c": 7}, sizes)) == 0
     assert sparsity_entropy(mask_over({}, {"a": (3,)})) == 0
     assert 0 < sparsity_entropy(random_mask(0, {"a": 1, "b": 7}, sizes)) < math.log(2)
+
+
+def test_entropy_of_densities_is_of_equally_dense_tensors_of_any_size():
+    mask = random_mask(0, {"a": 2, "b": 20}, {"a": 10, "b": 100})
+    assert sparsity_entropy(mask) == pytest.approx(math.log(2))
+    assert sparsity_entropy(mask, of="share") == pytest.approx(math.log(11) - 10 / 11 * math.log(10))
 
 
 def test_overlap_by_hand_and_its_identities():
@@ -110,7 +124,7 @@ def test_uniform_increments_make_half_the_updates_of_a_static_mask(budget, steps
 
 @pytest.mark.parametrize("method", [
     unmask.id3(12, steps=5), unmask.id3(12, steps=6, stride=4), unmask.id3(12, steps=6, schedule="front-loaded"),
-    unmask.static_d3(12), unmask.repeat_d3(12), unmask.pafi(12),
+    unmask.static_d3(12), unmask.repeat_d3(12), unmask.repeat_d3(12, stride=3, leaving="kept"), unmask.pafi(12),
 ])  # fmt: skip
 def test_updates_are_what_a_run_counts_and_go_on_after_the_schedule(method):
     model = mlp()
@@ -120,7 +134,7 @@ def test_updates_are_what_a_run_counts_and_go_on_after_the_schedule(method):
     for x in batches(8):
         model(x).square().mean().backward()
         optimizer.step()
-        counted += selection.used  # what this step has trained
+        counted += sum(len(flat) for flat in selection.picked.values())  # what this step has trained
         optimizer.zero_grad()
     assert gradient_updates(method, 12, steps=8) == counted
 
@@ -220,7 +234,7 @@ def test_prefixes_of_the_slots_are_the_masks_of_earlier_steps(tmp_path):
 def test_what_has_no_order_is_not_cut():
     model = mlp()
     selection = unmask.select(model, unmask.repeat_d3(5))
-    with pytest.raises(SelectionError, match="selects anew"):
+    with pytest.raises(SelectionError, match="picks again"):
         mask_of(selection, used=2)
     with pytest.raises(SelectionError, match="no order of unmasking"):
         selection.delta(order=True)

@@ -108,6 +108,7 @@ class Case:
     score: Callable[[Tensor, Tensor], Tensor] | Callable[[nn.Module], Tensor]
     cumulative: Callable[[int], int] = all_at_once
     repeat: int = 0
+    kept: bool = False
     given: bool = False  # score(model) gives fixed scores
     dropped: Callable[[int, int], int] = lambda t, used: 0
 
@@ -123,6 +124,8 @@ CASES = {
     "static_d3": Case(unmask.static_d3(BUDGET), d3(2)),
     "repeat_d3": Case(unmask.repeat_d3(BUDGET), d3(2), repeat=1),
     "repeat_d3-stride": Case(unmask.repeat_d3(BUDGET, stride=7), d3(2), repeat=7),
+    "repeat_d3-kept": Case(unmask.repeat_d3(BUDGET, leaving="kept"), d3(2), repeat=1, kept=True),
+    "repeat_d3-kept-stride": Case(unmask.repeat_d3(BUDGET, stride=7, leaving="kept"), d3(2), repeat=7, kept=True),
     "pafi": Case(unmask.pafi(BUDGET), lambda w, g: -w.abs()),
     "pafi-increment": Case(
         unmask.pafi(BUDGET).but(strategy="increment", schedule=unmask.schedule("uniform", STEPS)),
@@ -197,7 +200,9 @@ def test_method_equals_the_dense_reference(name: str, dtype: torch.dtype) -> Non
     if case.given and dtype == torch.bfloat16:
         score = nearly(score, case.method)
     names = [n for n, _ in twin.named_parameters()]
-    reference = DenseReference(twin, names, score, case.cumulative, BUDGET, case.repeat, case.dropped, **ADAMW)
+    reference = DenseReference(
+        twin, names, score, case.cumulative, BUDGET, case.repeat, case.dropped, case.kept, **ADAMW
+    )
     compare(model, twin, case.method, reference)
 
 

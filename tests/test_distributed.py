@@ -19,6 +19,7 @@ EQUAL_TO_ONE = [  # what every process must reproduce, whatever travels
     {"method": "id3_strided", "accumulation": "exact", "micro": 2},
     {"method": "id3_strided", "accumulation": "candidates", "micro": 2},
     {"method": "repeat_d3", "accumulation": "exact", "micro": 2},
+    {"method": "repeat_d3_kept", "accumulation": "exact", "micro": 2},
     {"method": "repeat_d3", "accumulation": "candidates", "micro": 2, "bucket": 500},
 ]
 CANDIDATES = [
@@ -30,6 +31,7 @@ CANDIDATES = [
     {"method": "id3_strided", "exchange": "candidates", "accumulation": "exact", "micro": 2},
     {"method": "id3_strided", "exchange": "candidates", "accumulation": "candidates", "micro": 2},
     {"method": "repeat_d3", "exchange": "candidates", "micro": 2},
+    {"method": "repeat_d3_kept", "exchange": "candidates", "micro": 2},
 ]
 
 

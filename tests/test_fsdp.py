@@ -85,6 +85,7 @@ def test_what_a_sharded_model_does_not_allow_is_refused_with_the_way_round(tmp_p
         assert "needs exchange='exact'" in said["candidates"]
         assert "ignored_params" in said["dense"]
         assert "allocation='global'" in said["rows"]
+        assert "use leaving='restored'" in said["kept"]
         assert "without calibration" in said["fisher"]
         assert "leave such tensors out with exclude=" in said["mixed"]
         assert "no HSDP, no tensor parallelism" in said["tensor parallel"]

@@ -10,7 +10,7 @@ import pytest
 import unmask
 from commands import run, train_words
 from tiny import tiny_world
-from unmask.analysis import changed, mask_of, overlap, snapshot, tensor_sparsity
+from unmask.analysis import changed, mask_of, overlap, snapshot, sparsity_entropy, tensor_sparsity
 from unmask.config import TrainConfig
 from unmask.errors import ConfigError
 from unmask.figures import allocation_maps
@@ -47,6 +47,10 @@ def test_the_facts_add_up(world, delta):
     )
     printed = run("inspect", "run/delta.safetensors", cwd=world).stdout
     assert f"in {len(facts['tensors'])} of {facts['eligible']['tensors']} tensors" in printed
+    assert facts["sparsity_entropy"] == sparsity_entropy(delta, of="density")
+    assert facts["sparsity_entropy_share"] == sparsity_entropy(delta, of="share")
+    words = f"entropy {facts['sparsity_entropy']:.3f} nats of the densities, {facts['sparsity_entropy_share']:.3f} of"
+    assert words in " ".join(printed.split())
 
 
 def test_the_allocation_in_the_course_of_the_run_is_that_of_the_slots(world, delta):
@@ -54,10 +58,8 @@ def test_the_allocation_in_the_course_of_the_run_is_that_of_the_slots(world, del
     assert [(row["step"], row["used"]) for row in rows] == [(1, 5), (6, 30), (12, 60), (18, 90), (24, 120)]
     for row in rows:
         read_off = snapshot(mask_of(delta, row["used"]))
-        assert (row["tensor_sparsity"], row["sparsity_entropy"]) == (
-            read_off["tensor_sparsity"],
-            read_off["sparsity_entropy"],
-        )
+        for measure in ("tensor_sparsity", "sparsity_entropy", "sparsity_entropy_share"):
+            assert row[measure] == read_off[measure]
         assert [r for r in row["rows"] if r["unmasked"]] == [
             {**r, "of": known["of"]}
             for r in read_off["rows"]
@@ -75,7 +77,19 @@ def test_repeat_s_leaves_its_course_too(world):
          "score": 1.0, "allocation": course(world / folder)}
         for name, folder in (("id3", "run"), ("repeat_d3", "repeat"))
     ]  # fmt: skip
-    assert len(allocation_maps(records).axes) == 4
+    assert len(allocation_maps(records).axes) == 8  # panels and their colour bars
+
+
+def test_repeat_s_that_keeps_what_leaves_shows_its_picks_too(world):
+    run(*train_words("kept", "--method", "repeat_d3", "--set", "leaving=kept", "--set", "eval_steps=12"), cwd=world)
+    rows = course(world / "kept")
+    assert [row["step"] for row in rows] == [1, 12, 24]
+    assert rows[0]["used"] == 120 < rows[1]["used"] <= rows[2]["used"]
+    for row in rows:
+        assert sum(cell["unmasked"] for cell in row["picked"]) == 120
+        assert sum(cell["unmasked"] for cell in row["rows"]) == row["used"]
+    printed = " ".join(run("inspect", "kept/delta.safetensors", cwd=world).stdout.split())
+    assert f"{rows[2]['used']} tuned at a budget of 120 a step after 24 steps" in printed
 
 
 def test_a_merged_checkpoint_shows_the_same_mask(world, delta):
@@ -108,7 +122,7 @@ def test_plot_of_a_delta_without_order_draws_the_end_alone(world):
 
 
 def test_whole_tensors_are_not_drawn_and_have_no_order(world):
-    run(*train_words("full", "--method", "full", "--set", "max_steps=1"), cwd=world)
+    run(*train_words("full", "--method", "full", "--set", "budget=none", "--set", "max_steps=1"), cwd=world)
     assert json.loads(run("inspect", "full/delta.safetensors", "--json", cwd=world).stdout)["allocation"] == []
     refused = run("inspect", "full/delta.safetensors", "--plot", "full.png", cwd=world, check=False)
     assert refused.returncode == 1

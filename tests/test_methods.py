@@ -19,7 +19,35 @@ from unmask.heuristics import Heuristic
 
 @pytest.mark.parametrize(
     "budget",
-    [0, -1, "0", "-5", "0%", "101%", "-1%", "nan%", "inf%", "%", "", "abc", "1.5", "--5", "²", "1__0", True, 1.5, b"3"],
+    [
+        0,
+        -1,
+        "0",
+        "-5",
+        "0%",
+        "101%",
+        "-1%",
+        "nan%",
+        "inf%",
+        "%",
+        "",
+        "abc",
+        "1.5",
+        "--5",
+        "²",
+        "1__0",
+        True,
+        1.5,
+        b"3",
+        "9" * 5000,
+        "1.5K of",
+        "2M of 1M",
+        "1 of 0",
+        "5 of eligible",
+        "7 eligible",
+        "50% of 184M of",
+        "1.0005K",
+    ],
 )
 def test_a_budget_that_is_none_is_refused_by_every_preset(budget):
     for preset in (unmask.pafi, unmask.static_d3, unmask.repeat_d3, unmask.random_mask, unmask.bitfit):
@@ -31,11 +59,41 @@ def test_a_budget_that_is_none_is_refused_by_every_preset(budget):
 
 @pytest.mark.parametrize(
     ("budget", "count"),
-    [(1, 1), ("7", 7), ("1_00", 100), (126, 126), ("100%", 126), ("50%", 63), ("0.0001%", 1), (" 5 ", 5)],
+    [
+        (1, 1),
+        ("7", 7),
+        ("1_00", 100),
+        (126, 126),
+        ("100%", 126),
+        ("50%", 63),
+        ("0.0001%", 1),
+        (" 5 ", 5),
+        ("0.1K", 100),
+        ("103K of 184M", 1),
+        ("1K of 2k", 63),
+        ("92M of 184M", 63),
+        ("100% eligible", 126),
+    ],
 )
 def test_a_budget_is_a_count_or_a_share_of_the_models_parameters(budget, count):
     selection = unmask.select(mlp(), unmask.pafi(budget))
     assert (selection.budget, selection.values.numel(), selection.used) == (count, count, count)
+
+
+@pytest.mark.parametrize(
+    ("budget", "count"), [("50% of eligible", 21), ("1K of 2K eligible", 21), ("50%", 63), ("4% eligible", 2)]
+)
+def test_a_share_may_be_of_the_eligible_weights(budget, count):
+    eligible = {"include": r"^0"} if "eligible" in budget else {}
+    assert sum(p.numel() for n, p in mlp().named_parameters() if n.startswith("0")) == 42
+    assert unmask.select(mlp(), unmask.pafi(budget), **eligible).budget == count
+
+
+def test_a_ratio_is_exact_and_a_share_of_what_is_not_known_is_refused():
+    assert unmask.methods.parse_budget("320K of 184M", 184_000_000) == 320_000
+    assert unmask.methods.parse_budget("320K of 1.33M eligible", None) == 1  # the form alone
+    with pytest.raises(MethodError, match="not known here"):
+        unmask.methods.parse_budget("4% of eligible", 1000)
 
 
 @pytest.mark.parametrize(("budget", "patterns"), [(127, {}), (43, {"include": "^0"}), ("100%", {"exclude": "bias"})])

@@ -102,7 +102,7 @@ def test_what_is_trained_beside_the_budget_can_have_a_rate_of_its_own():
     alone = optimizer_from(build(RUN | settings | {"dense_lr": "0.01"}), unmask.select(mlp(), unmask.random_mask(5)))
     assert [group["lr"] for group in alone.param_groups] == [0.5]
     whole = unmask.select(mlp(), unmask.full())
-    settings = {"method": "full", "lr": 0.5, "dense_lr": 0.01}
+    settings = {"method": "full", "budget": None, "lr": 0.5, "dense_lr": 0.01}
     ours, head = optimizer_from(build(RUN | settings), whole, {"4.weight", "4.bias"}).param_groups
     assert (ours["lr"], len(ours["params"]), head["lr"], sorted(p.numel() for p in head["params"])) == (
         0.5,

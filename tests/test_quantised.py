@@ -23,6 +23,7 @@ METHODS = {
     "id3": lambda: unmask.id3(400, steps=15),
     "id3, stride": lambda: unmask.id3(400, steps=15, stride=5),
     "repeat": lambda: unmask.repeat_d3(300, stride=3),
+    "kept": lambda: unmask.repeat_d3(300, stride=3, leaving="kept"),
     "rows": lambda: unmask.id3(400, steps=10).but(allocation="row"),
     "snip": lambda: unmask.id3(400, steps=10, stride=2).but(heuristic=unmask.heuristic("snip")),
     "pafi": lambda: unmask.pafi(400),
@@ -69,7 +70,7 @@ def test_as_on_the_float_weights(kind, method):
         assert repr(tensor) == repr(after[name]) if type(tensor) is not Tensor else torch.equal(tensor, after[name])
 
 
-@pytest.mark.parametrize("method", ["repeat", "rows", "snip", "pafi"])
+@pytest.mark.parametrize("method", ["repeat", "kept", "rows", "snip", "pafi"])
 @pytest.mark.parametrize("kind", ["nf4", "torchao"])
 def test_every_way_to_choose(kind, method):
     assert_same_run(quantised(kind), METHODS[method]())

@@ -28,6 +28,7 @@ PRESETS = {
     "id3_strided": lambda: unmask.id3(17, steps=5, stride=2, schedule="cosine"),
     "repeat_d3": lambda: unmask.repeat_d3(17),
     "repeat_d3_strided": lambda: unmask.repeat_d3(17, stride=2),
+    "repeat_d3_kept": lambda: unmask.repeat_d3(17, stride=2, leaving="kept"),
     "static_d3": lambda: unmask.static_d3(17),
     "regrow": lambda: unmask.regrow(17, steps=7, drop=0.9, stride=2),
     "id3_drop": lambda: unmask.id3(17, steps=6).but(drop=0.5),

@@ -28,13 +28,16 @@ class TrainConfig:
         lora_r: Rank of the LoRA; SHiRA trains as many weights of each layer as a LoRA of this rank would.
         lora_alpha: Its scale is lora_alpha / lora_r.
         lora_dropout: On the LoRA's input.
-        lora_targets: Modules that get a LoRA; all-linear for all linear ones, none for peft's own choice.
+        lora_targets: Modules that get a LoRA; all-linear for all linear ones, layer-linear for those inside the transformer
+            layers (no head, pooler or embedding), none for peft's own choice.
         reduction_factor: A bottleneck adapter's width is the hidden size divided by this.
         method: A preset: id3, repeat_d3, static_d3, regrow, lift, pafi, fish, bitfit, random_mask, sparse_adapter, full.
-        budget: A count or a share ("0.17%"); None only for bitfit and full.
+        budget: A count ("320K"), a share of the weights ("0.17%", "320K of 184M"), or a share of the eligible ones ("4% of
+            eligible"); None only for bitfit and full, and always for full.
         eps: Of D3.
         exp: Of D3.
         stride: Select every stride-th step (id3, repeat_d3, regrow).
+        leaving: What becomes of a weight that repeat_d3 no longer picks: restored to its base value, or kept (the paper's).
         schedule: uniform, cosine, front-loaded or at-once (id3).
         heuristic: What ranks instead of D3 (id3, repeat_d3, static_d3, regrow); None for D3.
         rank: Of the approximation that lift ranks by, as a method or a heuristic.
@@ -69,6 +72,7 @@ class TrainConfig:
         order: Keep the order of unmasking in the delta (4 bytes a weight), so that smaller budgets can be read off it.
         eval_steps: Evaluate every so many steps; None at each epoch's end.
         save_steps: Checkpoint every so many steps; None with each evaluation.
+        keep_checkpoints: How many checkpoints are kept, the newest first; none keeps all of them.
         logging_steps: Log every so many steps.
         report_to: Loggers of transformers' Trainer (tensorboard, wandb, ...).
         prompt: Of word problems: alpaca, chat (the tokenizer's own template), or a text file with {instruction} in it.
@@ -100,6 +104,7 @@ class TrainConfig:
     eps: float = 1.0
     exp: float = 2.0
     stride: int = 1
+    leaving: str = "restored"
     schedule: str = "uniform"
     heuristic: str | None = None
     rank: int = 128
@@ -132,6 +137,7 @@ class TrainConfig:
     order: bool = False
     eval_steps: int | None = None
     save_steps: int | None = None
+    keep_checkpoints: int | None = 2
     logging_steps: int = 20
     report_to: tuple[str, ...] = ()
     prompt: str = "alpaca"
@@ -164,6 +170,7 @@ class TrainConfig:
     def _check_words(self) -> None:
         """Settings that are one of a few words."""
         _one_of("method", self.method, METHODS)
+        _one_of("leaving", self.leaving, ("restored", "kept"))
         _one_of("schedule", self.schedule, ("uniform", "cosine", "front-loaded", "at-once"))
         _one_of("heuristic", self.heuristic, (None, *HEURISTICS))
         _one_of("allocation", self.allocation, (None, "global", "tensor", "row", "column"))
@@ -183,6 +190,11 @@ class TrainConfig:
             )
         if self.order and self.method in ("repeat_d3", "full"):
             raise ConfigError(f"method {self.method!r} has no order of unmasking; leave order=false.")
+        if self.method == "full" and self.budget is not None:
+            raise ConfigError(
+                f"budget = {self.budget!r}: method 'full' trains every weight, so it has no budget; leave budget out (in a "
+                "sweep: budget: null in the method's settings)."
+            )
         if self.budget is None and self.method not in ("bitfit", "full"):
             raise ConfigError(
                 f"method {self.method!r} needs a budget: a count (20000) or a share of the weights (0.17%)."
@@ -192,6 +204,10 @@ class TrainConfig:
         """Parts of a method that another method would not use."""
         if self.heuristic is not None and self.method not in RANKED:
             raise ConfigError(f"heuristic goes with method {', '.join(RANKED)}; method {self.method!r} has its own.")
+        if self.leaving != "restored" and self.method != "repeat_d3":
+            raise ConfigError(
+                f"leaving = {self.leaving!r} goes with method repeat_d3; under method {self.method!r} no weight leaves so."
+            )
         if self.drop is not None and self.method not in ("id3", "regrow"):
             raise ConfigError(
                 f"drop goes with method id3 and regrow; method {self.method!r} does not exchange weights so."
@@ -243,7 +259,7 @@ _POSITIVE = (
     "lora_alpha",
     "reduction_factor",
 )
-_POSITIVE_IF_GIVEN = ("max_steps", "eval_steps", "save_steps", "test_limit")
+_POSITIVE_IF_GIVEN = ("max_steps", "eval_steps", "save_steps", "keep_checkpoints", "test_limit")
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ Strategy = Literal["static", "increment", "repeat"]
 Allocation = Literal["global", "tensor", "row", "column"]
 Normalise = Literal["none", "row-column", "row-column-root"]
 Unselected = Literal["kept", "zero"]
+Leaving = Literal["restored", "kept"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Method:
         budget: A count, a share of the model's parameters (``"0.17%"``), or None for the whole scope.
         heuristic: Ranks scalar weights.
         strategy: ``"static"`` (all of the budget at the first step), ``"increment"`` (by the schedule, and for good) or
-            ``"repeat"`` (the best B anew at every selecting step; weights that leave go back to their base value).
+            ``"repeat"`` (the best B of all at every selecting step; see ``leaving``).
         schedule: b(t); static and repeat select B at step 0, and repeat again every ``schedule.stride`` steps.
         scope: Which tensors are eligible.
         allocation: ``"global"`` as in the paper; ``"tensor"``, ``"row"`` or ``"column"``: at most ``ceil(B n / N)`` of a
@@ -78,6 +81,9 @@ class Method:
         whole: Train the scope's tensors as ordinary dense parameters (full fine-tuning); there is no budget then.
         unselected: What the scope's other weights do: ``"kept"`` as they are, or pruned to ``"zero"`` at once. Pruning is
             for tensors that the base checkpoint lacks, whose every value travels in the delta.
+        leaving: What becomes of a weight that is no longer among the B, under ``"repeat"``: it is ``"restored"`` to its base
+            value, so that the budget is exact; or it is ``"kept"``, as in the paper: its gradient is zero from then on, the
+            optimizer's momentum may still move it, and the number of weights ever tuned grows past B.
     """
 
     name: str
@@ -92,6 +98,7 @@ class Method:
     calibration: Calibration | None = None
     whole: bool = False
     unselected: Unselected = "kept"
+    leaving: Leaving = "restored"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -99,6 +106,7 @@ class Method:
             ("allocation", ("global", "tensor", "row", "column")),
             ("normalise", ("none", "row-column", "row-column-root")),
             ("unselected", ("kept", "zero")),
+            ("leaving", ("restored", "kept")),
         ):
             if getattr(self, name) not in allowed:
                 raise MethodError(f"{name} = {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
@@ -107,6 +115,11 @@ class Method:
                 raise MethodError(f"{name} = {getattr(self, name)!r}; build one with unmask.{name}(...).")
         self._check_calibration()
         self._check_drop()
+        if self.leaving == "kept" and self.strategy != "repeat":
+            raise MethodError(
+                f"leaving = 'kept' is for strategy='repeat'; under strategy={self.strategy!r} leave leaving='restored'. "
+                "unmask.repeat_d3(..., leaving='kept') builds one that works."
+            )
         if self.unselected == "zero" and (
             self.heuristic.needs == "gradient" or self.strategy == "repeat" or self.whole
         ):
@@ -198,35 +211,63 @@ class Method:
 
     def _later_parts(self) -> list[tuple[str, Any, Any]]:
         """Parts that earlier versions lacked, and their values then: left out of old metadata and states."""
-        parts = ("unselected", self.unselected, "kept"), ("normalise", self.normalise, "none"), ("drop", self.drop, 0.0)
-        return list(parts)
+        return [
+            ("unselected", self.unselected, "kept"),
+            ("normalise", self.normalise, "none"),
+            ("drop", self.drop, 0.0),
+            ("leaving", self.leaving, "restored"),
+        ]
 
 
-def parse_budget(budget: Budget, total: int | None) -> int:
-    """A budget as a count.
+def parse_budget(budget: Budget, total: int | None, eligible: int | None = None) -> int:
+    """Turns a budget into a count.
 
     Args:
-        budget: A count, or a share such as ``"0.17%"`` (rounded to the nearest count, at least 1).
-        total: The model's number of scalar parameters; None only checks the form.
+        budget: A count (``320_000``, ``"320K"``), or a share: ``"0.17%"``, or the ratio of two counts, ``"320K of 184M"``,
+            which is how a budget that was set on one model is carried over to another. A share is of the model's weights;
+            with ``" of eligible"`` or ``" eligible"`` at its end (``"4% of eligible"``, ``"320K of 1.33M eligible"``) it is
+            of those that the method may select among: inside a LoRA, of the LoRA's. It is rounded to the nearest count, at
+            least 1.
+        total: The model's number of scalar parameters; None checks the form alone.
+        eligible: How many of them are eligible; None where that is not known.
 
     Raises:
-        MethodError: Not a positive count or a share in (0%, 100%].
+        MethodError: The budget is not a positive count or a share in (0%, 100%], or it is a share of the eligible weights
+            where these are not known.
 
     Example:
-        >>> parse_budget("0.1%", 20_000)
-        20
+        >>> parse_budget("0.1%", 20_000), parse_budget("103K of 184M", 22_700_000), parse_budget("4% of eligible", 900, 500)
+        (20, 12707, 20)
     """
-    if isinstance(budget, bool) or not isinstance(budget, (int, str)):
-        raise MethodError(f"budget = {budget!r}; give a count (320_000) or a share of the parameters ('0.17%').")
-    text = str(budget).strip()
-    try:
-        number = float(text.removesuffix("%")) / 100 if text.endswith("%") else int(text)
-    except ValueError:
-        number = math.nan
-    if isinstance(number, int):
-        if number < 1:
-            raise MethodError(f"budget = {number}; it must be at least 1.")
-        return number
-    if not 0 < number <= 1:
-        raise MethodError(f"budget = {budget!r}; give a count ('320000') or a share above 0% and up to 100% ('0.17%').")
-    return 1 if total is None else max(1, round(number * total))
+    text = "" if isinstance(budget, bool) or not isinstance(budget, (int, str)) else str(budget)
+    form = _BUDGET.fullmatch(text) if len(text) < 100 else None
+    if form is None:
+        raise MethodError(f"budget = {budget!r}; give {_BUDGETS}.")
+    number, other = _number(form["number"], form["unit"]), _number(form["of"] or "1", form["of_unit"])
+    if form["unit"] != "%" and not form["of"]:
+        if form["eligible"] or number.denominator != 1 or number < 1:
+            raise MethodError(f"budget = {text}; a count must be a whole number, at least 1.")
+        return int(number)
+    if not other or not 0 < number / other <= 1:
+        raise MethodError(f"budget = {text!r}; a share must be above 0% and at most 100%.")
+    whole = eligible if form["eligible"] else total
+    if whole is None and total is not None:
+        raise MethodError(
+            f"budget = {budget!r} is a share of the eligible weights, whose number is not known here; give a count or a "
+            "share of the model's weights."
+        )
+    return 1 if whole is None else max(1, round(number / other * whole))
+
+
+def _number(digits: str, unit: str | None) -> Fraction:
+    """The number in front of a unit, exactly."""
+    return Fraction(digits.replace("_", "")) * _UNITS[(unit or "").upper()]
+
+
+_UNITS = {"": Fraction(1), "%": Fraction(1, 100), "K": Fraction(1_000), "M": Fraction(10**6), "B": Fraction(10**9)}
+_BUDGETS = "a count (320_000, '320K') or a share of the parameters ('0.17%', '320K of 184M', '4% of eligible')"
+_DIGITS = r"\d+(?:_\d+)*(?:\.\d+)?"
+_BUDGET = re.compile(
+    rf"\s*(?P<number>[+-]?{_DIGITS})\s*(?P<unit>[%KMBkmb])?(?:\s+of\s+(?P<of>{_DIGITS})\s*(?P<of_unit>[KMBkmb])?)?"
+    r"(?P<eligible>\s+(?:of\s+)?eligible)?\s*"
+)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unmask.errors import MethodError
 from unmask.heuristics import Heuristic, heuristic
-from unmask.method import Budget, Calibration, Method, Unselected, parse_budget
+from unmask.method import Budget, Calibration, Leaving, Method, Unselected, parse_budget
 from unmask.schedules import Cumulative, uniform
 from unmask.schedules import schedule as _schedule
 from unmask.scopes import Scope
@@ -47,13 +47,13 @@ def id3(
     stride: int = 1,
     schedule: str | Cumulative = "uniform",
 ) -> Method:
-    """ID3: increment-S selection by D3 (arXiv 2408.14470, Algorithm 1).
+    """ID3: increment-S selection by D3 (arXiv 2408.14470, Algorithm 1, which prints theta + eta * grad for a descent).
 
     Args:
         budget: B, a count or a share.
         steps: T, the planned number of optimizer steps; b(T - 1) = B. Fewer steps leave budget unused, more are fine.
-        eps: Added to |w| in D3; the paper's Table 7a has 1.
-        exp: Exponent of D3; Table 7a has 2 for NLU and NER, 0 for generation.
+        eps: Added to |w| in D3; the paper's Table 7a has 1, its Fig. 4a finds 0.5 best.
+        exp: Exponent of D3; Table 7a has 2 for NLU and NER, 0 for generation; Fig. 4b finds -1 best.
         stride: Unmask ``stride`` steps' worth every ``stride``-th step, and nothing in between.
         schedule: ``"uniform"`` (the paper), ``"cosine"``, ``"front-loaded"``, or a callable b(t, T, B).
     """
@@ -65,13 +65,23 @@ def static_d3(budget: Budget, eps: float = 1.0, exp: float = 2.0) -> Method:
     return Method("static_d3", budget, _d3(eps, exp), "static")
 
 
-def repeat_d3(budget: Budget, eps: float = 1.0, exp: float = 2.0, stride: int = 1) -> Method:
-    """Repeat-S selection by D3: the best B anew at every ``stride``-th step.
+def repeat_d3(
+    budget: Budget, eps: float = 1.0, exp: float = 2.0, stride: int = 1, leaving: Leaving = "restored"
+) -> Method:
+    """Builds repeat-S by D3: it picks the best B of all weights, at their current values, at every ``stride``-th step.
 
-    The budget is exact at every step: a weight that leaves the selection goes back to its base value, and one that
-    enters starts with fresh optimizer state.
+    Args:
+        budget: B, a count or a share.
+        eps: Of D3.
+        exp: Of D3.
+        stride: Steps from one selection to the next; the B stay the same in between.
+        leaving: ``"restored"``: a weight that leaves goes back to its base value, and one that enters starts with fresh
+            optimizer state, so that the budget is exact at every step. ``"kept"``: the paper's repeat-S
+            (arXiv 2408.14470, Sect. 3 and 6). The B picked have a gradient, it is zero elsewhere (Eq. 3), and nothing goes
+            back, so that the weights ever tuned grow past B. Needs the memory of full fine-tuning: ``values``, its gradient
+            and the optimizer's state have an entry for every eligible weight.
     """
-    return Method("repeat_d3", budget, _d3(eps, exp), "repeat", _schedule(uniform, 1, stride))
+    return Method("repeat_d3", budget, _d3(eps, exp), "repeat", _schedule(uniform, 1, stride), leaving=leaving)
 
 
 def regrow(

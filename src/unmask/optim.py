@@ -34,8 +34,9 @@ class SelectiveAdamW(Optimizer):
 
     where t is, under ``"global"``, the number of steps taken: the paper's behaviour, and bit for bit what
     ``torch.optim.AdamW(fused=True)`` does. Under ``"entry"`` each slot of a selection's ``values`` has a t of its own,
-    its age: 1 at the first step after it was unmasked (repeat-S: after it was unmasked last), so that a first move is
-    about lr, however late. All other parameters are treated alike under both. A step reads and writes only slots in use.
+    its age: 1 at the first step after it was unmasked (repeat-S: after it was unmasked last, or first where it keeps what
+    leaves), so that a first move is about lr, however late. All other parameters are treated alike under both. A step reads
+    and writes only slots in use.
 
     A slot's lr may be its own: times ``1 / sqrt(n_i m_j)`` under ``lr_scale="row-column"``, with n_i selected weights in
     its row and m_j in its column (`unmask.rates`), and times min(1, age / n) under ``slot_warmup=n``.

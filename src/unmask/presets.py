@@ -10,7 +10,7 @@ from unmask import methods
 from unmask.config import TrainConfig
 from unmask.heuristics import heuristic
 from unmask.into import Into, Kind
-from unmask.method import Method
+from unmask.method import Leaving, Method
 from unmask.optim import BiasCorrection, LrScale, SelectiveAdamW
 from unmask.recipe import head_rate, rate
 from unmask.scopes import Scope
@@ -34,7 +34,8 @@ def method_from(config: TrainConfig, steps: int, loader: Iterable[Any] | None = 
     if config.method == "id3":
         method = methods.id3(budget, steps, config.eps, config.exp, config.stride, config.schedule)
     elif config.method == "repeat_d3":
-        method = methods.repeat_d3(budget, config.eps, config.exp, config.stride)
+        leaving = cast(Leaving, config.leaving)  # checked by TrainConfig
+        method = methods.repeat_d3(budget, config.eps, config.exp, config.stride, leaving)
     elif config.method == "static_d3":
         method = methods.static_d3(budget, config.eps, config.exp)
     elif config.method == "regrow":

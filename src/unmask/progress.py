@@ -45,7 +45,10 @@ class LiveProgress(TrainerCallback):
         self._bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        used = f"{self._selection.used:,} of {self._selection.budget:,}"
+        kept = self._selection.method.leaving == "kept"  # what was ever tuned grows past the budget
+        used = (
+            f"{self._selection.used:,} {'at' if kept else 'of'} {self._selection.budget:,}{' a step' if kept else ''}"
+        )
         self._bar.update(self._task, completed=state.global_step, used=used)
 
     def on_log(

@@ -51,7 +51,8 @@ def _order(selection: Selection) -> dict[str, Tensor]:
     """Each unmasked weight's slot, by tensor name, in the order of `Selection.indices`."""
     if selection.method.strategy == "repeat":
         raise SelectionError(
-            f"{selection.method.name} selects anew, so its slots stand in no order of unmasking; leave order=False."
+            f"{selection.method.name} picks weights at every selecting step, the same ones again among them, so there is no "
+            "order of unmasking from which a smaller budget could be read; leave order=False."
         )
     positions = selection._table.positions[: selection.used]
     return {selection._layout.names[i]: places.cpu() for i, _, places in selection._layout.split(positions)}

@@ -63,8 +63,8 @@ def select(
             eligible weight. ``"all"`` forms all gradients at every step (``gradients`` is ``"dense"`` then), and with
             several micro-batches it needs ``accumulation="exact"``.
         values: The parameter that becomes the selection's ``values``, for a wrapper that an optimizer is built from before
-            the selection can start: (B,), on the model's device, float32 (float64 for a float64 model). Its contents are
-            dropped. None: a new one.
+            the selection can start: (B,), or with one slot for each eligible weight under ``leaving="kept"``, on the model's
+            device, float32 (float64 for a float64 model). Its contents are dropped. None: a new one.
 
     Returns:
         The selection. Give ``selection.parameters()`` to any ``torch.optim`` optimizer; no further call is needed.
@@ -135,7 +135,7 @@ def count_budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
         )
     if method.budget is None:
         return available
-    budget = parse_budget(method.budget, sum(p.numel() for p in parameters.values()))
+    budget = parse_budget(method.budget, sum(p.numel() for p in parameters.values()), available)
     if budget > available:
         raise MethodError(
             f"budget = {method.budget!r} asks for {budget:,} weights, but only {available:,} are eligible under scope "

@@ -57,10 +57,12 @@ class Selection:
         method: The method.
         values: (B,) trainable float32 (float64 for a float64 model), one slot per scalar weight that is or will be
             unmasked, in order of unmasking; slots not in use are 0. The master copy of the selected weights. Its ``grad``
-            is spent by the optimizer's step, so ``model.zero_grad()``, which does not reach it, does no harm.
+            is spent by the optimizer's step, so ``model.zero_grad()``, which does not reach it, does no harm. Under
+            ``leaving="kept"`` it is (N,), N being all eligible weights, since any of them may be tuned: it then takes the
+            memory of full fine-tuning, as the paper's repeat-S needs.
         budget: B; for `unmask.full` the number of weights it trains.
         step: Optimizer steps taken; the next one is step t = ``step``.
-        used: Slots in use, b(step - 1).
+        used: Slots in use, b(step - 1); under ``leaving="kept"`` the number of weights ever tuned, in order of first pick.
         dense: Tensors trained whole, outside the budget.
         clip_scope: Which norm `unmask.clip_grad_norm_` clips by.
     """
@@ -91,9 +93,12 @@ class Selection:
         double = any(t.dtype == torch.float64 for t in self._layout.tensors)
         dtype = torch.float64 if double else torch.float32
         self._slots = budget if eligible else 0
-        zeros = torch.zeros(self._slots, dtype=dtype, device=device)
+        kept = method.leaving == "kept"
+        room = self._layout.total if kept else self._slots
+        zeros = torch.zeros(room, dtype=dtype, device=device)
         self.values = nn.Parameter(zeros) if values is None else _emptied(values, zeros)
-        self._table = SlotTable(self._layout, self._slots, dtype, device)
+        self._table = SlotTable(self._layout, self._slots, dtype, device, room)
+        self._picked = torch.empty(0, dtype=torch.int64, device=device) if kept else None  # the last step's, as slots
         self._scale = SlotScale()
         self._ordered = self._known_order()  # before freezing: a calibration wants the model as it was
         if self._ordered:
@@ -138,9 +143,29 @@ class Selection:
         """Unmasked weights by tensor name: sorted int64 flat (row-major) indices, on the CPU. Tensors with none are left out."""
         if self.method.whole:
             return {d.name: torch.arange(d.parameter.numel()) for d in self.dense}
-        return {
-            self._layout.names[i]: flat.cpu() for i, flat, _ in self._layout.split(self._table.positions[: self.used])
-        }
+        return self._named(self._table.positions[: self.used])
+
+    @property
+    def picked(self) -> dict[str, Tensor]:
+        """The weights that had a gradient in the last step, as `indices`.
+
+        Under ``leaving="kept"`` they are the B last picked, of all that were ever tuned; for every other method they are
+        ``indices``.
+
+        Example:
+            >>> import unmask
+            >>> selection = unmask.select(nn.Linear(8, 4), unmask.repeat_d3(budget=3, leaving="kept"))
+            >>> optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
+            >>> for column in range(2):
+            ...     selection.model(torch.eye(8)[column]).sum().backward()
+            ...     optimizer.step()
+            >>> sum(flat.numel() for flat in selection.picked.values()), selection.budget, selection.used >= 3
+            (3, 3, True)
+        """
+        return self.indices if self._picked is None else self._named(self._table.positions[self._picked])
+
+    def _named(self, positions: Tensor) -> dict[str, Tensor]:
+        return {self._layout.names[i]: flat.cpu() for i, flat, _ in self._layout.split(positions)}
 
     @property
     def dense_numel(self) -> int:
@@ -155,7 +180,7 @@ class Selection:
             order: Keep the order of unmasking too (4 bytes a weight), so that `unmask.analysis` can read off smaller budgets.
 
         Raises:
-            SelectionError: ``order`` of a method that selects anew (repeat-S), or the selection was released.
+            SelectionError: ``order`` of repeat-S, which picks weights more than once, or the selection was released.
         """
         self._alive("delta")
         return record_delta(self, base, order)
@@ -203,15 +228,16 @@ class Selection:
     @property
     def in_use(self) -> int:
         """Slots that the coming optimizer step trains: the first ``in_use`` of ``values``."""
-        return self._slots if self.method.whole else self._window.plan.due
+        return self._slots if self.method.whole else self._window.due
 
     def slot_scale(self) -> Tensor:
-        """``1 / sqrt(n_i m_j)`` of each slot at the coming step, 1 for those not in use then: (B,); see `unmask.rates`."""
-        return self._scale.of(self._table, self._window.tentative, self._window.plan.due)
+        """``1 / sqrt(n_i m_j)`` of each slot at the coming step, 1 for those not in use then; see `unmask.rates`."""
+        return self._scale.of(self._table, self._window.tentative, self._window.due)
 
     def __repr__(self) -> str:
         dense = f", dense={self.dense_numel:,}" if self.dense_numel else ""
-        return f"Selection({self.method.name}, used={self.used:,} of {self.budget:,}, step={self.step}{dense})"
+        of = f"of {self.budget:,}" if self._picked is None else f"at {self.budget:,} a step"
+        return f"Selection({self.method.name}, used={self.used:,} {of}, step={self.step}{dense})"
 
     def _to_agree_on(self) -> dict[str, Tensor]:
         """What several processes must hold alike before they train together."""
@@ -272,12 +298,13 @@ class Selection:
                 held = leaving >= 0
                 self._layout.write(leaving[held], self._table.base[tentative.slots][held])
             self._table.assign(tentative.slots, tentative.positions, tentative.weights)
+            self._picked = tentative.picked
         elif plan.selecting:
             raise ScheduleNotRunError(
                 "the optimizer stepped without calling its closure, so no backward selected any weight."
             )
         if not self.method.whole:
-            self.used = plan.due
+            self.used = window.due
         self._table.scatter(self.values, self.used)
         self.values.grad = None  # spent; a Trainer's model.zero_grad() would not reach it
         self.step += 1
@@ -303,7 +330,8 @@ class Selection:
             self._window.start(Plan(t, used, due, 0, repeat=False))
         elif self.method.strategy == "repeat":
             again = t % self.method.schedule.stride == 0
-            self._window.start(Plan(t, used, used, self._slots if again else 0, repeat=True))
+            active = 0 if again and self._picked is not None else used
+            self._window.start(Plan(t, used, active, self._slots if again else 0, repeat=True, picked=self._picked))
         else:
             drops = self.method.dropped(t, used)
             self._window.start(Plan(t, used, used, due - used + drops, repeat=False, drops=drops))

@@ -1,7 +1,8 @@
 """Where every slot's scalar weight lives: positions, tensors, flat indices.
 
 A *position* numbers the scalar weights of all eligible tensors, concatenated in name order; a *slot* numbers the entries
-of the trainable vector ``values``. Both tables cost O(B), whatever the size of the model.
+of the trainable vector ``values``. Both tables cost O(B), whatever the size of the model; where weights that leave are kept
+(`unmask.Method.leaving`) there are as many slots as weights.
 """
 
 from __future__ import annotations
@@ -164,21 +165,43 @@ class SlotTable:
 
     Attributes:
         layout: The eligible tensors.
-        positions: (B,) int64; -1 for a slot that holds nothing yet.
-        base: (B,) the weight at that position before any training.
+        budget: B, of which an allocation gives each tensor, row or column its share.
+        positions: (B,) int64, or (slots,) where there are more; -1 for a slot that holds nothing yet.
+        base: The weight at that position before any training, of ``positions``' shape.
         held: The first slot that holds nothing, nor does any after it.
     """
 
-    def __init__(self, layout: Layout, budget: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.layout = layout
-        self.positions = torch.full((budget,), -1, dtype=torch.int64, device=device)
-        self.base = torch.zeros(budget, dtype=dtype, device=device)
+    def __init__(
+        self, layout: Layout, budget: int, dtype: torch.dtype, device: torch.device, slots: int | None = None
+    ) -> None:
+        self.layout, self.budget = layout, budget
+        slots = budget if slots is None else slots
+        self.positions = torch.full((slots,), -1, dtype=torch.int64, device=device)
+        self.base = torch.zeros(slots, dtype=dtype, device=device)
         self.held = 0
         self._members: dict[int, Entries] = {}
 
     def members(self, index: int) -> Entries | None:
         """One tensor's entries that hold a slot; None if it has none."""
         return self._members.get(index)
+
+    def entries(self, slots: Tensor) -> dict[int, Entries]:
+        """The entries of some slots, all of them held, by tensor index."""
+        positions = self.positions[slots]
+        return {
+            index: self.layout.at(index, flat, slots[places]) for index, flat, places in self.layout.split(positions)
+        }
+
+    def find(self, positions: Tensor) -> Tensor:
+        """The slot that holds each position: (n,) int64, -1 where none does."""
+        slots = torch.full_like(positions, -1)
+        for index, flat, places in self.layout.split(positions):
+            members = self._members.get(index)
+            if members is not None:
+                own = members.flat.to(flat.device)
+                at = torch.searchsorted(own, flat).clamp_(max=own.numel() - 1)
+                slots[places] = torch.where(own[at] == flat, members.slots.to(flat.device)[at], -1)
+        return slots
 
     def occupied(self) -> list[int]:
         """Tensors that have at least one slot."""
@@ -197,9 +220,11 @@ class SlotTable:
             self._rebuild()
 
     def load(self, positions: Tensor, base: Tensor) -> None:
-        """Replaces the whole table."""
-        self.positions.copy_(positions)
-        self.base.copy_(base)
+        """Replaces the whole table; slots beyond the given ones hold nothing."""
+        self.positions.fill_(-1)
+        self.positions[: positions.numel()] = positions
+        self.base.zero_()
+        self.base[: base.numel()] = base
         self._rebuild()
 
     def scatter(self, values: Tensor, active: int) -> None:

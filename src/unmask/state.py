@@ -1,4 +1,4 @@
-"""A selection's state as plain values and O(B) tensors, and back: exact resume."""
+"""A selection's state as plain values and O(B) tensors (as many as were ever tuned), and back: exact resume."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ def state_of(selection: Selection) -> dict[str, Any]:
     """See `Selection.state_dict`."""
     window, table = selection._window, selection._table
     current = persistent_buffers(selection.model)
-    values = selection.values.detach().clone()
-    if window.tentative is not None:  # made in a backward that no step has followed
+    picked = selection._picked
+    end = None if picked is None else selection.used  # of slots for all weights, those in use
+    values = selection.values.detach()[:end].clone()
+    if window.tentative is not None and picked is None:  # made in a backward that no step has followed
         values[window.tentative.slots] = window.tentative.displaced
     values[selection.used :] = 0
     return {
@@ -37,8 +39,9 @@ def state_of(selection: Selection) -> dict[str, Any]:
         "step": selection.step,
         "used": selection.used,
         "values": values,
-        "base": table.base.clone(),
-        "positions": table.positions.clone(),
+        "base": table.base[:end].clone(),
+        "positions": table.positions[:end].clone(),
+        **({} if picked is None else {"picked": picked.clone()}),
         "dense": {d.name: d.master.detach().clone() for d in selection.dense},
         "buffers": {n: b.detach().clone() for n, b in current.items() if not torch.equal(b, selection._buffers[n])},
     }
@@ -58,7 +61,10 @@ def restore(selection: Selection, state: Mapping[str, Any]) -> None:
         raise
     selection.used, selection.step = int(state["used"]), int(state["step"])
     table.load(state["positions"], state["base"])
-    selection.values.copy_(state["values"])
+    selection.values.zero_()
+    selection.values[: state["values"].numel()] = state["values"]
+    if selection._picked is not None:
+        selection._picked = state["picked"].to(selection.values.device)
     table.scatter(selection.values, selection.used)
     buffers = persistent_buffers(selection.model)
     for name, original in selection._buffers.items():
@@ -80,7 +86,9 @@ def _identity(selection: Selection) -> dict[str, Any]:
 
 def _check_identity(selection: Selection, state: Mapping[str, Any]) -> None:
     mine = _identity(selection) | {"dense": sorted(d.name for d in selection.dense)}
-    missing = [key for key in (*mine, "step", "used", "values", "base", "positions", "buffers") if key not in state]
+    needed = [*mine, "step", "used", "values", "base", "positions", "buffers"]
+    needed += [] if selection._picked is None else ["picked"]
+    missing = [key for key in needed if key not in state]
     if missing:
         raise SelectionError(f"this is no selection state: it lacks {', '.join(missing)}.")
     for key, own in mine.items():

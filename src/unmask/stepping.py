@@ -32,7 +32,7 @@ class Steppable(Protocol):
         """How many slots of ``values`` the coming step trains."""
 
     def slot_scale(self) -> Tensor:
-        """What each slot's learning rate may be multiplied by at the coming step: (B,)."""
+        """What each slot's learning rate may be multiplied by at the coming step: of the shape of ``values``."""
 
     def clock(self) -> Tensor:
         """The parameter whose optimizer step is the schedule's step."""
@@ -238,5 +238,6 @@ def _code_of_zero(name: str, states: Mapping[str, Any]) -> int:
         return int(zeros[0])
     raise SelectionError(
         f"repeat-S gives a weight that enters the selection fresh optimizer state, but this optimizer's {name!r} is quantized "
-        "in a code that is not known here; use one with float32 state, or a method that does not exchange weights (id3)."
+        "in a code that is not known here; use one with float32 state, or a method that does not exchange weights (id3, or "
+        "repeat_d3 with leaving='kept')."
     )

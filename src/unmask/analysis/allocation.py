@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unmask.analysis.mask import Mask, mask_of, prefixes
+from unmask.analysis.mask import Mask, mask_of, mask_over, prefixes
 from unmask.analysis.measures import Source, sparsity_entropy, tensor_sparsity
 from unmask.delta import SparseDelta
 from unmask.naming import KINDS, OTHER, kinds_of, layer_labels
@@ -75,6 +75,10 @@ def grouped(source: Source, key: Callable[[str], str]) -> dict[str, dict[str, fl
 def snapshot(source: Source, step: int | None = None) -> dict[str, Any]:
     """The allocation and its measures at one moment, as JSON values: an `unmask.figures.Snapshot`.
 
+    ``sparsity_entropy`` is of the tensors' densities, as in the paper, and ``sparsity_entropy_share`` of the tensors' shares
+    of the mask; both in nats. The mask of repeat-S that keeps what leaves holds everything that was ever tuned; its snapshot
+    has ``picked`` too: the rows of the B weights that the last step picked.
+
     Args:
         source: A selection while it trains, a delta, or a mask.
         step: Optimizer steps taken; None for a selection's own, and for no step otherwise.
@@ -92,13 +96,16 @@ def snapshot(source: Source, step: int | None = None) -> dict[str, Any]:
     if step is None and isinstance(source, Selection):
         step = source.step
     mask = mask_of(source)
+    picked = source.picked if isinstance(source, Selection) and source.method.leaving == "kept" else None
     return {
         **({} if step is None else {"step": step}),
         "used": len(mask),
         "tensor_sparsity": tensor_sparsity(mask),
         "sparsity_entropy": sparsity_entropy(mask),
+        "sparsity_entropy_share": sparsity_entropy(mask, of="share"),
         "tensors": mask.tensors,
         "rows": allocation(mask),
+        **({} if picked is None else {"picked": allocation(mask_over(picked, mask.shapes))}),
     }
 
 

@@ -130,8 +130,8 @@ def _check_used(source: Selection | SparseDelta | Mask, used: int) -> None:
     if not orders(source):
         if isinstance(source, Selection):
             raise SelectionError(
-                f"{source.method.name} has no order of unmasking (it selects anew, or whole tensors), so no smaller mask is "
-                "part of it; take masks in the course of the run instead."
+                f"{source.method.name} has no order of unmasking (it picks again at every selecting step, or trains whole "
+                "tensors), so no smaller mask is part of it; take masks in the course of the run instead."
             )
         raise DeltaError("this delta does not carry the order of unmasking; save it with selection.delta(order=True).")
     held = source.used if isinstance(source, Selection) else len(source)

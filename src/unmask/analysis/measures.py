@@ -50,16 +50,18 @@ def densities(source: Source) -> dict[str, float]:
     return {name: n / of if of else 0.0 for name, (n, of) in mask_of(source).counts().items()}
 
 
-def sparsity_entropy(source: Source, of: Literal["share", "density"] = "share") -> float:
-    """Shannon entropy over tensors of where an unmasked weight lies, in nats: ``-sum_k p_k ln p_k``.
+def sparsity_entropy(source: Source, of: Literal["density", "share"] = "density") -> float:
+    """Shannon entropy over tensors of the sparsity probability (arXiv 2408.14470, Sect. 6), in nats: ``-sum_k p_k ln p_k``.
 
-    0 if all of them lie in one tensor, ``ln K`` if they are spread evenly over K tensors. ``exp`` of it is the number of
-    tensors that an even spread of this entropy would use.
+    The paper's sparsity probability of tensor k is its density ``d_k = n_k / N_k``: n_k of its N_k weights are unmasked. Here
+    the densities are divided by their sum, so that they are a distribution; the paper does not say how it normalises. The
+    entropy is 0 if one tensor holds all, and ``ln K`` if K tensors are equally dense. ``exp`` of it is the number of tensors
+    that an even spread of this entropy would use.
 
     Args:
         source: A selection, a delta or a mask.
-        of: ``"share"``: ``p_k = n_k / n``, the chance that an unmasked weight is one of tensor k's n_k. ``"density"``:
-            ``p_k = d_k / sum_j d_j`` with the density ``d_k = n_k / N_k``, which takes out that tensors differ in size.
+        of: ``"density"``: ``p_k = d_k / sum_j d_j``, in which tensors of all sizes count alike. ``"share"``:
+            ``p_k = n_k / sum_j n_j``, the chance that an unmasked weight is one of tensor k's.
 
     Raises:
         MethodError: ``of`` is neither.
@@ -67,11 +69,11 @@ def sparsity_entropy(source: Source, of: Literal["share", "density"] = "share") 
     Example:
         >>> from unmask.analysis import mask_over
         >>> mask = mask_over({"a": torch.arange(3), "b": torch.arange(1)}, {"a": (12,), "b": (4,)})
-        >>> round(sparsity_entropy(mask), 4), round(sparsity_entropy(mask, of="density"), 4)
-        (0.5623, 0.6931)
+        >>> round(sparsity_entropy(mask), 4), round(sparsity_entropy(mask, of="share"), 4)
+        (0.6931, 0.5623)
     """
-    if of not in ("share", "density"):
-        raise MethodError(f"of = {of!r}; it must be 'share' or 'density'.")
+    if of not in ("density", "share"):
+        raise MethodError(f"of = {of!r}; it must be 'density' or 'share'.")
     counts = [(n, size) for n, size in mask_of(source).counts().values() if n]
     terms = [float(n) if of == "share" else n / size for n, size in counts]
     total = sum(terms)

@@ -14,7 +14,8 @@ def gradient_updates(of: Method | Schedule, budget: int, steps: int | None = Non
     argument for increment-S.
 
     Args:
-        of: A method (static and repeat-S update B at every step) or a schedule.
+        of: A method or a schedule. Static selection and repeat-S update B weights at every step; where repeat-S keeps what
+            leaves, this counts the B that have a gradient, and not what momentum alone still moves.
         budget: B, as a count.
         steps: T, steps that are run; None for those that the schedule plans (a static method plans none of its own).
 

@@ -78,6 +78,7 @@ def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:
         "bytes_per_weight": round(size / max(1, len(delta) + delta.whole_numel), 2),
         "tensor_sparsity": None if mask.tensors is None else tensor_sparsity(mask),
         "sparsity_entropy": sparsity_entropy(mask),
+        "sparsity_entropy_share": sparsity_entropy(mask, of="share"),
         "eligible": delta.metadata.get("eligible"),
         "layers": grouped(mask, lambda name: layer_of(name) or "outside layers"),
         "kinds": grouped(mask, without_layer),
@@ -95,8 +96,7 @@ def _header(facts: dict[str, Any]) -> str:
     method = meta.get("method", {})
     lines = [
         f"{facts['file']}: {facts['weights']:,} weights in {facts['bytes']:,} bytes ({facts['bytes_per_weight']} bytes each)",
-        f"method {method.get('name', '?')} {method.get('parameters', {})}, {meta.get('used', '?')} of a budget of "
-        f"{meta.get('budget', '?')} used after {meta.get('step', '?')} steps",
+        f"method {method.get('name', '?')} {method.get('parameters', {})}, {_used(meta)} after {meta.get('step', '?')} steps",
         f"base {meta.get('base_id')!r} ({meta.get('parameters', 0):,} parameters), fingerprint {facts['base'][:23]}...",
     ]
     if meta.get("into"):
@@ -105,13 +105,24 @@ def _header(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _used(meta: dict[str, Any]) -> str:
+    """Says how much of the budget is used; of repeat-S that keeps what leaves, how much was ever tuned."""
+    used, budget = meta.get("used", "?"), meta.get("budget", "?")
+    if meta.get("method", {}).get("leaving") == "kept":
+        return f"{used} tuned at a budget of {budget} a step"
+    return f"{used} of a budget of {budget} used"
+
+
 def _spread(facts: dict[str, Any]) -> str:
     """How the weights spread over tensors, in words."""
-    held, entropy = len(facts["tensors"]), facts["sparsity_entropy"]
+    held = len(facts["tensors"])
     eligible = facts["eligible"]
     of = "" if eligible is None else f" of {eligible['tensors']}"
     sparsity = "" if facts["tensor_sparsity"] is None else f" (tensor sparsity {facts['tensor_sparsity']:.1%})"
-    return f"in {held}{of} tensors{sparsity}; sparsity entropy {entropy:.3f} nats"
+    entropy = (
+        f"{facts['sparsity_entropy']:.3f} nats of the densities, {facts['sparsity_entropy_share']:.3f} of the shares"
+    )
+    return f"in {held}{of} tensors{sparsity}; sparsity entropy {entropy}"
 
 
 def _table(title: str, key: str, rows: dict[str, dict[str, float]], top: int) -> Table:

@@ -80,6 +80,11 @@ def check_sharded(
         raise MethodError(
             "a pruned adapter of a sharded model is not supported; use pruned='kept', or do not shard it."
         )
+    if method.leaving == "kept":
+        raise MethodError(
+            "leaving='kept' holds a number for every eligible weight in each process, which sharding is there to avoid; use "
+            "leaving='restored', or do not shard the model."
+        )
     alone = method.allocation == "global" and method.normalise == "none"
     if not heuristic.elementwise or heuristic.needs == "calibration" or not alone:
         raise MethodError(
@@ -163,7 +168,7 @@ class ShardTable(SlotTable):
     def __init__(self, table: SlotTable, layout: ShardedLayout) -> None:
         self._table, self._whole = table, layout
         self.layout = _Shards(layout)
-        self.positions, self.base, self.held = table.positions, table.base, table.held
+        self.positions, self.base, self.held, self.budget = table.positions, table.base, table.held, table.budget
 
     def members(self, index: int) -> Entries | None:
         """This process's entries that hold a slot, by their flat indices in the shard."""

@@ -14,10 +14,11 @@ class Plan:
 
     step: int
     used: int  # slots that hold trained weights
-    active: int  # slots whose gradient is wanted: `used`, and those that a known order unmasks now
+    active: int  # slots whose gradient is wanted: `used`, and those that a known order unmasks now; see `picked` too
     newcomers: int  # u_t + `drops`, to be selected by this step's gradient; for repeat-S the whole of B
     repeat: bool
     drops: int = 0  # d_t: how many of the slots in use compete for their place with what is not unmasked
+    picked: Tensor | None = None  # where repeat-S keeps what leaves: the slots that it picked last; they alone train
 
     @property
     def selecting(self) -> bool:
@@ -27,11 +28,13 @@ class Plan:
     @property
     def exchanging(self) -> bool:
         """Whether a weight may leave its slot to another."""
-        return self.repeat or self.drops > 0
+        return (self.repeat and self.picked is None) or self.drops > 0
 
     @property
     def due(self) -> int:
-        """Slots in use once the step is made."""
+        """Slots in use once the step is made; of repeat-S that keeps what leaves, those in use before it selects."""
+        if self.picked is not None:
+            return self.used
         return self.newcomers if self.repeat and self.selecting else self.active + self.newcomers - self.drops
 
     def open(self, values: Tensor, base: Tensor, positions: Tensor) -> Tensor:
@@ -65,3 +68,4 @@ class Tentative:
     positions: Tensor  # (u,) int64
     weights: Tensor  # (u,) their current weights
     displaced: Tensor  # (u,) what `values` held at these slots
+    picked: Tensor | None = None  # (B,) as of `Plan.picked`, once the step is made: slots, old and new

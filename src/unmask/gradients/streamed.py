@@ -111,7 +111,7 @@ class Ranker:
         layout = self.table.layout
         weight, start = layout.plain(index), layout.starts[index]
         held = self._held(index)
-        bound = quota(self.allocation, weight, self.table.positions.numel(), layout.total, held)
+        bound = quota(self.allocation, weight, self.table.budget, layout.total, held)
         top = self.top if bound.tensor is None else StreamingTopK(min(self.top.k, bound.tensor))
         columns = as_rows(weight).shape[1]
         for low, g, values in self._scored(index, weight, gradient):

@@ -8,6 +8,9 @@ consumes no budget. Under gradient accumulation the selection of a window is
   the exact selection. Gradients of what is unmasked are exact either way.
 - ``"exact"``: dense gradients are summed over the micro-batches of a selecting step (N numbers, as in full fine-tuning).
 
+Where repeat-S keeps what leaves (`unmask.Method.leaving`), ``values`` has a slot for every weight, and only the B picked have a
+gradient: at a step that selects it comes with the ranking, at the others from the entries of the last picks.
+
 Of several processes each has a window, and all have the same: every micro-batch's gradient of the slots is reduced before
 ``values`` receives it, and the ranking is of the reduced gradient (see ``reducing.py``).
 """
@@ -64,7 +67,7 @@ class Window:
         self._ranker: Ranking | None = None
         self._candidates: Ranked | None = None
         self._by_tensor: dict[int, Entries] = {}  # the candidates; their places stand for slots
-        self._inside: dict[int, Entries] = {}  # of a known order, what this step trains
+        self._inside: dict[int, Entries] = {}  # of a known order, what this step trains; or the last picks
         self._dense: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
         self._offered: set[int] = set()
@@ -73,11 +76,18 @@ class Window:
     def start(self, plan: Plan) -> None:
         """A new step's window."""
         self.plan = plan
-        self._inside = {}
+        self._inside = {} if plan.picked is None or plan.selecting else self.table.entries(plan.picked)
         self._clear()
         self.tentative = None
-        if plan.selecting:
+        if plan.selecting and plan.picked is None:
             self._open = plan.open(self.values.detach(), self.table.base, self.table.positions)
+
+    @property
+    def due(self) -> int:
+        """Slots in use once the step is made; where repeat-S keeps what leaves, known once a backward has selected."""
+        if self.plan.picked is None or self.tentative is None:
+            return self.plan.due
+        return self.plan.due + self.tentative.slots.numel()
 
     def wanted(self, index: int) -> bool:
         """Whether the tensor's gradient is wanted; with nothing to train yet, all are, so that the loss has a graph."""
@@ -96,7 +106,9 @@ class Window:
         return self.sampled
 
     def _active(self, index: int) -> Entries | None:
-        """The tensor's slots that this step trains."""
+        """The tensor's slots that this step trains, without those that it selects."""
+        if self.plan.picked is not None:
+            return self._inside.get(index)
         members = self.table.members(index)
         if members is None or self.plan.active >= self.table.held:
             return members
@@ -175,8 +187,9 @@ class Window:
         if self.nonfinite:
             buffer.fill_(torch.nan)
         elif self.plan.selecting:
+            settle = self._settle if self.plan.picked is None else self._settle_kept
             try:
-                self._settle(self._ranked(), buffer)
+                settle(self._ranked(), buffer)
             except NonFiniteGradientError as error:
                 self.nonfinite = str(error)
                 buffer.fill_(torch.nan)
@@ -283,6 +296,22 @@ class Window:
         self.tentative = Tentative(slots, positions, weights, self.values[slots].clone())
         self.values[slots] = weights
         buffer[slots] = payload
+
+    def _settle_kept(self, ranked: Ranked, buffer: Tensor) -> None:
+        """Gives the picks a gradient, and nothing else; those that hold no slot yet get the next ones, in order of rank."""
+        if self.tentative is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
+            self.values[self.tentative.slots] = self.tentative.displaced
+            self.values.grad[self.tentative.picked] = 0  # the payload is of all micro-batches
+        positions = ranked.positions.to(buffer.device)
+        picked = self.table.find(positions)
+        entering = picked < 0
+        positions = positions[entering]
+        slots = torch.arange(self.plan.used, self.plan.used + positions.numel(), device=buffer.device)
+        picked[entering] = slots
+        weights = self.table.layout.read(positions, self.values.dtype)
+        self.tentative = Tentative(slots, positions, weights, self.values[slots].clone(), picked)
+        self.values[slots] = weights
+        buffer[picked] = ranked.payload.to(buffer)
 
     def _exchanged(self, ranked: Ranked) -> tuple[Ranked, Tensor]:
         """What is not unmasked already, and the slots for it: of the open ones, those that what was best does not hold."""
