@@ -6,7 +6,8 @@ from typing import Any
 from unmask.figures.deltas import delta_figure
 from unmask.figures.maps import allocation_maps
 from unmask.figures.records import AllocationRow, CurvePoint, RunRecord, Snapshot
-from unmask.figures.scores import budget_sweep, parameter_sweep, score_against_share, score_along_run
+from unmask.figures.scores import budget_sweep, parameter_sweep, score_along_run
+from unmask.figures.shares import score_against_share
 from unmask.figures.style import DARK, LIGHT, Style
 from unmask.figures.tensors import sparsity_entropy, tensor_sparsity
 from unmask.figures.writing import svg, write_figure

@@ -1,10 +1,12 @@
-"""What several figures share: panels per task, averages over seeds, lines with intervals, labels at their ends."""
+"""What several figures share: panels per task, means of runs, lines with intervals, labels at their ends, notes below."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 from unmask.errors import DataError, need
@@ -15,64 +17,95 @@ from unmask.figures.style import Look, Style, dress, new_figure
 End = tuple[float, float, str, str]  # a line's end: x, y, label, colour
 
 _WIDTH, _HEIGHT = 4.6, 3.3  # of a panel, inches
+_METRICS = {
+    "matthews": "Matthews correlation", "f1": "F1", "mse": "mean squared error", "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation", "pearson_spearman": "mean of Pearson and Spearman",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Point:
-    """Runs that differ in the seed alone.
+    """The mean of the runs of one place that count.
 
     Attributes:
-        x: Where they stand.
+        x: The place.
         mean: Mean score.
-        half: Half the width of the 95% interval of the mean; None for one seed.
-        seeds: How many.
+        half: What the vertical line extends up and down: half the 95% interval of the mean over seeds, or the standard
+            deviation of the best runs; None for one run.
     """
 
     x: float
     mean: float
     half: float | None
-    seeds: int
+
+
+def main_score(run: RunRecord) -> float:
+    """A run's main metric."""
+    return run["score"]
+
+
+def counting(runs: Sequence[RunRecord], score: Callable[[RunRecord], float] = main_score) -> list[RunRecord]:
+    """The runs of one place that count: all of them, or with the entry ``best`` so many, the highest scores first.
+
+    Raises:
+        DataError: Runs of one place that are not to be averaged: they disagree on ``best``, two have the same seed (with
+            ``best``: the same seed and rate), or they differ in the learning rate without ``best``.
+    """
+    best, rates = {run.get("best") for run in runs}, sorted({run["lr"] for run in runs})
+    keys = {(run["seed"], run["lr"]) for run in runs} if None not in best else {run["seed"] for run in runs}
+    what = ""
+    if len(best) > 1:
+        what = "different entries 'best'"
+    elif len(rates) > 1 and None in best:
+        what = f"learning rates {rates}"
+    elif len(keys) < len(runs):
+        what = "two runs of one seed" + ("" if None in best else " and learning rate")
+    if what:
+        names = ", ".join(run["name"] for run in runs)
+        raise DataError(
+            f"runs {names} would be averaged as runs of one setting, but have {what}; give the chosen ones, and variants "
+            "under method names of their own."
+        )
+    return sorted(runs, key=score, reverse=True)[: best.pop()] if None not in best else list(runs)
+
+
+def point(x: float, runs: Sequence[RunRecord], score: Callable[[RunRecord], float] = main_score) -> Point:
+    """The mean at one place over the runs that count, with Student's interval, or the deviation of the best ones."""
+    kept = counting(runs, score)
+    values = [score(run) for run in kept]
+    if kept[0].get("best") is None:
+        return Point(x, *mean_interval(values))
+    return Point(x, fmean(values), stdev(values) if len(values) > 1 else None)
 
 
 def averaged(records: Iterable[RunRecord], x: Callable[[RunRecord], float]) -> list[Point]:
-    """Averages runs at the same x over their seeds, by rising x.
-
-    Raises:
-        DataError: Two runs at one x have the same seed, or another learning rate: which one counts is the caller's choice.
-    """
+    """A point for the runs at each x, by rising x; errors as `counting`."""
     cells: dict[float, list[RunRecord]] = {}
     for record in records:
         cells.setdefault(float(x(record)), []).append(record)
-    return [_point(place, cells[place]) for place in sorted(cells)]
+    return [point(place, cells[place]) for place in sorted(cells)]
 
 
-def _point(x: float, runs: Sequence[RunRecord]) -> Point:
-    rates = sorted({run["lr"] for run in runs})
-    if len(rates) > 1 or len({run["seed"] for run in runs}) < len(runs):
-        what = f"learning rates {rates}" if len(rates) > 1 else "two runs of one seed"
-        names = ", ".join(run["name"] for run in runs)
-        raise DataError(
-            f"runs {names} would be averaged as seeds of one setting, but have {what}; give the chosen ones, and variants "
-            "under method names of their own."
-        )
-    mean, half = mean_interval([run["score"] for run in runs])
-    return Point(x, mean, half, len(runs))
+def by_task(records: Iterable[RunRecord]) -> dict[tuple[str, str], list[RunRecord]]:
+    """Groups runs by (model, task), in order of the first run of each."""
+    groups: dict[tuple[str, str], list[RunRecord]] = {}
+    for record in records:
+        groups.setdefault((record["model"], record["task"]), []).append(record)
+    return groups
 
 
 def panels(
     records: Sequence[RunRecord], style: Style, draw: Callable[[Any, list[RunRecord]], None], columns: int = 3
 ) -> Any:
     """A figure with a panel per model and task; ``draw(axes, records)`` fills each."""
-    groups: dict[tuple[str, str], list[RunRecord]] = {}
-    for record in records:
-        groups.setdefault((record["model"], record["task"]), []).append(record)
+    groups = by_task(records)
     columns = min(columns, len(groups))
     rows = math.ceil(len(groups) / columns)
     figure = new_figure(_WIDTH * columns + 0.3, _HEIGHT * rows + 0.2, style)
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for (model, task), axes in zip(groups, grid, strict=False):
         axes.set_title(f"{task} · {model}", loc="left", fontsize=9, color=style.ink)
-        axes.set_ylabel(groups[model, task][0].get("metric", "score"))
+        axes.set_ylabel(metric_name(groups[model, task][0]))
         draw(axes, groups[model, task])
         dress(axes, style, grid="y")
     for axes in list(grid)[len(groups) :]:
@@ -80,8 +113,18 @@ def panels(
     return figure
 
 
+def metric_name(run: RunRecord) -> str:
+    """The name of a run's main metric, as an axis has it.
+
+    Example:
+        >>> metric_name({"metric": "matthews"}), metric_name({"metric": "accuracy"}), metric_name({})
+        ('Matthews correlation', 'accuracy', 'score')
+    """
+    return _METRICS.get(run.get("metric", ""), run.get("metric", "score"))
+
+
 def draw_points(axes: Any, points: Sequence[Point], look: Look, aside: float = 0) -> None:
-    """A line through means, with intervals where there are several seeds.
+    """A line through means, with intervals where there are several runs.
 
     Args:
         axes: Where.
@@ -95,14 +138,20 @@ def draw_points(axes: Any, points: Sequence[Point], look: Look, aside: float = 0
     style = {"color": look.colour, "marker": look.marker, "linestyle": look.line, "transform": place}
     axes.plot(xs, means, markersize=4.5, linewidth=1.4, zorder=3, **style)
     for p in points:
-        if p.half is not None:
-            ends = [p.mean - p.half, p.mean + p.half]
-            axes.plot([p.x, p.x], ends, "-", color=look.colour, linewidth=1, alpha=0.6, zorder=2, transform=place)
+        draw_spread(axes, p, look.colour, place)
     axes.update_datalim([(p.x, p.mean + sign * (p.half or 0)) for p in points for sign in (-1, 1)])
 
 
+def draw_spread(axes: Any, at: Point, colour: str, transform: Any = None) -> None:
+    """The vertical line of a point, if several runs count at it."""
+    if at.half is not None:
+        ends = [at.mean - at.half, at.mean + at.half]
+        place = {} if transform is None else {"transform": transform}
+        axes.plot([at.x, at.x], ends, "-", color=colour, linewidth=1, alpha=0.6, zorder=2, **place)
+
+
 def aside(index: int, count: int, width: float = 12) -> float:
-    """Where the index-th of so many lines stands beside the true x, in printer's points.
+    """How far the index-th of so many lines stands to the right of the true x, in printer's points.
 
     Example:
         >>> [aside(i, 3) for i in range(3)]
@@ -112,11 +161,31 @@ def aside(index: int, count: int, width: float = 12) -> float:
     return step * (index - (count - 1) / 2)
 
 
-def note_intervals(figure: Any, style: Style, several: bool) -> None:
-    """Says under the panels what the vertical lines are, if there are any."""
-    if several:
-        text = "vertical lines: 95% interval of the mean over seeds (Student's t)"
-        figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=style.muted)
+def which_runs(runs: Iterable[RunRecord], spread: bool = True) -> str:
+    """Says what is averaged where there are several runs of one setting; with ``spread`` what the vertical lines are too.
+
+    Example:
+        >>> which_runs([{"seed": 6, "best": 3}, {"seed": 7, "best": 3}], spread=False)
+        'means of the best 3 runs of each setting; runs differ in seed and learning rate'
+    """
+    runs = list(runs)
+    texts = []
+    for best in sorted({run["best"] for run in runs if run.get("best") is not None}):
+        which = "the best run of each setting" if best == 1 else f"means of the best {best} runs of each setting"
+        lines = "; vertical lines: plus and minus their standard deviation (n - 1)" if spread and best > 1 else ""
+        texts.append(f"{which}; runs differ in seed and learning rate{lines}")
+    if len({run["seed"] for run in runs if run.get("best") is None}) > 1:
+        lines = "; vertical lines: 95% interval of the mean over seeds (Student's t)" if spread else ""
+        texts.append(f"means over seeds{lines}")
+    return "\n".join(texts)
+
+
+def note(figure: Any, style: Style, *texts: str) -> None:
+    """Writes sentences below the panels, each from a line of its own, broken at the figure's width."""
+    width = int(figure.get_size_inches()[0] * 19)  # letters of 7 points
+    lines = [line for text in texts for part in text.split("\n") for line in textwrap.wrap(part, width)]
+    if lines:
+        figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7, color=style.muted)
 
 
 def label_ends(axes: Any, ends: Sequence[End], style: Style) -> None:
@@ -184,42 +253,27 @@ def _last(group: Sequence[float], gap: float) -> float:
     return _first(group, gap) + gap * (group[1] - 1)
 
 
-def share_axis(axes: Any, shares: Iterable[float]) -> None:
-    """A logarithmic axis of shares, labelled in percent at those that occur."""
-    _ticks(axes, sorted(set(shares)), lambda share: f"{100 * share:.2g}%")
-    axes.set_xlabel("trained weights, share of all")
-
-
-def count_axis(axes: Any, counts: Iterable[float]) -> None:
-    """A logarithmic axis of counts, labelled at those that occur."""
-    _ticks(axes, sorted(set(counts)), short)
-    axes.set_xlabel("unmasked weights")
+def count_axis(axes: Any, at: Iterable[float] = ()) -> None:
+    """A linear axis of counts of weights in few letters, with ticks at the given counts as far as they have room."""
+    ticker = need("matplotlib.ticker", "plot")
+    values = sorted(set(at))
+    kept = values[-1:]
+    for value in values[:-1]:  # the ends, and what has room between them
+        if all(abs(value - other) > 0.1 * (values[-1] - values[0]) for other in kept):
+            kept.append(value)
+    axes.xaxis.set_major_locator(ticker.FixedLocator(sorted(kept)) if kept else ticker.MaxNLocator(5))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda count, place: short(count)))
 
 
 def short(count: float) -> str:
     """A count in few letters.
 
     Example:
-        >>> short(320_000), short(22_713_986), short(950)
-        ('320K', '22.7M', '950')
+        >>> short(320_000), short(22_713_986), short(950), short(999_999)
+        ('320K', '22.7M', '950', '1M')
     """
+    count = float(f"{count:.3g}")
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= size:
             return f"{count / size:.3g}{letter}"
-    return f"{count:.0f}"
-
-
-def _ticks(axes: Any, values: Sequence[float], text: Callable[[float], str]) -> None:
-    """Ticks at the values, leaving out those that would touch the one before."""
-    if not values or values[0] <= 0:
-        raise DataError("a logarithmic axis needs values above 0; give runs with a budget.")
-    axes.set_xscale("log")
-    span = max(math.log(values[-1] / values[0]), 1e-9)
-    kept = [values[-1]]
-    for value in values[:-1]:  # the ends, and what has room between them
-        if all(abs(math.log(value / other)) > 0.14 * span for other in kept):
-            kept.append(value)
-    kept.sort()
-    axes.set_xticks(kept, [text(value) for value in kept])
-    axes.xaxis.set_minor_locator(need("matplotlib.ticker", "plot").NullLocator())
-    axes.set_xlim(values[0] * math.exp(-0.06 * max(span, 1)), values[-1] * math.exp(0.06 * max(span, 1)))
+    return f"{count:.3g}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unmask.errors import need
+from unmask.errors import DataError, need
 from unmask.figures.charts import short
-from unmask.figures.maps import heat_map, layers_of
+from unmask.figures.maps import heat_map, layers_of, percent
 from unmask.figures.records import AllocationRow, Snapshot
 from unmask.figures.style import LIGHT, SERIES, Style, dress, new_figure
 
@@ -33,15 +33,17 @@ def delta_figure(facts: Mapping[str, Any], style: Style = LIGHT) -> Any:
     maps: list[tuple[str, Sequence[AllocationRow]]] = [(f"all {short(facts['weights'])} weights", facts["allocation"])]
     if len(along) > 1:
         maps.insert(0, (f"the first {short(along[0]['used'])} weights", along[0]["rows"]))
-    layers = len(layers_of(facts["allocation"]))
-    bars = min(_BARS, len(facts["tensors"]))
-    height = max(0.25 * layers + 1, 2.4) + 0.2 * bars + 1.1
-    figure = new_figure(4.3 * len(maps) + 0.6, height, style)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[max(0.25 * layers + 1, 2.4), 0.2 * bars + 1.1])
+    width = max(9.2 if len(along) > 1 else 6.2, 0.36 * len(layers_of(facts["allocation"])) + 1.2)
+    heights = [2.5 * len(maps), 0.2 * min(_BARS, len(facts["tensors"])) + 1.1]
+    figure = new_figure(width, sum(heights), style)
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
     for part in (top, bottom):
         part.set_facecolor("none")
-    for axes, (title, rows) in zip(top.subplots(1, len(maps), squeeze=False).flat, maps, strict=True):
-        heat_map(axes, rows, style)
+    for axes, (title, rows) in zip(top.subplots(len(maps), 1, squeeze=False).flat, maps, strict=True):
+        whole = sum(row["unmasked"] for row in rows)
+        if not whole:
+            raise DataError("an allocation without any unmasked weight cannot be drawn; give one from after a step.")
+        heat_map(axes, rows, whole / 100, style, percent, outside=True)
         axes.set_title(f"allocation of {title}, %", loc="left", fontsize=9, color=style.ink)
     below = bottom.subplots(1, 2, width_ratios=[1, 1.1], squeeze=False)[0] if len(along) > 1 else [bottom.subplots()]
     _densest(below[0], facts["tensors"], style)

@@ -47,17 +47,21 @@ class Snapshot(TypedDict):
         step: Optimizer steps taken; absent where only the count is known (read off the slots' order).
         used: Weights unmasked by then.
         tensor_sparsity: Share of tensors that hold no unmasked weight, 0 to 1.
-        sparsity_entropy: Entropy of the allocation over tensors, in nats.
-        tensors: How many tensors these two are taken over.
-        rows: The allocation; ``unmasked`` sums to ``used``.
+        sparsity_entropy: Entropy over tensors of their densities, in nats, 0 to ln(``tensors``).
+        sparsity_entropy_share: Entropy over tensors of their shares of the unmasked weights, in nats.
+        tensors: How many tensors these are taken over.
+        rows: The allocation; ``unmasked`` sums to ``used``. Where repeat-S keeps what it tuned, all that was ever tuned.
+        picked: The allocation of the B weights that this step picked, where ``rows`` holds more.
     """
 
     step: NotRequired[int]
     used: int
     tensor_sparsity: float
     sparsity_entropy: float
+    sparsity_entropy_share: NotRequired[float]
     tensors: int
     rows: list[AllocationRow]
+    picked: NotRequired[list[AllocationRow]]
 
 
 class RunRecord(TypedDict):
@@ -69,10 +73,14 @@ class RunRecord(TypedDict):
         task: Task, e.g. ``"sst2"``.
         model: Base model's name.
         budget: Trained weights that count: B, or a peer's trainable weights (without the dense head).
-        share: ``budget`` over the base model's weights, 0 to 1.
+        trained: How many weights the run really changed; more than ``budget`` where repeat-S keeps what it tuned. Absent: B.
+        share: ``trained`` over the base model's weights, 0 to 1.
         seed: Of the run; runs that differ in nothing else are averaged.
         lr: Peak learning rate.
-        score: Final main metric, higher is better.
+        best: How many runs at one place count, the highest scores first; they may differ in seed and learning rate. Absent:
+            all count, and they differ in the seed alone.
+        score: Final main metric, 0 to 1, higher is better.
+        columns: Scores by column of a table, 0 to 1: ``{"mnli-m": .., "mnli-mm": ..}``. Absent: the task with its score.
         loss: Final mean loss on the evaluation split.
         metric: The main metric's name, for the axis.
         strategy: ``"static"``, ``"repeat"``, ``"increment"``, or ``"none"`` for peers.
@@ -86,10 +94,13 @@ class RunRecord(TypedDict):
     task: str
     model: str
     budget: int
+    trained: NotRequired[int]
     share: float
     seed: int
     lr: float
+    best: NotRequired[int]
     score: float
+    columns: NotRequired[dict[str, float]]
     loss: NotRequired[float]
     metric: NotRequired[str]
     strategy: NotRequired[str]
@@ -137,3 +148,28 @@ def by_method(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     for record in records:
         groups.setdefault(record["method"], []).append(record)
     return groups
+
+
+def trained(run: RunRecord) -> int:
+    """How many weights a run really changed: its budget, if it does not say more."""
+    return run.get("trained", run["budget"])
+
+
+def labels(records: Sequence[RunRecord]) -> dict[str, str]:
+    """What each method is called in a figure of strategies.
+
+    Where one method alone has increment-S and one alone repeat-S, these two are called by their strategy; otherwise every
+    method has its own name.
+
+    Example:
+        >>> labels([{"method": "id3", "strategy": "increment"}, {"method": "repeat_d3", "strategy": "repeat"}])
+        {'id3': 'increment-S', 'repeat_d3': 'repeat-S'}
+        >>> labels([{"method": "id3", "strategy": "increment"}])
+        {'id3': 'id3'}
+    """
+    names = {record["method"]: record["method"] for record in records}
+    strategies = ("increment", "repeat")
+    of = {s: {record["method"] for record in records if record.get("strategy") == s} for s in strategies}
+    if all(len(methods) == 1 for methods in of.values()):
+        names |= {method: f"{strategy}-S" for strategy, methods in of.items() for method in methods}
+    return names

@@ -42,9 +42,10 @@ SERIES = ("#d55e00", "#4a62b4", "#2ba770", "#7f53e1", "#905b18", "#db5755", "#1e
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*")
 LINES = ("-", (0, (5, 2)), (0, (5, 2, 1, 2)), (0, (2, 2)))
 _FAMILIES = {
-    "id3": 0, "increment": 0, "lora": 1, "dora": 1, "pafi": 2, "sparse": 2, "fish": 3, "snip": 3, "bitfit": 4, "shira": 5,
-    "repeat": 6, "static": 7, "random": 8,
+    "id3": 1, "increment": 1, "lora": 0, "dora": 0, "pafi": 2, "sparse": 2, "fish": 3, "snip": 3, "bitfit": 4, "shira": 6,
+    "repeat": 5, "static": 7, "random": 8,
 }  # fmt: skip
+RED = SERIES[5]  # repeat-S, as in the paper's Figure 5
 
 
 @dataclass(frozen=True)

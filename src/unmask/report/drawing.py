@@ -3,56 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from unmask.errors import MissingExtraError, UnmaskError
 from unmask.figures import FIGURES, Style, svg, write_figure
 from unmask.figures.records import RunRecord
-from unmask.sweeps.cells import Cell
-from unmask.sweeps.choosing import choose
-from unmask.sweeps.records import record
-from unmask.sweeps.spec import Choice
-from unmask.sweeps.store import Result
 
 CAPTIONS = {
-    "fig1": "Score against the share of trained weights.",
-    "fig4": "Score over eps and exp of D3.",
-    "fig5": "Score along the run: every checkpoint of an increment-S run is a model of a smaller budget.",
-    "fig6": "Score over budgets.",
-    "fig7": "Where the budget went, at the start and at the end of the run: layer by module kind.",
-    "fig8": "Share of tensors without any unmasked weight, along the run.",
-    "fig9": "Entropy of the allocation over tensors, along the run.",
+    "fig1": "The average score over all columns of all tasks, in %, over the trained weights in % of the model. The axis is "
+    "linear; a larger marker trains more weights; full fine-tuning is a line across.",
+    "fig4": "The score over eps of D3 at one exp (a), and over exp at one eps (b), on linear axes.",
+    "fig5": "The score along the run over the number of updated weights, on a linear axis: every checkpoint of an increment-S "
+    "run is a model of a smaller budget. Repeat-S is a line across, labelled with the count of weights that it really tuned.",
+    "fig6": "The score over the budget B, on a linear axis.",
+    "fig7": "Where the budget went, at the start and at the end of the run: module kinds by layers. A cell is its share of "
+    "the budget, and each panel has a colour scale of its own.",
+    "fig8": "The share of tensors without any unmasked weight, 0 to 1, over the optimizer steps.",
+    "fig9": "The entropy of the tensors' densities over the optimizer steps, divided by its largest value, ln(tensors). The "
+    "paper does not state its normalisation; this one is ours.",
 }
-_OWN = ("method", "task", "budget", "seed", "model", "eps", "exp", "lr")  # labels that a record has a place for
-
-
-def chosen_records(cells: Iterable[Cell], results: Mapping[str, Result], choice: Choice | None) -> list[RunRecord]:
-    """Records of the runs that count: at the chosen value of the swept setting; other axes become part of the method's name.
-
-    Args:
-        cells: The full grid.
-        results: By run id.
-        choice: Of the sweep.
-    """
-    cells = list(cells)
-    chosen = choose(cells, choice, results) if choice else {}
-    found: dict[str, RunRecord] = {}
-    for cell in cells:
-        if choice and str(cell.labels.get(choice.setting)) != str(chosen[cell.group(choice.setting, "seed")].value):
-            continue
-        made = record(cell, results[cell.id]) if cell.id in results else None
-        if made is not None:
-            swept = choice.setting if choice else "lr"
-            more = [f"{k} {v}" for k, v in cell.labels.items() if k not in (*_OWN, swept) and v is not None]
-            made["method"] = " ".join([made["method"], *more])
-            found.setdefault(cell.id, made)
-    return list(found.values())
 
 
 def fitting(name: str, records: Sequence[RunRecord]) -> list[RunRecord]:
-    """The records that a figure can show: those that have its data."""
+    """The records that a figure can show: those that have its data.
+
+    The course of an allocation is shown for increment-S and repeat-S; a static mask, which has none, only without them.
+    """
     if name == "fig4":
         return [r for r in records if {"eps", "exp"} <= r.get("parameters", {}).keys()]
     if name == "fig5":
@@ -61,13 +39,14 @@ def fitting(name: str, records: Sequence[RunRecord]) -> list[RunRecord]:
     if name == "fig6":
         return [r for r in records if r.get("strategy") != "none"]
     if name in ("fig7", "fig8", "fig9"):
-        return [r for r in records if r.get("allocation") and r.get("strategy") != "none"]
+        kept = [r for r in records if r.get("allocation") and r.get("strategy") != "none"]
+        return [r for r in kept if r.get("strategy") in ("increment", "repeat")] or kept
     return list(records)
 
 
 def worth_drawing(records: Sequence[RunRecord]) -> tuple[str, ...]:
     """The figures that say something of these runs, where nobody has said which to draw."""
-    budgets = {r["share"] for r in records if r["share"] < 0.5}
+    budgets = {r["budget"] for r in records if r["share"] < 0.5}
     names = ["fig1"] if len(budgets) > 1 else []
     names += ["fig5"] if any(r.get("strategy") == "increment" and len(r.get("curve", [])) > 2 for r in records) else []
     names += ["fig7", "fig8", "fig9"] if fitting("fig7", records) else []
