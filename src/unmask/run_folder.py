@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
 from unmask.errors import ConfigError
+
+_CLOCKS = ("runtime", "per_second", "preparation_time")  # endings of what the Trainer times in an evaluation
 
 
 class RunFolder:
@@ -22,7 +25,54 @@ class RunFolder:
         self.path = path
         self.config, self.metrics, self.summary = path / "config.yaml", path / "metrics.jsonl", path / "summary.json"
         self.delta, self.checkpoints = path / "delta.safetensors", path / "checkpoints"
-        self.allocation = path / "allocation.jsonl"
+        self.allocation, self.series = path / "allocation.jsonl", path / "series"
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.checkpoints / f"checkpoint-{step}"
+
+    def series_file(self, step: int) -> Path:
+        """The file of the delta that a step's checkpoint gives."""
+        return self.series / f"step-{step}.safetensors"
+
+    def steps(self) -> dict[int, bool]:
+        """The steps that have a checkpoint, ascending, and whether it is whole.
+
+        A checkpoint is whole if it holds a readable ``trainer_state.json``, which the Trainer writes last.
+        """
+        found = sorted(int(path.name.rpartition("-")[2]) for path in self.checkpoints.glob("checkpoint-*[0-9]"))
+        return {step: _is_whole(self.checkpoint(step), step) for step in found}
+
+    def whole_step(self, step: int | None) -> int:
+        """The step itself, if its checkpoint is whole; for None, the last step that has a whole one.
+
+        Raises:
+            ConfigError: There is no such checkpoint, or a kill left it incomplete.
+        """
+        steps = self.steps()
+        whole = [found for found, is_whole in steps.items() if is_whole]
+        if step in whole or (step is None and whole):
+            return whole[-1] if step is None else step
+        if step in steps:
+            what = f"{str(self.checkpoint(step))!r} is incomplete: the run was stopped while it was written"
+        else:
+            what = f"{str(self.checkpoints)!r} holds no whole checkpoint" + ("" if step is None else f" of step {step}")
+        there = f"; there are checkpoints of step {', '.join(map(str, whole))}" if whole else ""
+        written = f"; deltas that were written before are in {str(self.series)!r}" if self.series.is_dir() else ""
+        raise ConfigError(
+            f"{what}{there}{written}. A run keeps all its checkpoints with --set save_steps=N --set keep_checkpoints=none."
+        )
+
+    def evaluated(self) -> dict[int, dict[str, float]]:
+        """The loss and the metrics by name of each evaluation along the run, by step; clock times are left out."""
+        found: dict[int, dict[str, float]] = {}
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
+        for row in (json.loads(line) for line in lines if math.isfinite(_step(line))):
+            metrics = {key.removeprefix("eval_"): value for key, value in row.items() if key.startswith("eval_")}
+            metrics = {key: value for key, value in metrics.items() if not key.endswith(_CLOCKS)}
+            if metrics:  # several splits have a row each
+                found.setdefault(row["step"], {}).update(metrics)
+        return found
 
     def check(self, resume: bool, overwrite: bool) -> str | None:
         """Whether a run may start here; touches nothing.
@@ -55,7 +105,8 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            for made in (self.checkpoints, self.series):
+                shutil.rmtree(made, ignore_errors=True)
             for file in (self.delta, self.summary, self.metrics, self.allocation):
                 file.unlink(missing_ok=True)
             return
@@ -74,6 +125,13 @@ class RunFolder:
 
     def _last(self) -> str | None:
         return get_last_checkpoint(str(self.checkpoints)) if self.checkpoints.is_dir() else None
+
+
+def _is_whole(checkpoint: Path, step: int) -> bool:
+    try:
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _step(row: str) -> float:

@@ -82,11 +82,59 @@ def train(
         UnmaskError: Any other refusal, with what to do.
     """
     console = console or Console()
-    folder, into = RunFolder(Path(config.output)), into_from(config)
+    folder = RunFolder(Path(config.output))
+    checkpoint = folder.check(resume, overwrite)
+    run = _Run(set_up(config, console), folder, console)
+    folder.open(checkpoint)
+    write_yaml(run.config, folder.config)
+    return run.go(checkpoint)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The parts of a run before its first step.
+
+    Attributes:
+        config: The run, as it was asked for.
+        task: The task's name.
+        prepared: The task, made ready for the model.
+        base: The model, with what the run adds to it.
+        steps: T, the number of optimizer steps.
+        selection: The selection, live.
+    """
+
+    config: TrainConfig
+    task: str
+    prepared: Prepared
+    base: Inserted
+    steps: int
+    selection: Selection
+
+    def delta(self, **more: Any) -> SparseDelta:
+        """Records what the selection has changed by now, with the metadata that ``unmask eval`` and ``unmask apply`` need.
+
+        Args:
+            **more: Further metadata, as JSON values.
+        """
+        into = into_from(self.config)
+        inside = {} if into is None else {"into": into.describe()}
+        delta = self.selection.delta(self.config.model, order=self.config.order)
+        return delta.with_metadata(task=self.prepared.describe(), **inside, **more)
+
+
+def set_up(config: TrainConfig, console: Console) -> Setup:
+    """Loads the data and the base of a run and selects from it: the same from the same configuration, each time.
+
+    Args:
+        config: The run.
+        console: Where to report what the user should know of the data.
+
+    Raises:
+        UnmaskError: The run cannot work.
+    """
+    into, kind = into_from(config), kind_for(config)
     if into is not None:
         require(into)
-    checkpoint = folder.check(resume, overwrite)
-    kind = kind_for(config)
     task = kind.load(config)
     _note(console, task.notes)
     model, tokenizer, missing = load_base(config.model, task.num_labels, config.seed, kind.head, task.label_names)
@@ -94,10 +142,28 @@ def train(
     _note(console, prepared.notes)
     # the base itself: the budget's scope is the method's, and all that the checkpoint lacks is a head
     base = Inserted(model, [], missing, missing) if into is None else insert(model, into, missing, config.seed)
-    run = _Run(config, task.name, prepared, base, folder, console)
-    folder.open(checkpoint)
-    write_yaml(run.config, folder.config)
-    return run.go(checkpoint)
+    steps = planned_steps(config, len(prepared.train_set))  # type: ignore[arg-type]
+    set_seed(config.seed)
+    if config.gradient_checkpointing:
+        # transformers 5.23 renamed it; 4.57 has the old name alone
+        enable = (
+            getattr(base.model, "activation_checkpointing_enable", None) or base.model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    return Setup(config, task.name, prepared, base, steps, _select(config, prepared, base, steps))
+
+
+def _select(config: TrainConfig, prepared: Prepared, base: Inserted, steps: int) -> Selection:
+    head = exactly(base.head)
+    loader = DataLoader(prepared.train_set, config.batch_size, shuffle=True, collate_fn=prepared.collate)
+    return select(
+        base.model,
+        method_from(config, steps, loader),
+        include=config.include or exactly(base.added) or None,
+        exclude=config.exclude or None,
+        dense=[p for given in config.dense for p in (head if given == "new" else [given])] or None,
+        new=exactly(base.new),
+    )
 
 
 def _note(console: Console, notes: Iterable[str]) -> None:
@@ -108,24 +174,15 @@ def _note(console: Console, notes: Iterable[str]) -> None:
 class _Run:
     """One training run in the making: everything that `train` composes."""
 
-    def __init__(
-        self, config: TrainConfig, task: str, prepared: Prepared, base: Inserted, folder: RunFolder, console: Console
-    ) -> None:
-        model: PreTrainedModel = base.model
-        self.config, self.task, self.prepared, self.model = config, task, prepared, model
+    def __init__(self, setup: Setup, folder: RunFolder, console: Console) -> None:
+        model: PreTrainedModel = setup.base.model
+        self.setup, self.prepared, self.selection, self.model = setup, setup.prepared, setup.selection, model
         self.folder, self.console = folder, console
-        self.head_names = set(base.head)
+        self.head_names = set(setup.base.head)
         self.head = sum(p.numel() for name, p in model.named_parameters() if name in self.head_names)
-        self.steps = planned_steps(config, len(prepared.train_set))  # type: ignore[arg-type]
-        set_seed(config.seed)
-        if config.gradient_checkpointing:
-            # transformers 5.23 renamed it; 4.57 has the old name alone
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        self.selection = self._select(base)
-        self.config = with_rates(config, self.selection, self._weights(), self.head_names)
+        self.config = with_rates(setup.config, self.selection, self._weights(), self.head_names)
         self.interrupt = StopOnInterrupt()
-        self.progress = LiveProgress(self.selection, prepared.step_metric, console)
+        self.progress = LiveProgress(self.selection, self.prepared.step_metric, console)
         self.metrics = MetricsFile(folder.metrics, self.selection)
         self.allocation = AllocationFile(folder.allocation, self.selection)
         with quiet():
@@ -151,20 +208,6 @@ class _Run:
         seconds = time.perf_counter() - start
         return self._finish(before, self.prepared.evaluate(self.trainer, "after"), seconds)
 
-    def _select(self, base: Inserted) -> Selection:
-        config = self.config
-        head = exactly(base.head)
-        dense = [p for given in config.dense for p in (head if given == "new" else [given])]
-        loader = DataLoader(self.prepared.train_set, config.batch_size, shuffle=True, collate_fn=self.prepared.collate)
-        return select(
-            self.model,
-            method_from(config, self.steps, loader),
-            include=config.include or exactly(base.added) or None,
-            exclude=config.exclude or None,
-            dense=dense or None,
-            new=exactly(base.new),
-        )
-
     def _trainer(self) -> SelectiveTrainer:
         config, prepared = self.config, self.prepared
         optimizer = optimizer_from(config, self.selection, self.head_names)
@@ -172,7 +215,7 @@ class _Run:
         trainer = SelectiveTrainer(
             model=self.model,
             selection=self.selection,
-            args=_arguments(config, self.steps, self.folder, bool(sets)),
+            args=_arguments(config, self.setup.steps, self.folder, bool(sets)),
             train_dataset=prepared.train_set,
             eval_dataset=sets.get("", sets or None),
             data_collator=prepared.collate,
@@ -194,16 +237,12 @@ class _Run:
         apart = f" (dense {config.dense_lr:.3g})" if extra and config.dense_lr not in (None, config.lr) else ""
         self.console.print(
             f"{selection.method.name}: {selection.budget:,} of {total:,} weights ({selection.budget / total:.3%}){extra}; "
-            f"{self.steps:,} steps of {config.batch_size * config.accumulation}, lr {config.lr:.3g}{apart}"
+            f"{self.setup.steps:,} steps of {config.batch_size * config.accumulation}, lr {config.lr:.3g}{apart}"
         )
         self.console.print("before: " + _line(before))
 
     def _finish(self, before: dict[str, float], after: dict[str, float], seconds: float) -> Outcome:
-        into = into_from(self.config)
-        inside = {} if into is None else {"into": into.describe()}
-        delta = self.selection.delta(self.config.model, order=self.config.order).with_metadata(
-            task=self.prepared.describe(), after=after, **inside
-        )
+        delta = self.setup.delta(after=after)
         path = delta.save(self.folder.delta)
         summary = self._summary(before, after, seconds, delta, path)
         self.folder.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -217,7 +256,7 @@ class _Run:
     ) -> dict[str, Any]:
         main = self.prepared.main_metric
         return {
-            "task": self.task,
+            "task": self.setup.task,
             "main_metric": main,
             "main": after[main],
             "greater_is_better": self.prepared.greater_is_better,
@@ -258,7 +297,7 @@ def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bo
         eval_steps=config.eval_steps,
         save_strategy="steps" if config.save_steps or config.eval_steps else "epoch",
         save_steps=config.save_steps or config.eval_steps or 500,
-        save_total_limit=2,
+        save_total_limit=config.keep_checkpoints,
         logging_steps=config.logging_steps,
         report_to=list(config.report_to) or "none",
         remove_unused_columns=False,
@@ -270,4 +309,4 @@ def _line(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-__all__ = ["InterruptedRunError", "Outcome", "planned_steps", "train"]
+__all__ = ["InterruptedRunError", "Outcome", "Setup", "planned_steps", "set_up", "train"]

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from unmask.config import TrainConfig
 from unmask.run_folder import RunFolder
+from unmask.series import write_series
 from unmask.settings import build
 from unmask.sweeps.curves import curve, read_rows, scores
 from unmask.training import InterruptedRunError, train
@@ -29,11 +30,14 @@ def run_cell(settings: Mapping[str, Any], output: Path) -> dict[str, Any]:
     Args:
         settings: Of `unmask.config.TrainConfig`, without ``output``.
         output: The run's folder. Its checkpoints are removed at the end, and so is the delta of full fine-tuning, which is as
-            large as the model.
+            large as the model. With ``keep_checkpoints`` none, the delta of each checkpoint is kept under ``series``, but not
+            those of full fine-tuning.
 
     Returns:
         ``score`` (higher is better) and ``metric``, ``loss``, ``summary``, ``curve``, ``allocation``, ``versions``, and
-        ``resumed_at``: the step of the checkpoint that it went on from.
+        ``resumed_at``: the step of the checkpoint that it went on from. Where the series is kept, ``series`` too: the
+        ``step``, ``used`` (weights unmasked by then), ``score`` (None if it was not evaluated then) and ``file`` (relative
+        to the run's folder) of each delta.
 
     Raises:
         InterruptedRunError: Ctrl-C.
@@ -45,17 +49,30 @@ def run_cell(settings: Mapping[str, Any], output: Path) -> dict[str, Any]:
         resumed_at = _train(config, folder)
     summary = _summary(folder)
     assert summary is not None, "written by train"
+    points, whole_model = curve(read_rows(folder.metrics), summary), config.method == "full" and config.into is None
+    series = {}
+    if config.keep_checkpoints is None and not whole_model:
+        series = {"series": _series(folder, {point["step"]: point["score"] for point in points})}
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    if config.method == "full" and config.into is None:
+    if whole_model:
         folder.delta.unlink(missing_ok=True)
     return {
         **scores(summary),
         "resumed_at": resumed_at,
         "summary": summary,
-        "curve": curve(read_rows(folder.metrics), summary),
+        "curve": points,
+        **series,
         "allocation": read_rows(folder.allocation),
         "versions": versions(),
     }
+
+
+def _series(folder: RunFolder, scored: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Writes the deltas of the run's checkpoints, and returns what the result says of each."""
+    return [
+        {"step": step, "used": used, "score": scored.get(step), "file": str(file.relative_to(folder.path))}
+        for step, used, file in write_series(folder)
+    ]
 
 
 def _train(config: TrainConfig, folder: RunFolder) -> int | None:
@@ -76,18 +93,11 @@ def _train(config: TrainConfig, folder: RunFolder) -> int | None:
 
 
 def last_whole_checkpoint(folder: RunFolder) -> int | None:
-    """The step of the last checkpoint, after removing those that a kill left in pieces; None for none.
-
-    A checkpoint is whole if it holds a readable ``trainer_state.json``, which the Trainer writes last.
-    """
-    found = sorted((int(path.name.rpartition("-")[2]), path) for path in folder.checkpoints.glob("checkpoint-*[0-9]"))
-    for step, path in reversed(found):
-        try:
-            if json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step:
-                return step
-        except (OSError, ValueError, KeyError):
-            pass
-        shutil.rmtree(path)
+    """The step of the last checkpoint, after removing those that a kill left in pieces; None for none."""
+    for step, whole in reversed(folder.steps().items()):
+        if whole:
+            return step
+        shutil.rmtree(folder.checkpoint(step))
     return None
 
 

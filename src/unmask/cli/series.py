@@ -1,0 +1,63 @@
+"""``unmask delta``: the checkpoints of a run, and the delta of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import ConfigError
+from unmask.run_folder import RunFolder
+from unmask.series import checkpoint_state, deltas, find_run
+
+
+def write_delta(path: Path, step: int | None, output: Path | None, base: str | None) -> None:
+    """Writes the delta of one checkpoint, and prints what it holds."""
+    folder, named = find_run(path)
+    if step is not None and named not in (None, step):
+        raise ConfigError(
+            f"{str(path)!r} is the checkpoint of step {named}, and --step {step} asks for another; give one."
+        )
+    chosen = folder.whole_step(step if named is None else named)
+    if output is not None and output.exists():
+        raise ConfigError(f"{str(output)!r} exists already; give another --output.")
+    [(_, delta)] = deltas(folder, [chosen], base)
+    file, held = delta.save(folder.series_file(chosen) if output is None else output), delta.metadata
+    print(f"step {chosen}: {held['used']:,} weights unmasked by then (budget {held['budget']:,})")
+    if "after" in held:
+        print(f"evaluated at that step: {_line(held['after'])}")
+    print(f"delta: {file} ({file.stat().st_size:,} bytes)")
+    if held["method"]["strategy"] != "increment":
+        print(
+            f"note: {held['method']['name']} does not unmask its budget step by step, as id3 does: the checkpoints of this run "
+            "are no series of budgets."
+        )
+
+
+def list_checkpoints(path: Path, given: Mapping[str, Any]) -> None:
+    """Prints the step of each checkpoint of a run, the weights unmasked by then, and the evaluation of that step."""
+    named = [option for option, value in given.items() if value is not None]
+    if named:
+        raise ConfigError(f"--list writes nothing, and goes without {' and '.join(named)}.")
+    folder, _ = find_run(path)
+    folder.whole_step(None)
+    evaluated = folder.evaluated()
+    print(f"{'step':>8}  {'unmasked':>12}  evaluated")
+    for step, whole in folder.steps().items():
+        used = _used(folder, step) if whole else None
+        if used is None:
+            print(f"{step:>8}  {'-':>12}  incomplete or damaged")
+        else:
+            print(f"{step:>8}  {used:>12,}  {_line(evaluated[step]) if step in evaluated else '-'}")
+
+
+def _used(folder: RunFolder, step: int) -> int | None:
+    """The weights unmasked by then; None for a checkpoint that cannot be read."""
+    try:
+        return int(checkpoint_state(folder, step)["used"])
+    except ConfigError:
+        return None
+
+
+def _line(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
