@@ -24,7 +24,24 @@ VALUES: dict[str, Any] = {
     },
     "choose": {"seeds": [0]},
     "figures": ["fig1", "fig5", "fig8"],
-    "claims": [{"source": "a page", "method": EVIL, "score": "88.6"}],
+    "claims": {
+        "model": f"Published {EVIL}",
+        "rows": [
+            {
+                "method": "id3",
+                "budget": "0.2%",
+                "count": f"320K {EVIL}",
+                "scores": {"mrpc": "91.26 0.28", "cola": "72.07"},
+                "average": "89.15",
+            },
+            {
+                "method": "full",
+                "count": "184M",
+                "scores": {"mrpc": "89.95 1.07", "cola": "71.43 0.72"},
+                "average": "80.69",
+            },
+        ],
+    },
 }
 
 

@@ -230,6 +230,7 @@ REFUSED = {
     "budget 0": (("--budget", "0"), "budget = 0"),
     "negative budget": (("--budget", "-5"), "budget = -5"),
     "budget above N": (("--budget", "99999999"), "only"),
+    "budget of full": (("--method", "full"), "method 'full' trains every weight"),
     "budget as text": (("--budget", "many"), "budget = 'many'"),
     "unknown setting": (("--set", "lerning_rate=1"), "unknown setting 'lerning_rate'"),
     "not a number": (("--set", "lr=fast"), "lr = 'fast'"),
@@ -290,6 +291,7 @@ def test_a_damaged_delta_is_refused(trained: Path, world: Path) -> None:
 @pytest.mark.parametrize("method", ["repeat_d3", "static_d3", "pafi", "fish", "bitfit", "random_mask", "full"])
 def test_every_method_runs_from_the_command_line(method: str, world: Path) -> None:
     words = ("--method", method, "--set", "max_steps=3", "--set", "num_samples=16", "--bf16")
+    words += ("--set", "budget=none") if method == "full" else ()
     run(*train_words(f"run-{method}"), *words, cwd=world)
     summary = json.loads((world / f"run-{method}" / "summary.json").read_text())
     assert summary["used"] == summary["budget"]

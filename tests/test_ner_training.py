@@ -336,7 +336,19 @@ def test_bad_input_is_one_clear_message(what: str, world: Path) -> None:
 @pytest.mark.parametrize("kind", ["lora", "shira"])
 def test_all_linear_layers_leave_a_taggers_head_whole(world, kind):
     run(
-        *words(kind, "--into", kind, "--set", "lora_targets=all-linear", "--max-steps", 2, "--method", "full"),
+        *words(
+            kind,
+            "--into",
+            kind,
+            "--set",
+            "lora_targets=all-linear",
+            "--set",
+            "budget=none",
+            "--max-steps",
+            2,
+            "--method",
+            "full",
+        ),
         cwd=world,
     )
     delta = unmask.SparseDelta.load(world / kind / "delta.safetensors")

@@ -97,7 +97,7 @@ def test_every_run_has_a_row_with_its_configuration(text, study):
 def test_the_tables_figures_are_those_of_the_results(study):
     known = read_study(study)
     found = table(known.cells, known.results, known.protocol, known.choice)
-    assert found.tasks == ("mrpc", "cola")
+    assert found.columns == ("mrpc", "cola")
     line = next(one for one in found.lines if one.labels == {"method": "id3", "budget": "0.2%"})
     entry = line.entries["cola"]
     assert (entry.value, entry.edge, len(entry.scores)) == ("1e-3", None, 3)

@@ -57,7 +57,10 @@ def test_rules_go_over_settings_and_axes_and_methods_over_rules():
 
 def test_a_rule_brings_a_grid_of_its_own():
     rules = [{"when": {"method": "full"}, "grid": {"lr": ["1e-5", "2e-5"]}}]
-    rows = {"id3": {"grid": {"lr": ["1e-3"]}}, "full": {"settings": {"method": "full"}, "grid": {"lr": ["1e-2"]}}}
+    rows = {
+        "id3": {"grid": {"lr": ["1e-3"]}},
+        "full": {"settings": {"method": "full", "budget": None}, "grid": {"lr": ["1e-2"]}},
+    }
     cells = expand(sweep(rules=rules, methods=rows))
     assert of(cells, "method", "lr") == [("id3", "1e-3"), ("full", "1e-5"), ("full", "2e-5")]
 
@@ -141,6 +144,8 @@ def test_what_is_no_sweep_is_refused(values, message):
 def test_a_run_that_cannot_work_is_refused_before_anything_runs():
     with pytest.raises(ConfigError, match=r"the run of method id3, task nope: unknown task"):
         expand(sweep(axes={"task": ["rte", "nope"]}))
+    with pytest.raises(ConfigError, match=r"the run of method full: budget = '1%': method 'full' trains every weight"):
+        expand(sweep(methods={"full": {"settings": {"method": "full"}}}))
     with pytest.raises(ConfigError, match="needs a budget to match"):
         expand(sweep(methods={"lora": {"settings": {"lora_r": "match", "budget": None}}}))
 

@@ -12,9 +12,10 @@ from unmask.errors import ConfigError
 from unmask.sweeps import best_of, expand, interval, parse
 from unmask.sweeps.choosing import choose, due
 from unmask.sweeps.live import remaining, time_left
-from unmask.sweeps.spec import Choice
+from unmask.sweeps.spec import Choice, Protocol
 
 RATES = ("1e-4", "1e-3", "1e-2")
+SEEDS = Protocol()
 
 
 def cells(seeds=(0, 1, 2), rates=RATES, rows=("id3",)):
@@ -50,11 +51,11 @@ def test_the_rate_of_least_loss_is_chosen_once_all_have_ended():
     first = {(0, "1e-4"): 0.5, (0, "1e-3"): 0.4}
     waiting = only(choose(grid, choice, results(grid, first)))
     assert (waiting.value, waiting.final) == ("1e-3", False)
-    assert {c.labels["seed"] for c in due(grid, choice, results(grid, first))} == {0}
+    assert {c.labels["seed"] for c in due(grid, SEEDS, choice, results(grid, first))} == {0}
     chosen = only(choose(grid, choice, results(grid, first | {(0, "1e-2"): 0.45})))
     assert (chosen.value, chosen.edge, chosen.final) == ("1e-3", None, True)
     assert chosen.tried == {"1e-4": 0.5, "1e-3": 0.4, "1e-2": 0.45}
-    after = due(grid, choice, results(grid, first | {(0, "1e-2"): 0.45}))
+    after = due(grid, SEEDS, choice, results(grid, first | {(0, "1e-2"): 0.45}))
     assert [(c.labels["seed"], c.labels["lr"]) for c in after] == [
         (0, "1e-4"), (0, "1e-3"), (0, "1e-2"), (1, "1e-3"), (2, "1e-3"),
     ]  # fmt: skip
@@ -80,7 +81,7 @@ def test_a_grid_in_any_order_has_the_same_edges():
 def test_one_rate_is_no_choice_and_all_seeds_are_due():
     grid = cells(rates=("1e-3",))
     assert only(choose(grid, Choice(), {})).edge == "alone"
-    assert due(grid, Choice(), {}) == grid
+    assert due(grid, SEEDS, Choice(), {}) == grid
 
 
 def test_runs_that_failed_are_not_chosen_and_block_nothing():
@@ -90,7 +91,7 @@ def test_runs_that_failed_are_not_chosen_and_block_nothing():
     assert (chosen.value, chosen.final) == ("1e-4", True)
     none = only(choose(grid, Choice(), results(grid, dict.fromkeys(figures, "failed"))))
     assert (none.value, none.final) == (None, True)
-    assert len(due(grid, Choice(), results(grid, dict.fromkeys(figures, "failed")))) == 3
+    assert len(due(grid, SEEDS, Choice(), results(grid, dict.fromkeys(figures, "failed")))) == 3
 
 
 def test_the_choice_can_be_by_a_metric_and_over_several_seeds():
@@ -164,7 +165,7 @@ def test_levels_and_counts_out_of_range_are_refused():
 def test_the_time_left_counts_what_the_choice_will_bring():
     grid = cells()
     first = results(grid, {(0, "1e-4"): 0.5})
-    left = remaining(grid, Choice(), first)
+    left = remaining(grid, SEEDS, Choice(), first)
     assert [c.labels["seed"] for c in left] == [0, 0, 1, 2]  # two rates to try, then one run for each other seed
     assert time_left(left, first, {}, 1) == 40
     assert time_left(left, first, {left[0].id: 7.0}, 1) == 33
@@ -181,3 +182,38 @@ def test_runs_that_are_alike_tell_the_time():
     }
     left = [c for c in grid if c.id not in found]
     assert {c.labels["method"]: time_left([c], found, {}, 1) for c in left} == {"id3": 30.0, "pafi": 2.0}
+
+
+def test_the_papers_runs_pair_each_rate_with_a_seed():
+    grid = cells(seeds=(6, 7, 8), rows=("id3", "pafi"))
+    pairs = Protocol(kind="paper", pair="lr")
+    wanted = {(row, seed, rate) for row in ("id3", "pafi") for seed, rate in zip((6, 7, 8), RATES, strict=True)}
+    assert {
+        (c.labels["method"], c.labels["seed"], c.labels["lr"]) for c in due(grid, pairs, Choice(seeds=(6,)), {})
+    } == wanted
+    assert len(remaining(grid, pairs, Choice(seeds=(6,)), {})) == 6
+    one = cells(seeds=(6, 7, 8), rates=("1e-3",))
+    assert due(one, pairs, None, {}) == one  # a row of one rate runs it with every seed
+
+
+def test_both_protocols_share_the_runs_that_each_needs():
+    grid, both, choice = cells(seeds=(6, 7, 8)), Protocol(kind="both", pair="lr"), Choice(seeds=(6,))
+    first = due(grid, both, choice, {})
+    assert [(c.labels["seed"], c.labels["lr"]) for c in first] == [
+        (6, "1e-4"), (6, "1e-3"), (6, "1e-2"), (7, "1e-3"), (8, "1e-2"),
+    ]  # fmt: skip
+    known = results(grid, {(6, "1e-4"): 0.5, (6, "1e-3"): 0.6, (6, "1e-2"): 0.7})
+    after = {(c.labels["seed"], c.labels["lr"]) for c in due(grid, both, choice, known)}
+    assert after - {(c.labels["seed"], c.labels["lr"]) for c in first} == {(7, "1e-4"), (8, "1e-4")}
+
+
+def test_pairs_need_as_many_values_as_seeds():
+    values = {
+        "settings": {"model": "m", "task": "rte", "budget": "1%"},
+        "axes": {"seed": [0, 1]},
+        "methods": {"id3": {"grid": {"lr": list(RATES)}}},
+        "protocol": {"kind": "paper", "pair": "lr"},
+    }
+    with pytest.raises(ConfigError, match="id3 has 3 values of lr and 2 seeds; give as many of both"):
+        expand(parse(values))
+    assert len(expand(parse({**values, "protocol": {"kind": "seeds", "pair": "lr"}}))) == 6

@@ -133,8 +133,9 @@ def test_a_finished_run_whose_result_was_lost_is_not_trained_again(world, monkey
 
 def test_the_rivals_train_as_many_weights(world):
     root, _ = world
-    cells = expand(read_sweep(root / "sweep.yaml"), rank=lambda settings: 2)
-    found = {r["method"]: r for r in records(cells, Store(root / "out").results())}
+    sweep = read_sweep(root / "sweep.yaml")
+    cells = expand(sweep, rank=lambda settings: 2)
+    found = {r["method"]: r for r in records(cells, Store(root / "out").results(), sweep.protocol, sweep.choice)}
     assert {
         name: r["budget"] for name, r in found.items() if name not in ("full", "long", "diverging")
     } == dict.fromkeys(("id3", "snip", "lora", "shira"), 256)
@@ -174,7 +175,11 @@ def test_the_command_shows_the_table_and_the_report_reads_the_folder(world):
     root, done = world
     assert "| method | budget |" not in done.stdout  # the budget is no axis here
     assert "| id3 |" in done.stdout
-    assert (root / "out" / "table.md").read_text().startswith("| method |")
+    assert (
+        (root / "out" / "table.md")
+        .read_text()
+        .startswith("**Lr chosen by loss on seed 0, then mean over seeds**\n\n| method | weights | data |")
+    )
     study = read_study(root / "out")
     assert len(study.results) == len(study.cells) == 8
     assert study.command.startswith("unmask sweep sweep.yaml")

@@ -19,10 +19,11 @@ from unmask.settings import parse_assignments
 from unmask.sweeps.cells import Cell, expand, runs
 from unmask.sweeps.choosing import due
 from unmask.sweeps.live import describe, outcome
+from unmask.sweeps.records import records
 from unmask.sweeps.runner import Report, run_sweep
 from unmask.sweeps.spec import Sweep
 from unmask.sweeps.store import Result, Store
-from unmask.sweeps.tables import markdown, table
+from unmask.sweeps.tables import markdown, tables
 from unmask.writing import write_text
 
 
@@ -83,8 +84,8 @@ def with_protocol(sweep: Sweep, kind: str | None) -> Sweep:
     Raises:
         ConfigError: There is none of that name.
     """
-    if kind not in (None, "paper", "seeds"):
-        raise ConfigError(f"protocol = {kind!r}; it must be paper or seeds.")
+    if kind not in (None, "paper", "seeds", "both"):
+        raise ConfigError(f"protocol = {kind!r}; it must be paper, seeds or both.")
     return sweep if kind is None else replace(sweep, protocol=replace(sweep.protocol, kind=cast(Any, kind)))
 
 
@@ -100,11 +101,13 @@ def _pairs(option: str, texts: Sequence[str] | None) -> dict[str, list[str]]:
 
 def listing(sweep: Sweep, cells: Sequence[Cell], results: dict[str, Result]) -> Table:
     """The runs in order, and what is known of each."""
-    shown = Table(title=f"{sweep.name}: {len(runs(cells))} runs", title_justify="left")
+    now = {cell.id for cell in due(cells, sweep.protocol, sweep.choice, results)}
+    pairs_alone = sweep.protocol.kind == "paper" and sweep.protocol.pair is not None
+    listed = [cell for cell in runs(cells) if cell.id in now or not pairs_alone]
+    shown = Table(title=f"{sweep.name}: {len(listed)} runs", title_justify="left")
     for column in ("", "run", "", "state"):
         shown.add_column(column, justify="right" if not shown.columns else "left", overflow="fold")
-    now = {cell.id for cell in due(cells, sweep.choice, results)}
-    for number, cell in enumerate(runs(cells), start=1):
+    for number, cell in enumerate(listed, start=1):
         state = (
             outcome(results[cell.id]) if cell.id in results else "to run" if cell.id in now else "if its rate is chosen"
         )
@@ -113,7 +116,9 @@ def listing(sweep: Sweep, cells: Sequence[Cell], results: dict[str, Result]) -> 
 
 
 def _finish(sweep: Sweep, store: Store, made: Report, console: Console) -> None:
-    text = markdown(table(made.cells, made.results, sweep.protocol, sweep.choice))
+    found = tables(made.cells, made.results, sweep.protocol, sweep.choice, sweep.claims)
+    shown = found if sweep.protocol.pair else found[:1]  # the report has the others
+    text = "\n\n".join([*sweep.notes, *map(markdown, shown)])
     write_text(store.folder / "table.md", f"{text}\n")
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     for path in _figures(sweep, store, made, console):
@@ -133,12 +138,11 @@ def _finish(sweep: Sweep, store: Store, made: Report, console: Console) -> None:
 def _figures(sweep: Sweep, store: Store, made: Report, console: Console) -> list[Path]:
     if not sweep.figures:
         return []
-    from unmask.report.drawing import chosen_records, draw_files
+    from unmask.report.drawing import draw_files
 
+    shown = records(made.cells, made.results, sweep.protocol, sweep.choice)
     try:
-        return draw_files(
-            sweep.figures, chosen_records(made.cells, made.results, sweep.choice), store.folder / "figures"
-        )
+        return draw_files(sweep.figures, shown, store.folder / "figures")
     except MissingExtraError as error:
         console.print(f"no figures: {error}", markup=False)
         return []

@@ -11,7 +11,7 @@ from typing import Any
 from unmask.errors import DataError
 from unmask.settings import read_yaml
 from unmask.sweeps.cells import Cell, canonical, run_id
-from unmask.sweeps.spec import Choice, Protocol
+from unmask.sweeps.spec import Choice, Claims, Protocol, read_claims
 from unmask.sweeps.store import Result, Store
 
 
@@ -28,7 +28,7 @@ class Study:
         protocol: How seeds become one figure.
         notes: What a reader must know.
         figures: Figures to draw; None for all that the runs have the data for.
-        claims: What the paper is known to claim.
+        claims: The figures that the paper prints for this table; None for none.
         command: What made it.
     """
 
@@ -40,7 +40,7 @@ class Study:
     protocol: Protocol = field(default_factory=Protocol)
     notes: tuple[str, ...] = ()
     figures: tuple[str, ...] | None = None
-    claims: tuple[Mapping[str, Any], ...] = ()
+    claims: Claims | None = None
     command: str = ""
 
 
@@ -70,7 +70,7 @@ def _of_sweep(store: Store) -> Study:
             protocol=Protocol(**plan["protocol"]),
             notes=tuple(plan["notes"]),
             figures=tuple(plan["figures"]) or None,
-            claims=tuple(plan["claims"]),
+            claims=read_claims(plan["claims"]),
             command=plan["command"],
         )
     except (KeyError, TypeError) as error:

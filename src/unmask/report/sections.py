@@ -8,13 +8,26 @@ from dataclasses import replace
 from html import escape
 
 from unmask.errors import UnmaskError
-from unmask.report.drawing import CAPTIONS, chosen_records, inline, worth_drawing
+from unmask.report.drawing import CAPTIONS, inline, worth_drawing
 from unmask.report.reading import Study
 from unmask.report.runs import failures_section, runs_section
 from unmask.sweeps.cells import runs
 from unmask.sweeps.protocols import Estimate
+from unmask.sweeps.records import records
 from unmask.sweeps.spec import Protocol
-from unmask.sweeps.tables import EDGES, Entry, Line, Table, figure, legend, table
+from unmask.sweeps.tables import (
+    EDGES,
+    Entry,
+    Line,
+    Table,
+    average_text,
+    claim_text,
+    figure,
+    legend,
+    table,
+    tables,
+    trained_text,
+)
 
 _MARKS = "below; \N{WARNING SIGN}"  # see `legend`
 
@@ -32,7 +45,6 @@ def study_section(study: Study, anchor: str, titled: bool = True) -> str:
         _head(study),
         _tables(study),
         _rates(study),
-        _claims(study),
         _figures(study, anchor),
         runs_section(study, anchor),
         failures_section(study),
@@ -58,30 +70,27 @@ def _open(study: Study, ended: int) -> str:
     """How many runs are to come; with a choice, not all of the grid will be run."""
     from unmask.sweeps.live import remaining
 
-    left = len(remaining(study.cells, study.choice, study.results))
+    left = len(remaining(study.cells, study.protocol, study.choice, study.results))
     return f"{left} to go" if left else ""
 
 
 def _tables(study: Study) -> str:
-    found = table(study.cells, study.results, study.protocol, study.choice)
-    kind = "seeds" if study.protocol.kind == "paper" else "paper"
-    other = replace(study.protocol, kind=kind)  # type: ignore[arg-type]
-    names = {"paper": "The paper's protocol: the best runs", "seeds": "All seeds, with a confidence interval"}
-    again = table(study.cells, study.results, other, study.choice)
-    return (
-        f"<h3>{names[study.protocol.kind]}</h3>{score_table(found)}"
-        f"<details><summary>{names[kind]}</summary>{score_table(again)}</details>"
-    )
+    first, *others = tables(study.cells, study.results, study.protocol, study.choice, study.claims)
+    folded = "".join(f"<details><summary>{escape(t.title)}</summary>{score_table(t)}</details>" for t in others)
+    return f"<h3>{escape(first.title)}</h3>{score_table(first)}{folded}"
 
 
 def score_table(found: Table) -> str:
-    """A table of scores; the best of each column is bold."""
+    """A table of scores; the best of each column is bold, and the paper's figures stand at the right of ours."""
     names = list(dict.fromkeys(key for line in found.lines for key in line.labels))
     averages = any(line.average is not None for line in found.lines)
+    paper = "<th class=n>paper</th>" if found.model else ""
     head = [f"<th>{escape(name)}</th>" for name in names] + ["<th class=n>weights</th>"]
-    head += [f"<th class=n>{escape(task)}<small>{escape(_metric(found, task))}</small></th>" for task in found.tasks]
-    head += ["<th class=n>average</th>"] if averages else []
-    best = {task: _best(found, task) for task in found.tasks}
+    for column in found.columns:
+        head.append(f"<th class=n>{escape(column)}<small>{escape(_metric(found, column))}</small></th>{paper}")
+    head += [f"<th class=n>average</th>{paper}"] if averages else []
+    head += ["<th>the paper's model and budget</th>"] if found.model else []
+    best = {column: _best(found, column) for column in found.columns}
     rows = "".join(_row(line, names, found, best, averages) for line in found.lines)
     return (
         f'<div class="wide"><table><thead><tr>{"".join(head)}</tr></thead><tbody>{rows}</tbody></table></div>'
@@ -90,14 +99,18 @@ def score_table(found: Table) -> str:
 
 
 def _row(line: Line, names: Sequence[str], found: Table, best: Mapping[str, float | None], averages: bool) -> str:
+    def paper(text: str) -> list[str]:
+        return [f"<td class=n>{escape(text)}</td>"] if found.model else []
+
     cells = [f"<td>{escape(line.labels.get(name, ''))}</td>" for name in names]
-    trained = sorted({entry.trained for entry in line.entries.values() if entry.trained})
-    cells.append(
-        f"<td class=n>{' to '.join(f'{count:,}' for count in (trained[:1] + trained[-1:])[: len(trained)])}</td>"
-    )
-    cells += [_cell(line.entries.get(task), found, best[task]) for task in found.tasks]
+    cells.append(f"<td class=n>{trained_text(line)}</td>")
+    for column in found.columns:
+        cells += [_cell(line.entries.get(column), found, best[column]), *paper(claim_text(line.claim, column))]
     if averages:
-        cells.append(f"<td class=n>{100 * line.average:.2f}</td>" if line.average is not None else "<td class=n>-</td>")
+        own = f"{100 * line.average:.2f}" if line.average is not None else "-"
+        cells += [f"<td class=n>{own}</td>", *paper(average_text(line.claim))]
+    if found.model:
+        cells.append(f"<td>{escape(f'{found.model}, {line.claim.count}') if line.claim else ''}</td>")
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -146,9 +159,9 @@ def _best(found: Table, task: str) -> float | None:
 
 def _rates(study: Study) -> str:
     """What each value of the swept setting gave."""
-    if study.choice is None:
+    if study.choice is None or (study.protocol.kind == "paper" and study.protocol.pair):
         return ""
-    found = table(study.cells, study.results, study.protocol, study.choice)
+    found = table(study.cells, study.results, replace(study.protocol, kind="seeds"), study.choice)
     rows = []
     for line in found.lines:
         for task, entry in line.entries.items():
@@ -167,24 +180,8 @@ def _rates(study: Study) -> str:
     return f"<details><summary>How the {escape(study.choice.setting)} was chosen</summary>{body}</details>"
 
 
-def _claims(study: Study) -> str:
-    if not study.claims:
-        return ""
-    names = list(dict.fromkeys(key for claim in study.claims for key in claim))
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(claim.get(name, '')))}</td>" for name in names) + "</tr>"
-        for claim in study.claims
-    )
-    return (
-        "<h3>What the paper is known to claim</h3>"
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-        '<p class="muted">Not measured here; other models and settings than above.</p>'
-    )
-
-
 def _figures(study: Study, anchor: str) -> str:
-    shown = chosen_records(study.cells, study.results, study.choice)
+    shown = records(study.cells, study.results, study.protocol, study.choice)
     names = study.figures if study.figures is not None else worth_drawing(shown)
     parts = []
     for name, drawn in inline(names, shown, anchor).items():

@@ -62,7 +62,27 @@ def expand(sweep: Sweep, rank: Rank | None = None) -> list[Cell]:
         for labels, settings in _tried(sweep, row, place):
             cell = _cell(labels, settings, rank)
             cells.setdefault((cell.id, cell.group()), cell)
+    _check_pairs(sweep, cells.values())
     return _ordered(sweep, list(cells.values()))
+
+
+def _check_pairs(sweep: Sweep, cells: Iterable[Cell]) -> None:
+    """A paired setting has as many values as there are seeds, or one."""
+    pair = sweep.protocol.pair
+    if pair is None or sweep.protocol.kind == "seeds":
+        return
+    groups: dict[Any, dict[str, set[str]]] = {}
+    for cell in cells:
+        found = groups.setdefault(cell.group(pair, "seed"), {pair: set(), "seed": set()})
+        for label in (pair, "seed"):
+            found[label].add(str(cell.labels.get(label)))
+    for group, found in groups.items():
+        values, seeds = len(found[pair]), len(found["seed"])
+        if values not in (1, seeds):
+            raise ConfigError(
+                f"the paper's protocol runs each {pair} with one seed, and {', '.join(v for _, v in group)} has {values} values "
+                f"of {pair} and {seeds} seeds; give as many of both, or one {pair}, or take the protocol seeds."
+            )
 
 
 def _places(sweep: Sweep) -> Iterator[tuple[Row, dict[str, Any]]]:

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from unmask.sweeps.cells import Cell
-from unmask.sweeps.spec import Choice
+from unmask.sweeps.spec import Choice, Protocol
 from unmask.sweeps.store import Result
 
 Group = tuple[tuple[str, str], ...]
@@ -47,8 +47,51 @@ def choose(cells: Iterable[Cell], choice: Choice, results: Mapping[str, Result])
     return {key: _chosen(members, choice, results) for key, members in groups.items()}
 
 
-def due(cells: Sequence[Cell], choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
-    """The cells that can be run as far as is known: all on the choosing seeds, the chosen ones on the others."""
+def paired(cells: Iterable[Cell], setting: str) -> list[Cell]:
+    """The cells whose value of a setting stands at the same place in its grid as their seed among the seeds.
+
+    Args:
+        cells: The full grid.
+        setting: A setting of the grids. Where a group of cells has one value of it, all its seeds count.
+
+    Example:
+        >>> cells = [Cell(f"{lr}{seed}", {"lr": lr, "seed": seed}, {}) for seed in (6, 7) for lr in ("1e-4", "3e-4")]
+        >>> [cell.id for cell in paired(cells, "lr")]
+        ['1e-46', '3e-47']
+    """
+    cells = list(cells)
+    places: dict[Group, tuple[list[str], list[str]]] = {}
+    for cell in cells:
+        values, seeds = places.setdefault(cell.group(setting, "seed"), ([], []))
+        for known, label in ((values, setting), (seeds, "seed")):
+            text = str(cell.labels.get(label))
+            if text not in known:
+                known.append(text)
+
+    def is_paired(cell: Cell) -> bool:
+        values, seeds = places[cell.group(setting, "seed")]
+        value, seed = str(cell.labels.get(setting)), str(cell.labels.get("seed"))
+        return len(values) == 1 or values.index(value) == seeds.index(seed)
+
+    return [cell for cell in cells if is_paired(cell)]
+
+
+def due(cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
+    """The cells that the protocol needs and that can be run as far as is known.
+
+    Under ``"paper"`` with a paired setting these are the pairs. Otherwise they are all cells, or with a choice all on the
+    choosing seeds and the chosen ones on the others.
+    """
+    if protocol.pair and protocol.kind != "seeds":
+        pairs = paired(cells, protocol.pair)
+        if protocol.kind == "paper":
+            return pairs
+        wanted = {id(cell) for cell in (*pairs, *_due_by_choice(cells, choice, results))}
+        return [cell for cell in cells if id(cell) in wanted]
+    return _due_by_choice(cells, choice, results)
+
+
+def _due_by_choice(cells: Sequence[Cell], choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
     if choice is None:
         return list(cells)
     chosen = choose(cells, choice, results)

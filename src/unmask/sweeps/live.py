@@ -16,7 +16,7 @@ from rich.text import Text
 from unmask.sweeps.cells import Cell, runs
 from unmask.sweeps.choosing import choose, due
 from unmask.sweeps.pool import Worker
-from unmask.sweeps.spec import Choice
+from unmask.sweeps.spec import Choice, Protocol
 from unmask.sweeps.store import Result
 
 SHOWN = 12  # ended runs in the live table
@@ -27,13 +27,17 @@ class LiveTable:
 
     Args:
         cells: The whole grid.
-        choice: Of the sweep.
+        protocol: The sweep's protocol.
+        choice: How the sweep chooses a setting.
         console: Where to draw.
         workers: How many runs go on at a time.
     """
 
-    def __init__(self, cells: Sequence[Cell], choice: Choice | None, console: Console, workers: int) -> None:
-        self._cells, self._choice, self._console, self._workers = list(cells), choice, console, workers
+    def __init__(
+        self, cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, console: Console, workers: int
+    ) -> None:
+        self._cells, self._console, self._workers = list(cells), console, workers
+        self._protocol, self._choice = protocol, choice
         self._ended: deque[tuple[Cell, Result]] = deque(maxlen=SHOWN)
         self._results: Mapping[str, Result] = {}
         self._running: list[Worker] = []
@@ -67,7 +71,7 @@ class LiveTable:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _counts(self) -> str:
-        left = remaining(self._cells, self._choice, self._results)
+        left = remaining(self._cells, self._protocol, self._choice, self._results)
         failed = sum(result["status"] == "failed" for result in self._results.values())
         spent = {w.cell.id: w.elapsed for w in self._running if w.cell}
         estimate = time_left(left, self._results, spent, self._workers)
@@ -108,11 +112,13 @@ def outcome(result: Result) -> str:
     return ", ".join(words + ([f"loss {loss:.4f}"] if isinstance(loss, float) else [])) or "done"
 
 
-def remaining(cells: Sequence[Cell], choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
+def remaining(
+    cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Mapping[str, Result]
+) -> list[Cell]:
     """Runs still to do, with one value of the chosen setting where the choice is not made yet."""
-    known = {cell.id for cell in due(cells, choice, results)}
+    known = {cell.id for cell in due(cells, protocol, choice, results)}
     left = [cell for cell in runs(cells) if cell.id in known and cell.id not in results]
-    if choice is None:
+    if choice is None or (protocol.kind == "paper" and protocol.pair):
         return left
     open_groups = {key for key, chosen in choose(cells, choice, results).items() if not chosen.final}
     later: dict[Any, Cell] = {}

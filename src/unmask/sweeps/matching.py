@@ -24,14 +24,18 @@ def matching_rank(settings: Mapping[str, Any]) -> int:
     Raises:
         ConfigError: ``into`` has no rank, or nothing can be added to this model.
     """
-    config = build({**settings, "lora_r": 1, "lora_alpha": 1, "output": "-"})
+    budget = str(settings["budget"])
+    given = {
+        **settings,
+        "budget": None if settings.get("method") == "full" else budget,
+    }  # a whole LoRA has none of its own
+    config = build({**given, "lora_r": 1, "lora_alpha": 1, "output": "-"})
     if config.into not in ("lora", "dora", "shira"):
         raise ConfigError(f"lora_r = 'match' goes with into = lora, dora or shira, not {config.into!r}.")
     # SHiRA has as many as a LoRA of the same rank, and peft cannot lay it out without data
     kind = "lora" if config.into == "shira" else config.into
     total, one, two = _counts(config.model, kind_for(config).head, kind, config.lora_targets)
-    budget = parse_budget(config.budget, total)  # type: ignore[arg-type]  # not None: checked before
-    return max(1, round((budget - one) / (two - one)) + 1)
+    return max(1, round((parse_budget(budget, total) - one) / (two - one)) + 1)
 
 
 @functools.lru_cache(maxsize=64)

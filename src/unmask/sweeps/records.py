@@ -8,7 +8,12 @@ from typing import Any, cast
 
 from unmask.figures.records import RunRecord
 from unmask.sweeps.cells import Cell
+from unmask.sweeps.choosing import choose, paired
+from unmask.sweeps.columns import columns_of, task_of
+from unmask.sweeps.spec import Choice, Protocol
 from unmask.sweeps.store import Result
+
+_PLACED = ("method", "task", "budget", "seed", "model", "eps", "exp", "lr")  # labels that a record has an entry for
 
 
 def record(cell: Cell, result: Result) -> RunRecord | None:
@@ -16,20 +21,22 @@ def record(cell: Cell, result: Result) -> RunRecord | None:
     if result.get("status") != "done" or result.get("score") is None:
         return None
     summary, settings = result.get("summary") or {}, result["settings"]
-    method = summary.get("method") or {}
+    method, trained = summary.get("method") or {}, trained_weights(summary)
+    whole = settings.get("method") == "full"
     found: dict[str, Any] = {
         "name": cell.id,
         "method": str(cell.labels.get("method", "id3")),
         "task": str(settings.get("task") or summary.get("task") or "data"),
         "model": PurePath(str(settings.get("model", ""))).name,
-        "budget": trained_weights(summary),
-        "share": trained_weights(summary) / base_weights(summary),
+        "budget": trained if whole else int(summary.get("budget") or 0),
+        "trained": trained,
+        "share": trained / base_weights(summary),
         "seed": int(settings.get("seed", 0)),
         "lr": float(summary.get("lr") or settings.get("lr", 1e-3)),
         "score": result["score"],
         "loss": result.get("loss"),
         "metric": str(result.get("metric", "score")),
-        "strategy": "none" if settings.get("method") == "full" else str(method.get("strategy", "none")),
+        "strategy": "none" if whole else str(method.get("strategy", "none")),
         "parameters": {**method.get("parameters", {}), **parameters(settings)},
         "curve": result.get("curve"),
         "allocation": result.get("allocation"),
@@ -37,25 +44,62 @@ def record(cell: Cell, result: Result) -> RunRecord | None:
     return cast(RunRecord, {key: value for key, value in found.items() if value not in (None, [])})
 
 
-def records(cells: Iterable[Cell], results: Mapping[str, Result]) -> list[RunRecord]:
-    """Records of all runs that are done, one for each run."""
+def records(
+    cells: Iterable[Cell], results: Mapping[str, Result], protocol: Protocol, choice: Choice | None
+) -> list[RunRecord]:
+    """The records of the runs that count under a sweep's protocol, one for each run.
+
+    Under the paper's protocol with a paired setting these are the pairs, and each record says how many of them count;
+    otherwise they are the runs at the chosen value of the swept setting. Labels that a record has no entry for become part
+    of the method's name.
+
+    Args:
+        cells: The full grid.
+        results: The results of its runs, by id.
+        protocol: The sweep's protocol.
+        choice: How the sweep chooses a setting; None where it does not.
+    """
+    cells = list(cells)
+    by_pairs = protocol.pair is not None and protocol.kind != "seeds"
+    if by_pairs:
+        cells = paired(cells, str(protocol.pair))
+    elif choice:
+        chosen = choose(cells, choice, results)
+        value = {key: str(found.value) for key, found in chosen.items()}
+        cells = [c for c in cells if str(c.labels.get(choice.setting)) == value[c.group(choice.setting, "seed")]]
+    swept = protocol.pair if by_pairs else choice.setting if choice else "lr"
+    columns = columns_of(cells, results, protocol)
     found: dict[str, RunRecord] = {}
     for cell in cells:
         made = record(cell, results[cell.id]) if cell.id in results else None
-        if made is not None:
-            found.setdefault(cell.id, made)
+        if made is None:
+            continue
+        more = [f"{k} {v}" for k, v in cell.labels.items() if k not in (*_PLACED, swept) and v is not None]
+        made["method"] = " ".join([made["method"], *more])
+        shown = {c.label: c.value(results[cell.id]) for c in columns if c.task == task_of(cell)}
+        made["columns"] = {label: value for label, value in shown.items() if value is not None}
+        if by_pairs:
+            made["best"] = protocol.best
+        found.setdefault(cell.id, made)
     return list(found.values())
 
 
 def trained_weights(summary: Mapping[str, Any]) -> int:
-    """The weights that count: the budget; of full fine-tuning and of a whole LoRA all that is trained but the new head.
+    """How many weights a run trains: its budget.
+
+    Of full fine-tuning and of a whole LoRA these are all that is trained but the new head, and of repeat-S that puts nothing
+    back all that was ever picked.
 
     Example:
         >>> trained_weights({"budget": 290, "head": 34, "method": {"name": "full"}})
         256
+        >>> trained_weights({"budget": 100, "used": 1630, "method": {"name": "repeat_d3", "leaving": "kept"}})
+        1630
     """
-    whole = (summary.get("method") or {}).get("name") == "full"
-    return int(summary.get("budget") or 0) - (int(summary.get("head") or 0) if whole else 0)
+    method, budget = summary.get("method") or {}, int(summary.get("budget") or 0)
+    if method.get("leaving") == "kept":
+        return int(summary["used"])
+    return budget - (int(summary.get("head") or 0) if method.get("name") == "full" else 0)
 
 
 def base_weights(summary: Mapping[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import signal
 import time
@@ -99,7 +100,7 @@ def plan(sweep: Sweep, cells: Sequence[Cell], command: str = "") -> dict[str, An
         "title": sweep.title,
         "notes": list(sweep.notes),
         "figures": list(sweep.figures),
-        "claims": [dict(claim) for claim in sweep.claims],
+        "claims": None if sweep.claims is None else dataclasses.asdict(sweep.claims),
         "choose": None if choice is None else {**vars(choice), "seeds": list(choice.seeds)},
         "protocol": vars(protocol).copy(),
         "cells": [{"id": c.id, "labels": dict(c.labels), "settings": dict(c.settings)} for c in cells],
@@ -131,7 +132,7 @@ class _Work:
         }
         self.deaths: dict[str, int] = {}
         self.elsewhere: dict[str, float] = {}  # run -> when to ask again
-        self.live = LiveTable(self.cells, sweep.choice, console, workers)
+        self.live = LiveTable(self.cells, sweep.protocol, sweep.choice, console, workers)
 
     def go(self) -> Report:
         try:
@@ -152,7 +153,8 @@ class _Work:
         """Gives due runs to waiting workers; False when nothing is left to do."""
         taken = {worker.cell.id for worker in self.pool.workers if worker.cell}
         ended_or_taken = self.results.keys() | taken
-        waiting = [c for c in runs(due(self.cells, self.sweep.choice, self.results)) if c.id not in ended_or_taken]
+        wanted = due(self.cells, self.sweep.protocol, self.sweep.choice, self.results)
+        waiting = [cell for cell in runs(wanted) if cell.id not in ended_or_taken]
         now = time.monotonic()
         ready = [cell for cell in waiting if self.elsewhere.get(cell.id, 0.0) <= now]
         for worker in self.pool.workers:

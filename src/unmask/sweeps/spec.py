@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, cast
 
 from unmask.errors import ConfigError
@@ -67,23 +69,63 @@ class Choice:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the seeds of a cell become one figure.
+    """How the runs of a cell become one figure.
 
     Attributes:
         kind: ``"seeds"``: the mean over all seeds, with a confidence interval. ``"paper"``: mean and deviation of the best
-            ``best`` runs.
+            ``best`` runs. ``"both"``: the runs that each of the two needs are made, and both figures are shown.
         interval: ``"t"`` or ``"bootstrap"``.
-        level: Of the interval.
+        level: The interval's level.
         best: How many runs count under ``"paper"``.
+        pair: A setting of the grids, such as ``"lr"``: under ``"paper"`` its i-th value is run with the i-th seed alone, and
+            these are the runs of a cell. None: every value with every seed.
         score: What is reported: ``"score"``, the task's main metric on its first evaluation split, or a metric by its name after
             training (``test_f1``: another split than the one that the choice is made on).
     """
 
-    kind: Literal["seeds", "paper"] = "seeds"
+    kind: Literal["seeds", "paper", "both"] = "seeds"
     interval: Literal["t", "bootstrap"] = "t"
     level: float = 0.95
     best: int = 3
+    pair: str | None = None
     score: str = "score"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row of a published table.
+
+    Attributes:
+        method: The row of the sweep that it stands next to.
+        budget: The value of the axis ``budget`` that it stands next to, as text; None for a row without one.
+        count: The budget as it is printed.
+        scores: The text of each column as it is printed, in percent: the mean, and after a space the deviation if there is one.
+        average: The average as it is printed; None where there is none.
+    """
+
+    method: str
+    budget: str | None
+    count: str
+    scores: Mapping[str, str]
+    average: str | None = None
+
+    @property
+    def mean(self) -> float:
+        """The mean of the printed columns."""
+        return fmean(float(text.split()[0]) for text in self.scores.values())
+
+
+@dataclass(frozen=True)
+class Claims:
+    """A published table: what it was measured on, and its rows."""
+
+    model: str
+    rows: tuple[Claim, ...]
+
+    def of(self, labels: Mapping[str, Any]) -> Claim | None:
+        """The row that stands next to a line with these labels; None if there is none."""
+        method, budget = labels.get("method"), labels.get("budget")
+        return next((r for r in self.rows if r.method == method and r.budget in (None, budget)), None)
 
 
 @dataclass(frozen=True)
@@ -102,7 +144,7 @@ class Sweep:
         title: For people.
         notes: What a reader must know, paragraph by paragraph.
         figures: Figures that the report draws.
-        claims: What the paper is known to claim; rows of a table for the report.
+        claims: The figures that the paper prints for this table; None for none.
     """
 
     name: str
@@ -116,7 +158,7 @@ class Sweep:
     title: str = ""
     notes: tuple[str, ...] = ()
     figures: tuple[str, ...] = ()
-    claims: tuple[Mapping[str, Any], ...] = ()
+    claims: Claims | None = None
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -240,7 +282,7 @@ def parse(values: Mapping[str, Any]) -> Sweep:
         choice=_choice(values.get("choose")),
         protocol=_protocol(values.get("protocol")),
         figures=_texts("figures", values.get("figures", ())),
-        claims=tuple(_mapping("claims", claim) for claim in values.get("claims") or ()),
+        claims=read_claims(values.get("claims")),
     )
 
 
@@ -271,11 +313,41 @@ def _choice(values: Any) -> Choice | None:
 
 def _protocol(values: Any) -> Protocol:
     values = _mapping("protocol", values)
-    _known("protocol", values, ("kind", "interval", "level", "best", "score"))
-    for key, options in (("kind", ("seeds", "paper")), ("interval", ("t", "bootstrap"))):
+    _known("protocol", values, ("kind", "interval", "level", "best", "pair", "score"))
+    for key, options in (("kind", ("seeds", "paper", "both")), ("interval", ("t", "bootstrap"))):
         if values.get(key, options[0]) not in options:
             raise ConfigError(f"protocol.{key} = {values[key]!r}; it must be one of {', '.join(options)}.")
     return Protocol(**values)
+
+
+def read_claims(values: Any) -> Claims | None:
+    """The figures of a published table from plain values; None for none.
+
+    Raises:
+        ConfigError: An unknown key, or a score that is no number.
+    """
+    if not values:
+        return None
+    values = _mapping("claims", values)
+    _known("claims", values, ("model", "rows"))
+    return Claims(str(values.get("model", "")), tuple(map(_claim, values.get("rows") or ())))
+
+
+def _claim(values: Any) -> Claim:
+    values = _mapping("a row of claims", values)
+    _known("a row of claims", values, ("method", "budget", "count", "scores", "average"))
+    texts = {str(column): str(text) for column, text in _mapping("scores", values.get("scores")).items()}
+    budget, average = (None if values.get(key) is None else str(values[key]) for key in ("budget", "average"))
+    for text in [*texts.values(), *([average] if average else [])]:
+        if not _PRINTED.fullmatch(text):
+            raise ConfigError(
+                f"claims: {text!r} of {values.get('method')!r} must be a printed mean ('89.38'), with its deviation if there is "
+                "one ('89.38 0.07')."
+            )
+    return Claim(str(values.get("method", "")), budget, str(values.get("count", "")), texts, average)
+
+
+_PRINTED = re.compile(r"\d+(?:\.\d+)?(?: \d+(?:\.\d+)?)?")
 
 
 def _known(where: str, values: Mapping[str, Any], allowed: Sequence[str]) -> None:
