@@ -52,10 +52,30 @@ def test_the_recipe_can_be_asked_for_under_another_method():
     assert (config.method, config.scope, config.lr) == ("static_d3", RECIPE["scope"], RECIPE["lr"])
 
 
-def test_the_papers_preset_keeps_the_papers_method():
-    settings = under_preset("paper", {**RUN, "epochs": "2"})
-    config = build(settings)
+def test_the_papers_preset_is_the_second_of_its_runs():
+    config = build(under_preset("paper", {**RUN, "epochs": "2"}))
     assert (config.method, config.exp, config.max_length, config.epochs, config.scope) == ("id3", 2, 256, 2, None)
+    assert (config.lr, config.seed, config.warmup, config.eval_steps) == (3e-4, 7, 0, 100)
+    full = build(under_preset("paper", {"model": "m", "output": "o", "task": "rte", "method": "full"}))
+    assert (full.method, full.lr, full.seed, full.budget) == ("full", 7e-6, 7, None)
+    math = build(under_preset("paper", {**RUN, "task": "math10k"}))
+    assert (math.lr, math.seed, math.exp, math.batch_size, math.accumulation) == (3e-4, 42, 0, 4, 1)
+    assert build(under_preset("paper", {**RUN, "lr": "1e-3", "seed": "5"})).lr == 1e-3
+
+
+def test_the_papers_preset_knows_a_lora_and_repeat_s():
+    config = build(under_preset("paper", {**RUN, "into": "lora", "method": "full", "budget": None}))
+    assert (config.lora_r, config.lora_alpha, config.lora_targets, config.lr) == (8, 8, ("layer-linear",), 3e-4)
+    assert build(under_preset("paper", {**RUN, "into": "none"})).lora_targets == ()
+    assert build(under_preset("paper", {**RUN, "method": "repeat_d3"})).leaving == "kept"
+    assert build(under_preset("tuned", {**RUN, "method": "repeat_d3"})).leaving == "restored"
+
+
+def test_the_tuned_preset_has_this_projects_settings():
+    config = build(under_preset("tuned", RUN))
+    assert (config.method, config.lr, config.seed, config.warmup, config.epochs) == ("id3", 1e-3, 1, 0.06, 10)
+    assert build(under_preset("tuned", {**RUN, "method": "random_mask"})).lr == 1e-2
+    assert build(under_preset("tuned", {**RUN, "task": "gsm8k"})).accumulation == 4
 
 
 def test_the_rate_falls_with_the_root_of_the_budgets_share():
@@ -100,10 +120,11 @@ def test_where_all_is_trained_whole_the_heads_matrices_count():
 
 
 def test_an_unknown_preset_and_a_task_without_one_are_refused():
-    with pytest.raises(ConfigError, match="preset = 'ours'; there are recommended and paper"):
+    with pytest.raises(ConfigError, match="preset = 'ours'; there are recommended, paper and tuned"):
         under_preset("ours", RUN)
-    with pytest.raises(ConfigError, match="task 'None'"):
-        under_preset("paper", {})
+    for name in ("paper", "tuned"):
+        with pytest.raises(ConfigError, match="task 'None'"):
+            under_preset(name, {})
 
 
 def test_what_the_recipe_selects():

@@ -83,7 +83,8 @@ def d3(weight: Tensor, gradient: Tensor, eps: float = 1.0, exp: float = 2.0) -> 
     """D3, eq. 1 of arXiv 2408.14470: ``|g| / (|w| + eps) ** exp``.
 
     ``exp=0`` is the gradient's magnitude. The paper's Table 7a uses ``exp=2`` for NLU and NER and ``exp=0`` for
-    generation, with ``eps=1``; its Fig. 4b finds ``exp=-1`` best.
+    generation, with ``eps=1``; its Fig. 4 finds ``eps=0.5`` and ``exp=-1`` best. Theorem 1, that the root of the Fisher
+    information is at least the mean score, holds for ``eps >= 1`` and ``exp >= 0`` (docs/methods.md).
 
     Example:
         >>> d3(torch.tensor([0.0, 1.0]), torch.tensor([-1.0, 1.0])).tolist()

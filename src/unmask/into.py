@@ -19,6 +19,7 @@ from torch import nn
 
 from unmask.added import added_tensors, checkpoint_name
 from unmask.errors import ConfigError, DeltaError, MissingExtraError, need
+from unmask.naming import layer_of
 from unmask.scopes import is_linear
 
 Kind = Literal["lora", "dora", "shira", "pfeiffer", "houlsby"]
@@ -36,7 +37,8 @@ class Into:
         r: Rank of the LoRA; SHiRA has r (in + out) weights of a layer.
         alpha: Its scale is alpha / r.
         dropout: On the LoRA's input.
-        targets: Names of the modules that get a LoRA; ``("all-linear",)`` for all linear ones, () for peft's own choice.
+        targets: Names of the modules that get a LoRA; ``("all-linear",)`` for all linear ones, ``("layer-linear",)`` for those
+            inside the numbered transformer layers, () for peft's own choice.
         reduction: The bottleneck is the hidden size divided by this.
         seed: Of SHiRA's random places. peft draws the same ones for all layers of a shape.
     """
@@ -202,16 +204,25 @@ def _with_lora(model: nn.Module, into: Into, missing: Collection[str]) -> nn.Mod
 
 
 def _targets(model: nn.Module, into: Into, whole: Collection[str]) -> list[str] | str | None:
-    """The modules that get a LoRA, in peft's terms: of "all-linear", it would take the head of a token classifier too."""
+    """Gives the modules that get a LoRA in peft's terms, where "all-linear" takes the head of a token classifier too.
+
+    Raises:
+        ConfigError: The targets are "layer-linear", and no numbered layer of the model has a linear one in it.
+    """
     import peft
 
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
+    if into.targets == ("layer-linear",):
+        found = [name for name in linear if layer_of(f"{name}.weight") is not None]
+        if not found:
+            raise ConfigError("lora_targets = layer-linear finds no numbered layers with linear layers in them.")
+        return found
     if into.targets != ("all-linear",):
         return list(into.targets) or None
     if _task_type(model) != peft.TaskType.TOKEN_CLS:
         return "all-linear"
     by_peft = ("classifier", "score")  # trained whole by peft itself
     heads = tuple(f"{name}." for name in (*whole, *by_peft))
-    linear = (name for name, module in model.named_modules() if is_linear(module))
     return [name for name in linear if not f"{name}.".startswith(heads)]
 
 

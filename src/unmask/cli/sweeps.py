@@ -44,13 +44,24 @@ def reproduce(
     model: Annotated[str, typer.Option(help="Base model: a folder or a hub id.")],
     data_dir: DataDir = None,
     scale: Annotated[
-        str, typer.Option(help="full: as in the paper, as far as known; small: minutes, to see it work.")
+        str, typer.Option(help="full: the paper's runs; small: real runs of a few steps, to see it work.")
     ] = "full",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="paper: the paper's settings, learning rates, seeds and protocol (its Table 7); tuned: this project's own."
+        ),
+    ] = "paper",
     protocol: Annotated[
         str | None,
-        typer.Option(help="paper (best three of four runs) or seeds (mean and interval); both are in the report."),
+        typer.Option(
+            help="paper: four runs, each learning rate with a seed of its own, of which the best three count. seeds: the rate "
+            "is chosen on the first seed, and all seeds count, with an interval. both: the runs of both. Default: the preset's."
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder; default runs/reproduce/NAME-SCALE.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder; default runs/reproduce/NAME-SCALE, or NAME-SCALE-tuned.")
+    ] = None,
     workers: Workers = 1,
     threads: Threads = None,
     devices: Devices = None,
@@ -64,8 +75,9 @@ def reproduce(
     from unmask.cli.sweeping import Options, go, with_protocol
     from unmask.reproduce import load
 
-    loaded = with_protocol(load(name, scale), protocol)  # type: ignore[arg-type]  # checked by load
-    go(loaded, output or Path("runs", "reproduce", f"{name}-{scale}"), Options(**_shared(locals())))
+    loaded = with_protocol(load(name, scale, preset), protocol)  # type: ignore[arg-type]  # checked by load
+    folder = Path("runs", "reproduce", "-".join([name, scale, *([] if preset == "paper" else [preset])]))
+    go(loaded, output or folder, Options(**_shared(locals())))
 
 
 def report(

@@ -4,6 +4,6 @@ The YAML files lie in ``unmask/reproduce/data`` (``experiments/reproduce`` in a 
 """
 
 from unmask.reproduce.loading import NAMES, Scale, load
-from unmask.reproduce.table7 import Preset, preset, presets
+from unmask.reproduce.settings import PRESETS, Preset, preset, presets
 
-__all__ = ["NAMES", "Preset", "Scale", "load", "preset", "presets"]
+__all__ = ["NAMES", "PRESETS", "Preset", "Scale", "load", "preset", "presets"]
