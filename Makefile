@@ -39,7 +39,7 @@ test: setup $(VENV)/.stamp-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-adapters: $(VENV)-adapters/.stamp
-	$(VENV)-adapters/bin/python -m pytest tests/bottlenecks tests/test_lora.py tests/test_into.py tests/test_sparse_adapter.py tests/test_cli.py
+	$(VENV)-adapters/bin/python -m pytest tests/bottlenecks tests/test_lora.py tests/test_into.py tests/test_sparse_adapter.py tests/test_series.py tests/test_cli.py
 
 # The PEFT method with the newest PEFT 0.20 too, put beside the environment's own.
 test-peft: setup $(VENV)/.stamp-test

@@ -55,7 +55,7 @@ class TrainConfig:
         dense_lr: Peak learning rate of what is trained whole beside the budget, under full of the new head; None: lr;
             auto: the recommended recipe's, at most 1e-3 for a head with a hidden layer.
         weight_decay: AdamW's, on the selected weights only.
-        bias_correction: Adam's, "global" (the paper's) or "entry" (an age per weight, from its unmasking on).
+        bias_correction: Adam's, "global" (torch's) or "entry" (an age per weight, from its unmasking on).
         lr_scale: row-column: a selected weight's rate falls with how many share its row and its column.
         slot_warmup: Steps over which a weight's rate rises after its unmasking (bias_correction "entry").
         epochs: Passes over the training data; ignored with max_steps.

@@ -23,8 +23,8 @@ class Entry:
     """One cell of a table.
 
     Attributes:
-        seeds: Mean over the seeds, with an interval; None while no run is done.
-        best: The paper's protocol over the same runs.
+        seeds: The mean over all runs, with an interval; None while no run is done.
+        best: The mean of the best runs, and their deviation.
         value: The chosen value of the swept setting (the learning rate); None without a choice.
         edge: See `unmask.sweeps.choosing.Chosen`.
         tried: What each value was chosen by.
