@@ -32,7 +32,7 @@ class SelectiveAdamW(Optimizer):
 
         value = value (1 - lr weight_decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-    where t is, under ``"global"``, the number of steps taken, and bit for bit what
+    where t is, under ``"global"``, the number of steps taken: this is bit for bit what
     ``torch.optim.AdamW(fused=True)`` does. Under ``"entry"`` each slot of a selection's ``values`` has a t of its own,
     its age: 1 at the first step after it was unmasked (repeat-S: after it was unmasked last, or first where it keeps what
     leaves), so that a first move is about lr, however late. All other parameters are treated alike under both. A step reads
