@@ -418,6 +418,9 @@ def test_every_file_says_what_is_not_said(name):
     known = preset(texts["axes"]["task"][0])
     silence = load(name).notes[-1]
     assert all(sentence in silence for sentence in (*texts["unsaid"], *known.unsaid))
+    into = texts.get("settings", {}).get("into")
+    assert ("LoRA's dropout" in silence) == (into == "lora")
+    assert ("adapters' width" in silence) == (into == "pfeiffer")
 
 
 def test_what_is_unsaid_has_an_explicit_setting():
@@ -436,8 +439,9 @@ def test_what_is_unsaid_has_an_explicit_setting():
     }  # fmt: skip
     for task, own in more.items():
         known = preset(task)
+        everything = [*known.unsaid, *(text for texts in known.unsaid_inside.values() for text in texts)]
         for topic, settings in (topics | own).items():
-            assert any(topic in sentence for sentence in known.unsaid), (task, topic)
+            assert any(topic in sentence for sentence in everything), (task, topic)
             assert settings.items() <= known.settings.items()
 
 

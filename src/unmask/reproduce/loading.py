@@ -43,7 +43,7 @@ def load(name: str, scale: Scale = "full", preset: str = "paper") -> Sweep:
     if preset == "tuned":
         _leave_out_the_papers(values, small, usual)
     values["axes"].setdefault("seed", list(usual.seeds))
-    values["notes"] = [*values["notes"], *_silences(unsaid, usual)]
+    values["notes"] = [*values["notes"], *_silences(unsaid, usual, values.get("settings", {}).get("into"))]
     sweep = _with_preset(parse({"name": name, **values}), known, usual)
     return shrunk(sweep, small) if scale == "small" else sweep
 
@@ -59,13 +59,14 @@ def _leave_out_the_papers(values: dict[str, Any], small: dict[str, Any], tuned: 
     small["tries"] = 1
 
 
-def _silences(unsaid: Sequence[str], usual: Preset) -> list[str]:
+def _silences(unsaid: Sequence[str], usual: Preset, into: str | None) -> list[str]:
     """The note that says what the paper leaves open, or whose settings these are."""
     if usual.name == "tuned":
         return [
             "The learning rates, seeds and all other settings of the tasks are this project's own, not the paper's."
         ]
-    return ["What the paper leaves open: " + " ".join([*unsaid, *usual.unsaid])]
+    inside = usual.unsaid_inside.get(into or "", ())
+    return ["What the paper leaves open: " + " ".join([*unsaid, *inside, *usual.unsaid])]
 
 
 def _with_preset(sweep: Sweep, known: Mapping[str, Preset], usual: Preset) -> Sweep:

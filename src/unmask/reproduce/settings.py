@@ -33,6 +33,7 @@ class Preset:
         seeds: The seeds. In the paper's preset the first rate is run with the first seed, and so on.
         metric: The name of the score, as in `unmask.tasks`; empty where the preset names none.
         unsaid: What the paper leaves open and what the runs do, in sentences; their settings are among ``settings``.
+        unsaid_inside: The same, of runs inside of something alone, by that (``"lora"``, ``"pfeiffer"``).
     """
 
     name: str
@@ -48,6 +49,7 @@ class Preset:
     seeds: tuple[int, ...]
     metric: str
     unsaid: tuple[str, ...]
+    unsaid_inside: Mapping[str, tuple[str, ...]]
 
     def grid(self, method: str, into: str | None = None) -> tuple[str, ...]:
         """Gives the learning rates that a method is run with.
@@ -119,7 +121,11 @@ def presets(name: str = "paper") -> Mapping[str, Preset]:
                 own_rates=shared.get("own_rates", {}),
                 seeds=tuple(shared["seeds"]),
                 metric=own.get("metric", ""),
-                unsaid=tuple(entry["says"] for entry in unsaid),
+                unsaid=tuple(entry["says"] for entry in unsaid if "inside" not in entry),
+                unsaid_inside={
+                    into: tuple(entry["says"] for entry in unsaid if entry.get("inside") == into)
+                    for into in ("lora", "pfeiffer")
+                },
             )
     return MappingProxyType(found)
 
