@@ -46,7 +46,7 @@ def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
         block.setdefault(run["method"], []).append(run)
     layers = max(len(_inner(shot["rows"])) for run in runs for shot in run["allocation"])
     rows = sum(len(methods) for methods in blocks.values())
-    figure = new_figure(2 * (_CELL[0] * max(layers, 6) + 1.4), (_CELL[1] * len(KINDS) + 0.95) * rows + 0.3, style)
+    figure = new_figure(2 * (_CELL[0] * max(layers, 6) + 1.4), (_CELL[1] * len(KINDS) + 1.1) * rows + 0.3, style)
     grid = iter(figure.subplots(rows, 2, squeeze=False).flat)
     for (model, task, budget), methods in blocks.items():
         letters = iter("abcdefghijklmnopqrstuvwxyz" * rows)
@@ -57,7 +57,7 @@ def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
                 elsewhere = _panel(axes, shots, budget, style)
                 axes.set_title(
                     f"({next(letters)}) {names[method]}, {moment} · {task} · {model}\n"
-                    f"{_moment(shots, budget)}; elsewhere {_few(elsewhere)}",
+                    f"{_moment(shots, budget)}\nelsewhere {_few(elsewhere)}",
                     loc="left", fontsize=8.5, color=style.ink,
                 )  # fmt: skip
     text = "a cell is its share of the budget B; elsewhere: embeddings, normalisations, heads and what has no such name"
