@@ -170,7 +170,8 @@ def which_runs(runs: Iterable[RunRecord], spread: bool = True) -> str:
     """
     runs = list(runs)
     texts = []
-    for best in sorted({run["best"] for run in runs if run.get("best") is not None}):
+    several = len({(run["seed"], run.get("lr")) for run in runs}) > 1
+    for best in sorted({run["best"] for run in runs if several and run.get("best") is not None}):
         which = "the best run of each setting" if best == 1 else f"means of the best {best} runs of each setting"
         lines = "; vertical lines: plus and minus their standard deviation (n - 1)" if spread and best > 1 else ""
         texts.append(f"{which}; runs differ in seed and learning rate{lines}")
