@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import os
+import runpy
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -354,3 +359,19 @@ def _write(folder: str, text: tuple[str, str]) -> None:
     path = Path(folder, f"{place()[0]}.told")
     path.with_suffix(".new").write_text("\n".join(text))
     path.with_suffix(".new").rename(path)
+
+
+def command(folder: str, port: int, words: list[str]) -> tuple[int, str, str]:
+    """``python -m unmask`` as torchrun starts it; RANK among the words stands for this process's rank."""
+    rank = os.environ["RANK"]
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    os.chdir(folder)
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    sys.argv = ["unmask", *(rank if word == "RANK" else word for word in words)]
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            runpy.run_module("unmask", run_name="__main__")
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    return status, output.getvalue(), errors.getvalue()

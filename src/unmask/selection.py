@@ -252,7 +252,9 @@ class Selection:
     def _progress(self) -> tuple[int, list[Tensor]]:
         """The step; and what training has made by then: `values`, and of the dense tensors another one at each step."""
         turn = self.step % max(1, len(self.dense))
-        return self.step, [t.detach() for t in (self.values[: self.used], *(d.master for d in self.dense[turn : turn + 1]))]
+        return self.step, [
+            t.detach() for t in (self.values[: self.used], *(d.master for d in self.dense[turn : turn + 1]))
+        ]
 
     # What the optimizer hooks call (see stepping.py).
 

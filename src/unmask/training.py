@@ -247,7 +247,7 @@ class _Run:
         apart = f" (dense {config.dense_lr:.3g})" if extra and config.dense_lr not in (None, config.lr) else ""
         self.console.print(
             f"{selection.method.name}: {selection.budget:,} of {total:,} weights ({selection.budget / total:.3%}){extra}; "
-            f"{self.setup.steps:,} steps of {config.batch_size * config.accumulation}, lr {config.lr:.3g}{apart}"
+            f"{self.setup.steps:,} steps of {config.batch_size * config.accumulation * launched()}, lr {config.lr:.3g}{apart}"
         )
         self.console.print("before: " + _line(before))
 
@@ -313,6 +313,8 @@ def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bo
         save_total_limit=config.keep_checkpoints,
         logging_steps=config.logging_steps,
         report_to=list(config.report_to) or "none",
+        # otherwise the Trainer multiplies the loss by the number of processes, for losses that count tokens: no other head's do
+        average_tokens_across_devices=kind_for(config).head == "generation",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -58,8 +58,8 @@ def difference(texts: Sequence[bytes], checksums: Sequence[int], advice: str) ->
     if not differing:
         odd, usual = _odd(checksums)
         return (
-            f"{_subject(odd)} from process {usual} in {told[0][_DOING]}: `values` or a tensor trained whole is another there, though "
-            "gradients and settings were the same. The state of an optimizer or a write into `values` was another, or the "
+            f"{_subject(odd)} from process {usual} in {told[0][_DOING]}: `values` or a tensor trained whole is another there, "
+            "though gradients and settings were the same. The state of an optimizer or a write into `values` was another, or the "
             "processes round otherwise. Load the same checkpoint in all of them, change `values` in all alike, and use "
             "machines of one kind, with as many threads in each process."
         )

@@ -117,13 +117,16 @@ class Processes:
         padded[: tensor.numel()] = tensor
         return [part[:length] for part, length in zip(self.gather(padded), lengths, strict=True)]
 
-    def differing(self, tensors: Mapping[str, Tensor], device: torch.device) -> list[str]:
-        """Names of the tensors that are not the same in all processes; 8 bytes travel per tensor."""
+    def differing(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, list[int]]:
+        """Of the tensors that are not the same in all processes, the processes that have another than the first.
+
+        8 bytes travel per tensor.
+        """
         if not tensors:
-            return []
+            return {}
         sums = self.gather(torch.stack([checksum(tensor).to(device) for tensor in tensors.values()]))
-        same = (sums == sums[0]).all(0).tolist()
-        return [name for name, alike in zip(tensors, same, strict=True) if not alike]
+        others = [column.nonzero().flatten().tolist() for column in (sums != sums[0]).unbind(1)]
+        return {name: ranks for name, ranks in zip(tensors, others, strict=True) if ranks}
 
     def take_first(self, tensor: Tensor, device: torch.device) -> None:
         """Gives all processes the first one's values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -17,15 +17,14 @@ from unmask.distributed.facts import facts_of_state, settings_of, state_of_optim
 from unmask.distributed.processes import Processes, checksum
 from unmask.distributed.ranking import CandidateRanking, ExactRanking
 from unmask.distributed.sharding import ShardedLayout, ShardRanking, ShardTable, group_of, reshard
-from unmask.errors import MethodError, ProcessesDifferError, SelectionError
+from unmask.errors import MethodError, ProcessesDifferError
 from unmask.gradients.plan import Plan
 from unmask.gradients.reducing import NewRanker, Ranking
 from unmask.method import Method
 from unmask.slots import Layout, SlotTable
 
 Exchange = Literal["exact", "candidates", "none"]
-P = ParamSpec("P")
-T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 _CPU = torch.device("cpu")
 _SAME = "Give all processes the same"
 _SAME_METHOD = f"{_SAME} model, method, budget, patterns, accumulation and exchange."
@@ -141,11 +140,12 @@ class ProcessReducer:
         processes.agree("the start of a selection", facts, self._device, _SAME_METHOD)
         differing = processes.differing(self._tensors(), self._device)
         if differing:
+            name, ranks = next(iter(differing.items()))
             raise ProcessesDifferError(
-                f"{differing[0]!r} is not the same in all {processes.size} processes. If it is a weight, call unmask.select() "
-                "after init_process_group() (after TrainingArguments or Accelerator), which then shares the first process's "
-                "weights; if it is the order of unmasking, give every process's method the same calibration data. Processes "
-                "that train apart need exchange='none'."
+                f"{name!r} is another in process {', '.join(map(str, ranks))} than in process 0. If it is a weight, call "
+                "unmask.select() after init_process_group() (after TrainingArguments or Accelerator), which then shares the "
+                "first process's weights; if it is the order of unmasking, give every process's method the same calibration data. "
+                "Processes that train apart need exchange='none'."
             )
         self.processes = processes
 
@@ -263,14 +263,11 @@ class ProcessReducer:
             self.processes.mean(tensor)
 
 
-
-def refused_by_all(
-    select: Callable[Concatenate[nn.Module, P], T],
-) -> Callable[Concatenate[nn.Module, P], T]:
+def refused_by_all(select: F) -> F:
     """Lets all processes refuse what one of them refuses, so that none waits for it."""
 
     @functools.wraps(select)
-    def run(model: nn.Module, *args: P.args, **options: P.kwargs) -> T:
+    def run(model: nn.Module, *args: Any, **options: Any) -> Any:
         try:
             return select(model, *args, **options)
         except ProcessesDifferError:  # raised in all
@@ -280,7 +277,7 @@ def refused_by_all(
                 _tell(error, model, options)
             raise
 
-    return run
+    return cast(F, run)
 
 
 def _tell(error: Exception, model: nn.Module, options: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+from typing import Any
 
 import torch.distributed as dist
 
@@ -31,7 +32,10 @@ def first_to_say(text: str) -> bool:
         return True
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
+    distributed: Any = dist
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # there before the process group, and after it
-        return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_WAIT)
-    return dist.distributed_c10d._get_default_store()
+        return distributed.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_WAIT
+        )
+    return distributed.distributed_c10d._get_default_store()
