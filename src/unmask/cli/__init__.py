@@ -28,12 +28,13 @@ def main() -> None:
 
 def _say(text: str) -> None:
     """Prints an error; under torchrun only the first process that has it does, and says which one it is."""
-    rank = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "0"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    rank = "0"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         from unmask.distributed.saying import first_to_say
 
         if not first_to_say(text):
             return
+        rank = os.environ.get("RANK", "0")
     print(f"unmask: {text}" if rank == "0" else f"unmask, process {rank}: {text}", file=sys.stderr, flush=True)
 
 

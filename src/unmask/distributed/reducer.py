@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast, get_args
 
@@ -78,7 +79,8 @@ class ProcessReducer:
         self._facts: Mapping[str, Any] = {}
         self._tensors: Callable[[], Mapping[str, Tensor]] = dict
         self._progress: Callable[[], tuple[int, list[Tensor]]] = lambda: (0, [])
-        self._optimizer: Optimizer | None = None  # agreed on at its first step
+        self._agreed: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # an optimizer may hold another one: both step
+        self._optimizer: Optimizer | None = None  # the last that stepped
         self._stepped: dict[str, Any] = {}  # its settings at its last step
         self._coming: tuple[Plan, int] | None = None  # a backward whose exchanges have not begun
         self._micro = 0
@@ -144,8 +146,8 @@ class ProcessReducer:
             raise ProcessesDifferError(
                 f"{name!r} is another in process {', '.join(map(str, ranks))} than in process 0. If it is a weight, call "
                 "unmask.select() after init_process_group() (after TrainingArguments or Accelerator), which then shares the "
-                "first process's weights; if it is the order of unmasking, give every process's method the same calibration data. "
-                "Processes that train apart need exchange='none'."
+                "first process's weights; if it is the order of unmasking, give every process's method the same calibration "
+                "data. Processes that train apart need exchange='none'."
             )
         self.processes = processes
 
@@ -159,7 +161,8 @@ class ProcessReducer:
         self.join()
         if self.processes is not None:
             self.processes.agree("load_state_dict()", facts_of_state(state), self._device, _SAME_STATE)
-        self._optimizer, self._stepped, self._coming = None, {}, None  # their state is loaded too
+        self._agreed.clear()  # their state is loaded too
+        self._optimizer, self._stepped, self._coming = None, {}, None
         try:
             yield
         except Exception as error:
@@ -175,19 +178,19 @@ class ProcessReducer:
     def stepping(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step: the first time all processes agree on it, its settings and its state.
 
-        A setting that is another later on is found by the next backward's `meet`.
+        A setting that is another later on is found in the next backward.
 
         Raises:
             ProcessesDifferError: They differ, or another process is elsewhere.
         """
         if self.processes is None:
             return
-        if self._optimizer is not optimizer:
+        if optimizer not in self._agreed:
             facts = settings_of(optimizer) | state_of_optimizer(optimizer)
             doing = f"the first step of an optimizer, step {self._progress()[0]} of the selection"
             self.processes.agree(doing, facts, self._device, _SAME_OPTIMIZER)
-            self._optimizer = optimizer
-        self._stepped = settings_of(optimizer)
+            self._agreed.add(optimizer)
+        self._optimizer, self._stepped = optimizer, settings_of(optimizer)
 
     def leave(self) -> None:
         """The selection has ended: nothing of its optimizer is kept."""
