@@ -128,7 +128,8 @@ def test_tensors_trained_whole_are_reduced_too(count, dtype, wrap, full, tmp_pat
 
 def test_processes_that_do_not_fit_together_are_refused(tmp_path):
     for said in processes.run(2, tmp_path, runs.refused):
-        assert "process 1 has another model, method" in said[0]
+        assert "process 1 differs from process 0" in said[0]
+        assert "budget is 11 in process 1 and 10 in process 0" in said[0]
         assert "the order of unmasking" in said[1]
         assert "DistributedDataParallel is not needed" in said[2]
         assert "no member of the given group" in said[3 if said[3] != "nothing" else 4]

@@ -5,7 +5,8 @@ UnmaskError
 ├── MethodError (ValueError)          a method, budget, schedule or pattern that cannot work
 ├── SelectionError (RuntimeError)     a selection used in an order that cannot work
 │   ├── ScheduleNotRunError           an optimizer stepped, but the schedule could not run
-│   └── NonFiniteGradientError        NaN or infinity reached the gradients
+│   ├── NonFiniteGradientError        NaN or infinity reached the gradients
+│   └── ProcessesDifferError          processes that train together differ, are out of step, or one of them is lost
 ├── DeltaError (ValueError)           a delta that is damaged, or that belongs to another base
 ├── DataError (ValueError)            a data set, file, column or label that cannot be used
 ├── ConfigError (ValueError)          a run configuration that cannot work
@@ -37,6 +38,10 @@ class ScheduleNotRunError(SelectionError):
 
 class NonFiniteGradientError(SelectionError):
     """NaN or infinity reached the gradients; nothing was changed."""
+
+
+class ProcessesDifferError(SelectionError):
+    """Processes that train together differ or are out of step, or one of them is lost; all of them raise it."""
 
 
 class DeltaError(UnmaskError, ValueError):

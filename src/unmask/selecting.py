@@ -8,7 +8,7 @@ from torch import nn
 
 from unmask.added import refuse_pruned_base
 from unmask.clipping import ClipScope
-from unmask.distributed.reducer import Exchange, ProcessReducer, check_exchange
+from unmask.distributed.reducer import Exchange, ProcessReducer, check_exchange, refused_by_all
 from unmask.distributed.sharding import check_sharded
 from unmask.errors import MethodError
 from unmask.gradients.window import Accumulation, Gradients
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@refused_by_all
 def select(
     model: nn.Module,
     method: Method,

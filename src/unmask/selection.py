@@ -15,6 +15,7 @@ from unmask.clipping import ClipScope
 from unmask.delta import SparseDelta
 from unmask.dense import DenseTensor
 from unmask.distributed.dense import DenseGradients
+from unmask.distributed.facts import facts_of_method
 from unmask.distributed.reducer import ProcessReducer
 from unmask.distributed.sharding import reshard
 from unmask.errors import MethodError, ScheduleNotRunError, SelectionError
@@ -111,8 +112,9 @@ class Selection:
         if method.whole:
             self.budget = self.used = sum(d.parameter.numel() for d in self.dense)
         self._reducer = reducer
-        described = f"{method.describe()}, budget {self.budget:,}, {accumulation}, {self._layout.names}, {dense}"
-        reducer.expect(described, self._to_agree_on, device)
+        described = facts_of_method(method, self._slots) | {"budget": self.budget, "accumulation": accumulation}
+        described |= {"the eligible tensors": self._layout.names, "the tensors trained whole": dense}
+        reducer.expect(described, self._to_agree_on, self._progress, device)
         self._dense_gradients = DenseGradients(self.dense, self._reducer)
         sampled, measured = gradients != "dense", clip_scope == "all"
         self._window = Window(self._table, self.values, method, accumulation, sampled, self._reducer, measured)
@@ -129,7 +131,7 @@ class Selection:
         self._begin_step()
         watch(self)
         try:
-            self._reducer.begin()
+            self._reducer.join()
         except SelectionError:
             self.release()
             raise
@@ -201,7 +203,8 @@ class Selection:
             SelectionError: The state is of another method, budget or model.
         """
         self._alive("load_state_dict")
-        restore(self, state)
+        with self._reducer.loading(state):
+            restore(self, state)
         self._scale = SlotScale()
         self._begin_step()
 
@@ -213,6 +216,7 @@ class Selection:
         if self._released:
             return
         unwatch(self)
+        self._reducer.leave()
         reshard(self.model)
         self._taps.remove()
         self._dense_gradients.remove()
@@ -244,6 +248,13 @@ class Selection:
         tensors = {} if self._reducer.sharded else {n: self._layout.plain(i) for i, n in enumerate(self._layout.names)}
         tensors |= {d.name: d.parameter.detach() for d in self.dense}
         return tensors | {"the order of unmasking": self._table.positions}
+
+    def _progress(self) -> tuple[int, list[Tensor]]:
+        """The step; and what training has made by then: `values`, and of the dense tensors another one at each step."""
+        turn = self.step % max(1, len(self.dense))
+        return self.step, [
+            t.detach() for t in (self.values[: self.used], *(d.master for d in self.dense[turn : turn + 1]))
+        ]
 
     # What the optimizer hooks call (see stepping.py).
 
@@ -282,6 +293,7 @@ class Selection:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """A slot that changes hands starts with fresh optimizer state."""
+        self._reducer.stepping(optimizer)
         tentative = self._window.tentative
         if not self._window.plan.exchanging or tentative is None:
             return

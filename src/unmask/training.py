@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 
 from unmask.config import TrainConfig
 from unmask.delta import SparseDelta
+from unmask.distributed.processes import is_main, launched
 from unmask.errors import UnmaskError
 from unmask.integrations.transformers import SelectiveTrainer
 from unmask.into import Inserted, insert, require
@@ -52,8 +54,10 @@ class Outcome:
     summary: dict[str, Any]
 
 
-def planned_steps(config: TrainConfig, examples: int) -> int:
+def planned_steps(config: TrainConfig, examples: int, processes: int = 1) -> int:
     """T, the number of optimizer steps: ``max_steps``, or what the epochs make (an epoch's rest is a step of its own).
+
+    Each of several processes takes ``batch_size`` examples per forward, and others than the rest.
 
     Example:
         >>> planned_steps(TrainConfig(model="m", output="o", task="rte", budget="1%", epochs=2, batch_size=8), 100)
@@ -61,7 +65,7 @@ def planned_steps(config: TrainConfig, examples: int) -> int:
     """
     if config.max_steps is not None:
         return config.max_steps
-    batches = math.ceil(examples / config.batch_size)
+    batches = math.ceil(examples / (config.batch_size * processes))
     return math.ceil(config.epochs * math.ceil(batches / config.accumulation))
 
 
@@ -74,19 +78,23 @@ def train(
         config: The run.
         resume: Continue from the last checkpoint in ``config.output``.
         overwrite: Start anew although ``config.output`` holds a run.
-        console: Where to report; None for standard output.
+        console: Where to report; None for standard output (of several processes, that of the first).
+
+    Returns:
+        What the run left behind. Of several processes the first alone writes and has a summary; ``{}`` in the others.
 
     Raises:
         ConfigError: The output folder holds a run already, or none to resume.
         InterruptedRunError: Ctrl-C; the last checkpoint is kept.
         UnmaskError: Any other refusal, with what to do.
     """
-    console = console or Console()
+    console = console or Console(quiet=not is_main())
     folder = RunFolder(Path(config.output))
     checkpoint = folder.check(resume, overwrite)
     run = _Run(set_up(config, console), folder, console)
-    folder.open(checkpoint)
-    write_yaml(run.config, folder.config)
+    if is_main():
+        folder.open(checkpoint)
+        write_yaml(run.config, folder.config)
     return run.go(checkpoint)
 
 
@@ -142,7 +150,9 @@ def set_up(config: TrainConfig, console: Console) -> Setup:
     _note(console, prepared.notes)
     # the base itself: the budget's scope is the method's, and all that the checkpoint lacks is a head
     base = Inserted(model, [], missing, missing) if into is None else insert(model, into, missing, config.seed)
-    steps = planned_steps(config, len(prepared.train_set))  # type: ignore[arg-type]
+    steps = planned_steps(config, len(prepared.train_set), launched())  # type: ignore[arg-type]
+    if launched() > 1:  # the run's configuration means as many steps, however many processes go on with it
+        config = dataclasses.replace(config, max_steps=steps)
     set_seed(config.seed)
     if config.gradient_checkpointing:
         # transformers 5.23 renamed it; 4.57 has the old name alone
@@ -193,7 +203,7 @@ class _Run:
         self._report_start(before)
         if checkpoint:
             self.console.print(f"continuing from {checkpoint}")
-        else:
+        elif is_main():
             self.metrics.start(before)
         start = time.perf_counter()
         try:
@@ -222,7 +232,7 @@ class _Run:
             compute_metrics=prepared.step_metrics,
             preprocess_logits_for_metrics=prepared.reduce_logits,
             optimizers=(optimizer, None),
-            callbacks=[self.progress, self.metrics, self.allocation, self.interrupt],
+            callbacks=[self.interrupt, *([self.progress, self.metrics, self.allocation] if is_main() else [])],
         )
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
@@ -237,11 +247,14 @@ class _Run:
         apart = f" (dense {config.dense_lr:.3g})" if extra and config.dense_lr not in (None, config.lr) else ""
         self.console.print(
             f"{selection.method.name}: {selection.budget:,} of {total:,} weights ({selection.budget / total:.3%}){extra}; "
-            f"{self.setup.steps:,} steps of {config.batch_size * config.accumulation}, lr {config.lr:.3g}{apart}"
+            f"{self.setup.steps:,} steps of {config.batch_size * config.accumulation * launched()}, lr {config.lr:.3g}{apart}"
         )
         self.console.print("before: " + _line(before))
 
     def _finish(self, before: dict[str, float], after: dict[str, float], seconds: float) -> Outcome:
+        if not is_main():
+            self.selection.release()
+            return Outcome(before, after, self.folder.delta, {})
         delta = self.setup.delta(after=after)
         path = delta.save(self.folder.delta)
         summary = self._summary(before, after, seconds, delta, path)
@@ -300,6 +313,8 @@ def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bo
         save_total_limit=config.keep_checkpoints,
         logging_steps=config.logging_steps,
         report_to=list(config.report_to) or "none",
+        # otherwise the Trainer multiplies the loss by the number of processes, for losses that count tokens: no other head's do
+        average_tokens_across_devices=kind_for(config).head == "generation",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from unmask.errors import UnmaskError
@@ -18,11 +19,23 @@ def main() -> None:
     try:
         app()
     except UnmaskError as error:
-        print(f"unmask: {error}", file=sys.stderr)
+        _say(str(error))
         sys.exit(130 if type(error).__name__ == "InterruptedRunError" else 1)
     except KeyboardInterrupt:
         print("unmask: interrupted.", file=sys.stderr)
         sys.exit(130)
+
+
+def _say(text: str) -> None:
+    """Prints an error; under torchrun only the first process that has it does, and says which one it is."""
+    rank = "0"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from unmask.distributed.saying import first_to_say
+
+        if not first_to_say(text):
+            return
+        rank = os.environ.get("RANK", "0")
+    print(f"unmask: {text}" if rank == "0" else f"unmask, process {rank}: {text}", file=sys.stderr, flush=True)
 
 
 __all__ = ["main"]

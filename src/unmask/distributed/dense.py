@@ -38,7 +38,7 @@ class DenseGradients:
             hook.remove()
 
     def _arrived(self, parameter: Tensor) -> None:
-        self._reducer.begin()
+        self._reducer.join()
         if self._reducer.processes is not None and (self._task is None or self._task() is None):
             callback = _Last(self)
             self._task = weakref.ref(callback)
@@ -61,6 +61,7 @@ class DenseGradients:
 
     def _gradients(self, processes: Processes) -> list[Tensor]:
         """The gradients of the tensors that some process's loss has reached; zero where this one's has not."""
+        self._reducer.meet_for_dense()
         masters = [t.master for t in self._tensors]
         reached = torch.tensor([m.grad is not None for m in masters], dtype=torch.uint8, device=masters[0].device)
         anywhere = processes.sum(reached).tolist()

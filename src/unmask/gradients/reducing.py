@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from unmask.gradients.factors import Factors
+from unmask.gradients.plan import Plan
 from unmask.gradients.streamed import Ranker
 from unmask.slots import SlotTable
 from unmask.topk import Ranked
@@ -35,8 +36,8 @@ class Reducer(Protocol):
     def several(self) -> bool:
         """Whether there is more than one process."""
 
-    def begin(self) -> None:
-        """A backward starts."""
+    def begin(self, plan: Plan, fresh: bool) -> None:
+        """A backward starts: the first of a step's, if ``fresh``, or one more micro-batch."""
 
     def ranking(self, new: NewRanker, table: SlotTable) -> Ranking:
         """A ranking by the gradient of all processes.
@@ -55,7 +56,7 @@ class OneProcess:
 
     several = False
 
-    def begin(self) -> None:
+    def begin(self, plan: Plan, fresh: bool) -> None:
         """Nothing to do."""
 
     def ranking(self, new: NewRanker, table: SlotTable) -> Ranking:

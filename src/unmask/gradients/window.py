@@ -124,13 +124,14 @@ class Window:
     def begin(self) -> None:
         """A backward starts: a fresh window if ``values`` carries no gradient, else one more micro-batch."""
         refuse_zero(self.values)
-        self.reducer.begin()
+        fresh = self._fresh()
+        self.reducer.begin(self.plan, fresh)
         if self.measured and self.reducer.several:
             raise SelectionError(
                 "clip_scope='all' needs the norm of the mean gradient of all processes, which is not exchanged; use "
                 "clip_scope='selected', whose norm is the same in all of them."
             )
-        if self._fresh():
+        if fresh:
             self.discard()
         if self.norm is not None and self.accumulation != "exact":
             raise _unmeasured()

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from unmask.config import TrainConfig
+from unmask.distributed.processes import is_main
 from unmask.errors import ConfigError, DataError
 from unmask.fingerprint import digest
 from unmask.generating import GenerationSettings
@@ -93,7 +94,7 @@ class GenerationPrepared:
             return {"token_accuracy": token_accuracy(guesses, labels)}
 
         metrics = evaluate_splits(trainer, self.step_sets, scored, ("token_accuracy",), stage)
-        if stage == "before" or not self.config.test_sets:
+        if stage == "before" or not self.config.test_sets or not is_main():  # the outputs are files
             return metrics
         solved = list(self._solve(trainer))
         metrics |= {f"{one.name}_{key}": value for one in solved for key, value in one.metrics().items()}
