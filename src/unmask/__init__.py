@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ScheduleNotRunError,
         SelectionError,
         UnmaskError,
+        WriteError,
     )
     from unmask.heuristics import Heuristic, heuristic, heuristic_names, register_heuristic
     from unmask.method import Method
@@ -64,6 +65,7 @@ __all__ = [
     "SparseDelta",
     "SparseTensor",
     "UnmaskError",
+    "WriteError",
     "__version__",
     "bitfit",
     "clip_grad_norm_",
