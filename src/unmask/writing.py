@@ -30,8 +30,10 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}{secrets.token_hex(4)}.part")
     try:
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # tempfile's would be 0600
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)  # safetensors puts a file of its own there, which nobody else may read
         to_disk(part)
         os.replace(part, path)
         to_disk(path.parent)
