@@ -84,9 +84,7 @@ def hearing(folder: Path, on_event: Callable[[str, str], None]) -> Iterator[None
 
 def content(folder: Path) -> Content:
     """What is in a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def restore(held: Content, folder: Path) -> None:

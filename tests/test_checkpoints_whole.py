@@ -7,19 +7,21 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer
 
 import unmask
 from kill_points import FullDisk, Recorder, content, hearing, restore
-from trainers import selective
+from trainers import Tokens, arguments, bert, selective
 from unmask import ConfigError, SelectionError, UnmaskError, WriteError, checkpoints
 from unmask.checkpoints import MANIFEST, differences, examine, newest
 from unmask.config import TrainConfig
+from unmask.integrations.trainer_checkpoints import WholeCheckpoints
 from unmask.run_folder import RunFolder
 from unmask.training import train
 from unmask.writing import append_json, discard, replacing, sweep_up, write_text
@@ -95,7 +97,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(
     state = states[part * len(states) // 8 + 5]
     go_on(config, state, tmp_path / "killed")
     assert result(tmp_path / "killed") == result(whole.folder)
-    assert not [path for path in tmp_path.glob("killed/**/.*")]
+    assert not list(tmp_path.glob("killed/**/.*"))
 
 
 def test_overwriting_that_was_killed_never_resumes_the_old_run(
@@ -117,7 +119,11 @@ def test_overwriting_that_was_killed_never_resumes_the_old_run(
             if settings is old:  # nothing was touched yet
                 assert before.items() <= state.items()
             else:
-                assert start.summary or start.checkpoint.settings is None or start.checkpoint.settings["config"]["seed"] == 0
+                assert (
+                    start.summary
+                    or start.checkpoint.settings is None
+                    or start.checkpoint.settings["config"]["seed"] == 0
+                )
         shutil.rmtree(tmp_path / str(i))
     assert refused > 60
     assert result(folder) == result(Path(config.output))
@@ -176,7 +182,14 @@ DAMAGES: dict[str, Callable[[Path, Path, Path], object]] = {
     "older": lambda file, older, foreign: shutil.copy(older, file),
     "foreign": lambda file, older, foreign: shutil.copy(foreign, file),
 }
-FILES = ("selection.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin")
+FILES = (
+    "selection.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "training_args.bin",
+)
 
 
 def flipped(data: bytes) -> bytes:
@@ -255,7 +268,9 @@ def test_passing_over_says_so_and_ends_in_the_same_result(
 def test_nothing_whole_is_refused_with_every_reason(config: TrainConfig, copied: Path) -> None:
     for step in (2, 4, 6):
         (copied / "checkpoints" / f"checkpoint-{step}" / "scheduler.pt").unlink()
-    with pytest.raises(ConfigError, match=r"checkpoint-6'.* scheduler.pt .*checkpoint-2'.*Start again with --overwrite"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint-6'.* scheduler.pt .*checkpoint-2'.*Start again with --overwrite"
+    ):
         go(config, copied, resume=True)
 
 
@@ -320,7 +335,7 @@ def test_a_run_at_its_last_step_takes_no_further_one(config: TrainConfig, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Recorder]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder]:
     """A Trainer's run of ten steps that keeps one checkpoint, its last at step 9."""
     folder = tmp_path_factory.mktemp("trainer") / "run"
     recorder = Recorder(folder)
@@ -328,7 +343,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Re
                            save_total_limit=1)  # fmt: skip
     with hearing(folder, recorder):
         trainer.train()
-    yield folder, recorder
+    return folder, recorder
 
 
 def test_a_trainers_folder_holds_a_whole_checkpoint_at_every_moment_after_the_first(
@@ -358,7 +373,9 @@ def test_a_trainers_damaged_checkpoint_is_refused(trained: tuple[Path, Recorder]
     folder = Path(shutil.copytree(trained[0], tmp_path / "run"))
     (folder / "checkpoint-10" / "optimizer.pt").write_bytes(b"")
     trainer, _ = selective(folder, lambda steps: unmask.repeat_d3(40))
-    with pytest.raises(SelectionError, match=r"checkpoint-10' cannot be resumed from: its file optimizer.pt has 0 bytes"):
+    with pytest.raises(
+        SelectionError, match=r"checkpoint-10' cannot be resumed from: its file optimizer.pt has 0 bytes"
+    ):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-10"))
     with pytest.raises(SelectionError, match=r"no whole checkpoint .*optimizer.pt"):
         trainer.train(resume_from_checkpoint=True)
@@ -369,14 +386,49 @@ def test_another_number_of_epochs_says_what_differs_and_what_it_means(epochs: in
     selective(tmp_path, save_strategy="epoch")[0].train()
     with pytest.raises(SelectionError) as caught:
         selective(tmp_path, num_train_epochs=epochs)[0].train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    assert f"method.steps: 10 -> {5 * epochs}. It was planned for 10 steps, and this run for {5 * epochs}." in str(caught.value)
+    assert f"method.steps: 10 -> {5 * epochs}. It was planned for 10 steps, and this run for {5 * epochs}." in str(
+        caught.value
+    )
     assert "spreads its budget over the steps planned" in str(caught.value)
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_refused(trained: tuple[Path, Recorder]) -> None:
     trainer, _ = selective(trained[0], lambda steps: unmask.repeat_d3(40), max_steps=8)
-    with pytest.raises(SelectionError, match="its step 10 is beyond the last one"):
+    with pytest.raises(SelectionError, match="is of step 10, and the run has 8 steps"):
         trainer.train(resume_from_checkpoint=str(trained[0] / "checkpoint-10"))
+
+
+def test_a_trainer_with_a_peft_adapter_has_whole_checkpoints_too(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    import unmask.peft
+
+    def built(folder: Path) -> Trainer:
+        given = unmask.peft.SelectiveConfig(task_type="SEQ_CLS", budget=60, target_modules="all-linear")
+        training = arguments(folder, save_strategy="steps", save_steps=3, save_total_limit=1, max_steps=6)
+        trainer = Trainer(peft.get_peft_model(bert(), given), training, train_dataset=Tokens())
+        trainer.add_callback(WholeCheckpoints(trainer))
+        return trainer
+
+    straight, recorder = built(tmp_path / "run"), Recorder(tmp_path / "run")
+    with hearing(recorder.folder, recorder):
+        straight.train()
+    steps = []
+    for i, state in enumerate(recorder.left_by_kills()):
+        restore(state, tmp_path / str(i))
+        found, _ = newest(tmp_path / str(i))
+        if found is not None and found.step == 3:
+            half = tmp_path / str(i)  # the last is in the midst of checkpoint-6
+        steps.append(-1 if found is None else found.step)
+    assert steps == sorted(steps)
+    assert set(steps) == {-1, 3, 6}
+    resumed = built(half)
+    with pytest.warns(UserWarning, match="checkpoint-6' is passed over"):
+        resumed.train(resume_from_checkpoint=True)
+    saved = [folder / "checkpoint-6" / "adapter_model.safetensors" for folder in (half, tmp_path / "run")]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+    saved[0].write_bytes(flipped(saved[0].read_bytes()))
+    with pytest.raises(SelectionError, match=r"its file adapter_model\.safetensors is damaged"):
+        built(half).train(resume_from_checkpoint=str(half / "checkpoint-6"))
 
 
 def test_the_saved_arguments_are_the_users(trained: tuple[Path, Recorder]) -> None:
@@ -450,10 +502,14 @@ def test_files_have_the_permissions_of_any_new_file(mask: int, tmp_path: Path) -
 
 
 def test_what_kills_left_is_swept_up(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a") as part:
-        part.write_text("half")
-        shutil.copy(part, tmp_path / ".b1.part")
-        raise KeyboardInterrupt
+    def stopped() -> None:
+        with replacing(tmp_path / "a") as part:
+            part.write_text("half")
+            shutil.copy(part, tmp_path / ".b1.part")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "inside").write_text("")
     (tmp_path / "c").rename(tmp_path / ".c1.removed")

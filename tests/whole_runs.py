@@ -33,7 +33,7 @@ def small_world(root: Path) -> TrainConfig:
         lr=0.05,
         max_steps=6,
         batch_size=4,
-        save_steps=2,
+        eval_steps=2,  # and so a checkpoint
         keep_checkpoints=1,
         logging_steps=1,
     )
@@ -75,7 +75,8 @@ def go_on(config: TrainConfig, state: Content, folder: Path) -> str:
         go(config, folder, resume=True)
         return "resumed"
     except ConfigError as error:
-        overwrite = "Start again with --overwrite" in str(error)
-        assert overwrite or "start without --resume" in str(error), error
+        message = str(error)
+    overwrite = "Start again with --overwrite" in message
+    assert overwrite or "start without --resume" in message, message
     go(config, folder, overwrite=overwrite)
     return "started again"

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from unmask.errors import SelectionError
 from unmask.state_file import read_state
@@ -25,9 +26,12 @@ from unmask.writing import discard, sweep_up, to_disk, write_json
 
 MANIFEST, STATE_FILE, TRAINER_STATE = "manifest.json", "selection.safetensors", "trainer_state.json"
 VERSION = 1
-_NEEDED = (STATE_FILE, TRAINER_STATE, "optimizer.pt", "scheduler.pt")
+_ADAPTER = "adapter_model.safetensors"  # of PEFT, in the place of a selection's state; says no step
+_NEEDED = (TRAINER_STATE, "optimizer.pt", "scheduler.pt")
 # what a Trainer reads if it is there
-_READ = re.compile(r"(selection\.safetensors|trainer_state\.json|optimizer\.(pt|bin)|(scheduler|scaler)\.pt|rng_state.*\.pth)")
+_READ = re.compile(
+    r"(selection\.safetensors|trainer_state\.json|optimizer\.(pt|bin)|(scheduler|scaler)\.pt|rng_state.*\.pth)"
+)
 
 
 @dataclass(frozen=True)
@@ -199,12 +203,17 @@ def _compare(folder: Path, files: Mapping[str, Any]) -> None:
 
 def _agreeing(folder: Path) -> int:
     """The one step of all parts of a checkpoint that has no manifest."""
-    for name in _NEEDED:
+    adapters = sorted(folder.rglob(_ADAPTER))
+    for name in _NEEDED if adapters else (STATE_FILE, *_NEEDED):
         if not (folder / name).is_file():
-            raise _Fault(f"its file {name} is missing: it was stopped while it was written, or holds no selection state")
+            raise _Fault(
+                f"its file {name} is missing: it was stopped while it was written, or holds no selection state"
+            )
     if not list(folder.glob("rng_state*.pth")):
         raise _Fault("its file rng_state.pth is missing: it was stopped while it was written")
     loaded = {path.name: _load(path) for path in sorted(folder.iterdir()) if _READ.fullmatch(path.name)}
+    for path in adapters:
+        _load(path)
     try:
         steps = _steps(loaded)
         step = int(loaded[TRAINER_STATE]["global_step"])
@@ -220,7 +229,7 @@ def _agreeing(folder: Path) -> int:
 
 def _steps(loaded: Mapping[str, Any]) -> dict[str, int]:
     """The step of each part, where it can be known."""
-    steps = {STATE_FILE: int(loaded[STATE_FILE]["step"])}
+    steps = {STATE_FILE: int(loaded[STATE_FILE]["step"])} if STATE_FILE in loaded else {}
     if "num_bad_epochs" not in loaded["scheduler.pt"]:  # a ReduceLROnPlateau counts evaluations
         steps["scheduler.pt"] = int(loaded["scheduler.pt"]["last_epoch"])
     held = [state.get("step") for state in loaded["optimizer.pt"]["state"].values()]
@@ -232,6 +241,8 @@ def _load(path: Path) -> Any:
     try:
         if path.name == STATE_FILE:
             return read_state(path)
+        if path.name == _ADAPTER:
+            return load_file(path)
         if path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
         with zipfile.ZipFile(path) as archive:  # torch.load reads past a wrong checksum

@@ -225,18 +225,14 @@ class RunFolder:
         lines = differences(*({k: v for k, v in one.items() if k not in open_yet} for one in (was, now)))
         if not lines:
             return
-        longer = any(line.split(":")[0] in _LENGTH for line in lines)
         what = "learning rate falls" + (" and its budget is unmasked" if now["method"] == "id3" else "")
+        longer = f" A longer run is another run from its first step on: its {what} over all the steps planned at its start."
         raise ConfigError(
             f"the run in {str(self.path)!r} was started with other settings than those given now (its own -> given now):\n  "
             + "\n  ".join(lines)
             + f"\nTo go on with it as it is: unmask train --config {self.config} --resume. To train with the new settings, start "
             "a run of its own: another --output."
-            + (
-                f" A longer run is another run from its first step on: its {what} over all the steps that are planned at its start."
-                if longer
-                else ""
-            )
+            + (longer if any(line.split(":")[0] in _LENGTH for line in lines) else "")
         )
 
     def open(self, start: Start, config: TrainConfig) -> None:

@@ -95,9 +95,7 @@ def write_series(folder: RunFolder) -> list[tuple[int, int, Path]]:
     Raises:
         UnmaskError: As `deltas`.
     """
-    missing = [
-        step for step, found in folder.steps().items() if found.whole and not folder.series_file(step).is_file()
-    ]
+    missing = [step for step, found in folder.steps().items() if found.whole and not folder.series_file(step).is_file()]
     for step, delta in deltas(folder, missing):
         delta.save(folder.series_file(step))
     loaded = [(SparseDelta.load(file).metadata, file) for file in folder.series.glob("step-*.safetensors")]

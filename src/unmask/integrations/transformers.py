@@ -6,30 +6,27 @@ bytes), resuming. Everything else (accumulation, precision, logging, evaluation,
 
 from __future__ import annotations
 
-import copy
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from unmask.checkpoints import STATE_FILE, Checkpoint, differences, examine, newest, rotate, seal
+from unmask.checkpoints import STATE_FILE, Checkpoint, differences
 from unmask.clipping import clip_grad_norm_
-from unmask.errors import ConfigError, MethodError, ScheduleNotRunError, SelectionError, UnmaskError, WriteError
+from unmask.errors import ConfigError, MethodError, ScheduleNotRunError, SelectionError
+from unmask.integrations.trainer_checkpoints import WholeCheckpoints
 from unmask.integrations.trainer_checks import check_run, check_schedule
 from unmask.integrations.trainer_optimizer import GivenOptimizer, new_optimizer
 from unmask.method import Method
 from unmask.selecting import select
 from unmask.selection import Selection
 from unmask.state_file import read_state, write_state
-from unmask.writing import discard
 
 Selective = Selection | Method | Callable[[int], Method]
 
@@ -60,7 +57,6 @@ class SelectiveCallback(TrainerCallback):
     Attributes:
         selection: The selection; None until ``train()`` makes it. It stays live afterwards: take ``selection.delta()``, then
             ``selection.release()``.
-        settings: JSON values that go into each checkpoint's manifest, for you to read there.
 
     Raises:
         ConfigError: Options beside a selection; from ``train()``: an ``args.optim`` that chooses its own parameters.
@@ -80,10 +76,7 @@ class SelectiveCallback(TrainerCallback):
         self._start: dict[str, Any] | None = None  # the selection's state before the first attempt
         self._builds: bool | None = None  # whether the optimizer is made here; known at the first `create_optimizer`
         self._given: GivenOptimizer | None = None
-        self._resume: Checkpoint | None = None
-        self.settings: Mapping[str, Any] = {}
-        self._steps = 0  # T
-        self._limit: int | None = None  # the Trainer's save_total_limit
+        self._checkpoints = WholeCheckpoints(trainer)
         self._checkpointing = self._finished = self._opened = False
         self._step = self._advanced = self._skipped = 0
         self._theirs: dict[str, Any] = {}  # the Trainer's own methods
@@ -145,31 +138,12 @@ class SelectiveCallback(TrainerCallback):
                 f"this Trainer has trained to the end of its run ({self.live}); a further train() would begin the schedule "
                 "anew on trained weights. Take selection.delta() and build a new Trainer, or give resume_from_checkpoint=."
             )
-        self._resume = None
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(self._newest().path)
         return self._theirs["train"](resume_from_checkpoint, *args, **kwargs)
-
-    def _newest(self) -> Checkpoint:
-        folder = Path(str(self.trainer.args.output_dir))
-        whole, passed = newest(folder)
-        if whole is None:
-            faults = "".join(f"; {str(found.path)!r}: {found.fault}" for found in passed)
-            raise SelectionError(
-                f"there is no whole checkpoint in {str(folder)!r} to resume from{faults}. Call train() without "
-                "resume_from_checkpoint."
-            )
-        for found in passed:
-            warnings.warn(f"{str(found.path)!r} is passed over: {found.fault}", stacklevel=4)
-        return whole
 
     def _set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """The first moment of an attempt at which the Trainer knows how many steps it will make."""
         values = self._theirs["set_initial_training_values"](*args, **kwargs)
-        self._steps = int(values[-1])
-        self._begin(self._steps)
-        if self._resume is not None and self._resume.step >= self._steps:
-            return (self._resume.step // int(values[1]), *values[1:])  # no epoch is left: a Trainer would take one more step
+        self._begin(int(values[-1]))
         return values
 
     def _begin(self, steps: int) -> None:
@@ -182,8 +156,8 @@ class SelectiveCallback(TrainerCallback):
             self.selection = select(self._model, self._method(self._selective, steps), **self._options)
         check_run(self.trainer, self.live, steps)
         self._start = self.live.state_dict()
-        if self._resume is not None:
-            self._go_on(self._resume, steps)
+        if self._checkpoints.resumed is not None:
+            self._go_on(self._checkpoints.resumed, steps)
         self._finished = False
         self._let_gradients_through()
 
@@ -193,7 +167,7 @@ class SelectiveCallback(TrainerCallback):
         planned = (checkpoint.settings or {}).get("planned_steps", steps)
         mine = {"budget": self.live.budget, "method": self.live.method.describe()}
         lines = differences({key: state.get(key) for key in mine}, mine)
-        if lines or checkpoint.step > steps:
+        if lines:
             lengths = "" if planned == steps else f" It was planned for {planned:,} steps, and this run for {steps:,}."
             growing = (
                 " A method that unmasks step by step spreads its budget over the steps planned, so a longer or shorter run is "
@@ -201,9 +175,8 @@ class SelectiveCallback(TrainerCallback):
                 f"(unmask.id3(budget, steps={planned})), and further steps train the full budget."
             )
             raise SelectionError(
-                f"{str(checkpoint.path)!r} is the checkpoint of another run (its own -> given now): "
-                + ("; ".join(lines) or f"its step {checkpoint.step:,} is beyond the last one")
-                + f".{lengths} Resume with the settings that the run was started with."
+                f"{str(checkpoint.path)!r} is the checkpoint of another run (its own -> given now): {'; '.join(lines)}.{lengths} "
+                "Resume with the settings that the run was started with."
                 + (growing if lengths and self.live.method.strategy == "increment" else "")
             )
         self.live.load_state_dict(state)
@@ -266,27 +239,11 @@ class SelectiveCallback(TrainerCallback):
     # Checkpoints.
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Writes a checkpoint, seals it, and only then lets older ones go."""
-        trainer, given = self.trainer, self.trainer.args
-        parent = Path(trainer._get_output_dir(trial=kwargs.get("trial", args[1] if len(args) > 1 else None)))
-        folder, self._limit = parent / f"checkpoint-{trainer.state.global_step}", given.save_total_limit
-        if given.should_save:
-            discard(folder)  # what a kill left, or an earlier run
-        trainer.accelerator.wait_for_everyone()
+        self._checkpointing = True
         try:
-            self._checkpointing, given.save_total_limit = True, None  # else older ones would go before this one is whole
             self._theirs["_save_checkpoint"](*args, **kwargs)
-        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk, torch.save makes a RuntimeError
-            raise _unwritable(folder, error) from error
         finally:
-            self._checkpointing, given.save_total_limit = False, self._limit
-        trainer.accelerator.wait_for_everyone()
-        if given.should_save:
-            try:
-                seal(folder, trainer.state.global_step, {**self.settings, "planned_steps": self._steps})
-            except OSError as error:
-                raise _unwritable(folder, error) from error
-            rotate(parent, folder, self._limit, trainer.state.best_model_checkpoint)
+            self._checkpointing = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self._checkpointing:  # the user's save_model()
@@ -295,21 +252,11 @@ class SelectiveCallback(TrainerCallback):
             folder = Path(output_dir or str(self.trainer.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             write_state(self.live.state_dict(), folder / STATE_FILE)
-            given = copy.copy(self.trainer.args)
-            given.save_total_limit = self._limit
-            torch.save(given, folder / TRAINING_ARGS_NAME)
+            torch.save(self.trainer.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Only remembers it: the Trainer loads weights before it knows its number of steps."""
-        found = examine(Path(resume_from_checkpoint))  # what is not whole is refused before anything starts
-        if not found.whole:
-            raise SelectionError(
-                f"{resume_from_checkpoint!r} cannot be resumed from: {found.fault}. Take another checkpoint; "
-                "resume_from_checkpoint=True takes the newest whole one."
-            )
-        if found.note:
-            warnings.warn(found.note, stacklevel=2)
-        self._resume = found
+        self._checkpoints.remember(resume_from_checkpoint)  # what is not whole is refused before anything starts
 
     def _load_best_model(self) -> None:
         self.live.load_state_dict(read_state(Path(str(self.trainer.state.best_model_checkpoint), STATE_FILE)))
@@ -358,7 +305,7 @@ class SelectiveTrainer(Trainer):
     Args:
         selection: As `SelectiveCallback`'s ``selective``: a selection (then build ``optimizers`` from
             ``selection.parameters()``), a method, or a function from the number of steps to a method.
-        settings: As `SelectiveCallback`'s attribute.
+        settings: JSON values that go into each checkpoint's manifest.
         *args: As for ``transformers.Trainer``.
         **kwargs: As for ``transformers.Trainer``.
 
@@ -378,25 +325,13 @@ class SelectiveTrainer(Trainer):
         with _trainable(model):
             super().__init__(*args, **kwargs)
         self._selective = SelectiveCallback(self, selection)
-        self._selective.settings = settings or {}
+        self._selective._checkpoints.settings = settings or {}
         self.add_callback(self._selective)
 
     @property
     def selection(self) -> Selection:
         """The selection; made by ``train()`` where a method was given."""
         return self._selective.live
-
-
-def _unwritable(checkpoint: Path, error: Exception) -> Exception:
-    """The error of ours for one that the writing of a checkpoint ended in; what there is of the checkpoint goes."""
-    if isinstance(error, UnmaskError):
-        return error
-    with suppress(OSError):
-        discard(checkpoint)
-    return WriteError(
-        f"the checkpoint {str(checkpoint)!r} cannot be written ({error}), so training stopped. Earlier checkpoints are kept: "
-        "make room, and resume from them."
-    )
 
 
 def _drop_gradients(selection: Selection) -> None:

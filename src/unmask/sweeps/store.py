@@ -79,7 +79,9 @@ class Store:
         path = self.folder / "locks" / f"{run}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with locking.holding(path) as mine:
-            for part in self.folder.glob(f"results/.{run}.json*.part") if mine else ():  # of a process killed as it wrote
+            for part in (
+                self.folder.glob(f"results/.{run}.json*.part") if mine else ()
+            ):  # of a process killed as it wrote
                 part.unlink(missing_ok=True)
             yield mine
 
