@@ -112,7 +112,7 @@ def folders(parent: Path) -> dict[int, Path]:
 
 def newest(parent: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
     """The newest whole checkpoint in a folder, None for none, and the newer ones, which are not whole."""
-    passed = []
+    passed: list[Checkpoint] = []
     for path in reversed(folders(parent).values()):
         found = examine(path)
         if found.whole:

@@ -207,7 +207,7 @@ class RunFolder:
             SparseDelta.load(self.delta)
         except (OSError, ValueError, RecursionError):  # not there, or damaged: made again from the last checkpoint
             return None
-        return summary if isinstance(summary, dict) else None
+        return summary if isinstance(summary, dict) and {"steps", "before", "after"} <= summary.keys() else None
 
     def refuse_other_settings(self, config: TrainConfig, start: Start) -> None:
         """Refuses to go on with other settings than the run's own, each of which is named.
@@ -220,13 +220,15 @@ class RunFolder:
         sealed = None if start.checkpoint is None else (start.checkpoint.settings or {}).get("config")
         if sealed is None and not self.config.is_file():
             return
-        was, now = (dataclasses.asdict(build(sealed or read_yaml(self.config)))), dataclasses.asdict(config)
-        open_yet = [name for name, value in now.items() if name in FREE or (value == "auto" != was[name])]
-        lines = differences(*({k: v for k, v in one.items() if k not in open_yet} for one in (was, now)))
+        was, now = dataclasses.asdict(build(sealed or read_yaml(self.config))), dataclasses.asdict(config)
+        fixed = [name for name, value in now.items() if name not in FREE and value != "auto"]
+        lines = differences({name: was[name] for name in fixed}, {name: now[name] for name in fixed})
         if not lines:
             return
         what = "learning rate falls" + (" and its budget is unmasked" if now["method"] == "id3" else "")
-        longer = f" A longer run is another run from its first step on: its {what} over all the steps planned at its start."
+        longer = (
+            f" A longer run is another run from its first step on: its {what} over all the steps planned at its start."
+        )
         raise ConfigError(
             f"the run in {str(self.path)!r} was started with other settings than those given now (its own -> given now):\n  "
             + "\n  ".join(lines)
