@@ -42,7 +42,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def to_disk(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk: it then outlives a power cut."""
+    """Waits until a file's content, or a folder's list of names, is on the disk (POSIX): it then outlives a power cut."""
+    if os.name != "posix":
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
