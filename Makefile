@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-adapters test-peft check setup clean
+.PHONY: demo test test-adapters test-peft soak check setup clean
 
 setup: $(VENV)/.stamp
 
@@ -37,6 +37,12 @@ demo: setup
 # Two processes of one thread each: with two threads each they would wait for one another. A file is not divided, for its fixtures.
 test: setup $(VENV)/.stamp-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The long forms of tests, in an order that SEED shuffles, each for SECONDS at most.
+SEED ?= 0
+SECONDS ?= 300
+soak: setup $(VENV)/.stamp-test
+	for each in tests/soak/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$each --seed $(SEED) --seconds $(SECONDS) || exit 1; done
 
 test-adapters: $(VENV)-adapters/.stamp
 	$(VENV)-adapters/bin/python -m pytest tests/bottlenecks tests/test_lora.py tests/test_into.py tests/test_sparse_adapter.py tests/test_series.py tests/test_cli.py

@@ -183,7 +183,7 @@ def test_bias_correction_entry_is_recorded_and_resumes_bit_for_bit(trained: Path
         "train", "--config", "entry/config.yaml", "--set", "bias_correction=global", "--resume", cwd=world, check=False
     )
     assert refused.returncode == 1
-    assert "made with bias_correction = 'entry'" in refused.stderr
+    assert "\n  bias_correction: entry -> global\n" in refused.stderr
     run("train", "--config", "entry/config.yaml", "--set", "bias_correction=entry", "--resume", cwd=world)
     resumed = unmask.SparseDelta.load(folder / "delta.safetensors")
     for part in ("indices", "values"):

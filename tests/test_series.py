@@ -284,10 +284,13 @@ def test_an_incomplete_checkpoint_is_refused_and_listed_as_such(world: Path, cop
     state = copied / "checkpoints" / "checkpoint-8" / "selection.safetensors"
     state.write_bytes(state.read_bytes()[:-9])
     message = refused(world, "copied", "--step", 16)
-    assert "'copied/checkpoints/checkpoint-16' is incomplete: the run was stopped while it was written" in message
+    assert (
+        "'copied/checkpoints/checkpoint-16' is not whole: its file trainer_state.json has 11 bytes instead of"
+        in message
+    )
     message = refused(world, "copied/checkpoints/checkpoint-8")
-    assert "the checkpoint 'copied/checkpoints/checkpoint-8' cannot be used" in message
-    assert "Take another one; unmask delta copied --list" in message
+    assert "'copied/checkpoints/checkpoint-8' is not whole: its file selection.safetensors has" in message
+    assert "there are checkpoints of step 24" in message
     rows = run("delta", "copied", "--list", cwd=world).stdout.splitlines()[1:]
     assert [row.split()[:3] for row in rows[:2]] == [["8", "-", "incomplete"], ["16", "-", "incomplete"]]
     assert rows[2].split()[:2] == ["24", "120"]

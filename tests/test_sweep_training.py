@@ -18,6 +18,7 @@ from transformers import BertConfig
 from commands import run
 from tiny import tiny_model, toy_csv
 from unmask.analysis import mask_of
+from unmask.checkpoints import seal
 from unmask.delta import SparseDelta
 from unmask.errors import ConfigError
 from unmask.modeling import load_tuned
@@ -26,7 +27,7 @@ from unmask.run_folder import RunFolder
 from unmask.sweeps import Store, expand, read_sweep
 from unmask.sweeps.matching import matching_rank
 from unmask.sweeps.records import records
-from unmask.sweeps.running import last_whole_checkpoint, run_cell
+from unmask.sweeps.running import run_cell
 
 # the Trainer's and peft's own warnings are not what is tested here
 pytestmark = pytest.mark.filterwarnings("default")
@@ -61,7 +62,7 @@ SWEEP = {
 
 def wait_for_checkpoint(folder: Path, parent: subprocess.Popen) -> None:
     until = time.monotonic() + 90
-    while not list(folder.glob("runs/*/checkpoints/checkpoint-*/trainer_state.json")):
+    while not list(folder.glob("runs/*/checkpoints/checkpoint-*/manifest.json")):
         assert parent.poll() is None, "the sweep ended before the kill"
         assert time.monotonic() < until, "no checkpoint"
         time.sleep(0.02)
@@ -208,14 +209,19 @@ def test_a_dry_run_lists_the_runs_and_runs_nothing(world):
 
 def test_checkpoints_in_pieces_are_passed_over(tmp_path):
     folder = RunFolder(tmp_path)
-    assert last_whole_checkpoint(folder) is None
-    for step, text in ((6, json.dumps({"global_step": 6})), (12, '{"global_st'), (18, None)):
+    assert folder.newest() == (None, [])
+    for step, text in ((12, '{"global_st'), (18, None)):
         path = folder.checkpoints / f"checkpoint-{step}"
         path.mkdir(parents=True)
         if text is not None:
             (path / "trainer_state.json").write_text(text)
-    assert last_whole_checkpoint(folder) == 6
-    assert [path.name for path in folder.checkpoints.iterdir()] == ["checkpoint-6"]
+    (folder.checkpoints / "checkpoint-6").mkdir()
+    (folder.checkpoints / "checkpoint-6" / "a").write_text("whole")
+    seal(folder.checkpoints / "checkpoint-6", 6, {})
+    whole, passed = folder.newest()
+    assert whole.step == 6
+    assert [found.path.name for found in passed] == ["checkpoint-18", "checkpoint-12"]
+    assert all("missing" in found.fault for found in passed)
 
 
 def test_a_damaged_checkpoint_means_a_fresh_start(world, monkeypatch, tmp_path):

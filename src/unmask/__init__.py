@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ScheduleNotRunError,
         SelectionError,
         UnmaskError,
+        WriteError,
     )
     from unmask.heuristics import Heuristic, heuristic, heuristic_names, register_heuristic
     from unmask.method import Method
@@ -66,6 +67,7 @@ __all__ = [
     "SparseDelta",
     "SparseTensor",
     "UnmaskError",
+    "WriteError",
     "__version__",
     "bitfit",
     "clip_grad_norm_",

@@ -10,6 +10,7 @@ UnmaskError
 ├── DeltaError (ValueError)           a delta that is damaged, or that belongs to another base
 ├── DataError (ValueError)            a data set, file, column or label that cannot be used
 ├── ConfigError (ValueError)          a run configuration that cannot work
+├── WriteError (OSError)              a file that cannot be written: a full disk, no permission
 └── MissingExtraError (ImportError)   an optional dependency is not installed
 ```
 """
@@ -54,6 +55,10 @@ class DataError(UnmaskError, ValueError):
 
 class ConfigError(UnmaskError, ValueError):
     """A run configuration cannot work."""
+
+
+class WriteError(UnmaskError, OSError):
+    """A file cannot be written: the disk is full, or may not be written to. What was whole before is still there."""
 
 
 class MissingExtraError(UnmaskError, ImportError):

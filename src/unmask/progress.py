@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from unmask.analysis import snapshot
 from unmask.selection import Selection
+from unmask.writing import append_json
 
 
 class LiveProgress(TrainerCallback):
@@ -101,8 +102,7 @@ class MetricsFile(TrainerCallback):
         self._append({"step": state.global_step, "epoch": state.epoch, "used": self._selection.used, **(logs or {})})
 
     def _append(self, row: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_json(self._path, row)
 
 
 class AllocationFile(TrainerCallback):
@@ -115,6 +115,13 @@ class AllocationFile(TrainerCallback):
         self._path, self._selection = path, selection
         self._written = -1
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._path.is_file():  # a run that goes on: its checkpoint's step may have a line
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            self._written = json.loads(lines[-1])["step"] if lines else -1
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == 1 or state.global_step == state.max_steps:
             self._append()
@@ -126,8 +133,7 @@ class AllocationFile(TrainerCallback):
         if self._written == self._selection.step or not self._selection.step:
             return
         self._written = self._selection.step
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(snapshot(self._selection)) + "\n")
+        append_json(self._path, snapshot(self._selection))
 
 
 class StopOnInterrupt(TrainerCallback):

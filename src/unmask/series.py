@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from unmask.checkpoints import STATE_FILE
 from unmask.delta import SparseDelta
 from unmask.errors import ConfigError, DataError, DeltaError, SelectionError
-from unmask.integrations.transformers import STATE_FILE
 from unmask.run_folder import RunFolder
 from unmask.settings import build, read_yaml
 from unmask.state_file import read_state
@@ -95,7 +95,7 @@ def write_series(folder: RunFolder) -> list[tuple[int, int, Path]]:
     Raises:
         UnmaskError: As `deltas`.
     """
-    missing = [step for step, whole in folder.steps().items() if whole and not folder.series_file(step).is_file()]
+    missing = [step for step, found in folder.steps().items() if found.whole and not folder.series_file(step).is_file()]
     for step, delta in deltas(folder, missing):
         delta.save(folder.series_file(step))
     loaded = [(SparseDelta.load(file).metadata, file) for file in folder.series.glob("step-*.safetensors")]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from unmask.config import TrainConfig
 from unmask.errors import ConfigError, need
 from unmask.tasks.names import TASKS
+from unmask.writing import write_text
 
 _HINTS = typing.get_type_hints(TrainConfig)
 # where a kind of task wants another default than the rest: a solution is longer than a sentence
@@ -101,7 +102,7 @@ def write_yaml(config: TrainConfig, path: Path) -> None:
     plain = {
         key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
     }
-    path.write_text(need("yaml", "cli").safe_dump(plain, sort_keys=False), encoding="utf-8")
+    write_text(path, need("yaml", "cli").safe_dump(plain, sort_keys=False))
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:

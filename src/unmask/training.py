@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +16,11 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
+from unmask.checkpoints import Checkpoint, differences
 from unmask.config import TrainConfig
 from unmask.delta import SparseDelta
 from unmask.distributed.processes import is_main, launched
-from unmask.errors import UnmaskError
+from unmask.errors import ConfigError, UnmaskError
 from unmask.integrations.transformers import SelectiveTrainer
 from unmask.into import Inserted, insert, require
 from unmask.kinds import Prepared, kind_for
@@ -30,7 +31,7 @@ from unmask.run_folder import RunFolder
 from unmask.scopes import exactly
 from unmask.selecting import select
 from unmask.selection import Selection
-from unmask.settings import write_yaml
+from unmask.writing import write_json
 
 
 class InterruptedRunError(UnmaskError):
@@ -76,7 +77,7 @@ def train(
 
     Args:
         config: The run.
-        resume: Continue from the last checkpoint in ``config.output``.
+        resume: Continue from the last whole checkpoint in ``config.output``. A finished run is left as it is.
         overwrite: Start anew although ``config.output`` holds a run.
         console: Where to report; None for standard output (of several processes, that of the first).
 
@@ -84,18 +85,54 @@ def train(
         What the run left behind. Of several processes the first alone writes and has a summary; ``{}`` in the others.
 
     Raises:
-        ConfigError: The output folder holds a run already, or none to resume.
+        ConfigError: The output folder holds a run already, or none to resume, or one of other settings, or another process
+            trains there.
         InterruptedRunError: Ctrl-C; the last checkpoint is kept.
+        WriteError: The disk is full, or refuses a file; the last checkpoint is kept.
         UnmaskError: Any other refusal, with what to do.
     """
     console = console or Console(quiet=not is_main())
     folder = RunFolder(Path(config.output))
-    checkpoint = folder.check(resume, overwrite)
-    run = _Run(set_up(config, console), folder, console)
-    if is_main():
-        folder.open(checkpoint)
-        write_yaml(run.config, folder.config)
-    return run.go(checkpoint)
+    with folder.held():
+        start = folder.check(config, resume, overwrite)
+        if start.summary is not None:
+            return _finished(folder, start.summary, console)
+        _note(console, start.notes)
+        run = _Run(set_up(config, console), folder, console)
+        if start.checkpoint is not None:
+            folder.refuse_other_settings(run.config, start)
+            _refuse_other_data(start.checkpoint, run.settings)
+        if is_main():
+            folder.open(start, run.config)
+        return run.go(start.checkpoint)
+
+
+def _finished(folder: RunFolder, summary: Mapping[str, Any], console: Console) -> Outcome:
+    console.print(
+        f"the run in {str(folder.path)!r} is finished: {summary['steps']:,} steps, nothing is left to do\n"
+        f"after:  {_line(summary['after'])}\n"
+        f"delta:  {folder.delta} ({folder.delta.stat().st_size:,} bytes)"
+    )
+    return Outcome(summary["before"], summary["after"], folder.delta, dict(summary))
+
+
+def _refuse_other_data(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
+    sealed = checkpoint.settings or {}
+    names = [name for name in ("steps", "examples", "data") if name in sealed]
+    lines = differences({name: sealed[name] for name in names}, {name: settings[name] for name in names})
+    if lines:
+        raise ConfigError(
+            f"the training data are not those that {str(checkpoint.path)!r} was trained on (then -> now): {'; '.join(lines)}. "
+            "Bring the data back, or start a run of its own with another --output."
+        )
+
+
+def _sample(examples: Any, most: int = 64) -> str:
+    """A digest of up to ``most`` examples, evenly spaced: whether training data are the same."""
+    count = len(examples)
+    places = range(0, count, max(1, -(-count // most)))
+    text = json.dumps([examples[i] for i in places], default=lambda value: value.tolist(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -152,7 +189,7 @@ def set_up(config: TrainConfig, console: Console) -> Setup:
     base = Inserted(model, [], missing, missing) if into is None else insert(model, into, missing, config.seed)
     steps = planned_steps(config, len(prepared.train_set), launched())  # type: ignore[arg-type]
     if launched() > 1:  # the run's configuration means as many steps, however many processes go on with it
-        config = dataclasses.replace(config, max_steps=steps)
+        config = replace(config, max_steps=steps)
     set_seed(config.seed)
     if config.gradient_checkpointing:
         # transformers 5.23 renamed it; 4.57 has the old name alone
@@ -195,26 +232,32 @@ class _Run:
         self.progress = LiveProgress(self.selection, self.prepared.step_metric, console)
         self.metrics = MetricsFile(folder.metrics, self.selection)
         self.allocation = AllocationFile(folder.allocation, self.selection)
+        self.settings = {
+            "config": asdict(self.config),
+            "steps": setup.steps,
+            "examples": len(self.prepared.train_set),  # type: ignore[arg-type]
+            "data": _sample(self.prepared.train_set),
+        }
         with quiet():
             self.trainer = self._trainer()
 
-    def go(self, checkpoint: str | None) -> Outcome:
+    def go(self, checkpoint: Checkpoint | None) -> Outcome:
         before = self.prepared.evaluate(self.trainer, "before")
         self._report_start(before)
         if checkpoint:
-            self.console.print(f"continuing from {checkpoint}")
+            self.console.print(f"continuing from {checkpoint.path}")
         elif is_main():
             self.metrics.start(before)
         start = time.perf_counter()
         try:
-            self.trainer.train(resume_from_checkpoint=checkpoint)
+            self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
         except KeyboardInterrupt:
             self.interrupt.interrupted = True
         finally:
             self.progress.stop()
             self.interrupt.restore()
         if self.interrupt.interrupted:
-            raise InterruptedRunError(self.folder.how_to_go_on())
+            raise InterruptedRunError(f"interrupted. {self.folder.how_to_go_on()}")
         seconds = time.perf_counter() - start
         return self._finish(before, self.prepared.evaluate(self.trainer, "after"), seconds)
 
@@ -225,6 +268,7 @@ class _Run:
         trainer = SelectiveTrainer(
             model=self.model,
             selection=self.selection,
+            settings=self.settings,
             args=_arguments(config, self.setup.steps, self.folder, bool(sets)),
             train_dataset=prepared.train_set,
             eval_dataset=sets.get("", sets or None),
@@ -258,7 +302,7 @@ class _Run:
         delta = self.setup.delta(after=after)
         path = delta.save(self.folder.delta)
         summary = self._summary(before, after, seconds, delta, path)
-        self.folder.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(self.folder.summary, summary, indent=2)
         self.console.print("after:  " + _line(after))
         self.console.print(f"delta:  {path} ({path.stat().st_size:,} bytes)")
         self.selection.release()

@@ -86,8 +86,16 @@ def train(
             "this project's settings for the task. What you give goes over a preset."
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in the output.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew over a run in the output.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue from the newest whole checkpoint in the output, with the settings that the run was started with.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the run in the output, and start a new one there.")
+    ] = False,
 ) -> None:
     """Train a delta on a known task or on your own data."""
     run_options = ("config", "set_", "preset", "resume", "overwrite")

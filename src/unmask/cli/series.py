@@ -43,8 +43,8 @@ def list_checkpoints(path: Path, given: Mapping[str, Any]) -> None:
     folder.whole_step(None)
     evaluated = folder.evaluated()
     print(f"{'step':>8}  {'unmasked':>12}  evaluated")
-    for step, whole in folder.steps().items():
-        used = _used(folder, step) if whole else None
+    for step, found in folder.steps().items():
+        used = _used(folder, step) if found.whole else None
         if used is None:
             print(f"{step:>8}  {'-':>12}  incomplete or damaged")
         else:

@@ -7,7 +7,7 @@ bytes), resuming. Everything else (accumulation, precision, logging, evaluation,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -17,16 +17,16 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from unmask.checkpoints import STATE_FILE, Checkpoint, differences
 from unmask.clipping import clip_grad_norm_
 from unmask.errors import ConfigError, MethodError, ScheduleNotRunError, SelectionError
+from unmask.integrations.trainer_checkpoints import WholeCheckpoints
 from unmask.integrations.trainer_checks import check_run, check_schedule
 from unmask.integrations.trainer_optimizer import GivenOptimizer, new_optimizer
 from unmask.method import Method
 from unmask.selecting import select
 from unmask.selection import Selection
 from unmask.state_file import read_state, write_state
-
-STATE_FILE = "selection.safetensors"
 
 Selective = Selection | Method | Callable[[int], Method]
 
@@ -41,6 +41,8 @@ class SelectiveCallback(TrainerCallback):
     - ``args.max_grad_norm``: by the norm of what is trained, or of the whole gradient under ``clip_scope="all"``.
     - Checkpoints: the selection's state (``selection.safetensors``), the optimizer's, the schedule's and the RNG's, and no
       weights. A resumed run is bitwise the uninterrupted one. ``trainer.save_model()`` still saves an ordinary model.
+      A checkpoint is whole or not there: ``manifest.json``, written last, names its files; older ones are removed after that.
+      ``train(resume_from_checkpoint=True)`` takes the newest whole one; one that is damaged or mixed is refused.
     - A second attempt in one run (``auto_find_batch_size``, or ``train()`` after an exception) starts from the base weights.
     - Evaluation draws no random number that training would draw: a resumed run may not evaluate again.
 
@@ -59,6 +61,8 @@ class SelectiveCallback(TrainerCallback):
     Raises:
         ConfigError: Options beside a selection; from ``train()``: an ``args.optim`` that chooses its own parameters.
         SelectionError: From ``train()``: the model is not the selection's, or it has trained to the end already.
+        SelectionError: From ``train(resume_from_checkpoint=...)``: the checkpoint is damaged, mixed or of another run.
+        WriteError: From ``train()``: a checkpoint cannot be written; the one before is kept.
         ScheduleNotRunError: From ``train()``: the callback was not added, the optimizer or the learning-rate schedule is
             another's, the run is too short for the schedule, or a step did not advance it.
     """
@@ -72,7 +76,7 @@ class SelectiveCallback(TrainerCallback):
         self._start: dict[str, Any] | None = None  # the selection's state before the first attempt
         self._builds: bool | None = None  # whether the optimizer is made here; known at the first `create_optimizer`
         self._given: GivenOptimizer | None = None
-        self._resume: Path | None = None
+        self._checkpoints = WholeCheckpoints(trainer)
         self._checkpointing = self._finished = self._opened = False
         self._step = self._advanced = self._skipped = 0
         self._theirs: dict[str, Any] = {}  # the Trainer's own methods
@@ -134,7 +138,6 @@ class SelectiveCallback(TrainerCallback):
                 f"this Trainer has trained to the end of its run ({self.live}); a further train() would begin the schedule "
                 "anew on trained weights. Take selection.delta() and build a new Trainer, or give resume_from_checkpoint=."
             )
-        self._resume = None
         return self._theirs["train"](resume_from_checkpoint, *args, **kwargs)
 
     def _set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
@@ -153,10 +156,30 @@ class SelectiveCallback(TrainerCallback):
             self.selection = select(self._model, self._method(self._selective, steps), **self._options)
         check_run(self.trainer, self.live, steps)
         self._start = self.live.state_dict()
-        if self._resume is not None:
-            self.live.load_state_dict(read_state(self._resume / STATE_FILE))
+        if self._checkpoints.resumed is not None:
+            self._go_on(self._checkpoints.resumed, steps)
         self._finished = False
         self._let_gradients_through()
+
+    def _go_on(self, checkpoint: Checkpoint, steps: int) -> None:
+        """Loads a checkpoint's state, if it is of this run."""
+        state = read_state(checkpoint.path / STATE_FILE)
+        planned = (checkpoint.settings or {}).get("planned_steps", steps)
+        mine = {"budget": self.live.budget, "method": self.live.method.describe()}
+        lines = differences({key: state.get(key) for key in mine}, mine)
+        if lines:
+            lengths = "" if planned == steps else f" It was planned for {planned:,} steps, and this run for {steps:,}."
+            growing = (
+                " A method that unmasks step by step spreads its budget over the steps planned, so a longer or shorter run is "
+                "another run from its first step on: train it from the start, or fix the method's steps yourself "
+                f"(unmask.id3(budget, steps={planned})), and further steps train the full budget."
+            )
+            raise SelectionError(
+                f"{str(checkpoint.path)!r} is the checkpoint of another run (its own -> given now): {'; '.join(lines)}.{lengths} "
+                "Resume with the settings that the run was started with."
+                + (growing if lengths and self.live.method.strategy == "increment" else "")
+            )
+        self.live.load_state_dict(state)
 
     def _undo(self) -> None:
         if self._start is None:
@@ -233,8 +256,7 @@ class SelectiveCallback(TrainerCallback):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Only remembers it: the Trainer loads weights before it knows its number of steps."""
-        self._resume = Path(resume_from_checkpoint)
-        read_state(self._resume / STATE_FILE)  # what cannot be read is refused before anything starts
+        self._checkpoints.remember(resume_from_checkpoint)  # what is not whole is refused before anything starts
 
     def _load_best_model(self) -> None:
         self.live.load_state_dict(read_state(Path(str(self.trainer.state.best_model_checkpoint), STATE_FILE)))
@@ -283,6 +305,7 @@ class SelectiveTrainer(Trainer):
     Args:
         selection: As `SelectiveCallback`'s ``selective``: a selection (then build ``optimizers`` from
             ``selection.parameters()``), a method, or a function from the number of steps to a method.
+        settings: JSON values that go into each checkpoint's manifest.
         *args: As for ``transformers.Trainer``.
         **kwargs: As for ``transformers.Trainer``.
 
@@ -295,11 +318,14 @@ class SelectiveTrainer(Trainer):
         ``SelectiveTrainer(model=model, selection=selection, args=args, train_dataset=data, optimizers=(optimizer, None))``
     """
 
-    def __init__(self, *args: Any, selection: Selective, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, selection: Selective, settings: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         model = selection.model if isinstance(selection, Selection) else kwargs.get("model", args[0] if args else None)
         with _trainable(model):
             super().__init__(*args, **kwargs)
         self._selective = SelectiveCallback(self, selection)
+        self._selective._checkpoints.settings = settings or {}
         self.add_callback(self._selective)
 
     @property

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from unmask.config import TrainConfig
+from unmask.errors import WriteError
 from unmask.run_folder import RunFolder
 from unmask.series import write_series
 from unmask.settings import build
@@ -78,26 +79,17 @@ def _series(folder: RunFolder, scored: Mapping[int, float]) -> list[dict[str, An
 def _train(config: TrainConfig, folder: RunFolder) -> int | None:
     """Trains to the end; the step that it went on from, None for a fresh start."""
     console = Console(file=sys.stdout, force_terminal=False, width=120)
-    step = last_whole_checkpoint(folder)
-    if step is not None:
+    whole, _ = folder.newest()
+    if whole is not None:
         try:
             train(config, resume=True, console=console)
-            return step
-        except (InterruptedRunError, KeyboardInterrupt):
+            return whole.step
+        except (InterruptedRunError, KeyboardInterrupt, WriteError):  # on a full disk what is whole is not given up
             raise
         except Exception:  # a damaged checkpoint must not end a run that can be made anew
             traceback.print_exc()
             print("the run could not go on from its checkpoint, and is started anew", flush=True)
     train(config, overwrite=True, console=console)
-    return None
-
-
-def last_whole_checkpoint(folder: RunFolder) -> int | None:
-    """The step of the last checkpoint, after removing those that a kill left in pieces; None for none."""
-    for step, whole in reversed(folder.steps().items()):
-        if whole:
-            return step
-        shutil.rmtree(folder.checkpoint(step))
     return None
 
 

@@ -8,13 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from unmask import locking
 from unmask.errors import ConfigError, DataError
 from unmask.writing import write_json
-
-try:
-    import fcntl
-except ImportError:  # no POSIX system
-    fcntl = None  # type: ignore[assignment]
 
 Result = dict[str, Any]
 STATES = ("done", "failed")
@@ -77,27 +73,17 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, run: str) -> Iterator[bool]:
-        """Whether this process has the run now. The lock is the system's, and goes with the process, however it ends.
-
-        Within one process a run must not be locked twice at a time.
-        """
-        if fcntl is None:
+        """Whether this process has the run now. The lock is the system's, and goes with the process, however it ends."""
+        if not locking.POSSIBLE:
             raise ConfigError("sweeps need POSIX file locks, which this system has not; run them on Linux or macOS.")
         path = self.folder / "locks" / f"{run}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            try:
-                # of the process, and not shared with forked children as flock's are
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                yield False
-                return
-            for part in self.folder.glob(f"results/.{run}.json*.part"):  # of a process that was killed as it wrote
+        with locking.holding(path) as mine:
+            for part in (
+                self.folder.glob(f"results/.{run}.json*.part") if mine else ()
+            ):  # of a process killed as it wrote
                 part.unlink(missing_ok=True)
-            try:
-                yield True
-            finally:
-                fcntl.lockf(file, fcntl.LOCK_UN)
+            yield mine
 
 
 def _read(path: Path) -> dict[str, Any]:

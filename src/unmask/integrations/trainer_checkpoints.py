@@ -1,0 +1,149 @@
+"""The checkpoints of transformers' Trainer, whole or not there: each gets a manifest, and is compared with it on resume."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from unmask.checkpoints import Checkpoint, examine, newest, rotate, seal
+from unmask.errors import SelectionError, UnmaskError, WriteError
+from unmask.writing import discard
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Makes the checkpoints of any Trainer whole or not there: ``trainer.add_callback(WholeCheckpoints(trainer))``.
+
+    `SelectiveCallback` has one of its own. Give one to a Trainer that trains a PEFT adapter, ours or another. From then on:
+
+    - Each checkpoint gets a ``manifest.json``, written last: names, sizes and SHA-256 of its files, and the step.
+    - ``save_total_limit`` removes an older checkpoint only when the new one is whole, so a kill or a full disk at any moment
+      leaves the last whole one.
+    - ``train(resume_from_checkpoint=True)`` takes the newest whole one, and warns of those that it passes over. A checkpoint
+      that is damaged, or mixed from several, is refused.
+    - A run that is resumed at its last step takes no further step.
+
+    Args:
+        trainer: The Trainer, built.
+
+    Attributes:
+        settings: JSON values that go into each manifest.
+        resumed: The checkpoint that the present ``train()`` goes on from; None for none.
+
+    Raises:
+        SelectionError: From ``train(resume_from_checkpoint=...)``: the checkpoint is not whole, or beyond the run's last step.
+        WriteError: From ``train()``: a checkpoint cannot be written; those before are kept.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.settings: Mapping[str, Any] = {}
+        self.resumed: Checkpoint | None = None
+        self._steps = 0  # T
+        self._theirs: dict[str, Callable] = {}  # the Trainer's own methods
+        mine = {
+            "train": self._train,
+            "set_initial_training_values": self._set_initial_training_values,
+            "_save_checkpoint": self._save_checkpoint,
+            "_load_from_checkpoint": self._load_from_checkpoint,
+        }
+        for name, method in mine.items():
+            self._theirs[name] = getattr(trainer, name)
+            setattr(trainer, name, method)
+
+    def remember(self, path: str) -> None:
+        """Takes a checkpoint as the one to go on from.
+
+        Raises:
+            SelectionError: It is not whole.
+        """
+        found = examine(Path(path))
+        if not found.whole:
+            raise SelectionError(
+                f"{path!r} cannot be resumed from: {found.fault}. Take another checkpoint; resume_from_checkpoint=True takes "
+                "the newest whole one."
+            )
+        if found.note:
+            warnings.warn(found.note, stacklevel=2)
+        self.resumed = found
+
+    def _train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self.resumed = None
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(self._newest().path)
+        return self._theirs["train"](resume_from_checkpoint, *args, **kwargs)
+
+    def _newest(self) -> Checkpoint:
+        folder = Path(str(self.trainer.args.output_dir))
+        whole, passed = newest(folder)
+        if whole is None:
+            faults = "".join(f"; {str(found.path)!r}: {found.fault}" for found in passed)
+            raise SelectionError(
+                f"there is no whole checkpoint in {str(folder)!r} to resume from{faults}. Call train() without "
+                "resume_from_checkpoint."
+            )
+        for found in passed:
+            warnings.warn(f"{str(found.path)!r} is passed over: {found.fault}", stacklevel=4)
+        return whole
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        self.remember(resume_from_checkpoint)
+        self._theirs["_load_from_checkpoint"](resume_from_checkpoint, *args, **kwargs)
+
+    def _set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """The first moment at which the Trainer knows how many steps it will make."""
+        values = self._theirs["set_initial_training_values"](*args, **kwargs)
+        self._steps, an_epoch = int(values[-1]), int(values[1])
+        if self.resumed is None or self.resumed.step < self._steps:
+            return values
+        if self.resumed.step > self._steps:
+            raise SelectionError(
+                f"{str(self.resumed.path)!r} is of step {self.resumed.step:,}, and the run has {self._steps:,} steps. "
+                "Resume with the settings that the run was started with."
+            )
+        return (self.resumed.step // an_epoch, *values[1:])  # no epoch is left: a Trainer would take one more step
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Writes a checkpoint, seals it, and only then lets older ones go."""
+        trainer, given = self.trainer, self.trainer.args
+        parent = Path(trainer._get_output_dir(trial=kwargs.get("trial", args[1] if len(args) > 1 else None)))
+        folder, limit = parent / f"checkpoint-{trainer.state.global_step}", given.save_total_limit
+        if given.should_save:
+            discard(folder)  # what a kill left, or an earlier run
+        trainer.accelerator.wait_for_everyone()
+        try:
+            given.save_total_limit = None  # else older ones would go before this one is whole
+            self._theirs["_save_checkpoint"](*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk, torch.save makes a RuntimeError
+            raise _unwritable(folder, error) from error
+        finally:
+            given.save_total_limit = limit
+        trainer.accelerator.wait_for_everyone()  # the others write their RNG's states
+        if not given.should_save:
+            return
+        try:
+            if (folder / TRAINING_ARGS_NAME).exists():
+                torch.save(given, folder / TRAINING_ARGS_NAME)  # with their limit
+            seal(folder, trainer.state.global_step, {**self.settings, "planned_steps": self._steps})
+        except (OSError, RuntimeError) as error:
+            raise _unwritable(folder, error) from error
+        rotate(parent, folder, limit, trainer.state.best_model_checkpoint)
+
+
+def _unwritable(checkpoint: Path, error: Exception) -> Exception:
+    """The error of ours for one that the writing of a checkpoint ended in; what there is of the checkpoint goes."""
+    if isinstance(error, UnmaskError):
+        return error
+    with suppress(OSError):
+        discard(checkpoint)
+    return WriteError(
+        f"the checkpoint {str(checkpoint)!r} cannot be written ({error}), so training stopped. Earlier checkpoints are kept: "
+        "make room, and resume from them."
+    )
