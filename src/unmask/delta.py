@@ -68,7 +68,7 @@ class SparseDelta:
         for name, entry in self.sparse.items():
             _check_entry(name, entry)
         for name, tensor in self.whole.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if not _is_finite(tensor):
                 raise DeltaError(
                     f"the delta's tensor {name!r} holds NaN or infinite values; it is damaged or training diverged."
                 )
@@ -206,6 +206,8 @@ def _check_entry(name: str, entry: SparseTensor) -> None:
     numel = 1
     for size in entry.shape:
         numel *= size
+    if numel >= 2**63:
+        raise DeltaError(f"{name!r} has shape {entry.shape}, which no tensor has; the delta is damaged.")
     indices = entry.indices
     if indices.ndim != 1 or indices.shape != entry.values.shape:
         raise DeltaError(
@@ -217,8 +219,17 @@ def _check_entry(name: str, entry: SparseTensor) -> None:
         )
     if (indices.diff() <= 0).any():
         raise DeltaError(f"the indices of {name!r} do not ascend; the delta is damaged.")
-    if not torch.isfinite(entry.values).all():
+    if entry.values.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise DeltaError(f"the values of {name!r} are {entry.values.dtype}, which no trained weight is; it is damaged.")
+    if not _is_finite(entry.values):
         raise DeltaError(f"a value of {name!r} is NaN or infinite; the delta is damaged or training diverged.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; of a float of 8 bits by way of float32, and one of 4 bits has neither."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or "float4" in str(tensor.dtype):
+        return True
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
 
 
 def _check_slots(sparse: Mapping[str, SparseTensor]) -> None:
