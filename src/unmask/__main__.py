@@ -1,6 +1,6 @@
 """``python -m unmask``: the command line."""
 
-from unmask.cli.app import app
+from unmask.cli import main
 
 if __name__ == "__main__":
-    app(prog_name="unmask")
+    main()

@@ -166,7 +166,7 @@ class TrainConfig:
         for name, options in _types().items():
             value = getattr(self, name)
             words = [word for option in options for word in typing.get_args(option) if typing.get_origin(option) is Literal]
-            if value is None and type(None) in options or isinstance(value, str) and value in words:
+            if (value is None and type(None) in options) or (isinstance(value, str) and value in words):
                 continue
             if not any(_is(value, option) for option in options):
                 kinds = " or ".join(getattr(option, "__name__", str(option)) for option in options)

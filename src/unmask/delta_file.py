@@ -20,7 +20,20 @@ from torch import Tensor
 from unmask.delta import FORMAT_VERSION, SparseDelta, SparseTensor
 from unmask.errors import DeltaError
 from unmask.files import checksum, read_tensors, write_tensors
-from unmask.reading import Form, Malformed, bounded, count, fields, items, mapping, number, optional, plain, refusing, text
+from unmask.reading import (
+    Form,
+    Malformed,
+    bounded,
+    count,
+    fields,
+    items,
+    mapping,
+    number,
+    optional,
+    plain,
+    refusing,
+    text,
+)
 
 INDICES, VALUES, WHOLE, SLOTS = "::indices", "::values", "::whole", "::slots"
 

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 
 from unmask.config import TrainConfig
 from unmask.delta import SparseDelta
-from unmask.errors import UnmaskError
+from unmask.errors import UnmaskError, writing_to
 from unmask.integrations.transformers import SelectiveTrainer
 from unmask.into import Inserted, insert, require
 from unmask.kinds import Prepared, kind_for
 from unmask.modeling import load_base, quiet
+from unmask.places import check_folder
 from unmask.presets import into_from, method_from, optimizer_from, with_rates
 from unmask.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.run_folder import RunFolder
@@ -79,15 +80,25 @@ def train(
     Raises:
         ConfigError: The output folder holds a run already, or none to resume.
         InterruptedRunError: Ctrl-C; the last checkpoint is kept.
+        WriteError: The disk is full; the last checkpoint is kept.
         UnmaskError: Any other refusal, with what to do.
     """
     console = console or Console()
-    folder = RunFolder(Path(config.output))
+    folder = RunFolder(check_folder(config.output))
     checkpoint = folder.check(resume, overwrite)
-    run = _Run(set_up(config, console), folder, console)
-    folder.open(checkpoint)
-    write_yaml(run.config, folder.config)
-    return run.go(checkpoint)
+    try:
+        run = _Run(set_up(config, console), folder, console)
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            f"interrupted before training started; {config.output!r} is as it was. Start again with the same command."
+        ) from None
+    try:
+        with writing_to(folder.path, "its whole checkpoints are kept, and --resume goes on from the last one"):
+            folder.open(checkpoint)
+            write_yaml(run.config, folder.config)
+            return run.go(checkpoint)
+    except KeyboardInterrupt:  # outside the steps, where it does not end the run at once
+        raise InterruptedRunError(folder.how_to_go_on()) from None
 
 
 @dataclass(frozen=True)
