@@ -156,7 +156,15 @@ class SparseDelta:
 
         return read(Path(path))
 
-    def _check_model(self, tensors: Mapping[str, Tensor]) -> None:
+    def check_places(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuses tensors in which the delta's have no place.
+
+        Args:
+            tensors: A model's, by name.
+
+        Raises:
+            DeltaError: One is missing, or has another shape or dtype.
+        """
         absent = [name for name in (*self.sparse, *self.whole) if name not in tensors]
         if absent:
             raise DeltaError(
@@ -168,6 +176,10 @@ class SparseDelta:
             _check_same(name, entry.shape, entry.values.dtype, tensors[name])
         for name, tensor in self.whole.items():
             _check_same(name, tuple(tensor.shape), tensor.dtype, tensors[name])
+
+    def _check_model(self, tensors: Mapping[str, Tensor]) -> None:
+        self.check_places(tensors)
+        for name in self.whole:
             if isinstance(tensors[name], QuantisedTensor):
                 raise DeltaError(
                     f"{name!r} is quantised in this model and stored whole in the delta; load it unquantised."
@@ -205,10 +217,17 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _check_entry(name: str, entry: SparseTensor) -> None:
     numel = 1
     for size in entry.shape:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise DeltaError(f"{name!r} has shape {entry.shape}, which no tensor has; the delta is damaged.")
         numel *= size
     if numel >= 2**63:
         raise DeltaError(f"{name!r} has shape {entry.shape}, which no tensor has; the delta is damaged.")
     indices = entry.indices
+    if not all(isinstance(t, Tensor) for t in (indices, entry.values)) or indices.dtype not in (
+        torch.int64,
+        torch.int32,
+    ):
+        raise DeltaError(f"{name!r} must have indices and values as tensors, the indices int64; the delta is damaged.")
     if indices.ndim != 1 or indices.shape != entry.values.shape:
         raise DeltaError(
             f"{name!r} has {tuple(indices.shape)} indices for {tuple(entry.values.shape)} values; the delta is damaged."

@@ -380,8 +380,8 @@ def _claim(values: Any) -> Claim:
     for printed in [*texts.values(), *([average] if average else [])]:
         if not _PRINTED.fullmatch(printed):
             raise ConfigError(
-                f"claims: {printed!r} of {values.get('method')!r} must be a printed mean ('89.38'), with its deviation if there is "
-                "one ('89.38 0.07')."
+                f"claims: {printed!r} of {values.get('method')!r} must be a printed mean ('89.38'), with its deviation if "
+                "there is one ('89.38 0.07')."
             )
     if average is not None and (not texts or " " in average):
         raise ConfigError(f"claims: the average {average!r} must be a printed mean, of at least one score.")
