@@ -256,12 +256,12 @@ def _check_slots(sparse: Mapping[str, SparseTensor]) -> None:
     kept = [entry.slots for entry in sparse.values() if entry.slots is not None]
     if not kept:
         return
-    total = sum(entry.numel for entry in sparse.values())
-    if len(kept) < len(sparse) or not torch.equal(torch.cat(kept).sort().values, torch.arange(total)):
-        raise DeltaError(f"the order of unmasking does not number the delta's {total} entries; the delta is damaged.")
     for name, entry in sparse.items():
         if entry.slots is None or entry.slots.shape != entry.indices.shape:
             raise DeltaError(f"{name!r} has another number of slots than of indices; the delta is damaged.")
+    total = sum(entry.numel for entry in sparse.values())
+    if not torch.equal(torch.cat(kept).sort().values, torch.arange(total)):
+        raise DeltaError(f"the order of unmasking does not number the delta's {total} entries; the delta is damaged.")
 
 
 def _check_same(name: str, shape: tuple[int, ...], dtype: torch.dtype, tensor: Tensor) -> None:

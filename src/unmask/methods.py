@@ -199,7 +199,7 @@ def _d3(eps: float, exp: float) -> Heuristic:
     numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (eps, exp))
     if not numbers or not (eps >= 0 and math.isfinite(eps) and math.isfinite(exp)) or (eps == 0 and exp > 0):
         raise MethodError(
-            f"eps = {eps!r:.80}, exp = {exp!r:.80}; both must be finite numbers, and eps above 0, or a zero weight divides by zero "
-            "where exp > 0."
+            f"eps = {eps!r:.80}, exp = {exp!r:.80}; both must be finite numbers, and eps above 0, or a zero weight divides by "
+            "zero where exp > 0."
         )
     return heuristic("d3", eps=eps, exp=exp)

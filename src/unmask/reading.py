@@ -65,7 +65,8 @@ def parse_json(text: str | bytes, most_bytes: int = MOST_BYTES) -> Any:
     """
     if len(text) > most_bytes:
         raise Malformed(f"it has {len(text):,} bytes of JSON; at most {most_bytes:,} are read")
-    held = sum(text.count(sign) for sign in (("[", "{", ",") if isinstance(text, str) else (b"[", b"{", b",")))
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    held = sum(data.count(sign) for sign in (b"[", b"{", b","))
     if held > MOST_VALUES:
         raise Malformed(f"it has about {held:,} values; at most {MOST_VALUES:,} are read")
     try:

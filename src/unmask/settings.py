@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from unmask.config import TrainConfig
 from unmask.errors import ConfigError, need
-from unmask.reading import Malformed, bounded, read_text, refusing, shown
+from unmask.reading import DEEPEST, Malformed, bounded, read_text, refusing, shown
 from unmask.tasks.names import TASKS
 
 _HINTS = typing.get_type_hints(TrainConfig)
@@ -66,7 +66,7 @@ def _convert(key: str, value: Any) -> Any:
         return _bad(key, value, kind, words)
     try:
         number = kind(value)
-        exact = kind is str or (math.isfinite(number) and number == float(value))
+        exact = kind is str or (math.isfinite(number) and number == float(typing.cast(Any, value)))
     except (TypeError, ValueError, OverflowError):
         return _bad(key, value, kind, words)
     return number if exact else _bad(key, value, kind, words)
@@ -125,8 +125,15 @@ def parse_yaml(text: str) -> Any:
     if len(text) > MOST_YAML:
         raise Malformed(f"it has {len(text):,} characters of YAML; at most {MOST_YAML:,} are read")
 
-    class Loader(yaml.SafeLoader):
-        """Counts what merge keys (``<<``) bring in before it is put together: they can multiply level by level."""
+    plain: Any = yaml.SafeLoader
+
+    class Loader(plain):
+        """Stops at what would take long: deep nesting, and merge keys (``<<``), which can multiply level by level."""
+
+        def fetch_flow_collection_start(self, kind: Any) -> None:
+            if self.flow_level >= DEEPEST:
+                raise yaml.YAMLError(f"it is nested deeper than {DEEPEST} levels")
+            super().fetch_flow_collection_start(kind)
 
         def flatten_mapping(self, node: Any) -> None:
             held = 0
