@@ -109,7 +109,8 @@ class Mutator:
         if which == 0:
             return flat.to(draw.choice(_DTYPES)).reshape(tensor.shape)
         if which == 1:
-            return draw.choice((flat.view(1, -1), flat.view(-1, 1), flat[:0], torch.zeros(()).to(tensor), flat[:-1], flat.repeat(2)))
+            scalar, longer = torch.zeros(()).to(tensor), flat.repeat(2)
+            return draw.choice((flat.view(1, -1), flat.view(-1, 1), flat[:0], scalar, flat[:-1], longer))
         changed = flat.clone()
         if not changed.numel():
             return torch.ones(3).to(tensor)

@@ -10,15 +10,15 @@ from mutating import Mutator
 from reader_cases import OTHER, READERS, REFUSED, SAME, run_case
 
 CASES = {
-    "delta_file": 400,
-    "signed_delta": 700,
-    "state_dict": 500,
-    "state_file": 400,
+    "delta_file": 300,
+    "signed_delta": 400,
+    "state_dict": 400,
+    "state_file": 300,
     "adapter_weights": 200,
     "adapter_config": 400,
     "settings_file": 300,
-    "sweep_file": 300,
-    "sweep_record": 300,
+    "sweep_file": 200,
+    "sweep_record": 150,
     "run_folder": 300,
     "outputs": 300,
 }

@@ -351,8 +351,8 @@ def test_a_full_disk_is_named_and_what_was_there_is_kept(tmp_path):
 
 @pytest.mark.filterwarnings("default")
 def test_a_disk_that_fills_in_training_ends_it_with_one_line(world):
-    with small_files(30_000):  # the metrics fit, a checkpoint of the model does not
-        refused = run(*train_words("full"), cwd=world, check=False)
+    with small_files(6_000):  # the metrics fit, the optimizer's state does not
+        refused = run(*train_words("full", "--set", "max_steps=4"), cwd=world, check=False)
     assert refused.returncode == 1
     assert "cannot be written" in refused.stderr
     assert "--resume" in refused.stderr
@@ -362,10 +362,10 @@ def test_a_disk_that_fills_in_training_ends_it_with_one_line(world):
 
 
 def test_python_m_unmask_prints_one_line(tmp_path):
-    words = [sys.executable, "-m", "unmask", "inspect", str(tmp_path / "absent")]
+    words = [sys.executable, "-m", "unmask", "train", "--config", str(tmp_path / "absent")]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert done.stderr.startswith("unmask: there is no delta")
+    assert done.stderr.startswith("unmask: there is no configuration file")
 
 
 @pytest.mark.filterwarnings("default")
