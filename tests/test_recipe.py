@@ -92,7 +92,7 @@ def test_the_rate_falls_with_the_root_of_the_budgets_share():
         build({**RUN, "lr": "none"})
     with pytest.raises(ConfigError, match="max_steps = 'auto' is no int"):
         build({**RUN, "max_steps": "auto"})
-    with pytest.raises(TypeError):
+    with pytest.raises(ConfigError, match="max_steps = 'auto'; it must be int"):
         TrainConfig(**RUN, max_steps="auto")
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import types
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from unmask.errors import ConfigError
+from unmask.reading import shown
 from unmask.tasks.names import TASKS
 
 
@@ -149,11 +154,31 @@ class TrainConfig:
     max_new_tokens: int = 256
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_data()
         self._check_words()
         self._check_method()
         self._check_parts()
         self._check_numbers()
+
+    def _check_types(self) -> None:
+        """Every setting has its type, every number is finite, and every whole number is one that a run can have."""
+        for name, options in _types().items():
+            value = getattr(self, name)
+            words = [
+                word for option in options for word in typing.get_args(option) if typing.get_origin(option) is Literal
+            ]
+            if (value is None and type(None) in options) or (isinstance(value, str) and value in words):
+                continue
+            if not any(_is(value, option) for option in options):
+                kinds = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+                raise ConfigError(f"{name} = {shown(value)}; it must be {kinds}.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name} = {value}; it must be finite.")
+            if isinstance(value, int) and abs(value) >= 2**31 and name != "seed":
+                raise ConfigError(f"{name} = {shown(value)}; it must be below {2**31:,}.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed = {shown(self.seed)}; it must be a whole number from 0 to {2**32 - 1:,}.")
 
     def _check_data(self) -> None:
         """One source of examples."""
@@ -260,6 +285,27 @@ _POSITIVE = (
     "reduction_factor",
 )
 _POSITIVE_IF_GIVEN = ("max_steps", "eval_steps", "save_steps", "keep_checkpoints", "test_limit")
+
+
+@functools.cache
+def _types() -> dict[str, tuple[Any, ...]]:
+    """The types that each setting may have."""
+    hints = typing.get_type_hints(TrainConfig)
+    unions = (types.UnionType, typing.Union)
+    return {
+        name: typing.get_args(hint) if typing.get_origin(hint) in unions else (hint,) for name, hint in hints.items()
+    }
+
+
+def _is(value: Any, option: Any) -> bool:
+    """Whether a value has a type; a whole number is a float too, and a bool is no number."""
+    if typing.get_origin(option) is tuple:
+        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+    if option is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if option is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(option, type) and isinstance(value, option)
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:

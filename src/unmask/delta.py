@@ -68,7 +68,7 @@ class SparseDelta:
         for name, entry in self.sparse.items():
             _check_entry(name, entry)
         for name, tensor in self.whole.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if not _is_finite(tensor):
                 raise DeltaError(
                     f"the delta's tensor {name!r} holds NaN or infinite values; it is damaged or training diverged."
                 )
@@ -156,7 +156,15 @@ class SparseDelta:
 
         return read(Path(path))
 
-    def _check_model(self, tensors: Mapping[str, Tensor]) -> None:
+    def check_places(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuses tensors in which the delta's have no place.
+
+        Args:
+            tensors: A model's, by name.
+
+        Raises:
+            DeltaError: One is missing, or has another shape or dtype.
+        """
         absent = [name for name in (*self.sparse, *self.whole) if name not in tensors]
         if absent:
             raise DeltaError(
@@ -168,6 +176,10 @@ class SparseDelta:
             _check_same(name, entry.shape, entry.values.dtype, tensors[name])
         for name, tensor in self.whole.items():
             _check_same(name, tuple(tensor.shape), tensor.dtype, tensors[name])
+
+    def _check_model(self, tensors: Mapping[str, Tensor]) -> None:
+        self.check_places(tensors)
+        for name in self.whole:
             if isinstance(tensors[name], QuantisedTensor):
                 raise DeltaError(
                     f"{name!r} is quantised in this model and stored whole in the delta; load it unquantised."
@@ -205,8 +217,17 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _check_entry(name: str, entry: SparseTensor) -> None:
     numel = 1
     for size in entry.shape:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise DeltaError(f"{name!r} has shape {entry.shape}, which no tensor has; the delta is damaged.")
         numel *= size
+    if numel >= 2**63:
+        raise DeltaError(f"{name!r} has shape {entry.shape}, which no tensor has; the delta is damaged.")
     indices = entry.indices
+    if not all(isinstance(t, Tensor) for t in (indices, entry.values)) or indices.dtype not in (
+        torch.int64,
+        torch.int32,
+    ):
+        raise DeltaError(f"{name!r} must have indices and values as tensors, the indices int64; the delta is damaged.")
     if indices.ndim != 1 or indices.shape != entry.values.shape:
         raise DeltaError(
             f"{name!r} has {tuple(indices.shape)} indices for {tuple(entry.values.shape)} values; the delta is damaged."
@@ -217,8 +238,17 @@ def _check_entry(name: str, entry: SparseTensor) -> None:
         )
     if (indices.diff() <= 0).any():
         raise DeltaError(f"the indices of {name!r} do not ascend; the delta is damaged.")
-    if not torch.isfinite(entry.values).all():
+    if entry.values.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise DeltaError(f"the values of {name!r} are {entry.values.dtype}, which no trained weight is; it is damaged.")
+    if not _is_finite(entry.values):
         raise DeltaError(f"a value of {name!r} is NaN or infinite; the delta is damaged or training diverged.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; of a float of 8 bits by way of float32, and one of 4 bits has neither."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or "float4" in str(tensor.dtype):
+        return True
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
 
 
 def _check_slots(sparse: Mapping[str, SparseTensor]) -> None:
@@ -226,12 +256,12 @@ def _check_slots(sparse: Mapping[str, SparseTensor]) -> None:
     kept = [entry.slots for entry in sparse.values() if entry.slots is not None]
     if not kept:
         return
-    total = sum(entry.numel for entry in sparse.values())
-    if len(kept) < len(sparse) or not torch.equal(torch.cat(kept).sort().values, torch.arange(total)):
-        raise DeltaError(f"the order of unmasking does not number the delta's {total} entries; the delta is damaged.")
     for name, entry in sparse.items():
         if entry.slots is None or entry.slots.shape != entry.indices.shape:
             raise DeltaError(f"{name!r} has another number of slots than of indices; the delta is damaged.")
+    total = sum(entry.numel for entry in sparse.values())
+    if not torch.equal(torch.cat(kept).sort().values, torch.arange(total)):
+        raise DeltaError(f"the order of unmasking does not number the delta's {total} entries; the delta is damaged.")
 
 
 def _check_same(name: str, shape: tuple[int, ...], dtype: torch.dtype, tensor: Tensor) -> None:

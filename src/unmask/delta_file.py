@@ -10,8 +10,6 @@ metadata, and a SHA-256 over all of these and the tensors' bytes.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,32 @@ from torch import Tensor
 
 from unmask.delta import FORMAT_VERSION, SparseDelta, SparseTensor
 from unmask.errors import DeltaError
-from unmask.files import read_tensors, write_tensors
-from unmask.fingerprint import tensor_bytes
+from unmask.files import checksum, read_tensors, write_tensors
+from unmask.reading import (
+    Form,
+    Malformed,
+    bounded,
+    count,
+    fields,
+    items,
+    mapping,
+    number,
+    optional,
+    plain,
+    refusing,
+    text,
+)
 
 INDICES, VALUES, WHOLE, SLOTS = "::indices", "::values", "::whole", "::slots"
 
 
 def write(delta: SparseDelta, path: Path) -> Path:
-    """Writes a delta to ``path``, atomically."""
+    """Writes a delta to ``path``, atomically.
+
+    Raises:
+        DeltaError: The metadata are no JSON values, or not of the form that a reader of ours expects.
+        WriteError: The disk is full, or the file cannot be written there; what was there before is kept.
+    """
     return write_tensors(path, *pack(delta))
 
 
@@ -36,15 +52,17 @@ def read(path: Path) -> SparseDelta:
     """Reads a delta and checks every byte of it."""
     if not path.is_file():
         raise DeltaError(f"there is no delta at {str(path)!r}; give the path of a .safetensors file that unmask wrote.")
-    try:
+    with refusing(DeltaError, f"{str(path)!r} is no readable unmask delta: it", _ANOTHER):
         tensors, header = read_tensors(path)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DeltaError(f"{str(path)!r} is no readable unmask delta: {error}. Take another copy.") from error
     return unpack(tensors, header, repr(str(path)))
 
 
 def pack(delta: SparseDelta) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A delta as the tensors and the header of its file."""
+    """A delta as the tensors and the header of its file.
+
+    Raises:
+        DeltaError: The metadata are no JSON values, or not of the form that a reader of ours expects.
+    """
     tensors: dict[str, Tensor] = {}
     for name, entry in delta.sparse.items():
         numel = torch.Size(entry.shape).numel()
@@ -62,8 +80,17 @@ def pack(delta: SparseDelta) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "shapes": {name: list(entry.shape) for name, entry in delta.sparse.items()},
         "metadata": dict(delta.metadata),
     }
-    header["checksum"] = _checksum(header, tensors)
+    with refusing(DeltaError, "the delta's metadata", "Give JSON values."):
+        METADATA(bounded(header["metadata"]), "metadata")
+        header["checksum"] = _sealed(header, tensors)
     return tensors, header
+
+
+def _sealed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    try:
+        return checksum(header, tensors)
+    except (TypeError, ValueError) as error:  # a tensor among the metadata, say
+        raise Malformed(str(error)) from error
 
 
 def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], source: str) -> SparseDelta:
@@ -75,30 +102,81 @@ def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], source: str
         source: Where they come from, for error texts.
 
     Raises:
-        DeltaError: Another format version, or anything was altered.
+        DeltaError: Another format version, anything was altered, or it is not of the form that `pack` makes.
     """
-    try:
-        version, expected = header["format_version"], header["checksum"]
-    except (KeyError, TypeError) as error:
-        raise DeltaError(f"{source} is no readable unmask delta: {error}. Take another copy.") from error
-    if version not in range(1, FORMAT_VERSION + 1):
-        raise DeltaError(
-            f"{source} has format version {version!r}; this unmask reads up to {FORMAT_VERSION}. Update unmask."
-        )
-    if _checksum(header, tensors) != expected:
-        raise DeltaError(f"{source} fails its checksum: it was altered after unmask wrote it. Take another copy.")
-    slots = {key.removesuffix(SLOTS): tensor.long() for key, tensor in tensors.items() if key.endswith(SLOTS)}
+    with refusing(DeltaError, f"{source} is no readable unmask delta: it", _ANOTHER):
+        fields({"format_version": count, "checksum": text})(header, "the header")
+        if header["format_version"] not in range(1, FORMAT_VERSION + 1):
+            raise DeltaError(
+                f"{source} has format version {header['format_version']}; this unmask reads up to {FORMAT_VERSION}. Update "
+                "unmask."
+            )
+        if checksum(header, tensors) != header["checksum"]:
+            raise DeltaError(f"{source} fails its checksum: it was altered after unmask wrote it. Take another copy.")
+        _HEADER(header, "the header")
+        slots, whole = _tensors(tensors, header["shapes"])
     sparse = {
         name: SparseTensor(tensors[name + INDICES].long(), tensors[name + VALUES], tuple(shape), slots.get(name))
         for name, shape in header["shapes"].items()
     }
-    whole = {key.removesuffix(WHOLE): tensor for key, tensor in tensors.items() if key.endswith(WHOLE)}
     return SparseDelta(sparse, whole, header["base"], header["metadata"])
 
 
-def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    sha = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "checksum"}, sort_keys=True).encode())
-    for key in sorted(tensors):
-        sha.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode())
-        sha.update(tensor_bytes(tensors[key]))
-    return sha.hexdigest()
+def _tensors(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The slots and the whole tensors, by name, of just the tensors that the shapes ask for.
+
+    Raises:
+        Malformed: A tensor is missing, is of no use, or has a dtype that it is never written with.
+    """
+    needed = {name + kind for name in shapes for kind in (INDICES, VALUES)}
+    slots = {name: tensors[name + SLOTS].long() for name in shapes if name + SLOTS in tensors}
+    whole = {key.removesuffix(WHOLE): tensor for key, tensor in tensors.items() if key.endswith(WHOLE)}
+    known = needed | {name + SLOTS for name in slots} | {name + WHOLE for name in whole}
+    for key in sorted(needed - tensors.keys()):
+        raise Malformed(f"it lacks the tensor {key!r}")
+    for key in sorted(tensors.keys() - known):
+        raise Malformed(f"it holds a tensor {key!r} that belongs to nothing")
+    for key, tensor in tensors.items():
+        if key.endswith((INDICES, SLOTS)) and key in known and tensor.dtype not in (torch.int32, torch.int64):
+            raise Malformed(f"{key!r} is {tensor.dtype} and must be int32 or int64")
+    return slots, whole
+
+
+_ANOTHER = "Take another copy."
+_INTO = {"r": count, "alpha": number, "dropout": number, "targets": items(text), "reduction": number, "seed": count}
+_METHOD = {
+    "name": text,
+    "strategy": text,
+    "parameters": mapping(plain),
+    "leaving": text,
+    "steps": count,
+    "stride": count,
+}
+METADATA: Form = fields(
+    {},
+    {
+        "method": fields({}, _METHOD),
+        **dict.fromkeys(("budget", "used", "step", "parameters"), count),
+        "eligible": fields({"tensors": count, "weights": count}),
+        "dense": items(text),
+        "base_id": optional(text),
+        "versions": mapping(plain),
+        "quantised": items(text),
+        "into": optional(fields({"kind": text}, _INTO, closed=True)),
+        "after": mapping(number),
+        "checkpoint": text,
+    },
+)
+"""The form of a delta's metadata: what a reader of ours looks at, if it is there. Any further entry is the user's."""
+_HEADER = fields(
+    {
+        "format_version": count,
+        "base": text,
+        "shapes": mapping(items(count)),
+        "metadata": METADATA,
+        "checksum": text,
+    },
+    closed=True,
+)

@@ -17,7 +17,11 @@ UnmaskError
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
+import os
+from collections.abc import Iterator
 from types import ModuleType
 
 
@@ -63,6 +67,60 @@ class WriteError(UnmaskError, OSError):
 
 class MissingExtraError(UnmaskError, ImportError):
     """An optional dependency is not installed."""
+
+
+_CANNOT_WRITE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
+# of libraries that write by themselves, and raise errors that are no OSError
+_SAID = ("No space left on device", "File too large", "Disk quota exceeded", "file write failed", "unexpected pos")
+
+
+def cannot_write(error: BaseException) -> str | None:
+    """Why nothing could be written, in a few words, if that is what an error says; None for any other error.
+
+    Example:
+        >>> cannot_write(OSError(errno.ENOSPC, "No space left on device", "a/b"))
+        "No space left on device: 'a/b'"
+        >>> cannot_write(ValueError("something else"))
+    """
+    if isinstance(error, OSError):
+        if error.errno not in _CANNOT_WRITE:
+            return None
+        name = "" if error.filename is None else f": {str(error.filename)!r}"
+        return f"{error.strerror or os.strerror(error.errno)}{name}"
+    text = str(error)
+    return text.splitlines()[0] if any(words in text for words in _SAID) else None
+
+
+@contextlib.contextmanager
+def writing_to(path: str | os.PathLike[str], kept: str = "what was there before is kept") -> Iterator[None]:
+    """Turns any library's error of a full disk, or of a place that cannot be written to, into a `WriteError`.
+
+    Args:
+        path: What is written, for the message.
+        kept: What the user still has, for the message.
+
+    Raises:
+        WriteError: It cannot be written.
+
+    Example:
+        >>> with writing_to("run/delta.safetensors"):
+        ...     raise OSError(errno.ENOSPC, "No space left on device")
+        Traceback (most recent call last):
+        unmask.errors.WriteError: 'run/delta.safetensors' cannot be written (No space left on device); what was there before is
+        kept. Free some space, or write elsewhere.
+    """
+    try:
+        yield
+    except Exception as error:
+        why = None if isinstance(error, UnmaskError) else cannot_write(error)
+        if why is None:
+            raise
+        raise WriteError(
+            f"{str(path)!r} cannot be written ({why}); {kept}. Free some space, or write elsewhere."
+        ) from error
 
 
 def need(module: str, extra: str) -> ModuleType:

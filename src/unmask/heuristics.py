@@ -225,6 +225,9 @@ def heuristic(which: str | Heuristic, **parameters: Any) -> Heuristic:
         raise MethodError(
             f"heuristic {which.name!r} has no parameter {unknown[0]!r}; it has {', '.join(allowed) or 'none'}."
         )
+    for name, value in parameters.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise MethodError(f"heuristic {which.name!r} has {name} = {value!r:.80}; it must be a finite number.")
     return dataclasses.replace(which, parameters={**which.parameters, **parameters})
 
 

@@ -196,8 +196,10 @@ PRESETS: Mapping[str, Callable[..., Method]] = {
 
 
 def _d3(eps: float, exp: float) -> Heuristic:
-    if not (eps >= 0 and math.isfinite(eps) and math.isfinite(exp)) or (eps == 0 and exp > 0):
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (eps, exp))
+    if not numbers or not (eps >= 0 and math.isfinite(eps) and math.isfinite(exp)) or (eps == 0 and exp > 0):
         raise MethodError(
-            f"eps = {eps}, exp = {exp}; eps must be above 0, or a zero weight divides by zero where exp > 0."
+            f"eps = {eps!r:.80}, exp = {exp!r:.80}; both must be finite numbers, and eps above 0, or a zero weight divides by "
+            "zero where exp > 0."
         )
     return heuristic("d3", eps=eps, exp=exp)

@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 from unmask.delta import SparseDelta
 from unmask.errors import ConfigError, DeltaError
 from unmask.into import insert, into_of
+from unmask.reading import Form, count, fields, items, optional, refusing, text
 from unmask.tasks.data import TaskSpec
 
 Head = Literal["sequence", "token", "generation"]
@@ -81,11 +82,30 @@ def load_base(
                 tokenizer = AutoTokenizer.from_pretrained(source, add_prefix_space=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the model {source!r} cannot be loaded: {error}") from error
+    _check_vocabulary(source, model, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer, sorted(info["missing_keys"])
+
+
+def _check_vocabulary(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer that makes token ids for which the model has no embedding.
+
+    Raises:
+        ConfigError: It has such tokens.
+    """
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    beyond = {} if rows is None else {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    if beyond:
+        named = ", ".join(repr(token) for token in sorted(beyond, key=beyond.__getitem__)[:3])
+        raise ConfigError(
+            f"the tokenizer of {source!r} has {len(beyond):,} tokens ({named}{', ...' if len(beyond) > 3 else ''}) beyond the "
+            f"{rows:,} rows of the model's embedding. Enlarge it and save both: model.resize_token_embeddings(len(tokenizer)); "
+            "model.save_pretrained(folder); tokenizer.save_pretrained(folder). Then give that folder."
+        )
 
 
 def _labels(num_labels: int | None, names: Sequence[str] | None) -> dict[str, Any]:
@@ -130,7 +150,21 @@ def task_of(delta: SparseDelta) -> Mapping[str, Any]:
             "the delta does not say which task it was trained on (it was not made by `unmask train`); load the base model "
             "yourself and call delta.apply(model)."
         )
+    with refusing(DeltaError, "the delta's description of its task", "Take another copy of the delta."):
+        _TASKS[head_of(task)](task, "task")
     return task
+
+
+_TASKS: Mapping[Head, Form] = {
+    "sequence": fields(
+        {"name": text, "text_columns": items(text), "num_labels": count, "max_length": count},
+        {"label_names": optional(items(text))},
+    ),
+    "token": fields(
+        {"name": text, "num_labels": count, "label_names": items(text), "types": items(text), "max_length": count}
+    ),
+    "generation": fields({"name": text}, {"prompt": text, "max_length": count, "max_new_tokens": count}),
+}
 
 
 def head_of(task: Mapping[str, Any]) -> Head:
@@ -144,7 +178,7 @@ def head_of(task: Mapping[str, Any]) -> Head:
         ('token', 'sequence')
     """
     kind = task.get("kind", "sequence")
-    if kind not in HEADS:
+    if not isinstance(kind, str) or kind not in HEADS:
         raise DeltaError(f"the delta was trained on a task of kind {kind!r}; this unmask knows {', '.join(HEADS)}.")
     return cast(Head, kind)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from unmask.errors import SelectionError
 from unmask.fingerprint import digest, fingerprint
 from unmask.quantised.layers import weights
 from unmask.quantised.tensor import QuantisedTensor
+from unmask.reading import fields, mapping, parse_json, read_json, refusing, text
 from unmask.slots import put, take
 from unmask.version import __version__
 
@@ -132,11 +131,13 @@ def _stored_names(source: str) -> set[str]:
         path = _local_file(source, file)
         if path is None:
             continue
-        if path.suffix == ".json":
-            return set(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            names = set(json.loads(stream.read(length))) - {"__metadata__"}
+        with refusing(SelectionError, f"the base's checkpoint {str(path)!r}", "Take another copy of the base."):
+            if path.suffix == ".json":
+                return set(fields({"weight_map": mapping(text)})(read_json(path), "the index")["weight_map"])
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                held = stream.read(min(length, path.stat().st_size))
+            names = set(fields({})(parse_json(held), "its header")) - {"__metadata__"}
     return names
 
 

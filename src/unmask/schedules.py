@@ -15,6 +15,11 @@ from unmask.errors import MethodError
 
 Cumulative = Callable[[int, int, int], int]
 
+MOST_STEPS = 10**12
+"""The largest T that is planned for."""
+MOST_WALKED = 10**7
+"""The most selecting steps of a schedule that has to be walked through before training, which takes some seconds."""
+
 
 def uniform(t: int, T: int, B: int) -> int:
     """``b(t) = B (t + 1) // T``: the paper's schedule. With B < T some steps unmask nothing.
@@ -61,6 +66,9 @@ SCHEDULES: dict[str, Cumulative] = {
 }
 
 
+_NEVER_DOWN = (uniform, front_loaded, at_once)  # in integers: b(t) grows with t, and lies in 0..B
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A schedule bound to its number of steps and its stride.
@@ -74,6 +82,17 @@ class Schedule:
     function: Cumulative
     steps: int
     stride: int = 1
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise MethodError(f"the schedule {self.function!r:.80} is not callable; give a callable b(t, T, B).")
+        for name, value in (("steps", self.steps), ("stride", self.stride)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise MethodError(f"{name} = {value!r:.80}; it must be a whole number, at least 1.")
+            if value > MOST_STEPS:
+                raise MethodError(
+                    f"{name} = {value!r:.80}; it must be at most {MOST_STEPS:,}. Give T, the number of optimizer steps."
+                )
 
     def cumulative(self, t: int, budget: int) -> int:
         """b(t): how many weights are unmasked after step t has selected; ``b(-1) = 0``, ``b(t) = B`` for t >= T - 1.
@@ -97,17 +116,25 @@ class Schedule:
             whole = -1
         if whole != count or not 0 <= whole <= budget:
             raise MethodError(
-                f"the schedule gave b({last_of_block}) = {count!r} for T = {self.steps}, B = {budget}; "
+                f"the schedule gave b({last_of_block}) = {count!r:.80} for T = {self.steps}, B = {budget}; "
                 "it must be a whole number from 0 to B."
             )
         return whole
 
     def check(self, budget: int) -> None:
-        """Walks the whole schedule once and refuses one that goes down.
+        """Walks the whole schedule once and refuses one that goes down; one in integers that cannot is not walked.
 
         Raises:
-            MethodError: b(t) < b(t - 1) for some t, or a value out of range.
+            MethodError: b(t) < b(t - 1) for some t, a value out of range, or too many steps to walk.
         """
+        if self.function in _NEVER_DOWN:
+            return
+        if self.steps // self.stride > MOST_WALKED:
+            raise MethodError(
+                f"steps = {self.steps:,} with stride = {self.stride:,}; this schedule is checked step by step before training, "
+                f"and that goes for {MOST_WALKED:,} selecting steps at most. Take a larger stride, or 'uniform' or "
+                "'front-loaded'."
+            )
         previous = 0
         for t in range(self.stride - 1, self.steps, self.stride):
             count = self.cumulative(t, budget)
@@ -120,7 +147,7 @@ def schedule(which: str | Cumulative, steps: int, stride: int = 1) -> Schedule:
     """Builds a schedule from a name or a callable.
 
     Raises:
-        MethodError: Unknown name, or steps or stride below 1.
+        MethodError: Unknown name, or steps or stride below 1 or above `MOST_STEPS`.
 
     Example:
         >>> schedule(lambda t, T, B: B // 2, steps=3).cumulative(0, 10)
@@ -129,10 +156,7 @@ def schedule(which: str | Cumulative, steps: int, stride: int = 1) -> Schedule:
     if isinstance(which, str):
         if which not in SCHEDULES:
             raise MethodError(
-                f"unknown schedule {which!r}; there are {', '.join(SCHEDULES)}, or give a callable b(t, T, B)."
+                f"unknown schedule {which!r:.80}; there are {', '.join(SCHEDULES)}, or give a callable b(t, T, B)."
             )
         which = SCHEDULES[which]
-    for name, value in (("steps", steps), ("stride", stride)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise MethodError(f"{name} = {value!r}; it must be a whole number, at least 1.")
     return Schedule(which, steps, stride)

@@ -74,7 +74,11 @@ def as_patterns(given: Patterns) -> tuple[str, ...]:
     """A pattern, several or none, as a tuple."""
     if given is None:
         return ()
-    return (given,) if isinstance(given, str) else tuple(given)
+    found = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
+    for each in found:
+        if not isinstance(each, str):
+            raise MethodError(f"{each!r:.80} is no pattern; give regular expressions as texts.")
+    return found
 
 
 def exactly(names: Iterable[str]) -> list[str]:

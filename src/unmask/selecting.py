@@ -87,6 +87,11 @@ def select(
         >>> selection.used, selection.step
         (6, 3)
     """
+    if not isinstance(model, nn.Module) or not isinstance(method, Method):
+        raise MethodError(
+            f"select got a {type(model).__name__} and a {type(method).__name__}; give a torch module and a method, such as "
+            "unmask.id3(budget=1000, steps=100)."
+        )
     if has_selection(model):
         raise MethodError("this model already has a selection; call its release() first.")
     if accumulation not in ("candidates", "exact"):

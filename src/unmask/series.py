@@ -16,6 +16,7 @@ from rich.console import Console
 from unmask.checkpoints import STATE_FILE
 from unmask.delta import SparseDelta
 from unmask.errors import ConfigError, DataError, DeltaError, SelectionError
+from unmask.reading import fields, plain, refusing
 from unmask.run_folder import RunFolder
 from unmask.settings import build, read_yaml
 from unmask.state_file import read_state
@@ -99,6 +100,9 @@ def write_series(folder: RunFolder) -> list[tuple[int, int, Path]]:
     for step, delta in deltas(folder, missing):
         delta.save(folder.series_file(step))
     loaded = [(SparseDelta.load(file).metadata, file) for file in folder.series.glob("step-*.safetensors")]
+    for metadata, file in loaded:
+        with refusing(DeltaError, repr(str(file)), "It is none of this run's; move it elsewhere."):
+            fields({"step": plain, "used": plain})(metadata, "its metadata")
     return sorted((metadata["step"], metadata["used"], file) for metadata, file in loaded)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -11,6 +13,7 @@ from typing import Any, Literal
 
 from unmask.config import TrainConfig
 from unmask.errors import ConfigError, need
+from unmask.reading import DEEPEST, Malformed, bounded, read_text, refusing, shown
 from unmask.tasks.names import TASKS
 from unmask.writing import write_text
 
@@ -29,14 +32,15 @@ def build(values: Mapping[str, Any]) -> TrainConfig:
         >>> build({"model": "m", "output": "o", "task": "sst2", "budget": "1%", "lr": "3e-4"}).lr
         0.0003
     """
-    unknown = sorted(set(values) - set(_HINTS))
+    unknown = [key for key in values if key not in _HINTS]
     if unknown:
-        raise ConfigError(f"unknown setting {unknown[0]!r}; there are {', '.join(sorted(_HINTS))}.")
+        raise ConfigError(f"unknown setting {shown(unknown[0])}; there are {', '.join(sorted(_HINTS))}.")
     required = {f.name for f in dataclasses.fields(TrainConfig) if f.default is dataclasses.MISSING}
     absent = sorted(required - {key for key, value in values.items() if value is not None})
     if absent:
         raise ConfigError(f"{' and '.join(absent)} must be given.")
-    defaults = _KIND_DEFAULTS.get(TASKS.get(str(values.get("task")), ""), {})
+    task = values.get("task")
+    defaults = _KIND_DEFAULTS.get(TASKS.get(task, "") if isinstance(task, str) else "", {})
     return TrainConfig(**{key: _convert(key, value) for key, value in {**defaults, **values}.items()})
 
 
@@ -49,18 +53,24 @@ def _convert(key: str, value: Any) -> Any:
         if type(None) in options:
             return None
         return () if typing.get_origin(hint) is tuple else _bad(key, value, kind, words)
-    if value in words:
+    if isinstance(value, str) and value in words:
         return value
     if typing.get_origin(kind) is tuple:
         parts = value.split(",") if isinstance(value, str) else value
-        return tuple(str(part).strip() for part in parts)
+        listed = isinstance(parts, list | tuple) and all(isinstance(part, str | int | float) for part in parts)
+        return tuple(str(part).strip() for part in parts) if listed else _bad(key, value, list)
+    if not isinstance(value, str | int | float | datetime.date):  # YAML reads 2024-01-01 as a date
+        return _bad(key, value, kind, words)
     if kind is bool:
         return _as_bool(key, value)
+    if isinstance(value, bool) and kind is not str:
+        return _bad(key, value, kind, words)
     try:
         number = kind(value)
-    except (TypeError, ValueError):
+        exact = kind is str or (math.isfinite(number) and number == float(typing.cast(Any, value)))
+    except (TypeError, ValueError, OverflowError):
         return _bad(key, value, kind, words)
-    return number if kind is str or number == float(value) else _bad(key, value, kind, words)
+    return number if exact else _bad(key, value, kind, words)
 
 
 def is_none(value: Any) -> bool:
@@ -75,26 +85,77 @@ def _as_bool(key: str, value: Any) -> bool:
 
 def _bad(key: str, value: Any, kind: Any, words: Iterable[str] = ()) -> Any:
     name = getattr(kind, "__name__", str(kind))
-    raise ConfigError(f"{key} = {value!r} is no {name}{''.join(f', nor {word}' for word in words)}.")
+    raise ConfigError(f"{key} = {shown(value)} is no {name}{''.join(f', nor {word}' for word in words)}.")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Settings from a YAML file: a flat mapping.
+    """Settings from a YAML file: a mapping whose keys are texts.
 
     Raises:
-        ConfigError: No such file, or not a mapping.
+        ConfigError: No such file, not a mapping, or larger or deeper than any file of settings is.
     """
-    yaml = need("yaml", "cli")
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {str(path)!r}.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{str(path)!r} is no valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{str(path)!r} must hold a mapping of settings (lr: 0.001), not a {type(values).__name__}.")
+    with refusing(ConfigError, repr(str(path))):
+        values = parse_yaml(read_text(path))
+        if not isinstance(values, dict):
+            raise Malformed(f"it must hold a mapping of settings (lr: 0.001), not a {type(values).__name__}")
+        for key in values:
+            if not isinstance(key, str):
+                raise Malformed(f"the setting {shown(key)} must have a text as its name")
     return values
+
+
+MOST_YAML = 2**20
+"""The longest YAML text that is read, in bytes."""
+_MOST_MERGED = 10_000
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text whose size and depth are bounded, also after aliases and merge keys are resolved.
+
+    Raises:
+        Malformed: It is no YAML, or larger or deeper than any text of settings is.
+
+    Example:
+        >>> parse_yaml("lr: 0.001")
+        {'lr': 0.001}
+    """
+    yaml = need("yaml", "cli")
+    if len(text) > MOST_YAML:
+        raise Malformed(f"it has {len(text):,} characters of YAML; at most {MOST_YAML:,} are read")
+
+    plain: Any = yaml.SafeLoader
+
+    class Loader(plain):
+        """Stops at what would take long: deep nesting, and merge keys (``<<``), which can multiply level by level."""
+
+        def fetch_flow_collection_start(self, kind: Any) -> None:
+            if self.flow_level >= DEEPEST:
+                raise yaml.YAMLError(f"it is nested deeper than {DEEPEST} levels")
+            super().fetch_flow_collection_start(kind)
+
+        def flatten_mapping(self, node: Any) -> None:
+            held = 0
+            for key, value in node.value:
+                if key.tag == "tag:yaml.org,2002:merge":
+                    for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                        if isinstance(part, yaml.MappingNode):
+                            self.flatten_mapping(part)
+                            held += len(part.value)
+                        if held > _MOST_MERGED:
+                            raise yaml.YAMLError(f"its merge keys bring in more than {_MOST_MERGED:,} entries")
+            super().flatten_mapping(node)
+
+    try:
+        return bounded(yaml.load(text, Loader))
+    except Malformed:
+        raise
+    except RecursionError as error:
+        raise Malformed("it is nested too deeply") from error
+    except Exception as error:  # of the library, of many classes, and always of the text
+        raise Malformed(f"it is no valid YAML: {error}") from error
 
 
 def write_yaml(config: TrainConfig, path: Path) -> None:

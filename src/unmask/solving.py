@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unmask.errors import ConfigError
+from unmask.errors import ConfigError, DataError
 from unmask.generating import Generated, GenerationSettings, generate
 from unmask.prompting import Prompter
+from unmask.reading import fields, plain, read_json, refusing, text
 from unmask.tasks.answers import RULES, Rule, extract, is_right
 from unmask.tasks.arithmetic import TEST_SETS, Problem, load_problems
 from unmask.tasks.outputs import OutputFile, claim
@@ -145,7 +145,9 @@ def _solve_set(
     console: Console | None,
 ) -> Solved:
     prompts = [prompter.text(problem) for problem in problems]
-    rows = {number: _scored(row, settings.rule) for number, row in file.read().items()}
+    with refusing(DataError, repr(str(file.path)), "Delete the file, or give another --output."):
+        held = {number: _WRITTEN(row, f"row {number}") for number, row in file.read().items()}
+    rows = {number: _scored(row, settings.rule) for number, row in held.items()}
     _check(rows, prompts, file.path)
     todo = [number for number in range(len(problems)) if number not in rows]
     with _Bar(name, len(problems), console) as bar:
@@ -155,14 +157,17 @@ def _solve_set(
             numbers = [todo[place] for place in places]
             batch = file.append(
                 [
-                    _scored(_row(name, number, problems[number], prompts[number], text), settings.rule)
-                    for number, text in zip(numbers, written, strict=True)
+                    _scored(_row(name, number, problems[number], prompts[number], made), settings.rule)
+                    for number, made in zip(numbers, written, strict=True)
                 ]
             )
             rows |= {row["row"]: row for row in batch}
             bar.show(batch)
     file.rewrite(rows)  # in order, with the answers as they are read now
     return _outcome(name, [rows[number] for number in range(len(problems))])
+
+
+_WRITTEN = fields({**dict.fromkeys(("prompt", "generated", "finish", "kind"), text), "gold": plain})
 
 
 def _row(name: str, number: int, problem: Problem, prompt: str, generated: Generated) -> dict[str, Any]:
@@ -206,7 +211,8 @@ def _outcome(name: str, rows: Sequence[Mapping[str, Any]]) -> Solved:
 
 def _note(path: Path, solved: Solved) -> None:
     """Puts a set's outcome down beside those of other sets."""
-    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    with refusing(DataError, repr(str(path)), "Delete it, or give another --output."):
+        held = fields({})(read_json(path), "the scores") if path.is_file() else {}
     scores = held | {solved.name: {**asdict(solved), "accuracy": solved.accuracy}}
     write_json(path, scores, indent=2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from unmask.distributed.sharding import reshard
 from unmask.errors import SelectionError
+from unmask.reading import Malformed, count, fields, items, mapping, plain, refusing, text
 from unmask.slots import take
 
 if TYPE_CHECKING:
@@ -50,27 +52,112 @@ def state_of(selection: Selection) -> dict[str, Any]:
 @torch.no_grad()
 def restore(selection: Selection, state: Mapping[str, Any]) -> None:
     """See `Selection.load_state_dict`."""
-    _check_identity(selection, state)
+    with refusing(SelectionError, "this selection state", "Nothing was changed; take another copy of the state."):
+        saved = _checked(selection, state)
     reshard(selection.model)
+    _check_base(selection, saved)
     table, layout = selection._table, selection._layout
     layout.write(table.positions[: selection.used], table.base[: selection.used])
-    try:
-        _check_base(selection, state)
-    except SelectionError:
-        table.scatter(selection.values, selection.used)
-        raise
-    selection.used, selection.step = int(state["used"]), int(state["step"])
-    table.load(state["positions"], state["base"])
+    selection.used, selection.step = saved.used, saved.step
+    table.load(saved.positions, saved.base)
     selection.values.zero_()
-    selection.values[: state["values"].numel()] = state["values"]
-    if selection._picked is not None:
-        selection._picked = state["picked"].to(selection.values.device)
+    selection.values[: saved.values.numel()] = saved.values
+    selection._picked = None if saved.picked is None else saved.picked.clone()
     table.scatter(selection.values, selection.used)
     buffers = persistent_buffers(selection.model)
     for name, original in selection._buffers.items():
-        buffers[name].copy_(state["buffers"].get(name, original))
+        buffers[name].copy_(saved.buffers.get(name, original))
     for tensor in selection.dense:
-        tensor.load(state["dense"][tensor.name])
+        tensor.load(saved.dense[tensor.name])
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A state that fits a selection: every entry is checked, and every tensor is on its device."""
+
+    step: int
+    used: int
+    values: Tensor
+    base: Tensor
+    positions: Tensor
+    picked: Tensor | None
+    dense: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+
+
+def _checked(selection: Selection, state: Mapping[str, Any]) -> _Saved:
+    """The state, if it is one of this selection.
+
+    Raises:
+        Malformed: An entry is missing, or is not what a selection could have saved.
+        SelectionError: The state is of another method, budget or model.
+    """
+    form = {"version": count, "method": mapping(plain), "budget": count, "names": items(text)}
+    form |= {"shapes": items(items(count)), "dense": mapping(plain), "buffers": mapping(plain)}
+    form |= {"step": count, "used": count, **dict.fromkeys(("values", "base", "positions"), plain)}
+    form |= {} if selection._picked is None else {"picked": plain}
+    fields(form)(state, "the state")
+    _check_identity(selection, state)
+    step, used = state["step"], state["used"]
+    device, room, kept = selection.values.device, selection.values.numel(), selection._picked is not None
+    most = selection.budget if selection.method.whole else room
+    if used > most or (selection.method.whole and used != most):
+        raise Malformed(f"used = {used:,} must be a count of slots in use, of {most:,}")
+    length = used if kept else room
+    dtype = selection.values.dtype
+    values, base = (_tensor(state[key], key, (length,), dtype, device, finite=True) for key in ("values", "base"))
+    positions = _tensor(state["positions"], "positions", (length,), torch.int64, device)
+    slots = 0 if selection.method.whole else used
+    _check_positions(positions, slots, selection._layout.total, filled=kept or selection._ordered)
+    if values[slots:].any():
+        raise Malformed(f"values holds weights behind its {slots:,} slots in use")
+    picked = None if not kept else _checked_picked(state["picked"], selection, used, device)
+    masters = {tensor.name: tensor.master for tensor in selection.dense}
+    dense = {n: _tensor(state["dense"][n], f"dense.{n}", m.shape, m.dtype, m.device, True) for n, m in masters.items()}
+    own = selection._buffers
+    fields({}, dict.fromkeys(own, plain), closed=True)(state["buffers"], "buffers")
+    given = state["buffers"].items()
+    buffers = {n: _tensor(b, f"buffers.{n}", own[n].shape, own[n].dtype, own[n].device) for n, b in given}
+    return _Saved(step, used, values, base, positions, picked, dense, buffers)
+
+
+def _tensor(
+    value: Any, where: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, finite: bool = False
+) -> Tensor:
+    """A tensor of a shape and dtype, on a device."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        raise Malformed(f"{where} must be a tensor with values, not {type(value).__name__}")
+    if (tuple(value.shape), value.dtype) != (tuple(shape), dtype):
+        raise Malformed(
+            f"{where} is {value.dtype} of shape {tuple(value.shape)} and must be {dtype} of shape {tuple(shape)}"
+        )
+    if finite and not torch.isfinite(value).all():
+        raise Malformed(f"{where} holds NaN or infinite values")
+    return value.detach().to(device)
+
+
+def _check_positions(positions: Tensor, used: int, total: int, filled: bool) -> None:
+    """The slots in use hold positions, each another one; the slots after them hold none, or all do where the order is known."""
+    held = positions if filled else positions[:used]
+    if held.numel() and (int(held.min()) < 0 or int(held.max()) >= total):
+        raise Malformed(
+            f"positions must lie in 0..{total - 1} in the slots in use, of which there are {held.numel():,}"
+        )
+    if held.unique().numel() < held.numel():
+        raise Malformed("positions holds a weight twice")
+    if (positions[held.numel() :] != -1).any():
+        raise Malformed(f"positions must be -1 behind the {used:,} slots in use")
+
+
+def _checked_picked(value: Any, selection: Selection, used: int, device: torch.device) -> Tensor:
+    """The slots that the last step picked."""
+    size = value.numel() if isinstance(value, Tensor) else 0
+    picked = _tensor(value, "picked", (size,), torch.int64, device)
+    if size > selection.budget or picked.unique().numel() < size:
+        raise Malformed(f"picked must hold at most {selection.budget:,} slots, each once")
+    if size and (int(picked.min()) < 0 or int(picked.max()) >= used):
+        raise Malformed(f"picked must hold slots in use, of which there are {used:,}")
+    return picked
 
 
 def _identity(selection: Selection) -> dict[str, Any]:
@@ -86,11 +173,6 @@ def _identity(selection: Selection) -> dict[str, Any]:
 
 def _check_identity(selection: Selection, state: Mapping[str, Any]) -> None:
     mine = _identity(selection) | {"dense": sorted(d.name for d in selection.dense)}
-    needed = [*mine, "step", "used", "values", "base", "positions", "buffers"]
-    needed += [] if selection._picked is None else ["picked"]
-    missing = [key for key in needed if key not in state]
-    if missing:
-        raise SelectionError(f"this is no selection state: it lacks {', '.join(missing)}.")
     for key, own in mine.items():
         given = sorted(state[key]) if key == "dense" else state[key]
         if given != own:
@@ -100,14 +182,19 @@ def _check_identity(selection: Selection, state: Mapping[str, Any]) -> None:
             )
 
 
-def _check_base(selection: Selection, state: Mapping[str, Any]) -> None:
-    """The model's weights at the saved positions must be the saved base's, or the trained ones."""
-    used, layout = int(state["used"]), selection._layout
-    device = selection.values.device
-    positions, base, values = (state[key][:used].to(device) for key in ("positions", "base", "values"))
+def _check_base(selection: Selection, saved: _Saved) -> None:
+    """The model's base weights at the saved positions must be the saved base's, or the trained ones; nothing is written."""
+    layout, table = selection._layout, selection._table
+    slots = 0 if selection.method.whole else saved.used
+    positions = saved.positions[:slots]
+    holding = table.find(positions)
     for index, flat, places in layout.split(positions):
-        weights = take(layout.plain(index), flat)
-        base_here, trained = base[places].to(weights), values[places].to(weights)
+        weights, slot = take(layout.plain(index), flat), holding[places]
+        in_use = ((slot >= 0) & (slot < selection.used)).to(weights.device)  # there the model holds trained weights
+        base_here, trained = saved.base[places].to(weights), saved.values[places].to(weights)
+        weights = (
+            torch.where(in_use, table.base[slot.clamp(min=0)].to(weights), weights) if len(table.base) else weights
+        )
         if not ((weights == base_here) | (weights == trained)).all():
             raise SelectionError(
                 f"{layout.names[index]!r} holds other weights than those the saved selection started from; load the same "

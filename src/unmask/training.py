@@ -25,6 +25,7 @@ from unmask.integrations.transformers import SelectiveTrainer
 from unmask.into import Inserted, insert, require
 from unmask.kinds import Prepared, kind_for
 from unmask.modeling import load_base, quiet
+from unmask.places import check_folder
 from unmask.presets import into_from, method_from, optimizer_from, with_rates
 from unmask.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.run_folder import RunFolder
@@ -92,19 +93,27 @@ def train(
         UnmaskError: Any other refusal, with what to do.
     """
     console = console or Console(quiet=not is_main())
-    folder = RunFolder(Path(config.output))
+    folder = RunFolder(check_folder(config.output))
     with folder.held():
         start = folder.check(config, resume, overwrite)
         if start.summary is not None:
             return _finished(folder, start.summary, console)
         _note(console, start.notes)
-        run = _Run(set_up(config, console), folder, console)
+        try:
+            run = _Run(set_up(config, console), folder, console)
+        except KeyboardInterrupt:
+            raise InterruptedRunError(
+                f"interrupted before training started; {config.output!r} is as it was. Start again with the same command."
+            ) from None
         if start.checkpoint is not None:
             folder.refuse_other_settings(run.config, start)
             _refuse_other_data(start.checkpoint, run.settings)
-        if is_main():
-            folder.open(start, run.config)
-        return run.go(start.checkpoint)
+        try:
+            if is_main():
+                folder.open(start, run.config)
+            return run.go(start.checkpoint)
+        except KeyboardInterrupt:  # outside the steps, where it does not end the run at once
+            raise InterruptedRunError(folder.how_to_go_on()) from None
 
 
 def _finished(folder: RunFolder, summary: Mapping[str, Any], console: Console) -> Outcome:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from unmask.analysis.mask import Mask, mask_over
 from unmask.delta import base_tensors
 from unmask.errors import DeltaError
+from unmask.reading import fields, mapping, read_json, refusing, text
 
 Checkpoint = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 
@@ -97,7 +97,9 @@ def _files(path: Path) -> dict[str, Path]:
     """The file of each tensor."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        return {name: path / file for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+        with refusing(DeltaError, repr(str(index)), "Take another copy."):
+            found = fields({"weight_map": mapping(text)})(read_json(index), "the index")
+        return {name: path / file for name, file in found["weight_map"].items()}
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise DeltaError(
@@ -106,7 +108,7 @@ def _files(path: Path) -> dict[str, Path]:
     try:
         with safe_open(file, framework="pt") as opened:
             return dict.fromkeys(opened.keys(), file)
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # of the library, of many classes, and always of the file
         raise DeltaError(f"{str(file)!r} cannot be read as safetensors ({error}); take another copy.") from error
 
 
@@ -114,7 +116,7 @@ def _load(file: Path, name: str) -> Tensor:
     try:
         with safe_open(file, framework="pt") as opened:
             return opened.get_tensor(name)
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # of the library, of many classes, and always of the file
         raise DeltaError(f"{str(file)!r} cannot be read as safetensors ({error}); take another copy.") from error
 
 

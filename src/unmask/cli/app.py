@@ -6,11 +6,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from unmask.cli import sweeps
+from unmask.cli.interrupted import InterruptedCommandError
 from unmask.version import __version__
 
+
+class _Commands(typer.core.TyperGroup):
+    """The commands; Ctrl-C in one becomes an error of ours, which typer leaves to `unmask.cli.main`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise InterruptedCommandError from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -8,11 +8,13 @@ from unmask.delta import SparseDelta
 from unmask.errors import ConfigError
 from unmask.into import into_of, merged, save_adapter
 from unmask.modeling import load_tuned, quiet
+from unmask.places import check_folder
 from unmask.quantised.layers import has_sidecars
 
 
 def run_apply(source: str, delta_path: Path, output: Path, adapter: bool = False) -> None:
     """Writes the merged model, or the LoRA or adapter alone, and the tokenizer to a new folder."""
+    check_folder(output, "--output")
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"{str(output)!r} is not empty; give a new folder.")
     delta = SparseDelta.load(delta_path)

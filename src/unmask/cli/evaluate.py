@@ -11,11 +11,14 @@ from unmask.delta import SparseDelta
 from unmask.errors import ConfigError
 from unmask.kinds import Request, kind_of
 from unmask.modeling import load_base, load_tuned, on_accelerator, task_of
+from unmask.places import check_folder
 from unmask.tasks.names import TASKS
 
 
 def run_eval(source: str, delta_path: Path | None, request: Request, batch_size: int) -> None:
     """Prints the metrics of each evaluation split."""
+    if request.output is not None:
+        check_folder(request.output, "--output")
     delta = None if delta_path is None else SparseDelta.load(delta_path)
     described = _untrained(request) if delta is None else task_of(delta)
     _refuse_generations_own(described, request)

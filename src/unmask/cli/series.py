@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError
+from unmask.places import check_folder
 from unmask.run_folder import RunFolder
 from unmask.series import checkpoint_state, deltas, find_run
 
@@ -21,6 +22,7 @@ def write_delta(path: Path, step: int | None, output: Path | None, base: str | N
     chosen = folder.whole_step(step if named is None else named)
     if output is not None and output.exists():
         raise ConfigError(f"{str(output)!r} exists already; give another --output.")
+    check_folder(folder.series if output is None else output.absolute().parent, "--output")
     [(_, delta)] = deltas(folder, [chosen], base)
     file, held = delta.save(folder.series_file(chosen) if output is None else output), delta.metadata
     print(f"step {chosen}: {held['used']:,} weights unmasked by then (budget {held['budget']:,})")

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from unmask.errors import ConfigError, MissingExtraError
+from unmask.places import check_folder
 from unmask.settings import parse_assignments
 from unmask.sweeps.cells import Cell, expand, runs
 from unmask.sweeps.choosing import due
@@ -49,6 +50,7 @@ def go(sweep: Sweep, output: Path, options: Options) -> None:
     Raises:
         Exit: With status 1, if runs failed.
     """
+    check_folder(output, "--output")
     sweep = changed(sweep, options)
     cells, store, console = expand(sweep), Store(output), Console()
     if options.dry_run:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+
+from unmask.errors import DataError, writing_to
+from unmask.reading import count, fields, items, mapping, optional, plain, read_json, read_text, refusing, text
+from unmask.writing import write_text
 
 _BEGIN, _END = "<!-- unmask: begin -->", "<!-- unmask: end -->"
 _NEW = "---\nlibrary_name: peft\n---\n"
@@ -16,13 +20,14 @@ _NEW = "---\nlibrary_name: peft\n---\n"
 def write_card(folder: str, record: Mapping[str, Any]) -> Path:
     """Writes the section into the folder's ``README.md``, in the place of an earlier one; the rest is left as it is."""
     path = Path(folder, "README.md")
-    text = path.read_text(encoding="utf-8") if path.is_file() else _NEW
-    before, found, after = text.partition(_BEGIN)
+    with refusing(DataError, repr(str(path)), "Remove the file, or save it as UTF-8."):
+        held = read_text(path) if path.is_file() else _NEW
+    before, found, after = held.partition(_BEGIN)
     if found:
         after = after.partition(_END)[2]
     card = f"{before.rstrip()}\n\n{_BEGIN}\n{section(record)}\n{_END}\n{after.lstrip()}"
-    path.write_text(card, encoding="utf-8")
-    return path
+    with writing_to(path):
+        return write_text(path, card)
 
 
 def complete_card(folder: str) -> None:
@@ -34,17 +39,23 @@ def complete_card(folder: str) -> None:
     path, config = Path(folder, "README.md"), Path(folder, "adapter_config.json")
     if not config.is_file():
         return
-    card, saved = ModelCard.load(path), json.loads(config.read_text(encoding="utf-8"))
+    with refusing(DataError, repr(str(config)), "Save the adapter again."):
+        form = {"base_model_name_or_path": optional(text), "record": optional(mapping(plain))}
+        saved = fields({}, form)(read_json(config), "the config")
+    card = ModelCard.load(path)
     card.data.library_name = "peft"
-    if saved["base_model_name_or_path"]:
+    if saved.get("base_model_name_or_path"):
         card.data.base_model = saved["base_model_name_or_path"]
     card.save(path)
-    if saved["record"] is not None:
+    if saved.get("record") is not None:
         write_card(folder, saved["record"])
 
 
 def section(record: Mapping[str, Any]) -> str:
-    """The section's Markdown.
+    """The section's Markdown. Names and ids, which anybody may have given, are shown as they are and never as markup.
+
+    Raises:
+        DataError: The record is not one that a saved adapter has.
 
     Example:
         >>> record = {"method": {"name": "pafi", "parameters": {}, "steps": 1}, "budget": 5, "used": 5, "step": 9,
@@ -52,10 +63,12 @@ def section(record: Mapping[str, Any]) -> str:
         >>> section(record).splitlines()[4]
         '| base model | `a/b` |'
     """
+    with refusing(DataError, "the adapter's record", "Save the adapter again."):
+        _RECORD(record, "record")
     share = record["used"] / max(1, record["parameters"])
     rows = {
-        "base model": f"`{record['base_id'] or 'not known'}`",
-        "base's fingerprint": f"`{record['fingerprint']}`",
+        "base model": _code(record["base_id"] or "not known"),
+        "base's fingerprint": _code(record["fingerprint"]),
         "method": _method(record["method"]),
         "budget": f"{record['budget']:,} single weights",
         "selected": f"{record['used']:,} of {record['parameters']:,} weights ({share:.4%})",
@@ -78,8 +91,36 @@ fingerprint bit for bit, and no other. To load it: `import unmask.peft`, then `p
 
 def _method(method: Mapping[str, Any]) -> str:
     settings = {**method["parameters"], "steps": method["steps"]}
-    return f"{method['name']} (" + ", ".join(f"{name} {value}" for name, value in settings.items()) + ")"
+    return _escaped(f"{method['name']} (" + ", ".join(f"{name} {value}" for name, value in settings.items()) + ")")
 
 
 def _names(names: list[str]) -> str:
-    return f" ({', '.join(f'`{name}`' for name in names)})" if names else ""
+    return f" ({', '.join(map(_code, names))})" if names else ""
+
+
+def _code(words: str) -> str:
+    """Words as code, whatever is in them: a code span, or an element where a character would end or break the span."""
+    return f"`{words}`" if re.fullmatch(r"[A-Za-z0-9_./:@+ -]+", words) else f"<code>{_escaped(words)}</code>"
+
+
+def _escaped(words: str) -> str:
+    """Words in which no character is markup of Markdown or HTML, in one line.
+
+    Example:
+        >>> _escaped("a|b <i> random_mask")
+        'a&#124;b &#60;i&#62; random_mask'
+    """
+    line = " ".join(words.split())
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])|[^\w .,:/()+%@-]", lambda found: f"&#{ord(found[0])};", line)
+
+
+_COUNTS = dict.fromkeys(("budget", "used", "parameters", "whole", "step"), count)
+_RECORD = fields(
+    {
+        "method": fields({"name": text, "parameters": mapping(plain), "steps": count}),
+        **_COUNTS,
+        "base_id": optional(text),
+        "fingerprint": text,
+        "dense": items(text),
+    }
+)

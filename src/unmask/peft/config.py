@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -14,6 +15,20 @@ from unmask.errors import MethodError
 from unmask.method import Budget, Method
 from unmask.peft.card import write_card
 from unmask.peft.kind import peft_type
+from unmask.reading import (
+    Malformed,
+    count,
+    fields,
+    finite,
+    flag,
+    items,
+    mapping,
+    optional,
+    plain,
+    refusing,
+    shown,
+    text,
+)
 
 METHODS = ("id3", "repeat_d3", "static_d3", "pafi", "bitfit", "random_mask")
 _ALLOWED = {
@@ -90,6 +105,11 @@ class SelectiveConfig(PeftConfig):
         self.peft_type = peft_type()
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
+        with refusing(
+            MethodError, "this SelectiveConfig", "Give another value (in adapter_config.json, if it stands there)."
+        ):
+            _FORM(vars(self), "config")
+            _check_expressions(self)
         if self.method not in METHODS:
             why = _ELSEWHERE.get(self.method, "there are " + ", ".join(METHODS))
             raise MethodError(f"method = {self.method!r}; {why}.")
@@ -130,6 +150,37 @@ class SelectiveConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         if self.record is not None:
             write_card(save_directory, self.record)
+
+
+def _names(value: Any, where: str) -> Any:
+    """One regular expression, or some names."""
+    if isinstance(value, str):
+        return value
+    return items(text)(list(value) if isinstance(value, set) else value, where)
+
+
+_FORM = fields(
+    {
+        **dict.fromkeys(("method", "schedule", "allocation", "normalise", *_ALLOWED), text),
+        **dict.fromkeys(("eps", "exp"), finite),
+        **dict.fromkeys(("stride", "seed"), count),
+        **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), optional(_names)),
+        "total_steps": optional(count),
+        "training_state": flag,
+        "record": optional(mapping(plain)),
+        "base_model_name_or_path": optional(text),
+    }
+)
+
+
+def _check_expressions(config: SelectiveConfig) -> None:
+    for name in ("target_modules", "exclude_modules"):
+        given = getattr(config, name)
+        if isinstance(given, str):
+            try:
+                re.compile(given)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise Malformed(f"{name} = {shown(given)} is no regular expression ({error})") from error
 
 
 def _given(budget: Budget | None) -> Budget:

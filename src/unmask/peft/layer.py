@@ -267,12 +267,12 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         """Replaces what an adapter holds."""
         self.settle()
         adapter = self.adapters[name]
+        with self.base_restored():
+            slots = adapter.slots_of(delta, progress)  # what does not fit is refused before anything changes
         adapter.stop()
         written = adapter.written and not self._disable_adapters
         if written:
             adapter.withdraw(self._whole, self._tensors())
-        with self.base_restored():
-            slots = adapter.slots_of(delta, progress)
         adapter.load(slots)
         adapter.whole, adapter.attempt = dict(delta.whole), None
         if written:

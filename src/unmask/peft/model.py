@@ -315,6 +315,7 @@ class SelectiveModel(BaseTuner):
                 f"{delta.metadata.get('base_id') or 'another base'!r} with {delta.base[:23]}... Its values were not loaded. "
                 "Load that base, unmodified, in the same dtype and with the same modules_to_save."
             )
+        delta.check_places(Base(self.model).tensors)
         self.deltas.load(name, delta, progress)
 
     @classmethod

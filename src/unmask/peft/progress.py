@@ -44,11 +44,12 @@ class Progress:
             DeltaError: An order that is none, or masters of other values.
         """
         count = sum(part.numel() for part in values)
-        if not torch.equal(self.order.long().sort().values, torch.arange(count)):
+        whole = self.order.dtype in (torch.int32, torch.int64)
+        if not whole or not torch.equal(self.order.long().sort().values, torch.arange(count)):
             raise DeltaError(f"the adapter's order of unmasking is not one of its {count:,} values. Take another copy.")
         if self.masters is None:
             return
-        fits = self.masters.numel() == count
+        fits = self.masters.shape == (count,) and self.masters.dtype in (torch.float32, torch.float64)
         parts = self.masters.split([part.numel() for part in values]) if fits else ()
         if not fits or any(not torch.equal(m.to(v.dtype), v) for m, v in zip(parts, values, strict=True)):
             raise DeltaError("the adapter's masters do not round to its values; it was altered. Take another copy.")

@@ -19,8 +19,10 @@ from torch import Tensor
 from unmask.delta import SparseDelta
 from unmask.delta_file import INDICES, SLOTS, VALUES, WHOLE, pack, unpack
 from unmask.errors import DeltaError
+from unmask.files import MOST_HEADER
 from unmask.peft.kind import PREFIX
 from unmask.peft.progress import Progress
+from unmask.reading import Malformed, fields, parse_json, refusing
 
 _HEADER, _BASE = f"{PREFIX}header", "model."
 _ORDER, _MASTERS = f"{PREFIX}order", f"{PREFIX}masters"
@@ -85,11 +87,11 @@ def _delta_key(key: str) -> str:
     for kind, ending in _ENDINGS.items():
         if key.endswith(ending):
             return key.removeprefix(_BASE).removesuffix(ending) + kind
-    raise AssertionError("is_entry knows the endings")
+    raise DeltaError(f"the adapter holds an entry {key!r} that belongs to nothing. Take another copy.")
 
 
 def _read(header: Tensor) -> Mapping[str, Any]:
-    try:
-        return dict(json.loads(bytes(header.tolist()).decode()))
-    except (ValueError, TypeError) as error:
-        raise DeltaError(f"the adapter's header is not readable: {error}. Take another copy.") from error
+    with refusing(DeltaError, "the adapter's header", "Take another copy."):
+        if header.dtype != torch.uint8 or header.ndim != 1:
+            raise Malformed(f"it is {header.dtype} of shape {tuple(header.shape)} and must be a vector of bytes")
+        return dict(fields({})(parse_json(header.numpy().tobytes(), MOST_HEADER), "the header"))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unmask.errors import DataError
+from unmask.errors import ConfigError, DataError
 from unmask.settings import read_yaml
 from unmask.sweeps.cells import Cell, canonical, run_id
-from unmask.sweeps.spec import Choice, Claims, Protocol, read_claims
+from unmask.sweeps.curves import curve, read_allocation, read_metrics, read_summary, scores
+from unmask.sweeps.spec import Choice, Claims, Protocol, read_choice, read_claims, read_protocol
 from unmask.sweeps.store import Result, Store
 
 
@@ -59,23 +59,23 @@ def read_study(folder: str | Path) -> Study:
 def _of_sweep(store: Store) -> Study:
     plan = store.plan()
     try:
-        choice, results = plan["choose"], store.results()
+        results = store.results()
         cells = tuple(Cell(c["id"], c["labels"], c["settings"]) for c in plan["cells"])
         return Study(
             name=plan["name"],
             title=plan["title"],
             cells=cells,
             results={cell.id: results[cell.id] for cell in cells if cell.id in results},
-            choice=Choice(**{**choice, "seeds": tuple(choice["seeds"])}) if choice else None,
-            protocol=Protocol(**plan["protocol"]),
+            choice=read_choice(plan["choose"]),
+            protocol=read_protocol(plan["protocol"]),
             notes=tuple(plan["notes"]),
             figures=tuple(plan["figures"]) or None,
             claims=read_claims(plan["claims"]),
             command=plan["command"],
         )
-    except (KeyError, TypeError) as error:
+    except ConfigError as error:
         raise DataError(
-            f"{str(store.folder / 'sweep.json')!r} is no sweep of this version ({error!r}); run it again."
+            f"{str(store.folder / 'sweep.json')!r} is no sweep of this version ({error}); run it again."
         ) from error
 
 
@@ -83,11 +83,8 @@ def _of_runs(folder: Path) -> Study:
     cells: list[Cell] = []
     results: dict[str, Result] = {}
     for path in sorted(folder.rglob("summary.json")):
-        try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{str(path)!r} cannot be read ({error}); remove that run, or finish it.") from error
-        if not (path.parent / "config.yaml").is_file() or "main_metric" not in summary:
+        summary = read_summary(path)
+        if not (path.parent / "config.yaml").is_file() or summary is None:
             continue
         settings = canonical(read_yaml(path.parent / "config.yaml"))
         labels = {"method": settings.get("method", "id3")} | {
@@ -102,8 +99,6 @@ def _of_runs(folder: Path) -> Study:
 
 
 def _result(folder: Path, summary: dict[str, Any], cell: Cell) -> Result:
-    from unmask.sweeps.curves import curve, read_rows, scores
-
     return {
         "id": cell.id,
         "status": "done",
@@ -112,6 +107,6 @@ def _result(folder: Path, summary: dict[str, Any], cell: Cell) -> Result:
         "seconds": summary.get("seconds"),
         **scores(summary),
         "summary": summary,
-        "curve": curve(read_rows(folder / "metrics.jsonl"), summary),
-        "allocation": read_rows(folder / "allocation.jsonl"),
+        "curve": curve(read_metrics(folder / "metrics.jsonl"), summary),
+        "allocation": read_allocation(folder / "allocation.jsonl"),
     }

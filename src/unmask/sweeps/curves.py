@@ -2,11 +2,79 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from unmask.errors import DataError
+from unmask.reading import (
+    Form,
+    Malformed,
+    count,
+    fields,
+    flag,
+    items,
+    mapping,
+    number,
+    optional,
+    parse_json,
+    plain,
+    read_json,
+    read_text,
+    refusing,
+    text,
+)
+
+_METHOD = {"name": text, "strategy": text, "parameters": mapping(plain), "leaving": text}
+_COUNTS = ("budget", "used", "dense", "head", "parameters", "steps")
+SUMMARY: Form = fields(
+    {},
+    {
+        "task": optional(text),
+        "method": optional(fields({}, _METHOD)),
+        **dict.fromkeys(_COUNTS, optional(count)),
+        **dict.fromkeys(("main", "seconds", "lr"), optional(number)),
+        "main_metric": text,
+        "greater_is_better": flag,
+        "before": mapping(number),
+        "after": mapping(number),
+        "into": optional(mapping(plain)),
+    },
+)
+"""The form of what ``summary.json`` and a sweep's result say of a run, as far as it is there."""
+_OWN = fields(dict.fromkeys(("main_metric", "main", "greater_is_better", "after"), plain))
+_ROW = fields({"layer": text, "kind": text, "unmasked": count, "of": count})
+_SHARES = dict.fromkeys(("tensor_sparsity", "sparsity_entropy"), number)
+SNAPSHOT: Form = fields(
+    {"used": count, **_SHARES, "tensors": count, "rows": items(_ROW)},
+    {"step": count, "sparsity_entropy_share": number, "picked": items(_ROW)},
+)
+"""The form of a line of ``allocation.jsonl``."""
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """What a finished run's ``summary.json`` says; None where another program wrote it.
+
+    Raises:
+        DataError: It cannot be read, or it is damaged.
+    """
+    with refusing(DataError, repr(str(path)), "Remove that run, or finish it."):
+        summary = fields({})(read_json(path), "the summary")
+        if "main_metric" not in summary:
+            return None
+        return dict(_OWN(_consistent(summary, "the summary"), "the summary"))
+
+
+def _consistent(value: Any, where: str) -> dict[str, Any]:
+    summary = dict(SUMMARY(value, where))
+    if (summary.get("method") or {}).get("leaving") == "kept" and summary.get("used") is None:
+        raise Malformed(f"{where} lacks used, which a method that keeps what leaves has")
+    return summary
+
+
+CONSISTENT: Form = _consistent
+"""`SUMMARY`, with what its entries need of each other."""
 
 
 def scores(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,14 +104,43 @@ def curve(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> list[dict[s
         losses = [
             row[name] for name in row if name == "eval_loss" or (name.startswith("eval_") and name.endswith("_loss"))
         ]
-        if losses and row["step"] in points:
+        if losses and losses[0] is not None and row["step"] in points:
             points[row["step"]].setdefault("loss", losses[0])
     return [point for _, point in sorted(points.items()) if all(map(math.isfinite, point.values()))]
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``; none if there is no such file.
+
+    Raises:
+        DataError: A line is damaged.
+    """
+    return _read_rows(path, _metrics)
+
+
+def read_allocation(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``allocation.jsonl``; none if there is no such file.
+
+    Raises:
+        DataError: A line is damaged.
+    """
+    return _read_rows(path, SNAPSHOT)
+
+
+def _metrics(value: Any, where: str) -> dict[str, Any]:
+    row = dict(fields({"step": count, "used": count})(value, where))
+    for name, figure in row.items():
+        if name.startswith("eval_"):
+            optional(number)(figure, f"{where}.{name}")
+    return row
+
+
+def _read_rows(path: Path, form: Form) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with refusing(DataError, repr(str(path)), "Remove the line, or run that run again."):
+        lines = read_text(path).splitlines()
+        return [form(parse_json(line), f"line {place}") for place, line in enumerate(lines, 1)]
 
 
 def _finite(value: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any, cast
@@ -18,7 +19,8 @@ _PLACED = ("method", "task", "budget", "seed", "model", "eps", "exp", "lr")  # l
 
 def record(cell: Cell, result: Result) -> RunRecord | None:
     """A finished run's record; None for a run that failed or has no finite score."""
-    if result.get("status") != "done" or result.get("score") is None:
+    score = result.get("score")
+    if result.get("status") != "done" or score is None or not math.isfinite(score):
         return None
     summary, settings = result.get("summary") or {}, result["settings"]
     method, trained = summary.get("method") or {}, trained_weights(summary)
@@ -32,8 +34,8 @@ def record(cell: Cell, result: Result) -> RunRecord | None:
         "trained": trained,
         "share": trained / base_weights(summary),
         "seed": int(settings.get("seed", 0)),
-        "lr": float(summary.get("lr") or settings.get("lr", 1e-3)),
-        "score": result["score"],
+        "lr": float(summary.get("lr") or _rate(settings)),
+        "score": score,
         "loss": result.get("loss"),
         "metric": str(result.get("metric", "score")),
         "strategy": "none" if whole else str(method.get("strategy", "none")),
@@ -42,6 +44,11 @@ def record(cell: Cell, result: Result) -> RunRecord | None:
         "allocation": result.get("allocation"),
     }
     return cast(RunRecord, {key: value for key, value in found.items() if value not in (None, [])})
+
+
+def _rate(settings: Mapping[str, Any]) -> float:
+    given = settings.get("lr", 1e-3)
+    return 0.0 if given in ("auto", None) else float(given)
 
 
 def records(

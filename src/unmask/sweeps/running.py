@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import sys
@@ -16,11 +15,11 @@ import torch
 from rich.console import Console
 
 from unmask.config import TrainConfig
-from unmask.errors import WriteError
+from unmask.errors import DataError, WriteError
 from unmask.run_folder import RunFolder
 from unmask.series import write_series
 from unmask.settings import build
-from unmask.sweeps.curves import curve, read_rows, scores
+from unmask.sweeps.curves import curve, read_allocation, read_metrics, read_summary, scores
 from unmask.training import InterruptedRunError, train
 from unmask.version import __version__
 
@@ -50,7 +49,7 @@ def run_cell(settings: Mapping[str, Any], output: Path) -> dict[str, Any]:
         resumed_at = _train(config, folder)
     summary = _summary(folder)
     assert summary is not None, "written by train"
-    points, whole_model = curve(read_rows(folder.metrics), summary), config.method == "full" and config.into is None
+    points, whole_model = curve(read_metrics(folder.metrics), summary), config.method == "full" and config.into is None
     series = {}
     if config.keep_checkpoints is None and not whole_model:
         series = {"series": _series(folder, {point["step"]: point["score"] for point in points})}
@@ -63,7 +62,7 @@ def run_cell(settings: Mapping[str, Any], output: Path) -> dict[str, Any]:
         "summary": summary,
         "curve": points,
         **series,
-        "allocation": read_rows(folder.allocation),
+        "allocation": read_allocation(folder.allocation),
         "versions": versions(),
     }
 
@@ -112,7 +111,6 @@ def versions() -> dict[str, str]:
 
 def _summary(folder: RunFolder) -> dict[str, Any] | None:
     try:
-        summary: dict[str, Any] = json.loads(folder.summary.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there yet, or a kill cut it short
+        return read_summary(folder.summary)
+    except DataError:  # not there yet, or a kill cut it short
         return None
-    return summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,10 +11,13 @@ from statistics import fmean
 from typing import Any, Literal, cast
 
 from unmask.errors import ConfigError
+from unmask.reading import count, fields, finite, items, one_of, optional, refusing, scalar, shown, text
 from unmask.settings import read_yaml
 
 Settings = Mapping[str, Any]
 Grid = Mapping[str, tuple[Any, ...]]
+MOST_CELLS = 100_000
+"""The most cells of a sweep."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,13 @@ class Choice:
     by: str = "loss"
     report: Literal["all", "others"] = "all"
 
+    def __post_init__(self) -> None:
+        form = {"setting": text, "seeds": items(scalar), "by": text, "report": one_of("all", "others")}
+        with refusing(ConfigError, "choose"):
+            fields(form)(vars(self), "choose")
+        if not self.seeds:
+            raise ConfigError("choose.seeds is empty; give the seeds to choose on.")
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -89,6 +100,22 @@ class Protocol:
     best: int = 3
     pair: str | None = None
     score: str = "score"
+
+    def __post_init__(self) -> None:
+        form = {
+            "kind": one_of("seeds", "paper", "both"),
+            "interval": one_of("t", "bootstrap"),
+            "level": finite,
+            "best": count,
+            "pair": optional(text),
+            "score": text,
+        }
+        with refusing(ConfigError, "protocol"):
+            fields(form)(vars(self), "protocol")
+        if not 0 < self.level < 1 or self.best < 1:
+            raise ConfigError(
+                f"protocol.level = {self.level} must lie between 0 and 1, and protocol.best = {self.best} be at least 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -165,6 +192,10 @@ class Sweep:
             raise ConfigError(
                 "a sweep needs methods: at least one row, such as methods: {id3: {settings: {method: id3}}}."
             )
+        grids = [math.prod(len(values) for values in row.grid.values()) for row in self.rows]
+        most = math.prod(len(values) for values in self.axes.values()) * sum(grids)
+        if most > MOST_CELLS:
+            raise ConfigError(f"the sweep has {most:,} cells; at most {MOST_CELLS:,} are laid out. Give fewer values.")
         names = {*self.axes, "method", "grid"}
         for key in self.order:
             if key not in names:
@@ -208,7 +239,10 @@ class Sweep:
         """A copy with other values on an axis, or an axis more."""
         choice = self.choice
         if axis == "seed" and choice and not set(map(str, choice.seeds)) & set(map(str, values)):
-            choice = replace(choice, seeds=(int(values[0]),))
+            try:
+                choice = replace(choice, seeds=(int(values[0]),))
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"seed {shown(values[0])} is no whole number.") from error
         return replace(self, axes={**self.axes, axis: tuple(values)}, choice=choice)
 
     def only(self, wanted: Mapping[str, Sequence[str]]) -> Sweep:
@@ -277,10 +311,10 @@ def parse(values: Mapping[str, Any]) -> Sweep:
         settings=_mapping("settings", values.get("settings")),
         axes=_grid("axes", values.get("axes")),
         rows=tuple(_row(str(name), row) for name, row in _mapping("methods", values.get("methods")).items()),
-        rules=tuple(_rule(rule) for rule in values.get("rules") or ()),
+        rules=tuple(_rule(rule) for rule in _listed("rules", values.get("rules"))),
         order=_texts("order", values.get("order", ())),
-        choice=_choice(values.get("choose")),
-        protocol=_protocol(values.get("protocol")),
+        choice=read_choice(values.get("choose")),
+        protocol=read_protocol(values.get("protocol")),
         figures=_texts("figures", values.get("figures", ())),
         claims=read_claims(values.get("claims")),
     )
@@ -301,22 +335,27 @@ def _rule(values: Any) -> Rule:
     return Rule(when, _mapping("settings", values.get("settings")), _grid("grid", values.get("grid")))
 
 
-def _choice(values: Any) -> Choice | None:
+def read_choice(values: Any) -> Choice | None:
+    """How a setting is chosen, from plain values; None for none.
+
+    Raises:
+        ConfigError: An unknown key, or a value that cannot work.
+    """
     if values is None:
         return None
     values = _mapping("choose", values)
     _known("choose", values, ("setting", "seeds", "by", "report"))
-    if values.get("report", "all") not in ("all", "others"):
-        raise ConfigError(f"choose.report = {values['report']!r}; it must be all or others.")
-    return Choice(**{**values, "seeds": tuple(values.get("seeds", (0,)))})
+    return Choice(**{**values, "seeds": tuple(_listed("choose.seeds", values.get("seeds", (0,))))})
 
 
-def _protocol(values: Any) -> Protocol:
+def read_protocol(values: Any) -> Protocol:
+    """A protocol from plain values.
+
+    Raises:
+        ConfigError: An unknown key, or a value that cannot work.
+    """
     values = _mapping("protocol", values)
     _known("protocol", values, ("kind", "interval", "level", "best", "pair", "score"))
-    for key, options in (("kind", ("seeds", "paper", "both")), ("interval", ("t", "bootstrap"))):
-        if values.get(key, options[0]) not in options:
-            raise ConfigError(f"protocol.{key} = {values[key]!r}; it must be one of {', '.join(options)}.")
     return Protocol(**values)
 
 
@@ -330,24 +369,26 @@ def read_claims(values: Any) -> Claims | None:
         return None
     values = _mapping("claims", values)
     _known("claims", values, ("model", "rows"))
-    return Claims(str(values.get("model", "")), tuple(map(_claim, values.get("rows") or ())))
+    return Claims(str(values.get("model", "")), tuple(map(_claim, _listed("claims.rows", values.get("rows")))))
 
 
 def _claim(values: Any) -> Claim:
     values = _mapping("a row of claims", values)
     _known("a row of claims", values, ("method", "budget", "count", "scores", "average"))
-    texts = {str(column): str(text) for column, text in _mapping("scores", values.get("scores")).items()}
+    texts = {str(column): str(score) for column, score in _mapping("scores", values.get("scores")).items()}
     budget, average = (None if values.get(key) is None else str(values[key]) for key in ("budget", "average"))
-    for text in [*texts.values(), *([average] if average else [])]:
-        if not _PRINTED.fullmatch(text):
+    for printed in [*texts.values(), *([average] if average else [])]:
+        if not _PRINTED.fullmatch(printed):
             raise ConfigError(
-                f"claims: {text!r} of {values.get('method')!r} must be a printed mean ('89.38'), with its deviation if there is "
-                "one ('89.38 0.07')."
+                f"claims: {printed!r} of {values.get('method')!r} must be a printed mean ('89.38'), with its deviation if "
+                "there is one ('89.38 0.07')."
             )
+    if average is not None and (not texts or " " in average):
+        raise ConfigError(f"claims: the average {average!r} must be a printed mean, of at least one score.")
     return Claim(str(values.get("method", "")), budget, str(values.get("count", "")), texts, average)
 
 
-_PRINTED = re.compile(r"\d+(?:\.\d+)?(?: \d+(?:\.\d+)?)?")
+_PRINTED = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?(?: [0-9]{1,9}(?:\.[0-9]{1,9})?)?")
 
 
 def _known(where: str, values: Mapping[str, Any], allowed: Sequence[str]) -> None:
@@ -360,19 +401,27 @@ def _mapping(where: str, values: Any) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where} must be a mapping (key: value), not {values!r}.")
-    return dict(values)
+        raise ConfigError(f"{where} must be a mapping (key: value), not {shown(values)}.")
+    return {str(key): value for key, value in values.items()}
+
+
+def _listed(where: str, values: Any) -> Sequence[Any]:
+    if values is None:
+        return ()
+    if not isinstance(values, list | tuple):
+        raise ConfigError(f"{where} must be a list, not {shown(values)}.")
+    return values
 
 
 def _grid(where: str, values: Any) -> dict[str, tuple[Any, ...]]:
     grid = _mapping(where, values)
     for key, options in grid.items():
         if not isinstance(options, list) or not options:
-            raise ConfigError(f"{where}.{key} must be a list of at least one value, not {options!r}.")
+            raise ConfigError(f"{where}.{key} must be a list of at least one value, not {shown(options)}.")
     return {str(key): tuple(options) for key, options in grid.items()}
 
 
 def _texts(where: str, values: Any) -> tuple[str, ...]:
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise ConfigError(f"{where} must be a list, not {values!r}.")
+        raise ConfigError(f"{where} must be a list, not {shown(values)}.")
     return tuple(map(str, values))

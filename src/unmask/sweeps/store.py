@@ -3,17 +3,82 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from unmask import locking
 from unmask.errors import ConfigError, DataError
+from unmask.reading import (
+    Form,
+    count,
+    fields,
+    finite,
+    items,
+    mapping,
+    number,
+    one_of,
+    optional,
+    plain,
+    read_json,
+    refusing,
+    scalar,
+    text,
+)
+from unmask.sweeps.curves import CONSISTENT, SNAPSHOT
 from unmask.writing import write_json
 
 Result = dict[str, Any]
 STATES = ("done", "failed")
+_AGAIN = "To run that run again, remove it."
+
+
+def setting(value: Any, where: str) -> Any:
+    """The form of a setting's value: a text, a number, true, false, null, or a list of these."""
+    return items(scalar)(value, where) if isinstance(value, list | tuple) else scalar(value, where)
+
+
+def _rate(value: Any, where: str) -> Any:
+    return value if value == "auto" else finite(value, where)
+
+
+LABELS = mapping(setting)
+_KNOWN = {"seed": count, "lr": _rate, "eps": finite, "exp": finite, "test_sets": items(text)}
+_SETTINGS = fields({}, _KNOWN)
+
+
+def settings(value: Any, where: str) -> dict[str, Any]:
+    """The form of a run's settings."""
+    return dict(_SETTINGS(mapping(setting)(value, where), where))
+
+
+_POINT = fields({"step": count, "used": count, "score": finite}, {"loss": finite})
+_RESULT: Form = fields(
+    {"status": one_of(*STATES), "labels": LABELS, "settings": settings},
+    {
+        "id": text,
+        **dict.fromkeys(("score", "loss"), optional(number)),
+        "seconds": optional(finite),
+        **dict.fromkeys(("metric", "started", "host"), text),
+        "resumed_at": optional(count),
+        "summary": optional(CONSISTENT),
+        "curve": optional(items(_POINT)),
+        "allocation": optional(items(SNAPSHOT)),
+        "series": items(fields({"step": count, "used": count, "score": optional(number), "file": text})),
+        "versions": optional(mapping(scalar)),
+        "error": optional(mapping(plain)),
+    },
+)
+_PLAN: Form = fields(
+    {
+        **dict.fromkeys(("name", "title", "command"), text),
+        **dict.fromkeys(("notes", "figures"), items(text)),
+        "claims": optional(mapping(plain)),
+        "choose": optional(mapping(plain)),
+        "protocol": mapping(plain),
+        "cells": items(fields({"id": text, "labels": LABELS, "settings": settings})),
+    }
+)
 
 
 class Store:
@@ -39,14 +104,22 @@ class Store:
         return self.folder / "logs" / f"{run}.log"
 
     def result(self, run: str) -> Result | None:
-        """A run's result; None for a run that has not ended."""
+        """A run's result; None for a run that has not ended.
+
+        Raises:
+            DataError: It cannot be read, or it is damaged.
+        """
         path = self.result_path(run)
-        return _read(path) if path.is_file() else None
+        return _read(path, _RESULT, "the result") if path.is_file() else None
 
     def results(self) -> dict[str, Result]:
-        """All results, by id."""
+        """All results, by id.
+
+        Raises:
+            DataError: One cannot be read, or it is damaged.
+        """
         found = sorted(self.folder.glob("results/*.json"))
-        return {path.stem: _read(path) for path in found}
+        return {path.stem: _read(path, _RESULT, "the result") for path in found}
 
     def write_result(self, run: str, result: Mapping[str, Any]) -> Path:
         """Writes a run's result in one step."""
@@ -62,14 +135,14 @@ class Store:
         """What `write_plan` wrote.
 
         Raises:
-            DataError: The folder holds no sweep.
+            DataError: The folder holds no sweep, or a damaged one.
         """
         path = self.folder / "sweep.json"
         if not path.is_file():
             raise DataError(
                 f"{str(self.folder)!r} holds no sweep (no sweep.json); give a folder that `unmask sweep` wrote."
             )
-        return _read(path)
+        return _read(path, _PLAN, "the sweep", "It is no sweep of this version: run it again.")
 
     @contextlib.contextmanager
     def lock(self, run: str) -> Iterator[bool]:
@@ -86,11 +159,6 @@ class Store:
             yield mine
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{str(path)!r} cannot be read ({error}); remove it to run that run again.") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{str(path)!r} holds no result; remove it to run that run again.")
-    return value
+def _read(path: Path, form: Form, what: str, advice: str = _AGAIN) -> dict[str, Any]:
+    with refusing(DataError, repr(str(path)), advice):
+        return dict(form(read_json(path), what))

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError, DataError
+from unmask.reading import Malformed, count, fields, items, parse_json, read_json, refusing
 from unmask.writing import write_bytes, write_json
 
 SETTINGS = "settings.json"
+_ROW = fields({"row": count, "batch": items(count)})
 
 
 class OutputFile:
@@ -60,14 +62,13 @@ class OutputFile:
         write_bytes(self.path, _lines([rows[row] for row in sorted(rows)]))
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
-        try:
-            row = json.loads(line)
-            first, size = row["batch"]
-            return {**row, "row": int(row["row"]), "batch": [int(first), int(size)]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{self.path}, line {number} is no row of an evaluation ({error!r:.80}); delete the line, or the file."
-            ) from error
+        with refusing(
+            DataError, f"{self.path}, line {number} is no row of an evaluation: it", "Delete the line, or the file."
+        ):
+            row = dict(_ROW(parse_json(line), "the row"))
+            if len(row["batch"]) != 2:
+                raise Malformed("the row's batch must have two numbers")
+            return row
 
 
 def claim(folder: Path, settings: Mapping[str, Any], files: Iterable[str], overwrite: bool = False) -> None:
@@ -102,12 +103,10 @@ def is_of(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def _held(path: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not path.is_file():
         return None
-    except ValueError as error:
-        raise DataError(f"{str(path)!r} cannot be read ({error}); delete it, or give another --output.") from error
+    with refusing(DataError, repr(str(path)), "Delete it, or give another --output."):
+        return dict(fields({})(read_json(path), "the settings"))
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:

@@ -1,0 +1,286 @@
+"""Plain values that somebody else may have written: each has the form that its place asks for, or is refused by name.
+
+A *form* is a function ``(value, where) -> value`` that returns the value, or raises `Malformed` with ``where`` in its text.
+Forms are put together: ``fields({"shapes": mapping(items(count))})``. A reader turns `Malformed` into its own error, which
+names the file: ``with refusing(DeltaError, path): ...``. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import UnmaskError
+
+Form = Callable[[Any, str], Any]
+
+MOST_VALUES = 2_000_000
+"""The most values of one JSON text. Each costs up to 100 bytes of memory, however few it has in the file."""
+MOST_BYTES = 256 * 2**20
+"""The longest JSON or YAML text that is read."""
+DEEPEST = 64
+"""The deepest nesting that is read."""
+_LARGEST = 2**63  # of whole numbers
+
+
+class Malformed(ValueError):
+    """A value that has not the form that its place asks for; its text says which, and what is asked for."""
+
+
+@contextlib.contextmanager
+def refusing(error: type[UnmaskError], source: str, advice: str = "") -> Iterator[None]:
+    """Turns `Malformed` into an error of ours that names the source.
+
+    Args:
+        error: The class to raise.
+        source: What was read, as the subject of the message.
+        advice: A last sentence: what to do.
+
+    Example:
+        >>> from unmask.errors import DataError
+        >>> with refusing(DataError, "'a.json'", "Take another copy."):
+        ...     count(-1, "step")
+        Traceback (most recent call last):
+        unmask.errors.DataError: 'a.json' cannot be used: step = -1 must be a whole number from 0. Take another copy.
+    """
+    try:
+        yield
+    except Malformed as malformed:
+        raise error(f"{source} cannot be used: {malformed}. {advice}".rstrip()) from malformed
+
+
+def parse_json(text: str | bytes, most_bytes: int = MOST_BYTES) -> Any:
+    """The value of a JSON text whose size, depth and numbers are bounded.
+
+    Raises:
+        Malformed: It is not JSON in UTF-8, too large, too deep, or it holds a number or a character that nothing can use.
+
+    Example:
+        >>> parse_json('{"a": [1, 2]}')
+        {'a': [1, 2]}
+    """
+    if len(text) > most_bytes:
+        raise Malformed(f"it has {len(text):,} bytes of JSON; at most {most_bytes:,} are read")
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    held = sum(data.count(sign) for sign in (b"[", b"{", b","))
+    if held > MOST_VALUES:
+        raise Malformed(f"it has about {held:,} values; at most {MOST_VALUES:,} are read")
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise Malformed(f"it is nested deeper than {DEEPEST} levels") from error
+    except ValueError as error:  # no JSON, no UTF-8, a whole number of thousands of digits
+        raise Malformed(f"it is no JSON ({error})") from error
+    return bounded(value)
+
+
+def read_json(path: Path) -> Any:
+    """`parse_json` of a file.
+
+    Raises:
+        Malformed: Also if the file cannot be read.
+    """
+    return parse_json(read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """A text file as bytes.
+
+    Raises:
+        Malformed: It cannot be read, or it is larger than `MOST_BYTES`.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise Malformed(f"it has {size:,} bytes; at most {MOST_BYTES:,} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise Malformed(f"it cannot be read ({error.strerror or error})") from error
+
+
+def read_text(path: Path) -> str:
+    """`read_bytes` as text in UTF-8.
+
+    Raises:
+        Malformed: Also if the file is not UTF-8.
+    """
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Malformed(f"it is not UTF-8 ({error})") from error
+
+
+def bounded(value: Any) -> Any:
+    """The value itself, which is neither too deep nor too large, and holds no number or character that nothing can use.
+
+    Values that a file names again and again (aliases of YAML) count each time.
+
+    Raises:
+        Malformed: The value is not bounded.
+    """
+    level, held = [value], 0
+    for _ in range(DEEPEST):
+        held += len(level)
+        if held > 2 * MOST_VALUES:
+            raise Malformed(f"it has more than {2 * MOST_VALUES:,} values")
+        inner: list[Any] = []
+        for each in level:
+            if isinstance(each, Mapping):
+                inner.extend(each)
+                inner.extend(each.values())
+            elif isinstance(each, list | tuple | set):
+                inner.extend(each)
+            else:
+                _usable(each)
+            if len(inner) > 2 * MOST_VALUES:
+                raise Malformed(f"it has more than {2 * MOST_VALUES:,} values")
+        if not inner:
+            return value
+        level = inner
+    raise Malformed(f"it is nested deeper than {DEEPEST} levels")
+
+
+def _usable(value: Any) -> None:
+    if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
+        raise Malformed("it has a whole number of more than 63 bits")
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise Malformed("it has half a character (a lone surrogate)") from error
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it, cut to a line."""
+    try:
+        words = repr(value)
+    except Exception:  # of a value that cannot even be shown
+        words = f"a {type(value).__name__}"
+    return words if len(words) <= 80 else f"{words[:77]}..."
+
+
+# Forms.
+
+
+def plain(value: Any, where: str) -> Any:
+    """Any value."""
+    return value
+
+
+def text(value: Any, where: str) -> str:
+    """A text."""
+    if not isinstance(value, str):
+        raise Malformed(f"{where} = {shown(value)} must be a text")
+    return value
+
+
+def flag(value: Any, where: str) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise Malformed(f"{where} = {shown(value)} must be true or false")
+    return value
+
+
+def count(value: Any, where: str) -> int:
+    """A whole number from 0, of at most 63 bits."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _LARGEST:
+        raise Malformed(f"{where} = {shown(value)} must be a whole number from 0")
+    return value
+
+
+def number(value: Any, where: str) -> float:
+    """A number that a float holds; NaN and infinity too."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Malformed(f"{where} = {shown(value)} must be a number")
+    if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
+        raise Malformed(f"{where} = {shown(value)} is too large")
+    return value
+
+
+def finite(value: Any, where: str) -> float:
+    """A number that is neither NaN nor infinite."""
+    if not math.isfinite(number(value, where)):
+        raise Malformed(f"{where} = {value} must be finite")
+    return value
+
+
+def scalar(value: Any, where: str) -> Any:
+    """A text, a number, true, false or null."""
+    if value is not None and not isinstance(value, str | int | float | bool):
+        raise Malformed(f"{where} = {shown(value)} must be a text or a number")
+    return value
+
+
+def one_of(*words: Any) -> Form:
+    """One of some values, of just their type."""
+
+    def form(value: Any, where: str) -> Any:
+        if not any(type(value) is type(word) and value == word for word in words):
+            raise Malformed(f"{where} = {shown(value)} must be {' or '.join(map(str, words))}")
+        return value
+
+    return form
+
+
+def optional(inner: Form) -> Form:
+    """A form, or null."""
+    return lambda value, where: None if value is None else inner(value, where)
+
+
+def items(inner: Form) -> Form:
+    """A list of things of one form."""
+
+    def form(value: Any, where: str) -> list[Any]:
+        if not isinstance(value, list | tuple):
+            raise Malformed(f"{where} = {shown(value)} must be a list")
+        for place, each in enumerate(value):
+            inner(each, f"{where}[{place}]")
+        return list(value)
+
+    return form
+
+
+def mapping(inner: Form) -> Form:
+    """A mapping from texts to things of one form."""
+
+    def form(value: Any, where: str) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise Malformed(f"{where} = {shown(value)} must be a mapping")
+        for key, each in value.items():
+            inner(each, f"{where}.{text(key, f'a key of {where}')}")
+        return dict(value)
+
+    return form
+
+
+def fields(needed: Mapping[str, Form], further: Mapping[str, Form] | None = None, closed: bool = False) -> Form:
+    """A mapping with named entries.
+
+    Args:
+        needed: The entries that must be there.
+        further: Those that may be there.
+        closed: Whether any other entry is refused; otherwise it is left as it is.
+
+    Example:
+        >>> fields({"step": count}, {"loss": number})({"step": 3, "name": "a"}, "the row")
+        {'step': 3, 'name': 'a'}
+    """
+    forms = {**needed, **(further or {})}
+
+    def form(value: Any, where: str) -> dict[str, Any]:
+        found = mapping(plain)(value, where)
+        lacking = [key for key in needed if key not in found]
+        if lacking:
+            raise Malformed(f"{where} lacks {', '.join(lacking)}")
+        unknown = [key for key in found if key not in forms]
+        if closed and unknown:
+            raise Malformed(f"{where} has an unknown entry {shown(unknown[0])}")
+        for key in forms.keys() & found.keys():
+            forms[key](found[key], f"{where}.{key}")
+        return found
+
+    return form

@@ -1,0 +1,45 @@
+"""Every reader and some thousand damaged or hostile files: what is read is right, and all else is refused in our own words."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from mutating import Mutator
+from reader_cases import OTHER, READERS, REFUSED, SAME, run_case
+
+CASES = {
+    "delta_file": 300,
+    "signed_delta": 400,
+    "state_dict": 400,
+    "state_file": 300,
+    "adapter_weights": 200,
+    "adapter_config": 400,
+    "settings_file": 300,
+    "sweep_file": 200,
+    "sweep_record": 150,
+    "run_folder": 300,
+    "outputs": 300,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_read_right_or_refused(name, tmp_path):
+    case = READERS[name](tmp_path)
+    counts = Counter(run_case(case, name, seed) for seed in range(CASES[name]))
+    assert counts.total() == CASES[name]
+    assert counts[REFUSED] > CASES[name] // 3  # the mutations do damage
+    assert set(counts) <= {SAME, OTHER, REFUSED}
+
+
+def test_a_mutation_is_a_function_of_its_seed():
+    value = {"a": [1, {"b": "c"}], "d": 0.5}
+    assert [repr(Mutator(seed).changed(value)) for seed in range(50)] == [
+        repr(Mutator(seed).changed(value)) for seed in range(50)
+    ]
+    data = bytes(range(64))
+    damaged = [Mutator(seed).damaged(data) for seed in range(200)]
+    assert damaged == [Mutator(seed).damaged(data) for seed in range(200)]
+    assert sum(found != data for found in damaged) > 180
+    assert value == {"a": [1, {"b": "c"}], "d": 0.5}
