@@ -11,6 +11,8 @@ UnmaskError
 ├── ConfigError (ValueError)          a run configuration that cannot work
 └── MissingExtraError (ImportError)   an optional dependency is not installed
 ```
+
+What it warns of is an `UnmaskWarning` (UserWarning).
 """
 
 from __future__ import annotations
@@ -49,6 +51,10 @@ class DataError(UnmaskError, ValueError):
 
 class ConfigError(UnmaskError, ValueError):
     """A run configuration cannot work."""
+
+
+class UnmaskWarning(UserWarning):
+    """A run goes on and its result is right, but it is probably not what was meant."""
 
 
 class MissingExtraError(UnmaskError, ImportError):

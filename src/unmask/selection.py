@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from unmask.dense import DenseTensor
 from unmask.distributed.dense import DenseGradients
 from unmask.distributed.reducer import ProcessReducer
 from unmask.distributed.sharding import reshard
-from unmask.errors import MethodError, ScheduleNotRunError, SelectionError
+from unmask.errors import MethodError, ScheduleNotRunError, SelectionError, UnmaskWarning
 from unmask.gradients.calibrate import estimates
 from unmask.gradients.operations import handlers
 from unmask.gradients.plan import Plan
@@ -62,7 +63,8 @@ class Selection:
             memory of full fine-tuning, as the paper's repeat-S needs.
         budget: B; for `unmask.full` the number of weights it trains.
         step: Optimizer steps taken; the next one is step t = ``step``.
-        used: Slots in use, b(step - 1); under ``leaving="kept"`` the number of weights ever tuned, in order of first pick.
+        used: Slots in use, b(step - 1), or fewer as long as fewer weights have had a gradient; under ``leaving="kept"`` the
+            number of weights ever tuned, in order of first pick.
         dense: Tensors trained whole, outside the budget.
         clip_scope: Which norm `unmask.clip_grad_norm_` clips by.
     """
@@ -133,6 +135,8 @@ class Selection:
         except SelectionError:
             self.release()
             raise
+
+    _said_missing = False
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: ``values``, then the dense tensors (their float32 masters, if they are half)."""
@@ -309,6 +313,26 @@ class Selection:
         self.values.grad = None  # spent; a Trainer's model.zero_grad() would not reach it
         self.step += 1
         self._begin_step()
+        if tentative is not None and tentative.missing:
+            self._say_missing(plan, tentative.missing)
+
+    def _say_missing(self, plan: Plan, missing: int) -> None:
+        """Warns once that a step selected less than was due, and why."""
+        if self._said_missing:
+            return
+        self._said_missing = True
+        if plan.repeat and plan.used:
+            then = "The other picks stay what they were"
+        else:
+            then = "What is due is unmasked at the next step that has a gradient for it"
+        warnings.warn(
+            f"step {plan.step} was to select {plan.newcomers:,} weights and selected {plan.newcomers - missing:,}: the "
+            f"{self.method.heuristic.name} score of all others is zero, since their gradient is, which does not tell one from "
+            "another (all labels of the batch are -100, say, or the loss does not reach the eligible tensors). "
+            f"{then}; this is said once.",
+            UnmaskWarning,
+            stacklevel=2,
+        )
 
     def sync_dense(self, held: Sequence[Tensor]) -> None:
         """Rounds those dense tensors' masters into the model that an optimizer holds."""
@@ -329,7 +353,7 @@ class Selection:
                 self.used = used = due
             self._window.start(Plan(t, used, due, 0, repeat=False))
         elif self.method.strategy == "repeat":
-            again = t % self.method.schedule.stride == 0
+            again = t % self.method.schedule.stride == 0 or not used  # no step has had a gradient to pick by
             active = 0 if again and self._picked is not None else used
             self._window.start(Plan(t, used, active, self._slots if again else 0, repeat=True, picked=self._picked))
         else:
