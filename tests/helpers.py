@@ -106,7 +106,9 @@ def assert_same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> No
 
 def assert_unselected_is_base(model: nn.Module, base: dict[str, Tensor], selection: Selection) -> None:
     """Every weight outside the selection is bitwise the base's."""
-    restored = snapshot(model)
+    own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # a tied tensor has one name
+    restored = {name: tensor for name, tensor in snapshot(model).items() if name in own}
+    base = {name: tensor for name, tensor in base.items() if name in own}
     for name, flat in selection.indices.items():
         tensor = restored[name].reshape(-1).clone()
         tensor[flat] = base[name].reshape(-1)[flat]

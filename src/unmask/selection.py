@@ -25,6 +25,7 @@ from unmask.gradients.plan import Plan
 from unmask.gradients.streamed import Ranker
 from unmask.gradients.tap import TapSet
 from unmask.gradients.tapped import owner_of
+from unmask.gradients.unreached import UnreachedHook
 from unmask.gradients.window import Accumulation, Gradients, Window
 from unmask.method import Method
 from unmask.quantised.layers import reach_biases, settle, stored_in, weights
@@ -124,7 +125,10 @@ class Selection:
         if gradients != "dense":
             self._taps.handlers = handlers(dense=gradients == "auto")
         settle(model, self._layout.tensors)
-        self._bias_hooks = reach_biases(model)
+        self._hooks = reach_biases(model)
+        if eligible:
+            hook = UnreachedHook(self._taps)
+            self._hooks += [model.register_forward_pre_hook(hook), model.register_forward_hook(hook)]
         for tensor in self.dense:
             tensor.owner = self
         self._released = False
@@ -221,7 +225,7 @@ class Selection:
         self._taps.remove()
         self._dense_gradients.remove()
         settle(self.model, self._layout.tensors)
-        for hook in self._bias_hooks:
+        for hook in self._hooks:
             hook.remove()
         for tensor in self.dense:
             tensor.release()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from unmask.bitwise import same_bits, same_entries
 from unmask.distributed.sharding import reshard
 from unmask.errors import SelectionError
 from unmask.slots import take
@@ -43,7 +44,7 @@ def state_of(selection: Selection) -> dict[str, Any]:
         "positions": table.positions[:end].clone(),
         **({} if picked is None else {"picked": picked.clone()}),
         "dense": {d.name: d.master.detach().clone() for d in selection.dense},
-        "buffers": {n: b.detach().clone() for n, b in current.items() if not torch.equal(b, selection._buffers[n])},
+        "buffers": {n: b.detach().clone() for n, b in current.items() if not same_bits(b, selection._buffers[n])},
     }
 
 
@@ -108,7 +109,7 @@ def _check_base(selection: Selection, state: Mapping[str, Any]) -> None:
     for index, flat, places in layout.split(positions):
         weights = take(layout.plain(index), flat)
         base_here, trained = base[places].to(weights), values[places].to(weights)
-        if not ((weights == base_here) | (weights == trained)).all():
+        if not (same_entries(weights, base_here) | same_entries(weights, trained)).all():
             raise SelectionError(
                 f"{layout.names[index]!r} holds other weights than those the saved selection started from; load the same "
                 "base model before load_state_dict."
