@@ -382,3 +382,12 @@ def test_a_process_whose_loss_reaches_nothing_takes_part(tmp_path):
     first, second = processes.run(2, tmp_path, runs.one_reaches_nothing)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, runs.one_reaches_nothing())
+
+
+def test_repeat_that_keeps_what_leaves_picks_no_weight_without_a_gradient():
+    _, selection, step = halves(unmask.repeat_d3(20, leaving="kept"))
+    with pytest.warns(UnmaskWarning, match="selected 16.*No other weight has a gradient until"):
+        assert step("left") == {"left.weight": 16}
+    assert step("right") == {"left.weight": 16, "right.weight": 16}
+    assert {name: flat.numel() for name, flat in selection.picked.items()} == {"right.weight": 16}
+    assert selection.used == 32

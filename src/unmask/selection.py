@@ -325,7 +325,9 @@ class Selection:
         if self._said_missing:
             return
         self._said_missing = True
-        if plan.repeat and plan.used:
+        if plan.picked is not None and missing < plan.newcomers:
+            then = "No other weight has a gradient until the next selecting step"
+        elif plan.repeat and plan.used:
             then = "The other picks stay what they were"
         else:
             then = "What is due is unmasked at the next step that has a gradient for it"

@@ -313,8 +313,8 @@ class Window:
         weights, displaced = self.table.layout.read(positions, self.values.dtype), self.values[slots].clone()
         self.values[slots] = weights
         buffer[picked] = ranked.payload.to(buffer)
-        picked = picked if picked.numel() else self.plan.picked  # no gradient at all: the picks stay
-        self.tentative = Tentative(slots, positions, weights, displaced, slots.numel(), missing, picked)
+        stay = picked if picked.numel() else self.plan.picked  # no gradient at all: the picks stay
+        self.tentative = Tentative(slots, positions, weights, displaced, slots.numel(), missing, stay)
 
     def _exchanged(self, ranked: Ranked) -> tuple[Ranked, Tensor]:
         """What is not unmasked already, and the slots for it: of the open ones, those that what was best does not hold."""
