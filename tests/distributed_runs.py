@@ -44,7 +44,7 @@ METHODS: dict[str, Callable[[], unmask.Method]] = {
     "repeat_d3": lambda: unmask.repeat_d3(60, stride=2),
     "repeat_d3_kept": lambda: unmask.repeat_d3(60, stride=2, leaving="kept"),
     "static_d3": lambda: unmask.static_d3(60),
-    "most": lambda: unmask.id3(1_400, steps=3),  # of 1,440: zero gradients are unmasked too
+    "most": lambda: unmask.id3(1_400, steps=3),  # of 1,440, more than have a gradient
     "random_mask": lambda: unmask.random_mask(60, seed=3),
     "random_increment": lambda: unmask.random_mask(60).but(strategy="increment", schedule=unmask.schedule("uniform", 6)),
     "random_repeat": lambda: unmask.random_mask(60).but(strategy="repeat"),
@@ -124,7 +124,7 @@ def cancelling(exchange: str) -> list[int]:
     sign = 1.0 if place()[0] == 0 else -1.0
     model(torch.tensor([[*[10.0 * sign] * 5, 1.0]])).backward()
     torch.optim.SGD(selection.parameters(), lr=0.1).step()
-    return selection.indices["weight"].tolist()
+    return selection._table.positions[: selection.used].tolist()
 
 
 def nonfinite(exchange: str) -> tuple[list[str], Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -66,13 +67,15 @@ def d3_scores(model: nn.Module, gradients: dict[str, Tensor], exp: float = 2.0) 
     }
 
 
-def first_k(scores: dict[str, Tensor], k: int, held: dict[str, Tensor] | None = None) -> dict[str, list[int]]:
-    """The k first entries by a plain Python sort: score descending, then name, then flat index."""
+def first_k(
+    scores: dict[str, Tensor], k: int, held: dict[str, Tensor] | None = None, above: float = -math.inf
+) -> dict[str, list[int]]:
+    """The k first entries of a score above a floor, by a plain Python sort: score descending, then name, then flat index."""
     entries = []
     for name in sorted(scores):
         taken = set() if held is None or name not in held else set(held[name].tolist())
         flat = scores[name].reshape(-1).tolist()
-        entries += [(-score, name, i) for i, score in enumerate(flat) if i not in taken]
+        entries += [(-score, name, i) for i, score in enumerate(flat) if i not in taken and score > above]
     chosen: dict[str, list[int]] = {}
     for _, name, i in sorted(entries)[:k]:
         chosen.setdefault(name, []).append(i)
@@ -103,7 +106,9 @@ def assert_same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> No
 
 def assert_unselected_is_base(model: nn.Module, base: dict[str, Tensor], selection: Selection) -> None:
     """Every weight outside the selection is bitwise the base's."""
-    restored = snapshot(model)
+    own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # a tied tensor has one name
+    restored = {name: tensor for name, tensor in snapshot(model).items() if name in own}
+    base = {name: tensor for name, tensor in base.items() if name in own}
     for name, flat in selection.indices.items():
         tensor = restored[name].reshape(-1).clone()
         tensor[flat] = base[name].reshape(-1)[flat]

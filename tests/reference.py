@@ -23,6 +23,7 @@ class DenseReference:
         repeat: bool | int = False,
         dropped: Callable[[int, int], int] = lambda t, used: 0,  # how many of the mask compete anew
         kept: bool = False,  # repeat: what leaves stays as it is, without a gradient
+        above: float = -torch.inf,  # a lower score, or this one, selects nothing
         **adamw: float,
     ) -> None:
         parameters = dict(model.named_parameters())
@@ -32,7 +33,7 @@ class DenseReference:
         for p in self.tensors:
             p.requires_grad_(True)
         self.score, self.cumulative, self.budget, self.repeat = score, cumulative, budget, int(repeat)
-        self.dropped, self.kept = dropped, kept
+        self.dropped, self.kept, self.above = dropped, kept, above
         self.base = self._weights()
         self.master = nn.Parameter(self.base.clone())
         self.mask = torch.zeros_like(self.base, dtype=torch.bool)
@@ -66,10 +67,11 @@ class DenseReference:
     def _select(self, gradient: Tensor) -> None:
         scores = self.score if isinstance(self.score, Tensor) else self.score(self._weights(), gradient)
         if self.repeat:
-            if self.t % self.repeat:
+            if (self.t % self.repeat and self.mask.any()) or not (scores > self.above).any():
                 return
             new = torch.zeros_like(self.mask)
             new[scores.argsort(descending=True, stable=True)[: self.budget]] = True
+            new &= scores > self.above
             self._replace(new | self.mask if self.kept else new)
             self.picked = new
             return
@@ -78,8 +80,9 @@ class DenseReference:
         change = (self.master.detach() - self.base).abs().masked_fill(~self.mask, torch.inf)
         new = self.mask.clone()
         new[change.argsort(stable=True)[:drops]] = False
-        order = scores.masked_fill(new, -torch.inf).argsort(descending=True, stable=True)
-        new[order[: self.cumulative(self.t) - used + drops]] = True
+        scores = scores.masked_fill(new, -torch.inf)
+        best = scores.argsort(descending=True, stable=True)[: self.cumulative(self.t) - used + drops]
+        new[best[scores[best] > self.above]] = True
         self._replace(new)
 
     def _replace(self, new: Tensor) -> None:

@@ -35,6 +35,7 @@ CANDIDATES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:step .* was to select:unmask.UnmaskWarning")  # "most" is more than has a gradient
 @pytest.mark.parametrize("count", [2, 4])
 def test_all_processes_are_bitwise_alike_and_equal_to_one(count, tmp_path):
     together = processes.run(count, tmp_path, runs.grid, EQUAL_TO_ONE + CANDIDATES)
@@ -72,13 +73,14 @@ def test_candidates_are_the_best_of_what_each_process_puts_first(count, tmp_path
 
 def test_an_entry_that_no_process_puts_first_is_not_a_candidate(tmp_path):
     assert processes.run(2, tmp_path / "exact", runs.cancelling, "exact") == [[5], [5]]
-    assert processes.run(2, tmp_path / "candidates", runs.cancelling, "candidates") == [[0], [0]]
+    assert processes.run(2, tmp_path / "candidates", runs.cancelling, "candidates") == [[], []]
 
 
+@pytest.mark.filterwarnings("ignore:step .* was to select:unmask.UnmaskWarning")
 @pytest.mark.parametrize("budget", [40, 560])
 @pytest.mark.parametrize("bucket", [30, 1 << 22])
 def test_processes_may_reach_different_tensors(bucket, budget, tmp_path):
-    """With the larger budget, weights that no process reaches are unmasked too, in the order of one process."""
+    """With the larger budget, all are unmasked that some process reaches, and no others, in the order of one process."""
     alone = runs.branches("exact", bucket, budget)
     for exchange in ("exact", "candidates"):
         for positions, values in processes.run(2, tmp_path / exchange, runs.branches, exchange, bucket, budget):

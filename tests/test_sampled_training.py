@@ -162,6 +162,7 @@ def run(model, x, method, gradients, steps=20):
     return selection, weights(model)
 
 
+@pytest.mark.filterwarnings("ignore:step .* was to select:unmask.UnmaskWarning")  # rows that no token has seen
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_twenty_steps_are_those_of_dense_gradients(case, method, monkeypatch):

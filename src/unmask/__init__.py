@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ScheduleNotRunError,
         SelectionError,
         UnmaskError,
+        UnmaskWarning,
         WriteError,
     )
     from unmask.heuristics import Heuristic, heuristic, heuristic_names, register_heuristic
@@ -67,6 +68,7 @@ __all__ = [
     "SparseDelta",
     "SparseTensor",
     "UnmaskError",
+    "UnmaskWarning",
     "WriteError",
     "__version__",
     "bitfit",
@@ -91,7 +93,7 @@ __all__ = [
 
 # Modules to look a public name up in, cheapest first. Functions that share a module's name are listed by their module.
 _HOMES = {
-    "unmask.errors": {name for name in __all__ if name.endswith("Error")},
+    "unmask.errors": {name for name in __all__ if name.endswith(("Error", "Warning"))},
     "unmask.clipping": {"clip_grad_norm_"},
     "unmask.delta": {"SparseDelta", "SparseTensor"},
     "unmask.heuristics": {"Heuristic", "heuristic", "heuristic_names", "register_heuristic"},

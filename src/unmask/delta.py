@@ -6,6 +6,7 @@ so undoing is exact too. The file is safetensors (see `unmask.delta_file`); noth
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from unmask.quantised.layers import settle, weights
 from unmask.quantised.tensor import QuantisedTensor
 from unmask.slots import put, take
 from unmask.stepping import has_selection
+from unmask.writable import find_unwritable
 
 FORMAT_VERSION = 2
 
@@ -54,7 +56,8 @@ class SparseDelta:
     Attributes:
         sparse: Changed entries by tensor name.
         whole: Tensors stored whole: those trained densely, and those that the base checkpoint lacks. A tensor that is in
-            ``sparse`` too is here as it was before training; the changed entries lie over it.
+            ``sparse`` too is here as it was before training; the changed entries lie over it. What training did not touch
+            may hold NaN.
         base: Fingerprint of all the base's tensors that are not in ``whole``: ``"sha256:..."``.
         metadata: JSON values: method, budget, step, base id, versions.
     """
@@ -67,11 +70,6 @@ class SparseDelta:
     def __post_init__(self) -> None:
         for name, entry in self.sparse.items():
             _check_entry(name, entry)
-        for name, tensor in self.whole.items():
-            if not _is_finite(tensor):
-                raise DeltaError(
-                    f"the delta's tensor {name!r} holds NaN or infinite values; it is damaged or training diverged."
-                )
         _check_slots(self.sparse)
         for name in self.overlaid:
             part, whole = self.sparse[name], self.whole[name]
@@ -109,7 +107,8 @@ class SparseDelta:
             What was displaced: ``displaced.apply(model)`` restores the base exactly.
 
         Raises:
-            DeltaError: The model is not the base (its names, shapes, dtypes or values differ). Nothing is changed then.
+            DeltaError: The model is not the base (its names, shapes, dtypes or values differ), or a tensor cannot be written
+                (it is expanded, in read-only memory, or an inference tensor). Nothing is changed then.
 
         Example:
             >>> import unmask
@@ -124,20 +123,39 @@ class SparseDelta:
         """
         tensors = _tensors(model)
         self._check_model(tensors)
-        displaced_sparse = {
-            name: SparseTensor(entry.indices, take(tensors[name], entry.indices).cpu(), entry.shape)
-            for name, entry in self.sparse.items()
-            if name not in self.whole
-        }
-        displaced_whole = {name: tensors[name].clone().cpu() for name in self.whole}
-        with torch.no_grad():
-            for name, tensor in self.whole.items():
-                tensors[name].copy_(tensor)
-            for name, entry in self.sparse.items():
-                put(tensors[name], entry.indices, entry.values)
-        settle(model, [tensors[name] for name in self.sparse])
-        after = fingerprint({name: digest(t) for name, t in tensors.items() if name not in self.whole})
-        return SparseDelta(displaced_sparse, displaced_whole, after, {"displaced_by": self.base})
+        displaced = SparseDelta(
+            {
+                name: SparseTensor(entry.indices, take(tensors[name], entry.indices).cpu(), entry.shape)
+                for name, entry in self.sparse.items()
+                if name not in self.whole
+            },
+            {name: tensors[name].cpu().clone() for name in self.whole},
+            "",
+            {"displaced_by": self.base},
+        )
+        begun: list[str] = []
+        try:
+            for name in sorted({*self.whole, *self.sparse}):
+                begun.append(name)
+                self._write(name, tensors[name])
+            settle(model, [tensors[name] for name in self.sparse])
+            after = fingerprint({name: digest(t) for name, t in tensors.items() if name not in self.whole})
+        except BaseException as error:  # the user's Ctrl-C too
+            for name in begun:
+                with contextlib.suppress(Exception):  # the tensor that refused: it holds what it held
+                    displaced._write(name, tensors[name])
+            settle(model, [tensors[name] for name in self.sparse])
+            if not isinstance(error, Exception):
+                raise
+            raise DeltaError(f"{begun[-1]!r} could not be written: {error}. The model is as it was before.") from error
+        return replace(displaced, base=after)
+
+    @torch.no_grad()
+    def _write(self, name: str, tensor: Tensor) -> None:
+        if name in self.whole:
+            tensor.copy_(self.whole[name])
+        if name in self.sparse:
+            put(tensor, self.sparse[name].indices, self.sparse[name].values)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the delta to one safetensors file, atomically; returns its path."""
@@ -184,6 +202,9 @@ class SparseDelta:
                 raise DeltaError(
                     f"{name!r} is quantised in this model and stored whole in the delta; load it unquantised."
                 )
+        stuck = find_unwritable({name: tensors[name] for name in sorted({*self.sparse, *self.whole})})
+        if stuck is not None:
+            raise DeltaError(f"{stuck[0]!r} cannot be written: it {stuck[1]}. Nothing was changed.")
         actual = fingerprint({name: digest(t) for name, t in tensors.items() if name not in self.whole})
         if actual != self.base:
             raise DeltaError(
@@ -212,6 +233,20 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     named = weights(model) | {n: b for n, b in model.named_buffers() if n in persistent}
     with torch._C.DisableTorchFunctionSubclass():
         return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def refuse_diverged(trained: Mapping[str, Tensor]) -> None:
+    """Refuses a delta of tensors that training has made NaN or infinite.
+
+    Args:
+        trained: Whole tensors that training has changed, by name.
+
+    Raises:
+        DeltaError: One of them holds NaN or infinity.
+    """
+    for name, tensor in trained.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DeltaError(f"the tensor {name!r} holds NaN or infinite values: training has diverged.")
 
 
 def _check_entry(name: str, entry: SparseTensor) -> None:

@@ -13,6 +13,8 @@ UnmaskError
 ├── WriteError (OSError)              a file that cannot be written: a full disk, no permission
 └── MissingExtraError (ImportError)   an optional dependency is not installed
 ```
+
+What it warns of is an `UnmaskWarning` (UserWarning).
 """
 
 from __future__ import annotations
@@ -63,6 +65,10 @@ class ConfigError(UnmaskError, ValueError):
 
 class WriteError(UnmaskError, OSError):
     """A file cannot be written: the disk is full, or may not be written to. What was whole before is still there."""
+
+
+class UnmaskWarning(UserWarning):
+    """A run goes on and its result is right, but it is probably not what was meant."""
 
 
 class MissingExtraError(UnmaskError, ImportError):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -13,13 +15,22 @@ from unmask.quantised.tensor import QuantisedTensor
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's raw bytes in row-major order, any dtype (bfloat16 too)."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    """The tensor's raw bytes in row-major order, any dtype (bfloat16 too), each number's least significant byte first.
+
+    Example:
+        >>> tensor_bytes(torch.tensor([1, 258], dtype=torch.int16)).hex()
+        '01000201'
+    """
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy()
+    size = flat.element_size() // (2 if flat.is_complex() else 1)
+    if sys.byteorder == "big" and size > 1:
+        data = np.ascontiguousarray(data.reshape(-1, size)[:, ::-1]).reshape(-1)
+    return memoryview(data)  # type: ignore[arg-type]
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of one tensor's dtype, shape and bytes, in hex; of a quantised one, of all that it is stored as.
+    """SHA-256 of one tensor's dtype, shape and bytes, in hex; of a quantised or sparse one, of all that it is stored as.
 
     Example:
         >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(torch.zeros(1, 2))
@@ -40,6 +51,10 @@ def _parts(tensor: Tensor) -> Mapping[str, Tensor] | None:
         return {**tensor.sidecar.source.stored(), "sidecar indices": flat, "sidecar values": values}
     if is_traceable_wrapper_subclass(tensor):
         return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+    if tensor.layout != torch.strided:
+        coordinates = tensor.detach().to_sparse_coo().coalesce()
+        size = torch.tensor(tensor.shape)
+        return {"indices": coordinates.indices(), "values": coordinates.values(), "size": size}
     return None
 
 

@@ -36,7 +36,8 @@ class Heuristic:
         parameters: Keyword arguments bound to the function, e.g. ``{"eps": 1.0, "exp": 2.0}``.
         elementwise: Whether an entry's score depends on that entry alone. If not, the function sees whole tensors.
         ceiling: ``ceiling(weight, **parameters) -> f`` with ``0 <= score <= f |g|`` for every entry of that block of
-            weights, rounding aside; None if there is no such bound. It lets most entries be passed over by ``|g|`` alone.
+            weights, rounding aside; None if there is no such bound. It lets most entries be passed over by ``|g|`` alone,
+            and says that a score of 0 tells nothing: such entries are not selected (see `floor`).
     """
 
     name: str
@@ -45,6 +46,16 @@ class Heuristic:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     elementwise: bool = True
     ceiling: Callable[..., float] | None = None
+
+    @property
+    def floor(self) -> float:
+        """The score that an entry must exceed to be selected: 0 where a zero gradient makes the score 0, else -inf.
+
+        Example:
+            >>> heuristic("d3").floor, heuristic("magnitude").floor
+            (0.0, -inf)
+        """
+        return 0.0 if self.ceiling is not None and self.elementwise and self.needs == "gradient" else -math.inf
 
     def bound(self, weight: Tensor) -> float | None:
         """``f`` of ``0 <= score <= f |g|`` over a block of weights; None if there is none, or it is no finite number."""

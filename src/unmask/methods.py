@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -23,6 +24,7 @@ __all__ = [
     "Calibration",
     "Method",
     "bitfit",
+    "build",
     "fish",
     "full",
     "id3",
@@ -193,6 +195,32 @@ PRESETS: Mapping[str, Callable[..., Method]] = {
     preset.__name__: preset
     for preset in (id3, repeat_d3, static_d3, regrow, lift, pafi, fish, bitfit, random_mask, sparse_adapter, full)
 }
+
+
+def build(name: str, settings: Mapping[str, Any]) -> Method:
+    """Builds a preset from settings that may be meant for other presets too.
+
+    Args:
+        name: One of `PRESETS`.
+        settings: Arguments by name. The preset takes those that its signature names; a setting of None is left to the
+            preset's own default, and every other setting is ignored.
+
+    Raises:
+        MethodError: There is no such preset, a setting that it needs is missing, or a setting cannot work.
+
+    Example:
+        >>> build("pafi", {"budget": 10, "steps": 100, "eps": 0.5}).name
+        'pafi'
+    """
+    preset = PRESETS.get(name) if isinstance(name, str) else None
+    if preset is None:
+        raise MethodError(f"unknown method {name!r}; there are {', '.join(PRESETS)}.")
+    arguments = inspect.signature(preset).parameters
+    taken = {key: settings[key] for key in arguments if settings.get(key) is not None}
+    missing = [key for key, a in arguments.items() if a.default is inspect.Parameter.empty and key not in taken]
+    if missing:
+        raise MethodError(f"method {name!r} needs a value for {', '.join(missing)}.")
+    return preset(**taken)
 
 
 def _d3(eps: float, exp: float) -> Heuristic:

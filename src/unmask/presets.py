@@ -10,7 +10,7 @@ from unmask import methods
 from unmask.config import TrainConfig
 from unmask.heuristics import heuristic
 from unmask.into import Into, Kind
-from unmask.method import Leaving, Method
+from unmask.method import Method
 from unmask.optim import BiasCorrection, LrScale, SelectiveAdamW
 from unmask.recipe import head_rate, rate
 from unmask.scopes import Scope
@@ -29,33 +29,13 @@ def method_from(config: TrainConfig, steps: int, loader: Iterable[Any] | None = 
         >>> config = TrainConfig(model="m", output="o", task="sst2", method="pafi", budget="100", allocation="row")
         >>> method_from(config, steps=10).allocation
         'row'
+
+    Raises:
+        MethodError: There is no such method, or its settings cannot work.
     """
-    budget: Any = config.budget
-    if config.method == "id3":
-        method = methods.id3(budget, steps, config.eps, config.exp, config.stride, config.schedule)
-    elif config.method == "repeat_d3":
-        leaving = cast(Leaving, config.leaving)  # checked by TrainConfig
-        method = methods.repeat_d3(budget, config.eps, config.exp, config.stride, leaving)
-    elif config.method == "static_d3":
-        method = methods.static_d3(budget, config.eps, config.exp)
-    elif config.method == "regrow":
-        drop = 0.3 if config.drop is None else config.drop
-        method = methods.regrow(budget, steps, drop, config.eps, config.exp, config.stride)
-    elif config.method == "lift":
-        method = methods.lift(budget, config.rank)
-    elif config.method == "fish":
-        method = methods.fish(budget, loader if loader is not None else (), config.num_samples)
-    elif config.method == "bitfit":
-        method = methods.bitfit(budget)
-    elif config.method == "random_mask":
-        method = methods.random_mask(budget, config.seed)
-    elif config.method == "sparse_adapter":
-        method = _sparse_adapter(config, loader)
-    elif config.method == "pafi":
-        method = methods.pafi(budget)
-    else:
-        method = methods.full()
-    return method.but(**_changes(config))
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    settings |= {"steps": steps, "loader": () if loader is None else loader}
+    return methods.build(config.method, settings).but(**_changes(config))
 
 
 def _changes(config: TrainConfig) -> dict[str, Any]:
@@ -114,17 +94,6 @@ def optimizer_from(config: TrainConfig, selection: Selection, head: Collection[s
         bias_correction=cast(BiasCorrection, config.bias_correction),  # checked by TrainConfig, as what follows
         lr_scale=cast(LrScale, config.lr_scale or "none"),
         slot_warmup=config.slot_warmup,
-    )
-
-
-def _sparse_adapter(config: TrainConfig, loader: Iterable[Any] | None) -> Method:
-    return methods.sparse_adapter(
-        config.budget,  # type: ignore[arg-type]  # checked by TrainConfig, as what follows
-        config.criterion,  # type: ignore[arg-type]
-        loader if loader is not None else (),
-        pruned=config.pruned,  # type: ignore[arg-type]
-        num_samples=config.num_samples,
-        seed=config.seed,
     )
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from unmask.added import added_tensors, checkpoint_name
-from unmask.delta import SparseDelta, SparseTensor, base_tensors
+from unmask.bitwise import same_bits
+from unmask.delta import SparseDelta, SparseTensor, base_tensors, refuse_diverged
 from unmask.distributed.sharding import gathered, reshard
 from unmask.errors import SelectionError
 from unmask.fingerprint import digest, fingerprint
@@ -31,7 +32,7 @@ def record_delta(selection: Selection, base: str | None, order: bool = False) ->
     slots = _order(selection) if order else {}
     reshard(selection.model)
     tensors = {name: gathered(tensor) for name, tensor in base_tensors(selection.model).items()}
-    changed_buffers = {n for n, b in selection._buffers.items() if not torch.equal(b, tensors[n])}
+    changed_buffers = {n for n, b in selection._buffers.items() if not same_bits(b, tensors[n])}
     current = {d.name for d in selection.dense} | changed_buffers
     whole_names = current | new_tensors(selection.model, selection._new)
     indices = {name: flat for name, flat in selection.indices.items() if name not in current}
@@ -41,6 +42,7 @@ def record_delta(selection: Selection, base: str | None, order: bool = False) ->
     }
     originals = _originals(selection, tensors)
     digests = {name: digest(originals.get(name, tensors[name])) for name in tensors if name not in whole_names}
+    refuse_diverged({name: tensors[name] for name in sorted(current)})
     # of a tensor that the base lacks, what it was before training: its trained entries lie over that
     whole = {name: originals.get(name, tensors[name]).cpu().clone() for name in sorted(whole_names)}
     return SparseDelta(sparse, whole, fingerprint(digests), _metadata(selection, base))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,14 @@ from unmask.distributed.dense import DenseGradients
 from unmask.distributed.facts import facts_of_method
 from unmask.distributed.reducer import ProcessReducer
 from unmask.distributed.sharding import reshard
-from unmask.errors import MethodError, ScheduleNotRunError, SelectionError
+from unmask.errors import MethodError, ScheduleNotRunError, SelectionError, UnmaskWarning
 from unmask.gradients.calibrate import estimates
 from unmask.gradients.operations import handlers
 from unmask.gradients.plan import Plan
 from unmask.gradients.streamed import Ranker
 from unmask.gradients.tap import TapSet
 from unmask.gradients.tapped import owner_of
+from unmask.gradients.unreached import UnreachedHook
 from unmask.gradients.window import Accumulation, Gradients, Window
 from unmask.method import Method
 from unmask.quantised.layers import reach_biases, settle, stored_in, weights
@@ -63,7 +65,8 @@ class Selection:
             memory of full fine-tuning, as the paper's repeat-S needs.
         budget: B; for `unmask.full` the number of weights it trains.
         step: Optimizer steps taken; the next one is step t = ``step``.
-        used: Slots in use, b(step - 1); under ``leaving="kept"`` the number of weights ever tuned, in order of first pick.
+        used: Slots in use, b(step - 1), or fewer as long as fewer weights have had a gradient; under ``leaving="kept"`` the
+            number of weights ever tuned, in order of first pick.
         dense: Tensors trained whole, outside the budget.
         clip_scope: Which norm `unmask.clip_grad_norm_` clips by.
     """
@@ -124,7 +127,10 @@ class Selection:
         if gradients != "dense":
             self._taps.handlers = handlers(dense=gradients == "auto")
         settle(model, self._layout.tensors)
-        self._bias_hooks = reach_biases(model)
+        self._hooks = reach_biases(model)
+        if eligible:
+            hook = UnreachedHook(self._taps)
+            self._hooks += [model.register_forward_pre_hook(hook), model.register_forward_hook(hook)]
         for tensor in self.dense:
             tensor.owner = self
         self._released = False
@@ -135,6 +141,8 @@ class Selection:
         except SelectionError:
             self.release()
             raise
+
+    _said_missing = False
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer trains: ``values``, then the dense tensors (their float32 masters, if they are half)."""
@@ -221,7 +229,7 @@ class Selection:
         self._taps.remove()
         self._dense_gradients.remove()
         settle(self.model, self._layout.tensors)
-        for hook in self._bias_hooks:
+        for hook in self._hooks:
             hook.remove()
         for tensor in self.dense:
             tensor.release()
@@ -321,6 +329,28 @@ class Selection:
         self.values.grad = None  # spent; a Trainer's model.zero_grad() would not reach it
         self.step += 1
         self._begin_step()
+        if tentative is not None and tentative.missing:
+            self._say_missing(plan, tentative.missing)
+
+    def _say_missing(self, plan: Plan, missing: int) -> None:
+        """Warns once that a step selected less than was due, and why."""
+        if self._said_missing:
+            return
+        self._said_missing = True
+        if plan.picked is not None and missing < plan.newcomers:
+            then = "No other weight has a gradient until the next selecting step"
+        elif plan.repeat and plan.used:
+            then = "The other picks stay what they were"
+        else:
+            then = "What is due is unmasked at the next step that has a gradient for it"
+        warnings.warn(
+            f"step {plan.step} was to select {plan.newcomers:,} weights and selected {plan.newcomers - missing:,}: the "
+            f"{self.method.heuristic.name} score of all others is zero, since their gradient is, which does not tell one from "
+            "another (all labels of the batch are -100, say, or the loss does not reach the eligible tensors). "
+            f"{then}; this is said once.",
+            UnmaskWarning,
+            stacklevel=2,
+        )
 
     def sync_dense(self, held: Sequence[Tensor]) -> None:
         """Rounds those dense tensors' masters into the model that an optimizer holds."""
@@ -341,7 +371,7 @@ class Selection:
                 self.used = used = due
             self._window.start(Plan(t, used, due, 0, repeat=False))
         elif self.method.strategy == "repeat":
-            again = t % self.method.schedule.stride == 0
+            again = t % self.method.schedule.stride == 0 or not used  # no step has had a gradient to pick by
             active = 0 if again and self._picked is not None else used
             self._window.start(Plan(t, used, active, self._slots if again else 0, repeat=True, picked=self._picked))
         else:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
+from unmask.bitwise import same_bits
 from unmask.checkpoints import STATE_FILE
 from unmask.delta import SparseDelta
 from unmask.errors import ConfigError, DataError, DeltaError, SelectionError
@@ -147,7 +147,7 @@ def _check_start(delta: SparseDelta, own: SparseDelta, model: str, folder: RunFo
     """Refuses another start than that of the run's own delta, where the checkpoint's state cannot tell."""
     comparable = delta.whole.keys() == own.whole.keys()  # a buffer may have changed since
     initial = [name for name in own.overlaid if name in delta.whole]
-    same = all(torch.equal(delta.whole[name], own.whole[name]) for name in initial)
+    same = all(same_bits(delta.whole[name], own.whole[name]) for name in initial)
     if not same or (comparable and delta.base != own.base):
         raise DeltaError(
             f"{model!r} is not the base that the run in {str(folder.path)!r} started from, or the random init of what the base "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from unmask.bitwise import same_bits, same_entries
 from unmask.distributed.sharding import reshard
 from unmask.errors import SelectionError
 from unmask.reading import Malformed, count, fields, items, mapping, plain, refusing, text
@@ -45,7 +46,7 @@ def state_of(selection: Selection) -> dict[str, Any]:
         "positions": table.positions[:end].clone(),
         **({} if picked is None else {"picked": picked.clone()}),
         "dense": {d.name: d.master.detach().clone() for d in selection.dense},
-        "buffers": {n: b.detach().clone() for n, b in current.items() if not torch.equal(b, selection._buffers[n])},
+        "buffers": {n: b.detach().clone() for n, b in current.items() if not same_bits(b, selection._buffers[n])},
     }
 
 
@@ -195,7 +196,7 @@ def _check_base(selection: Selection, saved: _Saved) -> None:
         weights = (
             torch.where(in_use, table.base[slot.clamp(min=0)].to(weights), weights) if len(table.base) else weights
         )
-        if not ((weights == base_here) | (weights == trained)).all():
+        if not (same_entries(weights, base_here) | same_entries(weights, trained)).all():
             raise SelectionError(
                 f"{layout.names[index]!r} holds other weights than those the saved selection started from; load the same "
                 "base model before load_state_dict."

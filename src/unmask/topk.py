@@ -7,6 +7,7 @@ arrive, on how the stream is cut into blocks, or on how a device breaks ties.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,15 @@ class Ranked(NamedTuple):
     positions: Tensor  # int64
     payload: Tensor  # same dtype as given, here: the gradient at each position
 
+    def first(self, count: int) -> Ranked:
+        """The first ``count`` entries."""
+        return Ranked(*(column[:count] for column in self))
+
+    def where(self, kept: Tensor) -> Ranked:
+        """The entries for which ``kept`` (n,) is true, in the same order."""
+        places = kept.nonzero().squeeze(1)
+        return Ranked(*(column[places] for column in self))
+
 
 class StreamingTopK:
     """Keeps the k first entries of a stream under (score descending, position ascending).
@@ -32,6 +42,7 @@ class StreamingTopK:
 
     Args:
         k: How many entries to keep, at least 0.
+        floor: Entries of this score or a lower one never enter.
 
     Example:
         >>> top = StreamingTopK(2)
@@ -41,8 +52,8 @@ class StreamingTopK:
         [0, 11]
     """
 
-    def __init__(self, k: int) -> None:
-        self.k = k
+    def __init__(self, k: int, floor: float = -math.inf) -> None:
+        self.k, self.floor = k, floor
         self._parts: list[Ranked] = []
         self._size = 0
         self._cutoff: tuple[float, int] | None = None  # (score, position) of the last entry that is in
@@ -66,8 +77,9 @@ class StreamingTopK:
     def merge(self, entries: Ranked) -> None:
         """Offers entries at arbitrary positions (another stream's result, another process's), none of score ``-inf``."""
         if self._cutoff is not None:
-            keep = (entries.scores >= self._cutoff[0]).nonzero().squeeze(1)
-            entries = Ranked(*(column[keep] for column in entries))
+            entries = entries.where(entries.scores >= self._cutoff[0])
+        elif self.floor > -math.inf:
+            entries = entries.where(entries.scores > self.floor)
         if self.k and entries.scores.numel():
             self._append(_first_k(entries, self.k))
 
@@ -86,7 +98,7 @@ class StreamingTopK:
     def _contenders(self, scores: Tensor, start: int) -> Tensor:
         """Indices into ``scores`` of the entries that can still be among the first k."""
         if self._cutoff is None:
-            return _first_k_of_block(scores, self.k)
+            return _first_k_of_block(scores, self.k, self.floor)
         score, position = self._cutoff
         above = (scores > score).nonzero().squeeze(1)
         before = min(scores.numel(), position - start)  # ties count only ahead of the cut-off's position
@@ -112,13 +124,13 @@ class StreamingTopK:
         )
 
 
-def _first_k_of_block(scores: Tensor, k: int) -> Tensor:
-    """Indices of the first k of a block whose positions ascend; ``-inf`` is left out."""
+def _first_k_of_block(scores: Tensor, k: int, floor: float) -> Tensor:
+    """Indices of the first k of a block whose positions ascend; ``floor`` and what is below it are left out."""
     if scores.numel() <= k:
-        return (scores > -torch.inf).nonzero().squeeze(1)
+        return (scores > floor).nonzero().squeeze(1)
     cut = scores.topk(k, sorted=False).values.min()
-    if cut == -torch.inf:
-        return (scores > -torch.inf).nonzero().squeeze(1)
+    if cut <= floor:
+        return (scores > floor).nonzero().squeeze(1)
     above = (scores > cut).nonzero().squeeze(1)
     ties = (scores == cut).nonzero().squeeze(1)[: k - above.numel()]
     return torch.cat([above, ties])

@@ -17,7 +17,7 @@ from unmask.distributed.rounds import Arrival, Rounds
 from unmask.errors import NonFiniteGradientError
 from unmask.gradients.factors import Factors, as_dense, gradient_at
 from unmask.gradients.reducing import NewRanker, Ranking
-from unmask.slots import SlotTable, put
+from unmask.slots import SlotTable
 from unmask.topk import Ranked, StreamingTopK
 
 
@@ -80,7 +80,7 @@ class CandidateRanking:
     def __init__(self, processes: Processes, new: NewRanker, table: SlotTable) -> None:
         self._processes, self._new, self._table = processes, new, table
         self._own = new(table)
-        self._top = StreamingTopK(self._own.top.k)
+        self._top = StreamingTopK(self._own.top.k, self._own.top.floor)
         self._rounds = Rounds(processes, _sizes(table), table.base.device, self._use)
 
     def rank(self, index: int, gradient: Tensor | Factors) -> None:
@@ -94,8 +94,7 @@ class CandidateRanking:
     def result(self) -> Ranked:
         """See `Ranking`."""
         self._rounds.finish()
-        ranked = self._top.result()
-        return ranked if ranked.positions.numel() == self._top.k else self._with_zeros(ranked)
+        return self._top.result()
 
     def _use(self, arrivals: list[Arrival]) -> None:
         union = self._union(arrivals)
@@ -143,19 +142,6 @@ class CandidateRanking:
             if gradient is not None:
                 values[entries.slots] = gradient_at(gradient, entries).to(values)
         return values
-
-    def _with_zeros(self, ranked: Ranked) -> Ranked:
-        """Fewer than k entries were offered, so all others have no gradient anywhere: ranks the gradients that this makes."""
-        ranker, layout = self._new(self._table), self._table.layout
-        found = dict(layout.entries(ranked.positions))
-        for index, tensor in enumerate(layout.tensors):
-            if index not in found:
-                ranker.rank_zero(index)
-                continue
-            gradient = self._table.base.new_zeros(tensor.shape, device=tensor.device)
-            put(gradient, found[index].flat, ranked.payload[found[index].slots])
-            ranker.rank(index, gradient)
-        return ranker.result()
 
 
 def _sizes(table: SlotTable) -> list[int]:

@@ -32,7 +32,7 @@ class Plan:
 
     @property
     def due(self) -> int:
-        """Slots in use once the step is made; of repeat-S that keeps what leaves, those in use before it selects."""
+        """Slots in use once the step is made, if it finds all newcomers; of repeat-S that keeps what leaves, those before it."""
         if self.picked is not None:
             return self.used
         return self.newcomers if self.repeat and self.selecting else self.active + self.newcomers - self.drops
@@ -68,4 +68,6 @@ class Tentative:
     positions: Tensor  # (u,) int64
     weights: Tensor  # (u,) their current weights
     displaced: Tensor  # (u,) what `values` held at these slots
-    picked: Tensor | None = None  # (B,) as of `Plan.picked`, once the step is made: slots, old and new
+    fresh: int  # how many of the slots held nothing before
+    missing: int  # how many more were to be selected, but no other weight has a score that tells anything
+    picked: Tensor | None = None  # as of `Plan.picked`, once the step is made: slots, old and new

@@ -55,8 +55,7 @@ class Ranker:
         self.heuristic, self.table, self.allocation = heuristic, table, allocation
         self.step, self.exclude_members = step, exclude_members
         self.normalise, self.leaving = normalise, leaving
-        self.top = StreamingTopK(keep)
-        self._zero: list[tuple[int, Tensor | None]] = []  # tensors, and which of their rows are not zero
+        self.top = StreamingTopK(keep, heuristic.floor)
         self._kept: dict[int, Tensor | None] = {}  # flat indices that are unmasked and stay so, by tensor
 
     def rank(self, index: int, gradient: Tensor | Factors | None) -> None:
@@ -75,7 +74,6 @@ class Ranker:
             return
         if isinstance(gradient, Tensor) and gradient.is_sparse and self._vanishes():
             self._rank_rows(index, gradient)
-            self._zero.append((index, gradient.indices()[0]))
             return
         whole = None if gradient is None else as_dense(gradient)
         if whole is not None and whole.ndim > 1 and self._glance(index, whole):
@@ -83,43 +81,30 @@ class Ranker:
         self._rank_whole(index, whole)
 
     def rank_zero(self, index: int) -> None:
-        """Offers a tensor that the loss did not reach: its gradient is zero."""
-        if self._vanishes():
-            self._zero.append((index, None))
-        else:
-            self._rank_whole(index, self._zeros(index))
+        """Offers a tensor that the loss did not reach: its gradient is zero, which may rule all of it out."""
+        if self.heuristic.floor < 0:
+            weight = self.table.layout.plain(index)
+            self._rank_whole(index, weight.new_zeros(()).expand(weight.shape))
 
     def result(self) -> Ranked:
-        """The best entries. Zero gradients are looked at only now, and only if there are not k better ones."""
-        zero, self._zero = self._zero, []
-        for index, rows in zero:
-            if not self.top.least:  # none yet, or zero
-                self._rank_whole(index, self._zeros(index), rows)
+        """The best entries; fewer than k where fewer have a score above the heuristic's floor."""
         return self.top.result()
 
     def _vanishes(self) -> bool:
-        """Whether a zero gradient always has the least score, zero, so that zeros can wait."""
-        alone = self.heuristic.elementwise and self.normalise == "none"
-        return self.heuristic.ceiling is not None and self.allocation == "global" and alone
+        """Whether an entry's rank falls with its own gradient alone, and is none where that is zero."""
+        return self.heuristic.floor == 0 and self.allocation == "global" and self.normalise == "none"
 
-    def _zeros(self, index: int) -> Tensor:
-        weight = self.table.layout.plain(index)
-        return weight.new_zeros(()).expand(weight.shape)
-
-    def _rank_whole(self, index: int, gradient: Tensor | None, without: Tensor | None = None) -> None:
-        """Scores every entry (but those of the rows ``without``)."""
+    def _rank_whole(self, index: int, gradient: Tensor | None) -> None:
+        """Scores every entry."""
         layout = self.table.layout
         weight, start = layout.plain(index), layout.starts[index]
         held = self._held(index)
         bound = quota(self.allocation, weight, self.table.budget, layout.total, held)
-        top = self.top if bound.tensor is None else StreamingTopK(min(self.top.k, bound.tensor))
+        top = self.top if bound.tensor is None else StreamingTopK(min(self.top.k, bound.tensor), self.top.floor)
         columns = as_rows(weight).shape[1]
         for low, g, values in self._scored(index, weight, gradient):
             first = low // columns
             scores = self._exclude(values.reshape(-1), low, held).view(values.shape)
-            if without is not None:
-                rows = without[(without >= first) & (without < first + scores.shape[0])] - first
-                scores = scores.index_fill(0, rows, -torch.inf)
             scores = bound.apply(scores, first).reshape(-1)
             top.update(scores, start + low, scores if g is None else g.reshape(-1).to(self.table.base.dtype))
         if top is not self.top:

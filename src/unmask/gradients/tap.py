@@ -29,7 +29,7 @@ from torch import Tensor
 from unmask.gradients.factors import Factors, Pending, add
 from unmask.gradients.receiver import Receiver
 from unmask.gradients.standins import Gather, Tap, Tapped, Whole
-from unmask.gradients.tapped import SITE, Handler, Site, TappedParameter, attach, detach, is_tapped
+from unmask.gradients.tapped import SITE, Handler, Site, TappedParameter, attach, detach, has_site, is_tapped
 from unmask.slots import Entries
 
 
@@ -57,6 +57,7 @@ class TapSet:
     def __init__(self, tensors: Sequence[Tensor], receiver: Receiver, training: Callable[[], bool]) -> None:
         self.handlers: dict[Any, Handler] = {}
         self.owner: object = None  # kept alive by the tapped tensors, whoever else forgets it
+        self.served = 0  # how often an operation was given something that brings a gradient
         self._receiver = receiver
         self._training = training
         self._sites = [Site(self, index, type(tensor)) for index, tensor in enumerate(tensors)]
@@ -125,6 +126,7 @@ class TapSet:
             return None
         if not self._receiver.wanted(site.index):
             return None
+        self.served += 1
         if inside:  # recomputation of a checkpointed segment: the running backward is the outermost one
             self._open()
         if site.tapped is None or not _stands_for(site.tapped, parameter):
@@ -164,6 +166,16 @@ class TapSet:
         else:
             self._received = True
             self._receiver.receive(index, gradient, entries)
+
+    @property
+    def serves(self) -> bool:
+        """Whether operations come here; not between `pause` and `resume`, nor after `remove`."""
+        return has_site(self._tensors[0])
+
+    def signal(self) -> None:
+        """A backward runs that brings no gradient: it counts as one whose gradients are zero."""
+        self._open()
+        self._received = True
 
     def close(self) -> None:
         """The outermost backward is complete."""

@@ -84,10 +84,8 @@ class Window:
 
     @property
     def due(self) -> int:
-        """Slots in use once the step is made; where repeat-S keeps what leaves, known once a backward has selected."""
-        if self.plan.picked is None or self.tentative is None:
-            return self.plan.due
-        return self.plan.due + self.tentative.slots.numel()
+        """Slots in use once the step is made: what is planned, and once a backward has selected, what it found."""
+        return self.plan.due if self.tentative is None else self.plan.used + self.tentative.fresh
 
     def wanted(self, index: int) -> bool:
         """Whether the tensor's gradient is wanted; with nothing to train yet, all are, so that the loss has a graph."""
@@ -137,7 +135,7 @@ class Window:
             raise _unmeasured()
         self._buffer = torch.zeros_like(self.values)
         if self.plan.selecting and self.accumulation == "candidates" and self._candidates is None:
-            self._ranker = self._new_ranker(OVERSAMPLE * self.plan.newcomers)
+            self._ranker, self._offered = self._new_ranker(OVERSAMPLE * self.plan.newcomers), set()
         if self._candidates is not None:
             self._added = torch.zeros_like(self._candidates.payload)
 
@@ -258,13 +256,14 @@ class Window:
             return ranker.result()
         if self._ranker is not None:
             self._offer_untouched(self._ranker, self._offered)
-            self._candidates, self._ranker = self._ranker.result(), None
-            self._by_tensor = dict(self.table.layout.entries(self._candidates.positions))
-            return Ranked(*(column[: self.plan.newcomers] for column in self._candidates))
+            ranked, self._ranker = self._ranker.result(), None
+            if ranked.positions.numel():  # else the next micro-batch is the first that ranks
+                self._candidates, self._by_tensor = ranked, dict(self.table.layout.entries(ranked.positions))
+            return ranked.first(self.plan.newcomers)
         return self._rerank()
 
     def _offer_untouched(self, ranker: Ranking, offered: set[int]) -> None:
-        """Tensors that the loss did not reach have a zero gradient: they take part, so that u_t is always met."""
+        """Tensors that the loss did not reach have a zero gradient, with which they take part."""
         for index in range(len(self.table.layout.tensors)):
             if index not in offered:
                 ranker.rank_zero(index)
@@ -280,10 +279,13 @@ class Window:
             heuristic = self.method.heuristic
             weights = self.table.layout.read(candidates.positions, self.table.base.dtype)
             candidates = in_order(candidates._replace(scores=heuristic.score(weights, candidates.payload)))
-        return Ranked(*(column[: self.plan.newcomers] for column in candidates))
+            candidates = candidates.where(~(candidates.scores <= heuristic.floor))  # NaN stays, and is refused later
+        return candidates.first(self.plan.newcomers)
 
     def _settle(self, ranked: Ranked, buffer: Tensor) -> None:
+        missing = self.plan.newcomers - ranked.positions.numel()
         ranked, slots = self._exchanged(ranked)
+        fresh = int((slots >= self.plan.used).sum().item())
         positions, payload = ranked.positions.to(buffer.device), ranked.payload.to(buffer)
         gathered = buffer.clone() if self.plan.exchanging else None
         if self.tentative is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
@@ -294,7 +296,7 @@ class Window:
         if gathered is not None:
             self._earlier = gathered if self._earlier is None else self._earlier + gathered
         weights = self.table.layout.read(positions, self.values.dtype)
-        self.tentative = Tentative(slots, positions, weights, self.values[slots].clone())
+        self.tentative = Tentative(slots, positions, weights, self.values[slots].clone(), fresh, missing)
         self.values[slots] = weights
         buffer[slots] = payload
 
@@ -306,19 +308,26 @@ class Window:
         positions = ranked.positions.to(buffer.device)
         picked = self.table.find(positions)
         entering = picked < 0
-        positions = positions[entering]
+        positions, missing = positions[entering], self.plan.newcomers - positions.numel()
         slots = torch.arange(self.plan.used, self.plan.used + positions.numel(), device=buffer.device)
         picked[entering] = slots
-        weights = self.table.layout.read(positions, self.values.dtype)
-        self.tentative = Tentative(slots, positions, weights, self.values[slots].clone(), picked)
+        weights, displaced = self.table.layout.read(positions, self.values.dtype), self.values[slots].clone()
         self.values[slots] = weights
         buffer[picked] = ranked.payload.to(buffer)
+        stay = picked if picked.numel() else self.plan.picked  # no gradient at all: the picks stay
+        self.tentative = Tentative(slots, positions, weights, displaced, slots.numel(), missing, stay)
 
     def _exchanged(self, ranked: Ranked) -> tuple[Ranked, Tensor]:
         """What is not unmasked already, and the slots for it: of the open ones, those that what was best does not hold."""
         held, best = self.table.positions[self._open], ranked.positions.to(self.table.positions.device)
-        entrants = Ranked(*(column[~torch.isin(ranked.positions, held.to(column.device))] for column in ranked))
-        return entrants, self._open[~torch.isin(held, best)][: entrants.positions.numel()]
+        entrants = ranked.where(~torch.isin(ranked.positions, held.to(ranked.positions.device)))
+        free, count = self._open[~torch.isin(held, best)], entrants.positions.numel()
+        if (
+            count < free.numel()
+        ):  # too few have a gradient: slots that hold nothing go first, and the rest stay as they are
+            vacant = free >= self.plan.used
+            free = torch.cat([free[vacant], free[~vacant]])[:count].sort().values
+        return entrants, free
 
     def _new_ranker(self, keep: int) -> Ranking:
         new = functools.partial(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from unmask.bitwise import same_bits
 from unmask.delta import SparseDelta, SparseTensor
 from unmask.errors import DeltaError
 from unmask.peft.config import SelectiveConfig
@@ -273,7 +274,7 @@ class Adapter:
 
 def changed(base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of those tensors that differ from the base's."""
-    return [name for name, original in base_whole.items() if not torch.equal(original.to(tensors[name]), tensors[name])]
+    return [name for name, original in base_whole.items() if not same_bits(original.to(tensors[name]), tensors[name])]
 
 
 @torch.no_grad()

@@ -129,20 +129,8 @@ class SelectiveConfig(PeftConfig):
 
     def build(self, budget: Budget | None) -> Method:
         """The method with this budget; with one step, while T is not known."""
-        method: Method
-        if self.method == "id3":
-            steps = 1 if self.total_steps is None else self.total_steps
-            method = methods.id3(_given(budget), steps, self.eps, self.exp, self.stride, self.schedule)
-        elif self.method == "repeat_d3":
-            method = methods.repeat_d3(_given(budget), self.eps, self.exp, self.stride)
-        elif self.method == "static_d3":
-            method = methods.static_d3(_given(budget), self.eps, self.exp)
-        elif self.method == "pafi":
-            method = methods.pafi(_given(budget))
-        elif self.method == "bitfit":
-            method = methods.bitfit(budget)
-        else:
-            method = methods.random_mask(_given(budget), self.seed)
+        steps = 1 if self.total_steps is None else self.total_steps
+        method = methods.build(self.method, {**vars(self), "budget": budget, "steps": steps})
         return method.but(allocation=self.allocation, normalise=self.normalise)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -181,8 +169,3 @@ def _check_expressions(config: SelectiveConfig) -> None:
                 re.compile(given)
             except (re.error, RecursionError, OverflowError) as error:
                 raise Malformed(f"{name} = {shown(given)} is no regular expression ({error})") from error
-
-
-def _given(budget: Budget | None) -> Budget:
-    assert budget is not None, "checked above"
-    return budget

@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_
 from torch import Tensor, nn
 from transformers.utils.hub import PushToHubMixin
 
-from unmask.delta import SparseDelta
+from unmask.delta import SparseDelta, refuse_diverged
 from unmask.errors import DeltaError, MethodError
 from unmask.method import parse_budget
 from unmask.peft.adapter import Adapter
@@ -284,6 +284,7 @@ class SelectiveModel(BaseTuner):
             "parameters": sum(p.numel() for p in Base(self.model).parameters.values()),
             "versions": {"unmask": __version__, "torch": torch.__version__, "python": platform.python_version()},
         }
+        refuse_diverged(saved | {name: t for name, t in whole.items() if name not in self.deltas.new})
         whole |= saved if modules_to_save else {}
         delta = SparseDelta(sparse, whole, self.deltas.fingerprint(without), metadata)
         adapter.config.record = {

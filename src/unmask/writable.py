@@ -1,0 +1,68 @@
+"""Tensors that cannot be written in place, found before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def find_unwritable(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The first tensor that cannot be written in place: its name, and why, as the end of a sentence about it.
+
+    Args:
+        tensors: By name, detached. Those that are stored in another way than as plain numbers are taken for writable.
+
+    Returns:
+        None if all can be written.
+
+    Example:
+        >>> find_unwritable({"a": torch.zeros(2), "b": torch.zeros(1).expand(2)})
+        ('b', 'has several entries in one place of memory (it was expanded); replace it by its clone()')
+    """
+    read_only = _read_only_memory()
+    for name, tensor in tensors.items():
+        reason = _reason(tensor, read_only)
+        if reason is not None:
+            return name, reason
+    return None
+
+
+def _reason(tensor: Tensor, read_only: list[tuple[int, int]]) -> str | None:
+    if tensor.is_meta:
+        return "is on the meta device, without values; load the weights first"
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.numel():
+        return None
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return "was made under torch.inference_mode(); load the model outside it, or apply inside it"
+    if _overlaps(tensor):
+        return "has several entries in one place of memory (it was expanded); replace it by its clone()"
+    place = tensor.data_ptr() if tensor.device.type == "cpu" else None
+    if place is not None and any(low <= place < high for low, high in read_only):
+        return "lies in memory that may only be read (a memory map); replace it by its clone()"
+    return None
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two entries share a place in memory."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:  # only strides that interleave get here without an overlap
+                offsets = torch.arange(1 + sum(t * (s - 1) for t, s in zip(tensor.stride(), tensor.shape, strict=True)))
+                return offsets.as_strided(tensor.shape, tensor.stride()).unique().numel() < tensor.numel()
+            reach += stride * (size - 1)
+    return False
+
+
+def _read_only_memory() -> list[tuple[int, int]]:
+    """The spans of this process's memory that end it on a write; empty where the system does not tell them."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    spans = [line.split(maxsplit=2)[:2] for line in lines]
+    edges = [span.split("-") for span, rights in spans if "w" not in rights]
+    return [(int(low, 16), int(high, 16)) for low, high in edges]
