@@ -75,9 +75,9 @@ class Selection:
         values: (B,) trainable float32 (float64 for a float64 model), one slot per scalar weight that is or will be
             unmasked, in order of unmasking; slots not in use are 0. The master copy of the selected weights: what is written
             into it, by an optimizer or by other means, is in the model at the next forward, `delta` and `state_dict` (see
-            `writing`). Its ``grad`` is spent by the optimizer's step, so ``model.zero_grad()``, which does not reach it, does no harm. Under
-            ``leaving="kept"`` it is (N,), N being all eligible weights, since any of them may be tuned: it then takes the
-            memory of full fine-tuning, as the paper's repeat-S needs.
+            `writing`). Its ``grad`` is spent by the optimizer's step, so ``model.zero_grad()``, which does not reach it, does
+            no harm. Under ``leaving="kept"`` it is (N,), N being all eligible weights, since any of them may be tuned: it then
+            takes the memory of full fine-tuning, as the paper's repeat-S needs.
         budget: B; for `unmask.full` the number of weights it trains.
         step: Optimizer steps taken; the next one is step t = ``step``.
         used: Slots in use, b(step - 1); under ``leaving="kept"`` the number of weights ever tuned, in order of first pick.
@@ -383,6 +383,38 @@ class Selection:
         finally:
             self._writing = False
 
+    @torch.no_grad()
+    def weights_of(self, model: nn.Module) -> Tensor:
+        """What a copy of the model (an average of it, say) holds where this selection has slots.
+
+        Args:
+            model: It has the selected tensors under their names.
+
+        Returns:
+            (B,), of the dtype of ``values``; 0 for slots not in use. Under `writing`, ``values.copy_(...)`` takes it over.
+
+        Raises:
+            SelectionError: A selected tensor is missing, or of another shape.
+
+        Example:
+            >>> import copy, unmask
+            >>> selection = unmask.select(nn.Linear(8, 4), unmask.random_mask(budget=6))
+            >>> torch.equal(selection.weights_of(copy.deepcopy(selection.model)), selection.values)
+            True
+        """
+        parameters, held = dict(model.named_parameters()), torch.zeros_like(self.values)
+        for index, flat, slots in self._layout.split(self._table.positions[: self.used]):
+            name, tensor = self._layout.names[index], self._layout.tensors[index]
+            other = parameters.get(name)
+            if other is None or other.shape != tensor.shape:
+                given = "lacks it" if other is None else f"has it with shape {tuple(other.shape)}"
+                raise SelectionError(
+                    f"{name!r} has selected weights and shape {tuple(tensor.shape)}; the given model {given}. Give a copy of the "
+                    "model that was selected from (of an AveragedModel: its .module)."
+                )
+            held[slots] = take(other.detach(), flat).to(held)
+        return held
+
     def catch_up(self) -> None:
         """Brings what was written into ``values``, and into the masters of dense tensors, to the model.
 
@@ -442,7 +474,9 @@ class Selection:
     def _settle_writes(self) -> None:
         """Before anything is saved: takes writes in, and refuses those that torch's counters do not show."""
         self.catch_up()
-        name = None if self._reducer.sharded is not None else self._differing()  # shards: a call of all processes together
+        name = (
+            None if self._reducer.sharded is not None else self._differing()
+        )  # shards: a call of all processes together
         if name is not None:
             raise SelectionError(
                 f"selection.values and the selected weights of {name!r} hold different numbers, and no counted write explains "

@@ -13,7 +13,14 @@ from torch.optim import optimizer as _torch_optimizer
 
 from unmask.errors import SelectionError
 
-_COPIES = {"slow_param", "slow_params", "slow_buffer", "lookahead_slow_buff", "cached_params", "backup_params"}  # Lookahead's
+_COPIES = {
+    "slow_param",
+    "slow_params",
+    "slow_buffer",
+    "lookahead_slow_buff",
+    "cached_params",
+    "backup_params",
+}  # Lookahead's
 _ENOUGH = 8  # slots in use, from which chance does not put another state tensor where a copy would be
 
 
@@ -109,7 +116,9 @@ def copy_in(optimizer: Optimizer, values: nn.Parameter, before: Tensor | None, u
         before: (B,) what ``values`` held when the step began; None leaves the contents out.
         used: How many slots are in use, the first of ``values``.
     """
-    state = {k: s for k, s in optimizer.state.get(values, {}).items() if isinstance(s, Tensor) and s.shape == values.shape}
+    state = {
+        k: s for k, s in optimizer.state.get(values, {}).items() if isinstance(s, Tensor) and s.shape == values.shape
+    }
     for group in optimizer.param_groups:
         if "train_mode" in group and "z" in state and any(p is values for p in group["params"]):
             return "z"
@@ -139,8 +148,8 @@ _WAYS_OUT = (
 def copying_optimizer(optimizer: Optimizer, name: str, method: str) -> SelectionError:
     """The error of an optimizer that keeps a copy of ``values`` under a method that unmasks weights as it goes."""
     return SelectionError(
-        f"{type(optimizer).__name__} keeps a copy of selection.values ({name!r}), in which a weight that {method!r} unmasks later "
-        f"is 0 until then, so that it would be dragged towards 0. {_WAYS_OUT}, or use an optimizer without such a copy "
+        f"{type(optimizer).__name__} keeps a copy of selection.values ({name!r}), in which a weight that {method!r} unmasks "
+        f"later is 0 until then, so that it would be dragged towards 0. {_WAYS_OUT}, or use an optimizer without such a copy "
         "(torch.optim.AdamW). The model's weights are as they were before this step."
     )
 

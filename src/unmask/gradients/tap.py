@@ -59,7 +59,9 @@ class TapSet:
         self.handlers: dict[Any, Handler] = {}
         self.owner: object = None  # kept alive by the tapped tensors, whoever else forgets it
         self.writes: Writes | None = None  # into what the tensors get their weights from
-        self.take_in: Callable[[], None] | None = None  # brings such writes into the tensors, before an operation reads them
+        self.take_in: Callable[[], None] | None = (
+            None  # brings such writes into the tensors, before an operation reads them
+        )
         self._receiver = receiver
         self._training = training
         self._sites = [Site(self, index, type(tensor)) for index, tensor in enumerate(tensors)]

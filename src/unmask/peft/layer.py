@@ -166,7 +166,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
     # Training.
 
     def before_forward(self) -> None:
-        """A forward of the base begins: the tensors hold what was written into ``values``; starts a selection that is to train."""
+        """A forward of the base begins: takes in writes into ``values``, and starts the selection if this one is to train."""
         adapter = self.active
         if adapter is None or self._disable_adapters:
             return
