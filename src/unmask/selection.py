@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +15,11 @@ from torch.optim import Optimizer
 from unmask.added import refuse_dead_lora
 from unmask.clipping import ClipScope
 from unmask.delta import SparseDelta
-from unmask.dense import DenseTensor
+from unmask.dense import DenseTensor, catch_up_before_forward
 from unmask.distributed.dense import DenseGradients
 from unmask.distributed.facts import facts_of_method
 from unmask.distributed.reducer import ProcessReducer
-from unmask.distributed.sharding import reshard
+from unmask.distributed.sharding import catch_up_before_gather, reshard
 from unmask.errors import MethodError, ScheduleNotRunError, SelectionError, UnmaskWarning
 from unmask.gradients.calibrate import estimates
 from unmask.gradients.operations import handlers
@@ -32,9 +33,10 @@ from unmask.method import Method
 from unmask.quantised.layers import reach_biases, settle, stored_in, weights
 from unmask.rates import SlotScale
 from unmask.recording import record_delta
-from unmask.slots import SlotTable
+from unmask.slots import SlotTable, take
 from unmask.state import persistent_buffers, restore, state_of
 from unmask.stepping import clear_state, unwatch, watch
+from unmask.writes import copy_in, copying_optimizer, same, stale_write
 
 if TYPE_CHECKING:
     pass
@@ -52,6 +54,21 @@ def _emptied(values: nn.Parameter, zeros: Tensor) -> nn.Parameter:
     return values
 
 
+def known_positions(method: Method, table: SlotTable, slots: int, scores: dict[int, Tensor] | None = None) -> Tensor:
+    """The positions (slots,) int64 that a method without gradients unmasks, in order.
+
+    Args:
+        method: The method.
+        table: Of the eligible tensors.
+        slots: B.
+        scores: By tensor index, where a calibration made them; they are used up.
+    """
+    ranker = Ranker(method.heuristic, table, method.allocation, slots, 0, False, method.normalise)
+    for index in range(len(table.layout.tensors)):
+        ranker.rank(index, None if scores is None else scores.pop(index, None))
+    return ranker.result().positions
+
+
 class Selection:
     """A budget of scalar weights of one model, as one flat trainable vector. Made by `unmask.select`.
 
@@ -59,10 +76,11 @@ class Selection:
         model: The model, frozen but for ``dense``.
         method: The method.
         values: (B,) trainable float32 (float64 for a float64 model), one slot per scalar weight that is or will be
-            unmasked, in order of unmasking; slots not in use are 0. The master copy of the selected weights. Its ``grad``
-            is spent by the optimizer's step, so ``model.zero_grad()``, which does not reach it, does no harm. Under
-            ``leaving="kept"`` it is (N,), N being all eligible weights, since any of them may be tuned: it then takes the
-            memory of full fine-tuning, as the paper's repeat-S needs.
+            unmasked, in order of unmasking; slots not in use are 0. The master copy of the selected weights: what is written
+            into it, by an optimizer or by other means, is in the model at the next forward, `delta` and `state_dict` (see
+            `writing`). Its ``grad`` is spent by the optimizer's step, so ``model.zero_grad()``, which does not reach it, does
+            no harm. Under ``leaving="kept"`` it is (N,), N being all eligible weights, since any of them may be tuned: it then
+            takes the memory of full fine-tuning, as the paper's repeat-S needs.
         budget: B; for `unmask.full` the number of weights it trains.
         step: Optimizer steps taken; the next one is step t = ``step``.
         used: Slots in use, b(step - 1), or fewer as long as fewer weights have had a gradient; under ``leaving="kept"`` the
@@ -124,6 +142,8 @@ class Selection:
         training = weakref.ref(model)
         self._taps = TapSet(self._layout.tensors, self._window, lambda: bool((m := training()) and m.training))
         self._taps.owner = self
+        self._taps.writes, self._taps.take_in = self._window.writes, self._take_in
+        self._writing = self._copied = False
         if gradients != "dense":
             self._taps.handlers = handlers(dense=gradients == "auto")
         settle(model, self._layout.tensors)
@@ -133,6 +153,9 @@ class Selection:
             self._hooks += [model.register_forward_pre_hook(hook), model.register_forward_hook(hook)]
         for tensor in self.dense:
             tensor.owner = self
+        self._forward_hooks = catch_up_before_forward(model, self.dense)
+        if self._reducer.sharded is not None:
+            self._forward_hooks += catch_up_before_gather(model, self._taps.catch_up)
         self._released = False
         self._begin_step()
         watch(self)
@@ -193,6 +216,7 @@ class Selection:
             SelectionError: ``order`` of repeat-S, which picks weights more than once, or the selection was released.
         """
         self._alive("delta")
+        self._settle_writes()
         return record_delta(self, base, order)
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,7 +226,8 @@ class Selection:
         unfinished accumulation are not part of it.
         """
         self._alive("state_dict")
-        return state_of(self)
+        self._settle_writes()
+        return state_of(self) | ({"copied": True} if self._copied else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues a saved selection on this model, exactly; nothing is changed if the state does not fit.
@@ -213,6 +238,8 @@ class Selection:
         self._alive("load_state_dict")
         with self._reducer.loading(state):
             restore(self, state)
+        self._window.writes.take()
+        self._copied = bool(state.get("copied", False))
         self._scale = SlotScale()
         self._begin_step()
 
@@ -223,13 +250,14 @@ class Selection:
         """
         if self._released:
             return
+        self.catch_up()
         unwatch(self)
         self._reducer.leave()
         reshard(self.model)
         self._taps.remove()
         self._dense_gradients.remove()
         settle(self.model, self._layout.tensors)
-        for hook in self._hooks:
+        for hook in [*self._hooks, *self._forward_hooks]:
             hook.remove()
         for tensor in self.dense:
             tensor.release()
@@ -326,6 +354,7 @@ class Selection:
         if not self.method.whole:
             self.used = window.due
         self._table.scatter(self.values, self.used)
+        window.writes.take()
         self.values.grad = None  # spent; a Trainer's model.zero_grad() would not reach it
         self.step += 1
         self._begin_step()
@@ -358,6 +387,178 @@ class Selection:
             if any(tensor.master is p for p in held):
                 tensor.sync()
 
+    # Writes into ``values`` outside an optimizer's step.
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Says that what is written into ``values`` inside is no copy from before some weight was unmasked.
+
+        Where the order of unmasking is known from the start (`unmask.pafi`, `unmask.random_mask`, `unmask.fish`), writes need no
+        such word. Where gradients pick the weights, a copy of ``values`` made earlier (an average's, Lookahead's) holds 0 for
+        what was unmasked since, and writing it back drags those weights towards 0; so writes outside this block are refused.
+
+        Raises:
+            SelectionError: A backward has selected weights that no optimizer step has unmasked yet.
+
+        Example:
+            >>> import unmask
+            >>> model = nn.Linear(8, 4)
+            >>> selection = unmask.select(model, unmask.id3(budget=6, steps=2))
+            >>> optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
+            >>> model(torch.ones(8)).sum().backward()
+            >>> optimizer.step()
+            >>> with selection.writing(), torch.no_grad():
+            ...     _ = selection.values.clamp_(-0.1, 0.1)
+            >>> len(selection.delta())
+            3
+        """
+        self._alive("writing")
+        if self._window.tentative is not None:
+            raise SelectionError(
+                "writing() between a backward that selects weights and its optimizer.step(): these weights have no slot yet. "
+                "Write before loss.backward(), or after optimizer.step()."
+            )
+        self._writing = True
+        try:
+            yield
+            self.catch_up()
+        finally:
+            self._writing = False
+
+    @torch.no_grad()
+    def weights_of(self, model: nn.Module) -> Tensor:
+        """What a copy of the model (an average of it, say) holds where this selection has slots.
+
+        Args:
+            model: It has the selected tensors under their names.
+
+        Returns:
+            (B,), of the dtype of ``values``; 0 for slots not in use. Under `writing`, ``values.copy_(...)`` takes it over.
+
+        Raises:
+            SelectionError: A selected tensor is missing, or of another shape.
+
+        Example:
+            >>> import copy, unmask
+            >>> selection = unmask.select(nn.Linear(8, 4), unmask.random_mask(budget=6))
+            >>> torch.equal(selection.weights_of(copy.deepcopy(selection.model)), selection.values)
+            True
+        """
+        parameters, held = dict(model.named_parameters()), torch.zeros_like(self.values)
+        for index, flat, slots in self._layout.split(self._table.positions[: self.used]):
+            name, tensor = self._layout.names[index], self._layout.tensors[index]
+            other = parameters.get(name)
+            if other is None or other.shape != tensor.shape:
+                given = "lacks it" if other is None else f"has it with shape {tuple(other.shape)}"
+                raise SelectionError(
+                    f"{name!r} has selected weights and shape {tuple(tensor.shape)}; the given model {given}. Give a copy of the "
+                    "model that was selected from (of an AveragedModel: its .module)."
+                )
+            held[slots] = take(other.detach(), flat).to(held)
+        return held
+
+    def catch_up(self) -> None:
+        """Brings what was written into ``values``, and into the masters of dense tensors, to the model.
+
+        Forwards, `delta`, `state_dict` and `release` do this by themselves.
+
+        Raises:
+            SelectionError: Gradients pick the weights, and the write was not made under `writing`.
+        """
+        self._taps.catch_up()
+        for tensor in self.dense:
+            tensor.catch_up()
+
+    @torch.no_grad()
+    def _take_in(self) -> None:
+        """There are new writes into ``values``."""
+        sharded = self._reducer.sharded is not None
+        if self._known or self._writing or self._copied:
+            if sharded:
+                reshard(self.model)
+            self._table.scatter(self._held(), self.used)
+        else:
+            moved = self._layout.names[0] if sharded else self._differing()
+            if moved is not None:
+                raise stale_write(self.method.name, moved)
+        self._window.writes.take()
+
+    @property
+    def _known(self) -> bool:
+        """Whether every weight has its slot from the start, so that no copy of ``values`` holds anything else there."""
+        return self.method.whole or (self._ordered and self.method.strategy == "static")
+
+    def _held(self) -> Tensor:
+        """``values`` without what a selection that waits for its step has put there: (B,)."""
+        tentative = self._window.tentative
+        if tentative is None or not self._window.plan.exchanging:
+            return self.values.detach()
+        held = self.values.detach().clone()
+        held[tentative.slots] = tentative.displaced
+        return held
+
+    def _differing(self) -> str | None:
+        """The name of a tensor that holds other weights than ``values``, if there is one."""
+        table, tentative, held = self._table, self._window.tentative, self._held()
+        if tentative is not None and not same(self.values.detach()[tentative.slots], tentative.weights):
+            return self._layout.names[next(self._layout.split(tentative.positions))[0]]
+        for index in table.occupied():
+            members = table.members(index)
+            entries = members if members is None or self.used >= table.held else members.below(self.used)
+            if entries is None:
+                continue
+            weights = take(self._layout.plain(index), entries.flat)
+            if not same(held[entries.slots].to(weights), weights):
+                return self._layout.names[index]
+        return None
+
+    @torch.no_grad()
+    def _settle_writes(self) -> None:
+        """Before anything is saved: takes writes in, and refuses those that torch's counters do not show."""
+        self.catch_up()
+        name = (
+            None if self._reducer.sharded is not None else self._differing()
+        )  # shards: a call of all processes together
+        if name is not None:
+            raise SelectionError(
+                f"selection.values and the selected weights of {name!r} hold different numbers, and no counted write explains "
+                "it: either the model's tensor was written to, or the memory of values was, past torch (NumPy, a tensor that "
+                "shares its storage). Write into selection.values instead, through torch. If values are right as they are: "
+                "`with selection.writing(): selection.values.data = selection.values.detach().clone()`."
+            )
+
+    def check_writes(self) -> None:
+        """An optimizer's step begins: refuses writes since the last forward that may be of a stale copy."""
+        if not self._known:
+            self._taps.catch_up()
+
+    def check_optimizer(self, optimizer: Optimizer, before: Tensor | None) -> None:
+        """An optimizer's step has run: it must keep no copy of slots whose weights are not known yet.
+
+        Args:
+            optimizer: It holds ``values``.
+            before: (B,) what ``values`` held when the step began, if that is known.
+
+        Raises:
+            SelectionError: It keeps such a copy, and the method unmasks weights later on.
+        """
+        used = self._window.due
+        name = None if self._known else copy_in(optimizer, self.values, before, used)
+        if name is None:
+            return
+        if self.method.strategy == "static" and optimizer.state[self.values][name][:used].any():
+            self._copied = True  # made when every weight had its slot
+            return
+        if before is not None:
+            with torch.no_grad(), self._window.writes.own():
+                self.values.copy_(before)
+        raise copying_optimizer(optimizer, name, self.method.name)
+
+    @property
+    def copies_matter(self) -> bool:
+        """Whether `check_optimizer` wants to know what ``values`` held: at the first step of a method that picks by gradient."""
+        return self.step == 0 and not self._known
+
     # The schedule.
 
     def _begin_step(self) -> None:
@@ -365,7 +566,7 @@ class Selection:
         t, used = self.step, self.used
         due = self.method.cumulative(t, self._slots)
         if self._ordered:
-            with torch.no_grad():
+            with torch.no_grad(), self._window.writes.own():
                 self.values[used:due] = self._table.base[used:due]
             if self.method.strategy == "static":  # known before the first step
                 self.used = used = due
@@ -383,11 +584,8 @@ class Selection:
         method, table = self.method, self._table
         if not self._slots or method.heuristic.needs == "gradient" or method.strategy == "repeat" or method.drop:
             return False
-        ranker = Ranker(method.heuristic, table, method.allocation, self._slots, 0, False, method.normalise)
         scores = estimates(self.model, self._layout, method, self._slots)
-        for index in range(len(self._layout.tensors)):
-            ranker.rank(index, scores.pop(index, None))
-        positions = ranker.result().positions.to(self.values.device)
+        positions = known_positions(method, table, self._slots, scores).to(self.values.device)
         table.load(positions, self._layout.read(positions, self.values.dtype))
         return True
 

@@ -40,6 +40,16 @@ class Steppable(Protocol):
     def owns(self, parameter: Tensor) -> bool:
         """Whether an optimizer that holds this parameter must be told about the selection's own."""
 
+    @property
+    def copies_matter(self) -> bool:
+        """Whether `check_optimizer` wants to know what ``values`` held before this step."""
+
+    def check_writes(self) -> None:
+        """An optimizer that holds ``clock()`` begins its step: refuses writes that may be of a stale copy."""
+
+    def check_optimizer(self, optimizer: Optimizer, before: Tensor | None) -> None:
+        """The optimizer has changed ``clock()``: refuses one that keeps copies it must not keep."""
+
     def before_step(self, optimizer: Optimizer) -> None:
         """The optimizer is about to change ``clock()``."""
 
@@ -61,6 +71,7 @@ class Steppable(Protocol):
 
 _LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
 _stepping: weakref.WeakSet[Any] = weakref.WeakSet()  # selections whose optimizer's running step is not committed yet
+_before_first: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()  # `values`, where `copies_matter`
 # Per selection: the step and the gradient that waited while an optimizer of its dense tensors alone stepped.
 _passed_over: weakref.WeakKeyDictionary[Any, tuple[int, weakref.ref[Tensor]]] = weakref.WeakKeyDictionary()
 
@@ -115,6 +126,8 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dic
             _refuse_foreign(selection, held)
             _refuse_bypass(selection, held)
             continue
+        if selection not in _stepping:  # else this step runs inside another one, which has written already
+            selection.check_writes()
         _stepping.discard(selection)
         if _overflowed(optimizer):
             continue
@@ -132,9 +145,11 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         clocked = _contains(held, selection.clock())
         if clocked and selection not in _stepping:
             continue  # skipped in a fused kernel; or a step inside this one (a subclass that calls its super's) was it
-        selection.sync_dense(held)
         if clocked:
             _stepping.discard(selection)
+            selection.check_optimizer(optimizer, _before_first.pop(selection, None))
+        selection.sync_dense(held)
+        if clocked:
             selection.after_step()
         elif selection.trains_beside(held) and selection.values.grad is not None:
             _passed_over[selection] = (selection.step, weakref.ref(selection.values.grad))
@@ -144,6 +159,8 @@ def _ready(selection: Steppable, optimizer: Optimizer) -> None:
     _check_gradient(selection)
     _check_steps_taken(selection, optimizer)
     selection.before_step(optimizer)
+    if selection.copies_matter:
+        _before_first[selection] = selection.values.detach().clone()
 
 
 def _checked(closure: Callable[[], Any], selection: Steppable, optimizer: Optimizer) -> Callable[[], Any]:

@@ -10,11 +10,12 @@ of the unsharded model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from unmask.distributed.processes import Processes, bits
 from unmask.errors import MethodError, NonFiniteGradientError
@@ -236,6 +237,15 @@ def reshard(model: nn.Module) -> None:
     """Frees what a forward without a backward has left unsharded, so that the parameters are the shards."""
     for module in _fsdp_modules(model):
         module.reshard()
+
+
+def catch_up_before_gather(model: nn.Module, catch_up: Callable[[], None]) -> list[RemovableHandle]:
+    """Hooks that run before a module's shards are gathered for its forward; ``remove()`` them when the selection ends."""
+
+    def before(module: nn.Module, args: Any) -> None:
+        catch_up()
+
+    return [module.register_forward_pre_hook(before, prepend=True) for module in _fsdp_modules(model)]
 
 
 def _unsharded(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -31,6 +31,7 @@ from unmask.gradients.receiver import Receiver
 from unmask.gradients.standins import Gather, Tap, Tapped, Whole
 from unmask.gradients.tapped import SITE, Handler, Site, TappedParameter, attach, detach, has_site, is_tapped
 from unmask.slots import Entries
+from unmask.writes import Writes
 
 
 class _EndOfBackward:
@@ -58,6 +59,9 @@ class TapSet:
         self.handlers: dict[Any, Handler] = {}
         self.owner: object = None  # kept alive by the tapped tensors, whoever else forgets it
         self.served = 0  # how often an operation was given something that brings a gradient
+        self.writes: Writes | None = None  # into what the tensors get their weights from
+        # brings such writes into the tensors, before an operation reads them
+        self.take_in: Callable[[], None] | None = None
         self._receiver = receiver
         self._training = training
         self._sites = [Site(self, index, type(tensor)) for index, tensor in enumerate(tensors)]
@@ -114,8 +118,15 @@ class TapSet:
             return Gather.apply(tapped.proxy, parameter, tapped.entries)
         return tapped.proxy if tapped.pending is None else Whole.apply(tapped.proxy, parameter, tapped.pending)
 
+    def catch_up(self) -> None:
+        """The tensors are about to be read: they must hold what was written since."""
+        writes = self.writes
+        if writes is not None and writes.parameter._version != writes.seen and self.take_in is not None:
+            self.take_in()
+
     def tap(self, parameter: Tensor) -> Tapped | None:
         """What an operation's gradient for a tapped tensor goes to; None if it is not wanted."""
+        self.catch_up()
         site: Site = parameter.__dict__[SITE]
         inside = torch._C._current_graph_task_id() != -1
         if not inside:

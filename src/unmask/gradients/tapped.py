@@ -42,6 +42,8 @@ _RAW = (
     | {"is_floating_point", "is_complex", "untyped_storage", "__len__"}
 )
 
+_READ = {torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]  # raw, and they hand the memory out
+
 Handler = Callable[[Any, tuple, dict], Any]  # NotImplemented: autograd shall do it
 
 
@@ -77,6 +79,8 @@ class TappedParameter(nn.Parameter):
 def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         if _is_raw(func, args):
+            if func in _READ:
+                set_of(args[0]).catch_up()
             return func(*args, **kwargs)
         handler = _handler(func, args, kwargs)
         if handler is not None:
@@ -87,6 +91,7 @@ def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _plain(parameter: Tensor) -> Tensor:
+    set_of(parameter).catch_up()
     with torch._C.DisableTorchFunctionSubclass():
         return parameter.detach()
 

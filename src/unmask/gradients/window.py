@@ -21,7 +21,7 @@ import functools
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unmask.distributed.deepspeed import refuse_zero
 from unmask.errors import NonFiniteGradientError, SelectionError
@@ -34,6 +34,7 @@ from unmask.gradients.streamed import Ranker
 from unmask.method import Method
 from unmask.slots import Entries, SlotTable
 from unmask.topk import Ranked, in_order
+from unmask.writes import Writes
 
 Accumulation = Literal["candidates", "exact"]
 Gradients = Literal["auto", "sampled", "dense"]
@@ -46,7 +47,7 @@ class Window:
     def __init__(
         self,
         table: SlotTable,
-        values: Tensor,
+        values: nn.Parameter,
         method: Method,
         accumulation: Accumulation,
         sampled: bool,
@@ -55,6 +56,7 @@ class Window:
     ) -> None:
         self.table, self.values, self.method, self.accumulation = table, values, method, accumulation
         self.reducer = reducer
+        self.writes = Writes(values)
         self.sampled = sampled  # whether a step that does not select asks for the entries of its slots only
         self.measured = measured  # whether every step forms all gradients, for their norm
         self.norm: Tensor | None = None  # 0-d: of all gradients so far, where they are measured
@@ -188,7 +190,8 @@ class Window:
         elif self.plan.selecting:
             settle = self._settle if self.plan.picked is None else self._settle_kept
             try:
-                settle(self._ranked(), buffer)
+                with self.writes.own():
+                    settle(self._ranked(), buffer)
             except NonFiniteGradientError as error:
                 self.nonfinite = str(error)
                 buffer.fill_(torch.nan)
@@ -207,7 +210,7 @@ class Window:
     def discard(self) -> None:
         """Drops the tentative selection: nothing was consumed."""
         if self.tentative is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.writes.own():
                 self.values[self.tentative.slots] = self.tentative.displaced
         self.tentative = None
         self._clear()

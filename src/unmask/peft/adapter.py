@@ -24,9 +24,11 @@ from unmask.peft.config import SelectiveConfig
 from unmask.peft.progress import Progress
 from unmask.peft.waiting import Waiting
 from unmask.selecting import select
-from unmask.selection import Selection
-from unmask.slots import Layout, put
+from unmask.selection import Selection, known_positions
+from unmask.slots import Layout, SlotTable, put
+from unmask.state import state_of
 from unmask.stepping import unwatch, watch
+from unmask.writes import Writes
 
 if TYPE_CHECKING:
     from unmask.peft.attempt import Attempt
@@ -82,6 +84,9 @@ class Adapter:
         self._base = torch.zeros_like(zeros)
         self._used = self._step = 0
         self._waiting = Waiting(self.values, list(parameters.values()))
+        self._foresee()
+        self._writes = Writes(self.values)  # while no selection is live
+        self._absent = False
 
     def slots(self) -> Slots:
         """What it holds; copies."""
@@ -89,7 +94,7 @@ class Adapter:
             return Slots(
                 self._positions.clone(), self._base.clone(), self.values.detach().clone(), self._used, self._step
             )
-        state = self.selection.state_dict()
+        state = state_of(self.selection)
         return Slots(*(state[key] for key in ("positions", "base", "values", "used", "step")))
 
     @property
@@ -101,6 +106,44 @@ class Adapter:
     def step(self) -> int:
         """Optimizer steps taken."""
         return self._step if self.selection is None else self.selection.step
+
+    @torch.no_grad()
+    def _foresee(self) -> None:
+        """Gives ``values`` what the first forward will, where that is known: an averager may copy them before it."""
+        method = self.config.build(self.budget)
+        if method.strategy != "static" or method.heuristic.needs in ("gradient", "calibration"):
+            return
+        if self.config.inference_mode or any(tensor.is_meta for tensor in self.layout.tensors):
+            return
+        table = SlotTable(self.layout, self.budget, self.values.dtype, self.values.device)
+        positions = known_positions(method, table, self.budget).to(self.values.device)
+        self.values.copy_(self.layout.read(positions, self.values.dtype))
+
+    def catch_up(self) -> None:
+        """Brings what was written into ``values`` to the base's tensors, if they hold this adapter's values."""
+        if self._absent or not self.written:
+            return
+        if self.selection is not None:
+            self.selection.catch_up()
+        elif self._writes.new:
+            self._rewrite()
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are writes into ``values`` that `catch_up` has not seen."""
+        return (self._writes if self.selection is None else self.selection._window.writes).new
+
+    def converted(self) -> None:
+        """The base and ``values`` were moved or cast: the same numbers, which tensors of a wider dtype may hold better now."""
+        if self.written and not self._absent and self._positions.device == self.values.device:  # else `move` comes next
+            self._rewrite()
+        if self.selection is not None:
+            self.selection._window.writes.take()
+
+    def _rewrite(self) -> None:
+        slots = self.slots()
+        self.layout.write(slots.positions[: slots.used], slots.values[: slots.used])
+        self._writes.take()
 
     # Training.
 
@@ -130,6 +173,7 @@ class Adapter:
     def stop(self) -> None:
         """Ends the live selection, if there is one; the values stay in the tensors."""
         self.expect(False)
+        self.catch_up()
         selection = self.selection
         if selection is None:
             return
@@ -145,6 +189,8 @@ class Adapter:
         self._used, self._step = slots.used, slots.step
         self.values.copy_(slots.values)
         self.values.grad = None
+        if not self._absent:
+            self._writes.take()
 
     def move(self) -> None:
         """``values`` is on another device now."""
@@ -167,6 +213,7 @@ class Adapter:
         _copy(self.whole, tensors)
         slots = self.slots()
         self.layout.write(slots.positions[: slots.used], slots.values[: slots.used])
+        self._writes.take()
         self.written = True
 
     def withdraw(self, base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -190,6 +237,7 @@ class Adapter:
         positions = slots.positions[: slots.used]
         touched = [self.layout.plain(index) for index, _, _ in self.layout.split(positions)]
         current, whole = self.layout.read(positions, slots.base.dtype), {n: tensors[n].clone() for n in base_whole}
+        self._absent = True
         if self.selection is not None:
             self.selection._taps.pause()
         with _unsafe_preserve_version_counter((*touched, *(tensors[name] for name in base_whole))):
@@ -200,6 +248,7 @@ class Adapter:
             finally:
                 self.layout.write(positions, current)
                 _copy(whole, tensors)
+                self._absent = False
                 if self.selection is not None:
                     self.selection._taps.resume()
 
@@ -207,6 +256,7 @@ class Adapter:
 
     def entries(self) -> dict[str, SparseTensor]:
         """Its part of a delta: the values that the tensors hold, or would hold, at its slots."""
+        self.catch_up()
         slots = self.slots()
         sparse = {}
         for index, flat, places in self.layout.split(slots.positions[: slots.used]):
@@ -269,7 +319,11 @@ class Adapter:
         """A copy, or a pickle, is not live."""
         slots = self.slots()
         at_rest = {"_positions": slots.positions, "_base": slots.base, "_used": slots.used, "_step": slots.step}
-        return {**vars(self), **at_rest, "selection": None, "attempt": None}
+        return {**vars(self), **at_rest, "selection": None, "attempt": None, "_writes": None, "_absent": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._writes = Writes(self.values)
 
 
 def changed(base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:

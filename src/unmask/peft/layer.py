@@ -166,9 +166,12 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
     # Training.
 
     def before_forward(self) -> None:
-        """A forward of the base begins: starts the selection if this one is to train."""
+        """A forward of the base begins: takes in writes into ``values``, and starts the selection if this one is to train."""
         adapter = self.active
-        if adapter is None or self._disable_adapters or not torch.is_grad_enabled():
+        if adapter is None or self._disable_adapters:
+            return
+        adapter.catch_up()
+        if not torch.is_grad_enabled():
             return
         if not adapter.values.requires_grad:
             adapter.stop()  # the user froze it by hand
@@ -328,12 +331,15 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         self.settle()
         stay_unwrapped(self)  # a Trainer that is being built moves its model
         held = {name: (p.device, p.dtype, p.detach()) for name, p in self.unmask_values.items()}
+        settled = [adapter for adapter in self.adapters.values() if not adapter.pending]
         super()._apply(fn, recurse)
         self._digests = None
         for name, (device, dtype, values) in held.items():
             parameter = self.unmask_values[name]
             if parameter.dtype != dtype:
                 parameter.data = values.to(parameter.device)
+            if self.adapters[name] in settled:
+                self.adapters[name].converted()
             if parameter.device != device:
                 self.adapters[name].move()
         return self

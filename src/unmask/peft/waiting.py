@@ -49,6 +49,17 @@ class Waiting:
     def nonfinite(self) -> None:
         """Nothing to report."""
 
+    @property
+    def copies_matter(self) -> bool:
+        """Never."""
+        return False
+
+    def check_writes(self) -> None:
+        """Writes into an adapter that does not train are the adapter's to take in."""
+
+    def check_optimizer(self, optimizer: Any, before: Tensor | None) -> None:
+        """Not reached."""
+
     def before_step(self, optimizer: Any) -> None:
         """An optimizer steps on values that no forward knows of.
 
