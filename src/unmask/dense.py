@@ -23,16 +23,27 @@ class DenseTensor:
         parameter.requires_grad_(True)
         self.master = parameter
         self._hook = None
+        self.version = -1  # the parameter's, after our own last write; see unmask.identity
         if parameter.dtype in _HALF:
             self.master = nn.Parameter(parameter.detach().float())
             self._hook = parameter.register_post_accumulate_grad_hook(self._hand_over)
+            self.version = parameter._version
 
     def sync(self) -> None:
         """After an optimizer step: rounds the master into the model's tensor; its gradient is spent."""
         if self.master is not self.parameter:
-            with torch.no_grad():
-                self.parameter.copy_(self.master)
+            self.write()
             self.master.grad = None  # the model's zero_grad() would not reach it
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Rounds the master into the model's tensor."""
+        self.parameter.copy_(self.master)
+        self.version = self.parameter._version
+
+    def holds_master(self) -> bool:
+        """Whether the model's tensor is the master, rounded."""
+        return torch.equal(self.parameter.detach(), self.master.detach().to(self.parameter))
 
     def load(self, values: Tensor) -> None:
         """Sets the tensor (and its master) to saved master values."""
@@ -51,6 +62,6 @@ class DenseTensor:
         if gradient is None:
             return
         if self.master.grad is None:
-            self.master.grad = gradient.float()
+            self.master.grad = gradient.to(self.master)
         else:
-            self.master.grad += gradient
+            self.master.grad += gradient.to(self.master.device)

@@ -19,6 +19,8 @@ from unmask.recording import missing_from_checkpoint, new_tensors
 from unmask.scopes import Patterns, as_patterns, matching, refuse_renormalized, resolve
 from unmask.selection import Selection
 from unmask.stepping import has_selection
+from unmask.storage import Ties, refuse_absent, refuse_overlaps
+from unmask.wrappers import bare, named_parameters, refuse_wrappers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,6 +88,8 @@ def select(
         >>> selection.used, selection.step
         (6, 3)
     """
+    refuse_wrappers(model)
+    model = bare(model)
     if has_selection(model):
         raise MethodError("this model already has a selection; call its release() first.")
     if accumulation not in ("candidates", "exact"):
@@ -97,25 +101,39 @@ def select(
     if clip_scope == "all" and gradients == "sampled":
         raise MethodError("clip_scope='all' needs the whole gradient at every step; leave gradients='auto'.")
     check_exchange(exchange, method)
+    refuse_absent(model)
     reducer = ProcessReducer(model, exchange, group)
-    reducer.share_weights(model)
-    eligible, dense_names = resolve(model, method.scope, include, exclude, dense)
-    if method.whole:
-        eligible, dense_names = [], sorted({*eligible, *dense_names})
-    refuse_renormalized(model, dense_names)
-    if reducer.sharded is not None:
-        check_sharded(model, method, eligible, dense_names, exchange)
-    budget = count_budget(model, method, eligible)
-    method.schedule.check(budget)
-    parameters = dict(model.named_parameters())
-    new_names = None if new is None else matching(parameters, as_patterns(new), "new")
-    absent = (lambda: missing_from_checkpoint(model)) if new_names is None else (lambda: set(new_names))
-    refuse_quantised(model, method, [*eligible, *dense_names], absent)
-    if method.unselected == "zero":
-        refuse_pruned_base(eligible, set(new_tensors(model, new_names)))
-    return Selection(
-        model, method, eligible, dense_names, budget, accumulation, new_names, gradients, reducer, clip_scope, values
-    )
+    with Ties(model) as ties:  # a tensor of several names is one tensor from here on
+        reducer.share_weights(model)
+        eligible, dense_names = resolve(model, method.scope, include, exclude, dense)
+        if method.whole:
+            eligible, dense_names = [], sorted({*eligible, *dense_names})
+        refuse_renormalized(model, dense_names)
+        if reducer.sharded is not None:
+            check_sharded(model, method, eligible, dense_names, exchange)
+        refuse_overlaps(model, [*eligible, *dense_names])
+        budget = count_budget(model, method, eligible)
+        method.schedule.check(budget)
+        parameters = named_parameters(model)
+        new_names = None if new is None else matching(parameters, as_patterns(new), "new")
+        absent = (lambda: missing_from_checkpoint(model)) if new_names is None else (lambda: set(new_names))
+        refuse_quantised(model, method, [*eligible, *dense_names], absent)
+        if method.unselected == "zero":
+            refuse_pruned_base(eligible, set(new_tensors(model, new_names)))
+        return Selection(
+            model,
+            method,
+            eligible,
+            dense_names,
+            budget,
+            accumulation,
+            new_names,
+            gradients,
+            reducer,
+            clip_scope,
+            values,
+            ties,
+        )
 
 
 def count_budget(model: nn.Module, method: Method, eligible: list[str]) -> int:

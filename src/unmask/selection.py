@@ -25,13 +25,16 @@ from unmask.gradients.streamed import Ranker
 from unmask.gradients.tap import TapSet
 from unmask.gradients.tapped import owner_of
 from unmask.gradients.window import Accumulation, Gradients, Window
+from unmask.identity import Identity
 from unmask.method import Method
 from unmask.quantised.layers import reach_biases, settle, stored_in, weights
 from unmask.rates import SlotScale
 from unmask.recording import record_delta
 from unmask.slots import SlotTable
-from unmask.state import persistent_buffers, restore, state_of
+from unmask.state import restore, state_of
 from unmask.stepping import clear_state, unwatch, watch
+from unmask.storage import Ties
+from unmask.wrappers import named_parameters, persistent_buffers
 
 if TYPE_CHECKING:
     pass
@@ -80,8 +83,9 @@ class Selection:
         reducer: ProcessReducer,
         clip_scope: ClipScope = "selected",
         values: nn.Parameter | None = None,
+        ties: Ties | None = None,
     ) -> None:
-        parameters, tensors = dict(model.named_parameters()), weights(model)
+        parameters, tensors = named_parameters(model), weights(model)
         self.model, self.method, self.step, self.used = model, method, 0, 0
         self.clip_scope: ClipScope = clip_scope
         gradients = "dense" if clip_scope == "all" else gradients
@@ -126,6 +130,8 @@ class Selection:
         for tensor in self.dense:
             tensor.owner = self
         self._released = False
+        self._identity = Identity(self, ties or Ties(model))
+        self._taps.check = self.check_model
         self._begin_step()
         watch(self)
         try:
@@ -221,8 +227,9 @@ class Selection:
             hook.remove()
         for tensor in self.dense:
             tensor.release()
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in named_parameters(self.model).items():
             parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
+        self._identity.release()
         self._released = True
 
     @property
@@ -279,6 +286,10 @@ class Selection:
             if tensor.master.grad is not None and not torch.isfinite(tensor.master.grad.sum()):
                 return f"the gradient of {tensor.name!r} is not finite"
         return None
+
+    def check_model(self) -> None:
+        """Refuses a model that is no longer what was selected from; see `unmask.identity`."""
+        self._identity.check()
 
     def before_step(self, optimizer: Optimizer) -> None:
         """A slot that changes hands starts with fresh optimizer state."""

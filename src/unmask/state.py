@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
 from unmask.distributed.sharding import reshard
 from unmask.errors import SelectionError
 from unmask.slots import take
+from unmask.wrappers import persistent_buffers
 
 if TYPE_CHECKING:
     from unmask.selection import Selection
@@ -18,14 +18,9 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a checkpoint holds, by name."""
-    persistent = set(model.state_dict(keep_vars=True))
-    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-
-
 def state_of(selection: Selection) -> dict[str, Any]:
     """See `Selection.state_dict`."""
+    selection._identity.check_dense()
     window, table = selection._window, selection._table
     current = persistent_buffers(selection.model)
     picked = selection._picked
@@ -50,6 +45,7 @@ def state_of(selection: Selection) -> dict[str, Any]:
 @torch.no_grad()
 def restore(selection: Selection, state: Mapping[str, Any]) -> None:
     """See `Selection.load_state_dict`."""
+    selection._identity.check_structure()
     _check_identity(selection, state)
     reshard(selection.model)
     table, layout = selection._table, selection._layout
@@ -71,6 +67,7 @@ def restore(selection: Selection, state: Mapping[str, Any]) -> None:
         buffers[name].copy_(state["buffers"].get(name, original))
     for tensor in selection.dense:
         tensor.load(state["dense"][tensor.name])
+    selection._identity.renew()
 
 
 def _identity(selection: Selection) -> dict[str, Any]:
@@ -80,7 +77,7 @@ def _identity(selection: Selection) -> dict[str, Any]:
         "method": selection.method.describe(),
         "budget": selection.budget,
         "names": list(selection._layout.names),
-        "shapes": [list(t.shape) for t in selection._layout.tensors],
+        "shapes": selection._identity.shapes,
     }
 
 
