@@ -195,7 +195,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a fingerprint covers: parameters (shared ones once) and persistent buffers, detached, by name.
 
-    Names are those of the plain model, without a wrapper's (`unmask.wrappers`). A quantised weight is a `QuantisedTensor`, which does not touch its layer until `settle` is called.
+    Names are those of the plain model, without a wrapper's (`unmask.wrappers`).
+    A quantised weight is a `QuantisedTensor`, which does not touch its layer until `settle` is called.
     """
     named = weights(model) | persistent_buffers(model)
     with torch._C.DisableTorchFunctionSubclass():

@@ -35,19 +35,20 @@ _STATE = " selection.state_dict() still holds what was trained; load_state_dict(
 class _Seen:
     """What a tensor looked like when it was last found right."""
 
-    __slots__ = ("device", "dtype", "narrowest", "pointer", "shape", "storage", "tensor")
+    __slots__ = ("coarsest", "device", "dtype", "first", "pointer", "shape", "storage", "tensor")
 
-    def __init__(self, tensor: Tensor, narrowest: float = 0.0) -> None:
+    def __init__(self, tensor: Tensor, before: _Seen | None = None) -> None:
+        step = torch.finfo(tensor.dtype).eps
+        self.first = step if before is None else before.first  # of the dtype at select
+        self.coarsest = step if before is None else max(step, before.coarsest)
         self.tensor, self.shape, self.dtype, self.device = tensor, tensor.shape, tensor.dtype, tensor.device
-        self.narrowest = max(narrowest, torch.finfo(tensor.dtype).eps)  # of all dtypes so far
         self.pointer = tensor.data_ptr()
         self.storage = StorageWeakRef(tensor.untyped_storage())  # so that memory used again is not taken for the same
 
     def in_place(self) -> bool:
         """Whether the tensor still is the same memory, seen alike."""
         tensor = self.tensor
-        same = tensor.data_ptr() == self.pointer and tensor.shape == self.shape and tensor.dtype == self.dtype
-        return same and tensor.untyped_storage()._cdata == self.storage.cdata
+        return tensor.data_ptr() == self.pointer and tensor.shape == self.shape and not self.storage.expired()
 
 
 class Identity:
@@ -80,11 +81,13 @@ class Identity:
             }  # by index
             self._dense = [(d, _Seen(d.parameter)) for d in selection.dense]
         self._remember_versions(layout)
+        self._started = self._in_peft = False
         self._hook = selection.model.register_forward_pre_hook(_Hook(self))
 
     def leave_to_peft(self) -> None:
         """A PEFT model asks by itself at each forward, and may wrap modules while one of its adapters trains."""
         self._hook.remove()
+        self._in_peft = True  # its fingerprint is of the base as it was converted last
         self._tracked = dict(self._own)
         self._objects = [p for p in self._objects if id(p) in self._own]
         model = self._model()
@@ -96,8 +99,12 @@ class Identity:
         self._hook.remove()
         self._ties.undo()
 
-    def check(self) -> None:
+    def check(self, places: bool = True) -> None:
         """Looks whether all is as it was, and follows what a selection can follow.
+
+        Args:
+            places: Whether to look where the tensors are too. One that is used may be on its way to another place
+                (`torch.nn.utils.weight_norm`), so that its use is no moment for that.
 
         Raises:
             SelectionError: The model was changed in a way that the selection cannot follow.
@@ -106,10 +113,14 @@ class Identity:
         if selection is None or selection._released or selection._taps.paused:
             return
         with torch._C.DisableTorchFunctionSubclass():
-            self._check_places()
-            self._check_shapes(selection._layout)
+            if places:
+                self._check_places()
             self._check_dense()
             self._follow(selection)
+            if not self._started:  # weights may have been loaded through .data, which leaves no trace
+                for index in self._seen:
+                    self._check_values(selection, index)
+                self._started = True
         selection._taps.checked = True
 
     def check_structure(self) -> None:
@@ -143,13 +154,8 @@ class Identity:
                 f"the model has a tensor {name!r} {what} at unmask.select(), so no base has its tensors. {_WAY}{_STATE}"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            for index, seen in self._seen.items():
+            for index in self._seen:
                 self._check_values(selection, index)
-                if torch.finfo(seen.dtype).eps < seen.narrowest:
-                    raise SelectionError(
-                        f"{selection._layout.names[index]!r} is {seen.dtype}, and was less precise in between, which has rounded "
-                        f"its unselected weights: no base holds them.{_STATE}"
-                    )
 
     def check_dense(self) -> None:
         """Looks at the tensors trained whole, which a state holds.
@@ -165,7 +171,7 @@ class Identity:
         selection = self._selection()
         if selection is not None:
             with torch._C.DisableTorchFunctionSubclass():
-                self._seen = {index: _Seen(seen.tensor, seen.narrowest) for index, seen in self._seen.items()}
+                self._seen = {index: _Seen(seen.tensor, seen) for index, seen in self._seen.items()}
             self._remember_versions(selection._layout)
 
     # What is where.
@@ -198,7 +204,7 @@ class Identity:
             more = f" (and {len(gone) - 1} more)" if gone[1:] else ""
             raise SelectionError(
                 f"{gone[0]!r}{more} was replaced after unmask.select() (by a new layer or parameter, "
-                "load_state_dict(assign=True), or a parametrization), so that the model no longer computes with what the "
+                "load_state_dict(assign=True), weight_norm, or sharding), so that the model no longer computes with what the "
                 f"selection trains. {_WAY}{_STATE}"
             )
         self._look_around(model)
@@ -224,14 +230,21 @@ class Identity:
 
     def _follow(self, selection: Selection) -> None:
         layout, moved = selection._layout, False
-        for index, seen in self._seen.items():
-            if seen.in_place() and seen.tensor._version == layout.versions[index]:
-                continue
+        for index in self._touched(layout):
+            seen = self._seen[index]
+            if seen.tensor.shape != seen.shape:
+                raise _resized(layout.names[index], seen)
+            rounded = seen.coarsest > max(seen.first, torch.finfo(seen.tensor.dtype).eps)
+            if rounded and not self._in_peft:
+                raise SelectionError(
+                    f"{layout.names[index]!r} is {seen.tensor.dtype}, and was trained as {seen.dtype}, which has rounded its "
+                    f"unselected weights: no base holds them. Convert the model back to {seen.dtype}: it trains on."
+                )
             if (seen.tensor.dtype, seen.tensor.device) != (seen.dtype, seen.device):
                 moved = True
             else:
                 self._check_values(selection, index)
-            self._seen[index] = _Seen(seen.tensor, seen.narrowest)
+            self._seen[index] = _Seen(seen.tensor, seen)
             layout.versions[index] = seen.tensor._version
         if moved:
             _write_again(selection)
@@ -242,6 +255,18 @@ class Identity:
                 raise _overwritten(dense.name)
             dense.write()
             self._dense[place] = (dense, _Seen(dense.parameter))
+
+    def _touched(self, layout: Layout) -> list[int]:
+        """Tensors that are in other memory, or were written to by others: four comparisons each, at every forward and step."""
+        versions, expired = layout.versions, torch.UntypedStorage._expired
+        return [
+            index
+            for index, seen in self._seen.items()
+            if (tensor := seen.tensor)._version != versions[index]
+            or tensor.data_ptr() != seen.pointer
+            or tensor.shape != seen.shape
+            or expired(seen.storage.cdata)
+        ]
 
     def _check_values(self, selection: Selection, index: int) -> None:
         """One tensor's selected weights must be what ``values`` say, or what they were before training."""
@@ -273,8 +298,9 @@ def _write_again(selection: Selection) -> None:
 
 def _resized(name: str, seen: _Seen) -> SelectionError:
     return SelectionError(
-        f"{name!r} has shape {tuple(seen.tensor.shape)}, and had {tuple(seen.shape)} at unmask.select() (resize_token_embeddings, "
-        f"or other data), so that a weight's place means another weight. {_WAY} Resized back, the model trains on.{_STATE}"
+        f"{name!r} has shape {tuple(seen.tensor.shape)}, and had {tuple(seen.shape)} at unmask.select() "
+        f"(resize_token_embeddings, or other data), so that a weight's place means another weight. {_WAY} Resized back, the "
+        f"model trains on.{_STATE}"
     )
 
 
