@@ -37,6 +37,9 @@ class _Seen:
 
     __slots__ = ("coarsest", "device", "dtype", "first", "pointer", "shape", "storage", "tensor")
 
+    first: float
+    coarsest: float
+
     def __init__(self, tensor: Tensor, before: _Seen | None = None) -> None:
         step = torch.finfo(tensor.dtype).eps
         self.first = step if before is None else before.first  # of the dtype at select
@@ -309,7 +312,7 @@ def _overwritten(name: str) -> SelectionError:
         f"selected weights of {name!r} were written to after unmask.select() (load_state_dict, copy_, another optimizer, or a "
         "conversion to fewer bits and back), and the selection holds other values of them. To load weights, do so before "
         "unmask.select(); to change selected weights, write to selection.values; to keep what was trained, "
-        "selection.load_state_dict(selection.state_dict()) on the base's weights."
+        "selection.load_state_dict(selection.state_dict())."
     )
 
 

@@ -44,7 +44,9 @@ def select(
     """Freezes a model and makes a budget of its scalar weights trainable.
 
     Args:
-        model: Any module. Its tensors keep their names, shapes and dtypes and always hold the current values.
+        model: Any module. Its tensors keep their names, shapes and dtypes and always hold the current values. Of a compiled
+            model, or one in ``DataParallel``, it is the model inside; names are those of the plain model. Parameters that
+            share one memory become one parameter until ``release()``. What may be changed afterwards: docs/training.md.
         method: What is unmasked and when, e.g. ``unmask.id3(budget=320_000, steps=1_000)``.
         include: Regular expressions, searched in parameter names: only these tensors are eligible.
         exclude: Regular expressions: these tensors are not.
@@ -73,7 +75,8 @@ def select(
 
     Raises:
         MethodError: The budget exceeds the eligible weights, a pattern finds nothing, the model is selected from already,
-            or ``values`` does not fit.
+            ``values`` does not fit, a wrapper or place of the model does not allow a selection (DDP, FSDP1, DeepSpeed, the
+            meta device), or trained tensors overlap in memory.
         SelectionError: Another process has another model or method.
 
     Example:

@@ -187,7 +187,8 @@ class Selection:
             order: Keep the order of unmasking too (4 bytes a weight), so that `unmask.analysis` can read off smaller budgets.
 
         Raises:
-            SelectionError: ``order`` of repeat-S, which picks weights more than once, or the selection was released.
+            SelectionError: ``order`` of repeat-S, which picks weights more than once, the selection was released, or the
+                model is no longer what was selected from (`unmask.identity`).
         """
         self._alive("delta")
         return record_delta(self, base, order)
