@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -94,6 +95,16 @@ def test_torch_refuses_a_new_parametrization_and_the_run_goes_on():
     train(model, optimizer, batches(4)[2:])
     straight, _, _ = started(steps=4)
     assert_same_tensors(snapshot(model), snapshot(straight))
+
+
+def test_a_selection_that_only_the_model_holds_refuses_too():
+    model = body()
+    optimizer = torch.optim.SGD(unmask.select(model, unmask.id3(12, steps=4)).parameters(), lr=0.1)
+    train(model, optimizer, batches(1))
+    assign(model)
+    gc.collect()
+    with pytest.raises(SelectionError, match="was replaced"):
+        mean_square(model, batches(1)[0])
 
 
 def test_a_forward_past_the_model_itself_is_refused_too():

@@ -85,7 +85,7 @@ class Identity:
             self._dense = [(d, _Seen(d.parameter)) for d in selection.dense]
         self._remember_versions(layout)
         self._started = self._in_peft = False
-        self._hook = selection.model.register_forward_pre_hook(_Hook(self))
+        self._hook = selection.model.register_forward_pre_hook(_Hook(selection))
 
     def leave_to_peft(self) -> None:
         """A PEFT model asks by itself at each forward, and may wrap modules while one of its adapters trains."""
@@ -317,16 +317,18 @@ def _overwritten(name: str) -> SelectionError:
 
 
 class _Hook:
-    """The model's forward pre-hook. A copy or pickle of the model has one in its place that does nothing, of Python's own."""
+    """The model's forward pre-hook: keeps the selection alive, whose tensors the model may have lost.
 
-    def __init__(self, identity: Identity) -> None:
-        self._identity = weakref.ref(identity)
+    A copy or pickle of the model has one in its place that does nothing, of Python's own.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self._selection = selection
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any) -> None:
-        identity = self._identity()
-        if identity is not None and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-            identity.check()
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            self._selection.check_model()
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return getattr, (contextlib.nullcontext(), "__exit__")  # takes any arguments and returns None
