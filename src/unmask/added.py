@@ -14,6 +14,7 @@ from torch import nn
 
 from unmask.delta import base_tensors
 from unmask.errors import MethodError
+from unmask.wrappers import bare, named_parameters, plain_names
 
 _WRAPPED = frozenset({"base_layer", "original_module"})  # where peft keeps the module that it wraps
 
@@ -28,10 +29,11 @@ def added_tensors(model: nn.Module) -> set[str]:
         >>> added_tensors(nn.Linear(2, 2))
         set()
     """
+    model = bare(model)
     names = base_tensors(model)
     prefixes = tuple(_peft_prefixes(model))
     inserted = {id(p) for module in _adapter_modules(model) for p in module.parameters()}
-    by_id = {name for name, p in model.named_parameters() if id(p) in inserted}
+    by_id = {name for name, p in named_parameters(model).items() if id(p) in inserted}
     return {name for name in names if f"{name}.".startswith(prefixes)} | by_id
 
 
@@ -75,7 +77,7 @@ def refuse_dead_lora(model: nn.Module, trained: Set[str]) -> None:
     Raises:
         MethodError: It is such a selection.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in named_parameters(model).items()}
     dead = set()
     for a, b in _lora_pairs(model):
         if names.get(id(b)) not in trained and not b.detach().any():
@@ -88,11 +90,12 @@ def refuse_dead_lora(model: nn.Module, trained: Set[str]) -> None:
 
 
 def _peft_prefixes(model: nn.Module) -> Iterator[str]:
+    plain = plain_names(model)
     for place, module in model.named_modules():
         layers = getattr(module, "adapter_layer_names", None)
         if isinstance(layers, tuple):
             for part in (*layers, *getattr(module, "other_param_names", ())):
-                yield f"{place}.{part}." if place else f"{part}."
+                yield plain(f"{place}.{part}.".removeprefix("."))
 
 
 def _adapter_modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -22,6 +22,7 @@ from unmask.quantised.layers import settle, weights
 from unmask.quantised.tensor import QuantisedTensor
 from unmask.slots import put, take
 from unmask.stepping import has_selection
+from unmask.wrappers import persistent_buffers
 from unmask.writable import find_unwritable
 
 FORMAT_VERSION = 2
@@ -227,10 +228,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a fingerprint covers: parameters (shared ones once) and persistent buffers, detached, by name.
 
+    Names are those of the plain model, without a wrapper's (`unmask.wrappers`).
     A quantised weight is a `QuantisedTensor`, which does not touch its layer until `settle` is called.
     """
-    persistent = set(model.state_dict(keep_vars=True))
-    named = weights(model) | {n: b for n, b in model.named_buffers() if n in persistent}
+    named = weights(model) | persistent_buffers(model)
     with torch._C.DisableTorchFunctionSubclass():
         return {name: tensor.detach() for name, tensor in named.items()}
 

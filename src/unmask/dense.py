@@ -30,21 +30,23 @@ class DenseTensor:
         self.master = parameter
         self._hook = None
         self._writes: Writes | None = None
+        self.version = -1  # the parameter's, after our own last write; see unmask.identity
         if parameter.dtype in _HALF:
             self.master = nn.Parameter(parameter.detach().float())
             self._writes = Writes(self.master)
             self._hook = parameter.register_post_accumulate_grad_hook(self._hand_over)
+            self.version = parameter._version
 
     def sync(self) -> None:
         """After an optimizer step: rounds the master into the model's tensor; its gradient is spent."""
         if self._writes is not None:
-            self._round()
+            self.write()
             self.master.grad = None  # the model's zero_grad() would not reach it
 
     def catch_up(self) -> None:
         """Rounds the master into the model's tensor, if anything was written into it since."""
         if self._writes is not None and self._writes.new:
-            self._round()
+            self.write()
 
     @property
     def rounded(self) -> bool:
@@ -52,10 +54,16 @@ class DenseTensor:
         return self._writes is not None
 
     @torch.no_grad()
-    def _round(self) -> None:
+    def write(self) -> None:
+        """Rounds the master into the model's tensor."""
         self.parameter.copy_(self.master)
+        self.version = self.parameter._version
         if self._writes is not None:
             self._writes.take()
+
+    def holds_master(self) -> bool:
+        """Whether the model's tensor is the master, rounded."""
+        return torch.equal(self.parameter.detach(), self.master.detach().to(self.parameter))
 
     def load(self, values: Tensor) -> None:
         """Sets the tensor (and its master) to saved master values."""
@@ -74,9 +82,9 @@ class DenseTensor:
         if gradient is None:
             return
         if self.master.grad is None:
-            self.master.grad = gradient.float()
+            self.master.grad = gradient.to(self.master)
         else:
-            self.master.grad += gradient
+            self.master.grad += gradient.to(self.master.device)
 
 
 class _BeforeForward:

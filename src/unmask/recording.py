@@ -22,6 +22,7 @@ from unmask.quantised.tensor import QuantisedTensor
 from unmask.reading import fields, mapping, parse_json, read_json, refusing, text
 from unmask.slots import put, take
 from unmask.version import __version__
+from unmask.wrappers import bare, plain_names
 
 if TYPE_CHECKING:
     from unmask.selection import Selection
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 def record_delta(selection: Selection, base: str | None, order: bool = False) -> SparseDelta:
     """Reads a selection's changes off the model; see `Selection.delta`."""
+    selection._identity.check_result()
     slots = _order(selection) if order else {}
     reshard(selection.model)
     tensors = {name: gathered(tensor) for name, tensor in base_tensors(selection.model).items()}
@@ -107,9 +109,14 @@ def missing_from_checkpoint(model: nn.Module) -> set[str]:
     """Names of parameters and buffers that a transformers model's safetensors checkpoint lacks, such as a new head.
 
     Empty where this cannot be found out (no such checkpoint), and where the checkpoint's names differ throughout from the
-    model's (a converted layout), so that they tell nothing: name such tensors with ``unmask.select(..., new=...)``. What a
+    model's (a converted layout), so that they tell nothing: name such tensors with ``unmask.select(..., new=...)``. Of a module
+    that holds transformers models, the tensors that these lack. What a
     PEFT library added is none of it: see `unmask.added.added_tensors`.
     """
+    model = bare(model)
+    if not name_or_path(model):
+        inside = _pretrained_inside(model)
+        return {f"{place}.{name}" for place, part in inside.items() for name in missing_from_checkpoint(part)}
     source = name_or_path(model)
     stored = _stored_names(source) if source else set()
     if not stored:
@@ -125,6 +132,18 @@ def missing_from_checkpoint(model: nn.Module) -> set[str]:
     missing = {name for name in tensors if not is_stored(name)}
     share = sum(tensors[name].numel() for name in missing) / max(1, sum(t.numel() for t in tensors.values()))
     return missing if share < 0.5 else set()
+
+
+def _pretrained_inside(model: nn.Module) -> dict[str, nn.Module]:
+    """The transformers models that another module holds (a LightningModule, say), by their place in it."""
+    found: dict[str, nn.Module] = {}
+    plain = plain_names(model)
+    for place, module in model.named_modules():
+        inner = bare(module)
+        outermost = not any(f"{plain(place)}.".startswith(f"{outer}.") for outer in found)
+        if outermost and hasattr(inner, "base_model_prefix") and name_or_path(inner):
+            found[plain(place)] = inner
+    return found
 
 
 def _stored_names(source: str) -> set[str]:

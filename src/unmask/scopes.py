@@ -11,6 +11,7 @@ from torch import nn
 
 from unmask.errors import MethodError
 from unmask.quantised.kinds import Unsupported, sources
+from unmask.wrappers import named_parameters
 
 Kind = Literal["all", "linear", "bias", "vector", "patterns"]
 Patterns = str | Iterable[str] | None
@@ -34,7 +35,7 @@ class Scope:
 
     def names(self, model: nn.Module) -> list[str]:
         """Names of the eligible tensors of a model, in the order of ``named_parameters()``."""
-        parameters = dict(model.named_parameters())
+        parameters = named_parameters(model)
         if self.kind == "all":
             return list(parameters)
         if self.kind == "vector":
@@ -142,7 +143,7 @@ def resolve(
         MethodError: A pattern finds nothing, no tensor is left, or a tensor is quantised in a way that nothing can be
             selected from.
     """
-    parameters = dict(model.named_parameters())
+    parameters = named_parameters(model)
     if not parameters:
         raise MethodError("the model has no parameters; there is nothing to select from.")
     dense_names = matching(parameters, as_patterns(dense), "dense")
@@ -184,7 +185,7 @@ def refuse_renormalized(model: nn.Module, dense: Iterable[str]) -> None:
     Raises:
         MethodError: There is such an embedding.
     """
-    parameters = dict(model.named_parameters())
+    parameters = named_parameters(model)
     whole = {id(parameters[name]) for name in dense}
     for name, module in model.named_modules():
         bounded = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None

@@ -19,6 +19,8 @@ from unmask.recording import missing_from_checkpoint, new_tensors
 from unmask.scopes import Patterns, as_patterns, matching, refuse_renormalized, resolve
 from unmask.selection import Selection
 from unmask.stepping import has_selection
+from unmask.storage import Ties, refuse_absent, refuse_overlaps
+from unmask.wrappers import bare, named_parameters, refuse_wrappers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -43,7 +45,9 @@ def select(
     """Freezes a model and makes a budget of its scalar weights trainable.
 
     Args:
-        model: Any module. Its tensors keep their names, shapes and dtypes and always hold the current values.
+        model: Any module. Its tensors keep their names, shapes and dtypes and always hold the current values. Of a compiled
+            model, or one in ``DataParallel``, it is the model inside; names are those of the plain model. Parameters that
+            share one memory become one parameter until ``release()``. What may be changed afterwards: docs/training.md.
         method: What is unmasked and when, e.g. ``unmask.id3(budget=320_000, steps=1_000)``.
         include: Regular expressions, searched in parameter names: only these tensors are eligible.
         exclude: Regular expressions: these tensors are not.
@@ -72,7 +76,8 @@ def select(
 
     Raises:
         MethodError: The budget exceeds the eligible weights, a pattern finds nothing, the model is selected from already,
-            or ``values`` does not fit.
+            ``values`` does not fit, a wrapper or place of the model does not allow a selection (DDP, FSDP1, DeepSpeed, the
+            meta device), or trained tensors overlap in memory.
         SelectionError: Another process has another model or method.
 
     Example:
@@ -92,6 +97,8 @@ def select(
             f"select got a {type(model).__name__} and a {type(method).__name__}; give a torch module and a method, such as "
             "unmask.id3(budget=1000, steps=100)."
         )
+    refuse_wrappers(model)
+    model = bare(model)
     if has_selection(model):
         raise MethodError("this model already has a selection; call its release() first.")
     if accumulation not in ("candidates", "exact"):
@@ -103,25 +110,39 @@ def select(
     if clip_scope == "all" and gradients == "sampled":
         raise MethodError("clip_scope='all' needs the whole gradient at every step; leave gradients='auto'.")
     check_exchange(exchange, method)
+    refuse_absent(model)
     reducer = ProcessReducer(model, exchange, group)
-    reducer.share_weights(model)
-    eligible, dense_names = resolve(model, method.scope, include, exclude, dense)
-    if method.whole:
-        eligible, dense_names = [], sorted({*eligible, *dense_names})
-    refuse_renormalized(model, dense_names)
-    if reducer.sharded is not None:
-        check_sharded(model, method, eligible, dense_names, exchange)
-    budget = count_budget(model, method, eligible)
-    method.schedule.check(budget)
-    parameters = dict(model.named_parameters())
-    new_names = None if new is None else matching(parameters, as_patterns(new), "new")
-    absent = (lambda: missing_from_checkpoint(model)) if new_names is None else (lambda: set(new_names))
-    refuse_quantised(model, method, [*eligible, *dense_names], absent)
-    if method.unselected == "zero":
-        refuse_pruned_base(eligible, set(new_tensors(model, new_names)))
-    return Selection(
-        model, method, eligible, dense_names, budget, accumulation, new_names, gradients, reducer, clip_scope, values
-    )
+    with Ties(model) as ties:  # a tensor of several names is one tensor from here on
+        reducer.share_weights(model)
+        eligible, dense_names = resolve(model, method.scope, include, exclude, dense)
+        if method.whole:
+            eligible, dense_names = [], sorted({*eligible, *dense_names})
+        refuse_renormalized(model, dense_names)
+        if reducer.sharded is not None:
+            check_sharded(model, method, eligible, dense_names, exchange)
+        refuse_overlaps(model, [*eligible, *dense_names])
+        budget = count_budget(model, method, eligible)
+        method.schedule.check(budget)
+        parameters = named_parameters(model)
+        new_names = None if new is None else matching(parameters, as_patterns(new), "new")
+        absent = (lambda: missing_from_checkpoint(model)) if new_names is None else (lambda: set(new_names))
+        refuse_quantised(model, method, [*eligible, *dense_names], absent)
+        if method.unselected == "zero":
+            refuse_pruned_base(eligible, set(new_tensors(model, new_names)))
+        return Selection(
+            model,
+            method,
+            eligible,
+            dense_names,
+            budget,
+            accumulation,
+            new_names,
+            gradients,
+            reducer,
+            clip_scope,
+            values,
+            ties,
+        )
 
 
 def count_budget(model: nn.Module, method: Method, eligible: list[str]) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,13 +30,16 @@ from unmask.gradients.tap import TapSet
 from unmask.gradients.tapped import owner_of
 from unmask.gradients.unreached import UnreachedHook
 from unmask.gradients.window import Accumulation, Gradients, Window
+from unmask.identity import Identity
 from unmask.method import Method
 from unmask.quantised.layers import reach_biases, settle, stored_in, weights
 from unmask.rates import SlotScale
 from unmask.recording import record_delta
 from unmask.slots import SlotTable, take
-from unmask.state import persistent_buffers, restore, state_of
+from unmask.state import restore, state_of
 from unmask.stepping import clear_state, unwatch, watch
+from unmask.storage import Ties
+from unmask.wrappers import named_parameters, persistent_buffers
 from unmask.writes import copy_in, copying_optimizer, same, stale_write
 
 if TYPE_CHECKING:
@@ -102,8 +106,9 @@ class Selection:
         reducer: ProcessReducer,
         clip_scope: ClipScope = "selected",
         values: nn.Parameter | None = None,
+        ties: Ties | None = None,
     ) -> None:
-        parameters, tensors = dict(model.named_parameters()), weights(model)
+        parameters, tensors = named_parameters(model), weights(model)
         self.model, self.method, self.step, self.used = model, method, 0, 0
         self.clip_scope: ClipScope = clip_scope
         gradients = "dense" if clip_scope == "all" else gradients
@@ -157,6 +162,8 @@ class Selection:
         if self._reducer.sharded is not None:
             self._forward_hooks += catch_up_before_gather(model, self._taps.catch_up)
         self._released = False
+        self._identity = Identity(self, ties or Ties(model))
+        self._taps.check = partial(self._identity.check, places=False)
         self._begin_step()
         watch(self)
         try:
@@ -213,7 +220,8 @@ class Selection:
             order: Keep the order of unmasking too (4 bytes a weight), so that `unmask.analysis` can read off smaller budgets.
 
         Raises:
-            SelectionError: ``order`` of repeat-S, which picks weights more than once, or the selection was released.
+            SelectionError: ``order`` of repeat-S, which picks weights more than once, the selection was released, or the
+                model is no longer what was selected from (`unmask.identity`).
         """
         self._alive("delta")
         self._settle_writes()
@@ -226,7 +234,12 @@ class Selection:
         unfinished accumulation are not part of it.
         """
         self._alive("state_dict")
-        self._settle_writes()
+        try:
+            self._identity.check_structure()
+        except SelectionError:  # the model was resized, say: what was trained is in ``values`` all the same
+            pass
+        else:
+            self._settle_writes()
         return state_of(self) | ({"copied": True} if self._copied else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -261,8 +274,9 @@ class Selection:
             hook.remove()
         for tensor in self.dense:
             tensor.release()
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in named_parameters(self.model).items():
             parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
+        self._identity.release()
         self._released = True
 
     @property
@@ -326,6 +340,11 @@ class Selection:
             if tensor.master.grad is not None and not torch.isfinite(tensor.master.grad.sum()):
                 return f"the gradient of {tensor.name!r} is not finite"
         return None
+
+    def check_model(self) -> None:
+        """Refuses a model that is no longer what was selected from; see `unmask.identity`."""
+        self.catch_up()
+        self._identity.check()
 
     def before_step(self, optimizer: Optimizer) -> None:
         """A slot that changes hands starts with fresh optimizer state."""
@@ -515,7 +534,7 @@ class Selection:
     @torch.no_grad()
     def _settle_writes(self) -> None:
         """Before anything is saved: takes writes in, and refuses those that torch's counters do not show."""
-        self.catch_up()
+        self.check_model()
         name = (
             None if self._reducer.sharded is not None else self._differing()
         )  # shards: a call of all processes together

@@ -111,6 +111,7 @@ class Layout:
         self.bounds = sizes.cumsum(0)  # (tensors + 1,)
         self.starts: list[int] = self.bounds[:-1].tolist()
         self.total = int(self.bounds[-1])
+        self.versions = [-1] * len(self.tensors)  # each tensor's version after our own last write; see unmask.identity
 
     def plain(self, index: int) -> Tensor:
         """The tensor without gradient tracking: shares storage and version counter with the parameter."""
@@ -153,7 +154,11 @@ class Layout:
 
     def put(self, index: int, flat: Tensor, values: Tensor) -> None:
         """Sets one tensor's weights at flat indices (cast to its dtype)."""
-        put(self.plain(index), flat, values)
+        tensor = self.plain(index)
+        ours = not tensor.is_inference() and tensor._version == self.versions[index]
+        put(tensor, flat, values)
+        if ours:
+            self.versions[index] = tensor._version
 
     def holds(self, parameter: Tensor) -> bool:
         """Whether the model has this parameter in a tensor's place."""
@@ -217,7 +222,7 @@ class SlotTable:
             for index, flat, places in self.layout.split(positions):
                 self._insert(index, flat, slots[places])
         elif slots.numel():
-            self._rebuild()
+            self.rebuild()
 
     def load(self, positions: Tensor, base: Tensor) -> None:
         """Replaces the whole table; slots beyond the given ones hold nothing."""
@@ -225,7 +230,7 @@ class SlotTable:
         self.positions[: positions.numel()] = positions
         self.base.zero_()
         self.base[: base.numel()] = base
-        self._rebuild()
+        self.rebuild()
 
     def scatter(self, values: Tensor, active: int) -> None:
         """Writes the values of the first ``active`` slots into the tensors."""
@@ -249,7 +254,8 @@ class SlotTable:
             if entries is not None and kept is not None:
                 put(tensor, entries.flat, kept)
 
-    def _rebuild(self) -> None:
+    def rebuild(self) -> None:
+        """Groups the held slots by tensor, on each tensor's device."""
         held = (self.positions >= 0).nonzero().squeeze(1)
         self._members, self.held = {}, int(held[-1].item()) + 1 if held.numel() else 0
         for index, flat, places in self.layout.split(self.positions[held]):

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unmask.bitwise import same_bits, same_entries
 from unmask.distributed.sharding import reshard
 from unmask.errors import SelectionError
 from unmask.reading import Malformed, count, fields, items, mapping, plain, refusing, text
 from unmask.slots import take
+from unmask.wrappers import persistent_buffers
 
 if TYPE_CHECKING:
     from unmask.selection import Selection
@@ -21,14 +22,9 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
-def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a checkpoint holds, by name."""
-    persistent = set(model.state_dict(keep_vars=True))
-    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-
-
 def state_of(selection: Selection) -> dict[str, Any]:
     """See `Selection.state_dict`."""
+    selection._identity.check_dense()
     window, table = selection._window, selection._table
     current = persistent_buffers(selection.model)
     picked = selection._picked
@@ -53,6 +49,7 @@ def state_of(selection: Selection) -> dict[str, Any]:
 @torch.no_grad()
 def restore(selection: Selection, state: Mapping[str, Any]) -> None:
     """See `Selection.load_state_dict`."""
+    selection._identity.check_structure()
     with refusing(SelectionError, "this selection state", "Nothing was changed; take another copy of the state."):
         saved = _checked(selection, state)
     reshard(selection.model)
@@ -70,6 +67,7 @@ def restore(selection: Selection, state: Mapping[str, Any]) -> None:
         buffers[name].copy_(saved.buffers.get(name, original))
     for tensor in selection.dense:
         tensor.load(saved.dense[tensor.name])
+    selection._identity.renew()
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ def _identity(selection: Selection) -> dict[str, Any]:
         "method": selection.method.describe(),
         "budget": selection.budget,
         "names": list(selection._layout.names),
-        "shapes": [list(t.shape) for t in selection._layout.tensors],
+        "shapes": selection._identity.shapes,
     }
 
 

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from unmask.errors import NonFiniteGradientError, ScheduleNotRunError, SelectionError
 from unmask.gradients.tapped import is_tapped
 from unmask.quantised.layers import is_trained
+from unmask.wrappers import bare
 
 
 class Steppable(Protocol):
@@ -49,6 +50,9 @@ class Steppable(Protocol):
 
     def check_optimizer(self, optimizer: Optimizer, before: Tensor | None) -> None:
         """The optimizer has changed ``clock()``: refuses one that keeps copies it must not keep."""
+
+    def check_model(self) -> None:
+        """Refuses a model that is no longer what was selected from."""
 
     def before_step(self, optimizer: Optimizer) -> None:
         """The optimizer is about to change ``clock()``."""
@@ -86,7 +90,7 @@ def has_selection(model: nn.Module) -> bool:
     """Whether a live selection was made from this model, or holds tensors of it."""
     if any(is_tapped(p) for p in model.parameters()) or is_trained(model):
         return True
-    return any(live.model is model for live in list(_LIVE))
+    return any(live.model is bare(model) for live in list(_LIVE))
 
 
 def slots_in_use(parameter: Tensor) -> int | None:
@@ -156,6 +160,7 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _ready(selection: Steppable, optimizer: Optimizer) -> None:
+    selection.check_model()
     _check_gradient(selection)
     _check_steps_taken(selection, optimizer)
     selection.before_step(optimizer)

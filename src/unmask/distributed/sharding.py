@@ -24,6 +24,7 @@ from unmask.gradients.streamed import Ranker
 from unmask.method import Method
 from unmask.slots import Entries, Layout, SlotTable, put, take
 from unmask.topk import Ranked, StreamingTopK
+from unmask.wrappers import named_parameters
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -43,7 +44,7 @@ def group_of(model: nn.Module) -> Processes | None:
     Raises:
         MethodError: It is sharded otherwise than by rows over one dimension of processes.
     """
-    sharded = {name: p for name, p in model.named_parameters() if is_sharded(p)}
+    sharded = {name: p for name, p in named_parameters(model).items() if is_sharded(p)}
     if not sharded:
         return None
     for name, parameter in sharded.items():
@@ -64,7 +65,7 @@ def check_sharded(
     Raises:
         MethodError: With what to do instead.
     """
-    parameters = dict(model.named_parameters())
+    parameters = named_parameters(model)
     heuristic = method.heuristic
     whole_tensors = [name for name in dense if is_sharded(parameters[name])]
     plain = [name for name in eligible if not is_sharded(parameters[name])]
@@ -105,7 +106,7 @@ class ShardedLayout(Layout):
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], processes: Processes) -> None:
-        parameters, unsharded = dict(model.named_parameters()), _unsharded(model)
+        parameters, unsharded = named_parameters(model), _unsharded(model)
         super().__init__(names, [unsharded[name] for name in names])
         self.processes = processes
         self._sharded = [parameters[name] for name in names]
@@ -253,7 +254,7 @@ def _unsharded(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for module in _fsdp_modules(model):
         module.unshard()
-        found |= {name: p for name, p in model.named_parameters() if not is_sharded(p)}
+        found |= {name: p for name, p in named_parameters(model).items() if not is_sharded(p)}
         module.reshard()
     return found
 

@@ -72,6 +72,9 @@ class TapSet:
         self._pieces: set[int] = set()  # tensors used more than once: a backward may bring their gradient in pieces
         self._held: dict[tuple[int, int], tuple[Tensor | Factors, Entries | None]] = {}
         self._received = False
+        self.check: Callable[[], None] = lambda: None  # asks whether the model still is what was selected from
+        self.checked = False  # since the last backward
+        self.paused = False
         for tensor, site in zip(tensors, self._sites, strict=True):
             attach(tensor, site)
 
@@ -84,11 +87,13 @@ class TapSet:
 
     def pause(self) -> None:
         """Until `resume`, a forward takes the tensors for ordinary frozen parameters; a backward that waits still arrives."""
+        self.paused = True
         for tensor in self._tensors:
             detach(tensor)
 
     def resume(self) -> None:
         """Ends a `pause`."""
+        self.paused = False
         for tensor, site in zip(self._tensors, self._sites, strict=True):
             attach(tensor, site)
 
@@ -108,6 +113,7 @@ class TapSet:
         self._uses.clear()
         self._held.clear()
         self._received = False
+        self.checked = False
 
     def use(self, parameter: TappedParameter) -> Tensor:
         """What an operation gets in a tapped parameter's place: a proxy, or the plain tensor."""
@@ -135,6 +141,8 @@ class TapSet:
             if not inside and self._training():
                 self._count(site.index)
             return None
+        if not (self.checked or inside):
+            self.check()
         if not self._receiver.wanted(site.index):
             return None
         self.served += 1

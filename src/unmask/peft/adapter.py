@@ -28,6 +28,7 @@ from unmask.selection import Selection, known_positions
 from unmask.slots import Layout, SlotTable, put
 from unmask.state import state_of
 from unmask.stepping import unwatch, watch
+from unmask.wrappers import named_parameters
 from unmask.writes import Writes
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class Adapter:
         self.expect(False)
         held = self.slots()
         self.layout.write(held.positions[: held.used], held.base[: held.used])  # selecting starts from base weights
-        names = {id(p): name for name, p in model.named_parameters()}
+        names = {id(p): name for name, p in named_parameters(model).items()}
         pattern = "|".join(re.escape(names[id(p)]) for p in self.layout.tensors)
         with _others_left(model, self.layout):
             selection = select(
@@ -166,6 +167,7 @@ class Adapter:
                 clip_scope=self.config.clip_scope,  # type: ignore[arg-type]
                 values=self.values,
             )
+        selection._identity.leave_to_peft()
         if held.step or held.used:
             selection.load_state_dict({**selection.state_dict(), **vars(held), "buffers": selection._buffers})
         self.selection = selection

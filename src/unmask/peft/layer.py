@@ -165,6 +165,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
 
     # Training.
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # starting a selection is nothing to compile
     def before_forward(self) -> None:
         """A forward of the base begins: takes in writes into ``values``, and starts the selection if this one is to train."""
         adapter = self.active
@@ -180,6 +181,8 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         if adapter.selection is None and self._steps_are_known(adapter):
             self.settle()
             adapter.start(self.model)
+        elif adapter.selection is not None:
+            adapter.selection.check_model()
 
     def _follow(self, adapter: Adapter) -> None:
         """Knows the Trainer's attempt that this forward belongs to, and undoes one that has failed."""

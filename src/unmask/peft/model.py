@@ -30,6 +30,7 @@ from unmask.recording import name_or_path
 from unmask.selecting import count_budget
 from unmask.stepping import has_selection
 from unmask.version import __version__
+from unmask.wrappers import named_parameters
 
 
 class SelectiveModel(BaseTuner):
@@ -109,7 +110,7 @@ class SelectiveModel(BaseTuner):
         budget = None if config.budget is None else parse_budget(config.budget, total)
         method = config.build(budget)
         parameters = eligible(model, config, method)
-        names = {id(p): name for name, p in model.named_parameters()}
+        names = {id(p): name for name, p in named_parameters(model).items()}
         method.schedule.check(count := count_budget(model, method, [names[id(p)] for p in parameters.values()]))
         adapter = Adapter(config, count, parameters)
         if twin is not None and adapter_name == "ref" and calling_trainer() is not None:

@@ -18,7 +18,7 @@ from unmask.method import Method
 from unmask.peft.config import SelectiveConfig
 from unmask.quantised.kinds import sources
 from unmask.scopes import refuse_renormalized
-from unmask.state import persistent_buffers
+from unmask.wrappers import named_parameters, persistent_buffers
 
 _ORIGINAL = "original_module"
 
@@ -34,7 +34,7 @@ class Base:
         self._wrappers = [
             name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
         ]
-        self.parameters: dict[str, nn.Parameter] = self._own(dict(model.named_parameters()))
+        self.parameters: dict[str, nn.Parameter] = self._own(named_parameters(model))
         self.buffers: dict[str, Tensor] = self._own(persistent_buffers(model))
 
     def name_of(self, name: str) -> str | None:
@@ -85,7 +85,7 @@ def eligible(model: nn.Module, config: SelectiveConfig, method: Method) -> dict[
     refuse_renormalized(model, ())
     targets, excluded = _matched(model, base, config)
     inside, outside = _below(model, base, targets), _below(model, base, excluded)
-    parameters = dict(model.named_parameters())
+    parameters = named_parameters(model)
     scope = {id(parameters[name]) for name in method.scope.names(model)}
     wanted = (inside & scope) - outside
     _refuse_quantised(model, wanted)
@@ -109,7 +109,7 @@ def eligible(model: nn.Module, config: SelectiveConfig, method: Method) -> dict[
 
 def _refuse_quantised(model: nn.Module, wanted: set[int]) -> None:
     """An adapter's values are in the base's own tensors, where a quantised matrix has no place for them."""
-    parameters = dict(model.named_parameters())
+    parameters = named_parameters(model)
     quantised = [name for name in sources(model) if name in parameters and id(parameters[name]) in wanted]
     if quantised:
         raise MethodError(

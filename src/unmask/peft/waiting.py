@@ -42,6 +42,9 @@ class Waiting:
         """Whether an optimizer that holds this parameter was built from the base."""
         return any(parameter is tensor for tensor in self._tensors)
 
+    def check_model(self) -> None:
+        """Nothing was selected from yet."""
+
     def has_gradient(self) -> bool:
         """True, so that `before_step` gives the reason."""
         return True

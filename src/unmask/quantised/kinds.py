@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from unmask.wrappers import named_parameters
+
 _REPACKS, _HELD = "support_avx512bf16_for_cpu", "_unmask_held"  # a Linear4bit's attribute; what it was before `hold`
 _ADVICE = "or leave it out with exclude="
 
@@ -234,7 +236,7 @@ def sources(model: nn.Module) -> dict[str, Source | Unsupported]:
     for layer in model.modules():
         holders.setdefault(id(layer._parameters.get("weight")), []).append(layer)
     found: dict[str, Source | Unsupported] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model).items():
         layers = holders.get(id(parameter), [])
         source = source_of(layers[0]) if layers else None
         if source is not None:

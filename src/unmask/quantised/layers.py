@@ -25,6 +25,7 @@ from unmask.quantised.sidecar import Sidecar
 from unmask.quantised.sparse import SparseMatrix
 from unmask.quantised.tensor import QuantisedTensor
 from unmask.slots import Entries
+from unmask.wrappers import named_parameters
 
 _SHARE = 8  # a dense product of some rows and columns may be this part of the matrix: more would be no sampling
 
@@ -169,7 +170,7 @@ def hook_of(layer: nn.Module) -> SidecarHook | None:
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """A model's parameters by name, a `QuantisedTensor` in the place of each quantised matrix that can be read."""
-    named: dict[str, Tensor] = dict(model.named_parameters())
+    named: dict[str, Tensor] = dict(named_parameters(model))
     for name, source in sources(model).items():
         if not isinstance(source, Unsupported):
             hook = hook_of(source.layer)
