@@ -179,7 +179,7 @@ def test_a_write_into_the_models_tensor_is_refused_where_something_is_saved():
     selection = started(unmask.random_mask(126))
     with torch.no_grad():
         selection.model[0].weight.mul_(2.0)
-    with pytest.raises(SelectionError, match=r"'0\.weight'.*Write into selection\.values"):
+    with pytest.raises(SelectionError, match=r"'0\.weight' were written to.*write to selection\.values"):
         selection.delta()
 
 

@@ -224,7 +224,8 @@ class Selection:
                 model is no longer what was selected from (`unmask.identity`).
         """
         self._alive("delta")
-        self._settle_writes()
+        self.check_model()
+        self._refuse_uncounted()
         return record_delta(self, base, order)
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,12 +235,8 @@ class Selection:
         unfinished accumulation are not part of it.
         """
         self._alive("state_dict")
-        try:
-            self._identity.check_structure()
-        except SelectionError:  # the model was resized, say: what was trained is in ``values`` all the same
-            pass
-        else:
-            self._settle_writes()
+        if self._follows():
+            self._refuse_uncounted()
         return state_of(self) | ({"copied": True} if self._copied else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -531,10 +528,25 @@ class Selection:
                 return self._layout.names[index]
         return None
 
+    def _follows(self) -> bool:
+        """Whether the model still holds what was selected from, with what was written into ``values`` taken in.
+
+        If not, what was trained is in ``values`` all the same, so that a state can be saved.
+        """
+        try:
+            self._identity.check_structure()
+        except SelectionError:
+            return False
+        self.catch_up()
+        try:
+            self._identity.check()
+        except SelectionError:
+            return False
+        return True
+
     @torch.no_grad()
-    def _settle_writes(self) -> None:
-        """Before anything is saved: takes writes in, and refuses those that torch's counters do not show."""
-        self.check_model()
+    def _refuse_uncounted(self) -> None:
+        """Before anything is saved: refuses writes that torch's counters do not show."""
         name = (
             None if self._reducer.sharded is not None else self._differing()
         )  # shards: a call of all processes together
