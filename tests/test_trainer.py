@@ -351,6 +351,7 @@ def test_reentrant_checkpointing_of_a_model_whose_inputs_are_no_tokens(tmp_path)
         )
         trainer.train()
         assert callback.live.used == 60
+        callback.live.release()
         assert not any(module._forward_hooks for module in trainer.model.modules())
         results.append(snapshot(trainer.model))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

@@ -371,6 +371,10 @@ def test_copies_and_pickles_of_the_model_know_nothing_of_it(tmp_path):
     model, _, _ = halves(unmask.random_mask(5), include="left")
     x = batches(1, width=4)[0]
     torch.save(model, tmp_path / "model.pt")
+    again = unmask.select(copy.deepcopy(model), unmask.pafi(3))
+    assert len(again.model._forward_hooks) == len(again.model._forward_pre_hooks) == 1
+    again.release()
+    assert not again.model._forward_hooks
     for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
         out = other(x, "right")
         assert not out.requires_grad

@@ -28,7 +28,7 @@ from unmask.gradients.plan import Plan
 from unmask.gradients.streamed import Ranker
 from unmask.gradients.tap import TapSet
 from unmask.gradients.tapped import owner_of
-from unmask.gradients.unreached import UnreachedHook
+from unmask.gradients.unreached import unwatch_forwards, watch_forwards
 from unmask.gradients.window import Accumulation, Gradients, Window
 from unmask.identity import Identity
 from unmask.method import Method
@@ -152,10 +152,9 @@ class Selection:
         if gradients != "dense":
             self._taps.handlers = handlers(dense=gradients == "auto")
         settle(model, self._layout.tensors)
-        self._hooks = reach_biases(model)
+        self._bias_hooks = reach_biases(model)
         if eligible:
-            hook = UnreachedHook(self._taps)
-            self._hooks += [model.register_forward_pre_hook(hook), model.register_forward_hook(hook)]
+            watch_forwards(model, self._taps)
         for tensor in self.dense:
             tensor.owner = self
         self._forward_hooks = catch_up_before_forward(model, self.dense)
@@ -267,7 +266,8 @@ class Selection:
         self._taps.remove()
         self._dense_gradients.remove()
         settle(self.model, self._layout.tensors)
-        for hook in [*self._hooks, *self._forward_hooks]:
+        unwatch_forwards(self.model)
+        for hook in [*self._bias_hooks, *self._forward_hooks]:
             hook.remove()
         for tensor in self.dense:
             tensor.release()

@@ -18,17 +18,35 @@ from torch.utils._pytree import tree_leaves, tree_map
 from unmask.gradients.tap import TapSet
 
 
-class UnreachedHook:
-    """The hook of a selection's model before and after its forward. In copies and pickles it does nothing, and needs no unmask.
+def watch_forwards(model: nn.Module, taps: TapSet) -> None:
+    """Gives a selection's model its hooks, until `unwatch_forwards`."""
+    unwatch_forwards(model)  # a copy has those of its original
+    hook = _Hook(taps)
+    model.register_forward_pre_hook(hook)
+    model.register_forward_hook(hook)
+
+
+def unwatch_forwards(model: nn.Module) -> None:
+    """Takes the hooks off a model, or off a copy of it."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+            del hooks[key]
+
+
+class _Hook:
+    """Runs before and after a model's forward. In copies and pickles of the model it does nothing; a pickle needs no unmask.
 
     Args:
-        taps: The selection's taps.
+        taps: The selection's taps; None in a copy.
     """
 
-    def __init__(self, taps: TapSet) -> None:
-        self._taps = weakref.ref(taps)
+    def __init__(self, taps: TapSet | None) -> None:
+        self._taps = (lambda: None) if taps is None else weakref.ref(taps)
         self._served = 0  # by the taps, when the forward began
         self._anchor = torch.zeros((), requires_grad=True)  # never receives a gradient
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return _Hook(None)
 
     def __reduce__(self) -> Any:
         return getattr, (contextlib.nullcontext(), "__exit__")  # takes anything, and returns None

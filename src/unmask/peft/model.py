@@ -15,6 +15,7 @@ from transformers.utils.hub import PushToHubMixin
 
 from unmask.delta import SparseDelta, refuse_diverged
 from unmask.errors import DeltaError, MethodError
+from unmask.gradients.unreached import unwatch_forwards
 from unmask.method import parse_budget
 from unmask.peft.adapter import Adapter
 from unmask.peft.callers import caller, calling_trainer
@@ -262,6 +263,7 @@ class SelectiveModel(BaseTuner):
     def _end(self, keep: bool) -> None:
         self.deltas.end(keep=keep)
         self._hook.remove()
+        unwatch_forwards(self.model)  # of a copy
 
     def _check_merge_allowed(self) -> None:
         """Always: tied weights are one tensor, and stay tied."""
