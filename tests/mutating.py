@@ -11,7 +11,23 @@ import torch
 from torch import Tensor
 
 _DEEP = "@deep@"
-_TEXTS = ("", "x", "none", "auto", "nan", "-1", "1e999", "\ud800", "a" * 3000, "../x", "a\nb", "a|b`c<d>", _DEEP, "☃", "\0")
+_TEXTS = (
+    "",
+    "x",
+    "none",
+    "auto",
+    "nan",
+    "-1",
+    "1e999",
+    "\ud800",
+    "a" * 3000,
+    "../x",
+    "a\nb",
+    "a|b`c<d>",
+    _DEEP,
+    "☃",
+    "\0",
+)
 _NUMBERS = (-1, 0, 1, 2, 3, 2**31, 2**62, 2**63, -(2**70), 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"))
 _REST = (None, True, False, [], {}, [[]], [None], {"": None}, ["x", 1], {"a": {"b": []}})
 _DTYPES = (
@@ -95,7 +111,9 @@ class Mutator:
             if which == 0:
                 del tensors[name]
             elif which == 1:
-                tensors[self.draw.choice((f"{name}x", "dense::x", "x::y", "::indices", "step", "w"))] = tensors.pop(name)
+                tensors[self.draw.choice((f"{name}x", "dense::x", "x::y", "::indices", "step", "w"))] = tensors.pop(
+                    name
+                )
             elif which == 2:
                 tensors[f"x{name}"] = tensors[name].clone()
             else:

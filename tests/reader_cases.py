@@ -286,7 +286,7 @@ def adapter_config(folder: Path) -> Case:
     def case(seed: int) -> str:
         changed = Mutator(seed).changed(values)
         given = {key: value for key, value in changed.items() if key in own} if isinstance(changed, dict) else {}
-        given = json.loads(json.dumps(given).replace('"@deep@"', '[[[]]]'))
+        given = json.loads(json.dumps(given).replace('"@deep@"', "[[[]]]"))
         try:
             found = unmask.peft.SelectiveConfig(**given)
             found.build(found.budget)
@@ -352,7 +352,9 @@ SWEEP = {
     "figures": ["fig1"],
     "claims": {
         "model": "roberta",
-        "rows": [{"method": "id3", "budget": "0.05%", "count": "1K", "scores": {"mrpc": "91.2 0.3"}, "average": "91.2"}],
+        "rows": [
+            {"method": "id3", "budget": "0.05%", "count": "1K", "scores": {"mrpc": "91.2 0.3"}, "average": "91.2"}
+        ],
     },
 }
 
@@ -408,7 +410,9 @@ def sweep_record(folder: Path) -> Case:
 def show(folder: Path) -> str:
     """All that a report says of a study in words."""
     study = read_study(folder)
-    parts = [markdown(found) for found in tables(study.cells, study.results, study.protocol, study.choice, study.claims)]
+    parts = [
+        markdown(found) for found in tables(study.cells, study.results, study.protocol, study.choice, study.claims)
+    ]
     parts += [runs_section(study, "s"), failures_section(study)]
     parts += map(str, records(study.cells, study.results, study.protocol, study.choice))
     return "".join(parts)
@@ -425,7 +429,12 @@ def run_folder(folder: Path) -> Case:
         "main": 0.6,
         "greater_is_better": True,
         "method": {"name": "id3", "strategy": "increment", "parameters": {"eps": 1.0}},
-        "budget": 10, "used": 10, "head": 0, "parameters": 100, "seconds": 1.5, "lr": 0.01,
+        "budget": 10,
+        "used": 10,
+        "head": 0,
+        "parameters": 100,
+        "seconds": 1.5,
+        "lr": 0.01,
         "after": {"accuracy": 0.6, "loss": 0.5},
         "into": None,
     }

@@ -52,7 +52,9 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 100_000, "[" * 200 + "]" * 200, "1" * 10_000, "1" * 30, '"\\ud800"', "{", "\ufeff{}", b"\xff"], ids=range(8)
+    "text",
+    ["[" * 100_000, "[" * 200 + "]" * 200, "1" * 10_000, "1" * 30, '"\\ud800"', "{", "\ufeff{}", b"\xff"],
+    ids=range(8),
 )
 def test_hostile_json_is_refused(text):
     with pytest.raises(Malformed):
@@ -131,7 +133,15 @@ def test_a_count_that_is_none_is_refused(key, value):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("lr", float("inf")), ("epochs", float("nan")), ("seed", -1), ("seed", 2**32), ("dense", 5), ("task", []), ("model", {})],
+    [
+        ("lr", float("inf")),
+        ("epochs", float("nan")),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("dense", 5),
+        ("task", []),
+        ("model", {}),
+    ],
 )
 def test_a_setting_of_another_type_or_range_is_refused(key, value):
     with pytest.raises(ConfigError, match=key):
@@ -250,7 +260,9 @@ def test_names_in_a_model_card_are_shown_and_are_no_markup(tmp_path):
     record = {
         "method": {"name": "id3|x", "parameters": {"eps": "<b>"}, "steps": 1},
         **dict.fromkeys(("budget", "used", "step", "whole", "parameters"), 1),
-        "base_id": evil, "fingerprint": "sha256:0", "dense": [evil, "head.weight"],
+        "base_id": evil,
+        "fingerprint": "sha256:0",
+        "dense": [evil, "head.weight"],
     }
     text = section(record)
     rows = [line for line in text.splitlines() if line.startswith("| ")]
@@ -277,7 +289,9 @@ def test_a_cards_front_matter_holds_any_base_id(tmp_path):
         complete_card(str(tmp_path))
 
 
-@pytest.mark.parametrize("value", [{"eps": "x"}, {"stride": 1.5}, {"target_modules": "("}, {"total_steps": True}, {"seed": []}])
+@pytest.mark.parametrize(
+    "value", [{"eps": "x"}, {"stride": 1.5}, {"target_modules": "("}, {"total_steps": True}, {"seed": []}]
+)
 def test_a_value_of_an_adapters_configuration_is_refused(value):
     with pytest.raises(MethodError, match=next(iter(value))):
         peft_nets.config(**value)

@@ -165,7 +165,9 @@ class TrainConfig:
         """Every setting has its type, every number is finite, and every whole number is one that a run can have."""
         for name, options in _types().items():
             value = getattr(self, name)
-            words = [word for option in options for word in typing.get_args(option) if typing.get_origin(option) is Literal]
+            words = [
+                word for option in options for word in typing.get_args(option) if typing.get_origin(option) is Literal
+            ]
             if (value is None and type(None) in options) or (isinstance(value, str) and value in words):
                 continue
             if not any(_is(value, option) for option in options):
@@ -290,7 +292,9 @@ def _types() -> dict[str, tuple[Any, ...]]:
     """The types that each setting may have."""
     hints = typing.get_type_hints(TrainConfig)
     unions = (types.UnionType, typing.Union)
-    return {name: typing.get_args(hint) if typing.get_origin(hint) in unions else (hint,) for name, hint in hints.items()}
+    return {
+        name: typing.get_args(hint) if typing.get_origin(hint) in unions else (hint,) for name, hint in hints.items()
+    }
 
 
 def _is(value: Any, option: Any) -> bool:

@@ -146,7 +146,14 @@ def _tensors(
 
 _ANOTHER = "Take another copy."
 _INTO = {"r": count, "alpha": number, "dropout": number, "targets": items(text), "reduction": number, "seed": count}
-_METHOD = {"name": text, "strategy": text, "parameters": mapping(plain), "leaving": text, "steps": count, "stride": count}
+_METHOD = {
+    "name": text,
+    "strategy": text,
+    "parameters": mapping(plain),
+    "leaving": text,
+    "steps": count,
+    "stride": count,
+}
 METADATA: Form = fields(
     {},
     {

@@ -140,7 +140,9 @@ def _check_positions(positions: Tensor, used: int, total: int, filled: bool) -> 
     """The slots in use hold positions, each another one; the slots after them hold none, or all do where the order is known."""
     held = positions if filled else positions[:used]
     if held.numel() and (int(held.min()) < 0 or int(held.max()) >= total):
-        raise Malformed(f"positions must lie in 0..{total - 1} in the slots in use, of which there are {held.numel():,}")
+        raise Malformed(
+            f"positions must lie in 0..{total - 1} in the slots in use, of which there are {held.numel():,}"
+        )
     if held.unique().numel() < held.numel():
         raise Malformed("positions holds a weight twice")
     if (positions[held.numel() :] != -1).any():
@@ -190,7 +192,9 @@ def _check_base(selection: Selection, saved: _Saved) -> None:
         weights, slot = take(layout.plain(index), flat), holding[places]
         in_use = ((slot >= 0) & (slot < selection.used)).to(weights.device)  # there the model holds trained weights
         base_here, trained = saved.base[places].to(weights), saved.values[places].to(weights)
-        weights = torch.where(in_use, table.base[slot.clamp(min=0)].to(weights), weights) if len(table.base) else weights
+        weights = (
+            torch.where(in_use, table.base[slot.clamp(min=0)].to(weights), weights) if len(table.base) else weights
+        )
         if not ((weights == base_here) | (weights == trained)).all():
             raise SelectionError(
                 f"{layout.names[index]!r} holds other weights than those the saved selection started from; load the same "
