@@ -136,7 +136,8 @@ class Mutator:
         if which == 2:
             changed[at] = changed[other].clone()
         elif which == 3:
-            return changed.flip(0).reshape(tensor.shape)
+            bits = changed.view(torch.uint8) if changed.element_size() == 1 else changed  # float8 cannot be flipped
+            return bits.flip(0).view(changed.dtype).reshape(tensor.shape)
         elif which == 4 and tensor.is_floating_point():
             changed[at] = draw.choice((float("nan"), float("inf"), -0.0, 1e30))
         else:

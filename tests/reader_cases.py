@@ -175,6 +175,9 @@ def _load(selection: unmask.Selection, state: Any, original: dict[str, Any]) -> 
     for key in before:
         if key == "base":
             assert equal(loaded[key][held], state[key][held])
+        elif key == "values":
+            assert equal(loaded[key][: state["used"]], state[key][: state["used"]])
+            assert not loaded[key][state["used"] :].any()
         elif key == "buffers":
             assert equal({n: b for n, b in state[key].items() if n in loaded[key]}, loaded[key])
         else:

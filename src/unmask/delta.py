@@ -294,7 +294,7 @@ def _check_slots(sparse: Mapping[str, SparseTensor]) -> None:
         return
     for name, entry in sparse.items():
         if entry.slots is None or entry.slots.shape != entry.indices.shape:
-            raise DeltaError(f"{name!r} has another number of slots than of indices; the delta is damaged.")
+            raise DeltaError(f"the order of unmasking has no slot for each entry of {name!r}; the delta is damaged.")
     total = sum(entry.numel for entry in sparse.values())
     if not torch.equal(torch.cat(kept).sort().values, torch.arange(total)):
         raise DeltaError(f"the order of unmasking does not number the delta's {total} entries; the delta is damaged.")

@@ -59,7 +59,7 @@ def restore(selection: Selection, state: Mapping[str, Any]) -> None:
     selection.used, selection.step = saved.used, saved.step
     table.load(saved.positions, saved.base)
     selection.values.zero_()
-    selection.values[: saved.values.numel()] = saved.values
+    selection.values[: saved.used] = saved.values[: saved.used]
     selection._picked = None if saved.picked is None else saved.picked.clone()
     table.scatter(selection.values, selection.used)
     buffers = persistent_buffers(selection.model)
