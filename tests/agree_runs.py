@@ -211,7 +211,7 @@ def a_rate_changed_for_one_step() -> None:
 def values_written() -> None:
     model, selection, optimizer = start()
     train(model, optimizer, 3)
-    with torch.no_grad():
+    with torch.no_grad(), selection.writing():  # without it, a write under a growing method is refused by itself
         selection.values[0] += 1e-3 * odd()
     backward(model)
 

@@ -56,7 +56,7 @@ def run(
     if dies:
         assert any(worker.exitcode for worker in workers)
         return failures
-    assert not failures, failures[0]
+    assert not failures, "\n".join(failures)
     return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(count)]
 
 

@@ -310,7 +310,7 @@ def test_a_parametrized_layer_trains_its_own_parameters(norm):
         return made
 
     trained = model()
-    selection = unmask.select(trained, unmask.id3(30, steps=2), include=r"^2\.")
+    selection = unmask.select(trained, unmask.id3(12, steps=2), include=r"^2\.")
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
     train(trained, optimizer, batches(2))
     assert any("original" in name or "_g" in name or "_v" in name for name in selection.indices)

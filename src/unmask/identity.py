@@ -85,6 +85,9 @@ class Identity:
             self._dense = [(d, _Seen(d.parameter)) for d in selection.dense]
         self._remember_versions(layout)
         self._started = self._in_peft = False
+        hooks = selection.model._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+            del hooks[key]  # a copy has that of its original
         self._hook = selection.model.register_forward_pre_hook(_Hook(selection))
 
     def leave_to_peft(self) -> None:
@@ -322,12 +325,15 @@ class _Hook:
     A copy or pickle of the model has one in its place that does nothing, of Python's own.
     """
 
-    def __init__(self, selection: Selection) -> None:
+    def __init__(self, selection: Selection | None) -> None:
         self._selection = selection
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return _Hook(None)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        if self._selection is not None and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
             self._selection.check_model()
 
     def __reduce__(self) -> tuple[Callable, tuple]:

@@ -113,7 +113,7 @@ def train(
                 folder.open(start, run.config)
             return run.go(start.checkpoint)
         except KeyboardInterrupt:  # outside the steps, where it does not end the run at once
-            raise InterruptedRunError(folder.how_to_go_on()) from None
+            raise InterruptedRunError(f"interrupted. {folder.how_to_go_on()}") from None
 
 
 def _finished(folder: RunFolder, summary: Mapping[str, Any], console: Console) -> Outcome:

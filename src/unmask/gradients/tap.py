@@ -140,6 +140,7 @@ class TapSet:
         if not torch.is_grad_enabled():
             if not inside and self._training():
                 self._count(site.index)
+                self.served += self._receiver.wanted(site.index)  # a checkpointed segment, made again in the backward
             return None
         if not (self.checked or inside):
             self.check()

@@ -93,7 +93,7 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, signal: Tensor) -> Tensor:  # type: ignore[override]
-        return tensor.view_as(tensor)
+        return tensor.clone()  # a view must not be written to in place, as a Trainer does with a loss
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
