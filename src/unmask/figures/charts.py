@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -170,7 +171,8 @@ def which_runs(runs: Iterable[RunRecord], spread: bool = True) -> str:
     """
     runs = list(runs)
     texts = []
-    several = len({(run["seed"], run.get("lr")) for run in runs}) > 1
+    places = Counter(tuple(run.get(key) for key in ("model", "method", "task", "budget")) for run in runs)
+    several = max(places.values(), default=0) > 1
     for best in sorted({run["best"] for run in runs if several and run.get("best") is not None}):
         which = "the best run of each setting" if best == 1 else f"means of the best {best} runs of each setting"
         lines = "; vertical lines: plus and minus their standard deviation (n - 1)" if spread and best > 1 else ""
