@@ -475,7 +475,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(config: TrainConfig
 def test_an_output_that_is_no_folder_is_refused(config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "inside"):
-        with pytest.raises(ConfigError, match="(?i)give a folder"):
+        with pytest.raises(ConfigError, match=r"(?i)give a folder"):
             go(config, output)
 
 

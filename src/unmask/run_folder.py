@@ -207,7 +207,9 @@ class RunFolder:
             SparseDelta.load(self.delta)
         except (OSError, ValueError, RecursionError):  # not there, or damaged: made again from the last checkpoint
             return None
-        return summary if isinstance(summary, dict) and {"steps", "before", "after"} <= summary.keys() else None
+        whole = isinstance(summary, dict) and isinstance(summary.get("steps"), int)
+        scored = whole and all(_are_numbers(summary.get(key)) for key in ("before", "after"))
+        return summary if scored else None
 
     def refuse_other_settings(self, config: TrainConfig, start: Start) -> None:
         """Refuses to go on with other settings than the run's own, each of which is named.
@@ -272,6 +274,10 @@ class RunFolder:
         return f"{whole.path} is kept. Go on with: unmask train --config {self.config} --resume"
 
 
+def _are_numbers(metrics: Any) -> bool:
+    return isinstance(metrics, dict) and all(isinstance(value, int | float) for value in metrics.values())
+
+
 def _step(row: str) -> float:
     """The step of a line of ``metrics.jsonl`` or ``allocation.jsonl``.
 
@@ -280,5 +286,5 @@ def _step(row: str) -> float:
     try:
         held = json.loads(row)
         return float("inf") if "train_runtime" in held else int(held["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

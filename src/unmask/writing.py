@@ -12,12 +12,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from unmask.errors import writing_to
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path``, to be written to, that takes its name at the end; dropped if anything is raised.
 
     Its content is on the disk before it takes the name, and its permissions are those of any new file (the umask's).
+
+    Raises:
+        WriteError: The disk is full, or the place cannot be written to.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -27,8 +32,13 @@ def replacing(path: Path) -> Iterator[Path]:
         ...     file.read_text(), len(list(file.parent.iterdir()))
         ('whole', 1)
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}{secrets.token_hex(4)}.part")
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield from _replaced(path, part)
+
+
+def _replaced(path: Path, part: Path) -> Iterator[Path]:
     try:
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = part.stat().st_mode

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unmask.errors import MissingExtraError, UnmaskError
+from unmask.errors import DataError, MissingExtraError, UnmaskError
 from unmask.figures import FIGURES, Style, svg, write_figure
 from unmask.figures.records import RunRecord
 
@@ -90,6 +90,8 @@ def draw_files(names: Iterable[str], records: Sequence[RunRecord], folder: Path)
 
 
 def _draw(name: str, records: Sequence[RunRecord]) -> Callable[[Style], Any]:
+    if name not in FIGURES:
+        raise DataError(f"there is no figure of the name {name!r}; there are {', '.join(FIGURES)}.")
     shown = fitting(name, records)
     return lambda style: FIGURES[name](shown, style)
 
