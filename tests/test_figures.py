@@ -302,7 +302,7 @@ def test_the_budget_sweep_stands_over_counts_on_a_linear_axis():
     figure = budget_sweep(runs)
     (axes,) = figure.axes
     assert (axes.get_xscale(), list(axes.get_xticks())) == ("linear", list(budgets))
-    assert [axes.xaxis.get_major_formatter()(b) for b in budgets] == ["80K", "160K", "320K", "640K"]
+    assert [axes.xaxis.get_major_formatter()(b) for b in budgets] == ["80K", "\n160K", "320K", "640K"]
     assert [list(line.get_xdata()) for line in axes.lines] == [list(budgets)] * 2
     assert sorted(labels_of(axes)) == ["increment-S", "repeat-S (tunes more than B)"]
     assert "repeat-S changes 560K to 4.48M weights in all" in note_of(figure)

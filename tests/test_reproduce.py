@@ -156,7 +156,7 @@ def test_wrong_names_scales_and_presets_are_refused():
 def test_the_command_lists_the_papers_runs(tmp_path):
     words = ("reproduce", "table4", "--model", "m", "--dry-run")
     assert "table4: 40 runs" in run(*words, cwd=tmp_path).stdout
-    assert "table4: 20 runs" in run(*words, "--scale", "small", cwd=tmp_path).stdout
+    assert "table4: 10 runs" in run(*words, "--scale", "small", cwd=tmp_path).stdout
     assert "table4: 120 runs" in run(*words, "--preset", "tuned", cwd=tmp_path).stdout
     refused = run(*words, "--preset", "ours", cwd=tmp_path, check=False)
     assert (refused.returncode, "it must be paper or tuned" in refused.stderr) == (1, True)

@@ -7,6 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
@@ -264,8 +265,10 @@ def count_axis(axes: Any, at: Iterable[float] = ()) -> None:
     for value in values[:-1]:  # the ends, and what has room between them
         if all(abs(value - other) > 0.1 * (values[-1] - values[0]) for other in kept):
             kept.append(value)
-    axes.xaxis.set_major_locator(ticker.FixedLocator(sorted(kept)) if kept else ticker.MaxNLocator(5))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda count, place: short(count)))
+    kept.sort()
+    axes.xaxis.set_major_locator(ticker.FixedLocator(kept) if kept else ticker.MaxNLocator(5))
+    near = {b for a, b in pairwise(kept) if b - a < 0.16 * (values[-1] - values[0])}  # a line lower, so as not to touch
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda count, place: "\n" * (count in near) + short(count)))
 
 
 def short(count: float) -> str:
