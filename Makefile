@@ -40,7 +40,7 @@ test: setup $(VENV)/.stamp-test
 
 # The long forms of tests, in an order that SEED shuffles, each for SECONDS at most.
 SEED ?= 0
-SECONDS ?= 300
+SECONDS ?= 200
 soak: setup $(VENV)/.stamp-test
 	for each in tests/soak/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$each --seed $(SEED) --seconds $(SECONDS) || exit 1; done
 
