@@ -318,17 +318,21 @@ SETTINGS = {
 }
 
 
+def write_changed_yaml(path: Path, values: Any, mutator: Mutator, damaged: bool) -> None:
+    """Writes the values as YAML, with either the file's bytes damaged or a value changed."""
+    if damaged:
+        path.write_bytes(mutator.damaged(yaml.safe_dump(values).encode()))
+    else:
+        path.write_text(dumps(mutator.changed(values)), encoding="utf-8", errors="surrogatepass")
+
+
 def settings_file(folder: Path) -> Case:
     """A YAML file of settings, its bytes or its values changed."""
     path = folder / "config.yaml"
     whole = build(SETTINGS)
 
     def case(seed: int) -> str:
-        mutator = Mutator(seed)
-        if seed % 2:
-            path.write_bytes(mutator.damaged(yaml.safe_dump(SETTINGS).encode()))
-        else:
-            path.write_text(dumps(mutator.changed(SETTINGS)), encoding="utf-8", errors="surrogatepass")
+        write_changed_yaml(path, SETTINGS, Mutator(seed), damaged=seed % 2 == 1)
         try:
             found = build(read_yaml(path))
         except UnmaskError:
@@ -368,11 +372,7 @@ def sweep_file(folder: Path) -> Case:
     whole = expand(parse(SWEEP))
 
     def case(seed: int) -> str:
-        mutator = Mutator(seed)
-        if seed % 3 == 0:
-            path.write_bytes(mutator.damaged(yaml.safe_dump(SWEEP).encode()))
-        else:
-            path.write_text(dumps(mutator.changed(SWEEP)), encoding="utf-8", errors="surrogatepass")
+        write_changed_yaml(path, SWEEP, Mutator(seed), damaged=seed % 3 == 0)
         try:
             found = expand(read_sweep(path))
         except UnmaskError:

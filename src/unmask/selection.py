@@ -547,9 +547,9 @@ class Selection:
     @torch.no_grad()
     def _refuse_uncounted(self) -> None:
         """Before anything is saved: refuses writes that torch's counters do not show."""
-        name = (
-            None if self._reducer.sharded is not None else self._differing()
-        )  # shards: a call of all processes together
+        if self._reducer.sharded is not None:
+            return  # to compare shards is a call of all processes together
+        name = self._differing()
         if name is not None:
             raise SelectionError(
                 f"selection.values and the selected weights of {name!r} hold different numbers, and no counted write explains "

@@ -126,8 +126,7 @@ class TapSet:
 
     def catch_up(self) -> None:
         """The tensors are about to be read: they must hold what was written since."""
-        writes = self.writes
-        if writes is not None and writes.parameter._version != writes.seen and self.take_in is not None:
+        if self.writes is not None and self.writes.new and self.take_in is not None:
             self.take_in()
 
     def tap(self, parameter: Tensor) -> Tapped | None:

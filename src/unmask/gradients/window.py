@@ -288,7 +288,8 @@ class Window:
     def _settle(self, ranked: Ranked, buffer: Tensor) -> None:
         missing = self.plan.newcomers - ranked.positions.numel()
         ranked, slots = self._exchanged(ranked)
-        fresh = int((slots >= self.plan.used).sum().item())
+        # without an exchange only slots that hold nothing are open; to count them would make a GPU's host wait
+        fresh = int((slots >= self.plan.used).sum().item()) if self.plan.exchanging else slots.numel()
         positions, payload = ranked.positions.to(buffer.device), ranked.payload.to(buffer)
         gathered = buffer.clone() if self.plan.exchanging else None
         if self.tentative is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
@@ -327,7 +328,7 @@ class Window:
         free, count = self._open[~torch.isin(held, best)], entrants.positions.numel()
         if (
             count < free.numel()
-        ):  # too few have a gradient: slots that hold nothing go first, and the rest stay as they are
+        ):  # too few have a gradient: what holds nothing goes first, and the rest stay as they are
             vacant = free >= self.plan.used
             free = torch.cat([free[vacant], free[~vacant]])[:count].sort().values
         return entrants, free
