@@ -36,19 +36,16 @@ class TrainConfig:
         lora_targets: Modules that get a LoRA; all-linear for all linear ones, layer-linear for those inside the transformer
             layers (no head, pooler or embedding), none for peft's own choice.
         reduction_factor: A bottleneck adapter's width is the hidden size divided by this.
-        method: A preset: id3, repeat_d3, static_d3, regrow, lift, pafi, fish, bitfit, random_mask, sparse_adapter, full.
+        method: A preset: id3, repeat_d3, static_d3, pafi, fish, bitfit, random_mask, sparse_adapter, full.
         budget: A count ("320K"), a share of the weights ("0.17%", "320K of 184M"), or a share of the eligible ones ("4% of
             eligible"); None only for bitfit and full, and always for full.
         eps: Of D3.
         exp: Of D3.
-        stride: Select every stride-th step (id3, repeat_d3, regrow).
+        stride: Select every stride-th step (id3, repeat_d3).
         leaving: What becomes of a weight that repeat_d3 no longer picks: restored to its base value, or kept (the paper's).
         schedule: uniform, cosine, front-loaded or at-once (id3).
-        heuristic: What ranks instead of D3 (id3, repeat_d3, static_d3, regrow); None for D3.
-        rank: Of the approximation that lift ranks by, as a method or a heuristic.
-        drop: Share of the slots that compete anew at every stride-th step (regrow, id3); None for the method's own.
+        heuristic: What ranks instead of D3 (id3, repeat_d3, static_d3); None for D3.
         allocation: global, tensor, row or column; None for the method's own.
-        normalise: row-column or row-column-root: scores against the means of their row and column.
         scope: all, linear, bias or vector; None for the method's own.
         include: Regular expressions: only these tensors are eligible.
         exclude: Regular expressions: these tensors are not.
@@ -61,8 +58,6 @@ class TrainConfig:
             auto: the recommended recipe's, at most 1e-3 for a head with a hidden layer.
         weight_decay: AdamW's, on the selected weights only.
         bias_correction: Adam's, "global" (torch's) or "entry" (an age per weight, from its unmasking on).
-        lr_scale: row-column: a selected weight's rate falls with how many share its row and its column.
-        slot_warmup: Steps over which a weight's rate rises after its unmasking (bias_correction "entry").
         epochs: Passes over the training data; ignored with max_steps.
         max_steps: Optimizer steps.
         batch_size: Examples per forward.
@@ -112,10 +107,7 @@ class TrainConfig:
     leaving: str = "restored"
     schedule: str = "uniform"
     heuristic: str | None = None
-    rank: int = 128
-    drop: float | None = None
     allocation: str | None = None
-    normalise: str | None = None
     scope: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -127,8 +119,6 @@ class TrainConfig:
     dense_lr: float | Literal["auto"] | None = None
     weight_decay: float = 0.0
     bias_correction: str = "global"
-    lr_scale: str | None = None
-    slot_warmup: int = 0
     epochs: float = 3.0
     max_steps: int | None = None
     batch_size: int = 16
@@ -199,10 +189,8 @@ class TrainConfig:
         _one_of("schedule", self.schedule, ("uniform", "cosine", "front-loaded", "at-once"))
         _one_of("heuristic", self.heuristic, (None, *HEURISTICS))
         _one_of("allocation", self.allocation, (None, "global", "tensor", "row", "column"))
-        _one_of("normalise", self.normalise, (None, "row-column", "row-column-root"))
         _one_of("scope", self.scope, (None, "all", "linear", "bias", "vector"))
         _one_of("bias_correction", self.bias_correction, ("global", "entry"))
-        _one_of("lr_scale", self.lr_scale, (None, "row-column"))
         _one_of("into", self.into, (None, "lora", "dora", "shira", "pfeiffer", "houlsby"))
         _one_of("criterion", self.criterion, ("random", "magnitude", "snip", "grasp", "synflow"))
         _one_of("pruned", self.pruned, ("zero", "kept"))
@@ -233,14 +221,6 @@ class TrainConfig:
             raise ConfigError(
                 f"leaving = {self.leaving!r} goes with method repeat_d3; under method {self.method!r} no weight leaves so."
             )
-        if self.drop is not None and self.method not in ("id3", "regrow"):
-            raise ConfigError(
-                f"drop goes with method id3 and regrow; method {self.method!r} does not exchange weights so."
-            )
-        if self.drop is not None and not 0 <= self.drop < 1:
-            raise ConfigError(f"drop = {self.drop}; it is a share of the slots, from 0 to below 1.")
-        if self.slot_warmup and self.bias_correction != "entry":
-            raise ConfigError("slot_warmup counts the steps of each weight's life: give bias_correction=entry with it.")
 
     def _check_numbers(self) -> None:
         """Settings with bounds."""
@@ -253,7 +233,7 @@ class TrainConfig:
             _above("lr", self.lr, 0)
         if self.dense_lr is not None and self.dense_lr != "auto":
             _above("dense_lr", self.dense_lr, 0)
-        for name in ("weight_decay", "warmup", "max_grad_norm", "slot_warmup"):
+        for name in ("weight_decay", "warmup", "max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}; it must be 0 or more.")
         if self.warmup >= 1:
@@ -263,10 +243,10 @@ class TrainConfig:
 
 
 # the keys of unmask.methods.PRESETS, which would import torch; a test holds them together
-RANKED = ("id3", "repeat_d3", "static_d3", "regrow")
-METHODS = (*RANKED, "lift", "pafi", "fish", "bitfit", "random_mask", "sparse_adapter", "full")
+RANKED = ("id3", "repeat_d3", "static_d3")
+METHODS = (*RANKED, "pafi", "fish", "bitfit", "random_mask", "sparse_adapter", "full")
 # the registered heuristics but those that are estimated before training, by methods of their own
-HEURISTICS = ("constant", "d3", "gradient", "large_magnitude", "lift", "magnitude", "random", "snip")
+HEURISTICS = ("constant", "d3", "gradient", "large_magnitude", "magnitude", "random", "snip")
 
 _POSITIVE = (
     "epochs",
@@ -278,7 +258,6 @@ _POSITIVE = (
     "max_new_tokens",
     "logging_steps",
     "stride",
-    "rank",
     "num_samples",
     "lora_r",
     "lora_alpha",

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from unmask.errors import MethodError
-from unmask.lowrank import low_rank
 
 Needs = Literal["gradient", "weight", "calibration", "nothing"]
 Score = Callable[..., Tensor]
@@ -139,20 +138,6 @@ def large_magnitude(weight: Tensor, gradient: Tensor | None) -> Tensor:
     return weight.abs()
 
 
-def lift(weight: Tensor, gradient: Tensor | None, rank: int = 128) -> Tensor:
-    """LIFT: ``|W_r|``, W_r being the best approximation of rank r to the weight matrix (arXiv 2506.00772).
-
-    A vector, or a matrix of no higher rank, is its own approximation. A tensor of more dimensions is its first by the rest.
-
-    Example:
-        >>> lift(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), None, rank=1).round(decimals=5).tolist()
-        [[3.0, 0.0], [0.0, 0.0]]
-    """
-    if weight.ndim < 2 or min(weight.shape) == 0:
-        return weight.abs()
-    return low_rank(weight.reshape(weight.shape[0], -1), rank).abs().view(weight.shape)
-
-
 def calibrated(weight: Tensor, estimate: Tensor) -> Tensor:
     """A score that was estimated before training, and arrives in the gradient's place."""
     return estimate
@@ -176,7 +161,6 @@ _REGISTRY: dict[str, Heuristic] = {
         Heuristic("snip", snip, ceiling=_largest),
         Heuristic("magnitude", small_magnitude, needs="weight"),
         Heuristic("large_magnitude", large_magnitude, needs="weight"),
-        Heuristic("lift", lift, needs="weight", elementwise=False),
         Heuristic("fisher", calibrated, needs="calibration"),  # arXiv 2111.09839
         Heuristic("initial_snip", calibrated, needs="calibration"),  # arXiv 1810.02340
         Heuristic("grasp", calibrated, needs="calibration"),  # arXiv 2002.07376

@@ -1,4 +1,4 @@
-"""A method: a frozen value composed of scope, allocation, normalisation, heuristic, strategy and schedule.
+"""A method: a frozen value composed of scope, allocation, heuristic, strategy and schedule.
 
 The presets of `unmask.methods` return such values; `Method.but` gives a changed copy, so any heuristic goes with any
 strategy: ``unmask.id3(budget=1000, steps=100).but(heuristic=unmask.heuristic("snip"))``.
@@ -7,7 +7,6 @@ strategy: ``unmask.id3(budget=1000, steps=100).but(heuristic=unmask.heuristic("s
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ from unmask.scopes import Scope
 Budget = int | str
 Strategy = Literal["static", "increment", "repeat"]
 Allocation = Literal["global", "tensor", "row", "column"]
-Normalise = Literal["none", "row-column", "row-column-root"]
 Unselected = Literal["kept", "zero"]
 Leaving = Literal["restored", "kept"]
 
@@ -72,11 +70,6 @@ class Method:
         scope: Which tensors are eligible.
         allocation: ``"global"`` as in the paper; ``"tensor"``, ``"row"`` or ``"column"``: at most ``ceil(B n / N)`` of a
             tensor's (an output row's, an input column's) n weights, of N eligible in all; a vector is one row, and one column.
-        normalise: ``"none"`` as in the paper; ``"row-column"``: s_ij m / (r_i c_j) is ranked, with the means of |s| over the
-            tensor, the row and the column, so that no few of them take all; ``"row-column-root"``: s_ij / sqrt(r_i c_j).
-            Scores of a vector are divided by their mean.
-        drop: Drop and regrow, under ``"increment"``: at every ``schedule.stride``-th step the ``drop`` share of the slots in
-            use whose weights have changed least compete anew; the share falls to 0 at T by half a cosine.
         calibration: For a heuristic that needs one.
         whole: Train the scope's tensors as ordinary dense parameters (full fine-tuning); there is no budget then.
         unselected: What the scope's other weights do: ``"kept"`` as they are, or pruned to ``"zero"`` at once. Pruning is
@@ -93,8 +86,6 @@ class Method:
     schedule: Schedule = field(default_factory=lambda: Schedule(uniform, 1))
     scope: Scope = field(default_factory=Scope)
     allocation: Allocation = "global"
-    normalise: Normalise = "none"
-    drop: float = 0.0
     calibration: Calibration | None = None
     whole: bool = False
     unselected: Unselected = "kept"
@@ -104,7 +95,6 @@ class Method:
         for name, allowed in (
             ("strategy", ("static", "increment", "repeat")),
             ("allocation", ("global", "tensor", "row", "column")),
-            ("normalise", ("none", "row-column", "row-column-root")),
             ("unselected", ("kept", "zero")),
             ("leaving", ("restored", "kept")),
         ):
@@ -114,7 +104,6 @@ class Method:
             if not isinstance(getattr(self, name), kind):
                 raise MethodError(f"{name} = {getattr(self, name)!r}; build one with unmask.{name}(...).")
         self._check_calibration()
-        self._check_drop()
         if self.leaving == "kept" and self.strategy != "repeat":
             raise MethodError(
                 f"leaving = 'kept' is for strategy='repeat'; under strategy={self.strategy!r} leave leaving='restored'. "
@@ -142,19 +131,8 @@ class Method:
             raise MethodError(
                 f"the {name} heuristic is estimated once, before training; strategy='repeat' would need it anew."
             )
-        if name == "synflow" and (self.allocation, self.normalise) != ("global", "none"):
-            raise MethodError(
-                "synflow prunes round by round over all tensors together; leave allocation='global', normalise='none'."
-            )
-
-    def _check_drop(self) -> None:
-        if isinstance(self.drop, bool) or not isinstance(self.drop, (int, float)) or not 0 <= self.drop < 1:
-            raise MethodError(f"drop = {self.drop!r}; it is a share of the slots, from 0 to below 1.")
-        if self.drop and (self.strategy != "increment" or self.heuristic.needs == "calibration"):
-            raise MethodError(
-                f"drop = {self.drop} exchanges weights under strategy='increment', by scores of that step; this method has "
-                f"strategy={self.strategy!r} and heuristic {self.heuristic.name!r}. unmask.regrow(...) builds one that works."
-            )
+        if name == "synflow" and self.allocation != "global":
+            raise MethodError("synflow prunes round by round over all tensors together; leave allocation='global'.")
 
     def but(self, **changes: Any) -> Method:
         """A copy with some fields changed.
@@ -172,26 +150,11 @@ class Method:
             return self.schedule.cumulative(t, budget)
         return 0 if t < 0 else budget
 
-    def dropped(self, t: int, used: int) -> int:
-        """d_t: of ``used`` slots, how many compete anew at step t (from 0).
-
-        RigL's half cosine, ``drop used (1 + cos(pi t / T)) / 2`` rounded down, at every stride-th step before T.
-
-        Example:
-            >>> import unmask
-            >>> [unmask.regrow(100, steps=40, drop=0.5, stride=10).dropped(t, 100) for t in (0, 5, 10, 20, 30, 40)]
-            [0, 0, 42, 25, 7, 0]
-        """
-        steps = self.schedule.steps
-        if not self.drop or t % self.schedule.stride or not 0 < t < steps:
-            return 0
-        return int(self.drop * used * (1 + math.cos(math.pi * t / steps)) / 2)
-
     @property
     def by_entry(self) -> bool:
         """Whether an entry's rank depends on its own weight and gradient alone."""
-        alone = self.allocation == "global" and self.normalise == "none"
-        return alone and self.heuristic.elementwise and self.heuristic.needs == "gradient"
+        alone = self.allocation == "global" and self.heuristic.elementwise
+        return alone and self.heuristic.needs == "gradient"
 
     def describe(self) -> dict[str, Any]:
         """The method as plain JSON values, for metadata and for comparing a resumed run's method with its own."""
@@ -213,8 +176,6 @@ class Method:
         """Parts that earlier versions lacked, and their values then: left out of old metadata and states."""
         return [
             ("unselected", self.unselected, "kept"),
-            ("normalise", self.normalise, "none"),
-            ("drop", self.drop, 0.0),
             ("leaving", self.leaving, "restored"),
         ]
 

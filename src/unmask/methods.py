@@ -28,11 +28,9 @@ __all__ = [
     "fish",
     "full",
     "id3",
-    "lift",
     "pafi",
     "parse_budget",
     "random_mask",
-    "regrow",
     "repeat_d3",
     "sparse_adapter",
     "static_d3",
@@ -84,37 +82,6 @@ def repeat_d3(
             and the optimizer's state have an entry for every eligible weight.
     """
     return Method("repeat_d3", budget, _d3(eps, exp), "repeat", _schedule(uniform, 1, stride), leaving=leaving)
-
-
-def regrow(
-    budget: Budget, steps: int, drop: float = 0.3, eps: float = 1.0, exp: float = 2.0, stride: int = 10
-) -> Method:
-    """Drop and regrow: all of the budget at once by D3; then the least changed weights are exchanged for the best-scored.
-
-    RigL's schedule (arXiv 1911.11134) with SpIEL's criterion, the change from the base (arXiv 2401.16405). The budget is
-    exact at every step: a weight that leaves goes back to its base value, one that enters starts with fresh optimizer state.
-
-    Args:
-        budget: B, a count or a share.
-        steps: T, the planned number of optimizer steps; nothing is exchanged from T on.
-        drop: Share of the slots that compete anew, at first; falls to 0 at T by half a cosine.
-        eps: Of D3.
-        exp: Of D3; 0 is RigL's |g|.
-        stride: Steps between two exchanges, which a newcomer has to change in.
-    """
-    return Method("regrow", budget, _d3(eps, exp), "increment", _schedule("at-once", steps, stride), drop=drop)
-
-
-def lift(budget: Budget, rank: int = 128) -> Method:
-    """LIFT: the largest weights of each linear layer's best approximation of a rank, static (arXiv 2506.00772).
-
-    Args:
-        budget: B, a count or a share; every tensor gets its share of it.
-        rank: Of the approximation; the authors' code recommends 128, for models of width 2,048 and more.
-    """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise MethodError(f"rank = {rank!r}; it must be a whole number, at least 1.")
-    return Method("lift", budget, heuristic("lift", rank=rank), "static", scope=Scope("linear"), allocation="tensor")
 
 
 def pafi(budget: Budget) -> Method:
@@ -193,7 +160,7 @@ def full() -> Method:
 
 PRESETS: Mapping[str, Callable[..., Method]] = {
     preset.__name__: preset
-    for preset in (id3, repeat_d3, static_d3, regrow, lift, pafi, fish, bitfit, random_mask, sparse_adapter, full)
+    for preset in (id3, repeat_d3, static_d3, pafi, fish, bitfit, random_mask, sparse_adapter, full)
 }
 
 

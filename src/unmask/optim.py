@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from unmask.errors import ConfigError, SelectionError
-from unmask.stepping import slot_scale, slots_in_use
+from unmask.stepping import slots_in_use
 
 BiasCorrection = Literal["global", "entry"]
-LrScale = Literal["none", "row-column"]
 
-_OF_SLOTS = {"bias_correction": "global", "lr_scale": "none", "slot_warmup": 0}  # what torch.optim.AdamW has not
+# Settings that earlier versions had and wrote into their states, with the values under which they changed nothing.
+_RETIRED = {"lr_scale": "none", "slot_warmup": 0}
 _FUSED = ("cpu", "cuda")  # devices whose fused kernel is used
 _LINE = 64  # a prefix is a multiple of it: the fused kernel rounds a shorter tail otherwise than its vectors
 _CHUNK = 1 << 15  # entries per thread (CPU): 7 rows of them stay in its cache
@@ -38,9 +38,6 @@ class SelectiveAdamW(Optimizer):
     leaves), so that a first move is about lr, however late. All other parameters are treated alike under both. A step reads
     and writes only slots in use.
 
-    A slot's lr may be its own: times ``1 / sqrt(n_i m_j)`` under ``lr_scale="row-column"``, with n_i selected weights in
-    its row and m_j in its column (`unmask.rates`), and times min(1, age / n) under ``slot_warmup=n``.
-
     Args:
         params: ``selection.parameters()``, or whatever ``torch.optim.AdamW`` takes: dense float tensors of any shape, or
             groups with settings of their own (``bias_correction`` too).
@@ -49,8 +46,6 @@ class SelectiveAdamW(Optimizer):
         eps: Above 0: a selected weight may well have a gradient of exactly 0.
         weight_decay: Decoupled, 0 or more.
         bias_correction: ``"global"`` or ``"entry"``.
-        lr_scale: Of the slots of a live selection: ``"none"`` or ``"row-column"``. Other parameters have lr itself.
-        slot_warmup: Steps of a slot's life over which its rate rises to lr; 0 for none. Needs ``"entry"``.
 
     State per parameter: ``exp_avg`` and ``exp_avg_sq`` (its shape and dtype), and ``step`` (0-d float32) or, for the slots
     under ``"entry"``, ``age`` (B,) in the dtype of ``values`` (exact to 2^24 steps in float32, where b^t is 0 long since).
@@ -83,12 +78,9 @@ class SelectiveAdamW(Optimizer):
         weight_decay: float = 0.01,
         *,
         bias_correction: BiasCorrection = "global",
-        lr_scale: LrScale = "none",
-        slot_warmup: int = 0,
     ) -> None:
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        slots = {"bias_correction": bias_correction, "lr_scale": lr_scale, "slot_warmup": slot_warmup}
-        super().__init__(params, {**settings, **slots})
+        super().__init__(params, {**settings, "bias_correction": bias_correction})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; refuses what cannot work, and then adds nothing."""
@@ -119,11 +111,9 @@ class SelectiveAdamW(Optimizer):
             trained = [p for p in group["params"] if p.grad is not None]
             _refuse_sparse(trained)
             aged = [p for p in trained if self._has_ages(p, group)]
-            scales = [(p, _scale_of(p, group)) for p in trained]
-            slotted = [(p, scale) for p, scale in scales if scale is not None or any(p is q for q in aged)]
-            for p, scale in slotted:
-                _step_slots(p, self._state_of(p, "age" if any(p is q for q in aged) else "step"), scale, group)
-            alike = [p for p in trained if not any(p is q for q, _ in slotted)]
+            for p in aged:
+                _step_slots(p, self._state_of(p, "age"), group)
+            alike = [p for p in trained if not any(p is q for q in aged)]
             _step_alike([(p, self._state_of(p, "step")) for p in alike], group)
         return loss
 
@@ -131,24 +121,28 @@ class SelectiveAdamW(Optimizer):
         """Continues a saved run bit for bit; a state of ``torch.optim.AdamW`` goes on under ``"global"``.
 
         Raises:
-            ConfigError: The state was made under another ``bias_correction``, ``lr_scale`` or ``slot_warmup``; nothing was
-                changed.
+            ConfigError: The state was made under another ``bias_correction``, or with a setting that this optimizer does
+                not have; nothing was changed.
         """
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            for name, usual in _OF_SLOTS.items():
-                own, other = group[name], saved.get(name, usual)
-                if own != other:
+            own, other = group["bias_correction"], saved.get("bias_correction", "global")
+            if own != other:
+                raise ConfigError(
+                    f"the saved optimizer state was made with bias_correction = {other!r}, this optimizer has {own!r}; build "
+                    f"it with bias_correction={other!r} to go on."
+                )
+            for name, usual in _RETIRED.items():
+                if saved.get(name, usual) != usual:
                     raise ConfigError(
-                        f"the saved optimizer state was made with {name} = {other!r}, this optimizer has {own!r}; build it "
-                        f"with {name}={other!r} to go on."
+                        f"the saved optimizer state was made with {name} = {saved[name]!r}, a setting that SelectiveAdamW no "
+                        "longer has; go on with the version of unmask that saved it."
                     )
         super().load_state_dict(dict(state_dict))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # a state of torch.optim.AdamW
-            for name, usual in _OF_SLOTS.items():
-                group.setdefault(name, usual)
+            group.setdefault("bias_correction", "global")
 
     def _has_ages(self, p: Tensor, group: Mapping[str, Any]) -> bool:
         """Ages that were once begun go on without a selection too (a copied optimizer), all slots being in use then."""
@@ -215,39 +209,20 @@ def _prefixes(p: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor[:end] for tensor in whole)
 
 
-def _scale_of(p: Tensor, group: Mapping[str, Any]) -> Tensor | None:
-    """(B,) what the slots' rates are multiplied by; None where the parameter has one rate."""
-    return slot_scale(p) if group["lr_scale"] == "row-column" else None
-
-
-def _step_slots(p: Tensor, state: Mapping[str, Tensor], scale: Tensor | None, group: Mapping[str, Any]) -> None:
+def _step_slots(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
     """The slots in use, chunk by chunk, so that each row is read and written once."""
     if p.grad is None:
         raise AssertionError("only parameters with a gradient step")
     in_use = slots_in_use(p)
     used = p.numel() if in_use is None else in_use
     size = _CHUNK * torch.get_num_threads() if p.device.type == "cpu" else _CHUNK_DEVICE
-    scratch = p.new_empty(3 if group["slot_warmup"] else 2, min(used, size))
-    age = state.get("age")
-    if age is None:
-        state["step"].add_(1)
-        age = state["step"].to(p.device, p.dtype).expand(p.shape)
-    else:
-        age[:used].add_(1)
-    rows = [p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], age]
+    scratch = p.new_empty(2, min(used, size))
+    state["age"][:used].add_(1)
+    rows = [p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], state["age"]]
     for start in range(0, used, size):
         end = min(start + size, used)
         chunk = [row[start:end] for row in rows]
-        rate = _rates(chunk[4], None if scale is None else scale[start:end], scratch[-1, : end - start], group)
-        _slot_adamw(*chunk, rate, *scratch[:2, : end - start], group)  # type: ignore[call-arg, arg-type]
-
-
-def _rates(age: Tensor, scale: Tensor | None, out: Tensor, group: Mapping[str, Any]) -> Tensor | None:
-    """(n,) what each slot's lr is multiplied by; None for 1."""
-    if not group["slot_warmup"]:
-        return scale
-    torch.div(age, group["slot_warmup"], out=out).clamp_(max=1)
-    return out if scale is None else out.mul_(scale)
+        _slot_adamw(*chunk, *scratch[:, : end - start], group)  # type: ignore[call-arg, arg-type]
 
 
 def _slot_adamw(
@@ -256,24 +231,18 @@ def _slot_adamw(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     age: Tensor,
-    rate: Tensor | None,
     root: Tensor,
     denominator: Tensor,
     group: Mapping[str, Any],
 ) -> None:
     """One chunk, all (n,), in place. Corrections are 1 - b^age = -expm1(age ln b): exact where b^age is near 1."""
     (b1, b2), lr = group["betas"], group["lr"]
-    if rate is None:
-        value.mul_(1 - lr * group["weight_decay"])
-    else:
-        value.addcmul_(value, rate, value=-lr * group["weight_decay"])
+    value.mul_(1 - lr * group["weight_decay"])
     exp_avg.lerp_(grad, 1 - b1)
     exp_avg_sq.mul_(b2).addcmul_(grad, grad, value=1 - b2)
     torch.mul(age, _log(b2), out=root).expm1_().neg_()  # 1 - b2^age
     torch.div(exp_avg_sq, root, out=root).sqrt_().add_(group["eps"])
     torch.mul(age, _log(b1), out=denominator).expm1_().mul_(root)  # (b1^age - 1) (...): the sign makes it a descent
-    if rate is not None:
-        denominator.div_(rate)
     value.addcdiv_(exp_avg, denominator, value=lr)
 
 
@@ -305,16 +274,9 @@ def _check(settings: Mapping[str, Any]) -> None:
     pair = isinstance(betas, tuple | list) and len(betas) == 2
     if not (pair and all(_is_number(b) and 0 <= b < 1 for b in betas)):
         raise ConfigError(f"betas = {betas!r}; they must be two numbers, each at least 0 and below 1.")
-    for name, kind in (("bias_correction", BiasCorrection), ("lr_scale", LrScale)):
-        if settings[name] not in get_args(kind):
-            raise ConfigError(f"{name} = {settings[name]!r}; it must be {' or '.join(map(repr, get_args(kind)))}.")
-    warmup = settings["slot_warmup"]
-    if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
-        raise ConfigError(f"slot_warmup = {warmup!r}; it must be a number of steps, 0 or more.")
-    if warmup and settings["bias_correction"] != "entry":
-        raise ConfigError(
-            f"slot_warmup = {warmup}: it must be 0 unless bias_correction='entry', which keeps the age of each slot."
-        )
+    correction = settings["bias_correction"]
+    if correction not in get_args(BiasCorrection):
+        raise ConfigError(f"bias_correction = {correction!r}; it must be 'global' or 'entry'.")
 
 
 def _is_number(value: Any) -> bool:

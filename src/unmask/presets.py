@@ -11,7 +11,7 @@ from unmask.config import TrainConfig
 from unmask.heuristics import heuristic
 from unmask.into import Into, Kind
 from unmask.method import Method
-from unmask.optim import BiasCorrection, LrScale, SelectiveAdamW
+from unmask.optim import BiasCorrection, SelectiveAdamW
 from unmask.recipe import head_rate, rate
 from unmask.scopes import Scope
 from unmask.selection import Selection
@@ -40,16 +40,14 @@ def method_from(config: TrainConfig, steps: int, loader: Iterable[Any] | None = 
 
 def _changes(config: TrainConfig) -> dict[str, Any]:
     """Parts that go with several methods; what they are is checked by `TrainConfig`, whether they go together by `Method`."""
-    changes: dict[str, Any] = {"normalise": config.normalise or "none"}
+    changes: dict[str, Any] = {}
     if config.allocation is not None:
         changes["allocation"] = config.allocation
     if config.scope is not None:
         changes["scope"] = Scope(config.scope)  # type: ignore[arg-type]
     if config.heuristic not in (None, "d3"):
-        own = {"lift": {"rank": config.rank}, "random": {"seed": config.seed}}
-        changes["heuristic"] = heuristic(config.heuristic, **own.get(config.heuristic, {}))
-    if config.method == "id3" and config.drop is not None:
-        changes["drop"] = config.drop
+        own = {"seed": config.seed} if config.heuristic == "random" else {}
+        changes["heuristic"] = heuristic(config.heuristic, **own)
     return changes
 
 
@@ -91,9 +89,7 @@ def optimizer_from(config: TrainConfig, selection: Selection, head: Collection[s
         params,
         lr=cast(float, config.lr),
         weight_decay=config.weight_decay,
-        bias_correction=cast(BiasCorrection, config.bias_correction),  # checked by TrainConfig, as what follows
-        lr_scale=cast(LrScale, config.lr_scale or "none"),
-        slot_warmup=config.slot_warmup,
+        bias_correction=cast(BiasCorrection, config.bias_correction),  # checked by TrainConfig
     )
 
 

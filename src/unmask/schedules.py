@@ -54,7 +54,7 @@ def front_loaded(t: int, T: int, B: int) -> int:
 
 
 def at_once(t: int, T: int, B: int) -> int:
-    """``b(t) = B``: the whole budget at the first step, as a static selection; for `unmask.regrow`."""
+    """``b(t) = B``: the whole budget at the first step, as a static selection."""
     return B
 
 

@@ -33,7 +33,6 @@ from unmask.gradients.window import Accumulation, Gradients, Window
 from unmask.identity import Identity
 from unmask.method import Method
 from unmask.quantised.layers import reach_biases, settle, stored_in, weights
-from unmask.rates import SlotScale
 from unmask.recording import record_delta
 from unmask.slots import SlotTable, take
 from unmask.state import restore, state_of
@@ -67,7 +66,7 @@ def known_positions(method: Method, table: SlotTable, slots: int, scores: dict[i
         slots: B.
         scores: By tensor index, where a calibration made them; they are used up.
     """
-    ranker = Ranker(method.heuristic, table, method.allocation, slots, 0, False, method.normalise)
+    ranker = Ranker(method.heuristic, table, method.allocation, slots, 0, False)
     for index in range(len(table.layout.tensors)):
         ranker.rank(index, None if scores is None else scores.pop(index, None))
     return ranker.result().positions
@@ -126,7 +125,6 @@ class Selection:
         self.values = nn.Parameter(zeros) if values is None else _emptied(values, zeros)
         self._table = SlotTable(self._layout, self._slots, dtype, device, room)
         self._picked = torch.empty(0, dtype=torch.int64, device=device) if kept else None  # the last step's, as slots
-        self._scale = SlotScale()
         self._ordered = self._known_order()  # before freezing: a calibration wants the model as it was
         if self._ordered:
             refuse_dead_lora(model, {*dense, *(self._layout.names[i] for i in self._table.occupied())})
@@ -249,7 +247,6 @@ class Selection:
             restore(self, state)
         self._window.writes.take()
         self._copied = bool(state.get("copied", False))
-        self._scale = SlotScale()
         self._begin_step()
 
     def release(self) -> None:
@@ -280,10 +277,6 @@ class Selection:
     def in_use(self) -> int:
         """Slots that the coming optimizer step trains: the first ``in_use`` of ``values``."""
         return self._slots if self.method.whole else self._window.due
-
-    def slot_scale(self) -> Tensor:
-        """``1 / sqrt(n_i m_j)`` of each slot at the coming step, 1 for those not in use then; see `unmask.rates`."""
-        return self._scale.of(self._table, self._window.tentative, self._window.due)
 
     def __repr__(self) -> str:
         dense = f", dense={self.dense_numel:,}" if self.dense_numel else ""
@@ -607,13 +600,12 @@ class Selection:
             active = 0 if again and self._picked is not None else used
             self._window.start(Plan(t, used, active, self._slots if again else 0, repeat=True, picked=self._picked))
         else:
-            drops = self.method.dropped(t, used)
-            self._window.start(Plan(t, used, used, due - used + drops, repeat=False, drops=drops))
+            self._window.start(Plan(t, used, used, due - used, repeat=False))
 
     def _known_order(self) -> bool:
         """Ranks the whole budget now, where the heuristic needs no gradient and the ranking cannot change later."""
         method, table = self.method, self._table
-        if not self._slots or method.heuristic.needs == "gradient" or method.strategy == "repeat" or method.drop:
+        if not self._slots or method.heuristic.needs == "gradient" or method.strategy == "repeat":
             return False
         scores = estimates(self.model, self._layout, method, self._slots)
         positions = known_positions(method, table, self._slots, scores).to(self.values.device)

@@ -32,9 +32,6 @@ class Steppable(Protocol):
     def in_use(self) -> int:
         """How many slots of ``values`` the coming step trains."""
 
-    def slot_scale(self) -> Tensor:
-        """What each slot's learning rate may be multiplied by at the coming step: of the shape of ``values``."""
-
     def clock(self) -> Tensor:
         """The parameter whose optimizer step is the schedule's step."""
 
@@ -96,11 +93,6 @@ def has_selection(model: nn.Module) -> bool:
 def slots_in_use(parameter: Tensor) -> int | None:
     """How many entries the coming step trains, if the parameter is a live selection's ``values``; else None."""
     return next((live.in_use for live in list(_LIVE) if live.values is parameter), None)
-
-
-def slot_scale(parameter: Tensor) -> Tensor | None:
-    """`Selection.slot_scale`, if the parameter is a live selection's ``values``; else None."""
-    return next((live.slot_scale() for live in list(_LIVE) if live.values is parameter), None)
 
 
 def unwatch(selection: Steppable) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unmask.heuristics import heuristic_names
-from unmask.method import Allocation, Normalise
+from unmask.method import Allocation
 from unmask.methods import PRESETS
 from unmask.schedules import SCHEDULES
 from unmask.scopes import Kind
@@ -34,7 +34,6 @@ def _parts() -> dict[str, tuple[str, ...]]:
         "heuristics": tuple(heuristic_names()),
         "schedules": tuple(SCHEDULES),
         "allocations": get_args(Allocation),
-        "normalise": get_args(Normalise),
         "scopes": get_args(Kind),
     }
 

@@ -44,11 +44,11 @@ def check_exchange(exchange: str, method: Method) -> None:
     if exchange not in get_args(Exchange):
         raise MethodError(f"exchange = {exchange!r}; it must be 'exact', 'candidates' or 'none'.")
     heuristic = method.heuristic
-    ranks = heuristic.needs == "gradient" or method.strategy == "repeat" or method.drop > 0
+    ranks = heuristic.needs == "gradient" or method.strategy == "repeat"
     if exchange == "candidates" and ranks and not method.by_entry:
         raise MethodError(
             f"exchange = 'candidates' scores single entries by their gradient, which heuristic {heuristic.name!r} under "
-            f"allocation {method.allocation!r} and normalise {method.normalise!r} does not allow; use exchange='exact'."
+            f"allocation {method.allocation!r} does not allow; use exchange='exact'."
         )
 
 
@@ -217,7 +217,6 @@ class ProcessReducer:
             "slots in use": plan.used,
             "slots that train": plan.active,
             "weights to unmask": plan.newcomers,
-            "weights to drop": plan.drops,
         }
         doing = f"the backward of micro-batch {self._micro} of step {plan.step}"
         held = self._checksum() if self._micro == 1 else None

@@ -87,12 +87,10 @@ def check_sharded(
             "leaving='kept' holds a number for every eligible weight in each process, which sharding is there to avoid; use "
             "leaving='restored', or do not shard the model."
         )
-    alone = method.allocation == "global" and method.normalise == "none"
-    if not heuristic.elementwise or heuristic.needs == "calibration" or not alone:
+    if not heuristic.elementwise or heuristic.needs == "calibration" or method.allocation != "global":
         raise MethodError(
-            f"heuristic {heuristic.name!r} under allocation {method.allocation!r} and normalise {method.normalise!r} needs whole "
-            "tensors, which no process of a sharded model holds; use an elementwise heuristic without calibration, "
-            "allocation='global' and normalise='none'."
+            f"heuristic {heuristic.name!r} under allocation {method.allocation!r} needs whole tensors, which no process of a "
+            "sharded model holds; use an elementwise heuristic without calibration, and allocation='global'."
         )
 
 

@@ -1,14 +1,13 @@
-"""What spreads a selection over a tensor: caps on its parts, and scores measured against their row's and column's mean."""
+"""Caps that spread a selection over the tensors, their rows or their columns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from unmask.method import Allocation, Normalise
+from unmask.method import Allocation
 from unmask.slots import as_rows
 
 
@@ -69,58 +68,3 @@ def best_of_rows(scores: Tensor, bounds: Tensor) -> Tensor:
     room = bounds.unsqueeze(1) - above.sum(1, keepdim=True)
     keep = (above | (ties & (ties.cumsum(1) <= room))) & (bounds > 0).unsqueeze(1)
     return scores.masked_fill(~keep, -torch.inf)
-
-
-@dataclass(frozen=True)
-class Divisors:
-    """What the scores of one tensor are divided by; 1 for a row or column whose mean is 0, as its scores are then.
-
-    Attributes:
-        rows: (rows,).
-        columns: (columns,); of a vector (1,).
-    """
-
-    rows: Tensor
-    columns: Tensor
-
-    def divide(self, scores: Tensor, first: int) -> Tensor:
-        """``s_ij / (rows_i columns_j)`` of some whole rows (n, columns), or of a part of a vector, from row ``first`` on."""
-        rows = self.rows[first : first + scores.shape[0], None].to(scores.dtype)
-        return scores / rows / self.columns.to(scores.dtype)  # one by one: their product may underflow
-
-
-def divisors_of(
-    normalise: Normalise, shape: tuple[int, int], blocks: Iterable[tuple[int, Tensor]], device: torch.device
-) -> Divisors:
-    """What a tensor's scores are divided by, from the means of |score| over its rows, its columns, and all of it.
-
-    Args:
-        normalise: ``"row-column"``: r_i c_j / m, the scores that the means alone predict (Adafactor's factors, arXiv
-            1804.04235); ``"row-column-root"``: sqrt(r_i c_j), which takes half of that out. A vector's are divided by m.
-        shape: (rows, columns) of the tensor.
-        blocks: The first row's place, and the scores of some whole rows (n, columns); of a vector, of some entries (1, n).
-            O(rows + columns) numbers are kept of them.
-        device: Where the scores are.
-
-    Example:
-        >>> scores = torch.tensor([[1.0, 3.0], [2.0, 6.0]])  # of rank 1
-        >>> divisors = divisors_of("row-column", (2, 2), [(0, scores)], scores.device)
-        >>> divisors.divide(scores, 0).round(decimals=4).tolist()
-        [[1.0, 1.0], [1.0, 1.0]]
-    """
-    rows, columns = shape
-    across = torch.zeros(rows, dtype=torch.float64, device=device)
-    down = torch.zeros(1 if rows == 1 else columns, dtype=torch.float64, device=device)
-    for first, scores in blocks:
-        sizes = scores.abs()
-        across[first : first + sizes.shape[0]] += sizes.sum(1, dtype=torch.float64)
-        if rows > 1:
-            down += sizes.sum(0, dtype=torch.float64)
-    across /= columns
-    down = across if rows == 1 else down / rows
-    if normalise == "row-column-root" or rows == 1:
-        across, down = across.sqrt(), down.sqrt()
-    else:
-        root = across.mean().sqrt()
-        across, down = (mean / root for mean in (across, down))
-    return Divisors(*(torch.where(mean > 0, mean, 1.0) for mean in (across, down)))

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.gradients.factors import Factors, as_dense
-from unmask.gradients.spread import divisors_of, quota
+from unmask.gradients.spread import quota
 from unmask.heuristics import Heuristic
-from unmask.method import Allocation, Normalise
+from unmask.method import Allocation
 from unmask.slots import SlotTable, among, as_rows, take
 from unmask.topk import Ranked, StreamingTopK
 
@@ -37,8 +37,6 @@ class Ranker:
         keep: k, how many entries to keep.
         step: Seeds random heuristics.
         exclude_members: Leave out what is unmasked already (increment-S); repeat-S ranks everything.
-        normalise: What scores are divided by before they are ranked.
-        leaving: Positions, ascending, that are unmasked and compete for their place like what is not; None for none.
     """
 
     def __init__(
@@ -49,14 +47,10 @@ class Ranker:
         keep: int,
         step: int,
         exclude_members: bool,
-        normalise: Normalise = "none",
-        leaving: Tensor | None = None,
     ) -> None:
         self.heuristic, self.table, self.allocation = heuristic, table, allocation
         self.step, self.exclude_members = step, exclude_members
-        self.normalise, self.leaving = normalise, leaving
         self.top = StreamingTopK(keep, heuristic.floor)
-        self._kept: dict[int, Tensor | None] = {}  # flat indices that are unmasked and stay so, by tensor
 
     def rank(self, index: int, gradient: Tensor | Factors | None) -> None:
         """Offers one tensor's entries.
@@ -92,7 +86,7 @@ class Ranker:
 
     def _vanishes(self) -> bool:
         """Whether an entry's rank falls with its own gradient alone, and is none where that is zero."""
-        return self.heuristic.floor == 0 and self.allocation == "global" and self.normalise == "none"
+        return self.heuristic.floor == 0 and self.allocation == "global"
 
     def _rank_whole(self, index: int, gradient: Tensor | None) -> None:
         """Scores every entry."""
@@ -102,44 +96,17 @@ class Ranker:
         bound = quota(self.allocation, weight, self.table.budget, layout.total, held)
         top = self.top if bound.tensor is None else StreamingTopK(min(self.top.k, bound.tensor), self.top.floor)
         columns = as_rows(weight).shape[1]
-        for low, g, values in self._scored(index, weight, gradient):
-            first = low // columns
-            scores = self._exclude(values.reshape(-1), low, held).view(values.shape)
-            scores = bound.apply(scores, first).reshape(-1)
+        for low, w, g in self._blocks(weight, gradient):
+            scores = self._exclude(self._scores(index, low, w, g), low, held).view(w.shape)
+            scores = bound.apply(scores, low // columns).reshape(-1)
             top.update(scores, start + low, scores if g is None else g.reshape(-1).to(self.table.base.dtype))
         if top is not self.top:
             self.top.merge(top.result())
 
-    def _scored(
-        self, index: int, weight: Tensor, gradient: Tensor | None
-    ) -> Iterator[tuple[int, Tensor | None, Tensor]]:
-        """Blocks as (first flat index, gradients, scores), the last two of one shape; normalised scores take two passes."""
-
-        def scored() -> Iterator[tuple[int, Tensor | None, Tensor]]:
-            for low, w, g in self._blocks(weight, gradient):
-                yield low, g, self._scores(index, low, w, g).view(w.shape)
-
-        if self.normalise == "none":
-            yield from scored()
-            return
-        rows, columns = as_rows(weight).shape
-        once = self._by_tensor() or weight.numel() <= BLOCK  # one block: keep its scores
-        blocks = list(scored()) if once else None
-        scores_by_row = ((low // columns, scores) for low, _, scores in (scored() if blocks is None else blocks))
-        divisors = divisors_of(self.normalise, (rows, columns), scores_by_row, weight.device)
-        for low, g, scores in scored() if blocks is None else blocks:
-            yield low, g, divisors.divide(scores, low // columns)
-
     def _held(self, index: int) -> Tensor | None:
         """Flat indices, ascending, of what is unmasked and does not compete."""
-        if index not in self._kept:
-            members = self.table.members(index) if self.exclude_members else None
-            flat = None if members is None else members.flat
-            if flat is not None and self.leaving is not None:
-                leaving = self.leaving.to(flat.device)
-                flat = flat[~among(flat + self.table.layout.starts[index], leaving)]
-            self._kept[index] = flat
-        return self._kept[index]
+        members = self.table.members(index) if self.exclude_members else None
+        return None if members is None else members.flat
 
     def _glance(self, index: int, gradient: Tensor) -> bool:
         """Offers what a look at |g| alone does not rule out; False if that cannot be told (yet)."""

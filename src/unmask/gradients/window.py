@@ -82,7 +82,7 @@ class Window:
         self._clear()
         self.tentative = None
         if plan.selecting and plan.picked is None:
-            self._open = plan.open(self.values.detach(), self.table.base, self.table.positions)
+            self._open = plan.open(self.values.device)
 
     @property
     def due(self) -> int:
@@ -341,8 +341,6 @@ class Window:
             keep=keep,
             step=self.plan.step,
             exclude_members=not self.plan.repeat,
-            normalise=self.method.normalise,
-            leaving=self.table.positions[self._open].sort().values if self.plan.drops else None,
         )
         return self.reducer.ranking(new, self.table)
 

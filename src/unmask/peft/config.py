@@ -56,7 +56,6 @@ class SelectiveConfig(PeftConfig):
         schedule: ``"uniform"``, ``"cosine"`` or ``"front-loaded"`` (``id3``).
         seed: For ``random_mask``.
         allocation: ``"global"``, ``"tensor"``, ``"row"`` or ``"column"``.
-        normalise: ``"none"``, ``"row-column"`` or ``"row-column-root"``: what scores are divided by.
         accumulation: ``"candidates"`` or ``"exact"``: the selection that gradient accumulation makes.
         gradients: ``"auto"``, ``"sampled"`` or ``"dense"``.
         exchange: How several processes select together: ``"exact"``, ``"candidates"`` or ``"none"``; see `unmask.select`.
@@ -88,7 +87,6 @@ class SelectiveConfig(PeftConfig):
     schedule: str = field(default="uniform", metadata={"help": "How the budget is spread over the steps."})
     seed: int = field(default=0, metadata={"help": "Seed of random_mask."})
     allocation: str = field(default="global", metadata={"help": "global, tensor, row or column."})
-    normalise: str = field(default="none", metadata={"help": "none, row-column or row-column-root."})
     accumulation: str = field(default="candidates", metadata={"help": "candidates or exact."})
     gradients: str = field(default="auto", metadata={"help": "auto, sampled or dense."})
     exchange: str = field(default="exact", metadata={"help": "exact, candidates or none: several processes."})
@@ -131,7 +129,7 @@ class SelectiveConfig(PeftConfig):
         """The method with this budget; with one step, while T is not known."""
         steps = 1 if self.total_steps is None else self.total_steps
         method = methods.build(self.method, {**vars(self), "budget": budget, "steps": steps})
-        return method.but(allocation=self.allocation, normalise=self.normalise)
+        return method.but(allocation=self.allocation)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; and once an adapter is saved, its figures into the model card beside it."""
@@ -149,7 +147,7 @@ def _names(value: Any, where: str) -> Any:
 
 _FORM = fields(
     {
-        **dict.fromkeys(("method", "schedule", "allocation", "normalise", *_ALLOWED), text),
+        **dict.fromkeys(("method", "schedule", "allocation", *_ALLOWED), text),
         **dict.fromkeys(("eps", "exp"), finite),
         **dict.fromkeys(("stride", "seed"), count),
         **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), optional(_names)),
