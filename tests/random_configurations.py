@@ -14,7 +14,7 @@ from nets import loss, mixed, tokens
 from unmask import UnmaskError, UnmaskWarning
 
 STEPS = 4
-HEURISTICS = ("d3", "gradient", "snip", "magnitude", "large_magnitude", "lift", "random", "constant")
+HEURISTICS = ("d3", "gradient", "snip", "magnitude", "large_magnitude", "random", "constant")
 
 
 def run_case(seed: int) -> str:
@@ -49,7 +49,6 @@ def _drawn(draw: random.Random) -> tuple[unmask.Method, dict, object]:
         "id3": lambda: unmask.id3(budget, STEPS, eps, exp, stride, draw.choice(("uniform", "cosine", "front-loaded"))),
         "repeat": lambda: unmask.repeat_d3(budget, eps, exp, stride, draw.choice(("restored", "kept"))),
         "static": lambda: unmask.static_d3(budget, eps, exp),
-        "regrow": lambda: unmask.regrow(budget, STEPS, draw.choice((0.1, 0.9)), eps, exp, stride),
         "pafi": lambda: unmask.pafi(budget),
         "bitfit": lambda: unmask.bitfit(draw.choice((None, budget))),
         "random": lambda: unmask.random_mask(budget, draw.randrange(9)),
@@ -59,10 +58,8 @@ def _drawn(draw: random.Random) -> tuple[unmask.Method, dict, object]:
     changes = {
         "heuristic": lambda: unmask.heuristic(draw.choice(HEURISTICS)),
         "allocation": lambda: draw.choice(("global", "tensor", "row", "column")),
-        "normalise": lambda: draw.choice(("none", "row-column", "row-column-root")),
         "strategy": lambda: draw.choice(("static", "increment", "repeat")),
         "scope": lambda: unmask.Scope(draw.choice(("all", "linear", "bias", "vector"))),
-        "drop": lambda: draw.choice((0.0, 0.5)),
     }
     for name in draw.sample(list(changes), draw.choice((0, 0, 1, 2))):
         method = method.but(**{name: changes[name]()})

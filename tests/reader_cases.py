@@ -135,7 +135,6 @@ METHODS = {
     "id3": lambda: unmask.id3(17, steps=5),
     "kept": lambda: unmask.repeat_d3(9, leaving="kept"),
     "random": lambda: unmask.random_mask(17).but(strategy="increment", schedule=unmask.schedule("uniform", 5)),
-    "regrow": lambda: unmask.regrow(17, steps=7, drop=0.9, stride=2),
 }
 
 

@@ -21,7 +21,6 @@ class DenseReference:
         cumulative: Callable[[int], int],
         budget: int,
         repeat: bool | int = False,
-        dropped: Callable[[int, int], int] = lambda t, used: 0,  # how many of the mask compete anew
         kept: bool = False,  # repeat: what leaves stays as it is, without a gradient
         above: float = -torch.inf,  # a lower score, or this one, selects nothing
         **adamw: float,
@@ -33,7 +32,7 @@ class DenseReference:
         for p in self.tensors:
             p.requires_grad_(True)
         self.score, self.cumulative, self.budget, self.repeat = score, cumulative, budget, int(repeat)
-        self.dropped, self.kept, self.above = dropped, kept, above
+        self.kept, self.above = kept, above
         self.base = self._weights()
         self.master = nn.Parameter(self.base.clone())
         self.mask = torch.zeros_like(self.base, dtype=torch.bool)
@@ -76,12 +75,9 @@ class DenseReference:
             self.picked = new
             return
         used = int(self.mask.sum())
-        drops = self.dropped(self.t, used)
-        change = (self.master.detach() - self.base).abs().masked_fill(~self.mask, torch.inf)
         new = self.mask.clone()
-        new[change.argsort(stable=True)[:drops]] = False
         scores = scores.masked_fill(new, -torch.inf)
-        best = scores.argsort(descending=True, stable=True)[: self.cumulative(self.t) - used + drops]
+        best = scores.argsort(descending=True, stable=True)[: self.cumulative(self.t) - used]
         new[best[scores[best] > self.above]] = True
         self._replace(new)
 

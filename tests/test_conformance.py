@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,56 +34,8 @@ def stride_10(t: int) -> int:
     return min(STEPS, (t // 10 + 1) * 10) * BUDGET // STEPS
 
 
-def stride_3(t: int) -> int:
-    return min(STEPS, (t // 3 + 1) * 3) * BUDGET // STEPS
-
-
 def cubic(t: int) -> int:
     return BUDGET if t >= STEPS - 1 else int(BUDGET * (1 - (1 - (t + 1) / STEPS) ** 3) + 1e-9)
-
-
-def half_cosine(share: float, stride: int) -> Callable[[int, int], int]:
-    return lambda t, used: (
-        math.floor(share * used * (1 + math.cos(math.pi * t / STEPS)) / 2) if t % stride == 0 < t < STEPS else 0
-    )
-
-
-def by_tensor(score: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A score of matrices (first dimension by the rest; a vector has one row), from the flat weights and gradients."""
-    shapes = [p.shape for _, p in sorted(mixed().named_parameters())]
-
-    def flat(w: Tensor, g: Tensor) -> Tensor:
-        pieces = zip(*(x.split([shape.numel() for shape in shapes]) for x in (w, g)), shapes, strict=True)
-        rows = ((a, b, shape[0] if len(shape) > 1 else 1) for a, b, shape in pieces)
-        return torch.cat([score(a.view(n, -1), b.view(n, -1)).reshape(-1) for a, b, n in rows])
-
-    return flat
-
-
-def spread(score: Callable[[Tensor, Tensor], Tensor], root: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """Scores over what the means of their row and column predict, or the root of their product; of a vector, over its mean."""
-
-    def normalised(w: Tensor, g: Tensor) -> Tensor:
-        s = score(w, g)
-        row, column, mean = (s.abs().double().mean(d, keepdim=True) for d in (1, 0, (0, 1)))
-        if s.shape[0] == 1:
-            return s / torch.where(mean > 0, mean, 1.0).sqrt().float() / torch.where(mean > 0, mean, 1.0).sqrt().float()
-        parts = [m.sqrt() if root else m / mean.sqrt() for m in (row, column)]
-        for part in parts:
-            s = s / torch.where(part > 0, part, 1.0).float()
-        return s
-
-    return by_tensor(normalised)
-
-
-def lift_scores(model: nn.Module) -> Tensor:
-    weights = torch.cat([p.detach().float().reshape(-1) for _, p in sorted(model.named_parameters())])
-    return by_tensor(low_rank)(weights, weights)
-
-
-def low_rank(w: Tensor, g: Tensor) -> Tensor:
-    u, s, v = torch.linalg.svd(w.double(), full_matrices=False)
-    return ((u[:, :3] * s[:3]) @ v[:3]).abs().float()
 
 
 def fisher_scores(model: nn.Module) -> Tensor:
@@ -110,10 +61,7 @@ class Case:
     repeat: int = 0
     kept: bool = False
     given: bool = False  # score(model) gives fixed scores
-    dropped: Callable[[int, int], int] = lambda t, used: 0
 
-
-LIFT = unmask.heuristic("lift", rank=3)
 
 CASES = {
     "id3": Case(unmask.id3(BUDGET, STEPS), d3(2), uniform),
@@ -135,11 +83,6 @@ CASES = {
     "snip-increment": Case(
         unmask.id3(BUDGET, STEPS).but(heuristic=unmask.heuristic("snip")), lambda w, g: (w * g).abs(), uniform
     ),
-    "id3-normalised": Case(unmask.id3(BUDGET, STEPS).but(normalise="row-column"), spread(d3(2), root=False), uniform),
-    "id3-root": Case(unmask.id3(BUDGET, STEPS).but(normalise="row-column-root"), spread(d3(2), root=True), uniform),
-    "regrow": Case(unmask.regrow(BUDGET, STEPS), d3(2), all_at_once, dropped=half_cosine(0.3, 10)),
-    "id3-drop": Case(unmask.id3(BUDGET, STEPS, stride=3).but(drop=0.5), d3(2), stride_3, dropped=half_cosine(0.5, 3)),
-    "lift": Case(unmask.Method("lift", BUDGET, LIFT, "static"), lift_scores, given=True),
     "fish": Case(fish(), fisher_scores, given=True),
 }
 
@@ -200,9 +143,7 @@ def test_method_equals_the_dense_reference(name: str, dtype: torch.dtype) -> Non
     if case.given and dtype == torch.bfloat16:
         score = nearly(score, case.method)
     names = [n for n, _ in twin.named_parameters()]
-    reference = DenseReference(
-        twin, names, score, case.cumulative, BUDGET, case.repeat, case.dropped, case.kept, **ADAMW
-    )
+    reference = DenseReference(twin, names, score, case.cumulative, BUDGET, case.repeat, case.kept, **ADAMW)
     compare(model, twin, case.method, reference)
 
 

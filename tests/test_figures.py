@@ -311,9 +311,9 @@ def test_the_budget_sweep_stands_over_counts_on_a_linear_axis():
 
 
 def test_methods_have_their_own_names_where_several_have_one_strategy():
-    runs = [*all_runs(), *({**r, "method": "regrow"} for r in all_runs() if r["method"] == "id3")]
+    runs = [*all_runs(), *({**r, "method": "snip"} for r in all_runs() if r["method"] == "id3")]
     (axes,) = tensor_sparsity(runs).axes
-    assert sorted(labels_of(axes)) == ["id3", "regrow", "repeat_d3"]
+    assert sorted(labels_of(axes)) == ["id3", "repeat_d3", "snip"]
 
 
 def test_the_curve_of_a_run_is_its_mean_over_seeds_by_updated_weights():

@@ -14,8 +14,8 @@ from unmask.peft.config import SelectiveConfig
 from unmask.presets import method_from
 
 SETTINGS = {
-    "budget": 7, "steps": 9, "eps": 0.5, "exp": 1.0, "stride": 2, "schedule": "cosine", "leaving": "kept", "drop": 0.2,
-    "rank": 3, "loader": [{"x": 1}], "num_samples": 5, "criterion": "grasp", "pruned": "kept", "seed": 4,
+    "budget": 7, "steps": 9, "eps": 0.5, "exp": 1.0, "stride": 2, "schedule": "cosine", "leaving": "kept",
+    "loader": [{"x": 1}], "num_samples": 5, "criterion": "grasp", "pruned": "kept", "seed": 4,
 }  # fmt: skip
 
 
@@ -67,11 +67,10 @@ def test_a_run_s_method_is_the_preset_of_that_name(name):
 
 
 def test_a_run_s_settings_reach_the_preset():
-    config = run_config(method="regrow", drop=0.4, eps=0.5, exp=1.0, stride=3)
-    assert method_from(config, steps=9) == unmask.regrow("30", 9, 0.4, 0.5, 1.0, 3)
+    config = run_config(method="id3", schedule="cosine", eps=0.5, exp=1.0, stride=3)
+    assert method_from(config, steps=9) == unmask.id3("30", 9, 0.5, 1.0, 3, "cosine")
     config = run_config(method="random_mask", seed=8)
     assert method_from(config, steps=9) == unmask.random_mask("30", 8)
-    assert method_from(run_config(method="lift", rank=5), steps=9) == unmask.lift("30", 5)
 
 
 @pytest.mark.parametrize("name", ["magic", "fisch"])

@@ -18,7 +18,6 @@ from unmask.analysis import densities, gradient_updates, mask_of, tensor_sparsit
 from unmask.analysis import snapshot as shot_of
 from unmask.config import TrainConfig
 from unmask.presets import method_from
-from unmask.rates import row_column_scale
 from unmask.state_file import read_state, write_state
 
 BUDGET, STEPS = 100, 15  # 15 does not divide 100
@@ -330,16 +329,6 @@ def test_an_age_per_weight_counts_from_its_first_pick(stride):
     assert age.unique().numel() > 3
 
 
-def test_a_rate_by_rows_and_columns_counts_all_that_a_step_may_move():
-    model, selection, optimizer = begin(make=lambda p: SelectiveAdamW(p, lr=1e-3, lr_scale="row-column"))
-    for t in range(4):
-        loss(model, tokens(t)).backward()
-        scale = selection.slot_scale()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert torch.equal(scale, row_column_scale(selection._layout, selection._table.positions))
-
-
 @pytest.mark.parametrize("scope", ["selected", "all"])
 def test_clipping_is_by_the_masked_or_the_whole_gradient(scope):
     model, selection, optimizer = begin(make=OPTIMIZERS["sgd"], clip_scope=scope)
@@ -427,7 +416,7 @@ def test_the_whole_of_the_model_may_be_the_budget():
 
 
 def test_kept_is_refused_where_nothing_leaves():
-    for make in (unmask.id3(5, 2), unmask.static_d3(5), unmask.pafi(5), unmask.regrow(5, 2)):
+    for make in (unmask.id3(5, 2), unmask.static_d3(5), unmask.pafi(5)):
         with pytest.raises(MethodError, match="leaving = 'kept' is for strategy='repeat'"):
             make.but(leaving="kept")
     with pytest.raises(MethodError, match="must be one of restored, kept"):

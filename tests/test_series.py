@@ -39,7 +39,6 @@ STEPS = (8, 16, 24)
 KINDS: dict[str, tuple[object, ...]] = {
     "plain": (),
     "without_dense": ("--set", "dense=none", "--set", "order=true"),
-    "regrow": ("--method", "regrow", "--set", "drop=0.5"),
     "repeat": ("--method", "repeat_d3", "--set", "stride=3"),
     "kept": ("--method", "repeat_d3", "--set", "stride=3", "--set", "leaving=kept"),
     "fish": ("--method", "fish", "--set", "num_samples=16"),

@@ -1,21 +1,20 @@
-"""Selections that spread: caps on rows and columns, scores against the means of their row and column, LIFT."""
+"""Selections that spread: caps on tensors, rows and columns; LIFT, the example of a heuristic over whole tensors."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import unmask
-from helpers import as_lists, batches, dense_gradients, first_k, mean_square, mlp, train
+from helpers import as_lists, batches, dense_gradients, first_k, mlp, train
 from unmask import MethodError, UnmaskWarning
 from unmask.gradients import streamed
-from unmask.lowrank import low_rank
-
-LAYERS = [1, 3]  # of `net`
 
 
 def net():
@@ -39,96 +38,16 @@ def target(model, x):
     return (model(x) - x[:, :4]).square().mean()
 
 
-def scores_of(model, score, x, normalise="none"):
+def scores_of(model, score, x):
     gradients = dense_gradients(model, lambda m: target(m, x))
-    plain = {name: score(p.detach(), gradients[name]) for name, p in model.named_parameters()}
-    return {name: normalised(s, normalise) for name, s in plain.items()}
-
-
-def normalised(s, how):
-    """By the formulas of docs/methods.md, entry by entry."""
-    if how == "none":
-        return s
-    mean = s.abs().double().mean()
-    if not mean:
-        return s
-    if s.ndim < 2:
-        return (s / mean).float()
-    row, column = s.abs().double().mean(1), s.abs().double().mean(0)
-    out = torch.zeros_like(s)
-    for i in range(s.shape[0]):
-        for j in range(s.shape[1]):
-            if row[i] and column[j]:
-                product = row[i] * column[j]
-                out[i, j] = s[i, j] * mean / product if how == "row-column" else s[i, j] / product.sqrt()
-    return out
+    return {name: score(p.detach(), gradients[name]) for name, p in model.named_parameters()}
 
 
 SCORES = {
     "d3": lambda w, g: g.abs() / (w.abs() + 1) ** 2,
     "gradient": lambda w, g: g.abs(),
     "snip": lambda w, g: (g * w).abs(),
-    "magnitude": lambda w, g: -w.abs(),
-    "large_magnitude": lambda w, g: w.abs(),
 }
-
-
-@pytest.mark.parametrize("block", [1, 13, 1 << 20])
-@pytest.mark.parametrize("gradients", ["auto", "dense"])
-@pytest.mark.parametrize("how", ["row-column", "row-column-root"])
-@pytest.mark.parametrize("name", SCORES)
-def test_normalised_scores_rank_as_their_formula(name, how, gradients, block, monkeypatch):
-    monkeypatch.setattr(streamed, "BLOCK", block)
-    model, x = net(), inputs()[0]
-    expected = scores_of(model, SCORES[name], x, how)
-    method = unmask.static_d3(40).but(heuristic=unmask.heuristic(name), normalise=how)
-    selection = unmask.select(model, method, gradients=gradients)
-    train(model, torch.optim.SGD(selection.parameters(), lr=0.0), [x], target)
-    assert as_lists(selection.indices) == first_k(expected, 40)
-
-
-def most(selection, axis):
-    flat = selection.indices["1.weight"]
-    return int(torch.bincount(flat // 12 if axis else flat % 12).max())
-
-
-@pytest.mark.parametrize("axis", [0, 1], ids=["columns", "rows"])
-def test_normalised_scores_do_not_pile_up(axis):
-    counts = {}
-    for how in ("none", "row-column-root", "row-column"):
-        model = net()
-        method = unmask.static_d3(30, exp=0.0).but(normalise=how)
-        selection = unmask.select(model, method, include=r"1\.weight")
-        train(model, torch.optim.SGD(selection.parameters(), lr=0.0), inputs(), target)
-        counts[how] = most(selection, axis)
-    assert counts["row-column"] < counts["none"]
-    assert counts["row-column"] <= counts["row-column-root"] <= counts["none"]
-
-
-def test_a_rank_one_tensor_scores_alike_whatever_its_rows_and_columns(registry):
-    """So the order is that of ties: tensor names, flat indices."""
-    outer = unmask.register_heuristic("outer", lambda w, g: w.abs())
-    model = nn.ParameterDict(
-        {"a": torch.tensor([[1.0], [8.0], [64.0]]) * torch.tensor([1.0, 4.0]), "b": torch.ones(2, 2)}
-    )
-    method = unmask.Method("m", 7, outer, "repeat", normalise="row-column")
-    selection = unmask.select(model, method)
-    sum(p.sum() for p in model.values()).backward()
-    torch.optim.SGD(selection.parameters(), lr=0.0).step()
-    assert as_lists(selection.indices) == {"a": [0, 1, 2, 3, 4, 5], "b": [0]}
-
-
-def test_micro_batches_are_ranked_by_their_sum_where_the_gradients_are_kept():
-    model, (x, y) = net(), inputs(2)
-    gradients = dense_gradients(model, lambda m: target(m, x) + target(m, y))
-    expected = {n: normalised(g.abs(), "row-column") for n, g in gradients.items()}
-    method = unmask.static_d3(25, exp=0.0).but(normalise="row-column")
-    selection = unmask.select(model, method, accumulation="exact")
-    optimizer = torch.optim.SGD(selection.parameters(), lr=0.0)
-    for batch in (x, y):
-        target(model, batch).backward()
-    optimizer.step()
-    assert as_lists(selection.indices) == first_k(expected, 25)
 
 
 def greedy(scores, k, group):
@@ -145,9 +64,9 @@ def greedy(scores, k, group):
 
 
 @pytest.mark.parametrize("block", [1, 1 << 20])
-@pytest.mark.parametrize("how", ["none", "row-column"])
+@pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("allocation", ["tensor", "row", "column"])
-def test_caps_under_one_ranking(allocation, how, block, monkeypatch):
+def test_caps_under_one_ranking(allocation, name, block, monkeypatch):
     monkeypatch.setattr(streamed, "BLOCK", block)
     model, x, budget = net(), inputs()[0], 45
     shapes = {n: p.shape for n, p in model.named_parameters()}
@@ -160,32 +79,59 @@ def test_caps_under_one_ranking(allocation, how, block, monkeypatch):
         place = 0 if alike else i // shape[1] if allocation == "row" else i % shape[1]
         return (name, place), math.ceil(budget * size / total)
 
-    expected = greedy(scores_of(model, SCORES["d3"], x, how), budget, group)
-    method = unmask.static_d3(budget).but(allocation=allocation, normalise=how)
+    expected = greedy(scores_of(model, SCORES[name], x), budget, group)
+    method = unmask.static_d3(budget).but(allocation=allocation, heuristic=unmask.heuristic(name))
     selection = unmask.select(model, method)
     short = sum(map(len, expected.values())) < budget  # a tensor's share that the loss does not reach
-    with pytest.warns(UnmaskWarning, match="selected 44") if short else nullcontext():
+    with (
+        pytest.warns(UnmaskWarning, match=rf"selected {sum(map(len, expected.values()))}\b") if short else nullcontext()
+    ):
         train(model, torch.optim.SGD(selection.parameters(), lr=0.0), [x], target)
     assert as_lists(selection.indices) == expected
+
+
+@pytest.mark.parametrize("allocation", ["tensor", "row", "column"])
+@pytest.mark.parametrize("heuristic", ["random", "d3", "magnitude"])
+@pytest.mark.parametrize("strategy", ["increment", "repeat"])
+def test_caps_hold_while_the_selection_grows_or_is_exchanged(strategy, heuristic, allocation):
+    torch.manual_seed(0)
+    model = mlp()
+    parts = {"heuristic": unmask.heuristic(heuristic), "allocation": allocation, "scope": unmask.Scope("linear")}
+    selection = unmask.select(model, unmask.id3(40, steps=12, stride=3).but(strategy=strategy, **parts))
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=0.05, weight_decay=0.1)
+    size = 36 if allocation == "tensor" else 6
+    for t, x in enumerate(batches(12)):
+        train(model, optimizer, [x])
+        assert selection.used == selection.method.cumulative(t, 40)
+        for flat in selection.indices.values():
+            group = {"tensor": flat * 0, "row": flat // 6, "column": flat % 6}[allocation]
+            assert torch.bincount(group).max() <= math.ceil(40 * size / 108)
 
 
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: unmask.pafi(3).but(normalise="rows"),
         lambda: unmask.pafi(3).but(allocation="row-column"),
-        lambda: unmask.sparse_adapter(3, "synflow").but(normalise="row-column"),
-        lambda: unmask.lift(3, rank=0),
-        lambda: unmask.lift(3, rank=2.5),
-        lambda: unmask.select(mlp(), unmask.id3(3, steps=2).but(normalise="row-column"), exchange="candidates"),
+        lambda: unmask.sparse_adapter(3, "synflow").but(allocation="row"),
+        lambda: unmask.select(mlp(), unmask.id3(3, steps=2).but(allocation="row"), exchange="candidates"),
     ],
 )
 def test_what_cannot_work_is_refused(build):
-    with pytest.raises(MethodError, match=r"normalise|allocation|rank ="):
+    with pytest.raises(MethodError, match="allocation"):
         build()
 
 
-# LIFT.
+# LIFT, the example in experiments/lift.py.
+
+
+@pytest.fixture
+def lift(registry):
+    """The module, its heuristic registered for this test alone."""
+    path = Path(__file__).parents[1] / "experiments" / "lift.py"
+    spec = importlib.util.spec_from_file_location("lift_example", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def by_svd(matrix, rank):
@@ -195,20 +141,20 @@ def by_svd(matrix, rank):
 
 @pytest.mark.parametrize("shape", [(7, 7), (40, 9), (9, 40)])
 @pytest.mark.parametrize("rank", [1, 4, 9])
-def test_a_low_rank_approximation_is_the_truncated_svd(shape, rank):
+def test_a_low_rank_approximation_is_the_truncated_svd(lift, shape, rank):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(low_rank(matrix, rank).double(), by_svd(matrix, rank), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lift.low_rank(matrix, rank).double(), by_svd(matrix, rank), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(60, 50), (50, 60)])
-def test_of_a_large_matrix_it_is_nearly_that_and_always_the_same(shape, monkeypatch):
-    monkeypatch.setattr("unmask.lowrank.EXACT", 8)
+def test_of_a_large_matrix_it_is_nearly_that_and_always_the_same(lift, shape, monkeypatch):
+    monkeypatch.setattr(lift, "EXACT", 8)
     generator = torch.Generator().manual_seed(1)
     u, v = (torch.linalg.qr(torch.randn(n, 50, generator=generator)).Q for n in shape)
     matrix = (u * 0.8 ** torch.arange(50)) @ v.t()
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    first, second = low_rank(matrix, 6), low_rank(matrix, 6)
+    first, second = lift.low_rank(matrix, 6), lift.low_rank(matrix, 6)
     assert torch.equal(first, second)
     assert torch.equal(before, torch.get_rng_state())
     best = by_svd(matrix, 6)
@@ -216,11 +162,11 @@ def test_of_a_large_matrix_it_is_nearly_that_and_always_the_same(shape, monkeypa
     assert (first - best).norm() <= 1e-2 * best.norm()
 
 
-def test_lift_takes_each_linear_layers_share_by_its_approximation():
+def test_lift_takes_each_linear_layers_share_by_its_approximation(lift):
     model = net()
     weights = {n: p.detach() for n, p in model.named_parameters() if n in ("1.weight", "3.weight")}
     scores = {n: by_svd(w, 2).abs() for n, w in weights.items()}
-    selection = unmask.select(model, unmask.lift(50, rank=2))
+    selection = unmask.select(model, lift.method(50, rank=2))
     caps = {n: math.ceil(50 * w.numel() / 160) for n, w in weights.items()}
     assert as_lists(selection.indices) == greedy(scores, 50, lambda name, i: (name, caps[name]))
     assert as_lists(selection.indices) != greedy(
@@ -228,7 +174,7 @@ def test_lift_takes_each_linear_layers_share_by_its_approximation():
     )
 
 
-def test_lift_of_every_kind_of_tensor():
+def test_lift_of_every_kind_of_tensor(lift):
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Conv1d(4, 3, 5), nn.LayerNorm(6), nn.Linear(2, 30)])
     selection = unmask.select(model, unmask.Method("all", 60, unmask.heuristic("lift", rank=2), "static"))
@@ -237,9 +183,9 @@ def test_lift_of_every_kind_of_tensor():
     assert as_lists(selection.indices) == first_k(scores, 60)
 
 
-def test_lift_refreshed_ranks_the_trained_weights():
+def test_lift_refreshed_ranks_the_trained_weights(lift):
     model = net()
-    method = unmask.lift(20, rank=2).but(
+    method = lift.method(20, rank=2).but(
         strategy="repeat", schedule=unmask.schedule("uniform", 1, stride=2), allocation="global"
     )
     selection = unmask.select(model, method)
@@ -249,11 +195,10 @@ def test_lift_refreshed_ranks_the_trained_weights():
             trained = {n: by_svd(model.get_parameter(n).detach(), 2).abs() for n in ("1.weight", "3.weight")}
         train(model, optimizer, [x], target)
     assert as_lists(selection.indices) == first_k(trained, 20)
+    assert selection.used == 20
 
 
-def test_mean_square_is_what_the_helpers_train():
-    """`lift` under an optimizer that steps: the budget holds."""
-    model = mlp()
-    selection = unmask.select(model, unmask.lift(30, rank=2))
-    train(model, torch.optim.AdamW(selection.parameters(), lr=0.1), batches(3), mean_square)
-    assert selection.used == 30 == sum(f.numel() for f in selection.indices.values())
+@pytest.mark.parametrize("rank", [0, 2.5, True])
+def test_lift_refuses_a_rank_that_is_no_whole_number_from_1_on(lift, rank):
+    with pytest.raises(MethodError, match="rank = "):
+        lift.method(3, rank=rank)

@@ -355,7 +355,7 @@ def test_wrappers_of_a_static_method_are_those_of_a_dense_masked_run(wrapper, me
 @pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(
     "method",
-    [unmask.id3(60, steps=3), unmask.repeat_d3(60), unmask.regrow(60, steps=3)],
+    [unmask.id3(60, steps=3), unmask.repeat_d3(60)],
     ids=lambda m: m.name,
 )
 def test_wrappers_are_refused_where_weights_are_unmasked_later(wrapper, method):

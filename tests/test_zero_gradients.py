@@ -27,8 +27,6 @@ METHODS = {
     "strided": lambda: unmask.id3(B, T, stride=3),
     "snip": lambda: unmask.id3(B, T).but(heuristic=unmask.heuristic("snip")),
     "by rows": lambda: unmask.id3(B, T).but(allocation="row"),
-    "normalised": lambda: unmask.static_d3(B).but(normalise="row-column"),
-    "regrow": lambda: unmask.regrow(B, T, stride=2),
     "repeat_d3": lambda: unmask.repeat_d3(B, stride=3),
     "kept": lambda: unmask.repeat_d3(B, stride=3, leaving="kept"),
 }
@@ -167,21 +165,6 @@ def test_repeat_fills_its_empty_places_first_and_lets_go_only_for_what_has_a_gra
     assert selection.used == 20
     assert step("left") == {"left.weight": 16, "right.weight": 4}
     assert_unselected_is_base(model, base, selection)
-
-
-@pytest.mark.filterwarnings("ignore:step .* was to select:unmask.UnmaskWarning")
-def test_drop_and_regrow_drops_nothing_for_a_weight_without_a_gradient():
-    _, selection, step = halves(unmask.regrow(16, steps=8, drop=0.5, stride=2))
-    before = step("left")
-    values = selection.values.detach().clone()
-    for _ in range(4):
-        assert step("left") == before == {"left.weight": 16}
-    assert selection.used == 16
-    assert not torch.equal(selection.values, values)
-    for _ in range(2):
-        after = step("right")
-    assert after["right.weight"] > 0
-    assert sum(after.values()) == 16
 
 
 @pytest.mark.parametrize("accumulation", ["candidates", "exact"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from unmask.errors import ScheduleNotRunError
@@ -29,10 +28,6 @@ class Waiting:
     def in_use(self) -> int:
         """None of the slots is trained."""
         return 0
-
-    def slot_scale(self) -> Tensor:
-        """Every slot alike."""
-        return torch.ones_like(self.values)
 
     def clock(self) -> Tensor:
         """The parameter whose optimizer step is refused."""
