@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import zipfile
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import trained
+from helpers import assert_same_tensors, snapshot, trained
 from unmask import DeltaError, SparseDelta, SparseTensor, files
 
 
@@ -117,3 +118,23 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(saved, monkeypatch):
         delta.save(path)
     assert path.read_bytes() == data
     assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "regrow", "strategy": "increment", "schedule": "at_once", "drop": 0.3},
+        {"name": "lift", "heuristic": "lift", "parameters": {"rank": 2}, "allocation": "tensor"},
+        {"name": "id3", "normalise": "row-column", "drop": 0.5},
+    ],
+    ids=str,
+)
+def test_a_delta_of_a_retired_method_loads_and_applies(method, saved, tmp_path):
+    base, path, _ = saved
+    delta = SparseDelta.load(path)
+    old = SparseDelta.load(delta.with_metadata(method=method).save(tmp_path / "old.safetensors"))
+    assert old.metadata["method"] == method
+    models = copy.deepcopy(base), copy.deepcopy(base)
+    delta.apply(models[0])
+    old.apply(models[1])
+    assert_same_tensors(snapshot(models[0]), snapshot(models[1]))

@@ -179,3 +179,19 @@ def test_sparse_gradients_are_refused(bias_correction):
     with pytest.raises(SelectionError, match=r"shape \(5, 2\).*sparse=False"):
         optimizer.step()
     assert not optimizer.state
+
+
+@pytest.mark.parametrize(("name", "usual", "used"), [("lr_scale", "none", "row-column"), ("slot_warmup", 0, 4)])
+def test_a_state_with_a_retired_setting_loads_only_where_the_setting_changed_nothing(name, usual, used):
+    model, selection, optimizer = begin("id3")
+    train(model, optimizer, data(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        group[name] = usual
+    fresh = SelectiveAdamW(selection.parameters())
+    fresh.load_state_dict(state)
+    assert_same_state(fresh, optimizer)
+    for group in state["param_groups"]:
+        group[name] = used
+    with pytest.raises(ConfigError, match=f"made with {name} = {used!r}, a setting that SelectiveAdamW no longer has"):
+        SelectiveAdamW(selection.parameters()).load_state_dict(state)
