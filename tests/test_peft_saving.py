@@ -17,7 +17,7 @@ import unmask.peft
 from helpers import assert_same_tensors, batches, mean_square, snapshot, travelling
 from peft_nets import NO_BASE_FILE, OLD_NAMES, base_state, config, outputs, run, wrapped
 from tiny import tiny_model
-from unmask.errors import DeltaError
+from unmask.errors import DeltaError, MethodError
 
 pytestmark = [pytest.mark.filterwarnings(OLD_NAMES), pytest.mark.filterwarnings(NO_BASE_FILE)]
 
@@ -244,3 +244,16 @@ def test_a_push_of_several_adapters_gives_each_its_card(hub, classifier):
     cards = [hub.files[name].decode() for name in ("README.md", "other/README.md")]
     assert "id3 (eps 1.0" in cards[0]
     assert "pafi" in cards[1]
+
+
+@pytest.mark.filterwarnings(r"ignore:Unexpected keyword arguments \['normalise'\]")
+def test_an_adapter_of_a_retired_method_can_be_used_and_is_not_trained_further(tmp_path):
+    _, expected = saved(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["normalise"] = config["record"]["method"]["normalise"] = "row-column"
+    path.write_text(json.dumps(config))
+    again = peft.PeftModel.from_pretrained(travelling(torch.float32), tmp_path)
+    assert torch.equal(outputs(again), expected)
+    with pytest.raises(MethodError, match="trained with normalise = 'row-column', which unmask no longer has"):
+        run(peft.PeftModel.from_pretrained(travelling(torch.float32), tmp_path, is_trainable=True))

@@ -19,7 +19,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from unmask.bitwise import same_bits
 from unmask.delta import SparseDelta, SparseTensor
-from unmask.errors import DeltaError
+from unmask.errors import DeltaError, MethodError
 from unmask.peft.config import SelectiveConfig
 from unmask.peft.progress import Progress
 from unmask.peft.waiting import Waiting
@@ -151,6 +151,7 @@ class Adapter:
     def start(self, model: nn.Module) -> None:
         """Makes the live selection, on the device where the base is now. The values must be in the tensors."""
         self.expect(False)
+        self._refuse_retired()
         held = self.slots()
         self.layout.write(held.positions[: held.used], held.base[: held.used])  # selecting starts from base weights
         names = {id(p): name for name, p in named_parameters(model).items()}
@@ -171,6 +172,21 @@ class Adapter:
         if held.step or held.used:
             selection.load_state_dict({**selection.state_dict(), **vars(held), "buffers": selection._buffers})
         self.selection = selection
+
+    def _refuse_retired(self) -> None:
+        """Refuses to train on an adapter whose method had a part that unmask no longer has; it may still be used.
+
+        PEFT ignores the setting itself, with a warning, so the method of the record is what tells.
+
+        Raises:
+            MethodError: It has such a part.
+        """
+        method = (self.config.record or {}).get("method")
+        if isinstance(method, Mapping) and "normalise" in method:
+            raise MethodError(
+                f"this adapter was trained with normalise = {method['normalise']!r}, which unmask no longer has, so it cannot be "
+                "trained further here; load it with is_trainable=False, or train it with the version of unmask that saved it."
+            )
 
     def stop(self) -> None:
         """Ends the live selection, if there is one; the values stay in the tensors."""
