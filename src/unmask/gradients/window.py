@@ -328,7 +328,7 @@ class Window:
         held, best = self.table.positions[self._open], ranked.positions.to(self.table.positions.device)
         entrants = ranked.where(~torch.isin(ranked.positions, held.to(ranked.positions.device)))
         free, count = self._open[~torch.isin(held, best)], entrants.positions.numel()
-        if count < free.numel():  # too few have a gradient: what holds nothing goes first, and the rest stay as they are
+        if count < free.numel():  # too few have a gradient: what holds nothing goes first, and the rest stay
             vacant = free >= self.plan.used
             free = torch.cat([free[vacant], free[~vacant]])[:count].sort().values
         return entrants, free
