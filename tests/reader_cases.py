@@ -735,7 +735,11 @@ def _read_rte(path: Path) -> Any:
 
 def _read_cola(path: Path) -> Any:
     train = load_glue("cola", path.parent).train
-    assert all(text.strip() and text.encode() for text in train.texts)
+    text = path.read_bytes().decode("utf-8-sig")
+    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n") if line.removesuffix("\r")]
+    headed = len({"source", "label", "mark", "sentence"} & set(lines[0])) > 1
+    at = lines[0].index("sentence") if headed else 3
+    assert train.texts == [line[at] for line in lines[headed:]]
     assert all(label in (0, 1) for label in train.labels)
     return train
 
