@@ -6,14 +6,21 @@ stands (checked against a plain second reading). "refused": an `UnmaskError`, an
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import gzip
+import io
 import json
+import math
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
+import pyarrow
+import pyarrow.parquet
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -32,7 +39,15 @@ from unmask.sweeps import expand, parse
 from unmask.sweeps.records import records
 from unmask.sweeps.spec import read_sweep
 from unmask.sweeps.tables import markdown, tables
+from unmask.tasks import load_glue
+from unmask.tasks.answers import extract, is_right
+from unmask.tasks.arithmetic import load_arithmetic, load_problems
+from unmask.tasks.conll import read_conll
+from unmask.tasks.files import load_files
+from unmask.tasks.ner import load_tagged
 from unmask.tasks.outputs import OutputFile, is_of
+from unmask.tasks.spans import is_tag
+from unmask.tasks.tables import suffix_of
 
 Case = Callable[[int], str]
 REFUSED, SAME, OTHER = "refused", "same", "other"
@@ -494,11 +509,312 @@ def outputs(folder: Path) -> Case:
     return case
 
 
+# The user's data. What is read is held against a second, plain reading; an error names the file.
+
+_SECONDS = 10  # that one small file may take
+_LONGEST = 3000  # characters of an error, whatever stands in the file
+
+
+def data_case(paths: list[Path], written: Callable[[Path, Mutator], bytes], read: Callable[[Path], Any]) -> Case:
+    """A case of files of data, of which a seed takes one; every other case damages the bytes, and some are gzipped.
+
+    Args:
+        paths: The files, as they are to be read.
+        written: A file's bytes with its values changed by the mutator.
+        read: Reads a file, and checks what it read.
+    """
+    original = {path: path.read_bytes() for path in paths}
+    whole = {path: read(path) for path in paths}
+
+    def case(seed: int) -> str:
+        mutator, path = Mutator(seed), paths[seed % len(paths)]
+        if seed // len(paths) % 2:
+            data = mutator.damaged(original[path])
+        else:
+            data = written(path, mutator)
+            data = gzip.compress(data) if path.suffix == ".gz" else data
+        path.write_bytes(data)
+        start, refusal, found = time.monotonic(), None, None
+        try:
+            found = read(path)
+        except UnmaskError as error:
+            refusal = str(error)
+        finally:
+            path.write_bytes(original[path])
+        assert time.monotonic() - start < _SECONDS
+        if refusal is not None:
+            assert path.name in refusal
+            assert len(refusal) < _LONGEST
+            return REFUSED
+        return SAME if found == whole[path] else OTHER
+
+    return case
+
+
+_TABLE = [
+    {"text": f'{word}, a "{i}"', "n": i, "label": "good" if i % 3 else "bad"}
+    for i, word in enumerate(("fine", "na\u00efve", "cold", "warm", "dull", "great", "poor", "new"))
+]
+
+
+def _rows_changed(mutator: Mutator, rows: list[Any]) -> list[Any]:
+    changed = mutator.changed(rows)
+    return changed if isinstance(changed, list) else [changed]
+
+
+def _as_cells(row: Any) -> list[str]:
+    return [str(cell) for cell in row.values()] if isinstance(row, dict) else [str(row)]
+
+
+def as_file(path: Path, rows: list[Any]) -> bytes:
+    """Rows in the format that the path's name tells, without the gzip."""
+    suffix = suffix_of(path)
+    if suffix == ".json":
+        return dumps(rows).encode()
+    if suffix == ".jsonl":
+        return "".join(f"{dumps(row)}\n" for row in rows).encode()
+    if suffix == ".parquet":
+        return _as_parquet(rows)
+    lines = [list(_columns(rows)), *map(_as_cells, rows)]
+    if suffix == ".csv":
+        out = io.StringIO(newline="")
+        csv.writer(out).writerows(lines)
+        return out.getvalue().encode(errors="surrogatepass")
+    return "".join("\t".join(line) + "\n" for line in lines).encode(errors="surrogatepass")
+
+
+def _columns(rows: list[Any]) -> dict[str, None]:
+    return dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
+
+
+def _as_parquet(rows: list[Any]) -> bytes:
+    out = io.BytesIO()
+    columns = {}
+    for name in _columns(rows):
+        cells = [row.get(name) if isinstance(row, dict) else row for row in rows]
+        try:
+            columns[name] = pyarrow.array(cells)
+        except (pyarrow.ArrowException, OverflowError, UnicodeError, TypeError):  # of several types, or too large
+            columns[name] = pyarrow.array([repr(cell) for cell in cells])
+    try:
+        pyarrow.parquet.write_table(pyarrow.table(columns), out)
+    except (pyarrow.ArrowException, UnicodeError):  # what parquet cannot hold
+        pyarrow.parquet.write_table(pyarrow.table({"x": [1]}), out)
+    return out.getvalue()
+
+
+def _plainly(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table by a second, plain reading."""
+    data = path.read_bytes()
+    suffix = suffix_of(path)
+    if suffix == ".parquet":
+        return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    if suffix == ".json":
+        loaded = json.loads(text)
+        return list(loaded.values()) if isinstance(loaded, dict) else loaded
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    if suffix == ".csv":
+        lines = [line for line in csv.reader(io.StringIO(text, newline="")) if line]
+    else:
+        lines = [line.removesuffix("\r").split("\t") for line in text.split("\n") if line.removesuffix("\r")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+
+
+def _read_table(path: Path) -> Any:
+    """Training and evaluation data of a file; together they are its rows."""
+    data = load_files(path, None, "text", "label")
+    parts = [data.train, data.evals["eval"]]
+    texts = [text for part in parts for text in part.texts]
+    labels = [label for part in parts for label in part.labels]
+    assert sorted(texts) == sorted(row["text"] for row in _plainly(path))
+    assert all(text.strip() and text.encode() for text in texts)
+    names = data.spec.label_names
+    if names is None:
+        assert all(isinstance(label, float) and math.isfinite(label) for label in labels)
+    else:
+        assert all(label in range(len(names)) for label in labels)
+    return texts, labels, data.spec
+
+
+def _table(suffix: str) -> Callable[[Path], Case]:
+    def table(folder: Path) -> Case:
+        paths = [folder / f"train{suffix}"]
+        paths += [] if suffix == ".parquet" else [folder / f"other{suffix}.gz"]
+        for path in paths:
+            data = as_file(path, _TABLE)
+            path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+        return data_case(paths, lambda path, mutator: as_file(path, _rows_changed(mutator, _TABLE)), _read_table)
+
+    table.__name__ = f"data_{suffix[1:]}"
+    table.__doc__ = f"A {suffix} file of texts and labels."
+    return table
+
+
+_SENTENCES = [
+    [["Ann", "NNP", "B-PER"], ["saw", "VBD", "O"], ["New", "NNP", "B-LOC"], ["York", "NNP", "I-LOC"]],
+    [["\u00c5sa", "NNP", "B-PER"], [".", ".", "O"]],
+    [["Rain", "NN", "O"]],
+]
+
+
+def _column_file(sentences: Any, sign: str) -> bytes:
+    lines = []
+    for sentence in sentences if isinstance(sentences, list) else [sentences]:
+        for row in sentence if isinstance(sentence, list) else [sentence]:
+            lines.append(sign.join(map(str, row)) if isinstance(row, list) else str(row))
+        lines.append("")
+    return "\n".join(lines).encode(errors="surrogatepass")
+
+
+def _read_columns(path: Path) -> Any:
+    sentences, notes = read_conll(path)
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    lines = [line for line in text.split("\n") if line.strip(" \t\r\ufeff") and not line.startswith("-DOCSTART-")]
+    words = [line.split("\t")[0] if "\t" in line else line.lstrip(" ").split(" ")[0] for line in lines]
+    assert [word for sentence in sentences.words for word in sentence] == words
+    assert all(is_tag(tag) and tag.encode() for tags in sentences.tags for tag in tags)
+    return sentences, notes
+
+
+def data_conll(folder: Path) -> Case:
+    """A column file of tagged words, split at blanks or at tabs."""
+    signs = {folder / "a.conll": " ", folder / "b.tsv": "\t", folder / "c.txt.gz": " "}
+    for path, sign in signs.items():
+        data = _column_file(_SENTENCES, sign)
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+    def written(path: Path, mutator: Mutator) -> bytes:
+        return _column_file(mutator.changed(_SENTENCES), signs[path])
+
+    return data_case(list(signs), written, _read_columns)
+
+
+_TAGGED = [
+    {"id": i, "tokens": [*(cell[0] for cell in sentence), str(i)], "ner_tags": [*(cell[2] for cell in sentence), "O"]}
+    for i, sentence in enumerate(_SENTENCES * 4)
+]
+
+
+def _read_tagged(path: Path) -> Any:
+    data = load_tagged(path, None)
+    parts = [data.train, data.evals["eval"]]
+    words = sorted(sentence for part in parts for sentence in part.words)
+    assert words == sorted(row["tokens"] for row in _plainly(path) if row["tokens"])
+    assert all(word.encode() for sentence in words for word in sentence)
+    assert all(is_tag(tag) for part in parts for tags in part.tags for tag in tags)
+    return data
+
+
+def data_tagged(folder: Path) -> Case:
+    """A table of tagged sentences: jsonl, json, parquet."""
+    paths = [folder / name for name in ("a.jsonl", "b.json", "c.parquet", "d.jsonl.gz")]
+    for path in paths:
+        data = as_file(path, _TAGGED)
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return data_case(paths, lambda path, mutator: as_file(path, _rows_changed(mutator, _TAGGED)), _read_tagged)
+
+
+_PAIRS = [
+    {"index": i, "sentence1": f"it is {i}", "sentence2": f"{i} it is", "label": ("entailment", "not_entailment")[i % 2]}
+    for i in range(8)
+]
+
+
+def _read_rte(path: Path) -> Any:
+    train = load_glue("rte", path.parent).train
+    rows = _plainly(path)
+    assert train.texts == [row["sentence1"] for row in rows]
+    assert train.pairs == [row["sentence2"] for row in rows]
+    assert all(label in (0, 1) for label in train.labels)
+    return train
+
+
+def _read_cola(path: Path) -> Any:
+    train = load_glue("cola", path.parent).train
+    text = path.read_bytes().decode("utf-8-sig")
+    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n") if line.removesuffix("\r")]
+    headed = len({"source", "label", "mark", "sentence"} & set(lines[0])) > 1
+    at = lines[0].index("sentence") if headed else 3
+    assert train.texts == [line[at] for line in lines[headed:]]
+    assert all(label in (0, 1) for label in train.labels)
+    return train
+
+
+_JUDGED = [{"source": "gj04", "label": i % 2, "mark": "*", "sentence": f"it is {i}"} for i in range(8)]
+
+
+def data_glue(folder: Path) -> Case:
+    """A training file of RTE (with a header, tsv and json) and of CoLA (without one), in their folders."""
+    paths = [
+        folder / kind / place
+        for kind, place in (("a", "RTE/train.tsv"), ("b", "RTE/train.json"), ("c", "CoLA/train.tsv"))
+    ]
+
+    def written(path: Path, rows: list[Any]) -> bytes:
+        data = as_file(path, rows)
+        return data.partition(b"\n")[2] if path.parent.name == "CoLA" else data
+
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        data = written(path, _JUDGED if path.parent.name == "CoLA" else _PAIRS)
+        for file in (path, path.with_name(f"dev{path.suffix}")):
+            file.write_bytes(data)
+
+    def changed(path: Path, mutator: Mutator) -> bytes:
+        return written(path, _rows_changed(mutator, _JUDGED if path.parent.name == "CoLA" else _PAIRS))
+
+    return data_case(paths, changed, lambda path: (_read_cola if path.parent.name == "CoLA" else _read_rte)(path))
+
+
+_PROBLEMS = {
+    "gsm8k/train.jsonl": [
+        {"question": f"What is {i} + 1?", "answer": f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"}
+        for i in range(20)
+    ],
+    "Math10K/train.json": [
+        {"instruction": f"Twice {i}?", "input": "", "output": f"The answer is {2 * i}.", "answer": str(2 * i)}
+        for i in range(20)
+    ],
+    "AQuA/test.json": [
+        {"instruction": f"Which? (A) {i} (B) 2", "input": "", "output": "", "answer": "AB"[i % 2]} for i in range(8)
+    ],
+}
+
+
+def _read_problems(path: Path) -> Any:
+    name, split = path.parent.name.lower(), path.stem
+    problems = load_problems(name, split, path.parents[1])
+    questions = [row["instruction" if "instruction" in row else "question"].strip() for row in _plainly(path)]
+    assert [problem.question for problem in problems] == questions
+    for problem in problems:
+        assert problem.question.encode()
+        assert is_right(extract(f"The answer is {problem.answer}.", problem.kind), problem.answer, problem.kind)
+    return (problems, load_arithmetic(name, path.parents[1])) if split == "train" else problems
+
+
+def data_problems(folder: Path) -> Case:
+    """Word problems: GSM8K's jsonl, and lists of instructions."""
+    paths = [folder / place for place in _PROBLEMS]
+    for path, rows in zip(paths, _PROBLEMS.values(), strict=True):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(as_file(path, rows))
+
+    def written(path: Path, mutator: Mutator) -> bytes:
+        return as_file(path, _rows_changed(mutator, _PROBLEMS[path.relative_to(folder).as_posix()]))
+
+    return data_case(paths, written, _read_problems)
+
+
 READERS: dict[str, Callable[[Path], Case]] = {
     reader.__name__: reader
     for reader in (
         *(delta_file, signed_delta, state_dict, state_file, adapter_weights, adapter_config),
         *(settings_file, sweep_file, sweep_record, run_folder, outputs),
+        *map(_table, (".csv", ".tsv", ".json", ".jsonl", ".parquet")),
+        *(data_conll, data_tagged, data_glue, data_problems),
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections import Counter
 
 import pytest
@@ -21,16 +22,29 @@ CASES = {
     "sweep_record": 150,
     "run_folder": 300,
     "outputs": 300,
+    "data_csv": 250,
+    "data_tsv": 250,
+    "data_json": 250,
+    "data_jsonl": 250,
+    "data_parquet": 250,
+    "data_conll": 250,
+    "data_tagged": 250,
+    "data_glue": 250,
+    "data_problems": 250,
 }
+
+MOST_MEMORY = 500_000  # kB that all cases of a reader may add to the process's peak
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_is_read_right_or_refused(name, tmp_path):
     case = READERS[name](tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     counts = Counter(run_case(case, name, seed) for seed in range(CASES[name]))
     assert counts.total() == CASES[name]
     assert counts[REFUSED] > CASES[name] // 3  # the mutations do damage
     assert set(counts) <= {SAME, OTHER, REFUSED}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_MEMORY
 
 
 def test_a_mutation_is_a_function_of_its_seed():

@@ -91,6 +91,10 @@ def test_what_is_no_utf8_or_no_file_is_refused(tmp_path):
     (tmp_path / "a.conll").write_bytes("é\tO\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"cannot be read \(in UTF-8\)"):
         read_conll(tmp_path / "a.conll")
+    (tmp_path / "a.conll.gz").write_bytes(gzip.compress(b"Ann B-PER\n")[:10] + bytes(99))
+    with pytest.raises(DataError, match=r"a\.conll\.gz' cannot be read"):
+        read_conll(tmp_path / "a.conll.gz")
+    (tmp_path / "a.conll.gz").unlink()
     with pytest.raises(DataError, match=r"no file .*b\.conll'; .*holds a\.conll"):
         read_conll(tmp_path / "b.conll")
 

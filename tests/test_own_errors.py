@@ -336,6 +336,63 @@ def test_an_output_that_is_a_file_is_refused_before_work_starts(output, world):
     assert (world / "file").read_text() == "mine"
 
 
+SWEEP = "{name: s, settings: {model: absent, data: none.csv, max_steps: 2, budget: 10}, methods: {id3: {}}}"
+WRITERS = {
+    "demo": ("demo", "--output"),
+    "train": ("train", "--model", "absent", "--data", "none.csv", "--budget", 10, "--output"),
+    "eval": ("eval", "absent", "none.safetensors", "--task", "gsm8k", "--output"),
+    "inspect": ("inspect", "none.safetensors", "--plot"),
+    "apply": ("apply", "absent", "none.safetensors", "--output"),
+    "delta": ("delta", "absent", "--output"),
+    "bench": ("bench", "--model", "no/model", "--output"),
+    "bench a curve": ("bench", "--curve", "size", "--output"),
+    "sweep": ("sweep", "sweep.yaml", "--output"),
+    "reproduce": ("reproduce", "table1", "--model", "absent", "--output"),
+    "report": ("report", "absent", "--output"),
+}
+FILES = ("inspect", "delta", "report")  # they write a file, the others a folder
+
+
+def test_the_table_of_writers_has_every_command_with_an_output():
+    """`methods` prints, and `--list` of `delta` too."""
+    from unmask.cli.app import app
+
+    names = {each.name or each.callback.__name__ for each in app.registered_commands}
+    assert names - {"methods"} == {words[0] for words in WRITERS.values()}
+
+
+@pytest.mark.parametrize("place", ["is", "below", "far below", "read only"])
+@pytest.mark.parametrize("command", WRITERS)
+def test_every_command_refuses_its_output_before_any_work(command, place, tmp_path, monkeypatch):
+    """Neither model nor data are there, which a command that began its work would say instead."""
+
+    def begun(*args: object, **kwargs: object) -> None:
+        raise AssertionError("work has begun")
+
+    for work in ("cli.demo.fetch_demo_model", "cli.demo.fetch_demo_texts", "bench.curves.run_curve"):
+        monkeypatch.setattr(f"unmask.{work}", begun)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "closed")
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "there.svg").mkdir()
+    itself = "there.svg" if command in FILES else "file"
+    output, why = {
+        "is": (itself, "is a folder" if command in FILES else "is a file"),
+        "below": ("file/out", "is a file"),
+        "far below": ("file/a/b/out", "is a file"),
+        "read only": ("closed/out", "cannot be written to"),
+    }[place]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    *words, flag = WRITERS[command]
+    refused = run(*words, flag, output, cwd=tmp_path, check=False)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith(f"unmask: {flag} = '{output}")
+    assert why in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 @contextlib.contextmanager
 def small_files(size):
     """No file of this process can grow beyond ``size`` bytes: what a full disk does, but for the error's number."""

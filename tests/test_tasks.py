@@ -309,8 +309,28 @@ BAD_FILES = {
     ),
     "cut short": ("t.csv.gz", gzip.compress(b"text,label\nx,0\n" * 99)[:-12], r"cannot be read as csv"),
     "no parquet": ("t.parquet", b"text,label\n", r"cannot be read as parquet"),
+    "damaged gzip": ("t.tsv.gz", gzip.compress(b"text\tlabel\nx\t0\n")[:10] + bytes(99), r"cannot be read as tsv"),
+    "too deep": ("t.jsonl", b"[" * 9999 + b"]" * 9999, r"t\.jsonl, line 1 is nested deeper than 64 levels\. Mend"),
+    "too deep in all": ("t.json", b"[" * 9999 + b"]" * 9999, r"cannot be read as json .* nested deeper than 64 levels"),
+    "half a character": ("t.jsonl", b'{"text": "\\ud83d", "label": 0}\n', r"line 1 has half a character"),
+    "a label of several": (
+        "t.jsonl",
+        b'{"text": "x", "label": [0]}\n{"text": "y", "label": "a"}\n',
+        r"t\.jsonl, line 1, column 'label': label \[0\] is neither a text nor a number",
+    ),
+    "one text": ("t.csv", b"text,label\nx,0\nx,1\n", r"t\.csv: 2 examples with 1 distinct texts cannot be split"),
+    "a long header": ("t.csv", b"x" * 9000 + b",label\ny,0\n", r"^.{0,400}$"),
     "unknown format": ("t.xlsx", b"", r"of no known format; its name must end in \.csv, \.tsv"),
 }
+
+
+def test_a_large_number_in_another_column_is_no_fault(tmp_path):
+    rows = [{"text": f"{word} text", "label": i, "id": 2**64 + i} for i, word in enumerate(("a", "b"))]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file in (path, tmp_path / "t.json"):
+        assert load_files(file, path, "text", "label").train.texts == ["a text", "b text"]
 
 
 @pytest.mark.parametrize("case", BAD_FILES)

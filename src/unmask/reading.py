@@ -53,8 +53,16 @@ def refusing(error: type[UnmaskError], source: str, advice: str = "") -> Iterato
         raise error(f"{source} cannot be used: {malformed}. {advice}".rstrip()) from malformed
 
 
-def parse_json(text: str | bytes, most_bytes: int = MOST_BYTES) -> Any:
+def parse_json(
+    text: str | bytes, most_bytes: int = MOST_BYTES, most_values: int = MOST_VALUES, large: bool = False
+) -> Any:
     """The value of a JSON text whose size, depth and numbers are bounded.
+
+    Args:
+        text: The JSON text.
+        most_bytes: Its longest length.
+        most_values: The most values that it may have.
+        large: Whether whole numbers of more than 63 bits are let through.
 
     Raises:
         Malformed: It is not JSON in UTF-8, too large, too deep, or it holds a number or a character that nothing can use.
@@ -67,15 +75,15 @@ def parse_json(text: str | bytes, most_bytes: int = MOST_BYTES) -> Any:
         raise Malformed(f"it has {len(text):,} bytes of JSON; at most {most_bytes:,} are read")
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     held = sum(data.count(sign) for sign in (b"[", b"{", b","))
-    if held > MOST_VALUES:
-        raise Malformed(f"it has about {held:,} values; at most {MOST_VALUES:,} are read")
+    if held > most_values:
+        raise Malformed(f"it has about {held:,} values; at most {most_values:,} are read")
     try:
         value = json.loads(text)
     except RecursionError as error:
         raise Malformed(f"it is nested deeper than {DEEPEST} levels") from error
     except ValueError as error:  # no JSON, no UTF-8, a whole number of thousands of digits
         raise Malformed(f"it is no JSON ({error})") from error
-    return bounded(value)
+    return bounded(value, 2 * most_values, large)
 
 
 def read_json(path: Path) -> Any:
@@ -114,10 +122,15 @@ def read_text(path: Path) -> str:
         raise Malformed(f"it is not UTF-8 ({error})") from error
 
 
-def bounded(value: Any) -> Any:
+def bounded(value: Any, most: int = 2 * MOST_VALUES, large: bool = False) -> Any:
     """The value itself, which is neither too deep nor too large, and holds no number or character that nothing can use.
 
     Values that a file names again and again (aliases of YAML) count each time.
+
+    Args:
+        value: Mappings, lists and plain values.
+        most: The most values that it may hold.
+        large: Whether whole numbers of more than 63 bits are let through.
 
     Raises:
         Malformed: The value is not bounded.
@@ -125,8 +138,8 @@ def bounded(value: Any) -> Any:
     level, held = [value], 0
     for _ in range(DEEPEST):
         held += len(level)
-        if held > 2 * MOST_VALUES:
-            raise Malformed(f"it has more than {2 * MOST_VALUES:,} values")
+        if held > most:
+            raise Malformed(f"it has more than {most:,} values")
         inner: list[Any] = []
         for each in level:
             if isinstance(each, Mapping):
@@ -135,17 +148,17 @@ def bounded(value: Any) -> Any:
             elif isinstance(each, list | tuple | set):
                 inner.extend(each)
             else:
-                _usable(each)
-            if len(inner) > 2 * MOST_VALUES:
-                raise Malformed(f"it has more than {2 * MOST_VALUES:,} values")
+                _usable(each, large)
+            if len(inner) > most:
+                raise Malformed(f"it has more than {most:,} values")
         if not inner:
             return value
         level = inner
     raise Malformed(f"it is nested deeper than {DEEPEST} levels")
 
 
-def _usable(value: Any) -> None:
-    if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
+def _usable(value: Any, large: bool) -> None:
+    if not large and isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
         raise Malformed("it has a whole number of more than 63 bits")
     if isinstance(value, str) and not value.isascii():
         try:

@@ -116,11 +116,14 @@ def train(
     given: dict[str, Any] = {
         k: v for k, v in locals().items() if k not in (*run_options, "run_options") and v is not None
     }
+    from unmask.places import check_folder
     from unmask.recipe import under_preset
     from unmask.settings import build, parse_assignments, read_yaml
 
     settings = (read_yaml(config) if config else {}) | given | parse_assignments(set_ or [])
     resolved = build(under_preset(preset, settings))  # refuse a bad setting before torch is imported
+    if output is not None:
+        check_folder(output, "--output")
     from unmask.training import train as run
 
     run(resolved, resume=resume, overwrite=overwrite)

@@ -9,6 +9,7 @@ from typing import Any
 
 from unmask.bench.settings import BenchSettings
 from unmask.errors import ConfigError
+from unmask.places import check_folder
 
 
 def run(given: dict[str, Any], command: str) -> None:
@@ -19,11 +20,12 @@ def run(given: dict[str, Any], command: str) -> None:
         command: The command line, for the record.
 
     Raises:
-        ConfigError: An option that cannot work.
+        ConfigError: An option that cannot work, or an output folder that cannot be written to.
     """
     settings = BenchSettings(**{name: value for name, value in given.items() if value is not None})
     if settings.curve in ("size", "selection") and given.get("model"):
         raise ConfigError(f"--curve {settings.curve} goes over models of its own; leave --model out.")
+    check_folder(settings.output, "--output")
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
     if settings.curve:
         from unmask.bench.curves import run_curve

@@ -19,6 +19,7 @@ from unmask.delta import SparseDelta
 from unmask.demo_data import cache_folder, fetch_demo_model, fetch_demo_texts, load_demo_task
 from unmask.methods import id3
 from unmask.modeling import describe_task, load_base, load_tuned
+from unmask.places import check_folder
 from unmask.predicting import predict
 from unmask.scopes import exactly
 from unmask.selecting import select
@@ -31,6 +32,8 @@ _LENGTH, _BATCH, _RATE, _SEED = 32, 16, 3e-3, 0
 
 def run_demo(budget: str, steps: int, output: Path | None) -> None:
     """Accuracy before, training with ID3, accuracy after, the delta, and its reload in a fresh process."""
+    if output is not None:
+        check_folder(output, "--output")
     console = Console(highlight=False)
     start = time.perf_counter()
     console.print("fetching the encoder (MiniLM, 22.7M) and the rated movie snippets, once ...")

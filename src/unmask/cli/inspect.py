@@ -15,12 +15,18 @@ from unmask.analysis.mask import Mask, orders
 from unmask.delta import SparseDelta
 from unmask.errors import DeltaError
 from unmask.naming import layer_of, without_layer
+from unmask.places import check_file
 
 _POINTS = 10
 
 
 def run_inspect(path: Path, top: int, as_json: bool, plot: Path | None = None) -> None:
     """Prints a delta's tables, or everything as JSON; draws it too, if there is a path for that."""
+    if plot is not None:
+        from unmask.figures import figure_files
+
+        for file in figure_files(plot):
+            check_file(file, "--plot")
     delta = SparseDelta.load(path)
     facts = describe(delta, path)
     if plot is not None:

@@ -7,22 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError
-from unmask.places import check_folder
+from unmask.places import check_file, check_folder
 from unmask.run_folder import RunFolder
 from unmask.series import checkpoint_state, deltas, find_run
 
 
 def write_delta(path: Path, step: int | None, output: Path | None, base: str | None) -> None:
     """Writes the delta of one checkpoint, and prints what it holds."""
+    if output is not None:
+        if output.is_file():
+            raise ConfigError(f"{str(output)!r} exists already; give another --output.")
+        check_file(output, "--output")
     folder, named = find_run(path)
     if step is not None and named not in (None, step):
         raise ConfigError(
             f"{str(path)!r} is the checkpoint of step {named}, and --step {step} asks for another; give one."
         )
     chosen = folder.whole_step(step if named is None else named)
-    if output is not None and output.exists():
-        raise ConfigError(f"{str(output)!r} exists already; give another --output.")
-    check_folder(folder.series if output is None else output.absolute().parent, "--output")
+    if output is None:
+        check_folder(folder.series, "--output")
     [(_, delta)] = deltas(folder, [chosen], base)
     file, held = delta.save(folder.series_file(chosen) if output is None else output), delta.metadata
     print(f"step {chosen}: {held['used']:,} weights unmasked by then (budget {held['budget']:,})")

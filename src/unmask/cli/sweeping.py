@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from unmask.errors import ConfigError, MissingExtraError
-from unmask.places import check_folder
+from unmask.places import check_file, check_folder
 from unmask.settings import parse_assignments
 from unmask.sweeps.cells import Cell, expand, runs
 from unmask.sweeps.choosing import due
@@ -152,6 +152,7 @@ def _figures(sweep: Sweep, store: Store, made: Report, console: Console) -> list
 
 def run_report(folders: Sequence[Path], output: Path) -> None:
     """Writes the report."""
+    check_file(output, "--output")
     from unmask.report import write_report
 
     path = write_report(folders, output)

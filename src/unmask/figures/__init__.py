@@ -10,7 +10,7 @@ from unmask.figures.scores import budget_sweep, parameter_sweep, score_along_run
 from unmask.figures.shares import score_against_share
 from unmask.figures.style import DARK, LIGHT, Style
 from unmask.figures.tensors import sparsity_entropy, tensor_sparsity
-from unmask.figures.writing import svg, write_figure
+from unmask.figures.writing import figure_files, svg, write_figure
 
 FIGURES: dict[str, Callable[..., Any]] = {
     "fig1": score_against_share,
@@ -35,6 +35,7 @@ __all__ = [
     "allocation_maps",
     "budget_sweep",
     "delta_figure",
+    "figure_files",
     "parameter_sweep",
     "score_against_share",
     "score_along_run",

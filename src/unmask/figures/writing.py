@@ -13,8 +13,25 @@ from unmask.figures.style import ADAPTIVE, DARK, INK, LIGHT, Style
 Draw = Callable[[Style], Any]
 
 
+def figure_files(path: Path) -> list[Path]:
+    """The files of a figure: ``NAME.png``, ``NAME-dark.png`` and ``NAME.svg``, or the one kind that the path names.
+
+    Raises:
+        DataError: The path has another ending, or no name.
+
+    Example:
+        >>> [str(file) for file in figure_files(Path("out/fig"))]
+        ['out/fig.png', 'out/fig-dark.png', 'out/fig.svg']
+    """
+    if not path.name or path.suffix not in ("", ".png", ".svg"):
+        raise DataError(f"{str(path)!r} must end in .png or .svg, or have no ending for both.")
+    if path.suffix:
+        return [path]
+    return [path.with_name(f"{path.name}{ending}") for ending in (".png", "-dark.png", ".svg")]
+
+
 def write_figure(draw: Draw, path: Path) -> list[Path]:
-    """Writes a figure as ``NAME.png``, ``NAME-dark.png`` and ``NAME.svg``, or as the one kind that the path names.
+    """Writes a figure as the files of `figure_files`.
 
     Args:
         draw: Makes the figure in a style, e.g. ``lambda style: score_against_share(records, style)``.
@@ -27,18 +44,13 @@ def write_figure(draw: Draw, path: Path) -> list[Path]:
         DataError: Another ending.
         MissingExtraError: matplotlib is not installed.
     """
-    if path.suffix not in ("", ".png", ".svg"):
-        raise DataError(f"{str(path)!r} must end in .png or .svg, or have no ending for both.")
+    written = figure_files(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    if path.suffix != ".svg":
-        pages = [(LIGHT, "")] if path.suffix else [(LIGHT, ""), (DARK, "-dark")]
-        for style, addition in pages:
-            written.append(path.with_name(f"{path.stem}{addition}.png"))
-            draw(style).savefig(written[-1])
-    if path.suffix != ".png":
-        written.append(path.with_suffix(".svg"))
-        written[-1].write_text(svg(draw), encoding="utf-8")
+    for file in written:
+        if file.suffix == ".svg":
+            file.write_text(svg(draw), encoding="utf-8")
+        else:
+            draw(DARK if file.stem.endswith("-dark") and not path.suffix else LIGHT).savefig(file)
     return written
 
 

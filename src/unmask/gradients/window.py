@@ -323,12 +323,12 @@ class Window:
 
     def _exchanged(self, ranked: Ranked) -> tuple[Ranked, Tensor]:
         """What is not unmasked already, and the slots for it: of the open ones, those that what was best does not hold."""
+        if not self.plan.exchanging:  # the open slots hold nothing that could be among the best
+            return ranked, self._open[: ranked.positions.numel()]
         held, best = self.table.positions[self._open], ranked.positions.to(self.table.positions.device)
         entrants = ranked.where(~torch.isin(ranked.positions, held.to(ranked.positions.device)))
         free, count = self._open[~torch.isin(held, best)], entrants.positions.numel()
-        if (
-            count < free.numel()
-        ):  # too few have a gradient: what holds nothing goes first, and the rest stay as they are
+        if count < free.numel():  # too few have a gradient: what holds nothing goes first, and the rest stay
             vacant = free >= self.plan.used
             free = torch.cat([free[vacant], free[~vacant]])[:count].sort().values
         return entrants, free

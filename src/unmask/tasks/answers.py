@@ -23,6 +23,7 @@ from fractions import Fraction
 from typing import Literal
 
 from unmask.errors import DataError
+from unmask.reading import shown
 from unmask.tasks.numerals import find_numbers, read_number, tidied, written
 
 AnswerKind = Literal["number", "choice"]
@@ -109,11 +110,11 @@ def gold_answer(given: object, kind: AnswerKind) -> str:
     if kind == "choice":
         letter = text.strip("()").upper()
         if letter not in set("ABCDE"):
-            raise DataError(f"the answer {given!r} is no letter from A to E.")
+            raise DataError(f"the answer {shown(given)} is no letter from A to E.")
         return letter
     value = read_number(text)
     if value is None:
-        raise DataError(f"the answer {given!r} is no number.")
+        raise DataError(f"the answer {shown(given)} is no number.")
     return written(value)
 
 

@@ -12,7 +12,7 @@ from unmask.errors import DataError
 from unmask.tasks.answers import AnswerKind, extract, gold_answer, is_right
 from unmask.tasks.hub import load_splits, split_table
 from unmask.tasks.split import held_rows, text_key
-from unmask.tasks.tables import Table, listing, read_table, unknown_column
+from unmask.tasks.tables import Table, listing, placed, read_table, unknown_column
 
 Split = Literal["train", "test"]
 HELD_OUT = 120  # problems for the loss along the run
@@ -136,7 +136,8 @@ def load_arithmetic(
     """
     problems = load_problems(name, "train", data_dir)
     count = max(1, min(held_out, len(problems) // 10))
-    held = held_rows([text_key(problem.question) for problem in problems], count, seed)
+    with placed(name if data_dir is None else _file(_spec(name, "train"), "train", Path(data_dir))):
+        held = held_rows([text_key(problem.question) for problem in problems], count, seed)
     notes = [f"{len(held):,} of {len(problems):,} problems are held out for the loss along the run (seed {seed})"]
     wrong = sum(not is_right(extract(p.solution, p.kind), p.answer, p.kind) for p in problems)
     if wrong:
@@ -207,10 +208,8 @@ def _problem(table: Table, row: int, question: str, spec: ArithmeticSpec, split:
         solution, given = _gsm8k(table, row, str(given))
     # Math10K mixes numbers and letters
     kind: AnswerKind = "choice" if spec.kind == "choice" or str(given).strip() in set("ABCDE") else "number"
-    try:
+    with placed(table.where(row)):
         answer = gold_answer(given, kind)
-    except DataError as error:
-        raise DataError(f"{table.where(row)}: {error}") from error
     if split == "train" and not solution:
         raise DataError(f"{table.where(row)}: the solution in column 'output' is empty; mend or drop the row.")
     context = _text(table, row, "input", cells.get("input") or "", True)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unmask.errors import DataError
+from unmask.reading import shown
 from unmask.tasks.spans import is_tag
-from unmask.tasks.tables import listing, open_text
+from unmask.tasks.tables import DAMAGED, listing, open_text
 from unmask.tasks.tagged import Sentences, normalised
 
 SUFFIXES = (".conll", ".txt", ".bio", ".iob", ".iob2", ".tsv")
@@ -41,7 +42,9 @@ def read_conll(path: Path) -> tuple[Sentences, tuple[str, ...]]:
             elif words[-1]:
                 words.append([])
                 tags.append([])
-    except (UnicodeDecodeError, OSError, EOFError) as error:
+    except DataError:
+        raise
+    except DAMAGED as error:
         raise DataError(f"{str(path)!r} cannot be read (in UTF-8): {error}") from error
     if not words[-1]:
         words.pop()
@@ -80,7 +83,7 @@ def _word_and_tag(cells: list[str], path: Path, number: int) -> tuple[str, str]:
         raise DataError(f"{path}, line {number}: the word is empty; mend or drop the line.")
     if not is_tag(tag):
         raise DataError(
-            f"{path}, line {number}: the tag {tag!r} is none; the last column must be O, B-type or I-type (IOB1 or IOB2). "
+            f"{path}, line {number}: the tag {shown(tag)} is none; the last column must be O, B-type or I-type (IOB1 or IOB2). "
             "Convert other schemes (BIOES, BILOU) first."
         )
     return word, tag

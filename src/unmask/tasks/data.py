@@ -9,7 +9,7 @@ from typing import Any
 from unmask.errors import DataError
 from unmask.tasks.labels import decode
 from unmask.tasks.spec import TaskSpec
-from unmask.tasks.tables import Table
+from unmask.tasks.tables import Table, placed
 
 __all__ = ["Examples", "TaskData", "TaskSpec", "examples"]
 
@@ -105,10 +105,8 @@ def examples(spec: TaskSpec, table: Table, columns: Sequence[str], label: str, k
         if not (any(filled) if keep_empty else all(filled)):
             column = columns[filled.index(False)]
             raise DataError(f"{table.where(row)}: the text in column {column!r} is empty; mend or drop the row.")
-        try:
+        with placed(f"{table.where(row)}, column {label!r}"):
             labels.append(decode(spec, value))
-        except DataError as error:
-            raise DataError(f"{table.where(row)}, column {label!r}: {error}") from error
     kept = [[cell or "" for cell in cells] for cells in texts]  # None, where an empty text is let through
     return Examples(kept[0], kept[1] if len(kept) > 1 else None, labels)
 

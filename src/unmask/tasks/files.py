@@ -11,7 +11,7 @@ from unmask.tasks.data import Examples, TaskData, TaskSpec, examples
 from unmask.tasks.hub import class_names, is_hub_id, load_splits, split_table
 from unmask.tasks.labels import infer_spec
 from unmask.tasks.split import hold_out, shared
-from unmask.tasks.tables import SUFFIXES, Table, listing, read_table, suffix_of
+from unmask.tasks.tables import SUFFIXES, Table, listing, placed, read_table, suffix_of
 
 _Origin = Path | Mapping[str, Any]  # a file, or the splits of a hub data set
 _HELD_OUT = 0.1
@@ -58,7 +58,8 @@ def load_files(
     loaded = examples(spec, table, columns, label)
     held = _held_out_table(train, origin, evaluation, (*columns, label))
     if held is None:
-        rest, tenth = hold_out(loaded, max(1, round(_HELD_OUT * len(loaded))), seed)
+        with placed(train):
+            rest, tenth = hold_out(loaded, max(1, round(_HELD_OUT * len(loaded))), seed)
         note = f"no evaluation data given: {len(tenth):,} of {len(loaded):,} examples are held out (seed {seed})"
         return TaskData(spec, rest, {"eval": tenth}, (note,))
     against = examples(spec, held, columns, label)

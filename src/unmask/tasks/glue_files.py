@@ -9,7 +9,7 @@ from pathlib import Path
 from unmask.errors import DataError
 from unmask.tasks.data import Examples, examples
 from unmask.tasks.spec import TaskSpec
-from unmask.tasks.tables import SUFFIXES, Table, listing, read_table, suffix_of
+from unmask.tasks.tables import SUFFIXES, Table, listed, listing, read_table, suffix_of
 
 _TWO = (("sentence1", "#1 String", "text_a"), ("sentence2", "#2 String", "text_b"))
 _ENDINGS = tuple(suffix + zipped for suffix in SUFFIXES for zipped in ("", ".gz"))
@@ -129,7 +129,7 @@ def _pick(table: Table, names: tuple[str, ...]) -> str:
         if name in table.columns:
             return name
     raise DataError(
-        f"{table.source} has no column {' or '.join(map(repr, names))}; its columns are {', '.join(table.columns)}."
+        f"{table.source} has no column {' or '.join(map(repr, names))}; its columns are {listed(table.columns)}."
     )
 
 

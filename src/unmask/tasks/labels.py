@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from unmask.errors import DataError
+from unmask.reading import shown
 from unmask.tasks.spec import CUSTOM, TaskSpec
-from unmask.tasks.tables import Table
+from unmask.tasks.tables import Table, listed
 
 # float() would also take "1_000", "nan", "infinity"; none of these is a number in a data file.
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -35,7 +36,9 @@ def decode(spec: TaskSpec, value: Any) -> int | float:
         (1, 0, 1)
     """
     if is_missing(value):
-        raise DataError(f"the label is missing ({value!r}); mend or drop the row.")
+        raise DataError(f"the label is missing ({shown(value)}); mend or drop the row.")
+    if isinstance(value, list | dict):
+        raise DataError(f"label {shown(value)} is neither a text nor a number; mend or drop the row.")
     if spec.regression:
         return _real(spec, value)
     name = str(value).strip()
@@ -44,22 +47,22 @@ def decode(spec: TaskSpec, value: Any) -> int | float:
     number = float(value) if isinstance(value, bool) else number_of(value)
     if spec.takes_ids and number is not None and number in range(spec.num_labels):
         return int(number)
-    raise DataError(f"label {value!r} is none of task {spec.name!r}; allowed: {_allowed(spec)}.")
+    raise DataError(f"label {shown(value)} is none of task {spec.name!r}; allowed: {_allowed(spec)}.")
 
 
 def _real(spec: TaskSpec, value: Any) -> float:
     number = number_of(value)
     if number is None:
-        raise DataError(f"label {value!r} is no finite number, and task {spec.name!r} is a regression.")
+        raise DataError(f"label {shown(value)} is no finite number, and task {spec.name!r} is a regression.")
     if spec.label_range is not None and not spec.label_range[0] <= number <= spec.label_range[1]:
         low, high = spec.label_range
-        raise DataError(f"label {value!r} is outside the range of task {spec.name!r}: {low:g} to {high:g}.")
+        raise DataError(f"label {shown(value)} is outside the range of task {spec.name!r}: {low:g} to {high:g}.")
     return number
 
 
 def _allowed(spec: TaskSpec) -> str:
     ids = f"0 to {spec.num_labels - 1}" if spec.takes_ids else ""
-    names = _shown(spec.label_names or ()) if spec.label_names else ""
+    names = listed(spec.label_names, _MOST_SHOWN) if spec.label_names else ""
     return " or ".join(part for part in (ids, names) if part)
 
 
@@ -111,7 +114,9 @@ def infer_spec(
     values = table.column(label)
     for row, value in enumerate(values):
         if is_missing(value):
-            raise DataError(f"{table.where(row)}: the label is missing ({label!r} is {value!r}); mend or drop the row.")
+            raise DataError(
+                f"{table.where(row)}: the label is missing ({label!r} is {shown(value)}); mend or drop the row."
+            )
     numbers = [number_of(value) for value in values]
     what = f"{table.source}: column {label!r}"
     if names is not None:
@@ -125,7 +130,7 @@ def infer_spec(
 
 def _mixed(table: Table, label: str, values: Sequence[Any], odd: int) -> DataError:
     return DataError(
-        f"{table.where(odd)}: label {values[odd]!r} in column {label!r} is no number, but others are. Mend that row, or, "
+        f"{table.where(odd)}: label {shown(values[odd])} in column {label!r} is no number, but others are. Mend that row, or, "
         "if these are names of classes, write every one as text."
     )
 
@@ -142,7 +147,7 @@ def _numeric(what: str, columns: tuple[str, ...], numbers: list[float], num_labe
     count = num_labels or len(found)
     if found[0] < 0 or found[-1] >= count:
         raise DataError(
-            f"{what} holds the whole numbers {_shown([str(i) for i in found])}; {count} classes have the ids 0 to "
+            f"{what} holds the whole numbers {listed([str(i) for i in found], _MOST_SHOWN)}; {count} classes have the ids 0 to "
             f"{count - 1}. Renumber them, or write them as text, or, for a regression, with a fraction in some row (or "
             "give num_labels=1)."
         )
@@ -151,14 +156,10 @@ def _numeric(what: str, columns: tuple[str, ...], numbers: list[float], num_labe
 
 def _classes(what: str, columns: tuple[str, ...], names: tuple[str, ...], num_labels: int | None) -> TaskSpec:
     if len(names) < 2:
-        raise DataError(f"{what} has only one class ({names[0]!r}); there is nothing to learn.")
+        raise DataError(f"{what} has only one class ({shown(names[0])}); there is nothing to learn.")
     if num_labels not in (None, len(names)):
-        raise DataError(f"{what} has {len(names)} classes ({_shown(names)}); num_labels = {num_labels} does not fit.")
+        raise DataError(
+            f"{what} has {len(names)} classes ({listed(names, _MOST_SHOWN)}); num_labels = {num_labels} does not fit."
+        )
     metrics = ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
     return TaskSpec(CUSTOM, columns, len(names), names, metrics, "accuracy")
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:_MOST_SHOWN]) + (
-        f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
-    )

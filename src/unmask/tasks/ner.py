@@ -10,6 +10,7 @@ from unmask.tasks.data import Examples
 from unmask.tasks.ner_files import Loaded, from_hub, is_table, load_folder, load_source
 from unmask.tasks.spec import HubSource
 from unmask.tasks.split import hold_out, shared
+from unmask.tasks.tables import listed, placed
 from unmask.tasks.tagged import Sentences, TagData, TagSpec
 
 CUSTOM_NER = "ner"  # the name of every task that is made of the user's own files
@@ -97,11 +98,13 @@ def load_tagged(
     """
     columns = _columns(words, tags)
     loaded = load_source(train, ("train",), *columns)
-    spec = TagSpec(CUSTOM_NER, loaded[0].types)
+    with placed(train):
+        spec = TagSpec(CUSTOM_NER, loaded[0].types)
     if evaluation is not None or not is_table(train):
         held = load_source(train if evaluation is None else evaluation, _HUB_EVALS, *columns)
         return _task(spec, {"train": loaded, "eval": held})
-    rest, tenth = _hold_out(loaded[0], seed)
+    with placed(train):
+        rest, tenth = _hold_out(loaded[0], seed)
     note = f"no evaluation data given: {len(tenth):,} of {len(loaded[0]):,} sentences are held out (seed {seed})"
     return _task(spec, {"train": (rest, (*loaded[1], note)), "eval": (tenth, ())})
 
@@ -128,8 +131,8 @@ def _task(spec: TagSpec, loaded: Mapping[str, Loaded]) -> TagData:
         if unknown:
             shown = " (what training shows)" if spec.name == CUSTOM_NER else ""
             raise DataError(
-                f"task {spec.name!r}: the {split} split has entities of type {unknown[0]!r}; the task's types are "
-                f"{', '.join(spec.types)}{shown}."
+                f"task {spec.name!r}: the {split} split has entities of type {listed(unknown[:1])!r}; the task's types are "
+                f"{listed(spec.types)}{shown}."
             )
     train = loaded["train"][0] if "train" in loaded else Sentences([], [])
     evals = {split: sentences for split, (sentences, _) in loaded.items() if split != "train"}

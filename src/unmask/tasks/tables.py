@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
-import json
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from unmask.errors import DataError, need
+from unmask.reading import Malformed, parse_json, shown
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-_MOST_LISTED = 20
+DAMAGED = (ValueError, OSError, EOFError, zlib.error)
+"""What reading a text file raises that is not UTF-8, not in its format, or a gzip that is cut short or damaged."""
+_MOST_LISTED, _LONGEST_LISTED = 20, 80
 _Row = tuple[int, Sequence[str]]  # line number from 1, cells
 
 
@@ -61,16 +65,42 @@ class Table:
 
 def unknown_column(source: str, name: str, columns: Iterable[str]) -> DataError:
     """The error for a column that is not there."""
-    return DataError(f"{source} has no column {name!r}; its columns are {', '.join(columns)}.")
+    return DataError(f"{source} has no column {name!r}; its columns are {listed(columns)}.")
+
+
+def listed(names: Iterable[str], most: int = _MOST_LISTED) -> str:
+    """Names in a row, for errors: the first ones, and each cut to a line.
+
+    Example:
+        >>> listed(["a", "b" * 100, "c"], most=2)
+        'a, bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb... and 1 more'
+    """
+    names = list(names)
+    cut = [name if len(name) <= _LONGEST_LISTED else f"{name[: _LONGEST_LISTED - 3]}..." for name in names[:most]]
+    return ", ".join(cut) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@contextlib.contextmanager
+def placed(where: object) -> Iterator[None]:
+    """Puts a place (a file, or a row of one) before the message of a `DataError`.
+
+    Example:
+        >>> with placed("a.csv"):
+        ...     raise DataError("it has only one row.")
+        Traceback (most recent call last):
+        unmask.errors.DataError: a.csv: it has only one row.
+    """
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def listing(folder: Path) -> str:
     """The names in a folder, for errors."""
     if not folder.is_dir():
         return f"there is no folder {str(folder)!r} either"
-    names = sorted(path.name for path in folder.iterdir())
-    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
-    return f"{str(folder)!r} holds {', '.join(names[:_MOST_LISTED]) or 'nothing'}{more}"
+    return f"{str(folder)!r} holds {listed(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
 
 
 def suffix_of(path: Path) -> str:
@@ -106,7 +136,7 @@ def read_table(path: Path, header: tuple[str, ...] | None = None, skip_short: bo
         table = _parse(path, suffix, header, skip_short)
     except DataError:
         raise
-    except (ValueError, OSError, EOFError, zlib.error) as error:  # not UTF-8, not JSON, cut short, no parquet, ...
+    except DAMAGED as error:
         raise DataError(f"{str(path)!r} cannot be read as {suffix[1:]} (in UTF-8): {error}") from error
     if not table.places:
         raise DataError(f"{str(path)!r} is empty: it holds no examples.")
@@ -115,7 +145,7 @@ def read_table(path: Path, header: tuple[str, ...] | None = None, skip_short: bo
 
 def _parse(path: Path, suffix: str, header: tuple[str, ...] | None, skip_short: bool) -> Table:
     if suffix == ".parquet":
-        columns = need("pyarrow.parquet", "hf").read_table(path).to_pydict()
+        columns = _read_parquet(path)
         rows = len(next(iter(columns.values()), []))
         return Table(str(path), columns, range(1, rows + 1))
     if suffix in (".csv", ".tsv"):
@@ -125,6 +155,14 @@ def _parse(path: Path, suffix: str, header: tuple[str, ...] | None, skip_short: 
     with open_text(path, newline="\n") as file:
         read: Callable[[TextIO, str], Table] = _read_json if suffix == ".json" else _read_jsonl
         return read(file, str(path))
+
+
+def _read_parquet(path: Path) -> dict[str, list[Any]]:
+    parquet = need("pyarrow.parquet", "hf")
+    try:
+        return parquet.read_table(path).to_pydict()
+    except Exception as error:  # of the library, of many classes, and always of the file
+        raise DataError(f"{str(path)!r} cannot be read as parquet: {shown(str(error))}") from error
 
 
 def open_text(path: Path, newline: str) -> TextIO:
@@ -163,7 +201,7 @@ def _from_cells(source: str, rows: Iterator[_Row], header: tuple[str, ...] | Non
     names = tuple(first[1]) if has_header or header is None else header
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{source}: column {twice!r} is there more than once; rename one of them.")
+        raise DataError(f"{source}: column {shown(twice)} is there more than once; rename one of them.")
     kept, places, skipped = [], [], 0
     for number, cells in rows if has_header else _chain(first, rows):
         if len(cells) < len(names) and skip_short:
@@ -185,7 +223,7 @@ def _chain(first: _Row, rows: Iterator[_Row]) -> Iterator[_Row]:
 def _wrong_width(source: str, number: int, found: int, names: tuple[str, ...]) -> DataError:
     hint = " tsv is read without quotes; save it as csv if cells are quoted." if ".tsv" in source.lower() else ""
     return DataError(
-        f"{source}, line {number} has {found} columns where {len(names)} are needed ({', '.join(map(repr, names))})."
+        f"{source}, line {number} has {found} columns where {len(names)} are needed ({listed(map(repr, names))})."
         f" Mend or drop the line.{hint}"
     )
 
@@ -196,15 +234,16 @@ def _read_jsonl(file: TextIO, source: str) -> Table:
         if not line.strip():
             continue
         try:
-            records.append((number, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{source}, line {number} is no JSON: {error}.") from error
+            records.append((number, parse_json(line, large=True)))
+        except Malformed as error:
+            why = str(error).removeprefix("it ")
+            raise DataError(f"{source}, line {number} {why}. Mend or drop the line.") from error
     return _from_records(source, records, "line")
 
 
 def _read_json(file: TextIO, source: str) -> Table:
     """A list of records, or a mapping of keys to records as ``{"0": {...}, "1": {...}}``."""
-    loaded = json.load(file)
+    loaded = parse_json(file.read(), sys.maxsize, sys.maxsize, large=True)
     if not isinstance(loaded, list | dict):
         raise DataError(
             f"{source} holds a {type(loaded).__name__}; it must be a list of records (or a mapping of them)."
@@ -216,7 +255,7 @@ def _read_json(file: TextIO, source: str) -> Table:
 def _from_records(source: str, records: Sequence[tuple[int, Any]], unit: str) -> Table:
     for number, record in records:
         if not isinstance(record, dict):
-            raise DataError(f"{source}, {unit} {number} is {record!r:.60}; it must be a mapping of columns to values.")
+            raise DataError(f"{source}, {unit} {number} is {shown(record)}; it must be a mapping of columns to values.")
     names = dict.fromkeys(name for _, record in records for name in record)
     columns = {name: [record.get(name) for _, record in records] for name in names}
     return Table(source, columns, [number for number, _ in records], unit)
