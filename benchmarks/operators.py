@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from unmask.bench.heap import keep_freed_memory
-from unmask.bench.lanes import LocalLane
-from unmask.bench.machine import describe_machine
-from unmask.bench.models import blueprint
-from unmask.bench.quiet import import_peers, quiet_torch
-from unmask.bench.settings import BenchSettings
+from unmask.lab.bench.heap import keep_freed_memory
+from unmask.lab.bench.lanes import LocalLane
+from unmask.lab.bench.machine import describe_machine
+from unmask.lab.bench.models import blueprint
+from unmask.lab.bench.quiet import import_peers, quiet_torch
+from unmask.lab.bench.settings import BenchSettings
 
 BETWEEN = "between operators"
 

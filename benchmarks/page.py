@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unmask.bench import tables
+from unmask.lab.bench import tables
 
 TITLES = {
     "reference": "RoBERTa-base shape, 16 x 128, float32: the bars against the floor, LoRA and SHiRA",

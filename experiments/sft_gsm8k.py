@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import unmask
-from unmask.integrations.transformers import STATE_FILE, SelectiveCallback
+from unmask.integrations.trainer import STATE_FILE, SelectiveCallback
 
 RUNS = ("straight", "resumed")
 LENGTH = 384

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from unmask.demo_data import fetch_demo_model
-from unmask.settings import build
-from unmask.training import train
+from unmask.lab.training.demo_data import fetch_demo_model
+from unmask.lab.training.settings import build
+from unmask.lab.training.training import train
 
 RATES = {
     "full": (5e-5, 2e-4),

@@ -7,9 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before what reads it is imported
 
 import pytest
 import torch
-
 from helpers import trained
-from unmask import heuristics
+
+from unmask.methods import heuristics
 
 
 def pytest_collection_finish():

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from nets import loss, mixed, tokens
+from reference import DenseReference
 from torch import Tensor, nn
 
 import unmask
-from nets import loss, mixed, tokens
-from reference import DenseReference
-from unmask.methods import Method
+from unmask.methods.presets import Method
 
 STEPS, BUDGET = 50, 100
 ADAMW = {"lr": 3e-3, "weight_decay": 0.1}

@@ -6,7 +6,6 @@ import resource
 from collections import Counter
 
 import pytest
-
 from mutating import Mutator
 from reader_cases import OTHER, READERS, REFUSED, SAME, run_case
 

@@ -13,32 +13,32 @@ import time
 import tracemalloc
 from pathlib import Path
 
-import peft
+import peft_nets
 import pytest
 import torch
 import yaml
+from commands import run, train_words
+from helpers import mlp, trained
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
+from tiny import tiny_world
 from torch import nn
 from transformers import AutoTokenizer
 
-import peft_nets
+import peft
 import unmask
 import unmask.peft
-from commands import run, train_words
-from helpers import mlp, trained
-from tiny import tiny_world
 from unmask import SparseDelta, SparseTensor, UnmaskError
 from unmask.analysis import changed
-from unmask.config import TrainConfig
 from unmask.errors import ConfigError, DataError, DeltaError, MethodError, WriteError
+from unmask.lab.study.spec import parse
+from unmask.lab.tasks.math.outputs import OutputFile
+from unmask.lab.training.config import TrainConfig
+from unmask.lab.training.settings import build, read_yaml
+from unmask.methods.schedules import MOST_WALKED, Schedule, schedule, uniform
 from unmask.peft.card import complete_card, section, write_card
 from unmask.reading import MOST_VALUES, Malformed, parse_json
-from unmask.schedules import MOST_WALKED, Schedule, schedule, uniform
-from unmask.settings import build, read_yaml
-from unmask.state_file import write_state
-from unmask.sweeps.spec import parse
-from unmask.tasks.outputs import OutputFile
+from unmask.selection.state import write_state
 
 RUN = {"model": "m", "output": "o", "task": "sst2", "budget": "1%"}
 
@@ -369,7 +369,7 @@ def test_every_command_refuses_its_output_before_any_work(command, place, tmp_pa
     def begun(*args: object, **kwargs: object) -> None:
         raise AssertionError("work has begun")
 
-    for work in ("cli.demo.fetch_demo_model", "cli.demo.fetch_demo_texts", "bench.curves.run_curve"):
+    for work in ("cli.demo.fetch_demo_model", "cli.demo.fetch_demo_texts", "lab.bench.curves.run_curve"):
         monkeypatch.setattr(f"unmask.{work}", begun)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "closed")
     (tmp_path / "sweep.yaml").write_text(SWEEP)
@@ -440,7 +440,9 @@ def test_python_m_unmask_prints_one_line(tmp_path):
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("place", ["unmask.training.set_up", "unmask.training._Run._report_start"])
+@pytest.mark.parametrize(
+    "place", ["unmask.lab.training.training.set_up", "unmask.lab.training.training._Run._report_start"]
+)
 def test_ctrl_c_before_the_first_step_says_what_is_kept(place, world, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

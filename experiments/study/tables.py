@@ -17,8 +17,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from unmask.sweeps.protocols import interval
-from unmask.sweeps.records import trained_weights
+from unmask.lab.study.protocols import interval
+from unmask.lab.study.records import trained_weights
 
 FIELDS = ("model", "task", "budget", "method", "seed", "lr", "weights", "steps", "loss", "score", "metric", "seconds")
 NAMES = {

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from unmask.version import __version__
 
 if TYPE_CHECKING:
-    from unmask.clipping import clip_grad_norm_
-    from unmask.delta import SparseDelta, SparseTensor
+    from unmask.delta.delta import SparseDelta, SparseTensor
     from unmask.errors import (
         ConfigError,
         DataError,
@@ -25,9 +24,9 @@ if TYPE_CHECKING:
         UnmaskWarning,
         WriteError,
     )
-    from unmask.heuristics import Heuristic, heuristic, heuristic_names, register_heuristic
-    from unmask.method import Method
-    from unmask.methods import (
+    from unmask.methods.heuristics import Heuristic, heuristic, heuristic_names, register_heuristic
+    from unmask.methods.method import Method
+    from unmask.methods.presets import (
         PRESETS,
         bitfit,
         fish,
@@ -39,11 +38,12 @@ if TYPE_CHECKING:
         sparse_adapter,
         static_d3,
     )
-    from unmask.optim import SelectiveAdamW
-    from unmask.schedules import SCHEDULES, Schedule, schedule
-    from unmask.scopes import Scope, patterns
-    from unmask.selecting import select
-    from unmask.selection import Selection
+    from unmask.methods.schedules import SCHEDULES, Schedule, schedule
+    from unmask.methods.scopes import Scope, patterns
+    from unmask.selection.clipping import clip_grad_norm_
+    from unmask.selection.optim import SelectiveAdamW
+    from unmask.selection.select import select
+    from unmask.selection.selection import Selection
 
 __all__ = [
     "PRESETS",
@@ -90,16 +90,16 @@ __all__ = [
 # Modules to look a public name up in, cheapest first. Functions that share a module's name are listed by their module.
 _HOMES = {
     "unmask.errors": {name for name in __all__ if name.endswith(("Error", "Warning"))},
-    "unmask.clipping": {"clip_grad_norm_"},
-    "unmask.delta": {"SparseDelta", "SparseTensor"},
-    "unmask.heuristics": {"Heuristic", "heuristic", "heuristic_names", "register_heuristic"},
-    "unmask.schedules": {"SCHEDULES", "Schedule", "schedule"},
-    "unmask.scopes": {"Scope", "patterns"},
-    "unmask.selecting": {"select"},
-    "unmask.selection": {"Selection"},
-    "unmask.optim": {"SelectiveAdamW"},
-    "unmask.method": {"Method"},
-    "unmask.methods": {
+    "unmask.selection.clipping": {"clip_grad_norm_"},
+    "unmask.delta.delta": {"SparseDelta", "SparseTensor"},
+    "unmask.methods.heuristics": {"Heuristic", "heuristic", "heuristic_names", "register_heuristic"},
+    "unmask.methods.schedules": {"SCHEDULES", "Schedule", "schedule"},
+    "unmask.methods.scopes": {"Scope", "patterns"},
+    "unmask.selection.select": {"select"},
+    "unmask.selection.selection": {"Selection"},
+    "unmask.selection.optim": {"SelectiveAdamW"},
+    "unmask.methods.method": {"Method"},
+    "unmask.methods.presets": {
         *("PRESETS", "bitfit", "fish", "full", "id3", "pafi", "random_mask", "repeat_d3"),
         *("sparse_adapter", "static_d3"),
     },

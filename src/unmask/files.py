@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import secrets
+import shutil
+import sys
+import tempfile  # noqa: F401 (the example of `replacing`)
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
-from unmask.errors import writing_to
-from unmask.fingerprint import tensor_bytes
+from unmask.errors import ConfigError, writing_to
 from unmask.reading import MOST_VALUES, Malformed, parse_json
-from unmask.writing import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _KEY = "unmask"
 MOST_HEADER = 32 * 2**20
@@ -28,6 +31,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     Raises:
         WriteError: The disk is full, or the file cannot be written there; what was there before is kept.
     """
+    from safetensors.torch import save_file  # not above: this module is read before torch is needed
+
     with writing_to(path), replacing(path) as part:
         save_file(dict(tensors), part, metadata={_KEY: json.dumps(header, sort_keys=True)})
     return path
@@ -39,6 +44,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     Raises:
         Malformed: Not safetensors, truncated, larger than what is ever written, or without a readable header.
     """
+    from safetensors import safe_open
+
     try:
         _check_size(path)
         with safe_open(path, framework="pt") as file:
@@ -74,3 +81,188 @@ def _check_size(path: Path) -> None:
     held = sum(header.count(sign) for sign in (b"[", b"{", b","))
     if held > MOST_VALUES:
         raise Malformed(f"its header has about {held:,} values; at most {MOST_VALUES:,} are read")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path``, to be written to, that takes its name at the end; dropped if anything is raised.
+
+    Its content is on the disk before it takes the name, and its permissions are those of any new file (the umask's).
+
+    Raises:
+        WriteError: The disk is full, or the place cannot be written to.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "made", "a.txt")
+        ...     with replacing(file) as part:
+        ...         _ = part.write_text("whole")
+        ...     file.read_text(), len(list(file.parent.iterdir()))
+        ('whole', 1)
+    """
+    part = path.with_name(f".{path.name}{secrets.token_hex(4)}.part")
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield from _replaced(path, part)
+
+
+def _replaced(path: Path, part: Path) -> Iterator[Path]:
+    try:
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = part.stat().st_mode
+        yield part
+        part.chmod(mode)  # safetensors puts a file of its own there, which nobody else may read
+        to_disk(part)
+        os.replace(part, path)
+        to_disk(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk (POSIX): it then outlives a power cut."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if path.is_file():  # some file systems refuse it of folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Replaces a file in one step, its content on the disk before it takes the name; returns the path."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """`write_bytes` of a text in UTF-8."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any, indent: int = 1) -> Path:
+    """`write_text` of a JSON value and a line's end."""
+    return write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def append_json(path: Path, row: Any) -> None:
+    """Appends a line with a JSON value, on the disk when this returns; a last line that a kill cut short stays by itself.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "rows.jsonl")
+        ...     _ = file.write_text('{"a": 1}\\n{"a": ')
+        ...     append_json(file, {"a": 3})
+        ...     file.read_text().splitlines()
+        ['{"a": 1}', '{"a": ', '{"a": 3}']
+    """
+    with path.open("a+b") as file:
+        cut = file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        file.write(b"\n" * cut + json.dumps(row).encode("utf-8") + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder with all that is in it: in one step it loses its name, so a kill leaves no half of it under that."""
+    if not folder.exists():
+        return
+    gone = folder.with_name(f".{folder.name}{secrets.token_hex(4)}.removed")
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def sweep_up(folder: Path) -> None:
+    """Removes what kills left in a folder in the midst of `replacing` and `discard`. No other process may write there."""
+    for left in (*folder.glob(".*.part"), *folder.glob(".*.removed")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with suppress(FileNotFoundError):
+                left.unlink()
+
+
+def check_folder(path: str | os.PathLike[str], name: str = "output") -> Path:
+    """The path of a folder that is there and can be written to, or that can be made; makes nothing.
+
+    Args:
+        path: The folder.
+        name: What the user calls it, for the message.
+
+    Raises:
+        ConfigError: It is a file, or lies below one, or cannot be written to.
+
+    Example:
+        >>> check_folder("/dev/null/run")
+        Traceback (most recent call last):
+        unmask.errors.ConfigError: output = '/dev/null/run': '/dev/null' is a file; give a folder.
+    """
+    path = Path(path)
+    _check(path, _nearest(path, name, "folder"), name, "folder")
+    return path
+
+
+def check_file(path: str | os.PathLike[str], name: str = "output") -> Path:
+    """The path of a file that can be written, or written over; makes nothing.
+
+    Args:
+        path: The file. The folders above it need not be there.
+        name: What the user calls it, for the message.
+
+    Raises:
+        ConfigError: It is a folder, or lies below a file, or its folder cannot be written to.
+
+    Example:
+        >>> check_file("/dev/null/report.html", "--output")
+        Traceback (most recent call last):
+        unmask.errors.ConfigError: --output = '/dev/null/report.html': '/dev/null' is a file; give another file.
+    """
+    path = Path(path)
+    there = _nearest(path, name, "file")
+    if path.is_dir():
+        raise ConfigError(f"{name} = {str(path)!r} is a folder; give the name of a file.")
+    _check(path, path.absolute().parent if there == path else there, name, "file")
+    return path
+
+
+def _nearest(path: Path, name: str, what: str) -> Path:
+    """The path itself if it is there, else the nearest folder (or file) above it that is."""
+    if "\0" in str(path):
+        raise ConfigError(f"{name} = {str(path)!r} is no name of a {what}; give another.")
+    try:
+        return next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
+    except OSError as error:  # a name that is too long, say
+        raise ConfigError(f"{name} = {str(path)!r:.200}: {error.strerror}; give another {what}.") from error
+
+
+def _check(path: Path, there: Path, name: str, what: str) -> None:
+    """Refuses a path of which ``there`` is no folder that can be written to."""
+    if not there.is_dir():
+        article = "a" if what == "folder" else "another"
+        raise ConfigError(f"{name} = {str(path)!r}: {str(there)!r} is a file; give {article} {what}.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name} = {str(path)!r}: {str(there)!r} cannot be written to; give another {what}.")
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's raw bytes in row-major order, any dtype (bfloat16 too), each number's least significant byte first.
+
+    Example:
+        >>> import torch
+        >>> tensor_bytes(torch.tensor([1, 258], dtype=torch.int16)).hex()
+        '01000201'
+    """
+    import numpy as np
+    import torch
+
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy()
+    size = flat.element_size() // (2 if flat.is_complex() else 1)
+    if sys.byteorder == "big" and size > 1:
+        data = np.ascontiguousarray(data.reshape(-1, size)[:, ::-1]).reshape(-1)
+    return memoryview(data)  # type: ignore[arg-type]

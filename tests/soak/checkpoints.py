@@ -20,14 +20,14 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import torch
-
 from kill_points import Content, FullDisk, content, hearing, restore
-from unmask.config import TrainConfig
-from unmask.errors import UnmaskError
 from whole_runs import go, go_on, newest_step, recorded, result, small_world
+
+from unmask.errors import UnmaskError
+from unmask.lab.training.config import TrainConfig
 
 Case = tuple[str, Callable[[Path], str]]
 

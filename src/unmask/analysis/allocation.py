@@ -9,9 +9,9 @@ from torch import Tensor
 
 from unmask.analysis.mask import Mask, mask_of, mask_over, prefixes
 from unmask.analysis.measures import Source, sparsity_entropy, tensor_sparsity
-from unmask.delta import SparseDelta
-from unmask.naming import KINDS, OTHER, kinds_of, layer_labels
-from unmask.selection import Selection
+from unmask.delta.delta import SparseDelta
+from unmask.methods.naming import KINDS, OTHER, kinds_of, layer_labels
+from unmask.selection.selection import Selection
 
 
 def allocation(source: Source) -> list[dict[str, Any]]:
@@ -21,7 +21,8 @@ def allocation(source: Source) -> list[dict[str, Any]]:
     Tensors outside the layers, and those of no kind, have rows with ``"other"``: ``unmasked`` sums to the mask's length.
 
     Returns:
-        ``{"layer": "0", "kind": "query", "unmasked": 12, "of": 147456}``, by layer, in the order of `unmask.naming.KINDS`.
+        ``{"layer": "0", "kind": "query", "unmasked": 12, "of": 147456}``, by layer, in the order of
+        `unmask.methods.naming.KINDS`.
         Of a delta without ``like(model)``, only tensors that hold unmasked weights are known and counted in ``of``.
 
     Example:
@@ -73,7 +74,7 @@ def grouped(source: Source, key: Callable[[str], str]) -> dict[str, dict[str, fl
 
 
 def snapshot(source: Source, step: int | None = None) -> dict[str, Any]:
-    """The allocation and its measures at one moment, as JSON values: an `unmask.figures.Snapshot`.
+    """The allocation and its measures at one moment, as JSON values: an `unmask.lab.figures.Snapshot`.
 
     ``sparsity_entropy`` is of the tensors' densities, as in the paper, and ``sparsity_entropy_share`` of the tensors' shares
     of the mask; both in nats. The mask of repeat-S that keeps what leaves holds everything that was ever tuned; its snapshot

@@ -8,9 +8,9 @@ from math import prod
 
 from torch import Tensor, nn
 
-from unmask.delta import SparseDelta, base_tensors
+from unmask.delta.delta import SparseDelta, base_tensors
 from unmask.errors import DeltaError, MethodError, SelectionError
-from unmask.selection import Selection
+from unmask.selection.selection import Selection
 
 
 @dataclass(frozen=True)

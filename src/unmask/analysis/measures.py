@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from unmask.analysis.mask import Mask, mask_of
-from unmask.delta import SparseDelta
+from unmask.delta.delta import SparseDelta
 from unmask.errors import DeltaError, MethodError
-from unmask.selection import Selection
+from unmask.selection.selection import Selection
 
 Source = Selection | SparseDelta | Mask
 

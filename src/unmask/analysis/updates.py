@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from unmask.errors import MethodError
-from unmask.methods import Method
-from unmask.schedules import Schedule
+from unmask.methods.presets import Method
+from unmask.methods.schedules import Schedule
 
 
 def gradient_updates(of: Method | Schedule, budget: int, steps: int | None = None) -> int:

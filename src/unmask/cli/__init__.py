@@ -50,7 +50,7 @@ def _say(text: str) -> None:
     """Prints an error; under torchrun only the first process that has it does, and says which one it is."""
     rank = "0"
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        from unmask.distributed.saying import first_to_say
+        from unmask.distributed.processes import first_to_say
 
         if not first_to_say(text):
             return

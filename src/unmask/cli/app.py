@@ -116,15 +116,15 @@ def train(
     given: dict[str, Any] = {
         k: v for k, v in locals().items() if k not in (*run_options, "run_options") and v is not None
     }
-    from unmask.places import check_folder
-    from unmask.recipe import under_preset
-    from unmask.settings import build, parse_assignments, read_yaml
+    from unmask.files import check_folder
+    from unmask.lab.training.recipe import under_preset
+    from unmask.lab.training.settings import build, parse_assignments, read_yaml
 
     settings = (read_yaml(config) if config else {}) | given | parse_assignments(set_ or [])
     resolved = build(under_preset(preset, settings))  # refuse a bad setting before torch is imported
     if output is not None:
         check_folder(output, "--output")
-    from unmask.training import train as run
+    from unmask.lab.training.training import train as run
 
     run(resolved, resume=resume, overwrite=overwrite)
 
@@ -156,8 +156,8 @@ def evaluate(
 ) -> None:
     """Evaluate base + delta on a task; outputs of word problems are kept, and a killed evaluation goes on."""
     from unmask.cli.evaluate import run_eval
-    from unmask.kinds import Request
-    from unmask.settings import parse_assignments
+    from unmask.lab.tasks.protocol import Request
+    from unmask.lab.training.settings import parse_assignments
 
     request = Request(
         task,

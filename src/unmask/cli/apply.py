@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from unmask.delta import SparseDelta
+from unmask.delta.delta import SparseDelta
 from unmask.errors import ConfigError
-from unmask.into import into_of, merged, save_adapter
-from unmask.modeling import load_tuned, quiet
-from unmask.places import check_folder
+from unmask.files import check_folder
+from unmask.lab.inside import into_of, merged, save_adapter
+from unmask.lab.models import load_tuned, quiet
 from unmask.quantised.layers import has_sidecars
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unmask.bench.settings import BenchSettings
 from unmask.errors import ConfigError
-from unmask.places import check_folder
+from unmask.files import check_folder
+from unmask.lab.bench.settings import BenchSettings
 
 
 def run(given: dict[str, Any], command: str) -> None:
@@ -28,11 +28,11 @@ def run(given: dict[str, Any], command: str) -> None:
     check_folder(settings.output, "--output")
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
     if settings.curve:
-        from unmask.bench.curves import run_curve
+        from unmask.lab.bench.curves import run_curve
 
         record = run_curve(settings, _say, command)
     else:
-        from unmask.bench.runner import run_bench
+        from unmask.lab.bench.runner import run_bench
 
         record = run_bench(settings, _say, command)
     _show(record)
@@ -45,7 +45,7 @@ def _say(text: str) -> None:
 
 
 def _show(record: dict[str, Any]) -> None:
-    from unmask.bench import tables
+    from unmask.lab.bench import tables
 
     print()
     if "points" in record:
@@ -64,7 +64,7 @@ def _show(record: dict[str, Any]) -> None:
 
 def _print_table(header: Sequence[str], lines: list[list[str]]) -> None:
     """With rich in a terminal that is wide enough, else as aligned text."""
-    from unmask.bench import tables
+    from unmask.lab.bench import tables
 
     text = tables.plain(header, lines)
     try:

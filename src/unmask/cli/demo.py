@@ -15,17 +15,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unmask.delta import SparseDelta
-from unmask.demo_data import cache_folder, fetch_demo_model, fetch_demo_texts, load_demo_task
-from unmask.methods import id3
-from unmask.modeling import describe_task, load_base, load_tuned
-from unmask.places import check_folder
-from unmask.predicting import predict
-from unmask.scopes import exactly
-from unmask.selecting import select
-from unmask.selection import Selection
-from unmask.tasks import compute
-from unmask.tasks.data import Examples, TaskData
+from unmask.delta.delta import SparseDelta
+from unmask.files import check_folder
+from unmask.lab.models import describe_task, load_base, load_tuned
+from unmask.lab.tasks import compute
+from unmask.lab.tasks.text.data import Examples, TaskData
+from unmask.lab.tasks.text.predicting import predict
+from unmask.lab.training.demo_data import cache_folder, fetch_demo_model, fetch_demo_texts, load_demo_task
+from unmask.methods.presets import id3
+from unmask.methods.scopes import exactly
+from unmask.selection.select import select
+from unmask.selection.selection import Selection
 
 _LENGTH, _BATCH, _RATE, _SEED = 32, 16, 3e-3, 0
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unmask.delta import SparseDelta
+from unmask.delta.delta import SparseDelta
 from unmask.errors import ConfigError
-from unmask.kinds import Request, kind_of
-from unmask.modeling import load_base, load_tuned, on_accelerator, task_of
-from unmask.places import check_folder
-from unmask.tasks.names import TASKS
+from unmask.files import check_folder
+from unmask.lab.models import load_base, load_tuned, on_accelerator, task_of
+from unmask.lab.tasks.names import TASKS
+from unmask.lab.tasks.protocol import Request
+from unmask.lab.tasks.registry import kind_of
 
 
 def run_eval(source: str, delta_path: Path | None, request: Request, batch_size: int) -> None:

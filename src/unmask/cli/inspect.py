@@ -12,10 +12,10 @@ from rich.table import Table
 
 from unmask.analysis import allocation, grouped, mask_of, snapshots, sparsity_entropy, tensor_sparsity
 from unmask.analysis.mask import Mask, orders
-from unmask.delta import SparseDelta
+from unmask.delta.delta import SparseDelta
 from unmask.errors import DeltaError
-from unmask.naming import layer_of, without_layer
-from unmask.places import check_file
+from unmask.files import check_file
+from unmask.methods.naming import layer_of, without_layer
 
 _POINTS = 10
 
@@ -23,7 +23,7 @@ _POINTS = 10
 def run_inspect(path: Path, top: int, as_json: bool, plot: Path | None = None) -> None:
     """Prints a delta's tables, or everything as JSON; draws it too, if there is a path for that."""
     if plot is not None:
-        from unmask.figures import figure_files
+        from unmask.lab.figures import figure_files
 
         for file in figure_files(plot):
             check_file(file, "--plot")
@@ -38,7 +38,7 @@ def run_inspect(path: Path, top: int, as_json: bool, plot: Path | None = None) -
 
 
 def _draw(delta: SparseDelta, facts: dict[str, Any], path: Path) -> None:
-    from unmask.figures import delta_figure, write_figure
+    from unmask.lab.figures import delta_figure, write_figure
 
     if not len(delta):
         raise DeltaError("this delta holds whole tensors only, so there is no allocation to draw.")

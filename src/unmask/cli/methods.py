@@ -8,11 +8,11 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from unmask.heuristics import heuristic_names
-from unmask.method import Allocation
-from unmask.methods import PRESETS
-from unmask.schedules import SCHEDULES
-from unmask.scopes import Kind
+from unmask.methods.heuristics import heuristic_names
+from unmask.methods.method import Allocation
+from unmask.methods.presets import PRESETS
+from unmask.methods.schedules import SCHEDULES
+from unmask.methods.scopes import Kind
 
 
 def run_methods() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError
-from unmask.places import check_file, check_folder
-from unmask.run_folder import RunFolder
-from unmask.series import checkpoint_state, deltas, find_run
+from unmask.files import check_file, check_folder
+from unmask.lab.training.run_folder import RunFolder
+from unmask.lab.training.series import checkpoint_state, deltas, find_run
 
 
 def write_delta(path: Path, step: int | None, output: Path | None, base: str | None) -> None:

@@ -15,17 +15,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from unmask.errors import ConfigError, MissingExtraError
-from unmask.places import check_file, check_folder
-from unmask.settings import parse_assignments
-from unmask.sweeps.cells import Cell, expand, runs
-from unmask.sweeps.choosing import due
-from unmask.sweeps.live import describe, outcome
-from unmask.sweeps.records import records
-from unmask.sweeps.runner import Report, run_sweep
-from unmask.sweeps.spec import Sweep
-from unmask.sweeps.store import Result, Store
-from unmask.sweeps.tables import markdown, tables
-from unmask.writing import write_text
+from unmask.files import check_file, check_folder, write_text
+from unmask.lab.study.cells import Cell, expand, runs
+from unmask.lab.study.choosing import due
+from unmask.lab.study.live import describe, outcome
+from unmask.lab.study.records import records
+from unmask.lab.study.runner import Report, run_sweep
+from unmask.lab.study.spec import Sweep
+from unmask.lab.study.store import Result, Store
+from unmask.lab.study.tables import markdown, tables
+from unmask.lab.training.settings import parse_assignments
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _finish(sweep: Sweep, store: Store, made: Report, console: Console) -> None:
 def _figures(sweep: Sweep, store: Store, made: Report, console: Console) -> list[Path]:
     if not sweep.figures:
         return []
-    from unmask.report.drawing import draw_files
+    from unmask.lab.report.drawing import draw_files
 
     shown = records(made.cells, made.results, sweep.protocol, sweep.choice)
     try:
@@ -153,7 +152,7 @@ def _figures(sweep: Sweep, store: Store, made: Report, console: Console) -> list
 def run_report(folders: Sequence[Path], output: Path) -> None:
     """Writes the report."""
     check_file(output, "--output")
-    from unmask.report import write_report
+    from unmask.lab.report import write_report
 
     path = write_report(folders, output)
     print(f"report in {path} ({path.stat().st_size:,} bytes)")

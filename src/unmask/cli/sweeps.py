@@ -34,7 +34,7 @@ def sweep(
 ) -> None:
     """Run a grid of trainings from a YAML file; stop it and start it again as you like."""
     from unmask.cli.sweeping import Options, go
-    from unmask.sweeps.spec import read_sweep
+    from unmask.lab.study.spec import read_sweep
 
     go(read_sweep(file), output, Options(**_shared(locals())))
 
@@ -73,7 +73,7 @@ def reproduce(
 ) -> None:
     """Run a table or a figure of the paper on your model."""
     from unmask.cli.sweeping import Options, go, with_protocol
-    from unmask.reproduce import load
+    from unmask.lab.study.paper import load
 
     loaded = with_protocol(load(name, scale, preset), protocol)  # type: ignore[arg-type]  # checked by load
     folder = Path("runs", "reproduce", "-".join([name, scale, *([] if preset == "paper" else [preset])]))

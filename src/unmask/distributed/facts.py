@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from unmask.distributed.processes import bits, checksum
-from unmask.method import Method
+from unmask.methods.method import Method
 
 POINTS = 64  # of a schedule
 

@@ -18,11 +18,11 @@ from unmask.distributed.facts import facts_of_state, settings_of, state_of_optim
 from unmask.distributed.processes import Processes, checksum
 from unmask.distributed.ranking import CandidateRanking, ExactRanking
 from unmask.distributed.sharding import ShardedLayout, ShardRanking, ShardTable, group_of, reshard
-from unmask.errors import MethodError, ProcessesDifferError
-from unmask.gradients.plan import Plan
-from unmask.gradients.reducing import NewRanker, Ranking
-from unmask.method import Method
-from unmask.slots import Layout, SlotTable
+from unmask.errors import MethodError, ProcessesDifferError, SelectionError
+from unmask.methods.method import Method
+from unmask.ranking.exchange import NewRanker, Ranking
+from unmask.ranking.ledger import Layout, SlotTable
+from unmask.ranking.plan import Plan
 
 Exchange = Literal["exact", "candidates", "none"]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -287,3 +287,20 @@ def _tell(error: Exception, model: nn.Module, options: Mapping[str, Any]) -> Non
     if processes is not None:
         device = next((p.device for p in model.parameters()), _CPU)
         processes.agree("select()", refusal(error), device, _SAME_METHOD)
+
+
+def refuse_zero(values: Tensor) -> None:
+    """Refuses ``values`` that a ZeRO optimizer has taken over.
+
+    ZeRO lets the inner optimizer step partitions of its own instead of the parameters, so the schedule would not advance, and
+    no weight would follow ``values``. Stages 1 and 2 mark what they take over with ``_hp_mapping``.
+
+    Raises:
+        SelectionError: They did.
+    """
+    if hasattr(values, "_hp_mapping"):
+        raise SelectionError(
+            "DeepSpeed's ZeRO has taken over the selected weights, and steps copies of them that the model does not follow. ZeRO "
+            "shards optimizer state, which for a selection is B numbers: train with torchrun or accelerate alone (the "
+            "selection reduces its gradients itself), or shard the model with fully_shard before unmask.select()."
+        )

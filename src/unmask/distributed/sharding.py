@@ -19,12 +19,13 @@ from torch.utils.hooks import RemovableHandle
 
 from unmask.distributed.processes import Processes, bits
 from unmask.errors import MethodError, NonFiniteGradientError
+from unmask.gradients.entries import Entries, put, take
 from unmask.gradients.factors import Factors, as_dense
-from unmask.gradients.streamed import Ranker
-from unmask.method import Method
-from unmask.slots import Entries, Layout, SlotTable, put, take
-from unmask.topk import Ranked, StreamingTopK
-from unmask.wrappers import named_parameters
+from unmask.gradients.wrappers import named_parameters
+from unmask.methods.method import Method
+from unmask.ranking.ledger import Layout, SlotTable
+from unmask.ranking.ranker import Ranker
+from unmask.ranking.topk import Ranked, StreamingTopK
 
 
 def is_sharded(tensor: Tensor) -> bool:

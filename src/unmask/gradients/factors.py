@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from unmask.gradients import sampled
+from unmask.gradients.entries import Entries
 from unmask.gradients.sampled import choose, sampled_product, take_columns, take_gradient
-from unmask.slots import Entries
 
 BAND = 1 << 18  # entries of the product formed at a time
 NORMS = 128  # tokens squared at a time

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from unmask.gradients import triton_sampled
-from unmask.slots import Entries, take
+from unmask.gradients.entries import Entries, take
 
 Product = Literal["dense", "compact", "sampled"]
 PIECE = 512  # tokens at a time on a CPU, and half as many of activations wider than WIDE

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from unmask.gradients.standins import Tapped
-    from unmask.gradients.tap import TapSet
+    from unmask.gradients.taps import Tapped, TapSet
 
 SITE = "_unmask_site"
 # Differentiable properties; every other property (shape, grad, requires_grad ...) is read off the parameter itself.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from unmask.gradients.tap import TapSet
+from unmask.gradients.taps import TapSet
 
 
 def watch_forwards(model: nn.Module, taps: TapSet) -> None:

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from unmask.checkpoints import Checkpoint, examine, newest, rotate, seal
 from unmask.errors import SelectionError, UnmaskError, WriteError
-from unmask.writing import discard
+from unmask.files import discard
+from unmask.integrations.checkpoints import Checkpoint, examine, newest, rotate, seal
 
 
 class WholeCheckpoints(TrainerCallback):

@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from unmask.errors import ConfigError, ScheduleNotRunError, SelectionError
 from unmask.integrations.trainer_optimizer import bare
-from unmask.selection import Selection
+from unmask.selection.selection import Selection
 
 
 def check_run(trainer: Trainer, selection: Selection, steps: int) -> None:

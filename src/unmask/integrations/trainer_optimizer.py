@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from unmask.errors import ConfigError, ScheduleNotRunError
-from unmask.selection import Selection
+from unmask.selection.selection import Selection
 
 
 def new_optimizer(trainer: Trainer, selection: Selection) -> Optimizer:

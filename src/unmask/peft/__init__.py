@@ -7,8 +7,7 @@ from unmask.errors import need
 
 need("peft", "hf")
 
-from unmask.peft.config import SelectiveConfig  # noqa: E402
-from unmask.peft.kind import register  # noqa: E402
+from unmask.peft.config import SelectiveConfig, register  # noqa: E402
 from unmask.peft.model import SelectiveModel  # noqa: E402
 from unmask.peft.verbs import clip_grad_norm_, delta, push_to_hub, status  # noqa: E402
 

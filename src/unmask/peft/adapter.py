@@ -17,22 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from unmask.bitwise import same_bits
-from unmask.delta import SparseDelta, SparseTensor
+from unmask.delta.delta import SparseDelta, SparseTensor
+from unmask.delta.fingerprint import same_bits
 from unmask.errors import DeltaError, MethodError
+from unmask.gradients.entries import put
+from unmask.gradients.wrappers import named_parameters
+from unmask.gradients.writes import Writes
 from unmask.peft.config import SelectiveConfig
 from unmask.peft.progress import Progress
-from unmask.peft.waiting import Waiting
-from unmask.selecting import select
-from unmask.selection import Selection, known_positions
-from unmask.slots import Layout, SlotTable, put
-from unmask.state import state_of
-from unmask.stepping import unwatch, watch
-from unmask.wrappers import named_parameters
-from unmask.writes import Writes
+from unmask.ranking.ledger import Layout, SlotTable
+from unmask.selection.select import select
+from unmask.selection.selection import Selection, known_positions
+from unmask.selection.state import state_of
+from unmask.selection.stepping import unwatch, watch
 
 if TYPE_CHECKING:
     from unmask.peft.attempt import Attempt
+from collections.abc import Sequence
+
+from unmask.errors import ScheduleNotRunError
 
 
 @dataclass
@@ -365,3 +368,102 @@ def _others_left(model: nn.Module, layout: Layout) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+class Pause:
+    """Takes an adapter that trains out of the tensors, so that its graph and gradient are good afterwards.
+
+    Preference optimization does this with a reference adapter, between the policy's forward and its backward.
+
+    Args:
+        adapter: It has a live selection.
+        base_whole: The base's version of all that it may set whole.
+        tensors: The base's tensors.
+    """
+
+    def __init__(self, adapter: Adapter, base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        assert adapter.selection is not None
+        self.adapter, self._selection = adapter, adapter.selection
+        self._inside = contextlib.ExitStack()
+        self._inside.enter_context(adapter.absent(base_whole, tensors))
+        self._gradient, adapter.values.grad = adapter.values.grad, None
+        unwatch(self._selection)  # an optimizer that steps now has nothing of it
+        adapter.written = False
+
+    def end(self) -> None:
+        """The tensors, which hold the base, hold the adapter's values again; its training goes on."""
+        self._inside.close()
+        self.adapter.written = True
+        self.adapter.values.grad = self._gradient
+        watch(self._selection)
+
+
+class Waiting:
+    """Refuses an optimizer's step that would train nothing; see `unmask.selection.stepping.Steppable`.
+
+    Args:
+        values: The adapter's.
+        tensors: The base's tensors that it may set.
+    """
+
+    def __init__(self, values: nn.Parameter, tensors: Sequence[nn.Parameter]) -> None:
+        self.model = nn.Module()  # no model has a live selection for it yet
+        self.values = values
+        self.step = 0
+        self._tensors = tensors
+
+    @property
+    def in_use(self) -> int:
+        """None of the slots is trained."""
+        return 0
+
+    def clock(self) -> Tensor:
+        """The parameter whose optimizer step is refused."""
+        return self.values
+
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether an optimizer that holds this parameter was built from the base."""
+        return any(parameter is tensor for tensor in self._tensors)
+
+    def check_model(self) -> None:
+        """Nothing was selected from yet."""
+
+    def has_gradient(self) -> bool:
+        """True, so that `before_step` gives the reason."""
+        return True
+
+    def nonfinite(self) -> None:
+        """Nothing to report."""
+
+    @property
+    def copies_matter(self) -> bool:
+        """Never."""
+        return False
+
+    def check_writes(self) -> None:
+        """Writes into an adapter that does not train are the adapter's to take in."""
+
+    def check_optimizer(self, optimizer: Any, before: Tensor | None) -> None:
+        """Not reached."""
+
+    def before_step(self, optimizer: Any) -> None:
+        """An optimizer steps on values that no forward knows of.
+
+        Raises:
+            ScheduleNotRunError: Always.
+        """
+        raise ScheduleNotRunError(
+            "optimizer.step() was called, but no forward in grad mode has gone through the PEFT model since the adapter was "
+            "added, made active or moved, so nothing would be trained. Call the PEFT model (or its base model) itself, not "
+            "a module inside it, and put it in training mode first: model.train()."
+        )
+
+    def after_step(self) -> None:
+        """Not reached."""
+
+    def trains_beside(self, held: Sequence[Tensor]) -> bool:
+        """Never."""
+        return False
+
+    def sync_dense(self, held: Sequence[Tensor]) -> None:
+        """Nothing is trained whole here: modules_to_save are PEFT's."""

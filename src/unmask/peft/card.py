@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from unmask.errors import DataError, writing_to
+from unmask.files import write_text
 from unmask.reading import count, fields, items, mapping, optional, plain, read_json, read_text, refusing, text
-from unmask.writing import write_text
 
 _BEGIN, _END = "<!-- unmask: begin -->", "<!-- unmask: end -->"
 _NEW = "---\nlibrary_name: peft\n---\n"

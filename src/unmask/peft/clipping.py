@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from unmask.clipping import clip_grad_norm_ as clip_selection
 from unmask.errors import ConfigError, ScheduleNotRunError
+from unmask.selection.clipping import clip_grad_norm_ as clip_selection
 
 if TYPE_CHECKING:
     from unmask.peft.layer import SelectiveLayer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unmask.peft.adapter import Adapter, Slots
 from unmask.peft.config import SelectiveConfig
-from unmask.slots import Layout
+from unmask.ranking.ledger import Layout
 
 
 def combined_config(configs: Sequence[SelectiveConfig], names: Sequence[str], budget: int) -> SelectiveConfig:

@@ -6,15 +6,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from peft import PeftConfig
+from peft.utils import PeftType, register_peft_method
 
-from unmask import methods
-from unmask.clipping import ClipScope
+from peft import PeftConfig
 from unmask.distributed.reducer import Exchange, check_exchange
 from unmask.errors import MethodError
-from unmask.method import Budget, Method
+from unmask.methods import presets as methods
+from unmask.methods.method import Budget, Method
 from unmask.peft.card import write_card
-from unmask.peft.kind import peft_type
 from unmask.reading import (
     Malformed,
     count,
@@ -29,6 +28,7 @@ from unmask.reading import (
     shown,
     text,
 )
+from unmask.selection.clipping import ClipScope
 
 METHODS = ("id3", "repeat_d3", "static_d3", "pafi", "bitfit", "random_mask")
 _ALLOWED = {
@@ -167,3 +167,31 @@ def _check_expressions(config: SelectiveConfig) -> None:
                 re.compile(given)
             except (re.error, RecursionError, OverflowError) as error:
                 raise Malformed(f"{name} = {shown(given)} is no regular expression ({error})") from error
+
+
+NAME = "UNMASK"
+PREFIX = "unmask_"  # part of every key of an adapter in a state dict
+
+
+def peft_type() -> PeftType:
+    """``PeftType.UNMASK``.
+
+    PEFT looks method names up in a closed enum, in some versions by going through its members, so nothing less than a
+    member will do.
+    """
+    if NAME not in PeftType.__members__:
+        member: Any = str.__new__(PeftType, NAME)
+        member._name_ = member._value_ = NAME
+        member.__objclass__, member._sort_order_ = PeftType, len(PeftType.__members__)
+        PeftType._member_names_.append(NAME)
+        PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
+        type.__setattr__(PeftType, NAME, member)
+    return PeftType[NAME]
+
+
+def register(config: type, tuner: type) -> None:
+    """Makes PEFT know the method: `get_peft_model`, `PeftModel.from_pretrained` and the rest then find it."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=NAME.lower(), config_cls=config, model_cls=tuner, prefix=PREFIX)

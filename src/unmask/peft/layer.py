@@ -13,18 +13,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from unmask.delta import SparseDelta
+from unmask.delta.delta import SparseDelta
+from unmask.delta.fingerprint import digest, fingerprint
+from unmask.delta.record import missing_from_checkpoint
 from unmask.errors import SelectionError
-from unmask.fingerprint import digest, fingerprint
-from unmask.peft.adapter import Adapter, changed
+from unmask.peft.adapter import Adapter, Pause, changed
 from unmask.peft.attempt import Attempt, not_known, planned_steps
 from unmask.peft.callers import calling_trainer
 from unmask.peft.clipping import clip_in
 from unmask.peft.ddp import stay_unwrapped
-from unmask.peft.pause import Pause
 from unmask.peft.progress import Progress
 from unmask.peft.targets import Base, saved_whole
-from unmask.recording import missing_from_checkpoint
 
 
 class Values(nn.ParameterDict):

@@ -7,31 +7,31 @@ import platform
 from typing import Any, Literal, cast
 
 import torch
-from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 from transformers.utils.hub import PushToHubMixin
 
-from unmask.delta import SparseDelta, refuse_diverged
+from peft import PeftConfig, PeftModel
+from unmask.delta.delta import SparseDelta, refuse_diverged
+from unmask.delta.live import has_selection
+from unmask.delta.record import name_or_path
 from unmask.errors import DeltaError, MethodError
 from unmask.gradients.unreached import unwatch_forwards
-from unmask.method import parse_budget
+from unmask.gradients.wrappers import named_parameters
+from unmask.methods.method import parse_budget
 from unmask.peft.adapter import Adapter
 from unmask.peft.callers import caller, calling_trainer
 from unmask.peft.card import complete_card
 from unmask.peft.combine import combine_whole, combined_config, combined_slots, union
+from unmask.peft.config import PREFIX
 from unmask.peft.ddp import name_in_peft_model
-from unmask.peft.kind import PREFIX
 from unmask.peft.layer import SelectiveLayer
 from unmask.peft.progress import Progress
 from unmask.peft.saving import is_entry, put_entries, take_entries
 from unmask.peft.targets import Base, eligible, saved_whole
-from unmask.recording import name_or_path
-from unmask.selecting import count_budget
-from unmask.stepping import has_selection
+from unmask.selection.select import count_budget
 from unmask.version import __version__
-from unmask.wrappers import named_parameters
 
 
 class SelectiveModel(BaseTuner):

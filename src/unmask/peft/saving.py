@@ -1,6 +1,6 @@
 """An adapter as entries of a state dict, and back: PEFT writes them to ``adapter_model.safetensors``.
 
-The entries are the delta's tensors (see `unmask.delta_file`) under PEFT's kind of keys, for a tensor NAME of the base:
+The entries are the delta's tensors (see `unmask.delta.file`) under PEFT's kind of keys, for a tensor NAME of the base:
 ``base_model.model.NAME.unmask_indices``, ``....unmask_values``, ``....unmask_whole``, ``....unmask_slots``; and the
 delta's header, as JSON in a tensor of bytes, ``base_model.unmask_header``; and, for training to go on,
 ``base_model.unmask_order`` and, where tensors are less than float32, ``base_model.unmask_masters``. In a model's own state
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.delta import SparseDelta
-from unmask.delta_file import INDICES, SLOTS, VALUES, WHOLE, pack, unpack
+from unmask.delta.delta import SparseDelta
+from unmask.delta.file import INDICES, SLOTS, VALUES, WHOLE, pack, unpack
 from unmask.errors import DeltaError
 from unmask.files import MOST_HEADER
-from unmask.peft.kind import PREFIX
+from unmask.peft.config import PREFIX
 from unmask.peft.progress import Progress
 from unmask.reading import Malformed, fields, parse_json, refusing
 

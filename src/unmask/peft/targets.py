@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     _ExcludedModule,
     _maybe_include_all_linear_layers,
@@ -13,12 +12,13 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from peft import PeftConfig
 from unmask.errors import MethodError
-from unmask.method import Method
+from unmask.gradients.wrappers import named_parameters, persistent_buffers
+from unmask.methods.method import Method
 from unmask.peft.config import SelectiveConfig
-from unmask.quantised.kinds import sources
-from unmask.scopes import refuse_renormalized
-from unmask.wrappers import named_parameters, persistent_buffers
+from unmask.quantised.sources import sources
+from unmask.selection.eligible import refuse_renormalized
 
 _ORIGINAL = "original_module"
 

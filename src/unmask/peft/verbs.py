@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import PeftModel
 from torch import Tensor
 
-from unmask.delta import SparseDelta
+from peft import PeftModel
+from unmask.delta.delta import SparseDelta
 from unmask.peft.clipping import clip
 from unmask.peft.model import tuner_of
 

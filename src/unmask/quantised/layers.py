@@ -16,16 +16,15 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from unmask.errors import SelectionError
+from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors
 from unmask.gradients.sampled import Product, choose, sampled_product, spread
-from unmask.gradients.standins import Tapped
 from unmask.gradients.tapped import TappedParameter, has_site, set_of
-from unmask.quantised.kinds import Source, Unsupported, sources
-from unmask.quantised.sidecar import Sidecar
-from unmask.quantised.sparse import SparseMatrix
+from unmask.gradients.taps import Tapped
+from unmask.gradients.wrappers import named_parameters
+from unmask.quantised.sidecar import Sidecar, SparseMatrix
+from unmask.quantised.sources import Source, Unsupported, sources
 from unmask.quantised.tensor import QuantisedTensor
-from unmask.slots import Entries
-from unmask.wrappers import named_parameters
 
 _SHARE = 8  # a dense product of some rows and columns may be this part of the matrix: more would be no sampling
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from unmask.errors import SelectionError
-from unmask.quantised.kinds import Unsupported, sources
 from unmask.quantised.layers import is_trained, weights
+from unmask.quantised.sources import Unsupported, sources
 from unmask.quantised.tensor import QuantisedTensor
 
 _BLOCK = 1 << 20  # weights that are de-quantised at a time

@@ -1,0 +1,1 @@
+"""Estimates that are made from example batches before training."""

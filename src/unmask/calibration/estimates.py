@@ -1,0 +1,42 @@
+"""Estimates made before training: for each heuristic that needs a calibration, what makes its scores."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from unmask.calibration.fisher import estimate_fisher
+from unmask.calibration.pruning import connection_sensitivity, gradient_flow
+from unmask.calibration.synflow import synaptic_flow
+from unmask.errors import MethodError
+from unmask.methods.method import Method
+from unmask.ranking.ledger import Layout
+
+_DATA = {"fisher": estimate_fisher, "initial_snip": connection_sensitivity, "grasp": gradient_flow}
+
+
+def estimates(model: nn.Module, layout: Layout, method: Method, budget: int) -> dict[int, Tensor]:
+    """The scores of a method whose heuristic needs a calibration, by tensor index; empty for any other heuristic.
+
+    Args:
+        model: The model before it is frozen; left as it was.
+        layout: The eligible tensors.
+        method: The method.
+        budget: B.
+
+    Raises:
+        MethodError: The calibration's data or the model cannot be used for it, or every score is zero.
+    """
+    heuristic = method.heuristic
+    if heuristic.needs != "calibration" or method.calibration is None:
+        return {}
+    if heuristic.name == "synflow":
+        scores = synaptic_flow(model, layout, budget)
+    else:
+        scores = _DATA[heuristic.name](model, layout, method.calibration)
+    if not any(score.any() for score in scores.values()):
+        raise MethodError(
+            f"{heuristic.name} is zero for every eligible weight, so it ranks nothing. A LoRA starts with B = 0, where a score "
+            "of weight times gradient vanishes for A and for B alike: prune it by magnitude or at random with "
+            "allocation='tensor', or start B away from zero (peft's init_lora_weights=False)."
+        )
+    return scores

@@ -1,0 +1,204 @@
+"""Per-sample gradient statistics of a batch, from layer inputs and output gradients.
+
+For a linear layer an example's weight gradient is ``g_n^T x_n`` (its tokens summed), so the sum over examples of its
+squares needs one batched product per layer and no loop over examples in Python.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unmask.gradients.entries import Entries
+from unmask.gradients.factors import Factors
+from unmask.gradients.tapped import TappedParameter, index_of
+from unmask.gradients.taps import TapSet
+
+_PRODUCT = 1 << 24  # scalars in one block of per-sample weight gradients
+
+Statistic = Callable[[Tensor, Tensor], None]
+
+
+class _Watch(torch.autograd.Function):
+    """Identity on a layer's output; its backward shows the layer's input and output gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, output: Tensor, inputs: Tensor, statistic: Statistic) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(inputs)
+        ctx.statistic = statistic
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, None]:  # type: ignore[override]
+        (inputs,) = ctx.saved_tensors
+        ctx.statistic(inputs, gradient)
+        return None, gradient, None, None
+
+
+class PerSampleTaps:
+    """Taps that add each example's squared (or absolute) gradients to given sums.
+
+    Args:
+        tensors: Frozen parameters to watch.
+        sums: By tensor index, float32 of the tensor's shape; added to in place.
+        power: ``"square"`` or ``"abs"``.
+
+    Attributes:
+        unsupported: Indices of tensors used in a way that hides the examples; their sums are worthless.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], sums: dict[int, Tensor], power: Literal["square", "abs"]) -> None:
+        self.unsupported: set[int] = set()
+        self._sums, self._power = sums, torch.square if power == "square" else torch.abs
+        self._size, self._probing = 0, False
+        self._uses: Counter[int] = Counter()
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._taps = TapSet(tensors, self, lambda: False)
+        self._taps.handlers = {
+            F.linear: self._linear,
+            F.embedding: self._embedding,
+            F.layer_norm: self._layer_norm,
+        }
+
+    def start(self, size: int, probing: bool = False) -> None:
+        """A forward of ``size`` examples follows; a probing one has no backward, and must not find fits by chance."""
+        self._size, self._probing = size, probing
+        self._uses.clear()
+
+    def collect(self, objective: Tensor) -> None:
+        """Runs the backward of a sum over examples."""
+        if objective.requires_grad:
+            objective.backward(retain_graph=True)
+
+    def remove(self) -> None:
+        """Makes every tensor an ordinary parameter again."""
+        self._taps.remove()
+
+    # The receiver of taps that no handler took: such a use hides the examples.
+
+    def wanted(self, index: int) -> bool:
+        self.unsupported.add(index)
+        return False
+
+    def begin(self) -> None: ...
+
+    def entries(self, index: int) -> None: ...
+
+    def factored(self, index: int) -> bool:
+        return False
+
+    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None: ...
+
+    def end(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def _linear(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
+        def bound(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            output = func(input, weight, bias)
+            if not self._has_examples(input, weight, bias):
+                return output
+
+            def statistic(x: Tensor, g: Tensor) -> None:
+                x, g = x.reshape(self._size, -1, x.shape[-1]), g.reshape(self._size, -1, g.shape[-1])
+                self._add(bias, lambda: self._power(g.float().sum(1)).sum(0))
+                self._add(weight, lambda: self._outer(x, g))
+
+            return _Watch.apply(self._anchor, output, input, statistic)
+
+        return bound(*args, **kwargs)
+
+    def _embedding(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
+        def bound(
+            input: Tensor,
+            weight: Tensor,
+            padding_idx: int | None = None,
+            max_norm: float | None = None,
+            norm_type: float = 2.0,
+            scale_grad_by_freq: bool = False,
+            sparse: bool = False,
+        ) -> Tensor:
+            if input.shape[0] == 1 < self._size:  # position ids: give every example its own row, or they sum up unseen
+                input = input.expand(self._size, *input.shape[1:])
+            output = func(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+            if scale_grad_by_freq or not self._has_examples(input, weight):
+                self._reject(weight)
+                return output
+            skip = None if padding_idx is None else padding_idx % weight.shape[0]
+
+            def statistic(ids: Tensor, g: Tensor) -> None:
+                self._add(weight, lambda: self._rows(ids, g, weight.shape, skip))
+
+            return _Watch.apply(self._anchor, output, input, statistic)
+
+        return bound(*args, **kwargs)
+
+    def _layer_norm(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
+        def bound(
+            input: Tensor,
+            normalized_shape: Any,
+            weight: Tensor | None = None,
+            bias: Tensor | None = None,
+            eps: float = 1e-5,
+        ) -> Tensor:
+            output = func(input, normalized_shape, weight, bias, eps)
+            if not self._has_examples(input, weight, bias):
+                return output
+
+            def statistic(x: Tensor, g: Tensor) -> None:
+                shape = (self._size, -1, *normalized_shape)
+                g = g.float().reshape(shape)
+                normal = F.layer_norm(x.float(), normalized_shape, None, None, eps).reshape(shape)
+                self._add(bias, lambda: self._power(g.sum(1)).sum(0))
+                self._add(weight, lambda: self._power((g * normal).sum(1)).sum(0))
+
+            return _Watch.apply(self._anchor, output, input, statistic)
+
+        return bound(*args, **kwargs)
+
+    def _outer(self, x: Tensor, g: Tensor) -> Tensor:
+        """``sum_n power(g_n^T x_n)`` of x (N, T, in) and g (N, T, out)."""
+        total = torch.zeros(g.shape[-1], x.shape[-1], device=g.device)
+        height = max(1, _PRODUCT // total.numel())
+        for low in range(0, self._size, height):
+            part = slice(low, low + height)
+            total += self._power(torch.bmm(g[part].mT, x[part].to(g.dtype)).float()).sum(0)
+        return total
+
+    def _rows(self, ids: Tensor, g: Tensor, shape: torch.Size, skip: int | None) -> Tensor:
+        """The embedding's statistic: within an example, the gradients of one row's uses add up first."""
+        example = torch.arange(self._size, device=ids.device).repeat_interleave(ids.numel() // self._size)
+        key = example * shape[0] + ids.reshape(-1)
+        unique, inverse = key.unique(return_inverse=True)
+        rows = torch.zeros(unique.numel(), shape[1], device=g.device).index_add_(
+            0, inverse, g.reshape(-1, shape[1]).float()
+        )
+        if skip is not None:
+            rows[unique % shape[0] == skip] = 0
+        return torch.zeros(shape, device=g.device).index_add_(0, unique % shape[0], self._power(rows))
+
+    def _has_examples(self, input: Tensor, *parameters: Tensor | None) -> bool:
+        """Whether the input's first dimension is the batch, and every tensor is used only here in this forward."""
+        fits = input.shape[:1] == (self._size,) or (self._size == 1 and not self._probing)
+        if isinstance(input, TappedParameter):  # learned queries: no examples in sight
+            self._reject(input)
+            fits = False
+        for parameter in parameters:
+            if isinstance(parameter, TappedParameter):
+                self._uses[index_of(parameter)] += 1
+                if not fits or self._uses[index_of(parameter)] > 1:
+                    self._reject(parameter)
+        return fits
+
+    def _reject(self, parameter: Tensor | None) -> None:
+        if isinstance(parameter, TappedParameter):
+            self.unsupported.add(index_of(parameter))
+
+    def _add(self, parameter: Tensor | None, amount: Callable[[], Tensor]) -> None:
+        if isinstance(parameter, TappedParameter) and index_of(parameter) not in self.unsupported:
+            self._sums[index_of(parameter)] += amount()

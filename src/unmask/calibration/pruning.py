@@ -1,0 +1,128 @@
+"""SNIP and GraSP: scores for pruning at initialisation, from exact gradients of the calibration examples' mean loss.
+
+Gradients and Hessian-vector products are taken for the eligible tensors alone, so inside a LoRA or an adapter they are
+small, whatever the base. Nothing is linearised and the loss is the model's own: GraSP's authors divide the logits by a
+temperature of 200, SparseAdapter's code does not, nor does this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from unmask.calibration.fisher import batch_size, batches, frozen_evaluation, objectives
+from unmask.errors import MethodError, NonFiniteGradientError
+from unmask.methods.method import Calibration
+from unmask.ranking.ledger import Layout
+
+Gradients = list[Tensor]
+
+
+def connection_sensitivity(model: nn.Module, layout: Layout, calibration: Calibration) -> dict[int, Tensor]:
+    """SNIP, eq. 5 of arXiv 1810.02340 before its normalisation: ``|w dL/dw|``.
+
+    Args:
+        model: The model; run in evaluation mode, left in the mode and with the flags it had.
+        layout: The eligible tensors.
+        calibration: The examples whose mean loss is L.
+
+    Returns:
+        By tensor index: the score, of the tensor's shape, float32 (float64 for a float64 tensor).
+
+    Raises:
+        MethodError: The loader is empty.
+        NonFiniteGradientError: A gradient is not finite.
+    """
+    with _trainable(model, layout):
+        gradients = _mean_gradient(model, layout, calibration)
+    return _checked(layout, [(g * w).abs() for g, w in zip(gradients, _weights(layout), strict=True)])
+
+
+def gradient_flow(model: nn.Module, layout: Layout, calibration: Calibration) -> dict[int, Tensor]:
+    """GraSP, eq. 8 of arXiv 2002.07376 with its sign turned, so that the highest stay: ``w (H dL/dw)``.
+
+    Args:
+        model: The model; run in evaluation mode, left in the mode and with the flags it had.
+        layout: The eligible tensors.
+        calibration: The examples whose mean loss is L, with Hessian H; taken from the loader twice.
+
+    Returns:
+        By tensor index: the score, of the tensor's shape, float32 (float64 for a float64 tensor).
+
+    Raises:
+        MethodError: The loader is empty, or gives fewer examples the second time.
+        NonFiniteGradientError: A product is not finite.
+    """
+    # the fused attention kernels have no second derivative
+    with _trainable(model, layout), sdpa_kernel(SDPBackend.MATH):
+        gradients = _mean_gradient(model, layout, calibration)
+        products = _hessian_product(model, layout, calibration, gradients)
+    return _checked(layout, [h * w for h, w in zip(products, _weights(layout), strict=True)])
+
+
+@contextlib.contextmanager
+def _trainable(model: nn.Module, layout: Layout) -> Iterator[None]:
+    with frozen_evaluation(model), torch.enable_grad():
+        for tensor in layout.tensors:
+            tensor.requires_grad_(True)
+        yield
+
+
+def _mean_gradient(model: nn.Module, layout: Layout, calibration: Calibration) -> Gradients:
+    sums, count = _zeros(layout), 0
+    for loss, size in _losses(model, calibration):
+        _add(sums, torch.autograd.grad(loss, layout.tensors, allow_unused=True))
+        count += size
+    if count == 0:
+        raise MethodError("the calibration loader is empty; snip and grasp need examples to take gradients of.")
+    return [total / count for total in sums]
+
+
+def _hessian_product(model: nn.Module, layout: Layout, calibration: Calibration, direction: Gradients) -> Gradients:
+    """H v, by differentiating <v, dL/dw> once more."""
+    sums, count = _zeros(layout), 0
+    for loss, size in _losses(model, calibration):
+        gradients = torch.autograd.grad(loss, layout.tensors, create_graph=True, allow_unused=True)
+        inner = sum((g * v.to(g)).sum() for g, v in zip(gradients, direction, strict=True) if g is not None)
+        if isinstance(inner, Tensor) and inner.requires_grad:  # a loss linear in the weights has no curvature
+            _add(sums, torch.autograd.grad(inner, layout.tensors, allow_unused=True))
+        count += size
+    if count == 0:
+        raise MethodError(
+            "the calibration loader gave nothing the second time; give a list of batches or a DataLoader."
+        )
+    return [total / count for total in sums]
+
+
+def _losses(model: nn.Module, calibration: Calibration) -> Iterator[tuple[Tensor, int]]:
+    """Each batch's summed loss, and how many examples it has."""
+    for batch in batches(calibration):
+        size = batch_size(batch)
+        for loss in objectives(model, batch, size, calibration):
+            yield loss, size
+
+
+def _zeros(layout: Layout) -> Gradients:
+    return [torch.zeros_like(weight) for weight in _weights(layout)]
+
+
+def _weights(layout: Layout) -> Gradients:
+    plain = [layout.plain(index) for index in range(len(layout.tensors))]
+    return [weight if weight.dtype == torch.float64 else weight.float() for weight in plain]
+
+
+def _add(sums: Gradients, gradients: tuple[Tensor | None, ...]) -> None:
+    for total, gradient in zip(sums, gradients, strict=True):
+        if gradient is not None:
+            total += gradient
+
+
+def _checked(layout: Layout, scores: Gradients) -> dict[int, Tensor]:
+    for name, score in zip(layout.names, scores, strict=True):
+        if not torch.isfinite(score).all():
+            raise NonFiniteGradientError(f"the pruning score of {name!r} is not finite; look at the loader's labels.")
+    return dict(enumerate(scores))

@@ -1,0 +1,1 @@
+"""The result of training: the changed weights as exact values."""

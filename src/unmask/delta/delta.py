@@ -1,0 +1,310 @@
+"""SparseDelta: what fine-tuning changed, exactly, as values (not differences) by tensor name.
+
+Applying it writes values, so a bfloat16 base is reproduced bit for bit; what it overwrites is returned as another delta,
+so undoing is exact too. The file is safetensors (see `unmask.delta.file`); nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unmask.delta.fingerprint import digest, fingerprint
+from unmask.delta.live import has_selection
+from unmask.delta.writable import find_unwritable
+from unmask.errors import DeltaError
+from unmask.gradients.entries import put, take
+from unmask.gradients.wrappers import persistent_buffers
+from unmask.quantised.layers import settle, weights
+from unmask.quantised.tensor import QuantisedTensor
+
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class SparseTensor:
+    """The changed entries of one tensor.
+
+    Attributes:
+        indices: (n,) int64 flat (row-major) indices, strictly ascending.
+        values: (n,) in the tensor's own dtype.
+        shape: The whole tensor's shape.
+        slots: (n,) int64: each entry's place in the order of unmasking, over all tensors; None where that is not kept.
+    """
+
+    indices: Tensor
+    values: Tensor
+    shape: tuple[int, ...]
+    slots: Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        """How many weights of the tensor the delta sets."""
+        return self.indices.numel()
+
+
+@dataclass(frozen=True)
+class SparseDelta:
+    """An exact change to a base model. Frozen; get one from ``selection.delta()`` or `SparseDelta.load`.
+
+    Attributes:
+        sparse: Changed entries by tensor name.
+        whole: Tensors stored whole: those trained densely, and those that the base checkpoint lacks. A tensor that is in
+            ``sparse`` too is here as it was before training; the changed entries lie over it. What training did not touch
+            may hold NaN.
+        base: Fingerprint of all the base's tensors that are not in ``whole``: ``"sha256:..."``.
+        metadata: JSON values: method, budget, step, base id, versions.
+    """
+
+    sparse: Mapping[str, SparseTensor]
+    whole: Mapping[str, Tensor]
+    base: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, entry in self.sparse.items():
+            _check_entry(name, entry)
+        _check_slots(self.sparse)
+        for name in self.overlaid:
+            part, whole = self.sparse[name], self.whole[name]
+            if (part.shape, part.values.dtype) != (tuple(whole.shape), whole.dtype):
+                raise DeltaError(
+                    f"{name!r} is {whole.dtype} of shape {tuple(whole.shape)} as a whole and {part.values.dtype} of shape "
+                    f"{part.shape} in part; the delta is damaged."
+                )
+
+    def __len__(self) -> int:
+        """How many scalar weights the delta sets in part-stored tensors."""
+        return sum(entry.numel for entry in self.sparse.values())
+
+    @property
+    def overlaid(self) -> list[str]:
+        """Names of the tensors stored whole, as they were before training, with their changed entries over that."""
+        return sorted(self.sparse.keys() & self.whole.keys())
+
+    @property
+    def whole_numel(self) -> int:
+        """How many scalars are stored in whole tensors."""
+        return sum(tensor.numel() for tensor in self.whole.values())
+
+    def with_metadata(self, **more: Any) -> SparseDelta:
+        """A copy whose metadata holds ``more`` (JSON values) too."""
+        return replace(self, metadata={**self.metadata, **more})
+
+    def apply(self, model: nn.Module) -> SparseDelta:
+        """Writes the delta into a model that holds the base, in place; beside a quantised weight, as a sidecar.
+
+        Args:
+            model: The base model, in the dtype it had in training.
+
+        Returns:
+            What was displaced: ``displaced.apply(model)`` restores the base exactly.
+
+        Raises:
+            DeltaError: The model is not the base (its names, shapes, dtypes or values differ), or a tensor cannot be written
+                (it is expanded, in read-only memory, or an inference tensor). Nothing is changed then.
+
+        Example:
+            >>> import unmask
+            >>> base, tuned = nn.Linear(2, 2), nn.Linear(2, 2)
+            >>> _ = tuned.load_state_dict(base.state_dict())
+            >>> selection = unmask.select(tuned, unmask.pafi(budget=2))
+            >>> tuned(torch.ones(1, 2)).sum().backward()
+            >>> torch.optim.SGD(selection.parameters(), lr=0.1).step()
+            >>> displaced = selection.delta().apply(base)
+            >>> len(displaced)
+            2
+        """
+        tensors = _tensors(model)
+        self._check_model(tensors)
+        displaced = SparseDelta(
+            {
+                name: SparseTensor(entry.indices, take(tensors[name], entry.indices).cpu(), entry.shape)
+                for name, entry in self.sparse.items()
+                if name not in self.whole
+            },
+            {name: tensors[name].cpu().clone() for name in self.whole},
+            "",
+            {"displaced_by": self.base},
+        )
+        begun: list[str] = []
+        try:
+            for name in sorted({*self.whole, *self.sparse}):
+                begun.append(name)
+                self._write(name, tensors[name])
+            settle(model, [tensors[name] for name in self.sparse])
+            after = fingerprint({name: digest(t) for name, t in tensors.items() if name not in self.whole})
+        except BaseException as error:  # the user's Ctrl-C too
+            for name in begun:
+                with contextlib.suppress(Exception):  # the tensor that refused: it holds what it held
+                    displaced._write(name, tensors[name])
+            settle(model, [tensors[name] for name in self.sparse])
+            if not isinstance(error, Exception):
+                raise
+            raise DeltaError(f"{begun[-1]!r} could not be written: {error}. The model is as it was before.") from error
+        return replace(displaced, base=after)
+
+    @torch.no_grad()
+    def _write(self, name: str, tensor: Tensor) -> None:
+        if name in self.whole:
+            tensor.copy_(self.whole[name])
+        if name in self.sparse:
+            put(tensor, self.sparse[name].indices, self.sparse[name].values)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the delta to one safetensors file, atomically; returns its path."""
+        from unmask.delta.file import write
+
+        return write(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
+        """Reads a delta; every byte is checked.
+
+        Raises:
+            DeltaError: No such file, another format version, or a damaged file.
+        """
+        from unmask.delta.file import read
+
+        return read(Path(path))
+
+    def check_places(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuses tensors in which the delta's have no place.
+
+        Args:
+            tensors: A model's, by name.
+
+        Raises:
+            DeltaError: One is missing, or has another shape or dtype.
+        """
+        absent = [name for name in (*self.sparse, *self.whole) if name not in tensors]
+        if absent:
+            raise DeltaError(
+                f"the model has no tensor {absent[0]!r}"
+                + (f" (nor {len(absent) - 1} more)" if absent[1:] else "")
+                + f"; the delta was made on {self._base_name()}. Load that model, with the same head."
+            )
+        for name, entry in self.sparse.items():
+            _check_same(name, entry.shape, entry.values.dtype, tensors[name])
+        for name, tensor in self.whole.items():
+            _check_same(name, tuple(tensor.shape), tensor.dtype, tensors[name])
+
+    def _check_model(self, tensors: Mapping[str, Tensor]) -> None:
+        self.check_places(tensors)
+        for name in self.whole:
+            if isinstance(tensors[name], QuantisedTensor):
+                raise DeltaError(
+                    f"{name!r} is quantised in this model and stored whole in the delta; load it unquantised."
+                )
+        stuck = find_unwritable({name: tensors[name] for name in sorted({*self.sparse, *self.whole})})
+        if stuck is not None:
+            raise DeltaError(f"{stuck[0]!r} cannot be written: it {stuck[1]}. Nothing was changed.")
+        actual = fingerprint({name: digest(t) for name, t in tensors.items() if name not in self.whole})
+        if actual != self.base:
+            raise DeltaError(
+                f"this model is not the delta's base: its fingerprint is {actual[:23]}..., the delta was made on "
+                f"{self._base_name()} with {self.base[:23]}... Nothing was changed. Load that base, unmodified and in the same "
+                "dtype (a delta that is already applied also changes the fingerprint)."
+            )
+
+    def _base_name(self) -> str:
+        return repr(self.metadata.get("base_id") or "another base")
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, detached; shared tensors once, under their first name."""
+    if has_selection(model):
+        raise DeltaError("this model has a live selection; call its release() before applying a delta.")
+    return base_tensors(model)
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a fingerprint covers: parameters (shared ones once) and persistent buffers, detached, by name.
+
+    Names are those of the plain model, without a wrapper's (`unmask.gradients.wrappers`).
+    A quantised weight is a `QuantisedTensor`, which does not touch its layer until `settle` is called.
+    """
+    named = weights(model) | persistent_buffers(model)
+    with torch._C.DisableTorchFunctionSubclass():
+        return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def refuse_diverged(trained: Mapping[str, Tensor]) -> None:
+    """Refuses a delta of tensors that training has made NaN or infinite.
+
+    Args:
+        trained: Whole tensors that training has changed, by name.
+
+    Raises:
+        DeltaError: One of them holds NaN or infinity.
+    """
+    for name, tensor in trained.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DeltaError(f"the tensor {name!r} holds NaN or infinite values: training has diverged.")
+
+
+def _check_entry(name: str, entry: SparseTensor) -> None:
+    numel = 1
+    for size in entry.shape:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise DeltaError(f"{name!r} has shape {entry.shape}, which no tensor has; the delta is damaged.")
+        numel *= size
+    if numel >= 2**63:
+        raise DeltaError(f"{name!r} has shape {entry.shape}, which no tensor has; the delta is damaged.")
+    indices = entry.indices
+    if not all(isinstance(t, Tensor) for t in (indices, entry.values)) or indices.dtype not in (
+        torch.int64,
+        torch.int32,
+    ):
+        raise DeltaError(f"{name!r} must have indices and values as tensors, the indices int64; the delta is damaged.")
+    if indices.ndim != 1 or indices.shape != entry.values.shape:
+        raise DeltaError(
+            f"{name!r} has {tuple(indices.shape)} indices for {tuple(entry.values.shape)} values; the delta is damaged."
+        )
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= numel):
+        raise DeltaError(
+            f"an index of {name!r} is outside 0..{numel - 1}, its shape being {entry.shape}; the delta is damaged."
+        )
+    if (indices.diff() <= 0).any():
+        raise DeltaError(f"the indices of {name!r} do not ascend; the delta is damaged.")
+    if entry.values.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise DeltaError(f"the values of {name!r} are {entry.values.dtype}, which no trained weight is; it is damaged.")
+    if not _is_finite(entry.values):
+        raise DeltaError(f"a value of {name!r} is NaN or infinite; the delta is damaged or training diverged.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; of a float of 8 bits by way of float32, and one of 4 bits has neither."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or "float4" in str(tensor.dtype):
+        return True
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
+
+
+def _check_slots(sparse: Mapping[str, SparseTensor]) -> None:
+    """The order of unmasking numbers all entries from 0, or is not kept at all."""
+    kept = [entry.slots for entry in sparse.values() if entry.slots is not None]
+    if not kept:
+        return
+    for name, entry in sparse.items():
+        if entry.slots is None or entry.slots.shape != entry.indices.shape:
+            raise DeltaError(f"the order of unmasking has no slot for each entry of {name!r}; the delta is damaged.")
+    total = sum(entry.numel for entry in sparse.values())
+    if not torch.equal(torch.cat(kept).sort().values, torch.arange(total)):
+        raise DeltaError(f"the order of unmasking does not number the delta's {total} entries; the delta is damaged.")
+
+
+def _check_same(name: str, shape: tuple[int, ...], dtype: torch.dtype, tensor: Tensor) -> None:
+    if tuple(tensor.shape) != shape:
+        raise DeltaError(f"{name!r} has shape {tuple(tensor.shape)} in this model and {shape} in the delta's base.")
+    if tensor.dtype != dtype:
+        raise DeltaError(
+            f"{name!r} is {tensor.dtype} in this model and {dtype} in the delta's base; load the base with dtype={dtype}, "
+            "apply, and cast afterwards."
+        )

@@ -1,0 +1,78 @@
+"""Fingerprints: which tensors a delta belongs to, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from unmask.files import tensor_bytes
+from unmask.quantised.tensor import QuantisedTensor
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of one tensor's dtype, shape and bytes, in hex; of a quantised or sparse one, of all that it is stored as.
+
+    Example:
+        >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(torch.zeros(1, 2))
+        (True, False)
+    """
+    parts = _parts(tensor)
+    if parts is not None:
+        return fingerprint({name: digest(part) for name, part in parts.items()})
+    sha = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    sha.update(tensor_bytes(tensor))
+    return sha.hexdigest()
+
+
+def _parts(tensor: Tensor) -> Mapping[str, Tensor] | None:
+    """What a tensor without bytes of its own consists of."""
+    if isinstance(tensor, QuantisedTensor):
+        flat, values = tensor.sidecar.deviating()
+        return {**tensor.sidecar.source.stored(), "sidecar indices": flat, "sidecar values": values}
+    if is_traceable_wrapper_subclass(tensor):
+        return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+    if tensor.layout != torch.strided:
+        coordinates = tensor.detach().to_sparse_coo().coalesce()
+        size = torch.tensor(tensor.shape)
+        return {"indices": coordinates.indices(), "values": coordinates.values(), "size": size}
+    return None
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """One SHA-256 over named tensor digests, whatever their order; ``"sha256:..."``."""
+    sha = hashlib.sha256()
+    for name in sorted(digests):
+        sha.update(f"{name} {digests[name]}\n".encode())
+    return f"sha256:{sha.hexdigest()}"
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_entries(left: Tensor, right: Tensor) -> Tensor:
+    """Which entries of two tensors of one shape and real dtype have the same bits: bool, of that shape.
+
+    Example:
+        >>> same_entries(torch.tensor([torch.nan, 0.0]), torch.tensor([torch.nan, -0.0])).tolist()
+        [True, False]
+    """
+    integer = _INTEGERS[left.element_size()]
+    return left.contiguous().view(integer) == right.contiguous().view(integer)
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; the second may be on another device.
+
+    Example:
+        >>> same_bits(torch.tensor(torch.nan), torch.tensor(torch.nan)), same_bits(torch.zeros(1), torch.zeros(1).neg())
+        (True, False)
+    """
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    if any(type(t) is not Tensor or t.layout != torch.strided or t.is_complex() for t in (left, right)):
+        return digest(left) == digest(right)
+    return bool(same_entries(left, right.to(left.device)).all())

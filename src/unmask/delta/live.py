@@ -1,0 +1,21 @@
+"""Remembers which selections are live, and says whether a model has one."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+from unmask.gradients.tapped import is_tapped
+from unmask.gradients.wrappers import bare
+from unmask.quantised.layers import is_trained
+
+_LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def has_selection(model: nn.Module) -> bool:
+    """Whether a live selection was made from this model, or holds tensors of it."""
+    if any(is_tapped(p) for p in model.parameters()) or is_trained(model):
+        return True
+    return any(live.model is bare(model) for live in list(_LIVE))

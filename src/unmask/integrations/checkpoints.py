@@ -1,0 +1,258 @@
+"""Checkpoint folders that are whole or not there: each has a manifest, written last, of all its files.
+
+A checkpoint is a folder ``checkpoint-N`` with the selection's state, the optimizer's, the schedule's, the RNG's and the Trainer's
+own. `seal` writes its ``manifest.json``; `examine` says whether a folder still is what was sealed, and otherwise what is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from unmask.errors import SelectionError
+from unmask.files import discard, sweep_up, to_disk, write_json
+from unmask.selection.state import read_state
+from unmask.version import __version__
+
+MANIFEST, STATE_FILE, TRAINER_STATE = "manifest.json", "selection.safetensors", "trainer_state.json"
+VERSION = 1
+_ADAPTER = "adapter_model.safetensors"  # of PEFT, in the place of a selection's state; says no step
+_NEEDED = (TRAINER_STATE, "optimizer.pt", "scheduler.pt")
+# what a Trainer reads if it is there
+_READ = re.compile(
+    r"(selection\.safetensors|trainer_state\.json|optimizer\.(pt|bin)|(scheduler|scaler)\.pt|rng_state.*\.pth)"
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `examine` found in a checkpoint's folder.
+
+    Attributes:
+        path: The folder.
+        fault: Why nothing can go on from it; None if it is whole.
+        step: The optimizer steps behind it; -1 if it cannot be known.
+        settings: The settings that it was sealed with; None if there are none.
+        note: What the user should know of a whole one: that it has no manifest.
+    """
+
+    path: Path
+    fault: str | None
+    step: int = -1
+    settings: Mapping[str, Any] | None = None
+    note: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether a run can go on from it."""
+        return self.fault is None
+
+
+class _Fault(Exception):
+    """Names what is wrong with a checkpoint."""
+
+
+def seal(folder: Path, step: int, settings: Mapping[str, Any]) -> Path:
+    """Writes the manifest of a checkpoint that is complete, after all its files are on the disk; returns its path.
+
+    Args:
+        folder: The checkpoint's.
+        step: The optimizer steps behind it.
+        settings: JSON values: what the run was made with.
+    """
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+        to_disk(path)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    held = {"version": VERSION, "unmask": __version__, "step": step, "settings": dict(settings), "files": files}
+    written = write_json(folder / MANIFEST, held | {"digest": _digest(held)})
+    to_disk(folder.parent)
+    return written
+
+
+def examine(folder: Path) -> Checkpoint:
+    """Whether a folder is a whole checkpoint: every file as its manifest says, by size and SHA-256.
+
+    A checkpoint without a manifest (of unmask 0.1, or of a run that was killed just before it) is whole if all its parts load
+    and are of one step.
+    """
+    try:
+        named = _step_of(folder)
+        if (folder / MANIFEST).exists():
+            manifest = _manifest(folder)
+            _compare(folder, manifest["files"])
+            step, settings, note = manifest["step"], manifest["settings"], None
+        else:
+            step, settings = _agreeing(folder), None
+            note = f"{str(folder)!r} has no {MANIFEST}; its parts load and are all of step {step}"
+        if named not in (None, step):
+            raise _Fault(f"its files are of step {step}")
+    except _Fault as fault:
+        return Checkpoint(folder, str(fault))
+    except OSError as error:
+        return Checkpoint(folder, f"it cannot be read ({error})")
+    return Checkpoint(folder, None, step, settings, note)
+
+
+def folders(parent: Path) -> dict[int, Path]:
+    """The folders ``checkpoint-N`` in a folder, by N, ascending; whole or not."""
+    found = {_step_of(path): path for path in parent.glob("checkpoint-*") if path.is_dir()}
+    return {step: found[step] for step in sorted(step for step in found if step is not None)}
+
+
+def newest(parent: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
+    """The newest whole checkpoint in a folder, None for none, and the newer ones, which are not whole."""
+    passed: list[Checkpoint] = []
+    for path in reversed(folders(parent).values()):
+        found = examine(path)
+        if found.whole:
+            return found, passed
+        passed.append(found)
+    return None, passed
+
+
+def rotate(parent: Path, newest: Path, keep: int | None, best: str | None = None) -> None:
+    """Removes all but ``keep`` checkpoints, the oldest first; never the newest, which is whole, nor the best.
+
+    What is of a later step than the newest was left by a run that went on from an earlier checkpoint: it goes first.
+    """
+    if keep is None or keep <= 0:
+        return
+    last = _step_of(newest)
+    others = [
+        (last is not None and step < last, step, path)
+        for step, path in folders(parent).items()
+        if path != newest and (best is None or path.resolve() != Path(best).resolve())
+    ]
+    there = len(folders(parent))
+    for _, _, path in sorted(others)[: max(0, there - keep)]:
+        discard(path)
+    sweep_up(parent)
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Every value in which two mappings differ, as ``name: old -> new``, whatever the order of their keys.
+
+    Example:
+        >>> differences({"b": {"steps": 2, "to": 1}, "a": 1}, {"a": 1, "b": {"to": 1, "steps": 4}})
+        ['b.steps: 2 -> 4']
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(key for key in new if key not in old)]
+        inner = [differences(old.get(k), new.get(k), f"{name}.{k}" if name else str(k)) for k in keys]
+        return [line for lines in inner for line in lines]
+    old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
+    return [] if old == new else [f"{name}: {_plain(old)} -> {_plain(new)}"]
+
+
+def _plain(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _step_of(folder: Path) -> int | None:
+    named = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(named[1]) if named else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(held: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        held = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digest = held.pop("digest")
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
+        raise _Fault(f"its {MANIFEST} is damaged") from error
+    if held.get("version") != VERSION:
+        raise _Fault(f"its {MANIFEST} has version {held.get('version')!r}, and this unmask reads version {VERSION}")
+    if digest != _digest(held):
+        raise _Fault(f"its {MANIFEST} is damaged: it was altered after it was written")
+    return dict(held)  # what has this digest was written by `seal`
+
+
+def _compare(folder: Path, files: Mapping[str, Any]) -> None:
+    """Refuses any file that is not as the manifest says; files that nothing reads may have come since."""
+    for name, held in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise _Fault(f"its file {name} is missing")
+        if path.stat().st_size != held["size"]:
+            raise _Fault(f"its file {name} has {path.stat().st_size:,} bytes instead of {held['size']:,}")
+        if _sha256(path) != held["sha256"]:
+            raise _Fault(f"its file {name} is damaged, or of another checkpoint (another SHA-256 than the manifest's)")
+    for path in folder.iterdir():
+        if path.name not in files and _READ.fullmatch(path.name):
+            raise _Fault(f"its file {path.name} was not written with it (it is not in {MANIFEST})")
+
+
+def _agreeing(folder: Path) -> int:
+    """The one step of all parts of a checkpoint that has no manifest."""
+    adapters = sorted(folder.rglob(_ADAPTER))
+    for name in _NEEDED if adapters else (STATE_FILE, *_NEEDED):
+        if not (folder / name).is_file():
+            raise _Fault(
+                f"its file {name} is missing: it was stopped while it was written, or holds no selection state"
+            )
+    if not list(folder.glob("rng_state*.pth")):
+        raise _Fault("its file rng_state.pth is missing: it was stopped while it was written")
+    loaded = {path.name: _load(path) for path in sorted(folder.iterdir()) if _READ.fullmatch(path.name)}
+    for path in adapters:
+        _load(path)
+    try:
+        steps = _steps(loaded)
+        step = int(loaded[TRAINER_STATE]["global_step"])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise _Fault(f"its files are not those of a checkpoint ({error!r})") from error
+    if "scaler.pt" not in loaded:  # with one, the Trainer counts skipped steps too
+        steps[TRAINER_STATE] = step
+    if len(set(steps.values())) > 1:
+        named = ", ".join(f"{name} of step {step}" for name, step in steps.items())
+        raise _Fault(f"its files are of different steps ({named})")
+    return step
+
+
+def _steps(loaded: Mapping[str, Any]) -> dict[str, int]:
+    """The step of each part, where it can be known."""
+    steps = {STATE_FILE: int(loaded[STATE_FILE]["step"])} if STATE_FILE in loaded else {}
+    if "num_bad_epochs" not in loaded["scheduler.pt"]:  # a ReduceLROnPlateau counts evaluations
+        steps["scheduler.pt"] = int(loaded["scheduler.pt"]["last_epoch"])
+    held = [state.get("step") for state in loaded["optimizer.pt"]["state"].values()]
+    counts = [int(one) for one in held if isinstance(one, int | float) or (torch.is_tensor(one) and one.numel() == 1)]
+    return steps | ({"optimizer.pt": max(counts)} if counts else {})
+
+
+def _load(path: Path) -> Any:
+    try:
+        if path.name == STATE_FILE:
+            return read_state(path)
+        if path.name == _ADAPTER:
+            return load_file(path)
+        if path.suffix == ".json":
+            return json.loads(path.read_text(encoding="utf-8"))
+        with zipfile.ZipFile(path) as archive:  # torch.load reads past a wrong checksum
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+        core = np._core if hasattr(np, "_core") else np.core
+        known = [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]  # of numpy's generator
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except SelectionError as error:
+        raise _Fault(f"its file {path.name} is damaged: {error}") from error
+    except Exception as error:  # torch.load raises whatever the bytes lead it to
+        raise _Fault(f"its file {path.name} is damaged ({type(error).__name__})") from error

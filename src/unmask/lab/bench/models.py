@@ -1,0 +1,139 @@
+"""From a shape to a model with random weights, and batches for it. Nothing here reaches a network."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unmask.errors import ConfigError, need
+from unmask.lab.bench.settings import BenchSettings
+from unmask.lab.bench.shapes import SHAPES, Shape
+
+Batch = Mapping[str, Tensor]
+BATCHES = 4  # distinct batches, taken in turn
+_CLASSES = 2
+_SPECIAL = 5  # token ids below this are special in some vocabulary (padding shifts RoBERTa's positions)
+_CLASS_NAMES = {
+    "roberta": ("RobertaConfig", "RobertaForSequenceClassification"),
+    "bert": ("BertConfig", "BertForSequenceClassification"),
+    "mpnet": ("MPNetConfig", "MPNetForSequenceClassification"),
+    "llama": ("LlamaConfig", "LlamaForCausalLM"),
+}
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "classifier_dropout")
+
+
+class Blueprint:
+    """Builds the same model again and again: one config, one seed.
+
+    Attributes:
+        shape: Name, batch and length; no dimensions where the config was read from a folder.
+        config: The transformers config.
+        causal: A causal language model; otherwise a classifier of two classes.
+    """
+
+    def __init__(self, shape: Shape, config: Any, model_class: Any, settings: BenchSettings) -> None:
+        self.shape, self.config, self._model_class = shape, config, model_class
+        self.causal = model_class.__name__.endswith("CausalLM")
+        self.device = device_of(settings)
+        self.dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+        self.seed = settings.seed
+        for name in _DROPOUTS if settings.dropout is not None else ():
+            if hasattr(config, name):
+                setattr(config, name, settings.dropout)
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions and shape.length > positions:
+            raise ConfigError(f"seq_len = {shape.length}; {shape.name} has room for at most {positions} positions.")
+
+    def build(self) -> nn.Module:
+        """A fresh model in training mode, on the device and in the dtype of the run; always the same weights."""
+        torch.manual_seed(self.seed)
+        with _default_dtype(self.dtype), self.device:
+            return self._model_class(self.config).train()
+
+    def batches(self) -> list[Batch]:
+        """`BATCHES` fixed random batches: int64 ``input_ids`` and ``attention_mask`` (batch, length), and ``labels``."""
+        draw = torch.Generator().manual_seed(self.seed)
+        size = (self.shape.batch, self.shape.length)
+        batches: list[Batch] = []
+        for _ in range(BATCHES):
+            ids = torch.randint(min(_SPECIAL, self.config.vocab_size - 1), self.config.vocab_size, size, generator=draw)
+            labels = ids if self.causal else torch.randint(_CLASSES, size[:1], generator=draw)
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+            batches.append({name: tensor.to(self.device) for name, tensor in batch.items()})
+        return batches
+
+    def describe(self) -> dict[str, Any]:
+        """The model as JSON values: size, tokens per step, dropout."""
+        with torch.device("meta"):
+            model = self._model_class(self.config)
+        return {
+            "name": self.shape.name,
+            "class": self._model_class.__name__,
+            "dimensions": dict(self.shape.dims),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "attention": getattr(model.config, "_attn_implementation", None),
+            "batch_size": self.shape.batch,
+            "seq_len": self.shape.length,
+            "tokens": self.shape.batch * self.shape.length,
+            "dropout": {name: getattr(self.config, name) for name in _DROPOUTS if hasattr(self.config, name)},
+        }
+
+
+def blueprint(settings: BenchSettings, shape: Shape | None = None) -> Blueprint:
+    """What a run's settings, or a given shape, stand for.
+
+    Raises:
+        ConfigError: A folder or cached model without a readable config, or of a kind that cannot be built.
+        MissingExtraError: transformers is not installed.
+    """
+    transformers = need("transformers", "bench")
+    shape = shape or SHAPES.get(settings.model)
+    if shape is None:
+        return _from_config(transformers, settings)
+    config_class, model_class = (getattr(transformers, name) for name in _CLASS_NAMES[shape.family])
+    labels = {} if shape.family == "llama" else {"num_labels": _CLASSES}
+    return Blueprint(settings.sized(shape), config_class(**shape.dims, **labels), model_class, settings)
+
+
+def device_of(settings: BenchSettings) -> torch.device:
+    """The device of a run.
+
+    Raises:
+        ConfigError: ``cuda`` is asked for, and there is none.
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda', but torch sees no CUDA device; use --device cpu, or auto.")
+    cuda = settings.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def _from_config(transformers: Any, settings: BenchSettings) -> Blueprint:
+    try:
+        config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        hint = "" if Path(settings.model).is_dir() else " and it is not in the local hub cache (nothing is downloaded)"
+        raise ConfigError(f"model {settings.model!r} has no readable config{hint}: {error}") from error
+    causal = any(name.endswith("CausalLM") for name in config.architectures or ())
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
+    if type(config) not in auto._model_mapping:
+        raise ConfigError(f"model {settings.model!r} ({config.model_type}) is neither a causal LM nor a classifier.")
+    model_class = auto._model_mapping[type(config)]
+    config._name_or_path = ""  # the weights are not the checkpoint's
+    if not causal:
+        config.num_labels = _CLASSES
+    return Blueprint(settings.sized(Shape(Path(settings.model).name, "config", {})), config, model_class, settings)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,46 @@
+"""Figures of runs, drawn from plain records. matplotlib (extra ``plot``) is imported when a figure is drawn, torch never."""
+
+from collections.abc import Callable
+from typing import Any
+
+from unmask.lab.figures.deltas import delta_figure
+from unmask.lab.figures.maps import allocation_maps
+from unmask.lab.figures.records import AllocationRow, CurvePoint, RunRecord, Snapshot
+from unmask.lab.figures.scores import budget_sweep, parameter_sweep, score_along_run
+from unmask.lab.figures.shares import score_against_share
+from unmask.lab.figures.style import DARK, LIGHT, Style
+from unmask.lab.figures.tensors import sparsity_entropy, tensor_sparsity
+from unmask.lab.figures.writing import figure_files, svg, write_figure
+
+FIGURES: dict[str, Callable[..., Any]] = {
+    "fig1": score_against_share,
+    "fig4": parameter_sweep,
+    "fig5": score_along_run,
+    "fig6": budget_sweep,
+    "fig7": allocation_maps,
+    "fig8": tensor_sparsity,
+    "fig9": sparsity_entropy,
+}
+"""The paper's figures: ``FIGURES["fig1"](records, style)`` returns a matplotlib figure."""
+
+__all__ = [
+    "DARK",
+    "FIGURES",
+    "LIGHT",
+    "AllocationRow",
+    "CurvePoint",
+    "RunRecord",
+    "Snapshot",
+    "Style",
+    "allocation_maps",
+    "budget_sweep",
+    "delta_figure",
+    "figure_files",
+    "parameter_sweep",
+    "score_against_share",
+    "score_along_run",
+    "sparsity_entropy",
+    "svg",
+    "tensor_sparsity",
+    "write_figure",
+]

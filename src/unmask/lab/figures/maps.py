@@ -1,0 +1,219 @@
+"""Heat maps of where the budget lies: module kinds by layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from unmask.errors import DataError, need
+from unmask.lab.figures.charts import counting, note, short, which_runs
+from unmask.lab.figures.records import AllocationRow, RunRecord, Snapshot, check_records, labels
+from unmask.lab.figures.style import LIGHT, Style, dress, new_figure
+from unmask.methods.naming import KINDS, OTHER
+
+_KINDS = ("Key", "Query", "Value", "Attn Out", "FFN1", "FFN2", "other")
+_CELL = 0.34, 0.25  # width and height, inches
+_STRATEGIES = ("increment", "repeat")  # the order of a figure's rows; others follow
+
+Block = tuple[str, str, int]  # model, task, budget
+
+
+def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+    """Figure 7: the share of the budget that lies in each module kind of each layer, at the start and at the end of a run.
+
+    Each method has a row of two panels, its first and its last snapshot, so increment-S and repeat-S make the paper's four;
+    further tasks, models and budgets follow below. Rows of a panel are module kinds, columns are layers, counted from 1. A cell
+    holds unmasked weights over the budget B. For repeat-S these are the weights that the step picked, at most B of them, also
+    where it keeps more than it picked. What lies outside the cells (embeddings, normalisations, heads) is named in the panel's
+    title. Several runs of one setting are averaged.
+
+    Args:
+        records: Runs with ``allocation``.
+        style: Colours of the page.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        DataError: No records, one has no snapshot with an unmasked weight or no layers, or runs are not to be averaged.
+        MissingExtraError: matplotlib is not installed.
+    """
+    runs = check_records(records, "allocation")
+    names = labels(runs)
+    blocks: dict[Block, dict[str, list[RunRecord]]] = {}
+    for run in sorted(runs, key=_strategy):  # stable
+        block = blocks.setdefault((run["model"], run["task"], run["budget"]), {})
+        block.setdefault(run["method"], []).append(run)
+    layers = max(len(_inner(shot["rows"])) for run in runs for shot in run["allocation"])
+    rows = sum(len(methods) for methods in blocks.values())
+    figure = new_figure(2 * (_CELL[0] * max(layers, 6) + 1.4), (_CELL[1] * len(KINDS) + 1.1) * rows + 0.3, style)
+    grid = iter(figure.subplots(rows, 2, squeeze=False).flat)
+    for (model, task, budget), methods in blocks.items():
+        letters = iter("abcdefghijklmnopqrstuvwxyz" * rows)
+        for method, group in methods.items():
+            kept = counting(group)
+            for moment, at in (("start", 0), ("end", -1)):
+                axes, shots = next(grid), [_ordered(run)[at] for run in kept]
+                elsewhere = _panel(axes, shots, budget, style)
+                axes.set_title(
+                    f"({next(letters)}) {names[method]}, {moment} · {task} · {model}\n"
+                    f"{_moment(shots, budget)}\nelsewhere {_few(elsewhere)}",
+                    loc="left", fontsize=8.5, color=style.ink,
+                )  # fmt: skip
+    text = "a cell is its share of the budget B; elsewhere: embeddings, normalisations, heads and what has no such name"
+    note(figure, style, text, which_runs(runs, spread=False))
+    return figure
+
+
+def _strategy(run: RunRecord) -> int:
+    strategy = run.get("strategy")
+    return _STRATEGIES.index(strategy) if strategy in _STRATEGIES else len(_STRATEGIES)
+
+
+def _ordered(run: RunRecord) -> list[Snapshot]:
+    """Its snapshots with any unmasked weight, in order of the run."""
+    shots = [shot for shot in run["allocation"] if shot["used"]]
+    if not shots:
+        raise DataError(f"run {run['name']!r} has no snapshot with an unmasked weight.")
+    return sorted(shots, key=lambda shot: (shot.get("step", 0), shot["used"]))
+
+
+def _picked(shot: Snapshot) -> list[AllocationRow]:
+    return shot.get("picked", shot["rows"])
+
+
+def _panel(axes: Any, shots: Sequence[Snapshot], budget: int, style: Style) -> float:
+    """A heat map of shares of the budget, with a colour bar; returns the share that lies outside its cells."""
+    rows, whole = [row for shot in shots for row in _picked(shot)], len(shots) * budget
+    image = heat_map(axes, rows, whole, style, _few)
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.015, aspect=14)
+    bar.outline.set_visible(False)
+    bar.ax.set_facecolor("none")
+    bar.locator = need("matplotlib.ticker", "plot").MaxNLocator(4)
+    bar.ax.tick_params(labelsize=7, labelcolor=style.ink, color=style.muted, width=0.8, length=2)
+    bar.ax.yaxis.offsetText.set(color=style.ink, fontsize=7)
+    return sum(row["unmasked"] for row in rows if OTHER in (row["layer"], row["kind"])) / whole
+
+
+def _moment(shots: Sequence[Snapshot], budget: int) -> str:
+    """How many weights a panel shows; and of repeat-S that keeps them, how many were ever tuned."""
+    steps = {shot["step"] for shot in shots if "step" in shot}
+    step = f"step {steps.pop():,}: " if len(steps) == 1 else ""
+    shown, used = (
+        sum(counts) / len(shots)
+        for counts in (
+            [row["unmasked"] for shot in shots for row in _picked(shot)],
+            [shot["used"] for shot in shots],
+        )
+    )
+    more = f", {short(used)} ever tuned" if used > shown else ""
+    return f"{step}{short(shown)} of B = {short(budget)}{more}"
+
+
+def heat_map(
+    axes: Any,
+    rows: Sequence[AllocationRow],
+    of: float,
+    style: Style,
+    text: Callable[[float], str],
+    outside: bool = False,
+) -> Any:
+    """Draws one allocation, module kinds from top to bottom and layers from left to right; a cell is its count over ``of``.
+
+    The colour is full at the largest cell of a kind within the layers, so that one embedding matrix does not outshine them.
+
+    Args:
+        axes: Where.
+        rows: The allocation.
+        of: What a count is divided by.
+        style: Colours of the page.
+        text: Writes a cell's value.
+        outside: Adds a row for other modules and a column for what is outside the layers, where there are such.
+
+    Returns:
+        The matplotlib image.
+
+    Raises:
+        DataError: There is nothing to draw: no layer, or with ``outside`` no row.
+    """
+    counts: dict[tuple[str, str], int] = {}
+    for row in rows:
+        counts[row["layer"], row["kind"]] = counts.get((row["layer"], row["kind"]), 0) + row["unmasked"]
+    layers = layers_of(rows) if outside else _inner(rows)
+    if not layers:
+        raise DataError("none of the tensors lies in a layer, so there is no map of layers; see unmask.methods.naming.")
+    kinds = [*KINDS, *([OTHER] if outside and any(kind == OTHER for _, kind in counts) else [])]
+    table = [[counts[layer, kind] / of if (layer, kind) in counts else None for layer in layers] for kind in kinds]
+    inside = [counts[cell] / of for cell in counts if OTHER not in cell]
+    top = max(inside, default=0) or max(counts.values()) / of or 1.0
+    colors = need("matplotlib.colors", "plot")
+    fill = colors.LinearSegmentedColormap.from_list("fill", [colors.to_rgba(style.fill, a) for a in (0, 1)])
+    image = axes.imshow(
+        [[float("nan") if value is None else value for value in line] for line in table],
+        cmap=fill, vmin=0, vmax=top, aspect="auto", interpolation="nearest",
+    )  # fmt: skip
+    for y, line in enumerate(table):
+        for x, value in enumerate(line):
+            if value is not None:
+                ink = style.on_fill if value / top > 0.75 else style.ink
+                axes.text(x, y, text(value), ha="center", va="center", fontsize=6, color=ink)
+    axes.set_xticks(range(len(layers)), [_heading(layer) for layer in layers])
+    axes.set_yticks(range(len(kinds)), _KINDS[: len(kinds)])
+    dress(axes, style, grid="")
+    axes.tick_params(length=0, labelsize=7)
+    if any(" " in layer for layer in layers):
+        axes.tick_params(axis="x", labelrotation=90)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xticks([x - 0.5 for x in range(1, len(layers))], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(1, len(kinds))], minor=True)
+    axes.grid(True, which="minor", color=style.grid, linewidth=0.5)
+    return image
+
+
+def layers_of(rows: Iterable[AllocationRow]) -> list[str]:
+    """Layer labels in order, what is outside the layers last."""
+    labels = dict.fromkeys(row["layer"] for row in rows)
+    inside = sorted((label for label in labels if label != OTHER), key=_number)
+    return [*inside, *([OTHER] if OTHER in labels else [])]
+
+
+def _inner(rows: Iterable[AllocationRow]) -> list[str]:
+    return [label for label in layers_of(rows) if label != OTHER]
+
+
+def _number(label: str) -> tuple[str, int]:
+    stack, _, number = label.rpartition(" ")
+    return stack, int(number) if number.isdigit() else 0
+
+
+def _heading(label: str) -> str:
+    """A layer's heading, counted from 1: ``"L=1"``, ``"encoder 1"``."""
+    if label == OTHER:
+        return "outside"
+    stack, number = _number(label)
+    return f"{stack} {number + 1}" if stack else f"L={number + 1}"
+
+
+def _few(value: float) -> str:
+    """A share in few digits.
+
+    Example:
+        >>> [_few(value) for value in (0.0, 0.00092, 0.0021, 0.05, 0.204)]
+        ['0', '9e-4', '0.002', '0.05', '0.204']
+    """
+    if value >= 0.00095:
+        return f"{value:.3f}".rstrip("0").rstrip(".")
+    return f"{value:.0e}".replace("e-0", "e-") if value else "0"
+
+
+def percent(value: float) -> str:
+    """A percentage in few digits.
+
+    Example:
+        >>> [percent(value) for value in (0.0, 0.01, 4.26, 41.2)]
+        ['0', '<0.1', '4.3', '41']
+    """
+    if value == 0:
+        return "0"
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.05 else "<0.1"

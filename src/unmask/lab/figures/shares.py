@@ -1,0 +1,197 @@
+"""Figure 1: the average score over all columns of all tasks, against the share of trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from unmask.errors import DataError, need
+from unmask.lab.figures.charts import Point, draw_spread, metric_name, note, point, short, which_runs
+from unmask.lab.figures.records import RunRecord, by_method, check_records, trained
+from unmask.lab.figures.style import LIGHT, LINES, Look, Style, dress, look_of, new_figure
+
+GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
+_GLUE_COLUMNS = 9  # MNLI has two
+_WHOLE = 0.5  # a method that trains a larger share of the model is a line across, not a marker
+_SAME = 1.01  # budgets that differ by less are one: a share of the model depends a little on its head
+_AREAS = (16, 170)  # of a marker, in square points: the least, and that of the largest count
+
+Column = tuple[str, str]  # task, label
+
+
+@dataclass(frozen=True)
+class Place:
+    """One method at one budget.
+
+    Attributes:
+        method: The method's name.
+        trained: Weights that it trains; the mean over its runs.
+        at: The average score in percent, at the share of the model in percent.
+        left: Columns that other methods have and this one lacks; with any it is not drawn.
+    """
+
+    method: str
+    trained: float
+    at: Point
+    left: tuple[Column, ...]
+
+
+def score_against_share(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+    """Figure 1: the average over all columns of all tasks against the share of trained weights, a panel per model.
+
+    Both axes are linear and in percent. A marker is a method at a budget; its size stands for the count of trained weights.
+    What trains more than half of the model (full fine-tuning) is a line across. A method is drawn at the budgets where it has
+    every column that any method has; what is left out for that is named below. With one column the markers have vertical
+    lines; the average of several has none, because different runs may count in each column.
+
+    Args:
+        records: Runs (`unmask.lab.figures.RunRecord`); of each method those of the chosen learning rate, or with ``best`` all.
+            Runs with no column at all do not count.
+        style: Colours of the page.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        DataError: No records, one lacks an entry, runs of one place are not to be averaged, or no method has all columns.
+        MissingExtraError: matplotlib is not installed.
+    """
+    runs = check_records(record for record in records if record.get("columns") != {})
+    looks = look_of(list(by_method(runs)))
+    models: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        models.setdefault(run["model"], []).append(run)
+    figure = new_figure(6.4 * len(models) + 0.2, 3.9, style)
+    texts = []
+    for axes, (model, group) in zip(figure.subplots(1, len(models), squeeze=False).flat, models.items(), strict=True):
+        columns, places = _columns(group), _places(group)
+        drawn = [place for place in places if not place.left]
+        if not drawn:
+            lacking = "; ".join(_lacking(place) for place in places)
+            raise DataError(f"no method has a score in every column of {model}; these are lacking: {lacking}.")
+        _draw(axes, drawn, looks, style)
+        name, text = _average(group, columns)
+        axes.set_ylabel(name)
+        alone = len({task for task, _ in columns}) == 1
+        title = f"{group[0]['task']} · {model}" if alone else model
+        axes.set_title(title, loc="left", fontsize=9, color=style.ink)
+        dress(axes, style)
+        left = "; ".join(_lacking(place) for place in places if place.left)
+        texts += [f"{model}: {text}" if len(models) > 1 and text else text]
+        texts += [f"left out of {model}, because columns are lacking: {left}"] if left else []
+    spread = any(len(_columns(group)) == 1 for group in models.values())
+    note(figure, style, *texts, which_runs(runs, spread))
+    return figure
+
+
+def _columns(runs: Iterable[RunRecord]) -> list[Column]:
+    return list(dict.fromkeys((run["task"], label) for run in runs for label in _scores(run)))
+
+
+def _scores(run: RunRecord) -> dict[str, float]:
+    return run.get("columns", {run["task"]: run["score"]})
+
+
+def _places(runs: Sequence[RunRecord]) -> list[Place]:
+    """Every method at every budget, methods in order of their first run, by rising budget."""
+    columns, places = _columns(runs), []
+    for method, group in by_method(runs).items():
+        budgets: list[list[RunRecord]] = []
+        for run in sorted(group, key=lambda run: run["budget"]):
+            if not budgets or run["budget"] > _SAME * budgets[-1][0]["budget"]:
+                budgets.append([])
+            budgets[-1].append(run)
+        places += [_place(method, at_budget, columns) for at_budget in budgets]
+    return places
+
+
+def _place(method: str, runs: Sequence[RunRecord], columns: Sequence[Column]) -> Place:
+    share = 100 * fmean(run["share"] for run in runs)
+    points, left = [], []
+    for task, label in columns:
+        having = [run for run in runs if run["task"] == task and label in _scores(run)]
+        if having:
+            points.append(point(share, having, lambda run, label=label: 100 * _scores(run)[label]))  # type: ignore[misc]
+        else:
+            left.append((task, label))
+    half = points[0].half if len(columns) == 1 else None
+    average = Point(share, fmean(p.mean for p in points), half)
+    return Place(method, fmean(trained(run) for run in runs), average, tuple(left))
+
+
+def _average(runs: Sequence[RunRecord], columns: Sequence[Column]) -> tuple[str, str]:
+    """The axis' name, and what the average is taken over."""
+    tasks = {task for task, _ in columns}
+    over = f"average of {len(columns)} columns: {', '.join(label for _, label in columns)}" if len(columns) > 1 else ""
+    if len(tasks) == 1:
+        return f"{metric_name(runs[0])}, %", over
+    if tasks <= set(GLUE):
+        whole = len(columns) == _GLUE_COLUMNS
+        return "GLUE average, %", over if whole else over.replace("columns", f"of GLUE's {_GLUE_COLUMNS} columns")
+    return f"average over {len(tasks)} tasks, %", over
+
+
+def _lacking(place: Place) -> str:
+    return f"{place.method} at {short(place.trained)} ({', '.join(label for _, label in place.left)})"
+
+
+def _draw(axes: Any, places: Sequence[Place], looks: Mapping[str, Look], style: Style) -> None:
+    markers = [place for place in places if place.at.x <= 100 * _WHOLE]
+    across = [place for place in places if place.at.x > 100 * _WHOLE]
+    largest = max((place.trained for place in markers), default=1)
+    line = need("matplotlib.lines", "plot").Line2D
+    entries: dict[str, Any] = {}
+    for place in markers:
+        look = looks[place.method]
+        fill = {"facecolor": (look.colour, 0.35), "edgecolor": look.colour}
+        area = _area(place.trained, largest)
+        axes.scatter([place.at.x], [place.at.mean], s=area, marker=look.marker, linewidths=1.2, zorder=3, **fill)
+        draw_spread(axes, place.at, look.colour)
+        entries[place.method] = line(
+            [], [], linestyle="", marker=look.marker, markersize=7, markerfacecolor=(look.colour, 0.35),
+            markeredgecolor=look.colour,
+        )  # fmt: skip
+    for i, place in enumerate(across):
+        dashes = LINES[(1 + i) % len(LINES)]
+        axes.axhline(place.at.mean, color=style.muted, linewidth=1.2, linestyle=dashes, zorder=1)
+        entries[f"{place.method}, {short(place.trained)} weights"] = line([], [], color=style.muted, linestyle=dashes)
+    axes.margins(y=0.08)
+    axes.autoscale_view(scalex=False)
+    axes.set_xlim(0, 1.12 * max((place.at.x for place in markers), default=100 / 1.12))
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_xlabel("trained weights, % of the model")
+    _legends(axes, entries, sorted({short(place.trained): place.trained for place in markers}.items()), largest, style)
+
+
+def _legends(
+    axes: Any, entries: Mapping[str, Any], counts: Sequence[tuple[str, float]], largest: float, style: Style
+) -> None:
+    """To the right of the axes: what the markers and lines are, and how large a marker is for some of the counts."""
+    line = need("matplotlib.lines", "plot").Line2D
+    look = {"loc": "upper left", "frameon": False, "fontsize": 8, "labelcolor": style.ink, "borderaxespad": 0}
+    methods = axes.legend(entries.values(), entries, bbox_to_anchor=(1.03, 1), **look)
+    axes.add_artist(methods)
+    methods.set_clip_on(False)  # the layout leaves out what may be clipped
+    ordered = sorted(counts, key=lambda item: item[1])
+    shown = ordered if len(ordered) <= 3 else [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+    sizes = {
+        text: line(
+            [], [], linestyle="", marker="o", markersize=_area(count, largest) ** 0.5, markerfacecolor="none",
+            markeredgecolor=style.ink,
+        )
+        for text, count in shown
+    }  # fmt: skip
+    if sizes:
+        place = {**look, "loc": "lower left", "bbox_to_anchor": (1.03, 0)}
+        legend = axes.legend(
+            sizes.values(), sizes, title="trained weights", title_fontsize=8, labelspacing=0.9, **place
+        )
+        legend.get_title().set_color(style.ink)
+
+
+def _area(count: float, largest: float) -> float:
+    """The area of a marker, in square points: in proportion to the count, but never too small to be seen."""
+    least, most = _AREAS
+    return max(least, most * count / largest)

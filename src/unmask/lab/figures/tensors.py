@@ -1,0 +1,94 @@
+"""Figures of how the budget spreads over tensors in the course of a run: tensor sparsity and sparsity entropy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from unmask.errors import DataError
+from unmask.lab.figures.charts import counting, label_ends, note, panels, short, which_runs
+from unmask.lab.figures.records import RunRecord, Snapshot, by_method, check_records, labels
+from unmask.lab.figures.style import LIGHT, LINES, Style, look_of
+
+
+def tensor_sparsity(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+    """Figure 8: the share of tensors that hold no unmasked weight, in the course of the run; a line per method and budget.
+
+    Args:
+        records: Runs with ``allocation``. Optimizer steps are on the x axis if every snapshot has one, else the unmasked weights.
+        style: Colours of the page.
+
+    Returns:
+        A matplotlib figure; its y axis goes from 0 to 1.
+
+    Raises:
+        DataError: No records, one has no snapshots, or runs of one place are not to be averaged.
+        MissingExtraError: matplotlib is not installed.
+    """
+    return _course(records, lambda shot: shot["tensor_sparsity"], "tensor sparsity", style)
+
+
+def sparsity_entropy(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+    """Figure 9: the sparsity entropy over the logarithm of the number of tensors, in the course of the run.
+
+    The paper takes the entropy of the tensors' densities and shows it between 0.1 and 0.7, but does not say how it is scaled.
+    Here it is divided by its largest possible value, ln(tensors): 0 says that all unmasked weights lie in one tensor, 1 that
+    every tensor is equally dense.
+
+    Args:
+        records: Runs with ``allocation``, as for `tensor_sparsity`.
+        style: Colours of the page.
+
+    Returns:
+        A matplotlib figure; its y axis goes from 0 to 1.
+
+    Raises:
+        DataError: As `tensor_sparsity`, or a snapshot is of a single tensor.
+        MissingExtraError: matplotlib is not installed.
+    """
+    return _course(records, _relative_entropy, "sparsity entropy / ln(tensors)", style)
+
+
+def _relative_entropy(shot: Snapshot) -> float:
+    if shot["tensors"] < 2:
+        raise DataError(f"a snapshot is taken over {shot['tensors']} tensors; the sparsity entropy needs at least 2.")
+    return shot["sparsity_entropy"] / math.log(shot["tensors"])
+
+
+def _course(records: Iterable[Mapping[str, Any]], value: Callable[[Snapshot], float], label: str, style: Style) -> Any:
+    runs = check_records(records, "allocation")
+    looks, names = look_of(list(by_method(runs))), labels(runs)
+    x = "step" if all("step" in shot for run in runs for shot in run["allocation"]) else "used"
+
+    def draw(axes: Any, group: list[RunRecord]) -> None:
+        ends = []
+        for method, of_method in by_method(group).items():
+            look, budgets = looks[method], sorted({run["budget"] for run in of_method})
+            for i, budget in enumerate(budgets):
+                points = course(counting([run for run in of_method if run["budget"] == budget]), x, value)
+                dashes = LINES[i % len(LINES)] if len(budgets) > 1 else look.line
+                marks = {"marker": look.marker, "markersize": 3.5, "markevery": math.ceil(len(points) / 12)}
+                line = {"color": look.colour, "linestyle": dashes, "linewidth": 1.5, "clip_on": False}
+                axes.plot(*zip(*points, strict=True), **line, **marks)
+                whole = f", B = {short(budget)}" if len(budgets) > 1 else ""
+                ends.append((*points[-1], f"{names[method]}{whole}", look.colour))
+        axes.set_xlabel("training iteration (optimizer step)" if x == "step" else "unmasked weights")
+        axes.set_ylabel(label)
+        axes.set_ylim(0, 1)
+        label_ends(axes, ends, style)
+
+    figure = panels(runs, style, draw)
+    note(figure, style, which_runs(runs, spread=False))
+    return figure
+
+
+def course(runs: Sequence[RunRecord], x: str, value: Callable[[Snapshot], float]) -> list[tuple[float, float]]:
+    """The mean over runs of a number of their snapshots, at every x that all of them have."""
+    found: dict[float, list[float]] = {}
+    for run in runs:
+        for shot in run["allocation"]:
+            found.setdefault(float(shot[x]), []).append(value(shot))  # type: ignore[literal-required]
+    most = max(len(values) for values in found.values())
+    return [(place, fmean(values)) for place, values in sorted(found.items()) if len(values) == most]

@@ -1,0 +1,72 @@
+"""Writing figures: PNG for a light and a dark page, and one SVG that takes the page's own colour of text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import DataError, need
+from unmask.lab.figures.style import ADAPTIVE, DARK, INK, LIGHT, Style
+
+Draw = Callable[[Style], Any]
+
+
+def figure_files(path: Path) -> list[Path]:
+    """The files of a figure: ``NAME.png``, ``NAME-dark.png`` and ``NAME.svg``, or the one kind that the path names.
+
+    Raises:
+        DataError: The path has another ending, or no name.
+
+    Example:
+        >>> [str(file) for file in figure_files(Path("out/fig"))]
+        ['out/fig.png', 'out/fig-dark.png', 'out/fig.svg']
+    """
+    if not path.name or path.suffix not in ("", ".png", ".svg"):
+        raise DataError(f"{str(path)!r} must end in .png or .svg, or have no ending for both.")
+    if path.suffix:
+        return [path]
+    return [path.with_name(f"{path.name}{ending}") for ending in (".png", "-dark.png", ".svg")]
+
+
+def write_figure(draw: Draw, path: Path) -> list[Path]:
+    """Writes a figure as the files of `figure_files`.
+
+    Args:
+        draw: Makes the figure in a style, e.g. ``lambda style: score_against_share(records, style)``.
+        path: Without an ending for all three; with ``.png`` or ``.svg`` for one.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        DataError: Another ending.
+        MissingExtraError: matplotlib is not installed.
+    """
+    written = figure_files(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for file in written:
+        if file.suffix == ".svg":
+            file.write_text(svg(draw), encoding="utf-8")
+        else:
+            draw(DARK if file.stem.endswith("-dark") and not path.suffix else LIGHT).savefig(file)
+    return written
+
+
+def svg(draw: Draw, salt: str = "figure") -> str:
+    """A figure as SVG text for an HTML page: transparent, its text and axes in the page's ``currentColor``.
+
+    Args:
+        draw: Makes the figure in a style.
+        salt: Goes into the ids; another for every figure of one page.
+
+    Returns:
+        The ``<svg>`` element, without an XML header; the same for the same figure.
+    """
+    rc = need("matplotlib", "plot").rc_context
+    text = io.StringIO()
+    with rc({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
+        draw(ADAPTIVE).savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    element = text.getvalue()
+    return element[element.index("<svg") :].replace(INK, "currentColor")

@@ -1,0 +1,281 @@
+"""Adding a LoRA or bottleneck adapters to a base, for a run that selects its budget inside them.
+
+peft adds LoRA, DoRA and SHiRA; the `adapters` library adds bottleneck adapters. What was added, and with which settings,
+travels in the delta's metadata, so that a fresh process can add the same before it applies the delta.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from unmask.delta.added import added_tensors, checkpoint_name
+from unmask.errors import ConfigError, DeltaError, MissingExtraError, need
+from unmask.methods.naming import layer_of
+from unmask.methods.scopes import is_linear
+
+Kind = Literal["lora", "dora", "shira", "pfeiffer", "houlsby"]
+KINDS: tuple[Kind, ...] = ("lora", "dora", "shira", "pfeiffer", "houlsby")
+NAME = "unmask"  # of the adapter in the `adapters` library; peft's stays "default"
+_BOTTLENECKS = {"pfeiffer": "seq_bn", "houlsby": "double_seq_bn"}  # the library's own names since its version 3
+
+
+@dataclass(frozen=True)
+class Into:
+    """What is added to a base.
+
+    Attributes:
+        kind: ``"lora"``, ``"dora"`` or ``"shira"`` (peft), ``"pfeiffer"`` or ``"houlsby"`` (bottleneck adapters of `adapters`).
+        r: Rank of the LoRA; SHiRA has r (in + out) weights of a layer.
+        alpha: Its scale is alpha / r.
+        dropout: On the LoRA's input.
+        targets: Names of the modules that get a LoRA; ``("all-linear",)`` for all linear ones, ``("layer-linear",)`` for those
+            inside the numbered transformer layers, () for peft's own choice.
+        reduction: The bottleneck is the hidden size divided by this.
+        seed: Of SHiRA's random places. peft draws the same ones for all layers of a shape.
+    """
+
+    kind: Kind
+    r: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    reduction: float = 16.0
+    seed: int = 0
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether peft adds it."""
+        return self.kind not in _BOTTLENECKS
+
+    def describe(self) -> dict[str, Any]:
+        """The settings that count for the kind, as JSON values; `into_of` gives them back."""
+        settings = asdict(self) | {"targets": list(self.targets)}
+        lora = ("kind", "r", "alpha", "dropout", "targets")
+        keys = {"shira": ("kind", "r", "targets", "seed"), "lora": lora, "dora": lora}.get(
+            self.kind, ("kind", "reduction")
+        )
+        return {key: settings[key] for key in keys}
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """A base with something added.
+
+    Attributes:
+        model: The model to train.
+        added: Names of the added parameters, without copies of the head: where the budget is selected.
+        head: Names of the parameters that the base checkpoint lacked, as they are trained now.
+        new: Names of all tensors that the base checkpoint lacks.
+    """
+
+    model: Any
+    added: list[str]
+    head: list[str]
+    new: list[str]
+
+
+class _Delta(Protocol):
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+
+def into_of(delta: _Delta) -> Into | None:
+    """What a delta was trained inside of; None for the base itself.
+
+    Raises:
+        DeltaError: It was trained inside something that this unmask cannot add.
+    """
+    described = delta.metadata.get("into")
+    if described is None:
+        return None
+    if described.get("kind") not in KINDS:
+        raise DeltaError(f"the delta was trained inside {described!r}; this unmask can add {', '.join(KINDS)}.")
+    return Into(**{**described, "targets": tuple(described.get("targets", ()))})
+
+
+def require(into: Into) -> None:
+    """Refuses what cannot be added in this environment.
+
+    Raises:
+        MissingExtraError: The library that adds it is not installed.
+    """
+    if into.is_lora:
+        need("peft", "hf")
+    elif not _has_adapters():
+        raise MissingExtraError(
+            f"'adapters' is not installed, and {into.kind} adapters come from it: pip install 'unmask[adapters]', in an "
+            "environment of its own, because adapters 1.3 pins transformers 4.57 and cannot share one with transformers 5."
+        )
+
+
+def insert(model: nn.Module, into: Into, missing: Collection[str], seed: int) -> Inserted:
+    """Adds a LoRA or adapters to a base model, in place.
+
+    Args:
+        model: A transformers model with the head of its task.
+        into: What to add.
+        missing: Names of the tensors that the base checkpoint lacks (a new head).
+        seed: Of the random init of what is added.
+
+    Raises:
+        MissingExtraError: The library that adds it is not installed.
+        ConfigError: The library cannot add it to this model.
+    """
+    require(into)
+    torch.manual_seed(seed)
+    with _quiet():
+        try:
+            tuned = _with_lora(model, into, missing) if into.is_lora else _with_bottlenecks(model, into)
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise ConfigError(
+                f"{into.kind} cannot be added to this {type(model).__name__}: {error}"
+                + (" Name the modules with lora_targets, or take lora_targets=all-linear." if into.is_lora else "")
+            ) from error
+    names, everything = dict(tuned.named_parameters()), added_tensors(tuned)
+    # the trained copy of a head stands under the wrapped module's name, one name deeper
+    copies = {name for name in everything if ".modules_to_save." in name}
+    lacking = {name for name in tuned.state_dict() if checkpoint_name(name) in missing}
+    head = {name for name in copies if _original(name) in missing} if into.is_lora else lacking
+    return Inserted(
+        tuned,
+        added=[name for name in names if name in everything - copies],
+        head=[name for name in names if name in head],
+        new=[name for name in names if name in everything | lacking],
+    )
+
+
+def save_adapter(model: Any, into: Into, folder: Path) -> None:
+    """Writes what was added, trained, and the head, as its own library's ordinary folder.
+
+    ``PeftModel.from_pretrained(base, folder)`` reads a LoRA's, ``model.load_adapter(folder)`` of `adapters` a bottleneck's.
+    """
+    with _quiet():
+        if into.is_lora:
+            model.save_pretrained(str(folder))
+        else:
+            model.save_adapter(str(folder), NAME, with_head=True, use_safetensors=True)
+
+
+def merged(model: Any, into: Into) -> Any:
+    """The model with its LoRA multiplied into the base's weights: equal up to rounding.
+
+    Raises:
+        ConfigError: Bottleneck adapters cannot be merged.
+    """
+    if not into.is_lora:
+        raise ConfigError(
+            f"{into.kind} adapters have a non-linearity and cannot be merged into the base's weights; write them as an ordinary "
+            "adapter folder with --adapter."
+        )
+    with _quiet():
+        return model.merge_and_unload()
+
+
+def _with_lora(model: nn.Module, into: Into, missing: Collection[str]) -> nn.Module:
+    import peft
+
+    whole = _whole_modules(model, missing)
+    shared: dict[str, Any] = {
+        "task_type": _task_type(model),
+        "r": into.r,
+        "target_modules": _targets(model, into, whole),
+        "modules_to_save": whole or None,
+    }
+    config = (
+        peft.ShiraConfig(random_seed=into.seed, **shared)
+        if into.kind == "shira"
+        else peft.LoraConfig(
+            lora_alpha=into.alpha,  # type: ignore[arg-type]  # a fraction is as good
+            lora_dropout=into.dropout,
+            use_dora=into.kind == "dora",
+            **shared,
+        )
+    )
+    return peft.get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+
+
+def _targets(model: nn.Module, into: Into, whole: Collection[str]) -> list[str] | str | None:
+    """Gives the modules that get a LoRA in peft's terms, where "all-linear" takes the head of a token classifier too.
+
+    Raises:
+        ConfigError: The targets are "layer-linear", and no numbered layer of the model has a linear one in it.
+    """
+    import peft
+
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
+    if into.targets == ("layer-linear",):
+        found = [name for name in linear if layer_of(f"{name}.weight") is not None]
+        if not found:
+            raise ConfigError("lora_targets = layer-linear finds no numbered layers with linear layers in them.")
+        return found
+    if into.targets != ("all-linear",):
+        return list(into.targets) or None
+    if _task_type(model) != peft.TaskType.TOKEN_CLS:
+        return "all-linear"
+    by_peft = ("classifier", "score")  # trained whole by peft itself
+    heads = tuple(f"{name}." for name in (*whole, *by_peft))
+    return [name for name in linear if not f"{name}.".startswith(heads)]
+
+
+def _task_type(model: nn.Module) -> Any:
+    """peft's name for what the model's head does; it decides which heads peft trains, and how a saved LoRA is loaded."""
+    import peft
+
+    endings = {
+        "ForSequenceClassification": peft.TaskType.SEQ_CLS,
+        "ForTokenClassification": peft.TaskType.TOKEN_CLS,
+        "ForCausalLM": peft.TaskType.CAUSAL_LM,
+        "LMHeadModel": peft.TaskType.CAUSAL_LM,
+    }
+    name = type(model).__name__
+    return next((kind for ending, kind in endings.items() if name.endswith(ending)), None)
+
+
+def _with_bottlenecks(model: Any, into: Into) -> nn.Module:
+    adapters = need("adapters", "adapters")
+    adapters.init(model)
+    config = adapters.AdapterConfig.load(_BOTTLENECKS[into.kind], reduction_factor=into.reduction)
+    model.add_adapter(NAME, config=config)
+    model.set_active_adapters(NAME)
+    return model
+
+
+def _whole_modules(model: nn.Module, missing: Collection[str]) -> list[str]:
+    """The outermost modules of which the checkpoint has nothing: a new head, a new pooler."""
+    found: list[str] = []
+    for place, module in model.named_modules():
+        inside = [f"{place}.{name}" for name, _ in module.named_parameters()]
+        nested = any(place.startswith(f"{outer}.") for outer in found)
+        if place and inside and not nested and all(name in missing for name in inside):
+            found.append(place)
+    return found
+
+
+def _original(name: str) -> str:
+    """A trained copy's name in the base: ``X.modules_to_save.default.weight`` is of ``X.weight``."""
+    before, _, after = checkpoint_name(name).partition(".modules_to_save.")
+    return f"{before}.{after.partition('.')[2]}"
+
+
+def _has_adapters() -> bool:
+    try:
+        return hasattr(importlib.import_module("adapters"), "init")  # a mere folder of that name has none
+    except ImportError:  # beside transformers 5 it is there and cannot be imported
+        return False
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps from the user what these libraries and transformers say to each other's developers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield

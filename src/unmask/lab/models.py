@@ -1,0 +1,196 @@
+"""Loading base models with the head of a task, and remembering in a delta how that was done."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from unmask.delta.delta import SparseDelta
+from unmask.errors import ConfigError, DeltaError
+from unmask.lab.inside import insert, into_of
+from unmask.lab.tasks.text.data import TaskSpec
+from unmask.reading import Form, count, fields, items, optional, refusing, text
+
+Head = Literal["sequence", "token", "generation"]
+HEADS: Mapping[Head, Any] = {
+    "sequence": AutoModelForSequenceClassification,
+    "token": AutoModelForTokenClassification,
+    "generation": AutoModelForCausalLM,
+}
+"""The Auto class that loads a base, by kind of task."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' load report (which new head got a random init) off the screen: unmask reports it itself."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
+
+
+def load_base(
+    source: str,
+    num_labels: int | None,
+    seed: int,
+    head: Head = "sequence",
+    label_names: Sequence[str] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """Loads a base with a task's head, in float32.
+
+    Args:
+        source: Folder or hub id.
+        num_labels: Outputs of the head; 1 for regression; None for the checkpoint's own (generation).
+        seed: Of the head's random init, if the checkpoint has none.
+        head: Which of `HEADS`.
+        label_names: Names of the labels, for the model's config.
+
+    Returns:
+        The model, its tokenizer, and the names of the tensors that the checkpoint lacks.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    if os.sep in source and not Path(source).is_dir() and (Path(source).is_absolute() or source.startswith(".")):
+        raise ConfigError(f"there is no model folder {source!r}; give a folder with config.json, or a hub id.")
+    torch.manual_seed(seed)
+    try:
+        with quiet():
+            model, info = HEADS[head].from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, **_labels(num_labels, label_names)
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            if head == "token" and getattr(tokenizer, "add_prefix_space", None) is False:
+                # a byte-level vocabulary (RoBERTa's) has a word's usual piece only behind a blank
+                tokenizer = AutoTokenizer.from_pretrained(source, add_prefix_space=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the model {source!r} cannot be loaded: {error}") from error
+    _check_vocabulary(source, model, tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer, sorted(info["missing_keys"])
+
+
+def _check_vocabulary(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer that makes token ids for which the model has no embedding.
+
+    Raises:
+        ConfigError: It has such tokens.
+    """
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    beyond = {} if rows is None else {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    if beyond:
+        named = ", ".join(repr(token) for token in sorted(beyond, key=beyond.__getitem__)[:3])
+        raise ConfigError(
+            f"the tokenizer of {source!r} has {len(beyond):,} tokens ({named}{', ...' if len(beyond) > 3 else ''}) beyond the "
+            f"{rows:,} rows of the model's embedding. Enlarge it and save both: model.resize_token_embeddings(len(tokenizer)); "
+            "model.save_pretrained(folder); tokenizer.save_pretrained(folder). Then give that folder."
+        )
+
+
+def _labels(num_labels: int | None, names: Sequence[str] | None) -> dict[str, Any]:
+    if names is not None:
+        return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    return {} if num_labels is None else {"num_labels": num_labels}
+
+
+def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
+    """The model on this machine's accelerator, if it has one."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return model if device is None else model.to(device)  # type: ignore[arg-type, return-value]
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
+    """``wanted`` tokens, or as many as the model has positions for."""
+    limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    return min([wanted, *(int(limit) for limit in limits if limit and limit > 0)])
+
+
+def describe_task(spec: TaskSpec, max_length: int) -> dict[str, Any]:
+    """What `load_tuned` and ``unmask eval`` need to know, as JSON values for the delta's metadata."""
+    return {
+        "kind": "sequence",
+        "name": spec.name,
+        "text_columns": list(spec.text_columns),
+        "num_labels": spec.num_labels,
+        "label_names": list(spec.label_names) if spec.label_names else None,
+        "max_length": max_length,
+    }
+
+
+def task_of(delta: SparseDelta) -> Mapping[str, Any]:
+    """The task that a delta was trained on.
+
+    Raises:
+        DeltaError: The delta does not say; it was made by the library and not by ``unmask train``.
+    """
+    task = delta.metadata.get("task")
+    if not isinstance(task, Mapping):
+        raise DeltaError(
+            "the delta does not say which task it was trained on (it was not made by `unmask train`); load the base model "
+            "yourself and call delta.apply(model)."
+        )
+    with refusing(DeltaError, "the delta's description of its task", "Take another copy of the delta."):
+        _TASKS[head_of(task)](task, "task")
+    return task
+
+
+_TASKS: Mapping[Head, Form] = {
+    "sequence": fields(
+        {"name": text, "text_columns": items(text), "num_labels": count, "max_length": count},
+        {"label_names": optional(items(text))},
+    ),
+    "token": fields(
+        {"name": text, "num_labels": count, "label_names": items(text), "types": items(text), "max_length": count}
+    ),
+    "generation": fields({"name": text}, {"prompt": text, "max_length": count, "max_new_tokens": count}),
+}
+
+
+def head_of(task: Mapping[str, Any]) -> Head:
+    """The kind of a task that a delta's metadata describe; a delta from before there were kinds classifies texts.
+
+    Raises:
+        DeltaError: A kind that this unmask does not know.
+
+    Example:
+        >>> head_of({"kind": "token"}), head_of({})
+        ('token', 'sequence')
+    """
+    kind = task.get("kind", "sequence")
+    if not isinstance(kind, str) or kind not in HEADS:
+        raise DeltaError(f"the delta was trained on a task of kind {kind!r}; this unmask knows {', '.join(HEADS)}.")
+    return cast(Head, kind)
+
+
+def load_tuned(source: str, delta: SparseDelta) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base, with what the run added to it, with the delta applied, in evaluation mode; and its tokenizer."""
+    task = task_of(delta)
+    head = head_of(task)
+    names = task.get("label_names") if head == "token" else None
+    model, tokenizer, missing = load_base(source, task.get("num_labels"), 0, head, names)
+    into = into_of(delta)
+    if into is not None:
+        model = insert(model, into, missing, seed=0).model  # the delta holds the init
+    delta.apply(model)
+    return model.eval(), tokenizer

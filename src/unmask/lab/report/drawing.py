@@ -1,0 +1,103 @@
+"""A study's figures, as inline SVG and as files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import DataError, MissingExtraError, UnmaskError
+from unmask.lab.figures import FIGURES, Style, svg, write_figure
+from unmask.lab.figures.records import RunRecord
+
+CAPTIONS = {
+    "fig1": "The average score over all columns of all tasks, in %, over the trained weights in % of the model. The axis is "
+    "linear; a larger marker trains more weights; full fine-tuning is a line across.",
+    "fig4": "The score over eps of D3 at one exp (a), and over exp at one eps (b), on linear axes.",
+    "fig5": "The score along the run over the number of updated weights, on a linear axis: every checkpoint of an increment-S "
+    "run is a model of a smaller budget. Repeat-S is a line across, labelled with the count of weights that it really tuned.",
+    "fig6": "The score over the budget B, on a linear axis.",
+    "fig7": "Where the budget went, at the start and at the end of the run: module kinds by layers. A cell is its share of "
+    "the budget, and each panel has a colour scale of its own.",
+    "fig8": "The share of tensors without any unmasked weight, 0 to 1, over the optimizer steps.",
+    "fig9": "The entropy of the tensors' densities over the optimizer steps, divided by its largest value, ln(tensors). The "
+    "paper does not state its normalisation; this one is ours.",
+}
+
+
+def fitting(name: str, records: Sequence[RunRecord]) -> list[RunRecord]:
+    """The records that a figure can show: those that have its data.
+
+    The course of an allocation is shown for increment-S and repeat-S; a static mask, which has none, only without them.
+    """
+    if name == "fig4":
+        return [r for r in records if {"eps", "exp"} <= r.get("parameters", {}).keys()]
+    if name == "fig5":
+        kept = [r for r in records if r.get("strategy") != "none"]
+        return [r for r in kept if r["strategy"] != "increment" or r.get("curve")]
+    if name == "fig6":
+        return [r for r in records if r.get("strategy") != "none"]
+    if name in ("fig7", "fig8", "fig9"):
+        kept = [r for r in records if r.get("allocation") and r.get("strategy") != "none"]
+        return [r for r in kept if r.get("strategy") in ("increment", "repeat")] or kept
+    return list(records)
+
+
+def worth_drawing(records: Sequence[RunRecord]) -> tuple[str, ...]:
+    """The figures that say something of these runs, where nobody has said which to draw."""
+    budgets = {r["budget"] for r in records if r["share"] < 0.5}
+    names = ["fig1"] if len(budgets) > 1 else []
+    names += ["fig5"] if any(r.get("strategy") == "increment" and len(r.get("curve", [])) > 2 for r in records) else []
+    names += ["fig7", "fig8", "fig9"] if fitting("fig7", records) else []
+    return tuple(names)
+
+
+def inline(names: Iterable[str], records: Sequence[RunRecord], salt: str = "") -> dict[str, str | UnmaskError]:
+    """Each figure as an ``<svg>`` element, or why it could not be drawn.
+
+    Args:
+        names: Keys of `unmask.lab.figures.FIGURES`.
+        records: Of the runs that count.
+        salt: Begins every id, so that no two on a page are alike.
+    """
+    drawn: dict[str, str | UnmaskError] = {}
+    for name in names:
+        try:
+            drawn[name] = _prefixed(svg(_draw(name, records), f"{salt}{name}"), f"{salt}-{name}-")
+        except UnmaskError as error:
+            drawn[name] = error
+        except ValueError as error:  # matplotlib reads a $ in a name as mathematics
+            drawn[name] = UnmaskError(str(error))
+    return drawn
+
+
+def draw_files(names: Iterable[str], records: Sequence[RunRecord], folder: Path) -> list[Path]:
+    """Writes each figure as PNG (light and dark) and SVG.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    written: list[Path] = []
+    for name in names:
+        try:
+            written += write_figure(_draw(name, records), folder / name)
+        except MissingExtraError:
+            raise
+        except UnmaskError:  # nothing to draw yet; the report says why
+            continue
+    return written
+
+
+def _draw(name: str, records: Sequence[RunRecord]) -> Callable[[Style], Any]:
+    if name not in FIGURES:
+        raise DataError(f"there is no figure of the name {name!r}; there are {', '.join(FIGURES)}.")
+    shown = fitting(name, records)
+    return lambda style: FIGURES[name](shown, style)
+
+
+def _prefixed(element: str, prefix: str) -> str:
+    """An SVG element with a prefix to every id and every reference to one; ids that nothing refers to are left out."""
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', element))
+    element = re.sub(r' id="([^"]+)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in used else "", element)
+    return re.sub(r'(href="#|url\(#)', rf"\1{prefix}", element)

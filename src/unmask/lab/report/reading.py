@@ -1,0 +1,112 @@
+"""What a report is made of: a sweep's folder, or folders of runs of ``unmask train``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import ConfigError, DataError
+from unmask.lab.study.cells import Cell, canonical, run_id
+from unmask.lab.study.curves import curve, read_allocation, read_metrics, read_summary, scores
+from unmask.lab.study.spec import Choice, Claims, Protocol, read_choice, read_claims, read_protocol
+from unmask.lab.study.store import Result, Store
+from unmask.lab.training.settings import read_yaml
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of runs and what came of it.
+
+    Attributes:
+        name: Of the sweep, or of the folder.
+        title: For people; may be empty.
+        cells: The full grid.
+        results: Of the runs that have ended.
+        choice: How the swept setting was chosen.
+        protocol: How seeds become one figure.
+        notes: What a reader must know.
+        figures: Figures to draw; None for all that the runs have the data for.
+        claims: The figures that the paper prints for this table; None for none.
+        command: What made it.
+    """
+
+    name: str
+    title: str
+    cells: tuple[Cell, ...]
+    results: Mapping[str, Result]
+    choice: Choice | None = None
+    protocol: Protocol = field(default_factory=Protocol)
+    notes: tuple[str, ...] = ()
+    figures: tuple[str, ...] | None = None
+    claims: Claims | None = None
+    command: str = ""
+
+
+def read_study(folder: str | Path) -> Study:
+    """Reads a sweep's folder, or any folder that holds outputs of ``unmask train``, at whatever depth.
+
+    Raises:
+        DataError: It holds neither, or a file in it cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {str(folder)!r}; give a folder of a sweep or of runs of `unmask train`.")
+    return _of_sweep(Store(folder)) if (folder / "sweep.json").is_file() else _of_runs(folder)
+
+
+def _of_sweep(store: Store) -> Study:
+    plan = store.plan()
+    try:
+        results = store.results()
+        cells = tuple(Cell(c["id"], c["labels"], c["settings"]) for c in plan["cells"])
+        return Study(
+            name=plan["name"],
+            title=plan["title"],
+            cells=cells,
+            results={cell.id: results[cell.id] for cell in cells if cell.id in results},
+            choice=read_choice(plan["choose"]),
+            protocol=read_protocol(plan["protocol"]),
+            notes=tuple(plan["notes"]),
+            figures=tuple(plan["figures"]) or None,
+            claims=read_claims(plan["claims"]),
+            command=plan["command"],
+        )
+    except ConfigError as error:
+        raise DataError(
+            f"{str(store.folder / 'sweep.json')!r} is no sweep of this version ({error}); run it again."
+        ) from error
+
+
+def _of_runs(folder: Path) -> Study:
+    cells: list[Cell] = []
+    results: dict[str, Result] = {}
+    for path in sorted(folder.rglob("summary.json")):
+        summary = read_summary(path)
+        if not (path.parent / "config.yaml").is_file() or summary is None:
+            continue
+        settings = canonical(read_yaml(path.parent / "config.yaml"))
+        labels = {"method": settings.get("method", "id3")} | {
+            key: settings.get(key) for key in ("into", "task", "budget", "seed", "lr") if settings.get(key) is not None
+        }
+        cell = Cell(f"{run_id(labels, settings)}-{len(cells)}", labels, settings)
+        cells.append(cell)
+        results[cell.id] = _result(path.parent, summary, cell)
+    if not cells:
+        raise DataError(f"{str(folder)!r} holds no sweep and no finished run of `unmask train` (no summary.json).")
+    return Study(folder.resolve().name, "", tuple(cells), results)
+
+
+def _result(folder: Path, summary: dict[str, Any], cell: Cell) -> Result:
+    return {
+        "id": cell.id,
+        "status": "done",
+        "labels": dict(cell.labels),
+        "settings": dict(cell.settings),
+        "seconds": summary.get("seconds"),
+        **scores(summary),
+        "summary": summary,
+        "curve": curve(read_metrics(folder / "metrics.jsonl"), summary),
+        "allocation": read_allocation(folder / "allocation.jsonl"),
+    }

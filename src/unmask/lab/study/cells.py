@@ -1,0 +1,182 @@
+"""From a sweep to its cells: every run's settings, with an id that depends on nothing else. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unmask.errors import ConfigError
+from unmask.lab.study.spec import Row, Sweep
+from unmask.lab.training.config import TrainConfig
+from unmask.lab.training.settings import build
+
+Rank = Callable[[Mapping[str, Any]], int]
+MATCH = "match"  # of lora_r: the rank that comes nearest to the budget
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place in the grid, and the run that fills it. Two places can share a run.
+
+    Attributes:
+        id: Of the run: the same settings have the same id, today and elsewhere.
+        labels: ``method`` (the row), the axes and the grid's settings, with their values here.
+        settings: What the run's configuration has other than the defaults, without ``output``.
+    """
+
+    id: str
+    labels: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    def group(self, *without: str) -> tuple[tuple[str, str], ...]:
+        """Its labels but some, as a key."""
+        return tuple((key, str(value)) for key, value in self.labels.items() if key not in without)
+
+
+def expand(sweep: Sweep, rank: Rank | None = None) -> list[Cell]:
+    """All cells of the full grid, in order.
+
+    Args:
+        sweep: The sweep.
+        rank: Settings -> the rank that ``lora_r: match`` stands for; None for `unmask.lab.study.matching.matching_rank`.
+
+    Raises:
+        ConfigError: A run whose settings cannot work, named by its labels.
+
+    Example:
+        >>> from unmask.lab.study.spec import parse
+        >>> sweep = parse({"settings": {"model": "m", "task": "rte", "budget": "1%"}, "axes": {"seed": [0, 1]},
+        ...                "methods": {"id3": {"grid": {"lr": ["1e-3", "3e-3"]}}}})
+        >>> [(cell.labels["seed"], cell.labels["lr"]) for cell in expand(sweep)]
+        [(0, '1e-3'), (0, '3e-3'), (1, '1e-3'), (1, '3e-3')]
+    """
+    rank = rank or _matching_rank
+    cells: dict[tuple[Any, ...], Cell] = {}
+    for row, place in _places(sweep):
+        for labels, settings in _tried(sweep, row, place):
+            cell = _cell(labels, settings, rank)
+            cells.setdefault((cell.id, cell.group()), cell)
+    _check_pairs(sweep, cells.values())
+    return _ordered(sweep, list(cells.values()))
+
+
+def _check_pairs(sweep: Sweep, cells: Iterable[Cell]) -> None:
+    """A paired setting has as many values as there are seeds, or one."""
+    pair = sweep.protocol.pair
+    if pair is None or sweep.protocol.kind == "seeds":
+        return
+    groups: dict[Any, dict[str, set[str]]] = {}
+    for cell in cells:
+        found = groups.setdefault(cell.group(pair, "seed"), {pair: set(), "seed": set()})
+        for label in (pair, "seed"):
+            found[label].add(str(cell.labels.get(label)))
+    for group, found in groups.items():
+        values, seeds = len(found[pair]), len(found["seed"])
+        if values not in (1, seeds):
+            raise ConfigError(
+                f"the paper's protocol runs each {pair} with one seed, and {', '.join(v for _, v in group)} has {values} values "
+                f"of {pair} and {seeds} seeds; give as many of both, or one {pair}, or take the protocol seeds."
+            )
+
+
+def _places(sweep: Sweep) -> Iterator[tuple[Row, dict[str, Any]]]:
+    for row in sweep.rows:
+        for values in itertools.product(*sweep.axes.values()):
+            yield row, dict(zip(sweep.axes, values, strict=True))
+
+
+def _tried(sweep: Sweep, row: Row, place: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(labels, settings) of every value of the place's grid."""
+    labels = {"method": row.name, **place}
+    rules = [rule for rule in sweep.rules if rule.holds(labels)]
+    settings = dict(sweep.settings)
+    grid = dict(row.grid)
+    for rule in rules:
+        settings |= rule.settings
+        grid |= {key: values for key, values in rule.grid.items() if key not in row.settings}
+    settings |= {**place, **row.settings}
+    labels |= {axis: settings[axis] for axis in place if axis in row.settings}
+    for values in itertools.product(*grid.values()):
+        given = dict(zip(grid, values, strict=True))
+        yield labels | given, settings | given
+
+
+def _cell(labels: Mapping[str, Any], settings: Mapping[str, Any], rank: Rank) -> Cell:
+    try:
+        resolved = canonical(_matched(settings, rank))
+    except ConfigError as error:
+        where = ", ".join(f"{key} {value}" for key, value in labels.items())
+        raise ConfigError(f"the run of {where}: {error}") from error
+    return Cell(run_id(labels, resolved), labels, resolved)
+
+
+def _matched(settings: Mapping[str, Any], rank: Rank) -> Mapping[str, Any]:
+    """Puts numbers for ``match``: a LoRA that is trained whole has no budget of its own."""
+    if settings.get("lora_r") != MATCH:
+        return settings
+    if settings.get("budget") is None or settings.get("into") is None:
+        raise ConfigError("lora_r = 'match' needs a budget to match, and into (lora, dora or shira).")
+    r = rank(settings)
+    alpha = {"lora_alpha": r} if settings.get("lora_alpha") == MATCH else {}
+    return {
+        **settings,
+        "lora_r": r,
+        **alpha,
+        "budget": None if settings.get("method") == "full" else settings["budget"],
+    }
+
+
+def _matching_rank(settings: Mapping[str, Any]) -> int:
+    from unmask.lab.study.matching import matching_rank  # torch
+
+    return matching_rank(settings)
+
+
+def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings as `unmask.lab.training.settings.build` reads them, without defaults and without ``output``; JSON values.
+
+    Example:
+        >>> canonical({"model": "m", "task": "rte", "budget": 100, "lr": "3e-4", "seed": 0})
+        {'model': 'm', 'task': 'rte', 'budget': '100', 'lr': 0.0003}
+    """
+    config = build({**settings, "output": "-"})
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
+    plain = {key: value for key, value in dataclasses.asdict(config).items() if value != defaults[key]}
+    del plain["output"]
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+
+def run_id(labels: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Task, row and a digest of the settings: ``sst2-id3-1f2e3d4c5b``."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+    words = (str(settings.get("task") or "data"), str(settings.get("method", "id3")), digest)
+    if settings.get("into"):
+        words = (words[0], f"{settings['into']}_{words[1]}", digest)
+    return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", word) for word in words)
+
+
+def _ordered(sweep: Sweep, cells: list[Cell]) -> list[Cell]:
+    """By the sweep's nesting; within the grid, by the order in which the values stand there."""
+    ranks: dict[str, dict[str, int]] = {key: {} for key in (*sweep.axes, "method")}
+    for key in ranks:
+        values: Iterable[Any] = [r.name for r in sweep.rows] if key == "method" else sweep.axes[key]
+        ranks[key] = {str(value): index for index, value in enumerate(values)}
+    place = {id(cell): index for index, cell in enumerate(cells)}
+
+    def key_of(cell: Cell) -> tuple[int, ...]:
+        return tuple(
+            place[id(cell)] if key == "grid" else ranks[key].get(str(cell.labels[key]), -1) for key in sweep.nesting
+        )
+
+    return sorted(cells, key=key_of)
+
+
+def runs(cells: Iterable[Cell]) -> list[Cell]:
+    """One cell for each run, in order."""
+    return list({cell.id: cell for cell in reversed(list(cells))}.values())[::-1]

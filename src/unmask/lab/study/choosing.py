@@ -1,0 +1,150 @@
+"""Which value of a setting is chosen, on stated seeds; which runs are due before and after. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from unmask.lab.study.cells import Cell
+from unmask.lab.study.spec import Choice, Protocol
+from unmask.lab.study.store import Result
+
+Group = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The chosen value of a group of cells that differ in that setting and the seed alone.
+
+    Attributes:
+        value: As it stands in the grid; None where every run failed, or none has ended.
+        edge: ``"low"`` or ``"high"`` where it is the least or the greatest of the grid, so that the best may lie outside;
+            ``"alone"`` where the grid has one value; None inside.
+        final: Whether all runs that it is chosen from have ended.
+        tried: Value, as text -> mean of what it is chosen by; only of values with all their runs done.
+    """
+
+    value: Any
+    edge: str | None
+    final: bool
+    tried: Mapping[str, float]
+
+
+def choose(cells: Iterable[Cell], choice: Choice, results: Mapping[str, Result]) -> dict[Group, Chosen]:
+    """The chosen value of every group.
+
+    Args:
+        cells: The full grid.
+        choice: The setting, the seeds, the criterion.
+        results: By run id.
+    """
+    groups: dict[Group, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.group(choice.setting, "seed"), []).append(cell)
+    return {key: _chosen(members, choice, results) for key, members in groups.items()}
+
+
+def paired(cells: Iterable[Cell], setting: str) -> list[Cell]:
+    """The cells whose value of a setting stands at the same place in its grid as their seed among the seeds.
+
+    Args:
+        cells: The full grid.
+        setting: A setting of the grids. Where a group of cells has one value of it, all its seeds count.
+
+    Example:
+        >>> cells = [Cell(f"{lr}{seed}", {"lr": lr, "seed": seed}, {}) for seed in (6, 7) for lr in ("1e-4", "3e-4")]
+        >>> [cell.id for cell in paired(cells, "lr")]
+        ['1e-46', '3e-47']
+    """
+    cells = list(cells)
+    places: dict[Group, tuple[list[str], list[str]]] = {}
+    for cell in cells:
+        values, seeds = places.setdefault(cell.group(setting, "seed"), ([], []))
+        for known, label in ((values, setting), (seeds, "seed")):
+            text = str(cell.labels.get(label))
+            if text not in known:
+                known.append(text)
+
+    def is_paired(cell: Cell) -> bool:
+        values, seeds = places[cell.group(setting, "seed")]
+        value, seed = str(cell.labels.get(setting)), str(cell.labels.get("seed"))
+        return len(values) == 1 or values.index(value) == seeds.index(seed)
+
+    return [cell for cell in cells if is_paired(cell)]
+
+
+def due(cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
+    """The cells that the protocol needs and that can be run as far as is known.
+
+    Under ``"paper"`` with a paired setting these are the pairs. Otherwise they are all cells, or with a choice all on the
+    choosing seeds and the chosen ones on the others.
+    """
+    if protocol.pair and protocol.kind != "seeds":
+        pairs = paired(cells, protocol.pair)
+        if protocol.kind == "paper":
+            return pairs
+        wanted = {id(cell) for cell in (*pairs, *_due_by_choice(cells, choice, results))}
+        return [cell for cell in cells if id(cell) in wanted]
+    return _due_by_choice(cells, choice, results)
+
+
+def _due_by_choice(cells: Sequence[Cell], choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
+    if choice is None:
+        return list(cells)
+    chosen = choose(cells, choice, results)
+
+    def is_due(cell: Cell) -> bool:
+        if choosing(cell, choice):
+            return True
+        best = chosen[cell.group(choice.setting, "seed")]
+        return best.final and str(cell.labels.get(choice.setting)) == str(best.value)
+
+    return [cell for cell in cells if is_due(cell)]
+
+
+def choosing(cell: Cell, choice: Choice) -> bool:
+    """Whether the choice is made on this cell's seed."""
+    return str(cell.labels.get("seed")) in set(map(str, choice.seeds))
+
+
+def criterion(result: Result, by: str) -> float:
+    """What a run is chosen by; higher is better, -inf for a run that failed or has no such finite figure."""
+    if result.get("status") != "done":
+        return -math.inf
+    value = result.get(by) if by in ("loss", "score") else (result.get("summary") or {}).get("after", {}).get(by)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return -math.inf
+    return -float(value) if by == "loss" or by.endswith("_loss") else float(value)
+
+
+def _chosen(members: Sequence[Cell], choice: Choice, results: Mapping[str, Result]) -> Chosen:
+    values = list({str(c.labels.get(choice.setting)): c.labels.get(choice.setting) for c in members}.values())
+    if len(values) == 1:
+        return Chosen(values[0], "alone", True, {})
+    first = [cell for cell in members if choosing(cell, choice)]
+    ended = {str(v): [c for c in first if str(c.labels.get(choice.setting)) == str(v)] for v in values}
+    figures = {
+        value: fmean(criterion(results[cell.id], choice.by) for cell in tried)
+        for value, tried in ended.items()
+        if tried and all(cell.id in results for cell in tried)
+    }
+    tried = {value: figure for value, figure in figures.items() if math.isfinite(figure)}
+    final = len(figures) == len(values)
+    if not tried:
+        return Chosen(None, None, final, {})
+    best = max(tried, key=lambda value: tried[value])
+    sign = -1 if choice.by.endswith("loss") else 1
+    shown = {value: sign * figure for value, figure in tried.items()}
+    return Chosen(next(v for v in values if str(v) == best), _edge(best, values), final, shown)
+
+
+def _edge(best: str, values: Sequence[Any]) -> str | None:
+    try:
+        numbers = [float(value) for value in values]
+        mine = float(best)
+    except (TypeError, ValueError):  # a setting that is no number has no edge
+        return None
+    return "low" if mine == min(numbers) else "high" if mine == max(numbers) else None

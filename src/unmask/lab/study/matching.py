@@ -1,0 +1,60 @@
+"""The rank of a LoRA (or of SHiRA) that trains as many weights as a budget has."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+
+from unmask.errors import ConfigError
+from unmask.lab.models import HEADS, Head, quiet
+from unmask.lab.tasks.registry import kind_for
+from unmask.lab.training.settings import build
+from unmask.methods.presets import parse_budget
+
+
+def matching_rank(settings: Mapping[str, Any]) -> int:
+    """The rank, at least 1, whose count of trained weights comes nearest to the budget; the model's shape alone is read.
+
+    Args:
+        settings: A run's, with ``budget`` and ``into``; ``lora_r`` is what is asked for.
+
+    Raises:
+        ConfigError: ``into`` has no rank, or nothing can be added to this model.
+    """
+    budget = str(settings["budget"])
+    given = {
+        **settings,
+        "budget": None if settings.get("method") == "full" else budget,
+    }  # a whole LoRA has none of its own
+    config = build({**given, "lora_r": 1, "lora_alpha": 1, "output": "-"})
+    if config.into not in ("lora", "dora", "shira"):
+        raise ConfigError(f"lora_r = 'match' goes with into = lora, dora or shira, not {config.into!r}.")
+    # SHiRA has as many as a LoRA of the same rank, and peft cannot lay it out without data
+    kind = "lora" if config.into == "shira" else config.into
+    total, one, two = _counts(config.model, kind_for(config).head, kind, config.lora_targets)
+    return max(1, round((parse_budget(budget, total) - one) / (two - one)) + 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _counts(model: str, head: Head, into: str, targets: tuple[str, ...]) -> tuple[int, int, int]:
+    """Weights of the base, and of what ranks 1 and 2 add to it (DoRA adds some that no rank changes)."""
+    from transformers import AutoConfig
+
+    from unmask.lab.inside import Into, Kind, insert
+
+    try:
+        shape = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the model {model!r} has no configuration that can be read: {error}") from error
+    counts = []
+    for r in (1, 2):
+        with quiet(), torch.device("meta"):
+            base = HEADS[head].from_config(shape)
+            total = sum(p.numel() for p in base.parameters())
+            inserted = insert(base, Into(cast(Kind, into), r=r, targets=targets), (), seed=0)
+        sizes = dict(inserted.model.named_parameters())
+        counts.append(sum(sizes[name].numel() for name in inserted.added))
+    return total, counts[0], counts[1]

@@ -1,0 +1,102 @@
+"""Reads the sweep of a table or figure of the paper, full or small, under the paper's settings or this project's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from unmask.errors import ConfigError
+from unmask.lab.study.spec import Rule, Sweep, parse
+from unmask.lab.training.paper import Preset, presets, read
+
+Scale = Literal["full", "small"]
+NAMES = (
+    "table1", "table2", "table3", "table4", "table5", "fig1", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9",
+)  # fmt: skip
+
+
+def load(name: str, scale: Scale = "full", preset: str = "paper") -> Sweep:
+    """Gives the sweep of a table or figure; ``model`` and ``data_dir`` are still to be set.
+
+    Args:
+        name: One of `NAMES`.
+        scale: ``"full"``: the paper's. ``"small"``: real runs of a few steps, on few tasks and seeds, to see it work.
+        preset: ``"paper"``: the paper's settings, learning rates, seeds and protocol. ``"tuned"``: this project's own instead.
+
+    Raises:
+        ConfigError: There is no such name, scale or preset.
+
+    Example:
+        >>> load("fig6").axes["budget"]
+        ('80K of 184M', '160K of 184M', '320K of 184M', '640K of 184M')
+        >>> load("table1").axes["seed"], load("table1", preset="tuned").axes["seed"]
+        ((6, 7, 8, 9), (0, 1, 2, 3))
+    """
+    if name not in NAMES:
+        raise ConfigError(f"there is nothing to reproduce of the name {name!r}; there are {', '.join(NAMES)}.")
+    if scale not in ("full", "small"):
+        raise ConfigError(f"scale = {scale!r}; it must be full or small.")
+    known, values = presets(preset), read(name, "unmask.lab.study")
+    small, unsaid = values.pop("small"), values.pop("unsaid")
+    usual = known[values["axes"]["task"][0]]  # all tasks of a file are of one family
+    if preset == "tuned":
+        _leave_out_the_papers(values, small, usual)
+    values["axes"].setdefault("seed", list(usual.seeds))
+    values["notes"] = [*values["notes"], *_silences(unsaid, usual, values.get("settings", {}).get("into"))]
+    sweep = _with_preset(parse({"name": name, **values}), known, usual)
+    return shrunk(sweep, small) if scale == "small" else sweep
+
+
+def _leave_out_the_papers(values: dict[str, Any], small: dict[str, Any], tuned: Preset) -> None:
+    """Takes the paper's seeds, learning rates and protocol out of a file's values, in place."""
+    own = read("tuned")
+    values |= {"protocol": own["protocol"], "choose": own["choose"]}
+    values["axes"].pop("seed", None)
+    for row in values["methods"].values():
+        row.get("grid", {}).pop("lr", None)
+    small["axes"]["seed"] = list(tuned.seeds[: len(small["axes"]["seed"])])
+    small["tries"] = 1
+
+
+def _silences(unsaid: Sequence[str], usual: Preset, into: str | None) -> list[str]:
+    """The note that says what the paper leaves open, or whose settings these are."""
+    if usual.name == "tuned":
+        return [
+            "The learning rates, seeds and all other settings of the tasks are this project's own, not the paper's."
+        ]
+    inside = usual.unsaid_inside.get(into or "", ())
+    return ["What the paper leaves open: " + " ".join([*unsaid, *inside, *usual.unsaid])]
+
+
+def _with_preset(sweep: Sweep, known: Mapping[str, Preset], usual: Preset) -> Sweep:
+    """The sweep with the settings of each task and the learning rates of each row, under what its file says."""
+    into = sweep.settings.get("into")
+    rules = []
+    for task, found in known.items():
+        settings = {**found.settings, **(found.lora if into == "lora" else {})}
+        rules.append(Rule({"task": (task,)}, {k: v for k, v in settings.items() if k not in sweep.settings}))
+    rows = [
+        replace(row, grid={"lr": usual.grid(row.settings.get("method", "id3"), into), **row.grid}) for row in sweep.rows
+    ]
+    return replace(sweep, rules=(*rules, *sweep.rules), rows=tuple(rows))
+
+
+def shrunk(sweep: Sweep, small: Mapping[str, Any]) -> Sweep:
+    """Gives the sweep shorter runs, other axes, some rows, and fewer values in each grid (around the middle).
+
+    The settings go over those of the sweep and its tasks, and under a method's own: what makes it that method stays.
+    """
+    sweep = replace(sweep, rules=(*sweep.rules, Rule({}, small.get("settings", {}))))
+    for axis, values in small.get("axes", {}).items():
+        sweep = sweep.with_axis(axis, values)
+    sweep = sweep.only(small.get("only", {}))
+    tries = small.get("tries")
+    if tries is None:
+        return sweep
+    return replace(sweep, rows=tuple(replace(row, grid=_middle(row.grid, tries)) for row in sweep.rows))
+
+
+def _middle(grid: Mapping[str, tuple[Any, ...]], count: int) -> dict[str, tuple[Any, ...]]:
+    starts = {key: max(0, (len(values) - count) // 2) for key, values in grid.items()}
+    return {key: values[starts[key] : starts[key] + count] for key, values in grid.items()}

@@ -1,0 +1,142 @@
+"""From a sweep's results to the records that figures are drawn from. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
+from typing import Any, cast
+
+from unmask.lab.figures.records import RunRecord
+from unmask.lab.study.cells import Cell
+from unmask.lab.study.choosing import choose, paired
+from unmask.lab.study.columns import columns_of, task_of
+from unmask.lab.study.spec import Choice, Protocol
+from unmask.lab.study.store import Result
+
+_PLACED = ("method", "task", "budget", "seed", "model", "eps", "exp", "lr")  # labels that a record has an entry for
+
+
+def record(cell: Cell, result: Result) -> RunRecord | None:
+    """A finished run's record; None for a run that failed or has no finite score."""
+    score = result.get("score")
+    if result.get("status") != "done" or score is None or not math.isfinite(score):
+        return None
+    summary, settings = result.get("summary") or {}, result["settings"]
+    method, trained = summary.get("method") or {}, trained_weights(summary)
+    whole = settings.get("method") == "full"
+    found: dict[str, Any] = {
+        "name": cell.id,
+        "method": str(cell.labels.get("method", "id3")),
+        "task": str(settings.get("task") or summary.get("task") or "data"),
+        "model": PurePath(str(settings.get("model", ""))).name,
+        "budget": trained if whole else int(summary.get("budget") or 0),
+        "trained": trained,
+        "share": trained / base_weights(summary),
+        "seed": int(settings.get("seed", 0)),
+        "lr": float(summary.get("lr") or _rate(settings)),
+        "score": score,
+        "loss": result.get("loss"),
+        "metric": str(result.get("metric", "score")),
+        "strategy": "none" if whole else str(method.get("strategy", "none")),
+        "parameters": {**method.get("parameters", {}), **parameters(settings)},
+        "curve": result.get("curve"),
+        "allocation": result.get("allocation"),
+    }
+    return cast(RunRecord, {key: value for key, value in found.items() if value not in (None, [])})
+
+
+def _rate(settings: Mapping[str, Any]) -> float:
+    given = settings.get("lr", 1e-3)
+    return 0.0 if given in ("auto", None) else float(given)
+
+
+def records(
+    cells: Iterable[Cell], results: Mapping[str, Result], protocol: Protocol, choice: Choice | None
+) -> list[RunRecord]:
+    """The records of the runs that count under a sweep's protocol, one for each run.
+
+    Under the paper's protocol with a paired setting these are the pairs, and each record says how many of them count;
+    otherwise they are the runs at the chosen value of the swept setting. Labels that a record has no entry for become part
+    of the method's name.
+
+    Args:
+        cells: The full grid.
+        results: The results of its runs, by id.
+        protocol: The sweep's protocol.
+        choice: How the sweep chooses a setting; None where it does not.
+    """
+    cells = list(cells)
+    by_pairs = protocol.pair is not None and protocol.kind != "seeds"
+    if by_pairs:
+        cells = paired(cells, str(protocol.pair))
+    elif choice:
+        chosen = choose(cells, choice, results)
+        value = {key: str(found.value) for key, found in chosen.items()}
+        cells = [c for c in cells if str(c.labels.get(choice.setting)) == value[c.group(choice.setting, "seed")]]
+    swept = protocol.pair if by_pairs else choice.setting if choice else "lr"
+    columns = columns_of(cells, results, protocol)
+    found: dict[str, RunRecord] = {}
+    for cell in cells:
+        made = record(cell, results[cell.id]) if cell.id in results else None
+        if made is None:
+            continue
+        more = [f"{k} {v}" for k, v in cell.labels.items() if k not in (*_PLACED, swept) and v is not None]
+        made["method"] = " ".join([made["method"], *more])
+        shown = {c.label: c.value(results[cell.id]) for c in columns if c.task == task_of(cell)}
+        made["columns"] = {label: value for label, value in shown.items() if value is not None}
+        if by_pairs:
+            made["best"] = protocol.best
+        found.setdefault(cell.id, made)
+    return list(found.values())
+
+
+def trained_weights(summary: Mapping[str, Any]) -> int:
+    """How many weights a run trains: its budget.
+
+    Of full fine-tuning and of a whole LoRA these are all that is trained but the new head, and of repeat-S that puts nothing
+    back all that was ever picked.
+
+    Example:
+        >>> trained_weights({"budget": 290, "head": 34, "method": {"name": "full"}})
+        256
+        >>> trained_weights({"budget": 100, "used": 1630, "method": {"name": "repeat_d3", "leaving": "kept"}})
+        1630
+    """
+    method, budget = summary.get("method") or {}, int(summary.get("budget") or 0)
+    if method.get("leaving") == "kept":
+        return int(summary["used"])
+    return budget - (int(summary.get("head") or 0) if method.get("name") == "full" else 0)
+
+
+def base_weights(summary: Mapping[str, Any]) -> int:
+    """Weights of the model, without those of a LoRA that is trained whole."""
+    total = int(summary.get("parameters") or 0)
+    whole = bool(summary.get("into")) and (summary.get("method") or {}).get("name") == "full"
+    return max(1, total - int(summary.get("budget") or 0) if whole else total)
+
+
+def parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's method was told other than its budget, by the settings' names.
+
+    Example:
+        >>> parameters({"method": "id3", "stride": 10, "lr": 0.1})
+        {'stride': 10, 'schedule': 'uniform', 'eps': 1.0, 'exp': 2.0}
+    """
+    names = (
+        "stride",
+        "schedule",
+        "allocation",
+        "scope",
+        "bias_correction",
+        "heuristic",
+        "lora_r",
+        "lora_targets",
+        "into",
+    )
+    found = {name: settings[name] for name in names if name in settings}
+    if settings.get("method", "id3") == "id3":
+        found.setdefault("schedule", "uniform")
+    if settings.get("method", "id3") in ("id3", "repeat_d3", "static_d3") and settings.get("heuristic") in (None, "d3"):
+        found |= {"eps": settings.get("eps", 1.0), "exp": settings.get("exp", 2.0)}
+    return found

@@ -1,0 +1,325 @@
+"""A sweep's tables: a row for each method, columns of tasks, the paper's figures next to ours. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Any
+
+from unmask.lab.study.cells import Cell, runs
+from unmask.lab.study.choosing import Chosen, choose, choosing, paired
+from unmask.lab.study.columns import Column, columns_of, task_of
+from unmask.lab.study.protocols import Estimate, best_of, interval
+from unmask.lab.study.records import trained_weights
+from unmask.lab.study.spec import Choice, Claim, Claims, Protocol
+from unmask.lab.study.store import Result
+
+EDGES = {"low": "the lowest value tried", "high": "the highest value tried"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of a table.
+
+    Attributes:
+        seeds: The mean over all runs, with an interval; None while no run is done.
+        best: The mean of the best runs, and their deviation.
+        value: The chosen value of the swept setting (the learning rate); None without a choice.
+        edge: See `unmask.lab.study.choosing.Chosen`.
+        tried: What each value was chosen by.
+        metric: Of the scores.
+        trained: How many weights a run trains, the most of its runs; None while no run is done.
+        scores: By seed.
+        runs: Ids.
+        failed: How many of its runs failed.
+        missing: How many of its runs have not ended.
+    """
+
+    seeds: Estimate | None
+    best: Estimate | None
+    value: Any = None
+    edge: str | None = None
+    tried: Mapping[str, float] = field(default_factory=dict)
+    metric: str = "score"
+    trained: int | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    runs: tuple[str, ...] = ()
+    failed: int = 0
+    missing: int = 0
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table.
+
+    Attributes:
+        labels: ``method``, and the axes other than task and seed.
+        entries: The entries by column.
+        average: The mean of the columns' figures; None where one is missing, or where there is one column.
+        claim: The row of the paper's table that stands next to it; None if there is none.
+    """
+
+    labels: Mapping[str, str]
+    entries: Mapping[str, Entry]
+    average: float | None
+    claim: Claim | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A sweep's table.
+
+    Attributes:
+        columns: The columns' labels.
+        lines: The rows, in the order of the cells.
+        protocol: The protocol that decides which of an entry's figures is shown.
+        choice: How the swept setting was chosen; None where it was not.
+        title: What the table shows.
+        model: The model of the paper's figures, where they stand next to these.
+    """
+
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    protocol: Protocol
+    choice: Choice | None
+    title: str = ""
+    model: str = ""
+
+
+def tables(
+    cells: Sequence[Cell],
+    results: Mapping[str, Result],
+    protocol: Protocol,
+    choice: Choice | None = None,
+    claims: Claims | None = None,
+) -> list[Table]:
+    """The tables of a grid, as far as it has been run: the one of the sweep's own protocol first.
+
+    Args:
+        cells: The full grid.
+        results: The results of its runs, by run id.
+        protocol: The sweep's protocol.
+        choice: How the sweep chooses a setting.
+        claims: The paper's figures, which stand next to those of the first table.
+    """
+    paper, seeds = replace(protocol, kind="paper"), replace(protocol, kind="seeds")
+    ours = "Ours: " if protocol.pair else ""
+    ours += (
+        f"{choice.setting} chosen by {choice.by} on seed {_listed(choice.seeds)}, then mean over seeds"
+        if choice
+        else "mean over seeds"
+    )
+    by_choice = table(cells, results, seeds, choice, ours[0].upper() + ours[1:])
+    if protocol.pair is None:
+        best = table(cells, results, paper, choice, "The best runs alone")
+        shown = [best, by_choice] if protocol.kind == "paper" else [by_choice, best]
+    elif protocol.kind == "seeds":
+        shown = [by_choice]
+    else:
+        pairs = paired(cells, protocol.pair)
+        title = f"The paper's protocol: a run for each {protocol.pair}, with a seed of its own, and the best of them"
+        every = table(pairs, results, seeds, None, "The same runs, all of them: mean with a confidence interval")
+        shown = [table(pairs, results, paper, None, title), *([by_choice] if protocol.kind == "both" else []), every]
+    return [_with_claims(shown[0], claims), *shown[1:]]
+
+
+def table(
+    cells: Sequence[Cell],
+    results: Mapping[str, Result],
+    protocol: Protocol,
+    choice: Choice | None = None,
+    title: str = "",
+) -> Table:
+    """One table of some cells, as far as they have been run.
+
+    Args:
+        cells: The cells that count.
+        results: The results of their runs, by run id.
+        protocol: The protocol that decides which of an entry's figures is shown.
+        choice: How a setting is chosen; None where every cell counts.
+        title: What the table shows.
+    """
+    chosen = choose(cells, choice, results) if choice else {}
+    swept = choice.setting if choice else protocol.pair
+    rows: dict[tuple[tuple[str, str], ...], dict[str, list[Cell]]] = {}
+    for cell in cells:
+        labels = tuple(
+            (k, str(v)) for k, v in cell.labels.items() if k not in ("task", "seed", swept) and v is not None
+        )
+        rows.setdefault(labels, {}).setdefault(task_of(cell), []).append(cell)
+    columns = columns_of(cells, results, protocol)
+    lines = []
+    for labels, by_task in rows.items():
+        entries = {
+            column.label: _entry(by_task[column.task], column, results, protocol, choice, chosen)
+            for column in columns
+            if column.task in by_task
+        }
+        average = _average([entries.get(column.label) for column in columns], protocol)
+        lines.append(Line(dict(labels), entries, average))
+    return Table(tuple(column.label for column in columns), tuple(lines), protocol, choice, title)
+
+
+def _with_claims(found: Table, claims: Claims | None) -> Table:
+    if claims is None:
+        return found
+    lines = tuple(replace(line, claim=claims.of(line.labels)) for line in found.lines)
+    return replace(found, lines=lines, model=claims.model)
+
+
+def figure(entry: Entry, protocol: Protocol) -> Estimate | None:
+    """The figure of a cell under a protocol."""
+    return entry.best if protocol.kind == "paper" else entry.seeds
+
+
+def _entry(
+    members: list[Cell],
+    column: Column,
+    results: Mapping[str, Result],
+    protocol: Protocol,
+    choice: Choice | None,
+    chosen: Mapping[Any, Chosen],
+) -> Entry:
+    pick = chosen.get(members[0].group(choice.setting, "seed")) if choice else None
+    if choice and pick:
+        if pick.final and pick.value is None:  # no value of the grid has a run that is done
+            return Entry(None, None, failed=len(runs(c for c in members if choosing(c, choice))))
+        members = [c for c in members if str(c.labels.get(choice.setting)) == str(pick.value)]
+        others = [c for c in members if not choosing(c, choice)]
+        members = others if choice.report == "others" and others else members
+    unique = runs(members)
+    ended = [(cell, results[cell.id]) for cell in unique if cell.id in results]
+    found = [(cell, result, column.value(result)) for cell, result in ended]
+    done = [(cell, result, score) for cell, result, score in found if score is not None]
+    by_seed = {str(cell.settings.get("seed", 0)): score for cell, _, score in done}
+    scores, first = list(by_seed.values()), done[0][1] if done else {}
+    trained = [
+        trained_weights(result["summary"]) for _, result, _ in done if (result.get("summary") or {}).get("budget")
+    ]
+    return Entry(
+        seeds=interval(scores, protocol.level, protocol.interval) if scores else None,
+        best=best_of(scores, protocol.best) if scores else None,
+        value=pick.value if pick else None,
+        edge=pick.edge if pick else None,
+        tried=pick.tried if pick else {},
+        metric=column.metric or str(first.get("metric", "score")),
+        trained=max(trained, default=None),
+        scores=by_seed,
+        runs=tuple(cell.id for cell in members),
+        failed=len(ended) - len(done),
+        missing=len(unique) - len(ended) if members else 1,
+    )
+
+
+def _average(entries: Sequence[Entry | None], protocol: Protocol) -> float | None:
+    figures = [figure(entry, protocol) if entry else None for entry in entries]
+    means = [estimate.mean for estimate in figures if estimate is not None]
+    return fmean(means) if len(means) == len(entries) and len(means) > 1 else None
+
+
+def markdown(found: Table) -> str:
+    """The table as Markdown, under its title.
+
+    A cell has the mean, half the interval (or the deviation) and the chosen rate, with a mark at an edge. Where the table has
+    the paper's figures, each of ours has the paper's in the column at its right, and the last column says on which model and
+    budget the paper has it.
+    """
+    names = list(dict.fromkeys(key for line in found.lines for key in line.labels))
+    claimed, averages = bool(found.model), any(line.average is not None for line in found.lines)
+    header = [*names, "weights"]
+    for column in (*found.columns, *(["average"] if averages else [])):
+        header += [column, "paper"] if claimed else [column]
+    header += ["the paper's model and budget"] if claimed else []
+    rows = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for line in found.lines:
+        words = [line.labels.get(name, "") for name in names] + [trained_text(line)]
+        for column in found.columns:
+            words += [entry_text(line.entries.get(column), found.protocol)]
+            words += [claim_text(line.claim, column)] if claimed else []
+        if averages:
+            words += [f"{100 * line.average:.2f}" if line.average is not None else ""]
+            words += [average_text(line.claim)] if claimed else []
+        words += [f"{found.model}, {line.claim.count}" if line.claim else ""] if claimed else []
+        rows.append("| " + " | ".join(words) + " |")
+    title = [f"**{found.title}**", ""] if found.title else []
+    return "\n".join([*title, *rows, "", legend(found)])
+
+
+def trained_text(line: Line) -> str:
+    """How many weights the runs of a line train, the least and the greatest count; empty while no run is done."""
+    counts = sorted({entry.trained for entry in line.entries.values() if entry.trained})
+    return " to ".join(f"{count:,}" for count in (counts[:1] + counts[-1:])[: len(counts)])
+
+
+def claim_text(claim: Claim | None, column: str) -> str:
+    """The paper's figure of a column, as it is printed: mean and deviation."""
+    return "" if claim is None else claim.scores.get(column, "").replace(" ", " ± ")
+
+
+def average_text(claim: Claim | None) -> str:
+    """The paper's average as it is printed, and that of its printed columns where the two differ.
+
+    Example:
+        >>> average_text(Claim("id3", None, "103K", {"a": "80.0 0.1", "b": "82.0 0.2"}, "81.5"))
+        '81.5 (of its columns: 81.00)'
+    """
+    if claim is None or claim.average is None:
+        return ""
+    rounding = 0.51 / 10 ** len(claim.average.partition(".")[2])  # half a unit of the last printed digit
+    differs = abs(claim.mean - float(claim.average)) > rounding
+    return claim.average + (f" (of its columns: {claim.mean:.2f})" if differs else "")
+
+
+def entry_text(entry: Entry | None, protocol: Protocol) -> str:
+    """A cell in words: ``82.10 ± 0.40 (3) @ 1e-3``; scores in percent."""
+    estimate = figure(entry, protocol) if entry else None
+    if entry is None or estimate is None:
+        return "failed" if entry and entry.failed and not entry.missing else "-"
+    spread = estimate.deviation if protocol.kind == "paper" or estimate.high is None else estimate.high - estimate.mean
+    words = f"{100 * estimate.mean:.2f}" + (f" ± {100 * spread:.2f}" if spread is not None else "")
+    words += f" ({estimate.n})" if protocol.kind == "seeds" else f" (best {estimate.n} of {estimate.of})"
+    rate = (
+        f" @ {entry.value}" + {"low": " [low]", "high": " [high]", "alone": " [alone]"}.get(entry.edge or "", "")
+        if entry.value
+        else ""
+    )
+    return words + rate + (f", {entry.failed} failed" if entry.failed else "")
+
+
+def legend(found: Table, marks: str = "after @; [low], [high]") -> str:
+    """What the figures of a table are, in a few sentences.
+
+    Args:
+        found: The table.
+        marks: Where the chosen value stands, and what marks one at the edge of its grid.
+    """
+    protocol, choice = found.protocol, found.choice
+    if protocol.kind == "paper":
+        text = f"Scores in percent: mean and standard deviation (over n - 1) of {_best_text(found)}."
+    else:
+        text = (
+            f"Scores in percent: mean over runs ± half the {100 * protocol.level:g}% interval ({protocol.interval}), with the "
+            "number of runs."
+        )
+    if choice:
+        (place, mark), seeds = marks.split("; "), _listed(choice.seeds)
+        text += f" The {choice.setting} ({place}) was chosen by {choice.by} on seed {seeds}; {mark}: at the edge of its grid."
+        text += " [alone]: no other value was tried." if "@" in place else ""
+        text += " Those seeds are not in the mean." if choice.report == "others" else " Those seeds are in the mean."
+    if found.model:
+        text += f" The columns named paper hold what the paper prints for {found.model}, which was not measured here."
+    return text
+
+
+def _best_text(found: Table) -> str:
+    """How many runs count of how many there are, where that is the same for all entries that are done."""
+    counts = {(e.best.n, e.best.of) for line in found.lines for e in line.entries.values() if e.best}
+    if len(counts) == 1:
+        n, of = counts.pop()
+        return f"the best {n} of {of} runs" if of > 1 else "the one run (no deviation)"
+    return f"the best {found.protocol.best} runs, or of all where there are fewer"
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))

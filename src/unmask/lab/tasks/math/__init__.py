@@ -1,0 +1,1 @@
+"""Word problems that a language model solves by writing out a solution."""

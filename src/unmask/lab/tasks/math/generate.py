@@ -1,0 +1,233 @@
+"""Batched generation: prompts of like length together, padded on the left, greedy unless told otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from unmask.errors import ConfigError
+from unmask.lab.models import quiet
+from unmask.lab.tasks.math.prompting import pad
+
+Finish = Literal["end", "stop", "length"]
+_TAIL = 16  # tokens in which a text to stop at is looked for; the longest of them has fewer
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to generate.
+
+    Attributes:
+        max_new_tokens: Most tokens to write per prompt.
+        batch_size: Prompts per batch.
+        temperature: 0 for greedy decoding.
+        top_p: Share of the probability that is sampled from; counts with a temperature.
+        num_beams: Beams of beam search; 1 for none.
+        seed: Of sampling.
+        stop: Texts at which a row is cut, and (but for beam search) finished.
+
+    Raises:
+        ConfigError: A value that cannot work.
+    """
+
+    max_new_tokens: int = 256
+    batch_size: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_beams: int = 1
+    seed: int = 0
+    stop: tuple[str, ...] = ("### Instruction", "### Response")
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size", "num_beams"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}; it must be 1 or more.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"temperature = {self.temperature}, top_p = {self.top_p}; a temperature is 0 (greedy) or more, top_p above 0 and "
+                "at most 1."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {"stop": list(self.stop)}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model wrote after one prompt.
+
+    Attributes:
+        text: Without special tokens, and without what follows a text to stop at.
+        tokens: How many tokens were written, the end token included.
+        finish: ``"end"`` (the model's end token), ``"stop"`` (a text to stop at) or ``"length"`` (`max_new_tokens`).
+    """
+
+    text: str
+    tokens: int
+    finish: Finish
+
+
+def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Rows in batches, the longest prompts first, so that little is padded and memory runs out at once if it does.
+
+    Example:
+        >>> plan_batches([5, 9, 7, 5], 2)
+        [[1, 2], [0, 3]]
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    return [order[low : low + batch_size] for low in range(0, len(order), batch_size)]
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+) -> Iterator[tuple[list[int], list[Generated]]]:
+    """Generates, batch by batch.
+
+    Greedy decoding depends on the batch a prompt is in only through rounding: sums over a padded batch are rounded
+    otherwise, and where two tokens are nearly as likely that can turn the choice. With equal prompts, batch size, dtype and
+    machine it is reproducible. Sampling is seeded per batch, from the seed and the batch's prompts.
+
+    Args:
+        model: A causal LM; put into evaluation mode for the time.
+        tokenizer: Decodes.
+        prompts: Token ids, special tokens included.
+        settings: How.
+
+    Yields:
+        The batch's rows in ``prompts``, and what was written for each.
+
+    Raises:
+        ConfigError: A prompt and `max_new_tokens` exceed the positions that the model has.
+    """
+    inner = _inner(model)
+    _check_positions(inner, prompts, settings)
+    config = _config(inner, tokenizer, settings)
+    for rows in plan_batches([len(prompt) for prompt in prompts], settings.batch_size):
+        with _generates_as(inner, config):
+            written = _batch(inner, tokenizer, [prompts[row] for row in rows], settings, config)
+        yield rows, written
+
+
+class _StopAt(StoppingCriteria):
+    """Finishes a row once one of the texts stands in what it wrote."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], width: int) -> None:
+        self._tokenizer, self._texts, self._width = tokenizer, texts, width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        tails = self._tokenizer.batch_decode(input_ids[:, self._width :][:, -_TAIL:], skip_special_tokens=True)
+        found = [any(text in tail for text in self._texts) for tail in tails]
+        return torch.tensor(found, device=input_ids.device)
+
+
+@torch.no_grad()  # and not inference_mode: the model may have a live selection
+def _batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    config: GenerationConfig,
+) -> list[Generated]:
+    ids = pad(prompts, _pad_id(tokenizer), left=True).to(model.device)
+    mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(model.device)
+    stops = settings.stop if settings.num_beams == 1 else ()
+    criteria = StoppingCriteriaList([_StopAt(tokenizer, stops, ids.shape[1])] if stops else [])
+    with quiet(), _seeded(settings, prompts, model.device):
+        written = model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
+        )
+    return [_generated(tokenizer, row, settings, config) for row in written[:, ids.shape[1] :].tolist()]
+
+
+def _generated(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], settings: GenerationSettings, config: GenerationConfig
+) -> Generated:
+    """A row up to its first end token, or to the padding behind a text to stop at."""
+    end = next((at for at, token in enumerate(ids) if token in config.eos_token_id), None)
+    kept = ids if end is None else ids[: end + 1]
+    text = str(tokenizer.decode(kept, skip_special_tokens=True))
+    stops = [at for stop in settings.stop if (at := text.find(stop)) >= 0]
+    if not stops:
+        return Generated(text, len(kept), "length" if end is None else "end")
+    while len(kept) > 1 and kept[-1] == config.pad_token_id:
+        kept = kept[:-1]
+    return Generated(text[: min(stops)], len(kept), "stop")
+
+
+def _config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings
+) -> GenerationConfig:
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    sampled = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
+    return GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=settings.temperature > 0,
+        num_beams=settings.num_beams,
+        eos_token_id=sorted({end for end in known if end is not None}),
+        pad_token_id=_pad_id(tokenizer),
+        **sampled,
+    )
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    pad_id: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad_id is None:
+        raise ConfigError("the tokenizer has neither a padding nor an end token; give it one (tokenizer.pad_token).")
+    return int(pad_id)
+
+
+def _check_positions(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
+    limit, longest = getattr(model.config, "max_position_embeddings", None), max(map(len, prompts), default=0)
+    if limit and longest + settings.max_new_tokens > limit:
+        raise ConfigError(
+            f"a prompt of {longest} tokens and max_new_tokens = {settings.max_new_tokens} exceed the {limit} positions of the "
+            f"model; lower max_new_tokens to {max(1, limit - longest)} or less."
+        )
+
+
+@contextlib.contextmanager
+def _generates_as(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode, and a checkpoint's own generation settings (a repetition penalty, say) out of the way."""
+    training, own = model.training, model.generation_config
+    model.eval()
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(training)
+
+
+@contextlib.contextmanager
+def _seeded(settings: GenerationSettings, prompts: Sequence[Sequence[int]], device: torch.device) -> Iterator[None]:
+    """Sampling draws from a generator of its own: seeded by the batch, and put back as it was."""
+    if settings.temperature == 0:
+        yield
+        return
+    digest = hashlib.sha256(f"{settings.seed} {[list(prompt) for prompt in prompts]}".encode()).digest()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(digest[:7], "big"))
+        yield
+
+
+def _inner(model: Any) -> Any:
+    """The transformers model with a LoRA in it, where peft has wrapped it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

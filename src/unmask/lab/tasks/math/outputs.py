@@ -1,0 +1,113 @@
+"""Per-item outputs of a long evaluation: a jsonl file that a kill at any moment leaves usable."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unmask.errors import ConfigError, DataError
+from unmask.files import write_bytes, write_json
+from unmask.reading import Malformed, count, fields, items, parse_json, read_json, refusing
+
+SETTINGS = "settings.json"
+_ROW = fields({"row": count, "batch": items(count)})
+
+
+class OutputFile:
+    """Rows by number, appended a batch at a time.
+
+    A batch is written at once, and each of its rows says how large it is, so a batch that a kill cut short is known and is
+    done again as a whole: in the same company, a row comes out as in an uninterrupted run, to the last bit.
+
+    Args:
+        path: A jsonl file, which need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """The rows of whole batches by their ``"row"``. A torn last line and a batch that is not whole are taken off the file.
+
+        Raises:
+            DataError: A line before the last that is no row of ours.
+        """
+        if not self.path.is_file():
+            return {}
+        *lines, torn = self.path.read_bytes().split(b"\n")
+        rows = [self._parse(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        sizes: dict[tuple[int, int], int] = {}
+        for row in rows:
+            sizes[tuple(row["batch"])] = sizes.get(tuple(row["batch"]), 0) + 1
+        whole = [row for row in rows if sizes[tuple(row["batch"])] == row["batch"][1]]
+        if torn.strip() or len(whole) < len(rows):
+            write_bytes(self.path, _lines(whole))
+        return {row["row"]: row for row in whole}
+
+    def append(self, batch: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Adds the rows of one batch; each must hold its number, ``"row"``. Returns them as they stand in the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{**row, "batch": [batch[0]["row"], len(batch)]} for row in batch]
+        with self.path.open("ab") as file:
+            file.write(_lines(rows))
+            file.flush()
+            os.fsync(file.fileno())
+        return rows
+
+    def rewrite(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
+        """Puts all rows down anew, in order, by way of a file beside it."""
+        write_bytes(self.path, _lines([rows[row] for row in sorted(rows)]))
+
+    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
+        with refusing(
+            DataError, f"{self.path}, line {number} is no row of an evaluation: it", "Delete the line, or the file."
+        ):
+            row = dict(_ROW(parse_json(line), "the row"))
+            if len(row["batch"]) != 2:
+                raise Malformed("the row's batch must have two numbers")
+            return row
+
+
+def claim(folder: Path, settings: Mapping[str, Any], files: Iterable[str], overwrite: bool = False) -> None:
+    """Makes a folder that of one evaluation: its settings are written down, and a folder of another one is refused.
+
+    Args:
+        folder: Made if it is not there.
+        settings: JSON values that decide what is generated.
+        files: Names of all files that an evaluation may leave there.
+        overwrite: Take the folder from another evaluation: these files are deleted.
+
+    Raises:
+        ConfigError: The folder holds the outputs of another evaluation.
+    """
+    path, wanted = folder / SETTINGS, json.loads(json.dumps(dict(settings)))
+    held = _held(path)
+    if overwrite:
+        for name in files:
+            (folder / name).unlink(missing_ok=True)
+    elif held is not None and held != wanted:
+        key = next(key for key in sorted({*held, *wanted}) if held.get(key) != wanted.get(key))
+        raise ConfigError(
+            f"{str(folder)!r} holds the outputs of another evaluation ({key} was {held.get(key)!r}, and is {wanted.get(key)!r}); "
+            "give another --output, or --overwrite."
+        )
+    write_json(path, wanted, indent=2)
+
+
+def is_of(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a folder is that of the evaluation with these settings, or of none yet."""
+    return _held(folder / SETTINGS) in (None, json.loads(json.dumps(dict(settings))))
+
+
+def _held(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    with refusing(DataError, repr(str(path)), "Delete it, or give another --output."):
+        return dict(fields({})(read_json(path), "the settings"))
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")

@@ -1,0 +1,272 @@
+"""Arithmetic word problems: trained as prompt and completion, scored by what the model generates."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from unmask.delta.fingerprint import digest
+from unmask.distributed.processes import is_main
+from unmask.errors import ConfigError, DataError
+from unmask.lab.models import longest_input
+from unmask.lab.tasks.math.generate import GenerationSettings
+from unmask.lab.tasks.math.outputs import is_of
+from unmask.lab.tasks.math.problems import TEST_SETS, ArithmeticData, load_arithmetic, load_problems, seen_in_training
+from unmask.lab.tasks.math.prompting import IGNORED, Completions, PadRight, Prompter
+from unmask.lab.tasks.math.solve import Solved, SolveSettings, solve
+from unmask.lab.tasks.protocol import Kind, Request, Scored, Stage
+from unmask.lab.tasks.splits import evaluate_splits
+from unmask.lab.training.config import TrainConfig
+
+SOLVED = "solved"  # the folder of per-item outputs in a run's folder
+_SOLVE_OPTIONS = ("prompt", "rule")
+_GENERATION_OPTIONS = tuple(
+    field.name for field in fields(GenerationSettings) if field.name not in ("batch_size", "stop")
+)
+
+
+def predicted(logits: Any, labels: Tensor) -> Tensor:
+    """The most likely token at each place, int64 of shape (rows, length): what is kept of the logits along the run."""
+    scores: Tensor = logits[0] if isinstance(logits, tuple) else logits
+    return scores.argmax(-1)
+
+
+def token_accuracy(guesses: Any, labels: Any) -> float:
+    """The share of the completions' tokens that the model finds most likely, given what stands before them.
+
+    Args:
+        guesses: int of shape (rows, length): at place t, the guess for the token at t + 1.
+        labels: Likewise the tokens; `IGNORED` where nothing is to be guessed.
+
+    Example:
+        >>> token_accuracy(np.array([[7, 8, 9]]), np.array([[-100, 7, 5]]))
+        0.5
+    """
+    wanted, guessed = np.asarray(labels)[:, 1:], np.asarray(guesses)[:, :-1]
+    counted = wanted != IGNORED
+    return float((guessed == wanted)[counted].mean())
+
+
+@dataclass(frozen=True)
+class GenerationPrepared:
+    """A `Prepared` of completions: their loss along the run, test sets solved after it where that is asked for."""
+
+    config: TrainConfig
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    train_set: Completions
+    held_out: Completions
+    collate: PadRight
+    notes: tuple[str, ...]
+    step_metric: str = "token_accuracy"
+
+    @property
+    def step_sets(self) -> Mapping[str, Dataset]:
+        return {"": self.held_out}  # the only one: its metrics have no name before theirs
+
+    def reduce_logits(self, logits: Any, labels: Any) -> Tensor:
+        return predicted(logits, labels)
+
+    def step_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        return {"token_accuracy": token_accuracy(prediction.predictions, prediction.label_ids)}
+
+    @property
+    def main_metric(self) -> str:
+        return "accuracy" if self.config.test_sets else "loss"
+
+    @property
+    def greater_is_better(self) -> bool:
+        return bool(self.config.test_sets)
+
+    def evaluate(self, trainer: Trainer, stage: Stage) -> dict[str, float]:
+        """Loss and token accuracy on the held-out problems; afterwards, the accuracy on each of ``test_sets`` and their mean."""
+
+        def scored(_: str, guesses: Any, labels: Any) -> Mapping[str, float]:
+            return {"token_accuracy": token_accuracy(guesses, labels)}
+
+        metrics = evaluate_splits(trainer, self.step_sets, scored, ("token_accuracy",), stage)
+        if stage == "before" or not self.config.test_sets or not is_main():  # the outputs are files
+            return metrics
+        solved = list(self._solve(trainer))
+        metrics |= {f"{one.name}_{key}": value for one in solved for key, value in one.metrics().items()}
+        return metrics | {"accuracy": mean_accuracy(solved)}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "generation",
+            "name": self.config.task,
+            "prompt": self.config.prompt,
+            "max_length": self.max_length,
+            "max_new_tokens": self.config.max_new_tokens,
+        }
+
+    def _solve(self, trainer: Trainer) -> Iterator[Solved]:
+        config, folder = self.config, Path(self.config.output) / SOLVED
+        settings = _settings(config)
+        identity = {"model": config.model, "trained": _trained(trainer)}
+        fresh = not is_of(folder, settings.identity(**identity))  # outputs of an earlier run in the same folder
+        return solve(trainer.model, self.tokenizer, settings, folder, identity, overwrite=fresh)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class GenerationTask:
+    """A `Task` of word problems: to train on, or to solve."""
+
+    name: str
+    data: ArithmeticData | None = None
+    request: Request | None = None
+    num_labels: None = None
+    label_names: None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.data.notes if self.data else ()
+
+    def prepare(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+    ) -> GenerationPrepared:
+        assert self.data is not None, "made by `load`"
+        length, prompter = longest_input(model, tokenizer, config.max_length), Prompter(tokenizer, config.prompt)
+        train = Completions(self.data.train, prompter, length, config.train_on_prompt)
+        held_out = Completions(self.data.held_out, prompter, length)
+        notes = [*_fitting_notes(train, length), *_overlap_notes(config, self.data)]
+        collate = PadRight(int(tokenizer.pad_token_id))  # type: ignore[arg-type]  # `load_base` sees to it
+        return GenerationPrepared(config, tokenizer, length, train, held_out, collate, tuple(notes))
+
+    def score(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any], batch_size: int
+    ) -> Iterator[Scored]:
+        """Solves the sets that were asked for; the mean over them comes last, where there are several."""
+        assert self.request is not None, "made by `reload`"
+        settings = _requested(described, self.request, batch_size)
+        output = self.request.output or _default_output(self.request)
+        solved = []
+        found = solve(
+            model,
+            tokenizer,
+            settings,
+            Path(output),
+            {"model": self.request.model, "delta": _file_digest(self.request.delta)},
+            overwrite=self.request.overwrite,
+            console=Console(stderr=True),
+        )
+        for one in found:
+            solved.append(one)
+            yield Scored(one.name, one.count, one.metrics())
+        if len(solved) > 1:
+            yield Scored("mean of the sets", sum(one.count for one in solved), {"accuracy": mean_accuracy(solved)})
+
+
+def mean_accuracy(solved: Sequence[Solved]) -> float:
+    """The mean over sets, each counting alike whatever its size."""
+    return sum(one.accuracy for one in solved) / len(solved)
+
+
+def load(config: TrainConfig) -> GenerationTask:
+    """Problems to train on; the test sets are looked for now, and not after hours of training."""
+    data = load_arithmetic(str(config.task), config.data_dir, held_out=config.held_out, seed=config.seed)
+    if config.test_sets:
+        for name in _settings(config).sets:
+            load_problems(name, "test", config.data_dir)
+    return GenerationTask(data.name, data)
+
+
+def reload(described: Mapping[str, Any], request: Request) -> GenerationTask:
+    """Test sets to solve: those asked for (comma-separated), else all six.
+
+    Raises:
+        ConfigError: A file instead of sets, an unknown set, or an option that there is not.
+    """
+    if request.data is not None:
+        raise ConfigError(
+            f"the delta solves word problems; give --task with some of {', '.join(TEST_SETS)}, not --data."
+        )
+    _requested(described, request, 1)
+    return GenerationTask(str(described["name"]), request=request)
+
+
+def _settings(config: TrainConfig) -> SolveSettings:
+    generation = GenerationSettings(max_new_tokens=config.max_new_tokens, batch_size=config.test_batch_size)
+    return SolveSettings(config.test_sets, config.data_dir, config.prompt, config.test_limit, generation=generation)
+
+
+def _requested(described: Mapping[str, Any], request: Request, batch_size: int) -> SolveSettings:
+    sets = tuple(name.strip() for name in request.task.split(",")) if request.task else TEST_SETS
+    trained = {key: described[key] for key in ("prompt", "max_new_tokens") if key in described}
+    options = trained | dict(request.options)
+    unknown = sorted(set(options) - {*_SOLVE_OPTIONS, *_GENERATION_OPTIONS})
+    if unknown:
+        raise ConfigError(
+            f"unknown setting {unknown[0]!r}; word problems have {', '.join((*_SOLVE_OPTIONS, *_GENERATION_OPTIONS))}."
+        )
+    generation = {key: _number(key, options.pop(key)) for key in _GENERATION_OPTIONS if key in options}
+    return SolveSettings(
+        sets,
+        request.data_dir,
+        limit=request.limit,
+        generation=GenerationSettings(batch_size=batch_size, **generation),
+        **options,
+    )
+
+
+def _number(key: str, value: Any) -> Any:
+    kind = type(getattr(GenerationSettings(), key))
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise ConfigError(f"{key} = {value!r} is no {kind.__name__}.") from error
+
+
+def _default_output(request: Request) -> Path:
+    if request.delta is not None:
+        return Path(request.delta).parent / SOLVED
+    return Path("runs") / SOLVED / Path(request.model).name
+
+
+def _file_digest(path: str | None) -> str | None:
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _trained(trainer: Trainer) -> str:
+    """A digest of what was trained."""
+    parameters: list[Tensor] = [p for group in trainer.optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
+    return hashlib.sha256(" ".join(digest(p.detach()) for p in parameters).encode()).hexdigest()
+
+
+def _fitting_notes(train: Completions, length: int) -> list[str]:
+    notes = []
+    if train.fitted.dropped:
+        notes.append(
+            f"{train.fitted.dropped:,} problems are left out: their prompts alone have {length} tokens or more."
+        )
+    if train.fitted.cut:
+        notes.append(f"{train.fitted.cut:,} of {len(train):,} solutions are cut at {length} tokens (max_length).")
+    return notes
+
+
+def _overlap_notes(config: TrainConfig, data: ArithmeticData) -> list[str]:
+    """Which test sets the training data give away; published Math10K holds test questions."""
+    notes = []
+    for name in TEST_SETS if config.data_dir else ():
+        try:
+            test = load_problems(name, "test", config.data_dir)
+        except DataError:
+            continue
+        seen = seen_in_training([*data.train, *data.held_out], test)
+        if seen:
+            notes.append(
+                f"{seen:,} of {len(test):,} questions of {name} are in the training data: its score is too good."
+            )
+    return notes
+
+
+GENERATION = Kind("generation", load, reload, eval_batches=1)

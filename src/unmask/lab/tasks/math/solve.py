@@ -1,0 +1,251 @@
+"""Solving word problems by generation: per-item outputs on disk, a progress bar, and a run that a kill does not lose."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unmask.errors import ConfigError, DataError
+from unmask.files import write_json
+from unmask.lab.tasks.math.answers import RULES, Rule, extract, is_right
+from unmask.lab.tasks.math.generate import Generated, GenerationSettings, generate
+from unmask.lab.tasks.math.outputs import OutputFile, claim
+from unmask.lab.tasks.math.problems import TEST_SETS, Problem, load_problems
+from unmask.lab.tasks.math.prompting import Prompter
+from unmask.reading import fields, plain, read_json, refusing, text
+
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class SolveSettings:
+    """What to solve, and how.
+
+    Attributes:
+        sets: Names of test sets.
+        data_dir: Their folder; None for the hub (gsm8k alone).
+        prompt: ``"alpaca"``, ``"chat"``, or the path of a template.
+        limit: Only the first so many problems of each set.
+        rule: How answers are read: see `unmask.lab.tasks.math.answers`.
+        generation: How to generate.
+
+    Raises:
+        ConfigError: An unknown set or rule, or a limit below 1.
+    """
+
+    sets: tuple[str, ...]
+    data_dir: str | None = None
+    prompt: str = "alpaca"
+    limit: int | None = None
+    rule: Rule = "marked"
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.sets if name not in TEST_SETS]
+        if unknown or not self.sets:
+            raise ConfigError(f"test sets {', '.join(unknown) or '(none)'}: they must be of {', '.join(TEST_SETS)}.")
+        if self.rule not in RULES:
+            raise ConfigError(f"rule = {self.rule!r}; it must be one of {', '.join(RULES)}.")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit = {self.limit}; it must be 1 or more, or none for all problems.")
+
+    def identity(self, **model: Any) -> dict[str, Any]:
+        """What decides the outputs, as JSON values. Not the batch size: it changes them by rounding only."""
+        generation = self.generation.describe()
+        del generation["batch_size"]
+        return {**model, "prompt": self.prompt, "generation": generation}
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The outcome on one test set.
+
+    Attributes:
+        name: Of the set.
+        count: Problems.
+        right: Right answers.
+        unanswered: Outputs without any answer.
+        cut: Outputs that reached the most tokens.
+    """
+
+    name: str
+    count: int
+    right: int
+    unanswered: int
+    cut: int
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers; an output without an answer is wrong."""
+        return self.right / self.count
+
+    def metrics(self) -> dict[str, float]:
+        """As fractions."""
+        return {
+            "accuracy": self.accuracy,
+            "unanswered": self.unanswered / self.count,
+            "cut": self.cut / self.count,
+        }
+
+
+def solve(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SolveSettings,
+    output: Path,
+    identity: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Iterator[Solved]:
+    """Solves test sets one after the other, keeping every output in ``output/SET.jsonl``, the outcomes in ``scores.json``.
+
+    What is in these files already is not generated again, so a run that was killed goes on where it was.
+
+    Args:
+        model: A causal LM.
+        tokenizer: Its tokenizer.
+        settings: What to solve.
+        output: Folder of the outputs.
+        identity: What tells this model from others, as JSON values: outputs of another one are refused.
+        overwrite: Delete the outputs that are there.
+        console: Where the progress bar is drawn.
+
+    Yields:
+        The outcome of each set, as soon as it is solved.
+
+    Raises:
+        ConfigError: The folder holds outputs of another model or other settings.
+        DataError: A test set that cannot be read.
+    """
+    prompter = Prompter(tokenizer, settings.prompt)
+    problems = {name: load_problems(name, "test", settings.data_dir)[: settings.limit] for name in settings.sets}
+    files = [*(f"{name}.jsonl" for name in TEST_SETS), SCORES]
+    claim(output, settings.identity(**identity), files, overwrite)
+    for name, wanted in problems.items():
+        solved = _solve_set(model, prompter, name, wanted, settings, OutputFile(output / f"{name}.jsonl"), console)
+        _note(output / SCORES, solved)
+        yield solved
+
+
+def _solve_set(
+    model: PreTrainedModel,
+    prompter: Prompter,
+    name: str,
+    problems: Sequence[Problem],
+    settings: SolveSettings,
+    file: OutputFile,
+    console: Console | None,
+) -> Solved:
+    prompts = [prompter.text(problem) for problem in problems]
+    with refusing(DataError, repr(str(file.path)), "Delete the file, or give another --output."):
+        held = {number: _WRITTEN(row, f"row {number}") for number, row in file.read().items()}
+    rows = {number: _scored(row, settings.rule) for number, row in held.items()}
+    _check(rows, prompts, file.path)
+    todo = [number for number in range(len(problems)) if number not in rows]
+    with _Bar(name, len(problems), console) as bar:
+        bar.show([rows[number] for number in range(len(problems)) if number in rows])
+        ids = [prompter.prompt_ids(problems[number]) for number in todo]
+        for places, written in generate(model, prompter.tokenizer, ids, settings.generation):
+            numbers = [todo[place] for place in places]
+            batch = file.append(
+                [
+                    _scored(_row(name, number, problems[number], prompts[number], made), settings.rule)
+                    for number, made in zip(numbers, written, strict=True)
+                ]
+            )
+            rows |= {row["row"]: row for row in batch}
+            bar.show(batch)
+    file.rewrite(rows)  # in order, with the answers as they are read now
+    return _outcome(name, [rows[number] for number in range(len(problems))])
+
+
+_WRITTEN = fields({**dict.fromkeys(("prompt", "generated", "finish", "kind"), text), "gold": plain})
+
+
+def _row(name: str, number: int, problem: Problem, prompt: str, generated: Generated) -> dict[str, Any]:
+    return {
+        "id": f"{name}-{number}",
+        "row": number,
+        "prompt": _digest(prompt),
+        "question": problem.question,
+        "generated": generated.text,
+        "tokens": generated.tokens,
+        "finish": generated.finish,
+        "gold": problem.answer,
+        "kind": problem.kind,
+    }
+
+
+def _scored(row: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+    """A row with its answer read anew: texts are costly, reading them is not."""
+    extracted = extract(row["generated"], row["kind"], rule)
+    return {**row, "extracted": extracted, "right": is_right(extracted, row["gold"], row["kind"])}
+
+
+def _check(rows: Mapping[int, Mapping[str, Any]], prompts: Sequence[str], path: Path) -> None:
+    for number, prompt in enumerate(prompts):
+        if number in rows and rows[number].get("prompt") != _digest(prompt):
+            raise ConfigError(
+                f"{str(path)!r} holds an output for another prompt in row {number}: the data or the template have changed; give "
+                "another --output, or --overwrite."
+            )
+
+
+def _outcome(name: str, rows: Sequence[Mapping[str, Any]]) -> Solved:
+    return Solved(
+        name,
+        len(rows),
+        sum(row["right"] for row in rows),
+        sum(row["extracted"] is None for row in rows),
+        sum(row["finish"] == "length" for row in rows),
+    )
+
+
+def _note(path: Path, solved: Solved) -> None:
+    """Puts a set's outcome down beside those of other sets."""
+    with refusing(DataError, repr(str(path)), "Delete it, or give another --output."):
+        held = fields({})(read_json(path), "the scores") if path.is_file() else {}
+    scores = held | {solved.name: {**asdict(solved), "accuracy": solved.accuracy}}
+    write_json(path, scores, indent=2)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _Bar:
+    """A progress bar of problems, with the share of right answers so far."""
+
+    def __init__(self, name: str, total: int, console: Console | None) -> None:
+        self._done = self._right = 0
+        self._bar = Progress(
+            TextColumn(name),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("right {task.fields[right]}"),
+            TimeRemainingColumn(),
+            console=console or Console(stderr=True),
+        )
+        self._task = self._bar.add_task(name, total=total, right="-")
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Counts rows in."""
+        self._done += len(rows)
+        self._right += sum(row["right"] for row in rows)
+        share = f"{self._right / self._done:.1%}" if self._done else "-"
+        self._bar.update(self._task, completed=self._done, right=share)

@@ -1,0 +1,111 @@
+"""The GLUE tasks (Wang et al., 2018, arXiv 1804.07461): the table, and loading by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from unmask.errors import DataError
+from unmask.lab.tasks.hub import load_splits, split_table
+from unmask.lab.tasks.text.data import Examples, TaskData, TaskSpec, examples
+from unmask.lab.tasks.text.glue_files import load_folder
+from unmask.lab.tasks.text.spec import HubSource
+
+_HUB = "nyu-mll/glue"
+_NLI2 = ("entailment", "not_entailment")
+_NLI3 = ("entailment", "neutral", "contradiction")
+_PAIR = ("sentence1", "sentence2")
+_CORRELATIONS = ("pearson_spearman", "pearson", "spearman")
+_TWO_DEVS = (("validation_matched", "dev_matched"), ("validation_mismatched", "dev_mismatched"))
+
+
+def _spec(
+    name: str,
+    texts: tuple[str, ...],
+    labels: tuple[str, ...] | None,
+    metrics: tuple[str, ...],
+    evals: tuple[tuple[str, str], ...] = (("validation", "dev"),),
+) -> TaskSpec:
+    """A task whose main metric is the first, and whose columns are named as on the hub; without labels STS-B's range."""
+    source = HubSource(_HUB, name, texts, evals=evals)
+    if labels is None:
+        return TaskSpec(name, texts, 1, None, metrics, metrics[0], label_range=(0.0, 5.0), hub=source)
+    return TaskSpec(name, texts, len(labels), labels, metrics, metrics[0], hub=source)
+
+
+GLUE: Mapping[str, TaskSpec] = {
+    spec.name: spec
+    for spec in (
+        _spec("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
+        _spec("sst2", ("sentence",), ("negative", "positive"), ("accuracy",)),
+        _spec("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+        _spec("rte", _PAIR, _NLI2, ("accuracy",)),
+        _spec("stsb", _PAIR, None, _CORRELATIONS),
+        _spec("qnli", ("question", "sentence"), _NLI2, ("accuracy",)),
+        _spec("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+        _spec("mnli", ("premise", "hypothesis"), _NLI3, ("accuracy",), _TWO_DEVS),
+    )
+}
+
+# Training and development examples (MNLI: matched, mismatched), as the hub has them.
+_OFFICIAL: Mapping[str, Mapping[str, int]] = {
+    "cola": {"train": 8_551, "dev": 1_043},
+    "sst2": {"train": 67_349, "dev": 872},
+    "mrpc": {"train": 3_668, "dev": 408},
+    "rte": {"train": 2_490, "dev": 277},
+    "stsb": {"train": 5_749, "dev": 1_500},
+    "qnli": {"train": 104_743, "dev": 5_463},
+    "qqp": {"train": 363_846, "dev": 40_430},
+    "mnli": {"train": 392_702, "dev_matched": 9_815, "dev_mismatched": 9_832},
+}
+
+
+def load_glue(name: str, data_dir: str | Path | None = None, *, need_train: bool = True) -> TaskData:
+    """Loads a GLUE task's training and development splits.
+
+    Args:
+        name: cola, mnli, mrpc, qnli, qqp, rte, sst2 or stsb.
+        data_dir: The folder that holds the tasks' folders (``CoLA``, ``SST-2``, ...), or the task's own: ``train.tsv`` and
+            ``dev.tsv`` (``dev_matched.tsv`` and ``dev_mismatched.tsv`` for MNLI), or ``.json`` files of
+            ``{"0": {"text_a", "text_b", "label"}}``. None: the Hugging Face hub.
+        need_train: False, to evaluate: let the folder lack the training file, and the training split be empty.
+
+    Returns:
+        Evaluation splits ``dev``, or ``dev_matched`` and ``dev_mismatched``. Labels have the hub's ids. A note says where a
+        split has not the official number of examples: its score is then not the task's official score.
+
+    Raises:
+        DataError: An unknown task, a missing folder or file, or a bad row.
+    """
+    if name not in GLUE:
+        raise DataError(f"unknown GLUE task {name!r}; there are {', '.join(sorted(GLUE))}.")
+    spec = GLUE[name]
+    train, evals, notes = _from_hub(spec) if data_dir is None else load_folder(spec, Path(data_dir), need_train)
+    return TaskData(spec, train, evals, (*notes, *_unofficial(name, {"train": train, **evals})))
+
+
+def _from_hub(spec: TaskSpec) -> tuple[Examples, dict[str, Examples], tuple[str, ...]]:
+    hub = spec.hub
+    if hub is None:
+        raise DataError(f"task {spec.name!r} is not on the hub; give its files with data_dir.")
+    splits = load_splits(hub.path, hub.config, "give the folder of the task's files with data_dir")
+    source = f"{hub.path}:{hub.config}"
+
+    def split(name: str) -> Examples:
+        table = split_table(splits, name, source, (*hub.texts, hub.label))
+        return examples(spec, table, hub.texts, hub.label, keep_empty=spec.name == "qqp")
+
+    return split(hub.train), {ours: split(theirs) for theirs, ours in hub.evals}, ()
+
+
+def _unofficial(name: str, splits: Mapping[str, Examples]) -> tuple[str, ...]:
+    """A note where a loaded split is a sample, or another version, of the official one."""
+    official = _OFFICIAL[name]
+    other = [
+        f"{split} has {len(found):,} examples (official: {format(official[split], ',') if split in official else 'none'})"
+        for split, found in splits.items()
+        if len(found) and len(found) != official.get(split)
+    ]
+    if not other:
+        return ()
+    return (f"not the official {name} data: {'; '.join(other)}; do not report the score as the official one",)

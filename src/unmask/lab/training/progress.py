@@ -1,0 +1,173 @@
+"""What a run shows while it trains: one live line, and a file of metrics."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from unmask.analysis import snapshot
+from unmask.files import append_json
+from unmask.selection.selection import Selection
+
+
+class LiveProgress(TrainerCallback):
+    """A progress bar with the loss, the unmasked share of the budget, and the last metric.
+
+    Args:
+        selection: The run's selection.
+        metric: Name of the main metric, without the Trainer's ``eval_`` prefix.
+        console: Where to draw.
+    """
+
+    def __init__(self, selection: Selection, metric: str, console: Console) -> None:
+        self._selection, self._metric = selection, metric
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]} · unmasked {task.fields[used]} · {task.fields[metric]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("training", total=1, loss="-", used="-", metric=f"{metric} -")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
+        self._bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        kept = self._selection.method.leaving == "kept"  # what was ever tuned grows past the budget
+        used = (
+            f"{self._selection.used:,} {'at' if kept else 'of'} {self._selection.budget:,}{' a step' if kept else ''}"
+        )
+        self._bar.update(self._task, completed=state.global_step, used=used)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self._bar.update(self._task, loss=f"{float(logs['loss']):.4f}")
+        if f"eval_{self._metric}" in logs:
+            self._bar.update(self._task, metric=f"{self._metric} {float(logs[f'eval_{self._metric}']):.4f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the live line, if it is still up."""
+        self._bar.stop()
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log of the Trainer to ``metrics.jsonl``, with the selection's state at that step.
+
+    The rows with keys that begin with ``eval_`` are the run's curve: ``step``, ``used`` (weights unmasked by then), and the
+    loss and metrics of the evaluation as ``eval_loss``, ``eval_accuracy`` ..., or with the split's name, where there are
+    several, as ``eval_dev_loss`` ... (a row for each split, but one for all at step 0).
+    """
+
+    def __init__(self, path: Path, selection: Selection) -> None:
+        self._path, self._selection = path, selection
+
+    def start(self, before: Mapping[str, float]) -> None:
+        """Writes the first point of the curve: the metrics before training, at step 0."""
+        self._append({"step": 0, "epoch": 0, "used": 0, **{f"eval_{name}": value for name, value in before.items()}})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._append({"step": state.global_step, "epoch": state.epoch, "used": self._selection.used, **(logs or {})})
+
+    def _append(self, row: dict[str, Any]) -> None:
+        append_json(self._path, row)
+
+
+class AllocationFile(TrainerCallback):
+    """Appends where the unmasked weights are (`unmask.analysis.snapshot`) to ``allocation.jsonl``.
+
+    After the first step, with every evaluation, and at the end: a line a step at most.
+    """
+
+    def __init__(self, path: Path, selection: Selection) -> None:
+        self._path, self._selection = path, selection
+        self._written = -1
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._path.is_file():  # a run that goes on: its checkpoint's step may have a line
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            self._written = json.loads(lines[-1])["step"] if lines else -1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == 1 or state.global_step == state.max_steps:
+            self._append()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._append()
+
+    def _append(self) -> None:
+        if self._written == self._selection.step or not self._selection.step:
+            return
+        self._written = self._selection.step
+        append_json(self._path, snapshot(self._selection))
+
+
+class StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C finishes the step, saves a checkpoint and stops; a second one stops at once.
+
+    Attributes:
+        interrupted: Whether that happened.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._before: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Gives Ctrl-C back to whoever had it."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        self.restore()

@@ -1,0 +1,380 @@
+"""The run that a command-line user gets: a task, a base model, a selection, transformers' Trainer underneath."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+
+from unmask.delta.delta import SparseDelta
+from unmask.distributed.processes import is_main, launched
+from unmask.errors import ConfigError, UnmaskError
+from unmask.files import check_folder, write_json
+from unmask.integrations.checkpoints import Checkpoint, differences
+from unmask.integrations.trainer import SelectiveTrainer
+from unmask.lab.inside import Inserted, insert, require
+from unmask.lab.models import load_base, quiet
+from unmask.lab.tasks.protocol import Prepared
+from unmask.lab.tasks.registry import kind_for
+from unmask.lab.training.config import TrainConfig
+from unmask.lab.training.presets import into_from, method_from, optimizer_from, with_rates
+from unmask.lab.training.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
+from unmask.lab.training.run_folder import RunFolder
+from unmask.methods.scopes import exactly
+from unmask.selection.select import select
+from unmask.selection.selection import Selection
+
+
+class InterruptedRunError(UnmaskError):
+    """The run was stopped by Ctrl-C; its last checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind; also written to ``summary.json``.
+
+    Attributes:
+        before: Metrics of each evaluation split before training.
+        after: The same afterwards.
+        delta: Path of the delta.
+        summary: Everything reported, as JSON values.
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+    delta: Path
+    summary: dict[str, Any]
+
+
+def planned_steps(config: TrainConfig, examples: int, processes: int = 1) -> int:
+    """T, the number of optimizer steps: ``max_steps``, or what the epochs make (an epoch's rest is a step of its own).
+
+    Each of several processes takes ``batch_size`` examples per forward, and others than the rest.
+
+    Example:
+        >>> planned_steps(TrainConfig(model="m", output="o", task="rte", budget="1%", epochs=2, batch_size=8), 100)
+        26
+    """
+    if config.max_steps is not None:
+        return config.max_steps
+    batches = math.ceil(examples / (config.batch_size * processes))
+    return math.ceil(config.epochs * math.ceil(batches / config.accumulation))
+
+
+def train(
+    config: TrainConfig, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> Outcome:
+    """Trains, and writes the delta, the resolved configuration, the metrics and a summary into ``config.output``.
+
+    Args:
+        config: The run.
+        resume: Continue from the last whole checkpoint in ``config.output``. A finished run is left as it is.
+        overwrite: Start anew although ``config.output`` holds a run.
+        console: Where to report; None for standard output (of several processes, that of the first).
+
+    Returns:
+        What the run left behind. Of several processes the first alone writes and has a summary; ``{}`` in the others.
+
+    Raises:
+        ConfigError: The output folder holds a run already, or none to resume, or one of other settings, or another process
+            trains there.
+        InterruptedRunError: Ctrl-C; the last checkpoint is kept.
+        WriteError: The disk is full, or refuses a file; the last checkpoint is kept.
+        UnmaskError: Any other refusal, with what to do.
+    """
+    console = console or Console(quiet=not is_main())
+    folder = RunFolder(check_folder(config.output))
+    with folder.held():
+        start = folder.check(config, resume, overwrite)
+        if start.summary is not None:
+            return _finished(folder, start.summary, console)
+        _note(console, start.notes)
+        try:
+            run = _Run(set_up(config, console), folder, console)
+        except KeyboardInterrupt:
+            raise InterruptedRunError(
+                f"interrupted before training started; {config.output!r} is as it was. Start again with the same command."
+            ) from None
+        if start.checkpoint is not None:
+            folder.refuse_other_settings(run.config, start)
+            _refuse_other_data(start.checkpoint, run.settings)
+        try:
+            if is_main():
+                folder.open(start, run.config)
+            return run.go(start.checkpoint)
+        except KeyboardInterrupt:  # outside the steps, where it does not end the run at once
+            raise InterruptedRunError(f"interrupted. {folder.how_to_go_on()}") from None
+
+
+def _finished(folder: RunFolder, summary: Mapping[str, Any], console: Console) -> Outcome:
+    console.print(
+        f"the run in {str(folder.path)!r} is finished: {summary['steps']:,} steps, nothing is left to do\n"
+        f"after:  {_line(summary['after'])}\n"
+        f"delta:  {folder.delta} ({folder.delta.stat().st_size:,} bytes)"
+    )
+    return Outcome(summary["before"], summary["after"], folder.delta, dict(summary))
+
+
+def _refuse_other_data(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
+    sealed = checkpoint.settings or {}
+    names = [name for name in ("steps", "examples", "data") if name in sealed]
+    lines = differences({name: sealed[name] for name in names}, {name: settings[name] for name in names})
+    if lines:
+        raise ConfigError(
+            f"the training data are not those that {str(checkpoint.path)!r} was trained on (then -> now): {'; '.join(lines)}. "
+            "Bring the data back, or start a run of its own with another --output."
+        )
+
+
+def _sample(examples: Any, most: int = 64) -> str:
+    """A digest of up to ``most`` examples, evenly spaced: whether training data are the same."""
+    count = len(examples)
+    places = range(0, count, max(1, -(-count // most)))
+    text = json.dumps([examples[i] for i in places], default=lambda value: value.tolist(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The parts of a run before its first step.
+
+    Attributes:
+        config: The run, as it was asked for.
+        task: The task's name.
+        prepared: The task, made ready for the model.
+        base: The model, with what the run adds to it.
+        steps: T, the number of optimizer steps.
+        selection: The selection, live.
+    """
+
+    config: TrainConfig
+    task: str
+    prepared: Prepared
+    base: Inserted
+    steps: int
+    selection: Selection
+
+    def delta(self, **more: Any) -> SparseDelta:
+        """Records what the selection has changed by now, with the metadata that ``unmask eval`` and ``unmask apply`` need.
+
+        Args:
+            **more: Further metadata, as JSON values.
+        """
+        into = into_from(self.config)
+        inside = {} if into is None else {"into": into.describe()}
+        delta = self.selection.delta(self.config.model, order=self.config.order)
+        return delta.with_metadata(task=self.prepared.describe(), **inside, **more)
+
+
+def set_up(config: TrainConfig, console: Console) -> Setup:
+    """Loads the data and the base of a run and selects from it: the same from the same configuration, each time.
+
+    Args:
+        config: The run.
+        console: Where to report what the user should know of the data.
+
+    Raises:
+        UnmaskError: The run cannot work.
+    """
+    into, kind = into_from(config), kind_for(config)
+    if into is not None:
+        require(into)
+    task = kind.load(config)
+    _note(console, task.notes)
+    model, tokenizer, missing = load_base(config.model, task.num_labels, config.seed, kind.head, task.label_names)
+    prepared = task.prepare(model, tokenizer, config)
+    _note(console, prepared.notes)
+    # the base itself: the budget's scope is the method's, and all that the checkpoint lacks is a head
+    base = Inserted(model, [], missing, missing) if into is None else insert(model, into, missing, config.seed)
+    steps = planned_steps(config, len(prepared.train_set), launched())  # type: ignore[arg-type]
+    if launched() > 1:  # the run's configuration means as many steps, however many processes go on with it
+        config = replace(config, max_steps=steps)
+    set_seed(config.seed)
+    if config.gradient_checkpointing:
+        # transformers 5.23 renamed it; 4.57 has the old name alone
+        enable = (
+            getattr(base.model, "activation_checkpointing_enable", None) or base.model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    return Setup(config, task.name, prepared, base, steps, _select(config, prepared, base, steps))
+
+
+def _select(config: TrainConfig, prepared: Prepared, base: Inserted, steps: int) -> Selection:
+    head = exactly(base.head)
+    loader = DataLoader(prepared.train_set, config.batch_size, shuffle=True, collate_fn=prepared.collate)
+    return select(
+        base.model,
+        method_from(config, steps, loader),
+        include=config.include or exactly(base.added) or None,
+        exclude=config.exclude or None,
+        dense=[p for given in config.dense for p in (head if given == "new" else [given])] or None,
+        new=exactly(base.new),
+    )
+
+
+def _note(console: Console, notes: Iterable[str]) -> None:
+    for note in notes:
+        console.print(f"note: {note}")
+
+
+class _Run:
+    """One training run in the making: everything that `train` composes."""
+
+    def __init__(self, setup: Setup, folder: RunFolder, console: Console) -> None:
+        model: PreTrainedModel = setup.base.model
+        self.setup, self.prepared, self.selection, self.model = setup, setup.prepared, setup.selection, model
+        self.folder, self.console = folder, console
+        self.head_names = set(setup.base.head)
+        self.head = sum(p.numel() for name, p in model.named_parameters() if name in self.head_names)
+        self.config = with_rates(setup.config, self.selection, self._weights(), self.head_names)
+        self.interrupt = StopOnInterrupt()
+        self.progress = LiveProgress(self.selection, self.prepared.step_metric, console)
+        self.metrics = MetricsFile(folder.metrics, self.selection)
+        self.allocation = AllocationFile(folder.allocation, self.selection)
+        self.settings = {
+            "config": asdict(self.config),
+            "steps": setup.steps,
+            "examples": len(self.prepared.train_set),  # type: ignore[arg-type]
+            "data": _sample(self.prepared.train_set),
+        }
+        with quiet():
+            self.trainer = self._trainer()
+
+    def go(self, checkpoint: Checkpoint | None) -> Outcome:
+        before = self.prepared.evaluate(self.trainer, "before")
+        self._report_start(before)
+        if checkpoint:
+            self.console.print(f"continuing from {checkpoint.path}")
+        elif is_main():
+            self.metrics.start(before)
+        start = time.perf_counter()
+        try:
+            self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path))
+        except KeyboardInterrupt:
+            self.interrupt.interrupted = True
+        finally:
+            self.progress.stop()
+            self.interrupt.restore()
+        if self.interrupt.interrupted:
+            raise InterruptedRunError(f"interrupted. {self.folder.how_to_go_on()}")
+        seconds = time.perf_counter() - start
+        return self._finish(before, self.prepared.evaluate(self.trainer, "after"), seconds)
+
+    def _trainer(self) -> SelectiveTrainer:
+        config, prepared = self.config, self.prepared
+        optimizer = optimizer_from(config, self.selection, self.head_names)
+        sets = dict(prepared.step_sets)
+        trainer = SelectiveTrainer(
+            model=self.model,
+            selection=self.selection,
+            settings=self.settings,
+            args=_arguments(config, self.setup.steps, self.folder, bool(sets)),
+            train_dataset=prepared.train_set,
+            eval_dataset=sets.get("", sets or None),
+            data_collator=prepared.collate,
+            compute_metrics=prepared.step_metrics,
+            preprocess_logits_for_metrics=prepared.reduce_logits,
+            optimizers=(optimizer, None),
+            callbacks=[self.interrupt, *([self.progress, self.metrics, self.allocation] if is_main() else [])],
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _weights(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def _report_start(self, before: dict[str, float]) -> None:
+        selection, total, config = self.selection, self._weights(), self.config
+        extra = f", and {selection.dense_numel:,} outside the budget (dense)" if selection.dense_numel else ""
+        apart = f" (dense {config.dense_lr:.3g})" if extra and config.dense_lr not in (None, config.lr) else ""
+        self.console.print(
+            f"{selection.method.name}: {selection.budget:,} of {total:,} weights ({selection.budget / total:.3%}){extra}; "
+            f"{self.setup.steps:,} steps of {config.batch_size * config.accumulation * launched()}, lr {config.lr:.3g}{apart}"
+        )
+        self.console.print("before: " + _line(before))
+
+    def _finish(self, before: dict[str, float], after: dict[str, float], seconds: float) -> Outcome:
+        if not is_main():
+            self.selection.release()
+            return Outcome(before, after, self.folder.delta, {})
+        delta = self.setup.delta(after=after)
+        path = delta.save(self.folder.delta)
+        summary = self._summary(before, after, seconds, delta, path)
+        write_json(self.folder.summary, summary, indent=2)
+        self.console.print("after:  " + _line(after))
+        self.console.print(f"delta:  {path} ({path.stat().st_size:,} bytes)")
+        self.selection.release()
+        return Outcome(before, after, path, summary)
+
+    def _summary(
+        self, before: dict[str, float], after: dict[str, float], seconds: float, delta: SparseDelta, path: Path
+    ) -> dict[str, Any]:
+        main = self.prepared.main_metric
+        return {
+            "task": self.setup.task,
+            "main_metric": main,
+            "main": after[main],
+            "greater_is_better": self.prepared.greater_is_better,
+            "method": self.selection.method.describe(),
+            "budget": self.selection.budget,
+            "used": self.selection.used,
+            "dense": self.selection.dense_numel,
+            "head": self.head,
+            "parameters": self._weights(),
+            "steps": self.selection.step,
+            "seconds": round(seconds, 2),
+            "before": before,
+            "after": after,
+            "delta_bytes": path.stat().st_size,
+            "delta_weights": len(delta),
+            "into": delta.metadata.get("into"),
+            "seed": self.config.seed,
+            "lr": self.config.lr,
+            "bias_correction": self.config.bias_correction,
+        }
+
+
+def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bool) -> TrainingArguments:
+    eval_strategy = "epoch" if config.eval_steps is None else "steps"
+    return TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=kind_for(config).eval_batches * config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=cast(float, config.lr),  # auto no more
+        warmup_steps=math.ceil(config.warmup * steps),
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        seed=config.seed,
+        eval_strategy=eval_strategy if evaluates else "no",
+        eval_steps=config.eval_steps,
+        save_strategy="steps" if config.save_steps or config.eval_steps else "epoch",
+        save_steps=config.save_steps or config.eval_steps or 500,
+        save_total_limit=config.keep_checkpoints,
+        logging_steps=config.logging_steps,
+        report_to=list(config.report_to) or "none",
+        # otherwise the Trainer multiplies the loss by the number of processes, for losses that count tokens: no other head's do
+        average_tokens_across_devices=kind_for(config).head == "generation",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _line(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+__all__ = ["InterruptedRunError", "Outcome", "Setup", "planned_steps", "set_up", "train"]

@@ -1,0 +1,1 @@
+"""The values that say what to unmask, when and where. Importing them needs no torch."""

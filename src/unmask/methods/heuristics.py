@@ -1,0 +1,231 @@
+"""Heuristics: what makes a scalar weight worth unmasking. Pure functions (weight, gradient) -> score.
+
+A higher score is unmasked first. Scores are float32 (float64 for float64 weights), of the weight's shape. A heuristic
+says what it ``needs``: ``"gradient"`` (of the very step), ``"weight"`` alone, ``"calibration"`` (an estimate made at
+``unmask.select``, see `unmask.calibration.estimates`), or ``"nothing"`` but a seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from unmask.errors import MethodError
+
+Needs = Literal["gradient", "weight", "calibration", "nothing"]
+Score = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Heuristic:
+    """A named score function with its parameters.
+
+    Attributes:
+        name: Name in the registry, e.g. ``"d3"``.
+        function: ``function(weight, gradient, **parameters) -> score``; tensors of one shape, any number of dimensions.
+        needs: What the score depends on; see the module's text.
+        parameters: Keyword arguments bound to the function, e.g. ``{"eps": 1.0, "exp": 2.0}``.
+        elementwise: Whether an entry's score depends on that entry alone. If not, the function sees whole tensors.
+        ceiling: ``ceiling(weight, **parameters) -> f`` with ``0 <= score <= f |g|`` for every entry of that block of
+            weights, rounding aside; None if there is no such bound. It lets most entries be passed over by ``|g|`` alone,
+            and says that a score of 0 tells nothing: such entries are not selected (see `floor`).
+    """
+
+    name: str
+    function: Score
+    needs: Needs = "gradient"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    elementwise: bool = True
+    ceiling: Callable[..., float] | None = None
+
+    @property
+    def floor(self) -> float:
+        """The score that an entry must exceed to be selected: 0 where a zero gradient makes the score 0, else -inf.
+
+        Example:
+            >>> heuristic("d3").floor, heuristic("magnitude").floor
+            (0.0, -inf)
+        """
+        return 0.0 if self.ceiling is not None and self.elementwise and self.needs == "gradient" else -math.inf
+
+    def bound(self, weight: Tensor) -> float | None:
+        """``f`` of ``0 <= score <= f |g|`` over a block of weights; None if there is none, or it is no finite number."""
+        if self.ceiling is None or not self.elementwise:
+            return None
+        factor = self.ceiling(weight, **self.parameters)
+        return factor if 0 < factor < math.inf else None
+
+    def score(self, weight: Tensor, gradient: Tensor | None, place: tuple[int, ...] = ()) -> Tensor:
+        """Scores one block of a tensor.
+
+        Args:
+            weight: Any shape and float dtype; bfloat16 and float16 are scored in float32.
+            gradient: Of the weight's shape; None for a heuristic that needs none.
+            place: Where the block stands (step, tensor, first position): seeds a random heuristic.
+
+        Returns:
+            Scores of shape ``weight.shape``, float32 (float64 for float64 weights).
+        """
+        if self.needs == "nothing":
+            return self.function(weight, _generator(self.parameters.get("seed", 0), *place))
+        gradient = None if gradient is None else _at_least_float32(gradient)
+        return self.function(_at_least_float32(weight), gradient, **self.parameters)
+
+
+def _generator(*seeds: int) -> torch.Generator:
+    digest = hashlib.blake2b(repr(seeds).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def d3(weight: Tensor, gradient: Tensor, eps: float = 1.0, exp: float = 2.0) -> Tensor:
+    """D3, eq. 1 of arXiv 2408.14470: ``|g| / (|w| + eps) ** exp``.
+
+    ``exp=0`` is the gradient's magnitude. The paper's Table 7a uses ``exp=2`` for NLU and NER and ``exp=0`` for
+    generation, with ``eps=1``; its Fig. 4 finds ``eps=0.5`` and ``exp=-1`` best. Theorem 1, that the root of the Fisher
+    information is at least the mean score, holds for ``eps >= 1`` and ``exp >= 0`` (docs/methods.md).
+
+    Example:
+        >>> d3(torch.tensor([0.0, 1.0]), torch.tensor([-1.0, 1.0])).tolist()
+        [1.0, 0.25]
+    """
+    if exp == 0:
+        return gradient.abs()
+    return gradient.abs() / (weight.abs() + eps) ** exp
+
+
+def _largest(weight: Tensor) -> float:
+    low, high = (x.item() for x in weight.aminmax())
+    return max(-low, high)  # NaN, if there is one
+
+
+def _d3_ceiling(weight: Tensor, eps: float = 1.0, exp: float = 2.0) -> float:
+    if exp == 0:
+        return 1.0
+    if eps <= 0:
+        return math.inf
+    return float(eps**-exp) if exp > 0 else float((_largest(weight) + eps) ** -exp)
+
+
+def gradient_magnitude(weight: Tensor, gradient: Tensor) -> Tensor:
+    """``|g|``."""
+    return gradient.abs()
+
+
+def snip(weight: Tensor, gradient: Tensor) -> Tensor:
+    """SNIP's connection sensitivity ``|g * w|`` (arXiv 1810.02340)."""
+    return (gradient * weight).abs()
+
+
+def small_magnitude(weight: Tensor, gradient: Tensor | None) -> Tensor:
+    """PaFi: the smallest weights first, ``-|w|`` (arXiv 2305.16742)."""
+    return -weight.abs()
+
+
+def large_magnitude(weight: Tensor, gradient: Tensor | None) -> Tensor:
+    """Magnitude pruning's order: the largest weights first, ``|w|``."""
+    return weight.abs()
+
+
+def calibrated(weight: Tensor, estimate: Tensor) -> Tensor:
+    """A score that was estimated before training, and arrives in the gradient's place."""
+    return estimate
+
+
+def random_score(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform scores in [0, 1), drawn on the CPU so that a seed means the same on every device."""
+    return torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)
+
+
+def constant(weight: Tensor, gradient: Tensor | None) -> Tensor:
+    """Every weight alike: ties then fall to tensor name order and flat index (BitFit under a budget)."""
+    return torch.zeros_like(weight)
+
+
+_REGISTRY: dict[str, Heuristic] = {
+    h.name: h
+    for h in (
+        Heuristic("d3", d3, ceiling=_d3_ceiling),
+        Heuristic("gradient", gradient_magnitude, ceiling=lambda weight: 1.0),
+        Heuristic("snip", snip, ceiling=_largest),
+        Heuristic("magnitude", small_magnitude, needs="weight"),
+        Heuristic("large_magnitude", large_magnitude, needs="weight"),
+        Heuristic("fisher", calibrated, needs="calibration"),  # arXiv 2111.09839
+        Heuristic("initial_snip", calibrated, needs="calibration"),  # arXiv 1810.02340
+        Heuristic("grasp", calibrated, needs="calibration"),  # arXiv 2002.07376
+        Heuristic("synflow", calibrated, needs="calibration"),  # arXiv 2006.05467
+        Heuristic("random", random_score, needs="nothing"),
+        Heuristic("constant", constant, needs="weight"),
+    )
+}
+
+
+def register_heuristic(name: str, function: Score, *, needs: Needs = "gradient", elementwise: bool = True) -> Heuristic:
+    """Registers your own heuristic under a name; returns it.
+
+    Args:
+        name: A new name; names in use are refused.
+        function: ``function(weight, gradient) -> score``, of the weight's shape, higher is unmasked first.
+        needs: ``"gradient"`` or ``"weight"``.
+        elementwise: False if a score depends on other entries of the tensor (row norms, say).
+
+    Raises:
+        MethodError: The name is taken, or ``needs`` is neither.
+
+    Example:
+        >>> wanda = register_heuristic("gradient_over_weight", lambda w, g: g.abs() / w.abs().clamp_min(1e-8))
+        >>> heuristic("gradient_over_weight") is wanda
+        True
+    """
+    if name in _REGISTRY:
+        raise MethodError(
+            f"heuristic {name!r} is already registered; take another name than {', '.join(heuristic_names())}."
+        )
+    if needs not in ("gradient", "weight"):
+        raise MethodError(f"needs = {needs!r}; a registered heuristic needs 'gradient' or 'weight'.")
+    _REGISTRY[name] = Heuristic(name, function, needs=needs, elementwise=elementwise)
+    return _REGISTRY[name]
+
+
+def heuristic(which: str | Heuristic, **parameters: Any) -> Heuristic:
+    """Looks a heuristic up by name and binds parameters.
+
+    Raises:
+        MethodError: No such heuristic, or no such parameter of it.
+
+    Example:
+        >>> heuristic("d3", exp=0.0).parameters
+        {'exp': 0.0}
+    """
+    if isinstance(which, str):
+        if which not in _REGISTRY:
+            raise MethodError(f"unknown heuristic {which!r}; there are {', '.join(heuristic_names())}.")
+        which = _REGISTRY[which]
+    if not parameters:
+        return which
+    allowed = ["seed"] if which.needs == "nothing" else list(inspect.signature(which.function).parameters)[2:]
+    unknown = sorted(parameters.keys() - set(allowed))
+    if unknown:
+        raise MethodError(
+            f"heuristic {which.name!r} has no parameter {unknown[0]!r}; it has {', '.join(allowed) or 'none'}."
+        )
+    for name, value in parameters.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise MethodError(f"heuristic {which.name!r} has {name} = {value!r:.80}; it must be a finite number.")
+    return dataclasses.replace(which, parameters={**which.parameters, **parameters})
+
+
+def heuristic_names() -> list[str]:
+    """Names of all registered heuristics, sorted."""
+    return sorted(_REGISTRY)

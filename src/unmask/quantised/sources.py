@@ -1,0 +1,299 @@
+"""Quantised weight matrices of other libraries: which there are, and how entries and rows of them are read.
+
+A *source* reads one layer's weight as float32 where it is asked to, and never as a whole. The libraries are known by the
+names of their classes, so that nothing of them is imported: what is read are the tensors that the layer keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from unmask.gradients.wrappers import named_parameters
+
+_REPACKS, _HELD = "support_avx512bf16_for_cpu", "_unmask_held"  # a Linear4bit's attribute; what it was before `hold`
+_ADVICE = "or leave it out with exclude="
+
+
+class Source(Protocol):
+    """One layer's quantised weight, read-only.
+
+    Attributes:
+        layer: The layer that holds it. What it keeps is looked up anew at every call: a layer may be moved.
+        hides_bias: Whether the layer hands its bias to an autograd Function itself, out of sight of taps.
+    """
+
+    layer: nn.Module
+    hides_bias: bool
+
+    @property
+    def kind(self) -> str:
+        """For reports and metadata."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer is."""
+
+    def rows(self, low: int, high: int) -> Tensor:
+        """(high - low, in) float32."""
+
+    def entries(self, flat: Tensor) -> Tensor:
+        """(m,) float32 at flat (row-major) indices."""
+
+    def stored(self) -> Mapping[str, Tensor]:
+        """The tensors that the layer keeps, and what else says how to read them: what makes this weight this weight."""
+
+    def hold(self) -> None:
+        """Keeps the layer from changing what it stores."""
+
+    def free(self) -> None:
+        """Ends `hold`."""
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A quantised weight that cannot be selected from.
+
+    Attributes:
+        reason: Why, and what to do: goes into error texts after the weight's name.
+    """
+
+    reason: str
+
+
+class Int8:
+    """bitsandbytes' Linear8bitLt: int8 in rows, and a scale per row."""
+
+    kind: str = "bitsandbytes int8"
+    hides_bias: bool = True  # MatMul8bitLt.apply(x, weight, out, bias, state)
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.layer.weight.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.weight.device
+
+    def rows(self, low: int, high: int) -> Tensor:
+        return self.layer.weight.data[low:high].float() * self._scales()[low:high, None]
+
+    def entries(self, flat: Tensor) -> Tensor:
+        return self.layer.weight.data.view(-1)[flat].float() * self._scales()[flat // self.shape[1]]
+
+    def stored(self) -> Mapping[str, Tensor]:
+        return {"weight": self.layer.weight.data, "SCB": _row_maxima(self.layer)}
+
+    def hold(self) -> None: ...
+
+    def free(self) -> None: ...
+
+    def _scales(self) -> Tensor:
+        return _row_maxima(self.layer).float() * (1.0 / 127.0)
+
+
+class FourBit:
+    """bitsandbytes' Linear4bit: two entries to a byte, a table of 16 values, a scale per block, itself quantised or not."""
+
+    hides_bias = False
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    @property
+    def kind(self) -> str:
+        return f"bitsandbytes {self.layer.weight.quant_state.quant_type}"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.layer.weight.quant_state.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.weight.device
+
+    def rows(self, low: int, high: int) -> Tensor:
+        columns = self.shape[1]
+        flat = torch.arange(low * columns, high * columns, device=self.device)
+        return self.entries(flat).view(high - low, columns)
+
+    def entries(self, flat: Tensor) -> Tensor:
+        state = self.layer.weight.quant_state
+        pair = self._bytes()[flat // 2]
+        code = torch.where(flat % 2 == 0, pair >> 4, pair & 15)  # the first of a pair is in the high bits
+        return state.code.index_select(0, code.int()).float() * self._scales(flat // state.blocksize)
+
+    def stored(self) -> Mapping[str, Tensor]:
+        state = self.layer.weight.quant_state
+        tensors = {"weight": self._bytes(), "absmax": state.absmax, "code": state.code}
+        if state.nested:
+            tensors |= {"absmax2": state.state2.absmax, "code2": state.state2.code, "offset": state.offset}
+        how = f"{state.quant_type} {tuple(state.shape)} {state.blocksize} {state.dtype}"
+        return tensors | {"how": torch.tensor(list(how.encode()), dtype=torch.uint8)}
+
+    def hold(self) -> None:
+        """On a CPU with AVX512-BF16, evaluation would repack the weight, round its scales, and end its gradients."""
+        own = self.layer.__dict__
+        if _REPACKS in own and _HELD not in own:
+            own[_HELD], own[_REPACKS] = own[_REPACKS], False
+
+    def free(self) -> None:
+        own = self.layer.__dict__
+        if _HELD in own:
+            own[_REPACKS] = own.pop(_HELD)
+
+    def _bytes(self) -> Tensor:
+        return self.layer.weight.data.view(torch.uint8).view(-1)
+
+    def _scales(self, blocks: Tensor) -> Tensor:
+        state = self.layer.weight.quant_state
+        if not state.nested:
+            return state.absmax[blocks].float()
+        outer = state.state2
+        code = outer.code.index_select(0, state.absmax[blocks].int())
+        return code.float() * outer.absmax[blocks // outer.blocksize].float() + state.offset
+
+
+class TorchaoInt8:
+    """torchao's Int8Tensor with weights only: int8, and a scale (and zero point) per row, per group or for all."""
+
+    kind: str = "torchao int8"
+    hides_bias = False
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.layer.weight.qdata.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.weight.qdata.device
+
+    def rows(self, low: int, high: int) -> Tensor:
+        row = torch.arange(low, high, device=self.device)[:, None]
+        column = torch.arange(self.shape[1], device=self.device)
+        return self._read(self.layer.weight.qdata[low:high], row, column)
+
+    def entries(self, flat: Tensor) -> Tensor:
+        columns = self.shape[1]
+        return self._read(self.layer.weight.qdata.reshape(-1)[flat], flat // columns, flat % columns)
+
+    def stored(self) -> Mapping[str, Tensor]:
+        weight = self.layer.weight
+        names = ("qdata", "scale", "zero_point")
+        how = f"{list(weight.block_size)} {weight.dtype}"
+        tensors = {name: part for name in names if (part := getattr(weight, name)) is not None}
+        return tensors | {"how": torch.tensor(list(how.encode()), dtype=torch.uint8)}
+
+    def hold(self) -> None: ...
+
+    def free(self) -> None: ...
+
+    def _read(self, codes: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        weight = self.layer.weight
+        block = row // weight.block_size[0], column // weight.block_size[1]
+        codes = codes.float()
+        if weight.zero_point is not None:
+            codes = codes - weight.zero_point[block].float()
+        return codes * weight.scale[block].float()
+
+
+def source_of(layer: nn.Module) -> Source | Unsupported | None:
+    """How a layer's weight is read; None if it is not quantised."""
+    weight: Any = layer._parameters.get("weight")  # not layer.weight, which may be computed
+    if weight is None:
+        return None
+    names = {kind.__name__ for kind in type(layer).__mro__ if kind.__module__.startswith("bitsandbytes.")}
+    if "Linear8bitLt" in names:
+        return _int8(layer, weight)
+    if "Linear4bit" in names:
+        return _four_bit(layer, weight)
+    if type(weight).__module__.startswith("torchao."):
+        return _torchao(layer, weight)
+    if type(weight).__module__.startswith("bitsandbytes."):
+        return Unsupported(
+            f"is in bitsandbytes' {type(layer).__name__}, which cannot be saved; keep that layer unquantised"
+        )
+    return None
+
+
+def sources(model: nn.Module) -> dict[str, Source | Unsupported]:
+    """The quantised weights of a model, by parameter name."""
+    holders: dict[int, list[nn.Module]] = {}
+    for layer in model.modules():
+        holders.setdefault(id(layer._parameters.get("weight")), []).append(layer)
+    found: dict[str, Source | Unsupported] = {}
+    for name, parameter in named_parameters(model).items():
+        layers = holders.get(id(parameter), [])
+        source = source_of(layers[0]) if layers else None
+        if source is not None:
+            found[name] = (
+                source if len(layers) == 1 else Unsupported(f"is quantised and shared by layers; {_ADVICE[3:]}")
+            )
+    return found
+
+
+def _int8(layer: Any, weight: Any) -> Source | Unsupported:
+    if layer.state.has_fp16_weights:
+        return Unsupported(f"keeps float weights; build its Linear8bitLt with has_fp16_weights=False, {_ADVICE}")
+    if weight.dtype != torch.int8 or _row_maxima(layer) is None:
+        return _unready()
+    return Int8(layer)
+
+
+def _four_bit(layer: Any, weight: Any) -> Source | Unsupported:
+    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    if state is None:
+        return _unready()
+    if hasattr(state, "packing_format_for_cpu"):  # set by the first repacking, and never taken away
+        return Unsupported(
+            "was evaluated before, and bitsandbytes then repacked it for this CPU and rounded its scales, so it is no longer "
+            f"the weight that was loaded; load the model again and evaluate it after unmask.select, {_ADVICE}"
+        )
+    if getattr(weight, "quant_state", None) is None:
+        weight.quant_state = state  # as the layer's own forward does
+    return FourBit(layer)
+
+
+def _torchao(layer: nn.Module, weight: Any) -> Source | Unsupported:
+    if not isinstance(layer, nn.Linear) or type(layer).__name__ == "NonDynamicallyQuantizableLinear":
+        return _no_linear(layer)
+    activations = getattr(weight, "act_quant_kwargs", None), getattr(weight, "act_pre_scale", None)
+    if type(weight).__name__ != "Int8Tensor" or weight.ndim != 2 or activations != (None, None):
+        return Unsupported(
+            f"is a torchao {type(weight).__name__}; only int8 weights with float activations (Int8WeightOnlyConfig) can be "
+            f"selected from: quantise it so, {_ADVICE}"
+        )
+    return TorchaoInt8(layer)
+
+
+def _unready() -> Unsupported:
+    return Unsupported(
+        "is not quantised yet; move the model to its device first, or, if it is a new head, keep it out of the quantisation "
+        f"(transformers: llm_int8_skip_modules=[...]), {_ADVICE}"
+    )
+
+
+def _no_linear(layer: nn.Module) -> Unsupported:
+    return Unsupported(
+        f"is quantised, and only linear layers can have a sidecar, no {type(layer).__name__}; {_ADVICE[3:]}"
+    )
+
+
+def _row_maxima(layer: Any) -> Any:
+    """Linear8bitLt's scales times 127: they move from the weight to the state in the first forward."""
+    own = getattr(layer.weight, "SCB", None)
+    return own if own is not None else layer.state.SCB

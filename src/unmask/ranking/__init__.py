@@ -1,0 +1,1 @@
+"""Finds the best scalar weights of a model, and keeps which slot holds which weight."""

@@ -1,0 +1,353 @@
+"""From the first backward after a step to the optimizer's next step: gradients of the slots, and a tentative selection.
+
+A selection made in a backward binds nobody until the optimizer steps: a dropped batch or a step that a GradScaler skips
+consumes no budget. Under gradient accumulation the selection of a window is
+
+- ``"candidates"``: ranked on the first micro-batch, of which the first ``4 u_t`` entries are kept; their gradients are
+  then summed over all micro-batches, and the best u_t by the summed gradient are unmasked. With one micro-batch this is
+  the exact selection. Gradients of what is unmasked are exact either way.
+- ``"exact"``: dense gradients are summed over the micro-batches of a selecting step (N numbers, as in full fine-tuning).
+
+Where repeat-S keeps what leaves (`unmask.Method.leaving`), ``values`` has a slot for every weight, and only the B picked have a
+gradient: at a step that selects it comes with the ranking, at the others from the entries of the last picks.
+
+Of several processes each has a window, and all have the same: every micro-batch's gradient of the slots is reduced before
+``values`` receives it, and the ranking is of the reduced gradient (see ``reducing.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from unmask.distributed.reducer import refuse_zero
+from unmask.errors import NonFiniteGradientError, SelectionError
+from unmask.gradients.entries import Entries
+from unmask.gradients.factors import Factors, as_dense, forget, gradient_at
+from unmask.gradients.norm import total_norm
+from unmask.gradients.taps import in_pieces, stale
+from unmask.gradients.writes import Writes
+from unmask.methods.method import Method
+from unmask.ranking.exchange import Ranking, Reducer
+from unmask.ranking.ledger import SlotTable
+from unmask.ranking.plan import Plan, Tentative
+from unmask.ranking.ranker import Ranker
+from unmask.ranking.topk import Ranked, in_order
+
+Accumulation = Literal["candidates", "exact"]
+Gradients = Literal["auto", "sampled", "dense"]
+OVERSAMPLE = 4  # candidates kept per entry to be unmasked
+
+
+class Window:
+    """Collects gradients between two optimizer steps; the receiver of the taps' gradients."""
+
+    def __init__(
+        self,
+        table: SlotTable,
+        values: nn.Parameter,
+        method: Method,
+        accumulation: Accumulation,
+        sampled: bool,
+        reducer: Reducer,
+        measured: bool = False,
+    ) -> None:
+        self.table, self.values, self.method, self.accumulation = table, values, method, accumulation
+        self.reducer = reducer
+        self.writes = Writes(values)
+        self.sampled = sampled  # whether a step that does not select asks for the entries of its slots only
+        self.measured = measured  # whether every step forms all gradients, for their norm
+        self.norm: Tensor | None = None  # 0-d: of all gradients so far, where they are measured
+        self.plan = Plan(0, 0, 0, 0, repeat=False)
+        self.tentative: Tentative | None = None
+        self.nonfinite: str | None = None
+        self._buffer: Tensor | None = None  # (B,) this backward's gradient of the slots
+        self._earlier: Tensor | None = None  # (B,) the earlier micro-batches' (repeat-S: a slot may change hands twice)
+        self._added: Tensor | None = None  # (c,) this backward's gradient of the candidates
+        self._ranker: Ranking | None = None
+        self._candidates: Ranked | None = None
+        self._by_tensor: dict[int, Entries] = {}  # the candidates; their places stand for slots
+        self._inside: dict[int, Entries] = {}  # of a known order, what this step trains; or the last picks
+        self._dense: dict[int, Tensor] = {}
+        self._norms: dict[int, Tensor] = {}
+        self._offered: set[int] = set()
+        self._open = torch.empty(0, dtype=torch.int64)  # slots that the newcomers may take
+
+    def start(self, plan: Plan) -> None:
+        """A new step's window."""
+        self.plan = plan
+        self._inside = {} if plan.picked is None or plan.selecting else self.table.entries(plan.picked)
+        self._clear()
+        self.tentative = None
+        if plan.selecting and plan.picked is None:
+            self._open = plan.open(self.values.device)
+
+    @property
+    def due(self) -> int:
+        """Slots in use once the step is made: what is planned, and once a backward has selected, what it found."""
+        return self.plan.due if self.tentative is None else self.plan.used + self.tentative.fresh
+
+    def wanted(self, index: int) -> bool:
+        """Whether the tensor's gradient is wanted; with nothing to train yet, all are, so that the loss has a graph."""
+        if self.plan.selecting or self.measured or self.plan.active == 0:
+            return True
+        return self._active(index) is not None
+
+    def entries(self, index: int) -> Entries | None:
+        """The entries whose gradient suffices; None: this step needs all of the tensor's gradient."""
+        if self.plan.selecting or not self.sampled:
+            return None
+        return self._active(index) or self._nothing(index)
+
+    def factored(self, index: int) -> bool:
+        """Whether the whole gradient may come as `Factors`."""
+        return self.sampled
+
+    def _active(self, index: int) -> Entries | None:
+        """The tensor's slots that this step trains, without those that it selects."""
+        if self.plan.picked is not None:
+            return self._inside.get(index)
+        members = self.table.members(index)
+        if members is None or self.plan.active >= self.table.held:
+            return members
+        if index not in self._inside:
+            self._inside[index] = members.below(self.plan.active)
+        inside = self._inside[index]
+        return inside if inside.flat.numel() else None
+
+    def _nothing(self, index: int) -> Entries:
+        none = torch.empty(0, dtype=torch.int64, device=self.values.device)
+        return self.table.layout.at(index, none, none)
+
+    def begin(self) -> None:
+        """A backward starts: a fresh window if ``values`` carries no gradient, else one more micro-batch."""
+        refuse_zero(self.values)
+        fresh = self._fresh()
+        self.reducer.begin(self.plan, fresh)
+        if self.measured and self.reducer.several:
+            raise SelectionError(
+                "clip_scope='all' needs the norm of the mean gradient of all processes, which is not exchanged; use "
+                "clip_scope='selected', whose norm is the same in all of them."
+            )
+        if fresh:
+            self.discard()
+        if self.norm is not None and self.accumulation != "exact":
+            raise _unmeasured()
+        self._buffer = torch.zeros_like(self.values)
+        if self.plan.selecting and self.accumulation == "candidates" and self._candidates is None:
+            self._ranker, self._offered = self._new_ranker(OVERSAMPLE * self.plan.newcomers), set()
+        if self._candidates is not None:
+            self._added = torch.zeros_like(self._candidates.payload)
+
+    def _fresh(self) -> bool:
+        gradient = self.values.grad
+        if self.measured and gradient is not None and self.plan.active + self.plan.newcomers == 0:
+            return False  # no slot is in use, so that zeros say nothing
+        return gradient is None or not gradient.any()
+
+    @torch.no_grad()
+    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
+        """One tensor's gradient: add what its slots get, rank the rest, let go.
+
+        Args:
+            index: The tensor.
+            gradient: Whole (dense, sparse in rows, or `Factors`), or (m,) at ``entries``.
+            entries: What the forward was told by `entries`.
+        """
+        if entries is not None:
+            self._add(entries, as_dense(gradient))
+            if self.plan.selecting:
+                raise stale()
+            return
+        if self.accumulation == "exact" and (self.plan.selecting or self.measured):
+            self._sum(index, as_dense(gradient))
+        if self.plan.selecting and not self.nonfinite:
+            try:
+                self._offer(index, gradient)
+            except NonFiniteGradientError as error:  # no error until the optimizer steps on a scaler's overflow
+                self.nonfinite = str(error)
+        active = self._active(index)
+        if active is not None:
+            self._add(active, gradient_at(gradient, active))
+        if self.measured and self.accumulation != "exact":
+            self._measure(index, as_dense(gradient))
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """The backward is complete: settle the tentative selection and hand the gradient to ``values``."""
+        forget()
+        buffer, self._buffer = self._buffer, None
+        if buffer is None:
+            return
+        if self.plan.active:
+            self.reducer.mean(buffer[: self.plan.active])  # only these slots received any
+        if self.measured:
+            self._close_measure()
+        if self.nonfinite:
+            buffer.fill_(torch.nan)
+        elif self.plan.selecting:
+            settle = self._settle if self.plan.picked is None else self._settle_kept
+            try:
+                with self.writes.own():
+                    settle(self._ranked(), buffer)
+            except NonFiniteGradientError as error:
+                self.nonfinite = str(error)
+                buffer.fill_(torch.nan)
+        with torch.enable_grad():
+            self.values.backward(buffer)
+
+    def abort(self) -> None:
+        """The backward died: its share is void. Earlier micro-batches stand, but for dense sums, which it has spoilt."""
+        forget()
+        self._buffer = self._ranker = self._added = None
+        self._offered, self._norms = set(), {}
+        if self._dense:
+            self.discard()
+            self.values.grad = None
+
+    def discard(self) -> None:
+        """Drops the tentative selection: nothing was consumed."""
+        if self.tentative is not None:
+            with torch.no_grad(), self.writes.own():
+                self.values[self.tentative.slots] = self.tentative.displaced
+        self.tentative = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.nonfinite = None
+        self._buffer = self._ranker = self._candidates = self._earlier = self._added = None
+        self._by_tensor, self._dense, self._offered = {}, {}, set()
+        self.norm, self._norms = None, {}
+
+    def _add(self, entries: Entries, gradient: Tensor) -> None:
+        if self._buffer is not None:
+            self._buffer.index_add_(0, entries.slots, gradient.to(self._buffer))
+
+    def _offer(self, index: int, gradient: Tensor | Factors) -> None:
+        if self._ranker is not None:
+            if index in self._offered:
+                raise in_pieces()
+            self._offered.add(index)
+            self._ranker.rank(index, gradient)
+        elif index in self._by_tensor and self._added is not None:
+            candidates = self._by_tensor[index]
+            self._added[candidates.slots] += gradient_at(gradient, candidates).to(self._added)
+
+    def _sum(self, index: int, gradient: Tensor) -> None:
+        gradient = gradient.to(self.values.dtype, copy=index not in self._dense)  # sums of bfloat16 would lose bits
+        self._dense[index] = self._dense[index].add_(gradient) if index in self._dense else gradient
+
+    def _measure(self, index: int, gradient: Tensor) -> None:
+        if index in self._norms:
+            raise in_pieces()
+        self._norms[index] = total_norm([gradient])
+
+    def _close_measure(self) -> None:
+        self.norm = total_norm(list((self._dense or self._norms).values())).to(self.values.device)
+        if not torch.isfinite(self.norm):
+            self.nonfinite = self.nonfinite or "the norm of the whole gradient is not finite"
+
+    def _ranked(self) -> Ranked:
+        """The first u_t entries by what has been summed so far."""
+        if self.accumulation == "exact":
+            ranker = self._new_ranker(self.plan.newcomers)
+            for index in sorted(self._dense):
+                ranker.rank(index, self._dense[index])
+            self._offer_untouched(ranker, set(self._dense))
+            return ranker.result()
+        if self._ranker is not None:
+            self._offer_untouched(self._ranker, self._offered)
+            ranked, self._ranker = self._ranker.result(), None
+            if ranked.positions.numel():  # else the next micro-batch is the first that ranks
+                self._candidates, self._by_tensor = ranked, dict(self.table.layout.entries(ranked.positions))
+            return ranked.first(self.plan.newcomers)
+        return self._rerank()
+
+    def _offer_untouched(self, ranker: Ranking, offered: set[int]) -> None:
+        """Tensors that the loss did not reach have a zero gradient, with which they take part."""
+        for index in range(len(self.table.layout.tensors)):
+            if index not in offered:
+                ranker.rank_zero(index)
+
+    def _rerank(self) -> Ranked:
+        """The candidates again, by their summed gradients (their first order, where a score needs whole tensors)."""
+        candidates = self._candidates
+        if candidates is None or self._added is None:
+            raise AssertionError("a further micro-batch has candidates")
+        self.reducer.mean(self._added)
+        candidates.payload.add_(self._added)
+        if self.method.by_entry:
+            heuristic = self.method.heuristic
+            weights = self.table.layout.read(candidates.positions, self.table.base.dtype)
+            candidates = in_order(candidates._replace(scores=heuristic.score(weights, candidates.payload)))
+            candidates = candidates.where(~(candidates.scores <= heuristic.floor))  # NaN stays, and is refused later
+        return candidates.first(self.plan.newcomers)
+
+    def _settle(self, ranked: Ranked, buffer: Tensor) -> None:
+        missing = self.plan.newcomers - ranked.positions.numel()
+        ranked, slots = self._exchanged(ranked)
+        # without an exchange only slots that hold nothing are open; to count them would make a GPU's host wait
+        fresh = int((slots >= self.plan.used).sum().item()) if self.plan.exchanging else slots.numel()
+        positions, payload = ranked.positions.to(buffer.device), ranked.payload.to(buffer)
+        gathered = buffer.clone() if self.plan.exchanging else None
+        if self.tentative is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
+            self.values[self.tentative.slots] = self.tentative.displaced
+            before = 0.0 if self._earlier is None else self._earlier[self.tentative.slots]
+            self.values.grad[self.tentative.slots] = before
+            self.values.grad[slots] = 0
+        if gathered is not None:
+            self._earlier = gathered if self._earlier is None else self._earlier + gathered
+        weights = self.table.layout.read(positions, self.values.dtype)
+        self.tentative = Tentative(slots, positions, weights, self.values[slots].clone(), fresh, missing)
+        self.values[slots] = weights
+        buffer[slots] = payload
+
+    def _settle_kept(self, ranked: Ranked, buffer: Tensor) -> None:
+        """Gives the picks a gradient, and nothing else; those that hold no slot yet get the next ones, in order of rank."""
+        if self.tentative is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
+            self.values[self.tentative.slots] = self.tentative.displaced
+            self.values.grad[self.tentative.picked] = 0  # the payload is of all micro-batches
+        positions = ranked.positions.to(buffer.device)
+        picked = self.table.find(positions)
+        entering = picked < 0
+        positions, missing = positions[entering], self.plan.newcomers - positions.numel()
+        slots = torch.arange(self.plan.used, self.plan.used + positions.numel(), device=buffer.device)
+        picked[entering] = slots
+        weights, displaced = self.table.layout.read(positions, self.values.dtype), self.values[slots].clone()
+        self.values[slots] = weights
+        buffer[picked] = ranked.payload.to(buffer)
+        stay = picked if picked.numel() else self.plan.picked  # no gradient at all: the picks stay
+        self.tentative = Tentative(slots, positions, weights, displaced, slots.numel(), missing, stay)
+
+    def _exchanged(self, ranked: Ranked) -> tuple[Ranked, Tensor]:
+        """What is not unmasked already, and the slots for it: of the open ones, those that what was best does not hold."""
+        if not self.plan.exchanging:  # the open slots hold nothing that could be among the best
+            return ranked, self._open[: ranked.positions.numel()]
+        held, best = self.table.positions[self._open], ranked.positions.to(self.table.positions.device)
+        entrants = ranked.where(~torch.isin(ranked.positions, held.to(ranked.positions.device)))
+        free, count = self._open[~torch.isin(held, best)], entrants.positions.numel()
+        if count < free.numel():  # too few have a gradient: what holds nothing goes first, and the rest stay
+            vacant = free >= self.plan.used
+            free = torch.cat([free[vacant], free[~vacant]])[:count].sort().values
+        return entrants, free
+
+    def _new_ranker(self, keep: int) -> Ranking:
+        new = functools.partial(
+            Ranker,
+            self.method.heuristic,
+            allocation=self.method.allocation,
+            keep=keep,
+            step=self.plan.step,
+            exclude_members=not self.plan.repeat,
+        )
+        return self.reducer.ranking(new, self.table)
+
+
+def _unmeasured() -> SelectionError:
+    return SelectionError(
+        "clip_scope='all' needs the norm of the sum of all micro-batches' gradients, which accumulation='candidates' does not "
+        "keep. Use select(..., accumulation='exact') (N numbers more), or one backward per optimizer step."
+    )

@@ -1,0 +1,314 @@
+"""The command line as a user types it, on a tiny model and toy data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from commands import run, train_words
+from helpers import assert_same_tensors
+from tiny import tiny_world
+from transformers import AutoModelForSequenceClassification
+
+import unmask
+from unmask.lab.training.config import METHODS
+from unmask.lab.training.recipe import rate
+from unmask.lab.training.settings import read_yaml
+
+UNMASK = [sys.executable, "-c", "from unmask.cli import main; main()"]
+
+# the Trainer's own warnings are not what is tested here
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path) -> Path:
+    run(*train_words("run", "--set", "save_steps=8"), cwd=world)
+    return world / "run"
+
+
+def test_help_waits_for_no_torch() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom unmask.cli.app import app\n"
+        "result = CliRunner().invoke(app, ['--help'])\n"
+        "print(result.exit_code, 'train' in result.output, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "True", "False"]
+
+
+def test_methods_lists_every_preset(world: Path) -> None:
+    printed = run("methods", cwd=world).stdout
+    assert all(name in printed for name in unmask.PRESETS)
+
+
+def test_the_configuration_knows_every_preset() -> None:
+    assert set(METHODS) == set(unmask.PRESETS)
+
+
+def test_without_a_method_the_recipe_runs_and_the_config_says_so(world: Path) -> None:
+    words = [word for word in train_words("recipe", "--max-steps", 2) if word not in ("--method", "id3")]
+    run(*words, cwd=world)
+    config = read_yaml(world / "recipe" / "config.yaml")
+    assert (config["method"], config["scope"]) == ("random_mask", "linear")
+    assert config["lr"] == 0.05, "the command's own"
+    at = words.index("--lr")
+    run(*words[:at], *words[at + 2 :], "--overwrite", cwd=world)
+    settings, summary = (read_yaml(world / "recipe" / name) for name in ("config.yaml", "summary.json"))
+    assert settings["lr"] == settings["dense_lr"] == summary["lr"] == rate(120 / summary["parameters"])
+    delta = unmask.SparseDelta.load(world / "recipe" / "delta.safetensors")
+    assert sum(entry.indices.numel() for entry in delta.sparse.values()) == 120
+    assert not any("embedding" in name.lower() or name.endswith("bias") for name in delta.sparse)
+
+
+def test_train_leaves_delta_config_metrics_and_summary(trained: Path) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["used"] == summary["budget"] == 120
+    assert summary["steps"] == 24
+    assert summary["after"]["loss"] < summary["before"]["loss"] - 0.1
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 24
+    assert rows[-1]["used"] == 120
+    delta = unmask.SparseDelta.load(trained / "delta.safetensors")
+    assert len(delta) == 120
+    assert set(delta.whole) == {"classifier.weight", "classifier.bias"}
+    assert delta.metadata["base_id"] == "base"
+
+
+def test_the_written_config_repeats_the_run_bit_for_bit(trained: Path, world: Path) -> None:
+    run("train", "--config", "run/config.yaml", "--set", "output=again", cwd=world)
+    first, again = (unmask.SparseDelta.load(world / f / "delta.safetensors") for f in ("run", "again"))
+    assert first.sparse.keys() == again.sparse.keys()
+    for name, entry in first.sparse.items():
+        assert torch.equal(entry.values, again.sparse[name].values)
+        assert torch.equal(entry.indices, again.sparse[name].indices)
+
+
+def test_eval_gives_the_figure_of_training(trained: Path, world: Path) -> None:
+    words = ("eval", "base", "run/delta.safetensors", "--data", "dev.csv", "--text", "review", "--label", "verdict")
+    printed = run(*words, cwd=world).stdout
+    after = json.loads((trained / "summary.json").read_text())["after"]
+    assert f"eval (32): accuracy {after['accuracy']:.4f}, f1 {after['f1']:.4f}" in printed
+
+
+def test_apply_writes_the_model_that_base_plus_delta_is(trained: Path, world: Path) -> None:
+    run("apply", "base", "run/delta.safetensors", "--output", "merged", cwd=world)
+    merged = AutoModelForSequenceClassification.from_pretrained(world / "merged")
+    base = AutoModelForSequenceClassification.from_pretrained(world / "base", num_labels=2)
+    unmask.SparseDelta.load(trained / "delta.safetensors").apply(base)
+    for (name, p), q in zip(merged.named_parameters(), base.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    refused = run("apply", "base", "run/delta.safetensors", "--output", "merged", cwd=world, check=False)
+    assert refused.returncode == 1
+    assert "not empty" in refused.stderr
+
+
+def test_a_head_that_the_checkpoint_lacks_travels_without_being_named(world: Path) -> None:
+    """The library alone: the head is in the budget's scope, its random init is in no checkpoint."""
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(AutoModelForSequenceClassification.from_pretrained(world / "base", num_labels=2).eval())
+    tuned, fresh = models
+    selection = unmask.select(tuned, unmask.random_mask(50))
+    delta = selection.delta()
+    selection.release()
+    assert set(delta.whole) == {"classifier.weight", "classifier.bias"}
+    delta.apply(fresh)
+    for (name, p), q in zip(tuned.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_inspect_adds_up(trained: Path, world: Path) -> None:
+    facts = json.loads(run("inspect", "run/delta.safetensors", "--json", cwd=world).stdout)
+    assert facts["weights"] == 120
+    for view in ("layers", "kinds", "tensors"):
+        assert sum(row["changed"] for row in facts[view].values()) == 120
+    assert facts["bytes"] == (trained / "delta.safetensors").stat().st_size
+    assert "by module kind" in run("inspect", "run/delta.safetensors", cwd=world).stdout
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(trained: Path, world: Path) -> None:
+    """Stopped by Ctrl-C in the middle, then --resume: the same delta, bit for bit."""
+    words = train_words("stopped", "--set", "save_steps=8", "--set", "logging_steps=1")
+    process = subprocess.Popen(
+        [*UNMASK, *map(str, words)], cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log, deadline = world / "stopped" / "metrics.jsonl", time.monotonic() + 120
+    while not (log.is_file() and len(log.read_text().splitlines()) >= 4):
+        assert time.monotonic() < deadline, "the run did not get going"
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    if process.returncode != 0:  # on a fast machine the run may have been over before the signal came
+        assert process.returncode == 130
+        assert "--resume" in error
+        assert not (world / "stopped" / "delta.safetensors").exists()
+        run("train", "--config", "stopped/config.yaml", "--resume", cwd=world)
+    whole, resumed = (unmask.SparseDelta.load(world / f / "delta.safetensors") for f in ("run", "stopped"))
+    for name, entry in whole.sparse.items():
+        assert torch.equal(entry.indices, resumed.sparse[name].indices)
+        assert torch.equal(entry.values, resumed.sparse[name].values)
+    for name, tensor in whole.whole.items():
+        assert torch.equal(tensor, resumed.whole[name])
+
+
+def test_bias_correction_entry_is_recorded_and_resumes_bit_for_bit(trained: Path, world: Path) -> None:
+    run(*train_words("entry", "--set", "save_steps=9", "--set", "bias_correction=entry"), cwd=world)
+    folder = world / "entry"
+    assert "bias_correction: entry" in (folder / "config.yaml").read_text()
+    assert json.loads((folder / "summary.json").read_text())["bias_correction"] == "entry"
+    assert json.loads((trained / "summary.json").read_text())["bias_correction"] == "global"
+    saved = torch.load(folder / "checkpoints" / "checkpoint-18" / "optimizer.pt", weights_only=True)
+    assert saved["state"][0]["age"].tolist() == [18 - i // 5 if i < 90 else 0 for i in range(120)]  # 5 a step
+    whole = unmask.SparseDelta.load(folder / "delta.safetensors")
+    plain = unmask.SparseDelta.load(trained / "delta.safetensors")
+    assert not torch.equal(whole.whole["classifier.weight"], plain.whole["classifier.weight"])
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-24")
+    (folder / "delta.safetensors").unlink()
+    refused = run(
+        "train", "--config", "entry/config.yaml", "--set", "bias_correction=global", "--resume", cwd=world, check=False
+    )
+    assert refused.returncode == 1
+    assert "\n  bias_correction: entry -> global\n" in refused.stderr
+    run("train", "--config", "entry/config.yaml", "--set", "bias_correction=entry", "--resume", cwd=world)
+    resumed = unmask.SparseDelta.load(folder / "delta.safetensors")
+    for part in ("indices", "values"):
+        left, right = ({n: getattr(e, part) for n, e in d.sparse.items()} for d in (whole, resumed))
+        assert_same_tensors(left, right)
+    assert_same_tensors(whole.whole, resumed.whole)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("last", []), ("head", ["--set", "dense_lr=0.01"])])
+def test_a_checkpoint_saved_before_its_epochs_evaluation_resumes_bit_for_bit(
+    name: str, settings: list[str], world: Path
+) -> None:
+    """Evaluating must draw no random number: the resumed run does not evaluate that epoch again."""
+    printed = run(*train_words(name, "--set", "save_steps=8", *settings), cwd=world).stdout
+    assert ("(dense 0.01)" in " ".join(printed.split())) == bool(settings)
+    folder = world / name
+    whole = unmask.SparseDelta.load(folder / "delta.safetensors")
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-24")
+    state = json.loads((folder / "checkpoints" / "checkpoint-16" / "trainer_state.json").read_text())
+    assert state["epoch"] == 4.0  # saved at an epoch's last step
+    (folder / "delta.safetensors").unlink()
+    run("train", "--config", f"{name}/config.yaml", "--resume", cwd=world)
+    resumed = unmask.SparseDelta.load(folder / "delta.safetensors")
+    for part in ("indices", "values"):
+        left, right = ({n: getattr(e, part) for n, e in d.sparse.items()} for d in (whole, resumed))
+        assert_same_tensors(left, right)
+    assert_same_tensors(whole.whole, resumed.whole)
+
+
+def test_checkpoints_cost_the_budget_not_the_model(trained: Path) -> None:
+    (checkpoint,) = sorted((trained / "checkpoints").glob("checkpoint-24"))
+    state = (checkpoint / "selection.safetensors").stat().st_size
+    assert state < 120 * (4 + 4 + 8) + 12_000  # values, base, positions; names, shapes and the small head
+    assert not (checkpoint / "model.safetensors").exists()
+
+
+REFUSED = {
+    "no such task": (("--task", "wnli"), "unknown task 'wnli'; there are cola"),
+    "task and data": (("--task", "rte"), "not both"),
+    "no such method": (("--method", "lora"), "method = 'lora'"),
+    "no such column": (("--text", "body"), "no column 'body'; its columns are review, verdict"),
+    "no such file": (("--data", "nowhere.csv"), "there is no file 'nowhere.csv'"),
+    "no such model": (("--model", "./nowhere"), "there is no model folder './nowhere'"),
+    "budget 0": (("--budget", "0"), "budget = 0"),
+    "negative budget": (("--budget", "-5"), "budget = -5"),
+    "budget above N": (("--budget", "99999999"), "only"),
+    "budget of full": (("--method", "full"), "method 'full' trains every weight"),
+    "budget as text": (("--budget", "many"), "budget = 'many'"),
+    "unknown setting": (("--set", "lerning_rate=1"), "unknown setting 'lerning_rate'"),
+    "not a number": (("--set", "lr=fast"), "lr = 'fast'"),
+    "no such correction": (
+        ("--set", "bias_correction=slot"),
+        "bias_correction = 'slot'; it must be one of global, entry",
+    ),
+    "nothing to resume": (("--resume",), "no checkpoint"),
+    "a pattern that finds nothing": (("--set", "include=qurey"), "'qurey' is found in no parameter name"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_input_is_one_clear_message(what: str, world: Path) -> None:
+    words, message = REFUSED[what]
+    done = run(*train_words("refused"), *words, cwd=world, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_long_texts_are_cut_at_what_the_model_has_positions_for(world: Path) -> None:
+    long = world / "long.csv"
+    long.write_text("review,verdict\n" + "\n".join(f"{'film ' * 60}{w},{v}" for w, v in (("fine", 1), ("dull", 0)) * 4))
+    words = ("--data", "long.csv", "--eval", "long.csv", "--set", "max_steps=1", "--set", "max_length=64")
+    assert "cut at the 32 tokens" in run(*train_words("long"), *words, cwd=world).stdout
+    assert unmask.SparseDelta.load(world / "long" / "delta.safetensors").metadata["task"]["max_length"] == 32
+
+
+def test_a_run_is_not_written_over(trained: Path, world: Path) -> None:
+    before = (trained / "delta.safetensors").read_bytes()
+    done = run(*train_words("run"), cwd=world, check=False)
+    assert done.returncode == 1
+    assert "already holds a run" in done.stderr
+    assert (trained / "delta.safetensors").read_bytes() == before
+
+
+def test_a_diverging_run_stops_with_a_message(world: Path) -> None:
+    """Weights overflow at once: no delta of NaN is written, and the message says what happened."""
+    done = run(*train_words("nan"), "--lr", "1e38", "--set", "max_grad_norm=0", cwd=world, check=False)
+    assert done.returncode == 1
+    assert "not finite" in done.stderr or "NaN" in done.stderr
+    assert not (world / "nan" / "delta.safetensors").exists()
+
+
+def test_a_damaged_delta_is_refused(trained: Path, world: Path) -> None:
+    damaged = bytearray((trained / "delta.safetensors").read_bytes())
+    damaged[-3] ^= 1
+    (world / "damaged.safetensors").write_bytes(damaged)
+    (world / "cut.safetensors").write_bytes(damaged[: len(damaged) // 2])
+    for file in ("damaged.safetensors", "cut.safetensors", "nowhere.safetensors"):
+        done = run("inspect", file, cwd=world, check=False)
+        assert done.returncode == 1
+        assert file in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("method", ["repeat_d3", "static_d3", "pafi", "fish", "bitfit", "random_mask", "full"])
+def test_every_method_runs_from_the_command_line(method: str, world: Path) -> None:
+    words = ("--method", method, "--set", "max_steps=3", "--set", "num_samples=16", "--bf16")
+    words += ("--set", "budget=none") if method == "full" else ()
+    run(*train_words(f"run-{method}"), *words, cwd=world)
+    summary = json.loads((world / f"run-{method}" / "summary.json").read_text())
+    assert summary["used"] == summary["budget"]
+    assert summary["steps"] == 3
+
+
+def test_checkpointing_and_accumulation_do_not_change_what_is_learnt(world: Path) -> None:
+    """Recomputed activations give the same run; micro-batches of 4 the same selection sizes as one batch of 16."""
+    steps = ("--set", "max_steps=4")
+    run(*train_words("plain"), *steps, cwd=world)
+    run(*train_words("recomputed"), *steps, "--set", "gradient_checkpointing=true", cwd=world)
+    run(*train_words("micro"), *steps, "--batch-size", 4, "--set", "accumulation=4", cwd=world)
+    plain, recomputed, micro = (
+        unmask.SparseDelta.load(world / f / "delta.safetensors") for f in ("plain", "recomputed", "micro")
+    )
+    assert len(plain) == len(recomputed) == len(micro) == 120
+    assert plain.sparse.keys() == recomputed.sparse.keys()
+    for name, entry in plain.sparse.items():
+        assert torch.equal(entry.indices, recomputed.sparse[name].indices)
+        assert torch.equal(entry.values, recomputed.sparse[name].values)

@@ -1,0 +1,202 @@
+"""Inside bottleneck adapters of the `adapters` library, Pfeiffer's and Houlsby's, under transformers 4.57."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import adapters
+import pytest
+import torch
+from commands import run, train_words
+from helpers import (
+    as_lists,
+    assert_same_tensors,
+    assert_unselected_is_base,
+    d3_scores,
+    dense_gradients,
+    first_k,
+    snapshot,
+)
+from helpers import train as train_steps
+from lora_nets import sentences, tiny_bert
+from tiny import tiny_world
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+import unmask
+from unmask.delta.added import added_tensors
+from unmask.lab.inside import NAME, insert, into_of
+from unmask.lab.models import load_base, load_tuned
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+KINDS = {"pfeiffer": "seq_bn", "houlsby": "double_seq_bn"}
+INSIDE = rf"\.adapters\.{NAME}\."
+DATA = ("--data", "dev.csv", "--text", "review", "--label", "verdict")
+
+
+def adapted_bert(kind: str = "houlsby", seed: int = 0) -> nn.Module:
+    """The base is always the same; ``seed`` is of the adapters' init."""
+    model = tiny_bert()
+    adapters.init(model)
+    torch.manual_seed(100 + seed)
+    model.add_adapter(NAME, config=adapters.AdapterConfig.load(KINDS[kind], reduction_factor=4))
+    model.set_active_adapters(NAME)
+    return model.train()
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).loss
+
+
+def outputs(model: nn.Module) -> Tensor:
+    ids = torch.arange(2 * 9).view(2, 9) % 20
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+# The library.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_library_added_is_known_from_its_own_listing(kind: str) -> None:
+    model = adapted_bert(kind)
+    added = added_tensors(model)
+    assert added == {name for name, _ in model.named_parameters() if f".adapters.{NAME}." in name}
+    places = {"pfeiffer": 1, "houlsby": 2}[kind]
+    assert len(added) == 2 * places * 4  # layers, places in each, two layers of weight and bias
+    names = {name for name, _ in model.named_parameters()}
+    assert names - added == {name for name, _ in tiny_bert().named_parameters()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_selection_is_the_best_by_d3_of_the_dense_gradient(kind: str) -> None:
+    model, batch = adapted_bert(kind), sentences(1)[0]
+    base = snapshot(model)
+    scores = d3_scores(model, dense_gradients(model, lambda m: loss(m, batch)))
+    expected = first_k({name: score for name, score in scores.items() if "adapters" in name}, 50)
+    selection = unmask.select(model, unmask.static_d3(50), include=INSIDE)
+    train_steps(model, torch.optim.AdamW(selection.parameters(), lr=0.05), [batch], loss)  # type: ignore[arg-type]
+    assert as_lists(selection.indices) == expected
+    assert_unselected_is_base(model, base, selection)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_delta_onto_another_random_init_gives_the_same_model_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    model, fresh = adapted_bert(kind), adapted_bert(kind, seed=1)
+    before = snapshot(fresh)
+    selection = unmask.select(model, unmask.id3(60, steps=5), include=INSIDE)
+    train_steps(model, torch.optim.AdamW(selection.parameters(), lr=0.05), sentences(5), loss)  # type: ignore[arg-type]
+    delta = unmask.SparseDelta.load(selection.delta().save(tmp_path / "delta.safetensors"))
+    displaced = delta.apply(fresh)
+    assert_same_tensors(snapshot(fresh), snapshot(model))
+    assert torch.equal(outputs(fresh), outputs(model))
+    assert len(delta) == 60
+    displaced.apply(fresh)
+    assert_same_tensors(snapshot(fresh), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("criterion", ["random", "magnitude", "snip", "grasp", "synflow"])
+def test_sparse_adapter_prunes_to_zero_and_trains_the_rest(kind: str, criterion: str) -> None:
+    model = adapted_bert(kind)
+    selection = unmask.select(model, unmask.sparse_adapter(80, criterion, sentences(2)), include=INSIDE)
+    train_steps(model, torch.optim.AdamW(selection.parameters(), lr=0.05), sentences(3), loss)  # type: ignore[arg-type]
+    nonzero = {name: int(p.count_nonzero()) for name, p in model.named_parameters() if "adapters" in name}
+    assert selection.used == 80
+    assert sum(nonzero.values()) <= 80  # a bias that is kept starts at zero, and may stay there for want of a gradient
+    assert sum(nonzero.values()) > 40
+    assert all(count <= selection.indices.get(name, torch.empty(0)).numel() for name, count in nonzero.items())
+
+
+# The command line.
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tiny_world(tmp_path_factory.mktemp("bottlenecks"))
+    for kind in KINDS:
+        words = ("--into", kind, "--set", "reduction_factor=4", "--set", "save_steps=8")
+        run(*train_words(kind), *words, cwd=root)
+    return root
+
+
+def delta_of(folder: Path) -> unmask.SparseDelta:
+    return unmask.SparseDelta.load(folder / "delta.safetensors")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_budget_lies_inside_and_eval_gives_the_figure_of_training(kind: str, world: Path) -> None:
+    delta, summary = delta_of(world / kind), json.loads((world / kind / "summary.json").read_text())
+    assert len(delta) == summary["used"] == 120
+    assert all(f".adapters.{NAME}." in name for name in delta.sparse)
+    assert {name for name in delta.whole if "adapters" not in name} == {"classifier.weight", "classifier.bias"}
+    assert summary["after"]["loss"] < summary["before"]["loss"]
+    printed = run("eval", "base", f"{kind}/delta.safetensors", *DATA, cwd=world).stdout
+    assert f"accuracy {summary['after']['accuracy']:.4f}" in printed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_seed_of_head_and_adapters_gives_the_same_outputs_bit_for_bit(kind: str, world: Path) -> None:
+    delta = delta_of(world / kind)
+    into = into_of(delta)
+    assert into is not None
+    models = []
+    for seed in (1, 2):
+        model, _, missing = load_base(str(world / "base"), 2, seed)
+        models.append(insert(model, into, missing, seed).model)
+        delta.apply(models[-1])
+    assert torch.equal(outputs(models[0]), outputs(models[1]))
+    assert_same_tensors(snapshot(models[0]), snapshot(models[1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_apply_writes_an_ordinary_adapter(kind: str, world: Path) -> None:
+    run("apply", "base", f"{kind}/delta.safetensors", "--output", f"{kind}-adapter", "--adapter", cwd=world)
+    model = AutoModelForSequenceClassification.from_pretrained(world / "base", num_labels=2)
+    adapters.init(model)
+    name = model.load_adapter(str(world / f"{kind}-adapter"), set_active=True, use_safetensors=True)
+    assert name == NAME
+    assert torch.equal(outputs(model), outputs(load_tuned(str(world / "base"), delta_of(world / kind))[0]))
+
+
+def test_bottlenecks_cannot_be_merged(world: Path) -> None:
+    done = run("apply", "base", "houlsby/delta.safetensors", "--output", "merged", cwd=world, check=False)
+    assert done.returncode == 1
+    assert "cannot be merged" in done.stderr
+    assert not (world / "merged").exists()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(world: Path) -> None:
+    whole = delta_of(world / "pfeiffer")
+    shutil.copytree(world / "pfeiffer", world / "stopped")
+    shutil.rmtree(world / "stopped" / "checkpoints" / "checkpoint-24")
+    (world / "stopped" / "delta.safetensors").unlink()
+    run("train", "--config", "stopped/config.yaml", "--set", "output=stopped", "--resume", cwd=world)
+    resumed = delta_of(world / "stopped")
+    for part in ("indices", "values"):
+        left, right = ({n: getattr(e, part) for n, e in d.sparse.items()} for d in (whole, resumed))
+        assert_same_tensors(left, right)
+    assert_same_tensors(whole.whole, resumed.whole)
+
+
+@pytest.mark.parametrize("criterion", ["snip", "grasp", "synflow"])
+def test_sparse_adapter_runs_from_the_command_line(criterion: str, world: Path) -> None:
+    words = (
+        "--into",
+        "pfeiffer",
+        "--method",
+        "sparse_adapter",
+        "--set",
+        f"criterion={criterion}",
+        "--set",
+        "max_steps=3",
+    )
+    run(*train_words(f"sparse-{criterion}"), *words, "--set", "reduction_factor=4", cwd=world)
+    delta = delta_of(world / f"sparse-{criterion}")
+    model = load_tuned(str(world / "base"), delta)[0]
+    nonzero = sum(int(p.count_nonzero()) for name, p in model.named_parameters() if f".adapters.{NAME}." in name)
+    assert len(delta) == 120
+    assert nonzero <= 120

@@ -1,0 +1,93 @@
+"""TRL's trainers on a selection, without peft."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import assert_same_tensors, assert_unselected_is_base, snapshot
+from trainers import frozen_garbage, id3  # noqa: F401
+from trl_runs import BUDGET, dpo, grpo, llama, sft
+
+import unmask
+from unmask.integrations.trainer import SelectiveCallback
+
+pytest.importorskip("trl")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+def seated(trainer, method=None, **options):
+    callback = SelectiveCallback(trainer, method or id3(BUDGET), **options)
+    trainer.add_callback(callback)
+    return callback
+
+
+@pytest.mark.parametrize("build", [sft, dpo, grpo])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_exactly_the_budget_moves_and_the_rest_is_bitwise_the_base(build, accumulation, tmp_path):
+    model = llama()
+    base = snapshot(model)
+    trainer = build(tmp_path, model, gradient_accumulation_steps=accumulation, max_grad_norm=0.1)
+    callback = seated(trainer)
+    trainer.train()
+    selection = callback.live
+    assert (selection.used, selection.step, trainer.state.global_step) == (BUDGET, 4, 4)
+    assert_unselected_is_base(model, base, selection)
+    assert sum(int((base[name] != now).sum()) for name, now in named(model).items()) == BUDGET
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 4
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+
+
+def named(model):
+    """Each tensor once, though the model may tie some."""
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("build", [sft, dpo, grpo])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(build, tmp_path):
+    results = []
+    for name, stop in (("straight", None), ("resumed", 2)):
+        model = llama()
+        trainer = build(tmp_path / name, model, save_strategy="steps", save_steps=1)
+        callback = seated(trainer)
+        checkpoint = None if stop is None else str(tmp_path / "straight" / f"checkpoint-{stop}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        results.append(snapshot(model) | {"values": callback.live.values.detach(), "rng": torch.get_rng_state()})
+    assert_same_tensors(*results)
+    weights = [path for path in (tmp_path / "straight").rglob("*.safetensors") if path.name != "selection.safetensors"]
+    assert not weights
+
+
+def test_dense_tensors_and_clipping_by_the_whole_norm_and_the_delta(tmp_path):
+    model = llama()
+    base = snapshot(model)
+    trainer = sft(tmp_path, model, max_grad_norm=0.01, gradient_accumulation_steps=2)
+    callback = seated(trainer, dense=r"^model\.norm", clip_scope="all", accumulation="exact")
+    trainer.train()
+    trained = {"model.norm.weight": snapshot(model)["model.norm.weight"]}
+    assert not torch.equal(trained["model.norm.weight"], base["model.norm.weight"])
+    assert_unselected_is_base(model, base | trained, callback.live)
+    delta = callback.live.delta()
+    callback.live.release()
+    fresh = llama()
+    delta.apply(fresh)
+    assert_same_tensors(snapshot(fresh), snapshot(model))
+
+
+def test_grpo_generates_with_the_weights_that_are_being_trained(tmp_path):
+    """What it generates in step 2 depends on what step 1 changed."""
+    completions = []
+    for lr in (0.0, 0.5):
+        trainer = grpo(tmp_path, llama(), learning_rate=lr, max_steps=2, lr_scheduler_type="constant")
+        kept = []
+        reward = trainer.reward_funcs[0]
+        trainer.reward_funcs[0] = lambda completions, reward=reward, kept=kept, **k: (
+            kept.append(completions) or reward(completions, **k)
+        )
+        seated(trainer, unmask.id3(400, steps=2))
+        trainer.train()
+        completions.append(kept)
+    assert completions[0][0] == completions[1][0]
+    assert completions[0][1] != completions[1][1]

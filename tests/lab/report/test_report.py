@@ -1,0 +1,195 @@
+"""The report of sweeps: what stands in its tables, that nothing in it comes from elsewhere, that nothing in it runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from commands import run
+from studies import EVIL, VALUES, write_study
+
+from unmask.errors import ConfigError, DataError
+from unmask.lab.report import read_study, write_report
+from unmask.lab.study.spec import Protocol
+from unmask.lab.study.tables import figure, markdown, table
+
+VOID = {"meta", "input", "br", "path", "use", "image", "line", "rect", "circle"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and gathers texts and attributes."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.attributes, self.texts = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    write_study(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(study, tmp_path_factory):
+    return write_report([study], tmp_path_factory.mktemp("out") / "report.html").read_text("utf-8")
+
+
+def test_what_comes_from_runs_is_escaped(text):
+    page = Page(text)
+    assert page.tags.count("script") == 1
+    assert "<script>alert" not in text
+    shown = "".join(page.texts)
+    for place in ("Made up ", "A note ", "random ", "unmask sweep ", "ValueError: "):
+        assert place + EVIL in shown, place
+    assert not [a for a in page.attributes if a[1].startswith("on")]
+
+
+def test_the_page_needs_no_network(text):
+    page = Page(text)
+    references = [a[2].strip() for a in page.attributes if a[1] in ("src", "href", "xlink:href")]
+    assert all(reference.startswith(("#", "data:image/png;base64,")) for reference in references)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert ("meta", "http-equiv", "Content-Security-Policy") in page.attributes
+    assert "default-src 'none'" in text
+
+
+def test_light_dark_and_narrow_are_provided_for(text):
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+    assert 'content="light dark"' in text
+
+
+def test_every_run_has_a_row_with_its_configuration(text, study):
+    rows = text[text.index('class="sortable"') :].split("</tbody>")[0]
+    known = read_study(study)
+    assert rows.count("<tr>") - 1 == len(known.results)  # one is the heading
+    for run_id in known.results:
+        assert f"<code>{run_id}</code>" in rows
+    assert rows.count("<dt>max_steps</dt><dd>60</dd>") == len(known.results)
+
+
+def test_the_tables_figures_are_those_of_the_results(study):
+    known = read_study(study)
+    found = table(known.cells, known.results, known.protocol, known.choice)
+    assert found.columns == ("mrpc", "cola")
+    line = next(one for one in found.lines if one.labels == {"method": "id3", "budget": "0.2%"})
+    entry = line.entries["cola"]
+    assert (entry.value, entry.edge, len(entry.scores)) == ("1e-3", None, 3)
+    wanted = {"method": "id3", "task": "cola", "budget": "0.2%", "lr": "1e-3"}
+    scores = [r["score"] for r in known.results.values() if r["labels"] | wanted == r["labels"]]
+    assert entry.seeds.mean == pytest.approx(sum(scores) / 3)
+    assert entry.best.mean == pytest.approx(sum(scores) / 3)
+    random = next(one for one in found.lines if one.labels["method"].startswith("random"))
+    assert random.entries["mrpc"].edge == "low"
+    assert line.average == pytest.approx((entry.seeds.mean + line.entries["mrpc"].seeds.mean) / 2)
+    full = next(one for one in found.lines if one.labels == {"method": "full"})
+    assert full.entries["mrpc"].edge == "alone"
+    assert full.entries["mrpc"].trained == 20_000_000 - 770
+
+
+def test_the_two_protocols_differ_where_they_should(study):
+    known = read_study(study)
+    seeds, paper = (
+        table(known.cells, known.results, Protocol(kind=kind, best=2), known.choice) for kind in ("seeds", "paper")
+    )
+    one, two = (figure(t.lines[0].entries["mrpc"], t.protocol) for t in (seeds, paper))
+    assert (one.n, two.n, two.of) == (3, 2, 3)
+    assert two.mean > one.mean
+    assert "(3) @ 1e-3" in markdown(seeds)
+    assert "(best 2 of 3) @ 1e-3" in markdown(paper)
+
+
+def test_the_choosing_seed_can_be_left_out_of_the_mean(tmp_path):
+    write_study(tmp_path, {**VALUES, "choose": {"seeds": [0], "report": "others"}}, failing=-1)
+    known = read_study(tmp_path)
+    found = table(known.cells, known.results, known.protocol, known.choice)
+    assert set(found.lines[0].entries["mrpc"].scores) == {"1", "2"}
+    assert "not in the mean" in markdown(found)
+
+
+def test_a_value_at_the_edge_is_marked(text):
+    assert "the lowest value tried: the best may lie outside" in text
+
+
+def test_figures_are_drawn_into_the_page(text):
+    pytest.importorskip("matplotlib")
+    assert text.count("<svg") == 3
+    assert "not drawn" not in text
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_two_studies_stand_on_one_page(study, tmp_path):
+    text = write_report([study, study], tmp_path / "two.html").read_text("utf-8")
+    assert text.count('class="study"') == 2
+    assert '<a href="#s1">' in text
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_runs_of_train_can_be_reported(tmp_path):
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("model: m\noutput: o\ntask: rte\nbudget: '100'\nlr: 0.001\nseed: 3\n")
+    summary = {
+        "main_metric": "accuracy",
+        "main": 0.75,
+        "greater_is_better": True,
+        "after": {"accuracy": 0.75, "loss": 0.5},
+    }
+    summary |= {"budget": 100, "parameters": 1000, "seconds": 12.5, "method": {"name": "id3", "strategy": "increment"}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text(
+        json.dumps({"step": 5, "used": 50, "eval_accuracy": 0.7, "eval_loss": 0.6}) + "\n"
+    )
+    study = read_study(tmp_path / "runs")
+    (result,) = study.results.values()
+    assert (result["score"], result["curve"]) == (0.75, [{"step": 5, "used": 50, "score": 0.7, "loss": 0.6}])
+    assert "75.00" in write_report([tmp_path / "runs"], tmp_path / "r.html").read_text("utf-8")
+
+
+def test_folders_without_runs_are_refused(tmp_path):
+    with pytest.raises(DataError, match="holds no sweep"):
+        read_study(tmp_path)
+    with pytest.raises(DataError, match="there is no folder"):
+        read_study(tmp_path / "none")
+    (tmp_path / "sweep.json").write_text('{"name": "x"}')
+    with pytest.raises(DataError, match="no sweep of this version"):
+        read_study(tmp_path)
+
+
+def test_a_folder_is_no_output(study, tmp_path):
+    with pytest.raises(ConfigError, match="is a folder"):
+        write_report([study], tmp_path)
+
+
+def test_the_command(study, tmp_path):
+    done = run("report", study, "--output", "out.html", cwd=tmp_path)
+    assert done.stdout.startswith("report in out.html")
+    assert run("report", "none", cwd=tmp_path, check=False).returncode == 1

@@ -1,0 +1,96 @@
+"""Methods by name: every preset builds itself, and what is not known is refused."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import unmask
+from unmask import MethodError
+from unmask.lab.training.config import TrainConfig
+from unmask.lab.training.presets import method_from
+from unmask.methods import presets as methods
+from unmask.peft.config import METHODS as OF_PEFT
+from unmask.peft.config import SelectiveConfig
+
+SETTINGS = {
+    "budget": 7, "steps": 9, "eps": 0.5, "exp": 1.0, "stride": 2, "schedule": "cosine", "leaving": "kept",
+    "loader": [{"x": 1}], "num_samples": 5, "criterion": "grasp", "pruned": "kept", "seed": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", methods.PRESETS)
+def test_every_preset_builds_itself_from_the_settings_that_its_signature_names(name):
+    preset = methods.PRESETS[name]
+    method = methods.build(name, SETTINGS)
+    assert method.name == name
+    assert method == preset(**{key: SETTINGS[key] for key in inspect.signature(preset).parameters if key in SETTINGS})
+    if name != "full":
+        assert method != methods.build(name, SETTINGS | {"budget": 8})
+
+
+@pytest.mark.parametrize("name", methods.PRESETS)
+def test_a_setting_of_none_is_the_preset_s_default_and_a_needed_one_is_named(name):
+    needed = [key for key, p in inspect.signature(methods.PRESETS[name]).parameters.items() if p.default is p.empty]
+    least = {key: SETTINGS.get(key) if key in needed else None for key in SETTINGS}
+    assert methods.build(name, least) == methods.PRESETS[name](**{key: SETTINGS[key] for key in needed})
+    if needed:
+        with pytest.raises(MethodError, match=rf"method '{name}' needs a value for {', '.join(needed)}\."):
+            methods.build(name, {})
+
+
+@pytest.mark.parametrize("name", ["", "ID3", "id4", "_d3", "build", "Method", None, 3, ["id3"]])
+def test_an_unknown_name_is_refused_with_those_that_there_are(name):
+    with pytest.raises(MethodError, match=r"unknown method .*; there are id3, repeat_d3, static_d3, .*, full\."):
+        methods.build(name, SETTINGS)
+
+
+def test_settings_are_checked_as_in_the_preset():
+    with pytest.raises(MethodError, match="criterion = 'x'"):
+        methods.build("sparse_adapter", SETTINGS | {"criterion": "x"})
+    with pytest.raises(MethodError, match="steps = 0"):
+        methods.build("id3", SETTINGS | {"steps": 0})
+
+
+def run_config(**settings) -> TrainConfig:
+    needs_none = settings["method"] in ("full",)
+    return TrainConfig(model="m", output="o", task="rte", budget=None if needs_none else "30", **settings)
+
+
+@pytest.mark.parametrize("name", methods.PRESETS)
+def test_a_run_s_method_is_the_preset_of_that_name(name):
+    into = {"into": "lora"} if name == "sparse_adapter" else {}
+    method = method_from(run_config(method=name, **into), steps=9, loader=[1])
+    given = {"budget": None if name == "full" else "30", "steps": 9, "stride": 1, "loader": [1]}
+    expected = methods.build(name, given)
+    assert method == expected
+
+
+def test_a_run_s_settings_reach_the_preset():
+    config = run_config(method="id3", schedule="cosine", eps=0.5, exp=1.0, stride=3)
+    assert method_from(config, steps=9) == unmask.id3("30", 9, 0.5, 1.0, 3, "cosine")
+    config = run_config(method="random_mask", seed=8)
+    assert method_from(config, steps=9) == unmask.random_mask("30", 8)
+
+
+@pytest.mark.parametrize("name", ["magic", "fisch"])
+def test_a_name_that_slips_past_the_configuration_is_no_other_method(name):
+    config = run_config(method="id3")
+    object.__setattr__(config, "method", name)
+    with pytest.raises(MethodError, match=f"unknown method '{name}'"):
+        method_from(config, steps=9)
+    adapter = SelectiveConfig(budget=3)
+    adapter.method = name
+    with pytest.raises(MethodError, match=f"unknown method '{name}'"):
+        adapter.build(3)
+
+
+@pytest.mark.parametrize("name", OF_PEFT)
+def test_an_adapter_s_method_is_the_preset_of_that_name(name):
+    config = SelectiveConfig(
+        budget=30, method=name, eps=0.5, exp=1.0, stride=2, seed=5, total_steps=9, allocation="row"
+    )
+    given = {"budget": 20, "eps": 0.5, "exp": 1.0, "stride": 2, "seed": 5, "steps": 9, "schedule": "uniform"}
+    assert config.build(20) == methods.build(name, given).but(allocation="row")
+    assert name in methods.PRESETS

@@ -1,0 +1,85 @@
+"""TRL's trainers with the config alone: ``peft_config=SelectiveConfig(...)``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_same_tensors, snapshot
+from peft_nets import OLD_NAMES
+from trainers import frozen_garbage  # noqa: F401
+from trl_runs import BUDGET, dpo, grpo, llama, sft
+
+import peft
+import unmask.peft
+
+pytest.importorskip("trl")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings(OLD_NAMES),
+]
+
+
+def config(**changes) -> unmask.peft.SelectiveConfig:
+    return unmask.peft.SelectiveConfig(
+        **{"task_type": "CAUSAL_LM", "budget": BUDGET, "target_modules": "all-linear"} | changes
+    )
+
+
+def adapter_of(model: peft.PeftModel):
+    return model.base_model.deltas.active
+
+
+def state_of(trainer) -> dict[str, torch.Tensor]:
+    adapter = adapter_of(trainer.model)
+    moments = [v for state in trainer.optimizer.state.values() for v in state.values()]
+    return {
+        **snapshot(trainer.model.get_base_model()),
+        **{f"moment {i}": torch.as_tensor(v) for i, v in enumerate(moments)},
+        **{name: t for name, t in vars(adapter.slots()).items() if isinstance(t, torch.Tensor)},
+        "rng": torch.get_rng_state(),
+    }
+
+
+@pytest.mark.parametrize("build", [sft, dpo, grpo])
+def test_the_budget_moves_and_a_resumed_run_is_bitwise_the_uninterrupted_one(build, tmp_path):
+    states = []
+    accumulation = 1 if build is grpo else 2  # a resumed GRPO run with accumulation differs with LoRA too
+    settings = {
+        "gradient_accumulation_steps": accumulation,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_grad_norm": 0.1,
+    }
+    for name, stop in (("straight", None), ("resumed", 2)):
+        trainer = build(tmp_path / name, llama(), peft_config=config(), **settings)
+        checkpoint = None if stop is None else str(tmp_path / "straight" / f"checkpoint-{stop}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        states.append(state_of(trainer))
+        adapter = adapter_of(trainer.model)
+        assert (adapter.used, adapter.step, trainer.state.global_step) == (BUDGET, 4, 4)
+        assert all(row["grad_norm"] > 0 for row in trainer.state.log_history if "grad_norm" in row)
+    assert_same_tensors(*states)
+    base = dict(llama().named_parameters())
+    changed = sum(int((p != base[name]).sum()) for name, p in trainer.model.get_base_model().named_parameters())
+    assert changed == BUDGET
+    assert_same_tensors(snapshot(llama()), snapshot(trainer.model.unload()))
+
+
+@pytest.mark.parametrize("build", [dpo, grpo])
+def test_the_reference_of_a_trained_adapter_is_that_adapter(build, tmp_path):
+    """TRL copies the adapter to one named ref, and switches to it between the policy's forward and its backward."""
+    first = sft(tmp_path / "sft", llama(dropout=0.0), peft_config=config(), learning_rate=0.5)
+    first.train()
+    first.model.save_pretrained(tmp_path / "adapter")
+    model = peft.PeftModel.from_pretrained(llama(dropout=0.0), tmp_path / "adapter", is_trainable=True)
+    trained = snapshot(model.get_base_model())
+    trainer = build(tmp_path / "next", model, gradient_accumulation_steps=2, max_steps=2, beta=0.1)
+    trainer.train()
+    adapters = model.base_model.deltas.adapters
+    assert set(adapters) == {"default", "ref"}
+    assert adapters["default"].step == 6
+    if build is dpo:  # at the first step the policy is the reference: the loss is log 2
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert any(not torch.equal(p, trained[name]) for name, p in model.get_base_model().named_parameters())
+    model.set_adapter("ref")
+    assert_same_tensors(trained, snapshot(model.get_base_model()))

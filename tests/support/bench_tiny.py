@@ -1,0 +1,31 @@
+"""A model of a few thousand weights to run the benchmark on."""
+
+from __future__ import annotations
+
+from transformers import BertConfig
+
+from unmask.lab.bench.settings import BenchSettings
+
+BUDGET = 200
+DIMS = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+}
+LINEAR = [(16, 16)] * 4 * 2 + [(16, 32), (32, 16)] * 2 + [(16, 16), (16, 2)]  # two layers, the pooler, the classifier
+
+
+def write_config(path):
+    """A folder with nothing but a config."""
+    BertConfig(**DIMS, architectures=["BertModel"]).save_pretrained(path)
+    return path
+
+
+def settings_for(folder, output, **more):
+    given = {"methods": "all", "rounds": 2, "steps": 2, "memory": False, "device": "cpu", "processes": False} | more
+    return BenchSettings(
+        model=str(folder), batch_size=2, seq_len=8, budget=BUDGET, threads=1, output=str(output), **given
+    )

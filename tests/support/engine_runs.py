@@ -1,0 +1,149 @@
+"""What the processes of the engines' tests do: a page's script, accelerate, transformers' Trainer."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+import unmask
+from unmask import SelectionError
+from unmask.integrations.trainer import SelectiveTrainer
+
+PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
+
+
+def snippet(number: int) -> str:
+    """A Python block of the page."""
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[number]
+
+
+def script(folder: str, code: str) -> None:
+    """Runs a script in a folder."""
+    os.chdir(folder)
+    torch.manual_seed(0)
+    exec(compile(code, "page.py", "exec"), {"__name__": "__main__"})
+
+
+def accelerated(folder: str, accumulation: int) -> None:
+    """The page's lines, and a loop over them."""
+    os.chdir(folder)
+    torch.manual_seed(0)
+    data = torch.randn(32, 6)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    loader = DataLoader(data, batch_size=8 // int(os.environ["WORLD_SIZE"]))
+    known: dict[str, Any] = {
+        "Accelerator": lambda: Accelerator(cpu=True, gradient_accumulation_steps=accumulation),
+        "torch": torch,
+        "unmask": unmask,
+        "model": model,
+        "loader": loader,
+    }
+    exec(snippet(1), known)
+    accelerator, model, selection = known["accelerator"], known["model"], known["selection"]
+    for _ in range(4):
+        for batch in known["loader"]:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch).square().mean())
+                accelerator.clip_grad_norm_(selection.parameters(), 1.0)
+                known["optimizer"].step()
+                known["optimizer"].zero_grad()
+    if accelerator.is_main_process:
+        selection.delta().save("delta.safetensors")
+
+
+def refused(folder: str) -> str:
+    """What ``SelectiveTrainer`` says to FSDP in the arguments."""
+    config = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = BertForSequenceClassification(config)
+    settings = TrainingArguments(folder, use_cpu=True, fsdp=True, fsdp_config={"version": 2}, report_to="none")
+    selection = unmask.select(model, unmask.id3(20, steps=2))
+    optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
+    try:
+        SelectiveTrainer(
+            model=model, selection=selection, args=settings, train_dataset=[1], optimizers=(optimizer, None)
+        )
+    except SelectionError as error:
+        return str(error)
+    return "nothing"
+
+
+class _Dies(TrainerCallback):
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 6 and os.environ["RANK"] == "1":
+            os._exit(1)
+
+
+def trainer(folder: str, early: bool = False, dies: bool = False, resume: bool = False, **arguments: Any) -> None:
+    """12 steps of a tiny BERT with a head.
+
+    Args:
+        folder: Where.
+        early: Select before the process group is made, from the same weights; otherwise from other ones in each process.
+        dies: Process 1 dies at step 6.
+        resume: Go on from the last checkpoint.
+        **arguments: For ``TrainingArguments``.
+    """
+    os.chdir(folder)
+    count, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    settings = TrainingArguments("out", use_cpu=True) if not early else None
+    torch.manual_seed(0 if early else rank)
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.4,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config)
+    selection = unmask.select(model, unmask.id3(200, steps=12, stride=2), dense="classifier")
+    generator = torch.Generator().manual_seed(3)
+    data = [{"input_ids": torch.randint(0, 30, (7,), generator=generator), "labels": i % 2} for i in range(96)]
+    settings = TrainingArguments(
+        "out", use_cpu=True, max_steps=12, per_device_train_batch_size=8 // count, gradient_accumulation_steps=2,
+        save_steps=4, learning_rate=1e-2, lr_scheduler_type="constant", report_to="none", disable_tqdm=True, seed=5,
+        **arguments,
+    )  # fmt: skip
+    runner = SelectiveTrainer(
+        model=model,
+        selection=selection,
+        args=settings,
+        train_dataset=data,
+        optimizers=(torch.optim.AdamW(selection.parameters(), lr=1e-2), None),
+        callbacks=[_Dies()] if dies else [],
+    )
+    runner.train(resume_from_checkpoint=resume)
+    assert runner.state.global_step == selection.step == 12
+    if rank == 0:
+        selection.delta().save("delta.safetensors")
+
+
+def config_alone(folder: str, head: bool = True, resume: bool = False) -> None:
+    """12 steps of a PEFT model in an ordinary Trainer, which wraps it in DDP where there is a head to reduce."""
+    import peft
+    import unmask.peft
+
+    os.chdir(folder)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.4}
+    base = BertForSequenceClassification(BertConfig(**sizes, **still, intermediate_size=32))
+    given = unmask.peft.SelectiveConfig(
+        task_type="SEQ_CLS" if head else None, budget=200, stride=2, target_modules=["query", "dense"]
+    )
+    model = peft.get_peft_model(base, given)
+    generator = torch.Generator().manual_seed(3)
+    data = [{"input_ids": torch.randint(0, 30, (7,), generator=generator), "labels": i % 2} for i in range(96)]
+    count = int(os.environ["WORLD_SIZE"])
+    settings = TrainingArguments(
+        "out", use_cpu=True, max_steps=12, per_device_train_batch_size=8 // count, gradient_accumulation_steps=2,
+        save_steps=4, learning_rate=1e-2, lr_scheduler_type="constant", report_to="none", disable_tqdm=True, seed=5,
+    )  # fmt: skip
+    runner = Trainer(model=model, args=settings, train_dataset=data)
+    runner.train(resume_from_checkpoint="out/checkpoint-4" if resume else None)
+    assert model.base_model.deltas.active.step == runner.state.global_step == 12
+    if int(os.environ["RANK"]) == 0:
+        unmask.peft.delta(model).save("delta.safetensors")
