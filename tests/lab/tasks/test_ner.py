@@ -299,3 +299,12 @@ def test_a_hub_data_set_of_ones_own(fake_hub):
     assert (data.train.tags, data.evals["eval"].tags) == ([["B-N", "O"], ["O"]], [["B-N"]])
     with pytest.raises(DataError, match=r"no column 'words2'; its columns are tokens, ner_tags"):
         load_tagged("me/names", None, "words2")
+
+
+def test_a_tenth_of_a_hub_data_set_without_evaluation_splits_is_held_out(fake_hub):
+    words = [[f"word{i}"] for i in range(20)]
+    fake_hub("me/all", ["O", "B-N", "I-N"], train=(words, [[1]] * 20))
+    data = load_tagged("me/all", None)
+    assert (len(data.train), len(data.evals["eval"])) == (18, 2)
+    assert sorted(data.train.words + data.evals["eval"].words) == sorted(words)
+    assert "2 of 20 sentences are held out (seed 0)" in data.notes[0]

@@ -57,11 +57,9 @@ def load_files(
         return TaskData(spec, rest, {"eval": tenth}, (note,))
     held = origin if evaluation is None else origin_of(evaluation, SUFFIXES)
     against = examples(spec, _table(held, EVALUATION_SPLITS, (*columns, label)), columns, label)
-    count, notes = shared(loaded.keys, against.keys), ()
-    if count:
-        what = f"{count:,} of {len(against):,} evaluation texts"
-        notes = (f"{what} are in the training data too: the score is too good",)
-    return TaskData(spec, loaded, {"eval": against}, notes)
+    count = shared(loaded.keys, against.keys)
+    note = f"{count:,} of {len(against):,} evaluation texts are in the training data too: the score is too good"
+    return TaskData(spec, loaded, {"eval": against}, (note,) if count else ())
 
 
 def load_evaluation(spec: TaskSpec, path: str | Path, text: str, label: str, text_pair: str | None = None) -> Examples:
