@@ -119,7 +119,13 @@ def load_problems(name: str, split: Split, data_dir: str | Path | None = None) -
         table = split_table(splits, split, ":".join(_HUB_GSM8K), ("question", "answer"))
     else:
         table = read_table(_file(spec, split, Path(data_dir)))
-    return _problems(table, spec, split)
+    question = "instruction" if "instruction" in table.columns else "question"
+    if question not in table.columns or "answer" not in table.columns:
+        missing = "instruction (or question)" if question not in table.columns else "answer"
+        raise unknown_column(table.source, missing, table.columns)
+    if split == "train" and question == "instruction":
+        table.column("output")
+    return [_problem(table, row, question, spec, split) for row in range(len(table))]
 
 
 def load_arithmetic(
@@ -182,16 +188,6 @@ def _file(spec: ArithmeticSpec, split: Split, given: Path) -> Path:
             f"there is no {spec.folder}/{split}.json or .jsonl{or_loose}; {listing((folders or [given])[0])}."
         )
     return there[0]
-
-
-def _problems(table: Table, spec: ArithmeticSpec, split: Split) -> list[Problem]:
-    question = "instruction" if "instruction" in table.columns else "question"
-    if question not in table.columns or "answer" not in table.columns:
-        missing = "instruction (or question)" if question not in table.columns else "answer"
-        raise unknown_column(table.source, missing, table.columns)
-    if split == "train" and question == "instruction":
-        table.column("output")
-    return [_problem(table, row, question, spec, split) for row in range(len(table))]
 
 
 def _problem(table: Table, row: int, question: str, spec: ArithmeticSpec, split: Split) -> Problem:

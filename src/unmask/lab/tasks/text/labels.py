@@ -81,28 +81,25 @@ def decode(spec: TaskSpec, value: Any) -> int | float:
         raise DataError(f"the label is missing ({shown(value)}); mend or drop the row.")
     if isinstance(value, list | dict):
         raise DataError(f"label {shown(value)} is neither a text nor a number; mend or drop the row.")
+    number = number_of(value)
     if spec.regression:
-        return _real(spec, value)
+        if number is None:
+            raise DataError(f"label {shown(value)} is no finite number, and task {spec.name!r} is a regression.")
+        low, high = spec.label_range or (-math.inf, math.inf)
+        if not low <= number <= high:
+            raise DataError(f"label {shown(value)} is outside the range of task {spec.name!r}: {low:g} to {high:g}.")
+        return number
     name = str(value).strip()
     if spec.label_names is not None and name in spec.label_names:
         return spec.label_names.index(name)
-    number = float(value) if isinstance(value, bool) else number_of(value)
+    if isinstance(value, bool):
+        number = float(value)
     if spec.takes_ids and number is not None and number in range(spec.num_labels):
         return int(number)
     ids = f"0 to {spec.num_labels - 1}" if spec.takes_ids else ""
     names = listed(spec.label_names, _MOST_SHOWN) if spec.label_names else ""
     allowed = " or ".join(part for part in (ids, names) if part)
     raise DataError(f"label {shown(value)} is none of task {spec.name!r}; allowed: {allowed}.")
-
-
-def _real(spec: TaskSpec, value: Any) -> float:
-    number = number_of(value)
-    if number is None:
-        raise DataError(f"label {shown(value)} is no finite number, and task {spec.name!r} is a regression.")
-    if spec.label_range is not None and not spec.label_range[0] <= number <= spec.label_range[1]:
-        low, high = spec.label_range
-        raise DataError(f"label {shown(value)} is outside the range of task {spec.name!r}: {low:g} to {high:g}.")
-    return number
 
 
 def is_missing(value: Any) -> bool:
