@@ -20,7 +20,6 @@ from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors
 from unmask.gradients.sampled import Product, choose, sampled_product, spread
 from unmask.gradients.tapped import StandIn, TappedParameter, has_site, set_of, stand_in_of
-
 from unmask.gradients.wrappers import named_parameters
 from unmask.quantised.sidecar import Sidecar, SparseMatrix
 from unmask.quantised.sources import Source, Unsupported, sources
