@@ -177,6 +177,6 @@ def _ordered(sweep: Sweep, cells: list[Cell]) -> list[Cell]:
     return sorted(cells, key=key_of)
 
 
-def runs(cells: Iterable[Cell]) -> list[Cell]:
-    """One cell for each run, in order."""
+def distinct(cells: Iterable[Cell]) -> list[Cell]:
+    """Returns one cell for each run, in order; of cells that share a run it keeps the first."""
     return list({cell.id: cell for cell in reversed(list(cells))}.values())[::-1]
