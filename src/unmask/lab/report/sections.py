@@ -8,11 +8,11 @@ from dataclasses import replace
 from html import escape
 
 from unmask.errors import UnmaskError
+from unmask.lab.figures.estimates import Estimate
 from unmask.lab.report.drawing import CAPTIONS, inline, worth_drawing
 from unmask.lab.report.reading import Study
 from unmask.lab.report.runs import failures_section, runs_section
 from unmask.lab.study.cells import distinct
-from unmask.lab.study.protocols import Estimate
 from unmask.lab.study.records import records
 from unmask.lab.study.spec import Protocol
 from unmask.lab.study.tables import (

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
+from unmask.lab.figures.estimates import Estimate, best_of, interval
 from unmask.lab.study.cells import Cell, distinct
 from unmask.lab.study.choosing import Chosen, choose, choosing, paired
 from unmask.lab.study.columns import Column, columns_of, task_of
-from unmask.lab.study.protocols import Estimate, best_of, interval
 from unmask.lab.study.records import trained_weights
 from unmask.lab.study.spec import Choice, Claim, Claims, Protocol
 from unmask.lab.study.store import Result
