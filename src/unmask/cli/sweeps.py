@@ -38,7 +38,7 @@ def sweep(
 ) -> None:
     """Run a grid of trainings from a YAML file; stop it and start it again as you like."""
     from unmask.cli.sweeping import Options, go
-    from unmask.lab.study.spec import read_sweep
+    from unmask.lab.study.parsing import read_sweep
 
     go(read_sweep(file), output, Options(**_shared(locals())))
 

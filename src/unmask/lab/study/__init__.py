@@ -2,8 +2,9 @@
 
 from unmask.lab.figures.estimates import Estimate, best_of, interval
 from unmask.lab.study.cells import Cell, expand
+from unmask.lab.study.parsing import parse, read_sweep
 from unmask.lab.study.scheduler import SweepReport, run_sweep
-from unmask.lab.study.spec import Sweep, parse, read_sweep
+from unmask.lab.study.spec import Sweep
 from unmask.lab.study.store import Store
 
 __all__ = [

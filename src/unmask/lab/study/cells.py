@@ -50,7 +50,7 @@ def expand(sweep: Sweep, rank: Rank | None = None) -> list[Cell]:
         ConfigError: A run whose settings cannot work, named by its labels.
 
     Example:
-        >>> from unmask.lab.study.spec import parse
+        >>> from unmask.lab.study.parsing import parse
         >>> sweep = parse({"settings": {"model": "m", "task": "rte", "budget": "1%"}, "axes": {"seed": [0, 1]},
         ...                "methods": {"id3": {"grid": {"lr": ["1e-3", "3e-3"]}}}})
         >>> [(cell.labels["seed"], cell.labels["lr"]) for cell in expand(sweep)]
