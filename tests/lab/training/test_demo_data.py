@@ -161,15 +161,15 @@ SDISTS = {
     "a link": (tar_of({"s-1/inner.tar.gz": tar_of({}, link="deep/snippets.txt")}), "is damaged.*absolute path"),
     "too long": (
         tar_of({"s-1/inner.tar.gz": tar_of({"deep/snippets.txt": SMALL + b" "})}),
-        "has not the size or the checksum",
+        "the size or the checksum of a file is wrong",
     ),
     "too short": (
         tar_of({"s-1/inner.tar.gz": tar_of({"deep/snippets.txt": SMALL[1:]})}),
-        "has not the size or the checksum",
+        "the size or the checksum of a file is wrong",
     ),
     "other bytes": (
         tar_of({"s-1/inner.tar.gz": tar_of({"deep/snippets.txt": SMALL[::-1]})}),
-        "has not the size or the checksum",
+        "the size or the checksum of a file is wrong",
     ),
 }
 

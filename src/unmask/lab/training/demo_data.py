@@ -194,7 +194,7 @@ def ensure(asset: Asset, cache: Path) -> Path:
         except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, KeyError) as error:
             raise _damaged(asset, str(error)) from error
         if not asset.is_in(part):
-            raise _damaged(asset, "a file has not the size or the checksum that it should have")
+            raise _damaged(asset, "the size or the checksum of a file is wrong")
         if not asset.is_in(folder):  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)

@@ -211,7 +211,7 @@ def _problem(table: Table, row: int, question: str, spec: ArithmeticSpec, split:
 
 def _text(table: Table, row: int, column: str, value: object, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{table.where(row)}: column {column!r} holds {value!r:.60}, which is no text.")
+        raise DataError(f"{table.where(row)}: column {column!r} holds {value!r:.60}, which is not a text.")
     if not value.strip() and not may_be_empty:
         raise DataError(f"{table.where(row)}: the text in column {column!r} is empty; mend or drop the row.")
     return value.strip()

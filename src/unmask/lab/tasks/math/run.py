@@ -227,7 +227,7 @@ def _requested(described: Mapping[str, Any], request: Request, batch_size: int) 
         try:
             generation[key] = kind(value)
         except ValueError as error:
-            raise ConfigError(f"{key} = {value!r} is no {kind.__name__}.") from error
+            raise ConfigError(f"{key} = {value!r} must be of type {kind.__name__}.") from error
     return SolveSettings(
         sets,
         request.data_dir,
