@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from unmask.errors import MethodError
-from unmask.peft.adapter import Adapter, Slots
+from unmask.peft.adapter import Adapter
+from unmask.ranking.ledger import Slots
 
 
 class Attempt:

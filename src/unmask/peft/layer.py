@@ -13,9 +13,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from unmask.delta.base import missing_from_checkpoint
 from unmask.delta.delta import SparseDelta
 from unmask.delta.fingerprint import digest, fingerprint
-from unmask.delta.record import missing_from_checkpoint
 from unmask.errors import SelectionError
 from unmask.peft.adapter import Adapter, Pause, changed
 from unmask.peft.attempt import Attempt, not_known, planned_steps

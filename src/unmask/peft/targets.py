@@ -18,7 +18,7 @@ from unmask.gradients.wrappers import named_parameters, persistent_buffers
 from unmask.methods.method import Method
 from unmask.peft.config import SelectiveConfig
 from unmask.quantised.sources import sources
-from unmask.selection.eligible import refuse_renormalized
+from unmask.selection.refusals import refuse_renormalized
 
 _ORIGINAL = "original_module"
 
