@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from unmask.delta.delta import SparseDelta, SparseTensor
 from unmask.delta.fingerprint import same_bits
-from unmask.errors import DeltaError, MethodError
+from unmask.errors import DeltaError, MethodError, ScheduleNotRunError
 from unmask.gradients.entries import put
 from unmask.gradients.wrappers import named_parameters
 from unmask.gradients.writes import Writes
+from unmask.integrations.support import Attempt
 from unmask.peft.config import SelectiveConfig
 from unmask.peft.progress import Progress
 from unmask.ranking.ledger import Layout, SlotTable
@@ -30,12 +31,6 @@ from unmask.selection.select import select
 from unmask.selection.selection import Selection, known_positions
 from unmask.selection.state import state_of
 from unmask.selection.stepping import unwatch, watch
-
-if TYPE_CHECKING:
-    from unmask.peft.attempt import Attempt
-from collections.abc import Sequence
-
-from unmask.errors import ScheduleNotRunError
 
 
 @dataclass
@@ -82,7 +77,7 @@ class Adapter:
         self.whole: dict[str, Tensor] = {}
         self.selection: Selection | None = None
         self.written = False
-        self.attempt: Attempt | None = None
+        self.attempt: Attempt[tuple[Slots, dict[str, Tensor]]] | None = None
         self.asked = False
         self._positions = torch.full((budget,), -1, dtype=torch.int64, device=first.device)
         self._base = torch.zeros_like(zeros)

@@ -7,8 +7,6 @@ import platform
 from typing import Any, Literal, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 from transformers.utils.hub import PushToHubMixin
 
@@ -19,14 +17,14 @@ from unmask.delta.record import name_or_path
 from unmask.errors import DeltaError, MethodError
 from unmask.gradients.unreached import unwatch_forwards
 from unmask.gradients.wrappers import named_parameters
+from unmask.integrations.support import calling, running_trainer
 from unmask.methods.method import parse_budget
 from unmask.peft.adapter import Adapter
-from unmask.peft.callers import caller, calling_trainer
 from unmask.peft.card import complete_card
 from unmask.peft.combine import combine_whole, combined_config, combined_slots, union
 from unmask.peft.config import PREFIX
-from unmask.peft.ddp import name_in_peft_model
 from unmask.peft.layer import SelectiveLayer
+from unmask.peft.private import AuxiliaryTrainingWrapper, BaseTuner, set_additional_trainable_modules
 from unmask.peft.progress import Progress
 from unmask.peft.saving import is_entry, put_entries, take_entries
 from unmask.peft.targets import Base, eligible, saved_whole
@@ -66,7 +64,7 @@ class SelectiveModel(BaseTuner):
             if "deltas" in self.__dict__.get("_modules", {}):
                 self._end(keep=False)
             raise
-        owner = caller(PeftModel)  # is being built, and knows these by their names
+        owner = calling(PeftModel)  # is being built, and knows these by their names
         for name in ("print_trainable_parameters", "_upload_modified_files", "_ddp_params_and_buffers_to_ignore"):
             setattr(owner, name, getattr(self, name))
 
@@ -114,7 +112,7 @@ class SelectiveModel(BaseTuner):
         names = {id(p): name for name, p in named_parameters(model).items()}
         method.schedule.check(count := count_budget(model, method, [names[id(p)] for p in parameters.values()]))
         adapter = Adapter(config, count, parameters)
-        if twin is not None and adapter_name == "ref" and calling_trainer() is not None:
+        if twin is not None and adapter_name == "ref" and running_trainer() is not None:
             # TRL's reference: an equal adapter, whose parameters it then makes equal one by one
             adapter.load(twin.slots())
             adapter.whole = self.deltas.whole_of(twin)
@@ -123,7 +121,7 @@ class SelectiveModel(BaseTuner):
     def _add(self, name: str, adapter: Adapter) -> None:
         config = adapter.config
         self.deltas.add(name, adapter)
-        self._ddp_params_and_buffers_to_ignore.append(name_in_peft_model(name))
+        self._ddp_params_and_buffers_to_ignore.append(f"base_model.deltas.unmask_values.{name}")
         self.targeted_module_names = sorted(
             {n.rpartition(".")[0] for a in self.deltas.adapters.values() for n in a.layout.names}
         )

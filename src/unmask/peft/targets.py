@@ -4,12 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from peft.tuners.tuners_utils import (
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft import PeftConfig
@@ -17,6 +11,12 @@ from unmask.errors import MethodError
 from unmask.gradients.wrappers import named_parameters, persistent_buffers
 from unmask.methods.method import Method
 from unmask.peft.config import SelectiveConfig
+from unmask.peft.private import (
+    AuxiliaryTrainingWrapper,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from unmask.quantised.sources import sources
 from unmask.selection.eligible import refuse_renormalized
 
