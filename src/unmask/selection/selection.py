@@ -138,7 +138,7 @@ class Selection:
         self._reducer = reducer
         described = facts_of_method(method, self._slots) | {"budget": self.budget, "accumulation": accumulation}
         described |= {"the eligible tensors": self._layout.names, "the tensors trained whole": dense}
-        reducer.expect(described, self._to_agree_on, self._progress, device)
+        reducer.expect(described, self._to_agree_on, self._progress, self.values)
         self._dense_gradients = DenseGradients(self.dense, self._reducer)
         sampled, measured = gradients != "dense", clip_scope == "all"
         self._window = Window(self._table, self.values, method, accumulation, sampled, self._reducer, measured)

@@ -23,7 +23,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from unmask.distributed.reducer import refuse_zero
 from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at
@@ -124,7 +123,6 @@ class Window:
 
     def begin(self) -> None:
         """A backward starts: a fresh window if ``values`` carries no gradient, else one more micro-batch."""
-        refuse_zero(self.values)
         fresh = self._fresh()
         self.reducer.begin(self.plan, fresh)
         if self.measured and self.reducer.several:
