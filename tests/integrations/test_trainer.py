@@ -113,7 +113,7 @@ def state_of(trainer, selection):
         **snapshot(selection.model),
         **{f"moment {i} {k}": torch.as_tensor(v) for i, state in moments.items() for k, v in state.items()},
         "values": selection.values.detach().clone(),
-        "positions": selection._table.positions.clone(),
+        "positions": selection.ledger.positions.clone(),
         "lr": torch.tensor(trainer.lr_scheduler.get_last_lr()),
         "rng": torch.get_rng_state(),
     }

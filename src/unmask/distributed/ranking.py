@@ -21,7 +21,7 @@ from unmask.distributed.processes import Processes
 from unmask.errors import NonFiniteGradientError
 from unmask.gradients.factors import Factors, as_dense, gradient_at
 from unmask.ranking.exchange import NewRanker, Ranking
-from unmask.ranking.ledger import SlotTable
+from unmask.ranking.ledger import Ledger
 from unmask.ranking.topk import Ranked, StreamingTopK
 
 
@@ -34,7 +34,7 @@ class ExactRanking:
         table: The slots and the tensors.
     """
 
-    def __init__(self, processes: Processes, ranking: Ranking, table: SlotTable) -> None:
+    def __init__(self, processes: Processes, ranking: Ranking, table: Ledger) -> None:
         self._processes, self._ranking, self._table = processes, ranking, table
         self._rounds = Rounds(processes, _sizes(table), table.base.device, self._use)
 
@@ -81,7 +81,7 @@ class CandidateRanking:
         table: The slots, which tell what is unmasked already, and the tensors.
     """
 
-    def __init__(self, processes: Processes, new: NewRanker, table: SlotTable) -> None:
+    def __init__(self, processes: Processes, new: NewRanker, table: Ledger) -> None:
         self._processes, self._new, self._table = processes, new, table
         self._own = new(table)
         self._top = StreamingTopK(self._own.top.k, self._own.top.floor)
@@ -150,7 +150,7 @@ class CandidateRanking:
         return values
 
 
-def _sizes(table: SlotTable) -> list[int]:
+def _sizes(table: Ledger) -> list[int]:
     return [tensor.numel() for tensor in table.layout.tensors]
 
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,9 @@ from unmask.distributed.facts import checksum, facts_of_state, refusal, settings
 from unmask.distributed.processes import Processes
 from unmask.distributed.ranking import CandidateRanking, ExactRanking
 from unmask.distributed.sharding import ShardedLayout, ShardRanking, ShardTable, group_of, reshard
-from unmask.errors import MethodError, ProcessesDifferError, SelectionError
-from unmask.methods.method import Method
+from unmask.errors import ProcessesDifferError, SelectionError
 from unmask.ranking.exchange import NewRanker, Ranking
-from unmask.ranking.ledger import Layout, SlotTable
+from unmask.ranking.ledger import Layout, Ledger
 from unmask.ranking.plan import Plan
 
 Exchange = Literal["exact", "candidates", "none"]
@@ -36,23 +35,6 @@ _SAME_STATE = f"{_SAME} state: load the file that one process has saved in all o
 _SAME_OPTIMIZER = (
     f"{_SAME} optimizer, settings, learning-rate schedule and optimizer state; load the same checkpoint in all of them."
 )
-
-
-def check_exchange(exchange: str, method: Method) -> None:
-    """Refuses an exchange that there is not, or that does not go with the method.
-
-    Raises:
-        MethodError: Either.
-    """
-    if exchange not in get_args(Exchange):
-        raise MethodError(f"exchange = {exchange!r}; it must be 'exact', 'candidates' or 'none'.")
-    heuristic = method.heuristic
-    ranks = heuristic.needs == "gradient" or method.strategy == "repeat"
-    if exchange == "candidates" and ranks and not method.by_entry:
-        raise MethodError(
-            f"exchange = 'candidates' scores single entries by their gradient, which heuristic {heuristic.name!r} under "
-            f"allocation {method.allocation!r} does not allow; use exchange='exact'."
-        )
 
 
 class ProcessReducer:
@@ -264,7 +246,7 @@ class ProcessReducer:
         processes = Processes(self._group)
         return processes if processes.size > 1 else None
 
-    def ranking(self, new: NewRanker, table: SlotTable) -> Ranking:
+    def ranking(self, new: NewRanker, table: Ledger) -> Ranking:
         """See `Reducer.ranking`."""
         if self.processes is None:
             return new(table)

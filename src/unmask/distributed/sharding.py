@@ -23,8 +23,7 @@ from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.gradients.entries import Entries, put, take
 from unmask.gradients.factors import Factors, as_dense
 from unmask.gradients.wrappers import named_parameters
-from unmask.methods.method import Method
-from unmask.ranking.ledger import Layout, SlotTable
+from unmask.ranking.ledger import Layout, Ledger
 from unmask.ranking.ranker import Ranker
 from unmask.ranking.topk import Ranked, StreamingTopK
 
@@ -57,43 +56,6 @@ def group_of(model: nn.Module) -> Processes | None:
                 "fully_shard shards by rows over one mesh dimension (no HSDP, no tensor parallelism)."
             )
     return Processes(next(iter(sharded.values())).device_mesh.get_group())  # type: ignore[attr-defined]
-
-
-def check_sharded(
-    model: nn.Module, method: Method, eligible: Sequence[str], dense: Sequence[str], exchange: str
-) -> None:
-    """Refuses what a sharded model does not allow.
-
-    Raises:
-        MethodError: With what to do instead.
-    """
-    parameters = named_parameters(model)
-    heuristic = method.heuristic
-    whole_tensors = [name for name in dense if is_sharded(parameters[name])]
-    plain = [name for name in eligible if not is_sharded(parameters[name])]
-    if exchange != "exact":
-        raise MethodError(f"exchange = {exchange!r}; a model sharded by fully_shard needs exchange='exact'.")
-    if whole_tensors:
-        raise MethodError(
-            f"{whole_tensors[0]!r} is sharded and would be trained whole; keep such tensors out of the sharding "
-            "(fully_shard(model, ignored_params={...})), and unmask.select reduces their gradients itself."
-        )
-    if plain:
-        raise MethodError(f"{plain[0]!r} is not sharded, others are; leave such tensors out with exclude=.")
-    if method.unselected == "zero":
-        raise MethodError(
-            "a pruned adapter of a sharded model is not supported; use pruned='kept', or do not shard it."
-        )
-    if method.leaving == "kept":
-        raise MethodError(
-            "leaving='kept' holds a number for every eligible weight in each process, which sharding is there to avoid; use "
-            "leaving='restored', or do not shard the model."
-        )
-    if not heuristic.elementwise or heuristic.needs == "calibration" or method.allocation != "global":
-        raise MethodError(
-            f"heuristic {heuristic.name!r} under allocation {method.allocation!r} needs whole tensors, which no process of a "
-            "sharded model holds; use an elementwise heuristic without calibration, and allocation='global'."
-        )
 
 
 class ShardedLayout(Layout):
@@ -164,10 +126,10 @@ class ShardedLayout(Layout):
         return local[mine], mine
 
 
-class ShardTable(SlotTable):
+class ShardTable(Ledger):
     """The part of a table that belongs to this process's rows, at their positions in the whole model, for a `Ranker`."""
 
-    def __init__(self, table: SlotTable, layout: ShardedLayout) -> None:
+    def __init__(self, table: Ledger, layout: ShardedLayout) -> None:
         self._table, self._whole = table, layout
         self.layout = _Shards(layout)
         self.positions, self.base, self.held, self.budget = table.positions, table.base, table.held, table.budget

@@ -9,9 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from unmask.peft.adapter import Adapter, Slots
+from unmask.peft.adapter import Adapter
 from unmask.peft.config import SelectiveConfig
-from unmask.ranking.ledger import Layout
+from unmask.ranking.ledger import Layout, Slots
 
 
 def combined_config(configs: Sequence[SelectiveConfig], names: Sequence[str], budget: int) -> SelectiveConfig:
@@ -60,8 +60,7 @@ def combined_slots(adapters: Sequence[Adapter], weights: Sequence[float], into: 
     slots, used = into.slots(), positions.numel()
     slots.positions[:used], slots.base[:used] = positions, base.to(slots.base)
     slots.values[:used] = (base + total).to(slots.values)
-    slots.used, slots.step = used, 1
-    return slots
+    return replace(slots, used=used, step=1)
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unmask.delta.base import missing_from_checkpoint
 from unmask.delta.delta import SparseDelta
 from unmask.delta.fingerprint import digest, fingerprint
-from unmask.delta.record import missing_from_checkpoint
 from unmask.errors import MethodError, SelectionError
 from unmask.integrations.support import (
     Attempt,
@@ -25,10 +25,11 @@ from unmask.integrations.support import (
     planned_steps,
     running_trainer,
 )
-from unmask.peft.adapter import Adapter, Pause, Slots, changed
+from unmask.peft.adapter import Adapter, Pause, changed
 from unmask.peft.private import BaseTunerLayer
 from unmask.peft.progress import Progress
 from unmask.peft.targets import Base, saved_whole
+from unmask.ranking.ledger import Slots
 from unmask.selection.selection import Selection
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import platform
 from typing import Any, Literal, cast
 
 import torch
@@ -11,9 +10,11 @@ from torch import Tensor, nn
 from transformers.utils.hub import PushToHubMixin
 
 from peft import PeftConfig, PeftModel
+from unmask.delta.base import name_or_path
 from unmask.delta.delta import SparseDelta, refuse_diverged
 from unmask.delta.live import has_selection
-from unmask.delta.record import name_or_path
+from unmask.delta.provenance import provenance_of
+from unmask.delta.record import record_delta
 from unmask.errors import DeltaError, MethodError
 from unmask.gradients.unreached import unwatch_forwards
 from unmask.gradients.wrappers import named_parameters
@@ -28,8 +29,7 @@ from unmask.peft.private import AuxiliaryTrainingWrapper, BaseTuner, set_additio
 from unmask.peft.progress import Progress
 from unmask.peft.saving import is_entry, put_entries, take_entries
 from unmask.peft.targets import Base, eligible, saved_whole
-from unmask.selection.select import count_budget
-from unmask.version import __version__
+from unmask.selection.eligible import count_budget
 
 
 class SelectiveModel(BaseTuner):
@@ -269,28 +269,30 @@ class SelectiveModel(BaseTuner):
     # Saving and loading.
 
     def delta(self, adapter_name: str, modules_to_save: bool = True) -> SparseDelta:
-        """An adapter as an `unmask.SparseDelta` of the base; see `unmask.peft.delta`."""
+        """Returns an adapter as an `unmask.SparseDelta` of the base; see `unmask.peft.delta`."""
         adapter = self.deltas.adapters[adapter_name]
         saved = {name: tensor.detach().cpu().clone() for name, tensor in saved_whole(self.model, adapter_name).items()}
         whole = {name: t.cpu() for name, t in self.deltas.whole_of(adapter).items() if name not in saved}
-        without = {*whole, *saved}
-        sparse = adapter.entries()
-        metadata = {
-            "method": adapter.config.build(adapter.budget).describe(),
-            "budget": adapter.budget,
-            "used": adapter.used,
-            "step": adapter.step,
-            "dense": sorted(saved),
-            "base_id": adapter.config.base_model_name_or_path or name_or_path(self.model),
-            "parameters": sum(p.numel() for p in Base(self.model).parameters.values()),
-            "versions": {"unmask": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        }
         refuse_diverged(saved | {name: t for name, t in whole.items() if name not in self.deltas.new})
-        whole |= saved if modules_to_save else {}
-        delta = SparseDelta(sparse, whole, self.deltas.fingerprint(without), metadata)
+        base = self.deltas.fingerprint({*whole, *saved})
+        adapter.catch_up()
+        slots = adapter.slots()
+        provenance = provenance_of(
+            self.model,
+            adapter.config.build(adapter.budget),
+            adapter.layout,
+            budget=adapter.budget,
+            used=slots.used,
+            step=slots.step,
+            dense=sorted(saved),
+            base_id=adapter.config.base_model_name_or_path or name_or_path(self.model),
+            parameters=sum(p.numel() for p in Base(self.model).parameters.values()),
+        )
+        stored = whole | (saved if modules_to_save else {})
+        delta = record_delta(adapter.layout, slots, stored, base, provenance)
         adapter.config.record = {
-            **metadata,
-            "fingerprint": delta.base,
+            **delta.metadata,
+            "fingerprint": base,
             "whole": sum(tensor.numel() for tensor in (whole | saved).values()),
         }
         return delta

@@ -18,7 +18,7 @@ from unmask.peft.private import (
     check_target_module_exists,
 )
 from unmask.quantised.sources import sources
-from unmask.selection.eligible import refuse_renormalized
+from unmask.selection.refusals import refuse_renormalized
 
 _ORIGINAL = "original_module"
 
