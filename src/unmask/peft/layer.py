@@ -7,7 +7,7 @@ module: the base's own tensors hold the active adapter's values. One adapter is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -16,21 +16,15 @@ from torch import Tensor, nn
 from unmask.delta.base import missing_from_checkpoint
 from unmask.delta.delta import SparseDelta
 from unmask.delta.fingerprint import digest, fingerprint
-from unmask.errors import MethodError, SelectionError
+from unmask.errors import SelectionError
 from unmask.integrations.support import (
-    Attempt,
-    check_clip_scope,
-    clip_in,
     keep_unwrapped,
-    planned_steps,
     running_trainer,
 )
 from unmask.peft.adapter import Adapter, Pause, changed
 from unmask.peft.private import BaseTunerLayer
 from unmask.peft.progress import Progress
 from unmask.peft.targets import Base, saved_whole
-from unmask.ranking.ledger import Slots
-from unmask.selection.selection import Selection
 
 
 class Values(nn.ParameterDict):
@@ -53,6 +47,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
     Attributes:
         adapters: The adapters by name.
         new: The names of the base's tensors that its checkpoint lacks; a saved adapter contains them.
+        base_of_whole: The base's version of all tensors that an adapter may set whole: buffers, and those named in ``new``.
     """
 
     adapter_layer_names = ("unmask_values",)
@@ -65,7 +60,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = []
         base = Base(model)
         self.new = sorted(missing_from_checkpoint(model) & base.tensors.keys())
-        self._whole = {name: base.tensors[name].detach().clone() for name in (*base.buffers, *self.new)}
+        self.base_of_whole = {name: base.tensors[name].detach().clone() for name in (*base.buffers, *self.new)}
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._disabled = contextlib.ExitStack()  # keeps the base's values in the tensors while adapters are disabled
         self._left: Adapter | None = None  # the adapter that was active when adapters were disabled
@@ -117,7 +112,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         if not enabled:
             self._left = self.active
             if self._left is not None and self._left.written:
-                self._disabled.enter_context(self._left.absent(self._whole, self._tensors()))
+                self._disabled.enter_context(self._left.absent(self.base_of_whole, self.tensors()))
         else:
             self._disabled.close()
             self._exchange(self._left, self.active)  # another may have been made active in between
@@ -163,88 +158,16 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         for adapter in self.adapters.values():
             adapter.expect(False)
         if active is not None and not keep:
-            active.withdraw(self._whole, self._tensors())
+            active.withdraw(self.base_of_whole, self.tensors())
         elif active is not None:
             active.stop()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
 
-    # Training.
+    # Which adapter is in the tensors.
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the start of a selection cannot be compiled
-    def before_forward(self) -> None:
-        """Runs before each forward of the base: brings ``values`` into the tensors, and starts a selection if needed."""
-        adapter = self.active
-        if adapter is None or self._disable_adapters:
-            return
-        adapter.catch_up()
-        if not torch.is_grad_enabled():
-            return
-        if not adapter.values.requires_grad:
-            adapter.stop()  # the user froze it by hand
-            return
-        self._follow(adapter)
-        if adapter.selection is None and self._steps_are_known(adapter):
-            self.settle()
-            adapter.start(self.model)
-        elif adapter.selection is not None:
-            adapter.selection.check_model()
-
-    def _follow(self, adapter: Adapter) -> None:
-        """Finds the Trainer's attempt that this forward belongs to, and undoes an attempt that has failed."""
-        attempt = adapter.attempt
-        if attempt is None and adapter.selection is not None:
-            return  # the user's own loop: no Trainer needs to be looked for at each forward
-        if attempt is not None and attempt.running:
-            return
-        trainer = running_trainer()
-        if attempt is not None and attempt.failed:
-            self._go_back(adapter, attempt)
-        adapter.attempt = None
-        if trainer is None or planned_steps(trainer) is None:
-            return
-        copies = saved_whole(self.model, self._name(adapter))
-        adapter.attempt = Attempt(trainer, copies.values(), (adapter.slots(), self.whole_of(adapter)))
-        if adapter.config.clip_scope == "all":
-            check_clip_scope(trainer, "all")
-            clip_in(trainer, self.trained)
-
-    def _go_back(self, adapter: Adapter, attempt: Attempt[tuple[Slots, dict[str, Tensor]]]) -> None:
-        adapter.withdraw(self._whole, self._tensors())
-        slots, adapter.whole = attempt.undo()
-        adapter.load(slots)
-        adapter.write(self._tensors())
-        if adapter.asked:
-            adapter.config.total_steps = None
-
-    def trained(self, parameters: Sequence[nn.Parameter]) -> tuple[Selection | None, list[nn.Parameter]]:
-        """Finds what is trained now.
-
-        Args:
-            parameters: Parameters of the PEFT model.
-
-        Returns:
-            The active adapter's live selection, None if there is none; and the parameters that are trained in addition to it.
-        """
-        adapter = self.active
-        if adapter is None or adapter.selection is None:
-            return None, []
-        return adapter.selection, [p for p in parameters if p.requires_grad and p is not adapter.values]
-
-    def _steps_are_known(self, adapter: Adapter) -> bool:
-        config = adapter.config
-        if config.needs_total_steps:
-            config.total_steps, adapter.asked = planned_steps(running_trainer()), True
-        if config.needs_total_steps and self.model.training:
-            name = self._name(adapter)
-            raise MethodError(
-                f"adapter {name!r} spreads its budget over total_steps, which is not set, and no transformers Trainer runs this "
-                "step. Give SelectiveConfig(total_steps=...) the planned number of optimizer steps, or set "
-                f"model.peft_config[{name!r}].total_steps before the first step."
-            )
-        return not config.needs_total_steps
-
-    def _name(self, adapter: Adapter) -> str:
+    def name_of(self, adapter: Adapter) -> str:
+        """Returns an adapter's name."""
         return next(name for name, each in self.adapters.items() if each is adapter)
 
     def _train(self, adapter: Adapter, trainable: bool) -> None:
@@ -256,18 +179,18 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
     def _exchange(self, old: Adapter | None, new: Adapter | None) -> None:
         if old is new:
             if new is not None and not new.written:
-                new.write(self._tensors())
+                new.write(self.tensors())
             return
         if old is not None and old.written:
             if old.selection is not None and new is not None and self._pause is None:
-                self._pause = Pause(old, self._whole, self._tensors())
+                self._pause = Pause(old, self.base_of_whole, self.tensors())
             else:
-                old.withdraw(self._whole, self._tensors())
+                old.withdraw(self.base_of_whole, self.tensors())
         if self._pause is not None and self._pause.adapter is new:
             self._pause.end()
             self._pause = None
         elif new is not None:
-            new.write(self._tensors())
+            new.write(self.tensors())
 
     def settle(self) -> None:
         """Ends the training of an adapter that was paused while another became active; the adapter keeps its state."""
@@ -276,12 +199,12 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         active, paused = self.active, self._pause.adapter
         written = active is not None and active.written
         if active is not None and written:
-            active.withdraw(self._whole, self._tensors())
+            active.withdraw(self.base_of_whole, self.tensors())
         self._pause.end()
         self._pause = None
-        paused.withdraw(self._whole, self._tensors())
+        paused.withdraw(self.base_of_whole, self.tensors())
         if active is not None and written:
-            active.write(self._tensors())
+            active.write(self.tensors())
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state of a copy or a pickle, in which no adapter is paused."""
@@ -289,11 +212,6 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         return dict(vars(self))
 
     # The base.
-
-    @property
-    def base_of_whole(self) -> dict[str, Tensor]:
-        """The base's version of all tensors that an adapter may set whole."""
-        return self._whole
 
     def load(self, name: str, delta: SparseDelta, progress: Progress | None = None) -> None:
         """Replaces the weights that an adapter holds by those of a delta.
@@ -308,14 +226,15 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         adapter.stop()
         written = adapter.written and not self._disable_adapters
         if written:
-            adapter.withdraw(self._whole, self._tensors())
+            adapter.withdraw(self.base_of_whole, self.tensors())
         adapter.load(slots)
         adapter.whole, adapter.attempt = dict(delta.whole), None
         if written:
-            adapter.write(self._tensors())
+            adapter.write(self.tensors())
             self._train(adapter, adapter.values.requires_grad)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the base's tensors by name, detached, with what they hold now."""
         with torch._C.DisableTorchFunctionSubclass():
             return {name: tensor.detach() for name, tensor in Base(self.model).tensors.items()}
 
@@ -325,7 +244,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         if self.active is None or self._disable_adapters or not self.active.written:
             yield
             return
-        with self.active.absent(self._whole, self._tensors()):
+        with self.active.absent(self.base_of_whole, self.tensors()):
             yield
 
     def whole_of(self, adapter: Adapter) -> dict[str, Tensor]:
@@ -335,11 +254,11 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         """
         if adapter is not self.active:
             self.settle()
-        tensors = self._tensors()
+        tensors = self.tensors()
         if adapter is self.active and adapter.written and not self._disable_adapters:
-            whole = {name: tensors[name] for name in sorted({*self.new, *changed(self._whole, tensors)})}
+            whole = {name: tensors[name] for name in sorted({*self.new, *changed(self.base_of_whole, tensors)})}
         else:
-            whole = {n: adapter.whole.get(n, self._whole[n]) for n in sorted({*self.new, *adapter.whole})}
+            whole = {n: adapter.whole.get(n, self.base_of_whole[n]) for n in sorted({*self.new, *adapter.whole})}
         return {name: adapter.initial(name, tensor) for name, tensor in whole.items()}
 
     def fingerprint(self, without: Container[str]) -> str:
@@ -349,7 +268,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         """
         if self._digests is None:
             with self.base_restored():
-                self._digests = {name: digest(tensor) for name, tensor in self._tensors().items()}
+                self._digests = {name: digest(tensor) for name, tensor in self.tensors().items()}
         return fingerprint({name: value for name, value in self._digests.items() if name not in without})
 
     def describe(self, name: str) -> str:

@@ -60,7 +60,7 @@ def clip_grad_norm_(model: PeftModel, max_norm: float, loss_scale: float = 1.0) 
     Raises:
         ScheduleNotRunError: No adapter is being trained.
     """
-    selection, others = tuner_of(model).deltas.trained(list(model.parameters()))
+    selection, others = tuner_of(model).adapter_training.trained(list(model.parameters()))
     if selection is None:
         raise ScheduleNotRunError(
             "there is no gradient to clip: no adapter is being trained. The order is loss.backward(), "
