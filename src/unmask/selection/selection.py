@@ -20,7 +20,7 @@ from unmask.delta.record import before_training, record_delta
 from unmask.distributed.reducer import ProcessReducer
 from unmask.distributed.sharding import gathered, reshard
 from unmask.errors import SelectionError
-from unmask.gradients.norm import total_norm
+from unmask.gradients.factors import total_norm
 from unmask.gradients.tapped import owner_of
 from unmask.gradients.taps import TapSet
 from unmask.gradients.unreached import unwatch_forwards

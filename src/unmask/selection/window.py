@@ -24,8 +24,7 @@ from torch import Tensor
 
 from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.entries import Entries
-from unmask.gradients.factors import Factors, as_dense, forget, gradient_at
-from unmask.gradients.norm import total_norm
+from unmask.gradients.factors import Factors, as_dense, forget, gradient_at, total_norm
 from unmask.gradients.taps import in_pieces, stale
 from unmask.methods.method import Method
 from unmask.ranking.exchange import Ranking, Reducer
