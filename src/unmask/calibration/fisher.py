@@ -18,7 +18,7 @@ from unmask.calibration.persample import PerSampleTaps
 from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, as_dense
-from unmask.gradients.taps import TapSet, in_pieces
+from unmask.gradients.taps import Receiver, TapSet, in_pieces
 from unmask.methods.method import Calibration
 from unmask.ranking.ledger import Layout
 
@@ -104,7 +104,7 @@ def _loop(
     return dict(zip(indices, receiver.sums, strict=True))
 
 
-class _Summing:
+class _Summing(Receiver):
     """The receiver of the gradients of batches of one; it sums their powers."""
 
     def __init__(self, sums: list[Tensor], power: Callable[[Tensor], Tensor]) -> None:
@@ -117,20 +117,8 @@ class _Summing:
     def begin(self) -> None:
         self._seen.clear()
 
-    def entries(self, index: int) -> None:
-        return None
-
-    def factored(self, index: int) -> bool:
-        return False
-
     def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
         if index in self._seen:
             raise in_pieces()
         self._seen.add(index)
         self.sums[index] += self._power(as_dense(gradient).float())
-
-    def end(self) -> None:
-        pass
-
-    def abort(self) -> None:
-        pass

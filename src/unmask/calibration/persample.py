@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors
 from unmask.gradients.tapped import TappedParameter, index_of
-from unmask.gradients.taps import TapSet
+from unmask.gradients.taps import Receiver, TapSet
 
 _PRODUCT = 1 << 24  # The scalars in one block of per-example weight gradients.
 
@@ -40,7 +40,7 @@ class _Watch(torch.autograd.Function):
         return None, gradient, None, None
 
 
-class PerSampleTaps:
+class PerSampleTaps(Receiver):
     """Taps that add each example's squared (or absolute) gradients to given sums.
 
     Args:
@@ -85,24 +85,13 @@ class PerSampleTaps:
         """Makes every tensor an ordinary parameter again."""
         self._taps.remove()
 
-    # The receiver of the taps. It is asked only about uses that no handler took, and such a use hides the examples.
-
     def wanted(self, index: int) -> bool:
+        """Notes a tensor as unsupported: the taps ask only about uses that no handler took, and these hide the examples."""
         self.unsupported.add(index)
         return False
 
-    def begin(self) -> None: ...
-
-    def entries(self, index: int) -> None: ...
-
-    def factored(self, index: int) -> bool:
-        return False
-
-    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None: ...
-
-    def end(self) -> None: ...
-
-    def abort(self) -> None: ...
+    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
+        raise AssertionError("no tensor's gradient is wanted from the taps")
 
     def _linear(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
         def run(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

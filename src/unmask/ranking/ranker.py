@@ -136,7 +136,9 @@ class Ranker:
         if factor is None:
             return False
         grads, columns = as_rows(gradient), weight.shape[1]
-        across = grads.stride(0) == 1 and grads.shape[0] > 1  # A transposed gradient is read in the order of its memory.
+        across = (
+            grads.stride(0) == 1 and grads.shape[0] > 1
+        )  # A transposed gradient is read in the order of its memory.
         lines = grads.t() if across else grads
         block = GLANCE if lines.device.type == "cpu" else lines.numel()
         height = max(1, block // max(1, lines.shape[1]))
