@@ -42,11 +42,10 @@ def study_context(study: Study, anchor: str) -> dict[str, Any]:
         study: The study.
         anchor: The id of the study's section on the page.
     """
-    ended = [(cell, study.results[cell.id]) for cell in distinct(study.cells) if cell.id in study.results]
-    results = [result for _, result in ended]
+    results = [result for _, result in _ended(study)]
     failed = [result for result in results if result["status"] == "failed"]
     left = len(remaining(study.cells, study.protocol, study.choice, study.results))
-    facts = [f"{len(ended) - len(failed)} runs done", f"{len(failed)} failed" if failed else ""]
+    facts = [f"{len(results) - len(failed)} runs done", f"{len(failed)} failed" if failed else ""]
     facts += [f"{left} to go" if left else ""]
     versions = sorted({json.dumps(r["versions"], sort_keys=True) for r in results if r.get("versions")})
     first, *others = tables(study.cells, study.results, study.protocol, study.choice, study.claims)
@@ -61,8 +60,8 @@ def study_context(study: Study, anchor: str) -> dict[str, Any]:
         "other_tables": [score_table(found) for found in others],
         "choice": _choice(study),
         "figures": _figures(study, anchor),
-        "runs": _runs(ended),
-        "failures": [_failure(result) for result in failed],
+        "runs": runs_table(study),
+        "failures": failures(study),
     }
 
 
@@ -166,8 +165,13 @@ def _figures(study: Study, anchor: str) -> list[dict[str, Any]]:
     ]
 
 
-def _runs(ended: Sequence[tuple[Cell, Result]]) -> dict[str, Any]:
+def _ended(study: Study) -> list[tuple[Cell, Result]]:
+    return [(cell, study.results[cell.id]) for cell in distinct(study.cells) if cell.id in study.results]
+
+
+def runs_table(study: Study) -> dict[str, Any]:
     """Returns every run that has ended, with all its labels."""
+    ended = _ended(study)
     names = list(dict.fromkeys(key for cell, _ in ended for key, value in cell.labels.items() if value is not None))
     lines = [
         {
@@ -212,13 +216,16 @@ def _details(cell: Cell, result: Result) -> list[tuple[str, dict[str, str]]]:
     return [(heading, entries) for heading, entries in parts.items() if entries or heading == "configuration"]
 
 
-def _failure(result: Result) -> dict[str, str]:
-    error = result.get("error") or {}
-    labels = ", ".join(f"{k} {v}" for k, v in result.get("labels", {}).items() if v is not None)
-    return {
-        "summary": f"{result.get('id', '')} ({labels}): {error.get('type', '')}: {error.get('message', '')}",
-        "traceback": str(error.get("traceback", "")),
-    }
+def failures(study: Study) -> list[dict[str, str]]:
+    """Returns the error of every failed run."""
+    found = []
+    for _, result in _ended(study):
+        if result["status"] == "failed":
+            error = result.get("error") or {}
+            labels = ", ".join(f"{k} {v}" for k, v in result.get("labels", {}).items() if v is not None)
+            summary = f"{result.get('id', '')} ({labels}): {error.get('type', '')}: {error.get('message', '')}"
+            found.append({"summary": summary, "traceback": str(error.get("traceback", ""))})
+    return found
 
 
 def _sort_key(value: Any) -> Any:
