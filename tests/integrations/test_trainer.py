@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same_tensors, assert_unselected_is_base, snapshot
+from models import SIZES
 from torch.utils.data import Dataset
 from trainers import (  # noqa: F401
     Ordered,
@@ -333,8 +334,7 @@ class Patches(Dataset):
 
 def vit():
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4))
+    return ViTForImageClassification(ViTConfig(**SIZES, image_size=8, patch_size=4))
 
 
 def test_reentrant_checkpointing_of_a_model_whose_inputs_are_no_tokens(tmp_path):

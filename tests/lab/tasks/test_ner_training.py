@@ -12,12 +12,12 @@ import torch
 from commands import run
 from helpers import assert_same_tensors
 from letters import letters_tokenizer
+from models import bert_config
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForTokenClassification,
-    BertConfig,
     BertModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -66,16 +66,8 @@ def as_columns(path: Path, sentences: Sentences) -> Path:
 def tiny_tagger(folder: Path) -> Path:
     tokenizer = letters_tokenizer()
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=LENGTH,
-        initializer_range=0.4,
-    )
-    BertModel(config).save_pretrained(folder)
+    drops = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    BertModel(bert_config(len(tokenizer), max_position_embeddings=LENGTH, **drops)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
