@@ -349,7 +349,7 @@ def rows() -> Iterator[Any]:
         yield pytest.param(name, marks=[] if ours else [pytest.mark.filterwarnings("default")])
 
 
-@pytest.mark.parametrize("name", rows())
+@pytest.mark.parametrize("name", list(rows()))
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
     if name in NEEDS and find_spec(NEEDS[name]) is None:
         pytest.skip(f"{NEEDS[name]} is not installed")
