@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from unmask.delta.added import added_tensors, checkpoint_name
+from unmask.delta.base import added_tensors, checkpoint_name
 from unmask.errors import ConfigError, DeltaError, MissingExtraError, need
 from unmask.methods.naming import layer_of
 from unmask.methods.scopes import is_linear
