@@ -1,4 +1,4 @@
-"""What a run hands to its task."""
+"""Tests the value that a run gives to its task."""
 
 from __future__ import annotations
 
