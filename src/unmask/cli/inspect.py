@@ -85,7 +85,7 @@ def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:
         "tensor_sparsity": None if mask.tensors is None else tensor_sparsity(mask),
         "sparsity_entropy": sparsity_entropy(mask),
         "sparsity_entropy_share": sparsity_entropy(mask, of="share"),
-        "eligible": delta.metadata.get("eligible"),
+        "eligible": delta.provenance.eligible,
         "layers": grouped(mask, lambda name: layer_of(name) or "outside layers"),
         "kinds": grouped(mask, without_layer),
         "tensors": grouped(mask, lambda name: name),

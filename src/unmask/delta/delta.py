@@ -84,8 +84,9 @@ class SparseDelta:
 
     def __repr__(self) -> str:
         """Returns one short line, such as ``SparseDelta(320,000 weights in 74 tensors, base 'bert-base')``."""
-        whole = f" and {len(self.whole):,} whole tensors" if self.whole else ""
-        return f"SparseDelta({len(self):,} weights in {len(self.sparse):,} tensors{whole}, base {self._base_name()})"
+        whole = f", {len(self.whole):,} stored whole" if self.whole else ""
+        base = self.metadata.get("base_id") or self.base[:23]
+        return f"SparseDelta({len(self):,} weights in {len(self.sparse):,} tensors{whole}, base {base!r})"
 
     def with_metadata(self, **more: Any) -> SparseDelta:
         """Returns a copy whose metadata holds ``more`` (JSON values) too."""
