@@ -48,7 +48,7 @@ def test_metadata_come_back_as_they_went_in(tmp_path):
 
 def test_a_known_entry_of_another_form_is_refused():
     with pytest.raises(DeltaError, match=r"metadata\.budget"):
-        SparseDelta({}, {}, "", {"budget": "many"}).provenance
+        _ = SparseDelta({}, {}, "", {"budget": "many"}).provenance
     assert Provenance.from_json({}) == Provenance()  # of an earlier version, or of a user's own
 
 
