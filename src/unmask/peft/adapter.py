@@ -11,7 +11,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,13 @@ from unmask.delta.fingerprint import same_bits
 from unmask.delta.record import before_training
 from unmask.errors import DeltaError, MethodError, ScheduleNotRunError
 from unmask.gradients.wrappers import named_parameters
+from unmask.integrations.support import Attempt
 from unmask.peft.config import SelectiveConfig
 from unmask.peft.progress import Progress
 from unmask.ranking.ledger import Layout, Ledger, Slots
 from unmask.selection.select import known_positions, select
 from unmask.selection.selection import Selection
 from unmask.selection.stepping import Steppable, unwatch, watch
-
-if TYPE_CHECKING:
-    from unmask.peft.attempt import Attempt
 
 
 class Adapter:
@@ -57,7 +55,7 @@ class Adapter:
         self.whole: dict[str, Tensor] = {}
         self.selection: Selection | None = None
         self.written = False
-        self.attempt: Attempt | None = None
+        self.attempt: Attempt[tuple[Slots, dict[str, Tensor]]] | None = None
         self.asked = False
         self._waiting = Waiting(self.values, list(parameters.values()))
         self._absent = False

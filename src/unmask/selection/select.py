@@ -242,4 +242,4 @@ def _expect(
         trained = (ledger.values[: ledger.used], *(d.master for d in dense[turn : turn + 1]))
         return ledger.step, [tensor.detach() for tensor in trained]
 
-    reducer.expect(described, start, progress, ledger.values.device)
+    reducer.expect(described, start, progress, ledger.values)

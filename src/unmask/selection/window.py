@@ -23,7 +23,6 @@ import functools
 import torch
 from torch import Tensor
 
-from unmask.distributed.reducer import refuse_zero
 from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at, total_norm
@@ -134,7 +133,6 @@ class Window:
 
     def begin(self) -> None:
         """Begins a backward: that of a fresh window if ``values`` carries no gradient, else one more micro-batch."""
-        refuse_zero(self.values)
         fresh = self._fresh()
         self.reducer.begin(self.plan, fresh)
         if self.measured and self.reducer.several:
