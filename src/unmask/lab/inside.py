@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import importlib
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from unmask.delta.base import added_tensors, checkpoint_name
+from unmask.delta.delta import SparseDelta
 from unmask.errors import ConfigError, DeltaError, MissingExtraError, need
 from unmask.methods.naming import layer_of
 from unmask.methods.scopes import is_linear
@@ -85,18 +86,13 @@ class Inserted:
     new: list[str]
 
 
-class _Delta(Protocol):
-    @property
-    def metadata(self) -> Mapping[str, Any]: ...
-
-
-def into_of(delta: _Delta) -> Into | None:
+def into_of(delta: SparseDelta) -> Into | None:
     """Reads from a delta's metadata which modules it was trained inside; None for the base itself.
 
     Raises:
         DeltaError: This version of unmask cannot add the modules.
     """
-    described = delta.metadata.get("into")
+    described = delta.provenance.into
     if described is None:
         return None
     if described.get("kind") not in KINDS:
