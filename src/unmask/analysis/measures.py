@@ -55,8 +55,8 @@ def sparsity_entropy(source: Source, of: Literal["density", "share"] = "density"
 
     It is ``-sum_k p_k ln p_k``. The paper's sparsity probability of tensor k is its density ``d_k = n_k / N_k``: n_k of its
     N_k weights are unmasked. Here the densities are divided by their sum, so that they are a distribution; the paper does not
-    say how it normalises. The entropy is 0 if one tensor holds all, and ``ln K`` if K tensors are equally dense. ``exp`` of it is the number of tensors
-    that an even spread of this entropy would use.
+    say how it normalises. The entropy is 0 if one tensor holds all, and ``ln K`` if K tensors are equally dense. Its
+    exponential is the number of tensors that an even spread of this entropy would use.
 
     Args:
         source: A selection, a delta or a mask.
