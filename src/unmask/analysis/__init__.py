@@ -1,4 +1,4 @@
-"""What a selection, a delta or two checkpoints say about where the budget went; see docs/analysis.md."""
+"""Analyses where the budget went, in a selection, a delta or between two checkpoints; see docs/analysis.md."""
 
 from unmask.analysis.allocation import allocation, grouped, snapshot, snapshots
 from unmask.analysis.checkpoints import changed

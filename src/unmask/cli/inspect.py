@@ -13,6 +13,7 @@ from rich.table import Table
 from unmask.analysis import allocation, grouped, mask_of, snapshots, sparsity_entropy, tensor_sparsity
 from unmask.analysis.mask import Mask, orders
 from unmask.delta.delta import SparseDelta
+from unmask.delta.provenance import Provenance
 from unmask.errors import DeltaError
 from unmask.files import check_file
 from unmask.methods.naming import layer_of, without_layer
@@ -85,7 +86,7 @@ def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:
         "tensor_sparsity": None if mask.tensors is None else tensor_sparsity(mask),
         "sparsity_entropy": sparsity_entropy(mask),
         "sparsity_entropy_share": sparsity_entropy(mask, of="share"),
-        "eligible": delta.metadata.get("eligible"),
+        "eligible": delta.provenance.eligible,
         "layers": grouped(mask, lambda name: layer_of(name) or "outside layers"),
         "kinds": grouped(mask, without_layer),
         "tensors": grouped(mask, lambda name: name),
@@ -98,23 +99,24 @@ def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:
 
 
 def _header(facts: dict[str, Any]) -> str:
-    meta = facts["metadata"]
-    method = meta.get("method", {})
+    """Returns the first lines: size, method, base, and what the delta was trained inside of."""
+    said = Provenance.from_json(facts["metadata"])
+    method, step = said.method or {}, "?" if said.step is None else said.step
     lines = [
         f"{facts['file']}: {facts['weights']:,} weights in {facts['bytes']:,} bytes ({facts['bytes_per_weight']} bytes each)",
-        f"method {method.get('name', '?')} {method.get('parameters', {})}, {_used(meta)} after {meta.get('step', '?')} steps",
-        f"base {meta.get('base_id')!r} ({meta.get('parameters', 0):,} parameters), fingerprint {facts['base'][:23]}...",
+        f"method {method.get('name', '?')} {method.get('parameters', {})}, {_used(said)} after {step} steps",
+        f"base {said.base_id!r} ({said.parameters or 0:,} parameters), fingerprint {facts['base'][:23]}...",
     ]
-    if meta.get("into"):
-        settings = ", ".join(f"{key} {value}" for key, value in meta["into"].items() if key != "kind")
-        lines.append(f"inside {meta['into']['kind']} ({settings})")
+    if said.into:
+        settings = ", ".join(f"{key} {value}" for key, value in said.into.items() if key != "kind")
+        lines.append(f"inside {said.into['kind']} ({settings})")
     return "\n".join(lines)
 
 
-def _used(meta: dict[str, Any]) -> str:
+def _used(said: Provenance) -> str:
     """Says how much of the budget is used; of repeat-S that keeps what leaves, how much was ever tuned."""
-    used, budget = meta.get("used", "?"), meta.get("budget", "?")
-    if meta.get("method", {}).get("leaving") == "kept":
+    used, budget = ("?" if count is None else count for count in (said.used, said.budget))
+    if (said.method or {}).get("leaving") == "kept":
         return f"{used} tuned at a budget of {budget} a step"
     return f"{used} of a budget of {budget} used"
 
