@@ -118,8 +118,9 @@ class Slots:
     picked: Tensor | None = None
 
     def entries(self) -> dict[str, Any]:
-        """Returns the fields by name, as a selection's state has them; ``picked`` only where there is one."""
-        return {key: value for key, value in vars(self).items() if key != "picked" or value is not None}
+        """Returns the fields by name, in the order of a selection's state; ``picked`` only where there is one."""
+        names = ["step", "used", "values", "base", "positions", *(() if self.picked is None else ("picked",))]
+        return {name: getattr(self, name) for name in names}
 
 
 class Ledger:
