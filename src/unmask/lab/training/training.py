@@ -125,7 +125,7 @@ def _sample(examples: Any, most: int = 64) -> str:
 
 
 class _Run:
-    """One run: the Trainer, its callbacks, and the steps from the first evaluation to the summary."""
+    """A run: the Trainer, its callbacks, and the steps from the first evaluation to the summary."""
 
     def __init__(self, setup: Setup, folder: RunFolder, console: Console) -> None:
         model: PreTrainedModel = setup.base.model
