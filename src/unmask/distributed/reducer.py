@@ -75,7 +75,7 @@ class ProcessReducer:
 
     @property
     def several(self) -> bool:
-        """True if this process trains with others."""
+        """Returns True if this process trains with others."""
         return self.processes is not None
 
     def share_weights(self, model: nn.Module) -> None:
@@ -186,7 +186,7 @@ class ProcessReducer:
         self._optimizer = None
 
     def begin(self, plan: Plan, fresh: bool) -> None:
-        """See `Reducer.begin`.
+        """Implements `Reducer.begin`.
 
         Raises:
             SelectionError: DeepSpeed's ZeRO has taken over ``values``. Its inner optimizer steps partitions of a copy instead,
@@ -247,7 +247,7 @@ class ProcessReducer:
         return processes if processes.size > 1 else None
 
     def ranking(self, new: NewRanker, table: Ledger) -> Ranking:
-        """See `Reducer.ranking`."""
+        """Implements `Reducer.ranking`."""
         if self.processes is None:
             return new(table)
         self._meet()
@@ -259,7 +259,7 @@ class ProcessReducer:
         return ExactRanking(self.processes, new(table), table)
 
     def mean(self, tensor: Tensor) -> None:
-        """See `Reducer.mean`."""
+        """Implements `Reducer.mean`."""
         if self.processes is not None:
             self._meet()
             self.processes.mean(tensor)

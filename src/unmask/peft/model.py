@@ -56,7 +56,7 @@ class SelectiveModel(BaseTuner):
         if has_selection(model) or any(isinstance(getattr(hook, "__self__", None), SelectiveModel) for hook in hooks):
             raise MethodError(
                 "this base model has a selection or selective adapters already. To add an adapter: "
-                "peft_model.add_adapter(name, config); to start anew: base = peft_model.unload(), or selection.release()."
+                "peft_model.add_adapter(name, config); to start again: base = peft_model.unload(), or selection.release()."
             )
         try:
             super().__init__(model, peft_config, *args, **kwargs)

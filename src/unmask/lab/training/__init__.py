@@ -1,1 +1,1 @@
-"""One run of ``unmask train``."""
+"""Runs ``unmask train``: configuration, setup, training, the output folder, and series of deltas."""
