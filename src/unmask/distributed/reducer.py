@@ -6,7 +6,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,11 @@ from unmask.distributed.processes import Processes, checksum
 from unmask.distributed.ranking import CandidateRanking, ExactRanking
 from unmask.distributed.sharding import ShardedLayout, ShardRanking, ShardTable, group_of, reshard
 from unmask.errors import MethodError, ProcessesDifferError, SelectionError
-from unmask.methods.method import Method
+from unmask.methods.method import Exchange, Method, check_word
 from unmask.ranking.exchange import NewRanker, Ranking
 from unmask.ranking.ledger import Layout, SlotTable
 from unmask.ranking.plan import Plan
 
-Exchange = Literal["exact", "candidates", "none"]
 F = TypeVar("F", bound=Callable[..., Any])
 _CPU = torch.device("cpu")
 _SAME = "Give all processes the same"
@@ -41,8 +40,7 @@ def check_exchange(exchange: str, method: Method) -> None:
     Raises:
         MethodError: Either.
     """
-    if exchange not in get_args(Exchange):
-        raise MethodError(f"exchange = {exchange!r}; it must be 'exact', 'candidates' or 'none'.")
+    check_word("exchange", exchange, Exchange)
     heuristic = method.heuristic
     ranks = heuristic.needs == "gradient" or method.strategy == "repeat"
     if exchange == "candidates" and ranks and not method.by_entry:

@@ -19,7 +19,7 @@ from unmask.delta.record import name_or_path
 from unmask.errors import DeltaError, MethodError
 from unmask.gradients.unreached import unwatch_forwards
 from unmask.gradients.wrappers import named_parameters
-from unmask.methods.method import parse_budget
+from unmask.methods.budget import Budget
 from unmask.peft.adapter import Adapter
 from unmask.peft.callers import caller, calling_trainer
 from unmask.peft.card import complete_card
@@ -108,7 +108,7 @@ class SelectiveModel(BaseTuner):
         if twin is not None:  # each writes what it holds into its own
             config = self.peft_config[adapter_name] = copy.copy(config)
         total = sum(parameter.numel() for parameter in Base(model).parameters.values())
-        budget = None if config.budget is None else parse_budget(config.budget, total)
+        budget = None if config.budget is None else Budget.parse(config.budget).of(total)
         method = config.build(budget)
         parameters = eligible(model, config, method)
         names = {id(p): name for name, p in named_parameters(model).items()}

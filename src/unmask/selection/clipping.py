@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from unmask.gradients.norm import total_norm
 
 if TYPE_CHECKING:
     from unmask.selection.selection import Selection
-
-ClipScope = Literal["selected", "all"]
-
 
 def clip_grad_norm_(
     selection: Selection, max_norm: float, loss_scale: float = 1.0, beside: Sequence[Tensor] = ()

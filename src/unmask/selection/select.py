@@ -9,19 +9,17 @@ from torch import nn
 from unmask.delta.added import refuse_pruned_base
 from unmask.delta.live import has_selection
 from unmask.delta.record import missing_from_checkpoint, new_tensors
-from unmask.distributed.reducer import Exchange, ProcessReducer, check_exchange, refused_by_all
+from unmask.distributed.reducer import ProcessReducer, check_exchange, refused_by_all
 from unmask.distributed.sharding import check_sharded
 from unmask.errors import MethodError
 from unmask.gradients.wrappers import bare, named_parameters, refuse_wrappers
-from unmask.methods.method import Method, parse_budget
+from unmask.methods.method import Accumulation, ClipScope, Exchange, Gradients, Method, check_word
 from unmask.methods.scopes import Patterns, as_patterns, matching
 from unmask.quantised.layers import weights
-from unmask.selection.clipping import ClipScope
 from unmask.selection.eligible import refuse_renormalized, resolve
 from unmask.selection.refusals import refuse_quantised
 from unmask.selection.selection import Selection
 from unmask.selection.storage import Ties, refuse_absent, refuse_overlaps
-from unmask.selection.window import Accumulation, Gradients
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -102,12 +100,9 @@ def select(
     model = bare(model)
     if has_selection(model):
         raise MethodError("this model already has a selection; call its release() first.")
-    if accumulation not in ("candidates", "exact"):
-        raise MethodError(f"accumulation = {accumulation!r}; it must be 'candidates' or 'exact'.")
-    if gradients not in ("auto", "sampled", "dense"):
-        raise MethodError(f"gradients = {gradients!r}; it must be 'auto', 'sampled' or 'dense'.")
-    if clip_scope not in ("selected", "all"):
-        raise MethodError(f"clip_scope = {clip_scope!r}; it must be 'selected' or 'all'.")
+    check_word("accumulation", accumulation, Accumulation)
+    check_word("gradients", gradients, Gradients)
+    check_word("clip_scope", clip_scope, ClipScope)
     if clip_scope == "all" and gradients == "sampled":
         raise MethodError("clip_scope='all' needs the whole gradient at every step; leave gradients='auto'.")
     check_exchange(exchange, method)
@@ -163,10 +158,10 @@ def count_budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
         )
     if method.budget is None:
         return available
-    budget = parse_budget(method.budget, sum(p.numel() for p in parameters.values()), available)
+    budget = method.budget.of(sum(p.numel() for p in parameters.values()), available)
     if budget > available:
         raise MethodError(
-            f"budget = {method.budget!r} asks for {budget:,} weights, but only {available:,} are eligible under scope "
+            f"budget = {method.budget} asks for {budget:,} weights, but only {available:,} are eligible under scope "
             f"{method.scope.kind!r} and the patterns; lower the budget or widen the scope."
         )
     return budget

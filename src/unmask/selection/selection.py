@@ -28,18 +28,17 @@ from unmask.gradients.taps import TapSet
 from unmask.gradients.unreached import unwatch_forwards, watch_forwards
 from unmask.gradients.wrappers import named_parameters, persistent_buffers
 from unmask.gradients.writes import copy_in, copying_optimizer, same, stale_write
-from unmask.methods.method import Method
+from unmask.methods.method import Accumulation, ClipScope, Gradients, Method
 from unmask.quantised.layers import reach_biases, settle, stored_in, weights
 from unmask.ranking.ledger import SlotTable
 from unmask.ranking.plan import Plan
 from unmask.ranking.ranker import Ranker
-from unmask.selection.clipping import ClipScope
 from unmask.selection.dense import DenseGradients, DenseTensor, catch_up_before_forward
 from unmask.selection.identity import Identity
 from unmask.selection.state import restore, state_of
 from unmask.selection.stepping import clear_state, unwatch, watch
 from unmask.selection.storage import Ties
-from unmask.selection.window import Accumulation, Gradients, Window
+from unmask.selection.window import Window
 
 if TYPE_CHECKING:
     pass

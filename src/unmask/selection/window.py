@@ -18,7 +18,6 @@ Of several processes each has a window, and all have the same: every micro-batch
 from __future__ import annotations
 
 import functools
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +29,13 @@ from unmask.gradients.factors import Factors, as_dense, forget, gradient_at
 from unmask.gradients.norm import total_norm
 from unmask.gradients.taps import in_pieces, stale
 from unmask.gradients.writes import Writes
-from unmask.methods.method import Method
+from unmask.methods.method import Accumulation, Method
 from unmask.ranking.exchange import Ranking, Reducer
 from unmask.ranking.ledger import SlotTable
 from unmask.ranking.plan import Plan, Tentative
 from unmask.ranking.ranker import Ranker
 from unmask.ranking.topk import Ranked, in_order
 
-Accumulation = Literal["candidates", "exact"]
-Gradients = Literal["auto", "sampled", "dense"]
 OVERSAMPLE = 4  # candidates kept per entry to be unmasked
 
 
