@@ -12,7 +12,14 @@ from unmask.version import __version__ as __version__
 _NAMES = {
     "errors": (
         *("ConfigError", "DataError", "DeltaError", "MethodError", "MissingExtraError", "NonFiniteGradientError"),
-        *("ProcessesDifferError", "ScheduleNotRunError", "SelectionError", "UnmaskError", "UnmaskWarning", "WriteError"),
+        *(
+            "ProcessesDifferError",
+            "ScheduleNotRunError",
+            "SelectionError",
+            "UnmaskError",
+            "UnmaskWarning",
+            "WriteError",
+        ),
     ),
     "delta.delta": ("SparseDelta", "SparseTensor"),
     "methods.budget": ("Budget",),

@@ -10,6 +10,7 @@ import typer.core
 
 from unmask.cli import sweeps
 from unmask.cli.interrupted import InterruptedCommandError
+from unmask.cli.options import SettingsCommand
 from unmask.version import __version__
 
 
@@ -30,12 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Fine-tune a network by changing a budget of single scalar weights, and keep the result as a tiny exact delta.",
-)
-
-
-TASK_HELP = (
-    "sst2, cola, mrpc, rte, stsb, qnli, qqp, mnli (GLUE); conll2003, wnut17, or ner for tagged sentences of "
-    "your own; gsm8k, math10k."
 )
 
 
@@ -64,40 +59,23 @@ def demo(
     run_demo(budget, steps, output)
 
 
-@app.command()
+class _TrainCommand(SettingsCommand):
+    settings = ("unmask.lab.training.config", "TrainConfig")
+
+
+@app.command(cls=_TrainCommand)
 def train(
-    model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub id.")] = None,
-    task: Annotated[str | None, typer.Option(help=TASK_HELP)] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Folder with the task's files; without it, the hub.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Your training data: csv, tsv, jsonl, parquet, conll, or a hub id.")
-    ] = None,
-    eval: Annotated[str | None, typer.Option("--eval", help="Your evaluation data; default: a tenth held out.")] = None,
-    text: Annotated[str | None, typer.Option(help="Text column.")] = None,
-    text_pair: Annotated[str | None, typer.Option(help="Second text column.")] = None,
-    label: Annotated[str | None, typer.Option(help="Label column.")] = None,
-    into: Annotated[
-        str | None, typer.Option(help="Select inside an added lora, dora, pfeiffer or houlsby; default: in the base.")
-    ] = None,
-    lora_r: Annotated[int | None, typer.Option(help="Rank of the LoRA; default 8.")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="The LoRA's scale is alpha / r; default 8.")] = None,
-    method: Annotated[str | None, typer.Option(help="See `unmask methods`; default: the recommended recipe.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Scalar weights to unmask: 20000, or a share: 0.17%.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per forward.")] = None,
-    bf16: Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Autocast to bfloat16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the head's init, the data order, random masks.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder for the delta, metrics and checkpoints.")] = None,
+    context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings; options and --set go over it.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting as key=value; see docs/cli.md.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting as key=value, as in the YAML file.")
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
-            help="recommended: the default where no method is named. paper: the paper's settings for the task (its Table 7), "
-            "as the second of its four runs: lr 3e-4, of full 7e-6, and seed 7; on word problems lr 3e-4 and seed 42. tuned: "
-            "this project's settings for the task. What you give goes over a preset."
+            help="recommended: the recipe, which is the default where no method is named. paper: the paper's settings for the "
+            "task (its Table 7), as the second of its four runs: lr 3e-4, of full 7e-6, and seed 7; on word problems lr 3e-4 "
+            "and seed 42. tuned: this project's settings for the task. What you give goes over a preset."
         ),
     ] = None,
     resume: Annotated[
@@ -112,18 +90,14 @@ def train(
     ] = False,
 ) -> None:
     """Train a delta on a known task or on your own data."""
-    run_options = ("config", "set_", "preset", "resume", "overwrite")
-    given: dict[str, Any] = {
-        k: v for k, v in locals().items() if k not in (*run_options, "run_options") and v is not None
-    }
     from unmask.files import check_folder
-    from unmask.lab.training.recipe import under_preset
+    from unmask.lab.training.paper import under_preset
     from unmask.lab.training.settings import build, parse_assignments, read_yaml
 
-    settings = (read_yaml(config) if config else {}) | given | parse_assignments(set_ or [])
-    resolved = build(under_preset(preset, settings))  # refuse a bad setting before torch is imported
-    if output is not None:
-        check_folder(output, "--output")
+    settings = (read_yaml(config) if config else {}) | context.obj | parse_assignments(set_ or [])
+    resolved = build(under_preset(preset, settings))  # a bad setting is refused before torch is imported
+    if "output" in context.obj:
+        check_folder(resolved.output, "--output")
     from unmask.lab.training.training import train as run
 
     run(resolved, resume=resume, overwrite=overwrite)
@@ -233,61 +207,19 @@ def methods() -> None:
     run_methods()
 
 
-@app.command()
-def bench(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="roberta-base (default), minilm, mpnet, smollm2, llama-1b, llama-7b, a folder or a cached id. Only the "
-            "shape counts: weights are random, nothing is downloaded."
-        ),
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per batch; default: the model's own.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence; default: the model's own.")] = None,
-    budget: Annotated[int | None, typer.Option(help="Scalar weights to unmask; default 320000.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 (default), autocast (to bfloat16), bf16 (weights).")
-    ] = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            help="Rows, comma-separated: frozen, full, full-fused, lora, shira, super, authors, static, static-d3, id3, "
-            "id3-10, id3-100 (id3-K: a stride of K), NAME@BUDGET, or all (default)."
-        ),
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Timed rounds; default 5.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Rounds before those; default 1.")] = None,
-    draws: Annotated[
-        int | None, typer.Option(help="How often every method starts anew, rounds and all; default 1.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps per round, where there is no stride; default 3.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default 2.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, or auto (default).")] = None,
-    dropout: Annotated[
-        float | None, typer.Option(help="Every dropout probability of the model; default: its config's own.")
-    ] = None,
-    lora_r: Annotated[int | None, typer.Option(help="LoRA's rank; default 8.")] = None,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory, a process per method.")] = True,
-    timing: Annotated[bool, typer.Option("--timing/--no-timing", help="Step times, interleaved.")] = True,
-    processes: Annotated[
-        bool | None,
-        typer.Option("--processes/--no-processes", help="A process per method while timed; default: on the CPU."),
-    ] = None,
-    isolate: Annotated[bool, typer.Option("--isolate", help="One method at a time beside the frozen one.")] = False,
-    memory_share: Annotated[
-        float | None, typer.Option(help="Share of the free memory that methods may fill together; default 0.7.")
-    ] = None,
-    curve: Annotated[str | None, typer.Option(help="A curve instead: budget, size or selection.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the results; default runs/bench.")] = None,
-) -> None:
+class _BenchCommand(SettingsCommand):
+    settings = ("unmask.lab.bench.settings", "BenchSettings")
+
+
+@app.command(cls=_BenchCommand)
+def bench(context: typer.Context) -> None:
     """Measure step time, memory and size on disk against other ways to fine-tune."""
-    given = dict(locals())
     import shlex
     import sys
 
     from unmask.cli.bench import run
 
-    run(given, shlex.join(["unmask", *sys.argv[1:]]))
+    run(context.obj, shlex.join(["unmask", *sys.argv[1:]]))
 
 
 sweeps.register(app)

@@ -10,19 +10,20 @@ from typing import Any
 from unmask.errors import ConfigError
 from unmask.files import check_folder
 from unmask.lab.bench.settings import BenchSettings
+from unmask.lab.training.fields import converted
 
 
 def run(given: dict[str, Any], command: str) -> None:
     """Checks the options, measures, prints.
 
     Args:
-        given: Options as typed; None for those that were not.
+        given: The options that were typed, as texts.
         command: The command line, for the record.
 
     Raises:
         ConfigError: An option that cannot work, or an output folder that cannot be written to.
     """
-    settings = BenchSettings(**{name: value for name, value in given.items() if value is not None})
+    settings = BenchSettings(**converted(BenchSettings, given))
     if settings.curve in ("size", "selection") and given.get("model"):
         raise ConfigError(f"--curve {settings.curve} goes over models of its own; leave --model out.")
     check_folder(settings.output, "--output")

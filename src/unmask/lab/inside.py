@@ -12,18 +12,19 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import nn
 
 from unmask.delta.added import added_tensors, checkpoint_name
 from unmask.errors import ConfigError, DeltaError, MissingExtraError, need
+from unmask.methods.method import Inside
 from unmask.methods.naming import layer_of
 from unmask.methods.scopes import is_linear
 
-Kind = Literal["lora", "dora", "shira", "pfeiffer", "houlsby"]
-KINDS: tuple[Kind, ...] = ("lora", "dora", "shira", "pfeiffer", "houlsby")
+Kind = Inside
+KINDS: tuple[Kind, ...] = get_args(Kind)
 NAME = "unmask"  # of the adapter in the `adapters` library; peft's stays "default"
 _BOTTLENECKS = {"pfeiffer": "seq_bn", "houlsby": "double_seq_bn"}  # the library's own names since its version 3
 

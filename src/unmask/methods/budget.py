@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from unmask.errors import MethodError
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,13 @@ BudgetLike = Budget | int | str
 
 def _number(digits: str, unit: str | None) -> Fraction:
     """Returns the exact value of digits with a unit."""
-    return Fraction(digits.replace("_", "")) * _UNITS[(unit or "").upper()]
+    from fractions import Fraction
+
+    number = Fraction(digits.replace("_", ""))
+    return number / 100 if unit == "%" else number * _UNITS[(unit or "").upper()]
 
 
-_UNITS = {"": Fraction(1), "%": Fraction(1, 100), "K": Fraction(1_000), "M": Fraction(10**6), "B": Fraction(10**9)}
+_UNITS = {"": 1, "K": 1_000, "M": 10**6, "B": 10**9}
 _DIGITS = r"\d+(?:_\d+)*(?:\.\d+)?"
 _FORM = re.compile(
     rf"\s*(?P<number>[+-]?{_DIGITS})\s*(?P<unit>[%KMBkmb])?(?:\s+of\s+(?P<of>{_DIGITS})\s*(?P<of_unit>[KMBkmb])?)?"

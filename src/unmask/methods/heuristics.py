@@ -9,7 +9,6 @@ shape. A heuristic says what it ``needs``: ``"gradient"``, the gradient of the c
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -84,6 +83,8 @@ class Heuristic:
 
 
 def _generator(*seeds: int) -> torch.Generator:
+    import hashlib
+
     import torch
 
     digest = hashlib.blake2b(repr(seeds).encode(), digest_size=8).digest()
@@ -238,7 +239,9 @@ def heuristic(which: str | Heuristic, **parameters: Any) -> Heuristic:
     """
     if isinstance(which, str):
         if which in _RENAMED:
-            raise MethodError(f"heuristic {which!r} is called {_RENAMED[which]!r} here: the smallest weights come first.")
+            raise MethodError(
+                f"heuristic {which!r} is called {_RENAMED[which]!r} here: the smallest weights come first."
+            )
         if which not in _REGISTRY:
             raise MethodError(f"unknown heuristic {which!r}; there are {', '.join(heuristic_names())}.")
         which = _REGISTRY[which]

@@ -33,6 +33,7 @@ Gradients = Literal["auto", "sampled", "dense"]
 Exchange = Literal["exact", "candidates", "none"]
 ClipScope = Literal["selected", "all"]
 BiasCorrection = Literal["global", "entry"]
+Inside = Literal["lora", "dora", "shira", "pfeiffer", "houlsby"]
 
 
 def check_word(name: str, value: Any, words: Any) -> None:

@@ -144,7 +144,7 @@ def sparse_adapter(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     seed: int = 0,
 ) -> Method:
-    """Builds SparseAdapter: it prunes added modules at their initialisation and trains the B weights that stay (arXiv 2210.04284).
+    """Builds SparseAdapter: it prunes added modules before training and trains the B weights that stay (arXiv 2210.04284).
 
     Args:
         budget: B, the number or the share of weights that stay.
@@ -161,7 +161,10 @@ def sparse_adapter(
         MethodError: There is no such criterion, or another value is not allowed.
     """
     check_word("criterion", criterion, Criterion)
-    names = {"magnitude": "large_magnitude", "snip": "initial_snip"}  # the other criteria are called as their heuristics
+    names = {
+        "magnitude": "large_magnitude",
+        "snip": "initial_snip",
+    }  # the other criteria are called as their heuristics
     by = heuristic("random", seed=seed) if criterion == "random" else heuristic(names.get(criterion, criterion))
     calibration = Calibration(loader, num_samples, loss=loss)
     return Method("sparse_adapter", Budget.parse(budget), by, "static", calibration=calibration, unselected=pruned)

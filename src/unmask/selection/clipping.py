@@ -14,6 +14,7 @@ from unmask.gradients.norm import total_norm
 if TYPE_CHECKING:
     from unmask.selection.selection import Selection
 
+
 def clip_grad_norm_(
     selection: Selection, max_norm: float, loss_scale: float = 1.0, beside: Sequence[Tensor] = ()
 ) -> Tensor:

@@ -16,7 +16,6 @@ from unmask.errors import ConfigError, SelectionError
 from unmask.methods.method import BiasCorrection
 from unmask.selection.stepping import slots_in_use
 
-
 # Settings that earlier versions had and wrote into their states, with the values under which they changed nothing.
 _RETIRED = {"lr_scale": "none", "slot_warmup": 0}
 _FUSED = ("cpu", "cuda")  # devices whose fused kernel is used

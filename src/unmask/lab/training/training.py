@@ -27,7 +27,7 @@ from unmask.lab.models import load_base, quiet
 from unmask.lab.tasks.protocol import Prepared
 from unmask.lab.tasks.registry import kind_for
 from unmask.lab.training.config import TrainConfig
-from unmask.lab.training.presets import into_from, method_from, optimizer_from, with_rates
+from unmask.lab.training.parts import into_from, optimizer_from, with_rates
 from unmask.lab.training.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.lab.training.run_folder import RunFolder
 from unmask.methods.scopes import exactly
@@ -214,7 +214,7 @@ def _select(config: TrainConfig, prepared: Prepared, base: Inserted, steps: int)
     loader = DataLoader(prepared.train_set, config.batch_size, shuffle=True, collate_fn=prepared.collate)
     return select(
         base.model,
-        method_from(config, steps, loader),
+        config.build_method(steps, loader),
         include=config.include or exactly(base.added) or None,
         exclude=config.exclude or None,
         dense=[p for given in config.dense for p in (head if given == "new" else [given])] or None,
