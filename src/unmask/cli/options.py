@@ -76,7 +76,7 @@ def _parameter(setting: Setting) -> inspect.Parameter:
         help=setting.help + ("" if without else f" [default: {plain(setting.default)}]"),
         show_default=False,
     )
-    annotation = Annotated[(bool if flag else str) | None, option]
+    annotation: Any = Annotated[bool | None, option] if flag else Annotated[str | None, option]
     return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -90,5 +90,5 @@ def plain(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, tuple):
-        return ",".join(value)
+        return ",".join(value) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -73,7 +73,7 @@ class Setting:
             self._refuse(value)
         try:
             number = kind(value)
-            exact = kind is str or (math.isfinite(number) and number == float(value))
+            exact = kind is str or (math.isfinite(number) and number == float(typing.cast(Any, value)))
         except (TypeError, ValueError, OverflowError):
             self._refuse(value)
         return number if exact else self._refuse(value)
