@@ -328,3 +328,67 @@ def test_a_method_is_frozen_and_describes_itself_in_json_values():
     }  # fmt: skip
     assert isinstance(method.but(heuristic=unmask.heuristic("snip")).heuristic, Heuristic)
     assert method.heuristic.name == "d3"
+
+
+def _score(w, g):
+    return w.abs()
+
+
+def _other_score(w, g):
+    return -w.abs()
+
+
+def test_a_heuristic_is_replaced_only_when_asked_or_by_a_cell_that_is_run_again(registry, monkeypatch):
+    unmask.register_heuristic("mine", _score)
+    with pytest.raises(MethodError, match="already registered; give overwrite=True"):
+        unmask.register_heuristic("mine", _other_score)
+    assert unmask.heuristic("mine").function is _score
+    assert unmask.register_heuristic("mine", _other_score, overwrite=True).function is _other_score
+    monkeypatch.setattr(_score, "__module__", "__main__")
+    with pytest.raises(MethodError, match="already registered"):
+        unmask.register_heuristic("mine", _score)  # the other one is not of the notebook
+    monkeypatch.setattr(_other_score, "__module__", "__main__")
+    assert unmask.register_heuristic("mine", _score).function is _score
+
+
+@pytest.mark.parametrize("name", ["d3", "fisher", "magnitude"])
+def test_the_librarys_own_heuristics_cannot_be_replaced(registry, name):
+    with pytest.raises(MethodError, match=f"heuristic '{name}' is the library's own"):
+        unmask.register_heuristic(name, _score, overwrite=True)
+
+
+def test_the_old_name_of_small_magnitude_is_refused_with_the_new_one():
+    with pytest.raises(MethodError, match="heuristic 'magnitude' is called 'small_magnitude' here"):
+        unmask.heuristic("magnitude")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        unmask.id3("0.17%", steps=10, schedule=lambda t, T, B: B),
+        unmask.fish(3, [{"x": torch.ones(2)}], loss=lambda m, b: m(b)),
+        unmask.full().but(scope=unmask.Scope.patterns("a", "b")),
+        unmask.repeat_d3(5, leaving="kept"),
+    ],
+    ids=lambda method: method.name,
+)
+def test_a_method_is_shown_in_one_line_without_addresses(method):
+    shown = repr(method)
+    assert shown.startswith(f"{method.name}(")
+    assert "\n" not in shown
+    assert " at 0x" not in shown
+    assert len(shown) < 250
+    for value in method.describe().values():
+        assert str(value) in shown or value in ({}, [])
+
+
+def test_a_scope_is_refused_if_it_cannot_be():
+    for wrong in (
+        lambda: unmask.Scope("lines"),
+        lambda: unmask.Scope("patterns"),
+        lambda: unmask.Scope("linear", ("a",)),
+    ):
+        with pytest.raises(MethodError, match="scope = "):
+            wrong()
+    with pytest.raises(MethodError, match=r"scope = 'linear'; build one, for example with unmask\.Scope"):
+        unmask.pafi(3).but(scope="linear")

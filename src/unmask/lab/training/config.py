@@ -230,6 +230,10 @@ class TrainConfig:
 
     def _check_method(self) -> None:
         """Refuses what a method needs and lacks, and what it cannot have."""
+        from unmask.methods.presets import PRESETS
+
+        if self.method not in PRESETS:
+            raise ConfigError(f"method = {shown(self.method)}; it must be one of {', '.join(PRESETS)}.")
         if self.method == "sparse_adapter" and self.into is None:
             raise ConfigError(
                 "method 'sparse_adapter' prunes what is added to the base: give into (lora, pfeiffer, ...)."
