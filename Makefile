@@ -18,9 +18,9 @@ $(VENV)/.stamp: pyproject.toml requirements-lock.txt
 	touch $@
 
 # Triton, for the tests of the GPU kernel: its interpreter needs no GPU; bitsandbytes and torchao, for those of quantised
-# bases; TRL and Lightning; seqeval; schedulefree. What is already there is kept.
+# bases; TRL and Lightning; seqeval; schedulefree; Ray, for sweeps on a cluster. What is already there is kept.
 $(VENV)/.stamp-test: requirements-test.txt $(VENV)/.stamp
-	$(BIN)/python -c "import triton, bitsandbytes, torchao, trl, lightning, seqeval, schedulefree" 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-test.txt
+	$(BIN)/python -c "import triton, bitsandbytes, torchao, trl, lightning, seqeval, schedulefree, ray, msgpack, google.protobuf, jsonschema, requests" 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-test.txt
 	touch $@
 
 # The adapters library pins transformers 4.57: an environment of its own, which so tests that transformers major too.

@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from unmask.lab.study.protocols import interval
+from unmask.lab.figures.estimates import interval
 from unmask.lab.study.records import trained_weights
 
 FIELDS = ("model", "task", "budget", "method", "seed", "lr", "weights", "steps", "loss", "score", "metric", "seconds")

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import unmask
 from unmask.gradients import factors
-from unmask.gradients.factors import Factors, Pending
+from unmask.gradients.factors import Factors, PendingGradient
 from unmask.methods.heuristics import heuristic
 from unmask.ranking.ledger import Layout, SlotTable
 from unmask.ranking.ranker import Ranker
@@ -335,7 +335,7 @@ def test_a_layer_that_cannot_reach_the_cut_is_not_formed():
 
 
 def test_pending_sums_what_one_backward_brings():
-    pending = Pending()
+    pending = PendingGradient()
     pending.uses = 2
     part = uneven(5, 3, 4)
     pending.put(part)

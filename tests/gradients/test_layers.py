@@ -249,7 +249,7 @@ def test_a_step_without_newcomers_asks_for_no_gradient_of_tensors_without_slots(
     inputs = torch.randn(2, 6)
     out = mean_square(model, inputs)
     sites = [p.__dict__["_unmask_site"] for p in selection._layout.tensors]
-    assert [site.tapped is not None for site in sites] == [True]
+    assert [site.stand_in is not None for site in sites] == [True]
     out.backward()
     assert selection.values.grad.abs().sum() > 0
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -25,7 +23,6 @@ from unmask.quantised.layers import has_sidecars
 
 pytest.importorskip("bitsandbytes")
 
-PAGE = ROOT / "docs" / "quantised.md"
 EXAMPLES = [{"input_ids": torch.arange(i, i + 12) % 50, "labels": i % 2} for i in range(32)]
 KINDS = ("int8", "nf4")
 
@@ -142,15 +139,3 @@ def test_apply_writes_no_checkpoint_that_lacks_the_delta(folder, tmp_path, monke
     with pytest.raises(ConfigError, match="dequantise_and_merge"):
         run_apply(folder, path, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-
-
-def test_the_pages_example_runs(folder, tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    rows = [torch.stack([e["input_ids"] for e in EXAMPLES[i : i + 8]]) for i in (0, 8, 16, 24)]
-    names = {"folder": folder, "batches": [{"input_ids": ids, "labels": torch.arange(8) % 2} for ids in rows]}
-    exec(code, names)
-    assert names["selection"].used == 200
-    assert not has_sidecars(names["fresh"])
-    names["displaced"] = unmask.SparseDelta.load("delta.safetensors").apply(names["fresh"])
-    assert torch.equal(logits(names["fresh"]), logits(names["model"]))

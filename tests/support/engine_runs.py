@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from pages import blocks
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
@@ -16,12 +15,10 @@ import unmask
 from unmask import SelectionError
 from unmask.integrations.trainer import SelectiveTrainer
 
-PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
-
 
 def snippet(number: int) -> str:
-    """A Python block of the page."""
-    return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[number]
+    """A Python block of docs/distributed.md."""
+    return blocks("distributed.md", "python")[number]
 
 
 def script(folder: str, code: str) -> None:

@@ -34,8 +34,8 @@ from unmask import SparseDelta, UnmaskError, files
 from unmask.lab.report.reading import read_study
 from unmask.lab.report.runs import failures_section, runs_section
 from unmask.lab.study import expand, parse
+from unmask.lab.study.parsing import read_sweep
 from unmask.lab.study.records import records
-from unmask.lab.study.spec import read_sweep
 from unmask.lab.study.tables import markdown, tables
 from unmask.lab.tasks import load_glue
 from unmask.lab.tasks.math.answers import extract, is_right

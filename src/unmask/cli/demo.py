@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.delta.delta import SparseDelta
 from unmask.files import check_folder
-from unmask.lab.models import describe_task, load_base, load_tuned
+from unmask.lab.models import load_base, load_tuned
 from unmask.lab.tasks import compute
-from unmask.lab.tasks.text.data import Examples, TaskData
-from unmask.lab.tasks.text.predicting import predict
+from unmask.lab.tasks.text.run import describe, predict
+from unmask.lab.tasks.text.spec import Examples, TaskData
 from unmask.lab.training.demo_data import cache_folder, fetch_demo_model, fetch_demo_texts, load_demo_task
 from unmask.methods.presets import id3
 from unmask.methods.scopes import exactly
@@ -102,7 +102,7 @@ def _accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: 
 
 
 def _save(selection: Selection, data: TaskData, base: Path, output: Path | None) -> Path:
-    delta = selection.delta(str(base)).with_metadata(task=describe_task(data.spec, _LENGTH))
+    delta = selection.delta(str(base)).with_metadata(task=describe(data.spec, _LENGTH))
     return delta.save((output or cache_folder() / "demo") / "delta.safetensors")
 
 

@@ -19,8 +19,7 @@ from unmask.errors import SelectionError
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors
 from unmask.gradients.sampled import Product, choose, sampled_product, spread
-from unmask.gradients.tapped import TappedParameter, has_site, set_of
-from unmask.gradients.taps import Tapped
+from unmask.gradients.tapped import StandIn, TappedParameter, has_site, set_of, stand_in_of
 from unmask.gradients.wrappers import named_parameters
 from unmask.quantised.sidecar import Sidecar, SparseMatrix
 from unmask.quantised.sources import Source, Unsupported, sources
@@ -35,7 +34,7 @@ class _Job:
 
     deviation: SparseMatrix | None
     shape: tuple[int, int]
-    tapped: Tapped | None
+    tapped: StandIn | None
     how: Product  # where the tap stands for some entries
 
 
@@ -79,7 +78,7 @@ class SidecarHook:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler must not see a tap's state
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         x = args[0] if args else next(iter(kwargs.values()))
-        tapped = set_of(self.tensor).tap(self.tensor) if self.live else None
+        tapped = stand_in_of(self.tensor) if self.live else None
         self.sidecar.follow()
         deviation = self.sidecar.deviation()
         if tapped is None and deviation is None:

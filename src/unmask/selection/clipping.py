@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unmask.errors import SelectionError
-from unmask.gradients.norm import total_norm
+from unmask.gradients.factors import total_norm
 
 if TYPE_CHECKING:
     from unmask.selection.selection import Selection

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from unmask.distributed.reducer import refuse_zero
 from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.entries import Entries
-from unmask.gradients.factors import Factors, as_dense, forget, gradient_at
-from unmask.gradients.norm import total_norm
+from unmask.gradients.factors import Factors, as_dense, forget, gradient_at, total_norm
 from unmask.gradients.taps import in_pieces, stale
 from unmask.gradients.writes import Writes
 from unmask.methods.method import Accumulation, Method

@@ -13,7 +13,7 @@ import yaml
 from unmask.lab.inside import Into, insert
 from unmask.lab.models import quiet
 from unmask.lab.study import expand
-from unmask.lab.study.cells import runs
+from unmask.lab.study.cells import distinct
 from unmask.lab.study.choosing import due
 from unmask.lab.study.columns import columns_of
 from unmask.lab.study.paper import NAMES, load
@@ -222,7 +222,7 @@ def test_what_the_paper_ran_once_is_run_once(name, run):
     sweep, found = cells(name)
     assert {(cell.labels["lr"], cell.labels["seed"]) for cell in due(found, sweep.protocol, sweep.choice, {})} == {run}
     places = {cell.group("lr", "seed") for cell in found}
-    assert len(runs(found)) == len(places) == (7 if name == "table5" else 2 * len(sweep.axes["task"]))
+    assert len(distinct(found)) == len(places) == (7 if name == "table5" else 2 * len(sweep.axes["task"]))
     assert (sweep.protocol.kind, sweep.protocol.best) == ("paper", 1)
 
 
@@ -278,7 +278,7 @@ def test_tasks_that_the_paper_does_not_have_say_so():
 @pytest.mark.parametrize("name", TABLES)
 def test_the_runs_of_a_table_have_the_papers_settings(name):
     _, found = cells(name)
-    for cell in runs(found):
+    for cell in distinct(found):
         config, known = build({**cell.settings, "output": "-"}), preset(cell.settings["task"])
         wanted = {**known.settings, **(known.lora if config.into == "lora" else {})}
         if name == "table5":

@@ -12,8 +12,17 @@ from tiny_llama import addition, byte_tokenizer, math_folder
 
 from unmask.errors import ConfigError, DataError
 from unmask.lab.tasks.math.problems import TEST_SETS, Problem, load_arithmetic, load_problems, seen_in_training
-from unmask.lab.tasks.math.prompting import IGNORED, Completions, Fitted, PadRight, Prompter, pad
-from unmask.lab.tasks.math.prompts import ALPACA, load_template, render
+from unmask.lab.tasks.math.prompts import (
+    ALPACA,
+    IGNORED,
+    Completions,
+    Fitted,
+    PadRight,
+    Prompter,
+    load_template,
+    pad,
+    render,
+)
 
 REAL = ROOT.parent / "shared" / "data" / "math"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data folder is not beside the checkout")

@@ -14,7 +14,7 @@ from unmask.errors import DataError
 from unmask.lab.tasks import NER, TagSpec, load_ner, load_tagged, load_tagged_evaluation
 from unmask.lab.tasks.tags.conll import read_conll
 from unmask.lab.tasks.tags.spans import spans
-from unmask.lab.tasks.tags.tagged import Sentences
+from unmask.lab.tasks.tags.spec import Sentences
 
 REAL = ROOT.parent / "shared" / "data" / "wnut17"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data folder is not beside the checkout")
@@ -226,9 +226,9 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, case):
 
 def test_what_is_no_task_is_refused(tmp_path):
     train = write(tmp_path / "t.conll", "Ann B-PER\n")
-    with pytest.raises(DataError, match=r"'nowhere' is no file of tagged sentences, .*no hub id"):
+    with pytest.raises(DataError, match=r"no file 'nowhere' .*no hub id.* must end in \.conll"):
         load_tagged("nowhere", None)
-    with pytest.raises(DataError, match=r"t\.csv' is no file of tagged sentences, whose name ends in \.conll"):
+    with pytest.raises(DataError, match=r"t\.csv' is no file of tagged sentences; the name of one ends in \.conll"):
         load_tagged(write(tmp_path / "t.csv", "a,b\n"), None)
     with pytest.raises(DataError, match="there is no entity in the training data"):
         load_tagged(write(tmp_path / "o.conll", "a O\n"), None)
@@ -299,3 +299,12 @@ def test_a_hub_data_set_of_ones_own(fake_hub):
     assert (data.train.tags, data.evals["eval"].tags) == ([["B-N", "O"], ["O"]], [["B-N"]])
     with pytest.raises(DataError, match=r"no column 'words2'; its columns are tokens, ner_tags"):
         load_tagged("me/names", None, "words2")
+
+
+def test_a_tenth_of_a_hub_data_set_without_evaluation_splits_is_held_out(fake_hub):
+    words = [[f"word{i}"] for i in range(20)]
+    fake_hub("me/all", ["O", "B-N", "I-N"], train=(words, [[1]] * 20))
+    data = load_tagged("me/all", None)
+    assert (len(data.train), len(data.evals["eval"])) == (18, 2)
+    assert sorted(data.train.words + data.evals["eval"].words) == sorted(words)
+    assert "2 of 20 sentences are held out (seed 0)" in data.notes[0]

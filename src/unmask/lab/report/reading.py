@@ -10,7 +10,8 @@ from typing import Any
 from unmask.errors import ConfigError, DataError
 from unmask.lab.study.cells import Cell, canonical, run_id
 from unmask.lab.study.curves import curve, read_allocation, read_metrics, read_summary, scores
-from unmask.lab.study.spec import Choice, Claims, Protocol, read_choice, read_claims, read_protocol
+from unmask.lab.study.parsing import read_choice, read_claims, read_protocol
+from unmask.lab.study.spec import Choice, Claims, Protocol
 from unmask.lab.study.store import Result, Store
 from unmask.lab.training.settings import read_yaml
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from unmask.lab.report.reading import Study
-from unmask.lab.study.cells import Cell, runs
+from unmask.lab.study.cells import Cell, distinct
 from unmask.lab.study.live import duration
 from unmask.lab.study.records import base_weights, trained_weights
 from unmask.lab.study.store import Result
@@ -17,7 +17,7 @@ _FIGURES = ("score", "loss", "weights", "share", "time")
 
 def runs_section(study: Study, anchor: str) -> str:
     """Every run that has ended, with all its labels."""
-    ended = [(cell, study.results[cell.id]) for cell in runs(study.cells) if cell.id in study.results]
+    ended = [(cell, study.results[cell.id]) for cell in distinct(study.cells) if cell.id in study.results]
     if not ended:
         return ""
     names = list(dict.fromkeys(key for cell, _ in ended for key, value in cell.labels.items() if value is not None))
@@ -34,7 +34,7 @@ def runs_section(study: Study, anchor: str) -> str:
 
 def failures_section(study: Study) -> str:
     """The error of every failed run."""
-    failed = [r for cell in runs(study.cells) if (r := study.results.get(cell.id)) and r["status"] == "failed"]
+    failed = [r for cell in distinct(study.cells) if (r := study.results.get(cell.id)) and r["status"] == "failed"]
     parts = []
     for result in failed:
         error = result.get("error") or {}

@@ -8,11 +8,11 @@ from dataclasses import replace
 from html import escape
 
 from unmask.errors import UnmaskError
+from unmask.lab.figures.estimates import Estimate
 from unmask.lab.report.drawing import CAPTIONS, inline, worth_drawing
 from unmask.lab.report.reading import Study
 from unmask.lab.report.runs import failures_section, runs_section
-from unmask.lab.study.cells import runs
-from unmask.lab.study.protocols import Estimate
+from unmask.lab.study.cells import distinct
 from unmask.lab.study.records import records
 from unmask.lab.study.spec import Protocol
 from unmask.lab.study.tables import (
@@ -53,7 +53,7 @@ def study_section(study: Study, anchor: str, titled: bool = True) -> str:
 
 
 def _head(study: Study) -> str:
-    unique = runs(study.cells)
+    unique = distinct(study.cells)
     ended = [study.results[cell.id] for cell in unique if cell.id in study.results]
     failed = sum(result["status"] == "failed" for result in ended)
     facts = [f"{len(ended) - failed} runs done", f"{failed} failed" if failed else "", _open(study, len(ended))]

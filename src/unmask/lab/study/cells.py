@@ -50,7 +50,7 @@ def expand(sweep: Sweep, rank: Rank | None = None) -> list[Cell]:
         ConfigError: A run whose settings cannot work, named by its labels.
 
     Example:
-        >>> from unmask.lab.study.spec import parse
+        >>> from unmask.lab.study.parsing import parse
         >>> sweep = parse({"settings": {"model": "m", "task": "rte", "budget": "1%"}, "axes": {"seed": [0, 1]},
         ...                "methods": {"id3": {"grid": {"lr": ["1e-3", "3e-3"]}}}})
         >>> [(cell.labels["seed"], cell.labels["lr"]) for cell in expand(sweep)]
@@ -177,6 +177,6 @@ def _ordered(sweep: Sweep, cells: list[Cell]) -> list[Cell]:
     return sorted(cells, key=key_of)
 
 
-def runs(cells: Iterable[Cell]) -> list[Cell]:
-    """One cell for each run, in order."""
+def distinct(cells: Iterable[Cell]) -> list[Cell]:
+    """Returns one cell for each run, in order; of cells that share a run it keeps the first."""
     return list({cell.id: cell for cell in reversed(list(cells))}.values())[::-1]

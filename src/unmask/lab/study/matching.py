@@ -34,7 +34,7 @@ def matching_rank(settings: Mapping[str, Any]) -> int:
         raise ConfigError(f"lora_r = 'match' goes with into = lora, dora or shira, not {config.into!r}.")
     # SHiRA has as many as a LoRA of the same rank, and peft cannot lay it out without data
     kind = "lora" if config.into == "shira" else config.into
-    total, one, two = _counts(config.model, kind_for(config).head, kind, config.lora_targets)
+    total, one, two = _counts(config.model, kind_for(config.task).head, kind, config.lora_targets)
     return max(1, round((Budget.parse(budget).of(total) - one) / (two - one)) + 1)
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from unmask.errors import ConfigError
-from unmask.lab.study.spec import Rule, Sweep, parse
+from unmask.lab.study.parsing import parse
+from unmask.lab.study.spec import Rule, Sweep
 from unmask.lab.training.paper import Preset, presets, read
 
 Scale = Literal["full", "small"]

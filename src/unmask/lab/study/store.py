@@ -97,7 +97,7 @@ class Store:
     def result_path(self, run: str) -> Path:
         return self.folder / "results" / f"{run}.json"
 
-    def run_folder(self, run: str) -> Path:
+    def output_path(self, run: str) -> Path:
         return self.folder / "runs" / run
 
     def log_path(self, run: str) -> Path:
@@ -144,11 +144,20 @@ class Store:
             )
         return _read(path, _PLAN, "the sweep", "It is no sweep of this version: run it again.")
 
+    @staticmethod
+    def need_locks() -> None:
+        """Checks that this system has the locks that a sweep needs.
+
+        Raises:
+            ConfigError: The system has no POSIX file locks.
+        """
+        if not locking.POSSIBLE:
+            raise ConfigError("a sweep needs POSIX file locks, and this system has none; run it on Linux or macOS.")
+
     @contextlib.contextmanager
     def lock(self, run: str) -> Iterator[bool]:
         """Whether this process has the run now. The lock is the system's, and goes with the process, however it ends."""
-        if not locking.POSSIBLE:
-            raise ConfigError("sweeps need POSIX file locks, which this system has not; run them on Linux or macOS.")
+        self.need_locks()
         path = self.folder / "locks" / f"{run}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with locking.holding(path) as mine:

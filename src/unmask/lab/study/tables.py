@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-from unmask.lab.study.cells import Cell, runs
+from unmask.lab.figures.estimates import Estimate, best_of, interval
+from unmask.lab.study.cells import Cell, distinct
 from unmask.lab.study.choosing import Chosen, choose, choosing, paired
 from unmask.lab.study.columns import Column, columns_of, task_of
-from unmask.lab.study.protocols import Estimate, best_of, interval
 from unmask.lab.study.records import trained_weights
 from unmask.lab.study.spec import Choice, Claim, Claims, Protocol
 from unmask.lab.study.store import Result
@@ -184,11 +184,11 @@ def _entry(
     pick = chosen.get(members[0].group(choice.setting, "seed")) if choice else None
     if choice and pick:
         if pick.final and pick.value is None:  # no value of the grid has a run that is done
-            return Entry(None, None, failed=len(runs(c for c in members if choosing(c, choice))))
+            return Entry(None, None, failed=len(distinct(c for c in members if choosing(c, choice))))
         members = [c for c in members if str(c.labels.get(choice.setting)) == str(pick.value)]
         others = [c for c in members if not choosing(c, choice)]
         members = others if choice.report == "others" and others else members
-    unique = runs(members)
+    unique = distinct(members)
     ended = [(cell, results[cell.id]) for cell in unique if cell.id in results]
     found = [(cell, result, column.value(result)) for cell, result in ended]
     done = [(cell, result, score) for cell, result, score in found if score is not None]

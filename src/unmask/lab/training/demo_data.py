@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import IO
 
 from unmask.errors import DataError
-from unmask.lab.tasks.labels import number_of
-from unmask.lab.tasks.text.data import Examples, TaskData, TaskSpec
+from unmask.lab.tasks.text.labels import number_of
+from unmask.lab.tasks.text.spec import Examples, TaskData, TaskSpec
 
 _EVALUATED = 1_000
 _BLOCK = 1 << 20

@@ -1,4 +1,4 @@
-"""Scores of predictions, by scikit-learn and scipy."""
+"""Scores predictions with the metrics of scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from unmask.errors import DataError, need
 from unmask.lab.tasks.text.spec import TaskSpec
 
-# Below this relative spread an array counts as constant: scipy's correlation is rounding noise there.
+# An array of a smaller relative spread counts as constant, because scipy's correlation is rounding noise there.
 _CONSTANT = 1e-12
 
 
 def compute(spec: TaskSpec, predictions: Any, labels: Any) -> dict[str, float]:
-    """The task's metrics, as fractions (not in percent).
+    """Computes the task's metrics, as fractions and not in percent.
 
     Args:
         spec: The task.
@@ -22,11 +22,11 @@ def compute(spec: TaskSpec, predictions: Any, labels: Any) -> dict[str, float]:
         labels: (n,) class ids or real numbers.
 
     Returns:
-        By metric name. F1 is that of class 1. Where a metric is undefined it is 0: Matthews' and the other correlations
-        of a constant, F1 where class 1 is neither labelled nor predicted.
+        The values by metric name. F1 is that of class 1. An undefined metric is 0: Matthews' and the other correlations
+        with a constant, and F1 if class 1 is neither labelled nor predicted.
 
     Raises:
-        DataError: Shapes that do not fit, no rows, a prediction that is not finite, or a label outside the task's.
+        DataError: The shapes do not fit, there are no rows, a prediction is not finite, or a label is none of the task's.
 
     Example:
         >>> spec = TaskSpec("t", ("text",), 2, None, ("accuracy",), "accuracy")
