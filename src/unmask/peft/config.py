@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,7 +132,8 @@ class SelectiveConfig(PeftConfig):
     @property
     def needs_total_steps(self) -> bool:
         """True if the method cannot start before T is known."""
-        return self.method == "id3" and self.total_steps is None
+        takes_steps = "steps" in inspect.signature(methods.PRESETS[self.method]).parameters
+        return takes_steps and self.total_steps is None
 
     def build(self, budget: Budget | int | str | None) -> Method:
         """Builds the method with this budget. While T is not known, it is planned over one step.
