@@ -1,4 +1,4 @@
-"""The commands, and what each takes."""
+"""The commands of ``unmask`` and their options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unmask.version import __version__
 
 
 class _Commands(typer.core.TyperGroup):
-    """The commands; Ctrl-C in one becomes an error of ours, which typer leaves to `unmask.cli.main`."""
+    """The group of commands. Ctrl-C becomes an error of this project, which typer leaves to `unmask.cli.main`."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -47,10 +47,10 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
 
 @app.command()
 def demo(
-    budget: Annotated[str, typer.Option(help="Scalar weights to unmask: a count or a share.")] = "20000",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 200,
+    budget: Annotated[str, typer.Option(help="The number of scalar weights to unmask: a count or a share.")] = "20000",
+    steps: Annotated[int, typer.Option(help="The number of optimizer steps.", min=1)] = 200,
     output: Annotated[
-        Path | None, typer.Option(help="Where to keep the delta; default: a folder in the cache.")
+        Path | None, typer.Option(help="The folder for the delta; without it, a folder in the cache.")
     ] = None,
 ) -> None:
     """Fine-tune a real encoder on real reviews with ID3, on this CPU, in under three minutes."""
@@ -107,28 +107,38 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
     delta: Annotated[
-        Path | None, typer.Argument(help="The delta; left out, the base alone solves word problems.")
+        Path | None, typer.Argument(help="The delta file; without it the base alone solves word problems.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="A task; default: the one that it was trained on. Word problems: gsm8k,svamp,...")
+        str | None,
+        typer.Option(help="The task; without it, the delta's own. Word problems: gsm8k,svamp,..."),
     ] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Folder with the task's files; without it, the hub.")] = None,
-    data: Annotated[str | None, typer.Option(help="Your evaluation data: csv, tsv, jsonl, parquet, conll.")] = None,
-    text: Annotated[str, typer.Option(help="Text column.")] = "text",
-    text_pair: Annotated[str | None, typer.Option(help="Second text column.")] = None,
-    label: Annotated[str, typer.Option(help="Label column.")] = "label",
-    batch_size: Annotated[int, typer.Option(help="Examples per forward.", min=1)] = 64,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many word problems of each set.", min=1)] = None,
+    data_dir: Annotated[str | None, typer.Option(help="The folder with the task's files; without it, the hub.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Your evaluation data: csv, tsv, jsonl, json, parquet, conll.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="The text column.")] = "text",
+    text_pair: Annotated[str | None, typer.Option(help="The second text column.")] = None,
+    label: Annotated[str, typer.Option(help="The label column.")] = "label",
+    batch_size: Annotated[int, typer.Option(help="The number of examples per forward pass.", min=1)] = 64,
+    limit: Annotated[
+        int | None, typer.Option(help="Solve only the first so many word problems of each set.", min=1)
+    ] = None,
     output: Annotated[
-        str | None, typer.Option(help="Folder of what is generated; default: beside the delta, or under runs.")
+        str | None,
+        typer.Option(help="The folder for generated texts; without it, one next to the delta, or under runs."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what was generated there before.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the texts that were generated there before.")
+    ] = False,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Of word problems: prompt, max_new_tokens, rule, ...; see docs/tasks.md."),
+        typer.Option(
+            "--set", help="A setting of word problems as key=value: prompt, max_new_tokens, rule, ... (docs/tasks.md)."
+        ),
     ] = None,
 ) -> None:
-    """Evaluate base + delta on a task; outputs of word problems are kept, and a killed evaluation goes on."""
+    """Evaluate base + delta on a task. Outputs of word problems are kept, so that a killed evaluation can go on."""
     from unmask.cli.evaluate import run_eval
     from unmask.lab.tasks.protocol import Request
     from unmask.lab.training.settings import parse_assignments
@@ -150,11 +160,12 @@ def evaluate(
 
 @app.command()
 def inspect(
-    delta: Annotated[Path, typer.Argument(help="The delta.")],
-    top: Annotated[int, typer.Option(help="Rows to show per table.", min=1)] = 20,
+    delta: Annotated[Path, typer.Argument(help="The delta file.")],
+    top: Annotated[int, typer.Option(help="The number of rows to show per table.", min=1)] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the allocation too: a .png or .svg file, or no ending for both.")
+        Path | None,
+        typer.Option(help="Draw the allocation too: into a .png or .svg file, or without an ending into both."),
     ] = None,
 ) -> None:
     """Show what a delta changes: per layer and module kind, sizes, provenance."""
@@ -166,10 +177,14 @@ def inspect(
 @app.command()
 def apply(
     model: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
-    delta: Annotated[Path, typer.Argument(help="The delta.")],
-    output: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
+    delta: Annotated[Path, typer.Argument(help="The delta file.")],
+    output: Annotated[Path, typer.Option(help="The folder for the merged checkpoint.")],
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Of a run inside a LoRA or adapters: its own library's folder instead.")
+        bool,
+        typer.Option(
+            "--adapter",
+            help="Write an ordinary LoRA or adapter folder (of a run inside one).",
+        ),
     ] = False,
 ) -> None:
     """Write base + delta as an ordinary checkpoint, or as an ordinary LoRA or adapter."""
@@ -181,12 +196,17 @@ def apply(
 @app.command()
 def delta(
     checkpoint: Annotated[
-        Path, typer.Argument(help="RUN/checkpoints/checkpoint-N, or RUN, the output folder of `unmask train`.")
+        Path,
+        typer.Argument(help="The folder RUN/checkpoints/checkpoint-N, or RUN, the output folder of `unmask train`."),
     ],
-    step: Annotated[int | None, typer.Option(help="Which checkpoint of RUN; default: the last one.", min=1)] = None,
-    output: Annotated[Path | None, typer.Option(help="The file; default: RUN/series/step-N.safetensors.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="The step of the checkpoint of RUN; without it, the last one.", min=1)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write; without it, RUN/series/step-N.safetensors.")
+    ] = None,
     base: Annotated[
-        str | None, typer.Option(help="The run's base model: a folder or a hub id; default: where the run found it.")
+        str | None, typer.Option(help="The run's base model: a folder or a hub id; without it, where the run found it.")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the checkpoints, and write nothing.")] = False,
 ) -> None:

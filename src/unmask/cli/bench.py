@@ -14,7 +14,7 @@ from unmask.lab.training.fields import converted
 
 
 def run(given: dict[str, Any], command: str) -> None:
-    """Checks the options, measures, prints.
+    """Checks the options, measures, and prints the tables.
 
     Args:
         given: The options that were typed, as texts.
@@ -64,7 +64,7 @@ def _show(record: dict[str, Any]) -> None:
 
 
 def _print_table(header: Sequence[str], lines: list[list[str]]) -> None:
-    """With rich in a terminal that is wide enough, else as aligned text."""
+    """Prints a table: with rich in a terminal that is wide enough, else as aligned text."""
     from unmask.lab.bench import tables
 
     text = tables.plain(header, lines)
