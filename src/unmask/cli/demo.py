@@ -43,7 +43,7 @@ def run_demo(budget: str, steps: int, output: Path | None) -> None:
     model, tokenizer, missing = load_base(str(folder), num_labels=2, seed=_SEED)
     total = sum(p.numel() for p in model.parameters())
     head = exactly(missing)
-    selection = select(model, id3(_count(budget), steps), dense=head, new=head)
+    selection = select(model, id3(budget, steps), dense=head, new=head)
     console.print(f"full fine-tuning trains {total:,} weights; this trains a budget of {selection.budget:,} "
                   f"({selection.budget / total:.3%}) and the new head ({selection.dense_numel:,})")  # fmt: skip
     held_out = data.evals["eval"]
@@ -55,10 +55,6 @@ def run_demo(budget: str, steps: int, output: Path | None) -> None:
     console.print(f"delta: {delta}: {delta.stat().st_size:,} bytes (the base model: {_size(folder):,})")
     _show_reload(folder, delta, scores, console)
     console.print(f"done in {time.perf_counter() - start:.0f} s. Look into it with: unmask inspect {delta}")
-
-
-def _count(budget: str) -> int | str:
-    return int(budget) if budget.isdigit() else budget
 
 
 def _train(

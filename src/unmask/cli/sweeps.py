@@ -10,7 +10,7 @@ import typer
 Workers = Annotated[int, typer.Option(help="The number of worker processes; several can share a GPU.", min=1)]
 Threads = Annotated[
     int | None,
-    typer.Option(help="The number of CPU threads of each worker; without it the cores are shared out.", min=1),
+    typer.Option(help="CPU threads of each worker; without it the cores are shared out.", min=1),
 ]
 Devices = Annotated[str | None, typer.Option(help="The GPUs for the workers in turn, as CUDA numbers: 0,1.")]
 Engine = Annotated[
