@@ -10,7 +10,6 @@ from typing import Any
 from peft.utils import PeftType, register_peft_method
 
 from peft import PeftConfig
-from unmask.distributed.reducer import check_exchange
 from unmask.errors import MethodError
 from unmask.methods import presets as methods
 from unmask.methods.budget import Budget
@@ -30,6 +29,7 @@ from unmask.reading import (
     shown,
     text,
 )
+from unmask.selection.refusals import check_exchange
 
 _WORDS = {"accumulation": Accumulation, "gradients": Gradients, "exchange": Exchange, "clip_scope": ClipScope}
 _REFUSED = {
