@@ -58,6 +58,7 @@ check: setup $(VENV)/.stamp-test
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m unmask.cli.reference --check docs/cli.md
 	$(BIN)/python -m pytest --doctest-modules src/unmask --ignore=src/unmask/cli -p no:cacheprovider
 
 clean:

@@ -1,1 +1,1 @@
-"""The values that say what to unmask, when and where. Importing them needs no torch."""
+"""Methods as frozen values: which weights are unmasked, and when. No module here imports torch when it is imported."""

@@ -51,7 +51,7 @@ def test_every_run_is_done_once_and_skipped_afterwards(tmp_path):
     assert run(plan, tmp_path, "quick").results == report.results
     assert [times(tmp_path, i) for i in ids] == [1] * 6
     result = json.loads(Store(tmp_path).result_path(ids[0]).read_text())
-    assert result["settings"] == {"model": "m", "task": "rte", "budget": "1%", "lr": 1e-4}
+    assert result["settings"] == {"model": "m", "task": "rte", "method": "id3", "budget": "1%", "lr": 1e-4}
     assert (result["status"], result["loss"], result["labels"]["lr"]) == ("done", 0.7, "1e-4")
     assert "printed by the run 0" in Store(tmp_path).log_path(ids[0]).read_text()
 

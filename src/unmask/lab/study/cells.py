@@ -15,6 +15,7 @@ from unmask.errors import ConfigError
 from unmask.lab.study.spec import Row, Sweep
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.settings import build
+from unmask.methods.presets import PRESETS
 
 Rank = Callable[[Mapping[str, Any]], int]
 MATCH = "match"
@@ -103,6 +104,8 @@ def _tried(sweep: Sweep, row: Row, place: Mapping[str, Any]) -> Iterator[tuple[d
         settings |= rule.settings
         grid |= {key: values for key, values in rule.grid.items() if key not in row.settings}
     settings |= {**place, **row.settings}
+    if row.name in PRESETS:  # a row that is called pafi and names no method means PaFi
+        settings.setdefault("method", row.name)
     labels |= {axis: settings[axis] for axis in place if axis in row.settings}
     for values in itertools.product(*grid.values()):
         given = dict(zip(grid, values, strict=True))
@@ -144,8 +147,8 @@ def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a run's settings as JSON values, converted as for a training, without defaults and without ``output``.
 
     Example:
-        >>> canonical({"model": "m", "task": "rte", "budget": 100, "lr": "3e-4", "seed": 0})
-        {'model': 'm', 'task': 'rte', 'budget': '100', 'lr': 0.0003}
+        >>> canonical({"model": "m", "task": "rte", "method": "pafi", "budget": 100, "lr": "3e-4", "seed": 0})
+        {'model': 'm', 'task': 'rte', 'method': 'pafi', 'budget': '100', 'lr': 0.0003}
     """
     config = build({**settings, "output": "-"})
     defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}

@@ -12,7 +12,7 @@ from unmask.errors import ConfigError
 from unmask.lab.models import HEADS, Head, quiet
 from unmask.lab.tasks.registry import kind_for
 from unmask.lab.training.settings import build
-from unmask.methods.presets import parse_budget
+from unmask.methods.budget import Budget
 
 
 def matching_rank(settings: Mapping[str, Any]) -> int:
@@ -35,7 +35,7 @@ def matching_rank(settings: Mapping[str, Any]) -> int:
     # SHiRA has as many weights as a LoRA of the same rank, and peft cannot build SHiRA on the meta device.
     kind = "lora" if config.into == "shira" else config.into
     total, one, two = _counts(config.model, kind_for(config.task).head, kind, config.lora_targets)
-    return max(1, round((parse_budget(budget, total) - one) / (two - one)) + 1)
+    return max(1, round((Budget.parse(budget).of(total) - one) / (two - one)) + 1)
 
 
 @functools.lru_cache(maxsize=64)
