@@ -17,7 +17,7 @@ import unmask
 from unmask.gradients import factors
 from unmask.gradients.factors import Factors, PendingGradient
 from unmask.methods.heuristics import heuristic
-from unmask.ranking.ledger import Layout, SlotTable
+from unmask.ranking.ledger import Layout, Ledger
 from unmask.ranking.ranker import Ranker
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -167,7 +167,7 @@ def test_the_ranking_is_that_of_the_dense_product(name, kind):
         gradients.append(given)
     results = []
     for dense in (True, False):
-        table = SlotTable(layout, 50, torch.float64, torch.device("cpu"))
+        table = Ledger(layout, torch.nn.Parameter(torch.zeros(50, dtype=torch.float64)), 50)
         table.assign(torch.arange(20), torch.arange(0, 2000, 100), torch.zeros(20, dtype=torch.float64))
         ranker = Ranker(heuristic(name), table, "global", 40, 0, exclude_members=True)
         for index, given in enumerate(gradients):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import unmask
-from unmask.delta.record import missing_from_checkpoint
+from unmask.delta.base import missing_from_checkpoint
 from unmask.errors import DeltaError, MethodError
 
 dynamo_looks = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

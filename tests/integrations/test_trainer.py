@@ -33,6 +33,7 @@ from transformers import (
 )
 
 import unmask
+from unmask.gradients.wrappers import bare
 from unmask.integrations.trainer import SelectiveCallback
 
 METHODS = {
@@ -113,7 +114,7 @@ def state_of(trainer, selection):
         **snapshot(selection.model),
         **{f"moment {i} {k}": torch.as_tensor(v) for i, state in moments.items() for k, v in state.items()},
         "values": selection.values.detach().clone(),
-        "positions": selection._table.positions.clone(),
+        "positions": selection.ledger.positions.clone(),
         "lr": torch.tensor(trainer.lr_scheduler.get_last_lr()),
         "rng": torch.get_rng_state(),
     }
@@ -334,6 +335,27 @@ def test_an_attempt_that_ran_out_of_memory_leaves_nothing_behind(how, batches, t
     assert callback.live.step == trainer.state.max_steps == 6
     trained_whole = {name: tensor for name, tensor in snapshot(trainer.model).items() if "classifier" in name}
     assert_unselected_is_base(trainer.model, base | trained_whole, callback.live)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch._dynamo asks for it
+def test_an_attempt_on_a_compiled_model_of_model_init_is_undone_too(tmp_path):
+    def build(size, **changes):
+        trainer = Ordered(
+            model_init=lambda: torch.compile(bert(dropout=0.0), backend="eager"),
+            args=arguments(tmp_path, per_device_train_batch_size=size, remove_unused_columns=False, **changes),
+            train_dataset=Tokens(),
+        )
+        callback = SelectiveCallback(trainer, id3())
+        trainer.add_callback(callback)
+        return trainer, callback
+
+    fresh, expected = build(7)
+    fresh.train()
+    trainer, callback = build(8, auto_find_batch_size=True)
+    run_out_of_memory(trainer, 3, limit=7)
+    trainer.train()
+    assert callback.live.model is bare(trainer.model) is not trainer.model
+    assert_same_tensors(state_of(fresh, expected.live), state_of(trainer, callback.live))
 
 
 def test_a_run_that_died_starts_from_the_base_again(tmp_path):

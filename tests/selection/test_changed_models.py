@@ -190,7 +190,7 @@ def test_a_converted_model_has_the_delta_of_the_converted_base():
     x = batches(1)[0].bfloat16()
     loss = mean_square(model, x)  # the masters are rounded into the tensors again
     for name, flat in selection.indices.items():
-        entries = selection._table.members(selection._layout.names.index(name))
+        entries = selection.ledger.members(selection.ledger.layout.names.index(name))
         expected = selection.values.detach()[entries.slots].bfloat16()
         assert torch.equal(model.get_parameter(name).detach().reshape(-1)[flat], expected)
     loss.backward()

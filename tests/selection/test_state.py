@@ -44,7 +44,7 @@ def test_a_state_loads_into_a_model_that_holds_the_trained_weights_already():
     fresh.load_state_dict(selection.state_dict())
     assert_same_tensors(snapshot(model), snapshot(other))
     assert torch.equal(fresh.delta().sparse["body.0.weight"].values, selection.delta().sparse["body.0.weight"].values)
-    assert fresh._table.base.equal(selection._table.base)
+    assert fresh.ledger.base.equal(selection.ledger.base)
 
 
 def _other_heuristic():

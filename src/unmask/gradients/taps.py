@@ -44,28 +44,36 @@ from unmask.gradients.writes import Writes
 
 
 class Receiver(Protocol):
-    """The consumer of the gradients that a `TapSet` sees."""
+    """The consumer of the gradients that a `TapSet` sees.
+
+    The defaults are those of a receiver that takes whole gradients and does nothing at the start and the end of a backward.
+    """
 
     def wanted(self, index: int) -> bool:
         """Returns True if the coming backward needs this tensor's gradient."""
 
     def entries(self, index: int) -> Entries | None:
         """Returns the entries whose gradient suffices; None if the whole tensor's is needed."""
+        return None
 
     def factored(self, index: int) -> bool:
         """Returns True if the whole tensor's gradient may come as `Factors`."""
+        return False
 
     def begin(self) -> None:
         """Learns that a backward starts."""
+        return
 
     def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
         """Takes one tensor's gradient: the whole of it, or (m,) at the entries that its forward was given."""
 
     def end(self) -> None:
         """Learns that the backward is complete."""
+        return
 
     def abort(self) -> None:
         """Learns that the backward failed, so that what it brought is void."""
+        return
 
 
 class TapSet:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 import unmask
-from unmask.delta.added import added_tensors
+from unmask.delta.base import added_tensors
 from unmask.lab.inside import NAME, insert, into_of
 from unmask.lab.models import load_base, load_tuned
 
