@@ -11,8 +11,8 @@ import torch
 from helpers import batches, mean_square
 from peft_nets import optimizer_of, run, wrapped
 from quantised_nets import as_float, data, quantised
-from test_values_reach import Free, ScheduleFree
 from trainers import bert, frozen_garbage, selective  # noqa: F401  # a fixture
+from value_wrappers import Free, ScheduleFree
 
 import peft
 import unmask

@@ -1,1 +1,1 @@
-"""Methods as frozen values: which weights are unmasked, and when. No module here imports torch when it is imported."""
+"""Holds the values that say which weights are unmasked, when and where. Importing them needs no torch."""
