@@ -1,4 +1,4 @@
-"""The values of a study that the report's template shows. They are plain texts and numbers; the template escapes them."""
+"""Collects the values of a study that the report's template shows. The template escapes them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def study_context(study: Study, anchor: str) -> dict[str, Any]:
 
 
 def score_table(found: Table) -> dict[str, Any]:
-    """Returns a table of scores; the best score of each column is marked, and the paper's figures stand next to ours."""
+    """Returns a table of scores with a mark at the best of each column, and the paper's figures next to ours."""
     estimates = {
         column: [figure(e, found.protocol) for line in found.lines if (e := line.entries.get(column))]
         for column in found.columns

@@ -57,9 +57,9 @@ def records(
 ) -> list[RunRecord]:
     """Returns a record for each run that counts under a sweep's protocol.
 
-    Under the paper's protocol with a paired setting these are the pairs, and the entry ``best`` of each record says how many
-    of them count. Otherwise they are the runs at the chosen value of the swept setting. Labels for which a record has no entry
-    become part of the method's name.
+    Under the paper's protocol with a paired setting these are the pairs, and the entry ``best`` of each record says
+    how many of them count. Otherwise they are the runs at the chosen value of the swept setting. Labels for which a
+    record has no entry become part of the method's name.
 
     Args:
         cells: The cells of the full grid.
@@ -95,8 +95,8 @@ def records(
 def trained_weights(summary: Mapping[str, Any]) -> int:
     """Returns the number of weights that a run trains, which is its budget for most methods.
 
-    For full fine-tuning and a LoRA that is trained whole it is the number of all trained weights except the new head. For a
-    repeat-S that keeps what leaves the selection, it is the number of all weights that were ever selected.
+    For full fine-tuning and a LoRA that is trained whole it is the number of all trained weights except the new head.
+    For a repeat-S that keeps what leaves the selection, it is the number of all weights that were ever selected.
 
     Example:
         >>> trained_weights({"budget": 290, "head": 34, "method": {"name": "full"}})

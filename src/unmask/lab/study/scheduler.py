@@ -24,7 +24,7 @@ from unmask.lab.study.store import Result, Store
 from unmask.lab.study.worker import FUNCTION
 
 ATTEMPTS = 2
-"""How often a run is started whose worker dies: the second time from its last checkpoint, then it counts as failed."""
+"""A run whose worker dies is started so many times in all, each time from its last checkpoint; then it has failed."""
 BUSY_SECONDS = 2.0
 """Seconds after which the sweep asks again for a run that another command is making."""
 SAVE_SECONDS = 300.0
@@ -71,10 +71,10 @@ def run_sweep(
 ) -> SweepReport:
     """Makes all runs of a sweep that are not done yet.
 
-    Several commands may work on one folder at the same time: each run is made once. A run whose worker dies is started once
-    more and goes on from its last checkpoint; when that worker dies too, the run is recorded as failed. A run that raises an
-    error is recorded as failed at once. The rules are the same for both engines. Workers of the local engine are spawned, so
-    a script that calls this function needs ``if __name__ == "__main__":``.
+    Several commands may work on one folder at the same time: each run is made once. A run whose worker dies is started
+    once more and goes on from its last checkpoint; when that worker dies too, the run is recorded as failed. A run
+    that raises an error is recorded as failed at once. The rules are the same for both engines. Workers of the local
+    engine are spawned, so a script that calls this function needs ``if __name__ == "__main__":``.
 
     Args:
         sweep: The sweep.

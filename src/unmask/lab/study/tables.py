@@ -118,7 +118,7 @@ def tables(
         shown = [by_choice]
     else:
         pairs = paired(cells, protocol.pair)
-        title = f"The paper's protocol: a run for each {protocol.pair}, with a seed of its own, and the best of them"
+        title = f"The paper's protocol: a run for each {protocol.pair} with its own seed, and the best of them"
         every = table(pairs, results, seeds, None, "The same runs, all of them: mean with a confidence interval")
         shown = [table(pairs, results, paper, None, title), *([by_choice] if protocol.kind == "both" else []), every]
     return [_with_claims(shown[0], claims), *shown[1:]]
@@ -221,9 +221,9 @@ def _average(entries: Sequence[Entry | None], protocol: Protocol) -> float | Non
 def markdown(found: Table) -> str:
     """Returns the table as Markdown, under its title.
 
-    A cell has the mean, half the interval (or the deviation) and the chosen value, with a mark at an edge. If the table has
-    the paper's figures, each column of ours has the paper's at its right, and the last column names the paper's model and
-    budget.
+    A cell has the mean, half the interval (or the deviation) and the chosen value, with a mark at an edge. If the
+    table has the paper's figures, each column of ours has the paper's at its right, and the last column names the
+    paper's model and budget.
     """
     names = list(dict.fromkeys(key for line in found.lines for key in line.labels))
     claimed, averages = bool(found.model), any(line.average is not None for line in found.lines)
@@ -247,7 +247,7 @@ def markdown(found: Table) -> str:
 
 
 def trained_text(line: Line) -> str:
-    """Returns the least and the greatest number of weights that the runs of a line train; empty while no run is done."""
+    """Returns the least and the greatest number of weights that a line's runs train; empty while no run is done."""
     counts = sorted({entry.trained for entry in line.entries.values() if entry.trained})
     return " to ".join(f"{count:,}" for count in (counts[:1] + counts[-1:])[: len(counts)])
 
