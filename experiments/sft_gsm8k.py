@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import unmask
+from peft import LoraConfig, get_peft_model
 from unmask.integrations.trainer import STATE_FILE, SelectiveCallback
 
 RUNS = ("straight", "resumed")
