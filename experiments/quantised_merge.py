@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bits
 
 import unmask
 from unmask.gradients.entries import take
-from unmask.lab.tasks.text.predicting import predict
+from unmask.lab.tasks.text.run import predict
 from unmask.lab.training.demo_data import fetch_demo_model, fetch_demo_texts, load_demo_task
 from unmask.quantised import dequantise_and_merge
 from unmask.quantised.layers import weights

@@ -36,7 +36,7 @@ def matching_rank(settings: Mapping[str, Any]) -> int:
         raise ConfigError(f"lora_r = 'match' goes with into = lora, dora or shira, not {config.into!r}.")
     # SHiRA has as many weights as a LoRA of the same rank, and peft cannot build SHiRA on the meta device.
     kind = "lora" if config.into == "shira" else config.into
-    total, one, two = _counts(config.model, kind_for(config).head, kind, config.lora_targets)
+    total, one, two = _counts(config.model, kind_for(config.task).head, kind, config.lora_targets)
     return max(1, round((parse_budget(budget, total) - one) / (two - one)) + 1)
 
 
