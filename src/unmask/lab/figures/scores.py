@@ -234,16 +234,13 @@ def _curves(axes: Any, name: str, runs: Sequence[RunRecord], look: Look) -> None
             kept = kept[:1]
         curves = [[at for at in run["curve"] if at["used"]] for run in kept]
         for curve in curves if len(curves) > 1 else []:
-            axes.plot(*_xy(curve), color=colour, linewidth=0.8, alpha=0.45, zorder=2)
+            xs, ys = [at["used"] for at in curve], [at["score"] for at in curve]
+            axes.plot(xs, ys, color=colour, linewidth=0.8, alpha=0.45, zorder=2)
         mean = _mean_curve(curves)
         marks = {"marker": look.marker, "markersize": 3.5, "markevery": math.ceil(len(mean) / 12)}
         label = name + (f", B = {short(budget)}" if len(budgets) > 1 else "")
         line = {"color": colour, "linestyle": LINES[i % len(LINES)], "linewidth": 1.6, "zorder": 3}
         axes.plot(*zip(*mean, strict=True), label=label, **line, **marks)
-
-
-def _xy(curve: Sequence[CurvePoint]) -> tuple[list[int], list[float]]:
-    return [at["used"] for at in curve], [at["score"] for at in curve]
 
 
 def _mean_curve(curves: Sequence[Sequence[CurvePoint]]) -> list[tuple[float, float]]:

@@ -25,7 +25,7 @@ def record(cell: Cell, result: Result) -> RunRecord | None:
         return None
     summary, settings = result.get("summary") or {}, result["settings"]
     method, trained = summary.get("method") or {}, trained_weights(summary)
-    whole = settings.get("method") == "full"
+    whole, rate = settings.get("method") == "full", settings.get("lr", 1e-3)
     found: dict[str, Any] = {
         "name": cell.id,
         "method": str(cell.labels.get("method", "id3")),
@@ -35,7 +35,7 @@ def record(cell: Cell, result: Result) -> RunRecord | None:
         "trained": trained,
         "share": trained / base_weights(summary),
         "seed": int(settings.get("seed", 0)),
-        "lr": float(summary.get("lr") or _rate(settings)),
+        "lr": float(summary.get("lr") or (0.0 if rate in ("auto", None) else rate)),
         "score": score,
         "loss": result.get("loss"),
         "metric": str(result.get("metric", "score")),
@@ -45,11 +45,6 @@ def record(cell: Cell, result: Result) -> RunRecord | None:
         "allocation": result.get("allocation"),
     }
     return cast(RunRecord, {key: value for key, value in found.items() if value not in (None, [])})
-
-
-def _rate(settings: Mapping[str, Any]) -> float:
-    given = settings.get("lr", 1e-3)
-    return 0.0 if given in ("auto", None) else float(given)
 
 
 def records(
