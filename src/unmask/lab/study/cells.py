@@ -61,8 +61,8 @@ def expand(sweep: Sweep, rank: Rank | None = None) -> list[Cell]:
     """
     rank = rank or _matching_rank
     cells: dict[tuple[Any, ...], Cell] = {}
-    for row, place in _places(sweep):
-        for labels, settings in _tried(sweep, row, place):
+    for row, values in itertools.product(sweep.rows, itertools.product(*sweep.axes.values())):
+        for labels, settings in _tried(sweep, row, dict(zip(sweep.axes, values, strict=True))):
             cell = _cell(labels, settings, rank)
             cells.setdefault((cell.id, cell.group()), cell)
     _check_pairs(sweep, cells.values())
@@ -86,12 +86,6 @@ def _check_pairs(sweep: Sweep, cells: Iterable[Cell]) -> None:
                 f"the paper's protocol runs each {pair} with one seed, and {', '.join(v for _, v in group)} has {values} values "
                 f"of {pair} and {seeds} seeds; give as many of both, or one {pair}, or take the protocol seeds."
             )
-
-
-def _places(sweep: Sweep) -> Iterator[tuple[Row, dict[str, Any]]]:
-    for row in sweep.rows:
-        for values in itertools.product(*sweep.axes.values()):
-            yield row, dict(zip(sweep.axes, values, strict=True))
 
 
 def _tried(sweep: Sweep, row: Row, place: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

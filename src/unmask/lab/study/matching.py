@@ -16,7 +16,9 @@ from unmask.methods.budget import Budget
 
 
 def matching_rank(settings: Mapping[str, Any]) -> int:
-    """Returns the rank, at least 1, whose number of trained weights is nearest to the budget. It reads the model's shape alone.
+    """Returns the rank, at least 1, whose number of trained weights is nearest to the budget.
+
+    It reads the model's configuration alone, and no weights.
 
     Args:
         settings: The settings of a run, with ``budget`` and ``into``; their ``lora_r`` is ignored.
@@ -40,7 +42,7 @@ def matching_rank(settings: Mapping[str, Any]) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _counts(model: str, head: Head, into: str, targets: tuple[str, ...]) -> tuple[int, int, int]:
-    """Returns the numbers of weights of the base and of what ranks 1 and 2 add; two ranks, for DoRA also adds a fixed number."""
+    """Returns the numbers of weights of the base, and of what ranks 1 and 2 add to it; DoRA adds a fixed number too."""
     from transformers import AutoConfig
 
     from unmask.lab.inside import Into, Kind, insert
