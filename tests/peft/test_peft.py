@@ -42,6 +42,25 @@ def test_training_makes_the_run_of_a_plain_selection(method, dtype):
     assert torch.equal(selection.values, adapter_of(wrapped_model).values)
 
 
+@pytest.mark.parametrize("heuristic", ["snip", "large_magnitude", "of_mine"])
+def test_a_heuristic_and_a_scope_make_the_run_of_a_plain_selection(heuristic, registry, tmp_path):
+    """Also one that is registered by the user; and a saved adapter knows both."""
+    unmask.register_heuristic("of_mine", lambda weight, gradient: gradient.abs() * (1 + weight.abs()))
+    settings = {"method": "static_d3", "heuristic": heuristic, "scope": "linear"}
+    plain, model = wrapped(torch.float32, **settings)
+    method = unmask.static_d3(30).but(heuristic=unmask.heuristic(heuristic), scope=unmask.Scope("linear"))
+    selection = unmask.select(plain, method, include=r"^(body\.0|body\.2|embed)\.", new=[])
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=0.05)
+    run(model, 3)
+    generator = torch.Generator().manual_seed(7)
+    train(plain, optimizer, [torch.randn(4, 6, generator=generator) for _ in range(3)])
+    assert_same_tensors(snapshot(plain), base_state(model))
+    assert all(name.endswith("weight") for name in selection.indices)
+    model.save_pretrained(tmp_path)
+    loaded = unmask.peft.SelectiveConfig.from_pretrained(tmp_path)
+    assert (loaded.heuristic, loaded.scope) == (heuristic, "linear")
+
+
 def test_what_is_trainable_is_the_budget_and_modules_to_save(capsys):
     base, model = wrapped(modules_to_save=["head"])
     head, total = sum(p.numel() for p in base.head.parameters()), sum(p.numel() for p in base.parameters())

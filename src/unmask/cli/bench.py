@@ -25,7 +25,7 @@ def run(given: dict[str, Any], command: str) -> None:
     """
     settings = BenchSettings(**converted(BenchSettings, given))
     if settings.curve in ("size", "selection") and given.get("model"):
-        raise ConfigError(f"--curve {settings.curve} goes over models of its own; leave --model out.")
+        raise ConfigError(f"--curve {settings.curve} goes over a series of models; leave --model out.")
     check_folder(settings.output, "--output")
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
     if settings.curve:

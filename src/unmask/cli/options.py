@@ -19,7 +19,7 @@ _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", tuple: "TEXT,TEXT"}
 
 
 class SettingsCommand(typer.core.TyperCommand):
-    """A command that has one option for each field of a settings class, in front of its own options.
+    """A command that has one option for each field of a settings class, and then the options of its function.
 
     The settings class is imported when the options are needed, so that ``unmask --help`` does not wait for it. The command's
     function finds the options that were typed in ``context.obj``, as texts (booleans for flags);

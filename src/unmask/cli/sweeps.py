@@ -68,7 +68,7 @@ def reproduce(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="paper: four runs, each learning rate with a seed of its own, of which the best three count. seeds: the rate "
+            help="paper: four runs, each learning rate with another seed, of which the best three count. seeds: the rate "
             "is chosen on the first seed, and all seeds count, with an interval. both: the runs of both. Default: the preset's."
         ),
     ] = None,
