@@ -64,6 +64,9 @@ def test_a_proposal_is_in_no_snapshot_and_a_snapshot_restores_all():
     held = proposed([2, 13])
     saved = held.snapshot()
     held.commit(2)
+    with torch.no_grad():
+        held.values[:2] += 1  # weight 7 is trained now, and has no slot in the snapshot
+    held.scatter()
     held.restore(saved)
     expected = torch.arange(17.0)
     expected[[2, 13]] += 100

@@ -27,13 +27,14 @@ from unmask.selection.dense import DenseGradients, DenseTensor, catch_up_before_
 from unmask.selection.eligible import ModelFacts, facts_of
 from unmask.selection.identity import Identity
 from unmask.selection.outside import OutsideWrites
+from unmask.selection.parts import Parts
 from unmask.selection.refusals import (
     Options,
     check_exchange,
     refuse,
     refuse_dead_lora,
 )
-from unmask.selection.selection import Parts, Selection
+from unmask.selection.selection import Selection
 from unmask.selection.storage import Ties, refuse_absent
 from unmask.selection.window import Window
 

@@ -4,67 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from unmask.delta.base import base_tensors, name_or_path
 from unmask.delta.delta import SparseDelta, refuse_diverged
 from unmask.delta.fingerprint import digest, fingerprint, same_bits
 from unmask.delta.provenance import provenance_of
 from unmask.delta.record import before_training, record_delta
-from unmask.distributed.reducer import ProcessReducer
 from unmask.distributed.sharding import gathered, reshard
 from unmask.errors import SelectionError
 from unmask.gradients.factors import total_norm
 from unmask.gradients.tapped import owner_of
-from unmask.gradients.taps import TapSet
 from unmask.gradients.unreached import unwatch_forwards
 from unmask.gradients.wrappers import named_parameters
 from unmask.methods.method import ClipScope, Method
 from unmask.quantised.layers import settle, stored_in, weights
-from unmask.ranking.ledger import Ledger
-from unmask.selection.dense import DenseGradients, DenseTensor
-from unmask.selection.eligible import ModelFacts
-from unmask.selection.identity import Identity
-from unmask.selection.outside import OutsideWrites, weights_of
+from unmask.selection.outside import weights_of
+from unmask.selection.parts import Parts
 from unmask.selection.state import StateKeeper
 from unmask.selection.stepping import unwatch, watch
 from unmask.selection.steps import Steps
-from unmask.selection.window import Window
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The finished parts of a selection, as `unmask.select` makes them.
-
-    Attributes:
-        facts: What the model was before training.
-        ledger: The slots.
-        dense: The tensors that are trained whole.
-        reducer: The processes that train together.
-        dense_gradients: It averages the gradients of the dense tensors over the processes.
-        window: It collects the gradients of a step.
-        taps: They bring the eligible tensors' gradients to the window.
-        identity: It checks that the model is what was selected from.
-        outside: It looks after writes outside an optimizer's step.
-        hooks: Further hooks on the model's modules, to be removed in the end.
-    """
-
-    facts: ModelFacts
-    ledger: Ledger
-    dense: list[DenseTensor]
-    reducer: ProcessReducer
-    dense_gradients: DenseGradients
-    window: Window
-    taps: TapSet
-    identity: Identity
-    outside: OutsideWrites
-    hooks: list[RemovableHandle]
 
 
 class Selection:
@@ -94,18 +57,7 @@ class Selection:
         self._parts, self._window, self._taps = parts, parts.window, parts.taps
         self._identity, self._outside, self._reducer = parts.identity, parts.outside, parts.reducer
         self._states = StateKeeper(facts, method, ledger, parts.dense, parts.identity.shapes, self.budget)
-        self._steps = Steps(
-            self.model,
-            method,
-            ledger,
-            parts.dense,
-            parts.window,
-            parts.taps,
-            parts.outside,
-            parts.reducer,
-            self.check_model,
-            self.owns,
-        )
+        self._steps = Steps(method, parts, self.check_model, self.owns)
         self._released = False
 
     def start(self) -> None:

@@ -9,50 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unmask.distributed.reducer import ProcessReducer
 from unmask.errors import ScheduleNotRunError, UnmaskWarning
-from unmask.gradients.taps import TapSet
 from unmask.methods.method import Method
-from unmask.ranking.ledger import Ledger
 from unmask.ranking.plan import Plan
-from unmask.selection.dense import DenseTensor
-from unmask.selection.outside import OutsideWrites
+from unmask.selection.parts import Parts
 from unmask.selection.stepping import Steppable, clear_state
-from unmask.selection.window import Window
 
 
 class Steps(Steppable):
     """Plans each optimizer step and makes it final; the optimizer's hooks call it (`unmask.selection.stepping`).
 
     Args:
-        model: The selected model.
         method: The method, whose schedule is walked.
-        ledger: The slots.
-        dense: The tensors that are trained whole.
-        window: It collects the gradients of a step.
-        taps: They forget a tensor's uses when a step is over.
-        outside: It looks after writes outside a step.
-        reducer: It tells the other processes of a step.
+        parts: The parts of the selection.
         check: Refuses a model that is no longer what was selected from.
         owns: Tells whether a parameter is a tensor of the model that another one stands for in the optimizer.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        ledger: Ledger,
-        dense: Sequence[DenseTensor],
-        window: Window,
-        taps: TapSet,
-        outside: OutsideWrites,
-        reducer: ProcessReducer,
-        check: Callable[[], None],
-        owns: Callable[[Tensor], bool],
-    ) -> None:
-        self.model, self.values = model, ledger.values
-        self._method, self._ledger, self._dense = method, ledger, dense
-        self._window, self._taps, self._outside, self._reducer = window, taps, outside, reducer
+    def __init__(self, method: Method, parts: Parts, check: Callable[[], None], owns: Callable[[Tensor], bool]) -> None:
+        self.model, self.values = parts.facts.model, parts.ledger.values
+        self._method, self._ledger, self._dense = method, parts.ledger, parts.dense
+        self._window, self._taps, self._outside, self._reducer = parts.window, parts.taps, parts.outside, parts.reducer
         self._check, self._owns = check, owns
         self._said_missing = False
 

@@ -1,0 +1,45 @@
+"""Parts: the finished parts of a selection, which `unmask.select` makes and hands to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.utils.hooks import RemovableHandle
+
+from unmask.distributed.reducer import ProcessReducer
+from unmask.gradients.taps import TapSet
+from unmask.ranking.ledger import Ledger
+from unmask.selection.dense import DenseGradients, DenseTensor
+from unmask.selection.eligible import ModelFacts
+from unmask.selection.identity import Identity
+from unmask.selection.outside import OutsideWrites
+from unmask.selection.window import Window
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The finished parts of a selection, as `unmask.select` makes them.
+
+    Attributes:
+        facts: What the model was before training.
+        ledger: The slots.
+        dense: The tensors that are trained whole.
+        reducer: The processes that train together.
+        dense_gradients: It averages the gradients of the dense tensors over the processes.
+        window: It collects the gradients of a step.
+        taps: They bring the eligible tensors' gradients to the window.
+        identity: It checks that the model is what was selected from.
+        outside: It looks after writes outside an optimizer's step.
+        hooks: Further hooks on the model's modules, to be removed in the end.
+    """
+
+    facts: ModelFacts
+    ledger: Ledger
+    dense: list[DenseTensor]
+    reducer: ProcessReducer
+    dense_gradients: DenseGradients
+    window: Window
+    taps: TapSet
+    identity: Identity
+    outside: OutsideWrites
+    hooks: list[RemovableHandle]
