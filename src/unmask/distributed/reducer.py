@@ -10,7 +10,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,11 +22,11 @@ from unmask.distributed.processes import Processes
 from unmask.distributed.ranking import CandidateRanking, ExactRanking
 from unmask.distributed.sharding import ShardedLayout, ShardRanking, ShardTable, group_of, reshard
 from unmask.errors import ProcessesDifferError, SelectionError
+from unmask.methods.method import Exchange
 from unmask.ranking.exchange import NewRanker, Ranking
 from unmask.ranking.ledger import Layout, Ledger
 from unmask.ranking.plan import Plan
 
-Exchange = Literal["exact", "candidates", "none"]
 F = TypeVar("F", bound=Callable[..., Any])
 _CPU = torch.device("cpu")
 _SAME = "Give all processes the same"

@@ -1,1 +1,1 @@
-"""Runs ``unmask train``: configuration, setup, training, the output folder, and series of deltas."""
+"""Makes one run of ``unmask train``: its settings, its training, its folder."""

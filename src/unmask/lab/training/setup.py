@@ -18,7 +18,7 @@ from unmask.lab.models import load_base
 from unmask.lab.tasks.protocol import Prepared, Source
 from unmask.lab.tasks.registry import kind_for
 from unmask.lab.training.config import TrainConfig
-from unmask.lab.training.presets import into_from, method_from
+from unmask.lab.training.parts import into_from
 from unmask.methods.scopes import exactly
 from unmask.selection.select import select
 from unmask.selection.selection import Selection
@@ -110,7 +110,7 @@ def set_up(config: TrainConfig, console: Console) -> Setup:
     loader = DataLoader(prepared.train_set, config.batch_size, shuffle=True, collate_fn=prepared.collate)
     selection = select(
         base.model,
-        method_from(config, steps, loader),
+        config.build_method(steps, loader),
         include=config.include or exactly(base.added) or None,
         exclude=config.exclude or None,
         dense=[p for given in config.dense for p in (head if given == "new" else [given])] or None,

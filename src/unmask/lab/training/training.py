@@ -24,7 +24,7 @@ from unmask.integrations.trainer import SelectiveTrainer
 from unmask.lab.models import quiet
 from unmask.lab.tasks.registry import kind_for
 from unmask.lab.training.config import TrainConfig
-from unmask.lab.training.presets import optimizer_from, with_rates
+from unmask.lab.training.parts import optimizer_from, with_rates
 from unmask.lab.training.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.lab.training.run_folder import RunFolder
 from unmask.lab.training.setup import Setup, print_notes, set_up
