@@ -113,9 +113,8 @@ def _subject(odd: Sequence[int]) -> str:
 
 
 def _contrast(key: str, other: Any, usual: Any, odd: int, first: int) -> str:
-    if (
-        isinstance(other, list) and isinstance(usual, list) and len(usual) > 8
-    ):  # show only the elements that one of them lacks
+    # Of two long lists, only the elements that the other lacks are shown.
+    if isinstance(other, list) and isinstance(usual, list) and len(usual) > 8:
         other, usual = [x for x in other if x not in usual] or other, [x for x in usual if x not in other] or usual
     return f"{key} is {_short(other)} in process {odd} and {_short(usual)} in process {first}"
 

@@ -224,12 +224,8 @@ def first_to_say(text: str) -> bool:
     key = f"unmask/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{hashlib.sha256(text.encode()).hexdigest()}"
     try:
         return int(_store().add(key, 1)) == 1
-    except (
-        RuntimeError,
-        ValueError,
-        KeyError,
-    ):  # There is no store, or its host is gone. To print twice is better than never.
-        return True
+    except (RuntimeError, ValueError, KeyError):
+        return True  # There is no store, or its host is gone. To print twice is better than never.
 
 
 def _store() -> Any:

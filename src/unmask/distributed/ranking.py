@@ -114,9 +114,8 @@ class CandidateRanking:
         device, error = self._table.base.device, None
         try:
             offers = self._offers(arrivals).to(device)
-        except (
-            NonFiniteGradientError
-        ) as own:  # The others wait for this process: it sends -1 first, and then all raise.
+        except NonFiniteGradientError as own:
+            # The others wait for this process: it sends -1 first, and then all raise.
             error, offers = own, torch.empty(0, dtype=torch.int64, device=device)
         count = torch.tensor([-1 if error else offers.numel()], device=device)
         counts: list[int] = self._processes.gather(count).squeeze(1).tolist()

@@ -68,9 +68,8 @@ class ProcessReducer:
         self._agreed: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # more than one, as an optimizer may wrap another
         self._optimizer: Optimizer | None = None  # the one that stepped last
         self._stepped: dict[str, Any] = {}  # that optimizer's settings at its last step
-        self._coming: tuple[Plan, int] | None = (
-            None  # the plan and micro-batch of a backward that has exchanged nothing yet
-        )
+        # The plan and the micro-batch's number of a backward that has exchanged nothing yet.
+        self._coming: tuple[Plan, int] | None = None
         self._micro = 0
 
     @property
@@ -83,9 +82,8 @@ class ProcessReducer:
         processes = self._find()
         with torch._C.DisableTorchFunctionSubclass():
             detached = {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
-        tensors = {
-            name: tensor for name, tensor in detached.items() if type(tensor) is Tensor
-        }  # neither shards nor quantised tensors
+        # Shards and quantised tensors are left out: they are of other classes.
+        tensors = {name: tensor for name, tensor in detached.items() if type(tensor) is Tensor}
         if processes is None or not tensors:
             return
         device = next(iter(tensors.values())).device

@@ -251,12 +251,8 @@ def _load(path: Path) -> Any:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
         core = np._core if hasattr(np, "_core") else np.core
-        known = [
-            core.multiarray._reconstruct,
-            np.ndarray,
-            np.dtype,
-            type(np.dtype(np.uint32)),
-        ]  # the RNG state of numpy
+        # The state of numpy's RNG needs these.
+        known = [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
         with torch.serialization.safe_globals(known):
             return torch.load(path, map_location="cpu", weights_only=True)
     except SelectionError as error:
