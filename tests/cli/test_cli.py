@@ -14,7 +14,6 @@ from tiny import tiny_world
 from transformers import AutoModelForSequenceClassification
 
 import unmask
-from unmask.lab.training.config import METHODS
 from unmask.lab.training.recipe import rate
 from unmask.lab.training.settings import read_yaml
 
@@ -46,10 +45,6 @@ def test_help_waits_for_no_torch() -> None:
 def test_methods_lists_every_preset(world: Path) -> None:
     printed = run("methods", cwd=world).stdout
     assert all(name in printed for name in unmask.PRESETS)
-
-
-def test_the_configuration_knows_every_preset() -> None:
-    assert set(METHODS) == set(unmask.PRESETS)
 
 
 @pytest.mark.parametrize("name", unmask.PRESETS)

@@ -32,7 +32,7 @@ METHODS = {
     "random": unmask.random_mask("30%"),
     "static_d3": unmask.static_d3("20%"),
     "id3": unmask.id3("30%", steps=12, stride=4),
-    "pafi": unmask.pafi("30%").but(strategy="increment", schedule=unmask.schedule("uniform", 12)),
+    "pafi": unmask.pafi("30%").but(strategy="increment", schedule=unmask.Schedule.of("uniform", 12)),
     "repeat_d3": unmask.repeat_d3("20%", stride=5),
 }
 

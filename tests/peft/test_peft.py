@@ -14,6 +14,7 @@ from torch import nn
 
 import peft
 import unmask
+import unmask.analysis
 import unmask.peft
 from unmask.delta.live import has_selection
 from unmask.errors import MethodError, ScheduleNotRunError
@@ -299,3 +300,17 @@ def test_selective_adam_knows_the_adapter():
     _, model = wrapped()
     optimizer = unmask.SelectiveAdamW([adapter_of(model).values], lr=0.05, bias_correction="entry")
     assert adapter_of(run(model, 3, optimizer)).used == 30
+
+
+def test_a_delta_has_the_metadata_of_the_same_selection_by_select():
+    base, model = wrapped(target_modules=None)
+    run(model)
+    selection = unmask.select(base, unmask.id3(30, steps=3))
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=0.05)
+    for _ in range(3):
+        base(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    mine, selects = unmask.peft.delta(model).metadata, selection.delta().metadata
+    assert mine == selects
+    assert unmask.analysis.tensor_sparsity(unmask.peft.delta(model)) < 1

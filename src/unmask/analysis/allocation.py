@@ -1,4 +1,4 @@
-"""Where the budget went: by layer and module kind; and snapshots of it in the course of a run."""
+"""Counts where the budget went, by layer and module kind, and takes snapshots of that in the course of a run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from unmask.selection.selection import Selection
 
 
 def allocation(source: Source) -> list[dict[str, Any]]:
-    """Unmasked weights by layer and module kind, as plain rows.
+    """Counts unmasked weights by layer and module kind.
 
     A module's bias counts with its weight. GPT-2's joint query, key and value tensor is counted in its three parts.
     Tensors outside the layers, and those of no kind, have rows with ``"other"``: ``unmasked`` sums to the mask's length.
 
     Returns:
-        ``{"layer": "0", "kind": "query", "unmasked": 12, "of": 147456}``, by layer, in the order of
-        `unmask.methods.naming.KINDS`.
-        Of a delta without ``like(model)``, only tensors that hold unmasked weights are known and counted in ``of``.
+        Plain rows, ``{"layer": "0", "kind": "query", "unmasked": 12, "of": 147456}``, by layer, in the order of
+        `unmask.methods.naming.KINDS`. For a delta without ``like(model)``, only tensors that hold unmasked weights are known
+        and counted in ``of``.
 
     Example:
         >>> import torch
@@ -52,7 +52,7 @@ def allocation(source: Source) -> list[dict[str, Any]]:
 
 
 def grouped(source: Source, key: Callable[[str], str]) -> dict[str, dict[str, float]]:
-    """Unmasked weights of the tensors that hold some, by any key of their names.
+    """Counts the unmasked weights of the tensors that hold some, by any key of their names.
 
     Returns:
         ``{group: {"changed": unmasked weights, "of": weights, "density": share}}``.
@@ -74,15 +74,15 @@ def grouped(source: Source, key: Callable[[str], str]) -> dict[str, dict[str, fl
 
 
 def snapshot(source: Source, step: int | None = None) -> dict[str, Any]:
-    """The allocation and its measures at one moment, as JSON values: an `unmask.lab.figures.Snapshot`.
+    """Returns the allocation and its measures at one moment, as JSON values: an `unmask.lab.figures.Snapshot`.
 
-    ``sparsity_entropy`` is of the tensors' densities, as in the paper, and ``sparsity_entropy_share`` of the tensors' shares
-    of the mask; both in nats. The mask of repeat-S that keeps what leaves holds everything that was ever tuned; its snapshot
-    has ``picked`` too: the rows of the B weights that the last step picked.
+    ``sparsity_entropy`` is that of the tensors' densities, as in the paper, and ``sparsity_entropy_share`` that of the tensors'
+    shares of the mask; both are in nats. The mask of repeat-S that keeps the weights that leave holds all weights that were ever
+    tuned; its snapshot has ``picked`` too: the rows of the B weights that the last step picked.
 
     Args:
         source: A selection while it trains, a delta, or a mask.
-        step: Optimizer steps taken; None for a selection's own, and for no step otherwise.
+        step: How many optimizer steps were taken. None takes a selection's own number, and no step for a delta or a mask.
 
     Raises:
         DeltaError: The delta does not say among how many tensors it was selected.
@@ -111,11 +111,11 @@ def snapshot(source: Source, step: int | None = None) -> dict[str, Any]:
 
 
 def snapshots(source: Selection | SparseDelta, points: int = 10) -> list[dict[str, Any]]:
-    """Snapshots along the slots: a prefix of them is the mask of a smaller budget, so a finished run shows its course.
+    """Returns snapshots along the slots. The first slots are the mask of a smaller budget, so a finished run shows its course.
 
     Args:
         source: A selection, or a delta of ``selection.delta(order=True)``.
-        points: How many, in equal steps of the count of unmasked weights.
+        points: The number of snapshots, in equal steps of the count of unmasked weights.
 
     Raises:
         SelectionError: The selection has no order of unmasking (repeat-S): take a `snapshot` in the course of the run.
@@ -125,7 +125,7 @@ def snapshots(source: Selection | SparseDelta, points: int = 10) -> list[dict[st
 
 
 def _by_part(flat: Tensor | None, shape: tuple[int, ...], parts: int) -> list[int]:
-    """Counts in equal parts along the last dimension."""
+    """Counts indices in equal parts along the last dimension."""
     if flat is None or parts == 1:
         return [0 if flat is None else flat.numel()] + [0] * (parts - 1)
     columns = flat % shape[-1]
@@ -133,7 +133,7 @@ def _by_part(flat: Tensor | None, shape: tuple[int, ...], parts: int) -> list[in
 
 
 def _place(layer: str, kind: str) -> tuple[bool, str, int, int]:
-    """Sorts layers by stack and number, kinds in their own order, what is other last."""
+    """Returns a sort key: layers by stack and number, kinds in their own order, ``"other"`` last."""
     stack, _, number = layer.rpartition(" ")
     column = KINDS.index(kind) if kind in KINDS else len(KINDS)
     return layer == OTHER, stack, int(number) if number.isdigit() else 0, column

@@ -1,4 +1,4 @@
-"""What fine-tuning changed between two checkpoints, whoever made them."""
+"""Finds what fine-tuning changed between two checkpoints of any origin."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Tensors:
-    """Tensors by name, each read when it is asked for."""
+    """Tensors by name; each is read when it is asked for."""
 
     def __init__(self, names: list[str], get: Callable[[str], Tensor]) -> None:
         self.names, self.get = names, get
 
 
 def changed(base: Checkpoint, tuned: Checkpoint) -> Mask:
-    """The weights that two checkpoints differ in, bit for bit, over the floating-point tensors that both have.
+    """Finds the weights in which two checkpoints differ, bit for bit, over the floating-point tensors that both have.
 
-    A prefix that all of the one's names have and the other's lack (``"bert."`` of a model with a head) is looked through.
+    A prefix that all names of one checkpoint have and those of the other lack (``"bert."`` of a model with a head) is ignored.
     Tensors that only one of them has (a new head) are left out. Tensors are read one at a time.
 
     Args:
         base: A folder with safetensors files, one such file, tensors by name, or a module.
-        tuned: The other one. The mask has its names.
+        tuned: The other checkpoint, in one of the same forms. The mask has its names.
 
     Returns:
-        The mask: works with every function of `unmask.analysis`.
+        The mask, which every function of `unmask.analysis` takes.
 
     Raises:
         DeltaError: A file is missing or damaged, no name is in both, or shapes or dtypes differ.
@@ -74,7 +74,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _pairs(base: list[str], tuned: list[str]) -> dict[str, str]:
-    """Names of the base by names of the other, through a prefix of either."""
+    """Returns the names of the base by the names of the other checkpoint, with or without a prefix of either."""
     known, longest = set(tuned), max(base, key=len, default="")
     prefixes = {name[: -len(longest)] for name in tuned if longest and name.endswith(f".{longest}")}
     added = [{name: p + name for name in base if p + name in known} for p in ("", *sorted(prefixes))]
@@ -84,6 +84,7 @@ def _pairs(base: list[str], tuned: list[str]) -> dict[str, str]:
 
 
 def _read(source: Checkpoint) -> _Tensors:
+    """Opens a checkpoint of any form."""
     if isinstance(source, nn.Module):
         source = base_tensors(source)
     if isinstance(source, Mapping):
@@ -94,7 +95,7 @@ def _read(source: Checkpoint) -> _Tensors:
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """The file of each tensor."""
+    """Returns the file of each tensor, by the tensor's name."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         with refusing(DeltaError, repr(str(index)), "Take another copy."):
@@ -108,15 +109,16 @@ def _files(path: Path) -> dict[str, Path]:
     try:
         with safe_open(file, framework="pt") as opened:
             return dict.fromkeys(opened.keys(), file)
-    except Exception as error:  # of the library, of many classes, and always of the file
+    except Exception as error:  # safetensors raises errors of many classes, and all are about the file
         raise DeltaError(f"{str(file)!r} cannot be read as safetensors ({error}); take another copy.") from error
 
 
 def _load(file: Path, name: str) -> Tensor:
+    """Reads one tensor of a file."""
     try:
         with safe_open(file, framework="pt") as opened:
             return opened.get_tensor(name)
-    except Exception as error:  # of the library, of many classes, and always of the file
+    except Exception as error:  # safetensors raises errors of many classes, and all are about the file
         raise DeltaError(f"{str(file)!r} cannot be read as safetensors ({error}); take another copy.") from error
 
 

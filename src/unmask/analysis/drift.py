@@ -1,4 +1,4 @@
-"""How scores, or selections, move in the course of a run."""
+"""Measures how scores, or selections, move in the course of a run."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from unmask.analysis.measures import Source, overlap
-from unmask.errors import MethodError
+from unmask.errors import MethodError, need
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far one moment's scores are from another's.
+    """The distance between the scores of two moments.
 
     Attributes:
-        earlier: Which moment (from 0) it is compared with.
-        later: Which moment.
-        rank_correlation: Spearman's, over all weights, -1 to 1; NaN if one moment's scores are all alike.
-        top_overlap: Share of the earlier top-k that is in the later, 0 to 1.
-        expected: What ``top_overlap`` would be by chance, k / N.
+        earlier: The number of the moment (from 0) that is compared with.
+        later: The number of the moment that is compared.
+        rank_correlation: Spearman's rank correlation over all weights, -1 to 1; NaN if one moment's scores are all equal.
+        top_overlap: The share of the earlier top k that is in the later top k, 0 to 1.
+        expected: The ``top_overlap`` that chance would give, k / N.
     """
 
     earlier: int
@@ -34,14 +34,15 @@ class Drift:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation, ties at their mean rank; NaN if one of them is constant.
+    """Returns Spearman's rank correlation of two tensors, with ties at their mean rank; NaN if one tensor is constant.
 
     Args:
-        a: Any shape and dtype, at least two entries.
-        b: As many.
+        a: A tensor of any shape and dtype, with at least two entries.
+        b: A tensor with as many entries.
 
     Raises:
-        MethodError: The counts differ, there are fewer than two, or one is NaN.
+        MethodError: The counts differ, there are fewer than two entries, or one is NaN.
+        MissingExtraError: SciPy is not installed.
 
     Example:
         >>> round(rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 9.0, 4.0])), 6)
@@ -51,22 +52,24 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
         raise MethodError(f"{a.numel()} and {b.numel()} scores; give two or more of each, and as many of both.")
     if a.isnan().any() or b.isnan().any():
         raise MethodError("a score is NaN; there is no rank for it.")
-    x, y = _ranks(a), _ranks(b)
-    x, y = x - x.mean(), y - y.mean()
-    norms = math.sqrt(float(x @ x) * float(y @ y))
-    return max(-1.0, min(1.0, float(x @ y) / norms)) if norms else math.nan
+    flat = [t.detach().reshape(-1).cpu() for t in (a, b)]
+    x, y = ((t.double() if t.is_floating_point() else t).numpy() for t in flat)  # NumPy has no bfloat16
+    if (x == x[0]).all() or (y == y[0]).all():
+        return math.nan
+    return float(need("scipy.stats", "eval").spearmanr(x, y).statistic)
 
 
 def drift(scores: Sequence[Mapping[str, Tensor]], k: int, against: str = "previous") -> list[Drift]:
-    """How scores move over snapshots: the rank correlation, and how many of the top k stay.
+    """Measures how scores move over snapshots: the rank correlation, and how many of the top k stay.
 
     Args:
-        scores: Two or more snapshots: a score (or a gradient's magnitude) per weight by tensor name, shapes alike.
-        k: Size of the top, e.g. the budget. Ties go to tensor name order, then to the lower flat index.
-        against: Compare each with the ``"previous"`` snapshot, or with the ``"first"``.
+        scores: Two or more snapshots: a score (or a gradient's magnitude) per weight by tensor name, with equal shapes.
+        k: The size of the top, e.g. the budget. Ties go to tensor name order, then to the lower flat index.
+        against: ``"previous"`` compares each snapshot with the one before, ``"first"`` with the first one.
 
     Raises:
-        MethodError: Fewer than two snapshots, other tensors in one of them, ``k`` outside 1..N, NaN.
+        MethodError: There are fewer than two snapshots, one has other tensors, ``k`` is outside 1..N, or a score is NaN.
+        MissingExtraError: SciPy is not installed.
 
     Example:
         >>> drift([{"w": torch.tensor([3.0, 2.0, 1.0])}, {"w": torch.tensor([3.0, 1.0, 2.0])}], k=2)[0]
@@ -89,13 +92,13 @@ def drift(scores: Sequence[Mapping[str, Tensor]], k: int, against: str = "previo
 
 
 def turnover(masks: Sequence[Source]) -> list[float]:
-    """Share of each mask that is gone in the next one, 0 to 1: 0 throughout for increment-S.
+    """Returns the share of each mask that is gone in the next one, 0 to 1. For increment-S it is always 0.
 
     Args:
-        masks: Two or more, in the order of the run (`mask_of` a selection freezes its mask of that moment).
+        masks: Two or more masks, in the order of the run (`mask_of` a selection freezes its mask of that moment).
 
     Raises:
-        MethodError: Fewer than two.
+        MethodError: There are fewer than two masks.
 
     Example:
         >>> from unmask.analysis import mask_over
@@ -115,10 +118,3 @@ def _flattened(scores: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         if {name: tensor.shape for name, tensor in snapshot.items()} != shapes:
             raise MethodError(f"snapshot {i} holds other tensors or shapes than snapshot 0; take all on one model.")
     return [torch.cat([snapshot[name].detach().reshape(-1).cpu() for name in sorted(shapes)]) for snapshot in scores]
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """(n,) float64, from 1; ties share their mean rank."""
-    _, inverse, counts = values.detach().reshape(-1).cpu().unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]

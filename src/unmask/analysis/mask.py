@@ -1,4 +1,4 @@
-"""Which scalar weights are unmasked: one view of a selection, a delta, or two checkpoints."""
+"""Mask: which scalar weights are unmasked, as one view of a selection, a delta, or two checkpoints."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Mask:
     """The unmasked weights of a model.
 
     Attributes:
-        indices: Unmasked weights by tensor name: (n,) int64 flat (row-major) indices, ascending, on the CPU. Tensors with
-            none are left out.
-        shapes: Shapes by tensor name, of the tensors in ``indices`` and of all others that are known.
+        indices: The unmasked weights by tensor name: (n,) int64 flat (row-major) indices, ascending, on the CPU. Tensors
+            without any are left out.
+        shapes: The shapes by tensor name, of the tensors in ``indices`` and of all others that are known.
         tensors: How many tensors could hold unmasked weights; None where that is not known.
         weights: How many weights these tensors have; None where that is not known.
     """
@@ -32,15 +32,15 @@ class Mask:
     weights: int | None
 
     def __len__(self) -> int:
-        """How many weights are unmasked."""
+        """Returns how many weights are unmasked."""
         return sum(flat.numel() for flat in self.indices.values())
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """(unmasked weights, weights) of every known tensor, by name."""
+        """Returns (unmasked weights, weights) of every known tensor, by name."""
         return {n: (len(self.indices.get(n, ())), prod(shape)) for n, shape in sorted(self.shapes.items())}
 
     def like(self, model: nn.Module | Mapping[str, Tensor]) -> Mask:
-        """The same mask, counted over all of a model's parameters.
+        """Returns the same mask, counted over all parameters of a model.
 
         Args:
             model: A module, or tensors by name.
@@ -62,7 +62,7 @@ class Mask:
 
 
 def mask_over(indices: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Mask:
-    """A mask whose tensors are all known.
+    """Returns a mask whose tensors are all known.
 
     Example:
         >>> import torch
@@ -74,12 +74,12 @@ def mask_over(indices: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
 
 
 def mask_of(source: Selection | SparseDelta | Mask, used: int | None = None) -> Mask:
-    """The mask of a selection or of a delta.
+    """Returns the mask of a selection or of a delta.
 
     Args:
         source: A selection (its eligible tensors), a delta (tensors stored in part), or a mask, which is returned.
-        used: Count of weights; only the first ``used`` to be unmasked: the nested mask of that smaller budget. A delta
-            must carry its order for that: ``selection.delta(order=True)``.
+        used: A count of weights: only the first ``used`` that were unmasked are taken, the nested mask of that smaller budget.
+            A delta must carry its order for that: ``selection.delta(order=True)``.
 
     Raises:
         MethodError: ``used`` is outside 0..len(mask), or given for a mask.
@@ -102,18 +102,18 @@ def mask_of(source: Selection | SparseDelta | Mask, used: int | None = None) -> 
 
 
 def orders(source: Selection | SparseDelta) -> bool:
-    """Whether the order of unmasking is known, so that smaller budgets can be read off."""
+    """Returns True if the order of unmasking is known, so that smaller budgets can be read off."""
     if isinstance(source, Selection):
         return source.method.strategy != "repeat" and not source.method.whole
     return bool(source.sparse) and all(entry.slots is not None for entry in source.sparse.values())
 
 
 def prefixes(source: Selection | SparseDelta, points: int) -> Iterator[Mask]:
-    """The nested masks of ``points`` budgets from about ``len / points`` to ``len``, in equal steps.
+    """Yields the nested masks of ``points`` budgets from about ``len / points`` to ``len``, in equal steps.
 
     Raises:
         MethodError: ``points`` is below 1.
-        SelectionError: No order of unmasking (repeat-S).
+        SelectionError: The selection has no order of unmasking (repeat-S).
         DeltaError: The delta does not carry its order.
     """
     if points < 1:
@@ -124,6 +124,7 @@ def prefixes(source: Selection | SparseDelta, points: int) -> Iterator[Mask]:
 
 
 def _check_used(source: Selection | SparseDelta | Mask, used: int) -> None:
+    """Refuses a count of weights where no order of unmasking is known, or that is out of range."""
     if isinstance(source, Mask):
         raise MethodError(
             "a mask does not know in which order its weights were unmasked; give the selection or the delta."

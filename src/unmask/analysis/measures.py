@@ -1,4 +1,4 @@
-"""Numbers about masks: tensor sparsity, densities, sparsity entropy, overlap."""
+"""Measures masks: tensor sparsity, densities, sparsity entropy, overlap."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Source = Selection | SparseDelta | Mask
 
 
 def tensor_sparsity(source: Source) -> float:
-    """Share of the tensors that hold no unmasked weight, 0 to 1.
+    """Returns the share of the tensors that hold no unmasked weight, 0 to 1.
 
     Raises:
-        DeltaError: The delta does not say over how many tensors (earlier versions did not record it).
+        DeltaError: The delta does not say among how many tensors it was selected (earlier versions did not record it).
 
     Example:
         >>> from unmask.analysis import mask_over
@@ -40,7 +40,7 @@ def tensor_sparsity(source: Source) -> float:
 
 
 def densities(source: Source) -> dict[str, float]:
-    """Share of each known tensor's weights that are unmasked, 0 to 1, by name.
+    """Returns the share of each known tensor's weights that are unmasked, 0 to 1, by name.
 
     Example:
         >>> from unmask.analysis import mask_over
@@ -51,12 +51,12 @@ def densities(source: Source) -> dict[str, float]:
 
 
 def sparsity_entropy(source: Source, of: Literal["density", "share"] = "density") -> float:
-    """Shannon entropy over tensors of the sparsity probability (arXiv 2408.14470, Sect. 6), in nats: ``-sum_k p_k ln p_k``.
+    """Returns the Shannon entropy of the sparsity probability over tensors (arXiv 2408.14470, Sect. 6), in nats.
 
-    The paper's sparsity probability of tensor k is its density ``d_k = n_k / N_k``: n_k of its N_k weights are unmasked. Here
-    the densities are divided by their sum, so that they are a distribution; the paper does not say how it normalises. The
-    entropy is 0 if one tensor holds all, and ``ln K`` if K tensors are equally dense. ``exp`` of it is the number of tensors
-    that an even spread of this entropy would use.
+    It is ``-sum_k p_k ln p_k``. The paper's sparsity probability of tensor k is its density ``d_k = n_k / N_k``: n_k of its
+    N_k weights are unmasked. Here the densities are divided by their sum, so that they are a distribution; the paper does not
+    say how it normalises. The entropy is 0 if one tensor holds all, and ``ln K`` if K tensors are equally dense. Its
+    exponential is the number of tensors that an even spread of this entropy would use.
 
     Args:
         source: A selection, a delta or a mask.
@@ -82,14 +82,13 @@ def sparsity_entropy(source: Source, of: Literal["density", "share"] = "density"
 
 @dataclass(frozen=True)
 class Overlap:
-    """How two masks agree.
+    """The agreement of two masks.
 
     Attributes:
-        common: Weights that are unmasked in both.
-        a: Weights unmasked in the first.
-        b: Weights unmasked in the second.
-        expected: What ``common`` would be on average if each were drawn at random from its own tensors; None where these
-            are not known.
+        common: The number of weights that are unmasked in both.
+        a: The number of weights that are unmasked in the first.
+        b: The number of weights that are unmasked in the second.
+        expected: The mean of ``common`` if each mask were drawn at random from its own tensors; None where these are not known.
     """
 
     common: int
@@ -99,31 +98,31 @@ class Overlap:
 
     @property
     def jaccard(self) -> float:
-        """Common weights over those unmasked in either, 0 to 1; 1 for two empty masks."""
+        """The common weights over those unmasked in either mask, 0 to 1; 1 for two empty masks."""
         either = self.a + self.b - self.common
         return self.common / either if either else 1.0
 
     @property
     def of_a(self) -> float:
-        """Share of the first that is in the second; 1 for an empty one."""
+        """The share of the first mask that is in the second; 1 for an empty one."""
         return self.common / self.a if self.a else 1.0
 
     @property
     def of_b(self) -> float:
-        """Share of the second that is in the first; 1 for an empty one."""
+        """The share of the second mask that is in the first; 1 for an empty one."""
         return self.common / self.b if self.b else 1.0
 
     @property
     def times_chance(self) -> float | None:
-        """``common`` in units of what chance would give; None where that is not known, or 0."""
+        """The ratio of ``common`` to what chance would give; None where that is 0 or not known."""
         return self.common / self.expected if self.expected else None
 
 
 def overlap(a: Source, b: Source) -> Overlap:
-    """How many weights two masks have in common, and how many they would have by chance.
+    """Counts the weights that two masks have in common, and those that they would have in common by chance.
 
     Raises:
-        DeltaError: A tensor has another shape in the one than in the other.
+        DeltaError: A tensor has different shapes in the two masks.
 
     Example:
         >>> from unmask.analysis import mask_over
@@ -146,7 +145,7 @@ def _common(a: Tensor, b: Tensor) -> int:
 
 
 def _expected(a: Mask, b: Mask, shared: Sequence[str] | set[str]) -> float | None:
-    """``|A| |B| / (N_A N_B)`` for each weight that could be in both."""
+    """Sums ``|A| |B| / (N_A N_B)`` over the weights that could be in both masks."""
     if a.weights is None or b.weights is None or not a.weights or not b.weights:
         return None
     if len(a.shapes) == a.tensors and len(b.shapes) == b.tensors:

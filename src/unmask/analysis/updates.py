@@ -1,23 +1,23 @@
-"""How many gradient updates a run makes: sum over the steps of the weights that each step updates."""
+"""Counts the gradient updates of a run: the sum over the steps of the weights that each step updates."""
 
 from __future__ import annotations
 
 from unmask.errors import MethodError
-from unmask.methods.presets import Method
+from unmask.methods.method import Method
 from unmask.methods.schedules import Schedule
 
 
 def gradient_updates(of: Method | Schedule, budget: int, steps: int | None = None) -> int:
-    """Scalar weight updates of a run: ``sum_{t<T} b(t)``, exact for any schedule and stride.
+    """Returns the number of scalar weight updates of a run: ``sum_{t<T} b(t)``, exact for any schedule and stride.
 
     For the uniform schedule with T dividing B this is ``B (T + 1) / 2``, against ``T B`` of a static mask: the paper's
     argument for increment-S.
 
     Args:
-        of: A method or a schedule. Static selection and repeat-S update B weights at every step; where repeat-S keeps what
-            leaves, this counts the B that have a gradient, and not what momentum alone still moves.
+        of: A method or a schedule. Static selection and repeat-S update B weights at every step. Where repeat-S keeps the
+            weights that leave, this counts the B weights that have a gradient, and not those that only momentum still moves.
         budget: B, as a count.
-        steps: T, steps that are run; None for those that the schedule plans (a static method plans none of its own).
+        steps: T, the number of steps of the run; None for those that the schedule plans (a static method plans none).
 
     Raises:
         MethodError: ``budget`` or ``steps`` is negative, or ``steps`` is missing.

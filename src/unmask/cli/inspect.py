@@ -1,4 +1,4 @@
-"""``unmask inspect``: what a delta holds."""
+"""``unmask inspect``: shows what a delta holds."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from unmask.analysis import allocation, grouped, mask_of, snapshots, sparsity_entropy, tensor_sparsity
 from unmask.analysis.mask import Mask, orders
 from unmask.delta.delta import SparseDelta
+from unmask.delta.provenance import Provenance
 from unmask.errors import DeltaError
 from unmask.files import check_file
 from unmask.methods.naming import layer_of, without_layer
@@ -21,7 +22,11 @@ _POINTS = 10
 
 
 def run_inspect(path: Path, top: int, as_json: bool, plot: Path | None = None) -> None:
-    """Prints a delta's tables, or everything as JSON; draws it too, if there is a path for that."""
+    """Prints a delta's tables, or all of it as JSON, and draws it if there is a path for that.
+
+    Raises:
+        DeltaError: The delta holds no single weights to draw.
+    """
     if plot is not None:
         from unmask.lab.figures import figure_files
 
@@ -74,7 +79,7 @@ def _print(facts: dict[str, Any], top: int) -> None:
 
 
 def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:
-    """A delta as JSON values: counts by layer, kind and tensor, sizes, provenance."""
+    """Returns a delta as JSON values: counts by layer, kind and tensor, sizes, and provenance."""
     size = path.stat().st_size
     mask = mask_of(delta) if len(delta) else Mask({}, {}, None, None)
     return {
@@ -85,7 +90,7 @@ def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:
         "tensor_sparsity": None if mask.tensors is None else tensor_sparsity(mask),
         "sparsity_entropy": sparsity_entropy(mask),
         "sparsity_entropy_share": sparsity_entropy(mask, of="share"),
-        "eligible": delta.metadata.get("eligible"),
+        "eligible": delta.provenance.eligible,
         "layers": grouped(mask, lambda name: layer_of(name) or "outside layers"),
         "kinds": grouped(mask, without_layer),
         "tensors": grouped(mask, lambda name: name),
@@ -98,29 +103,30 @@ def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:
 
 
 def _header(facts: dict[str, Any]) -> str:
-    meta = facts["metadata"]
-    method = meta.get("method", {})
+    """Returns the first lines: size, method, base, and what the delta was trained inside of."""
+    said = Provenance.from_json(facts["metadata"])
+    method, step = said.method or {}, "?" if said.step is None else said.step
     lines = [
         f"{facts['file']}: {facts['weights']:,} weights in {facts['bytes']:,} bytes ({facts['bytes_per_weight']} bytes each)",
-        f"method {method.get('name', '?')} {method.get('parameters', {})}, {_used(meta)} after {meta.get('step', '?')} steps",
-        f"base {meta.get('base_id')!r} ({meta.get('parameters', 0):,} parameters), fingerprint {facts['base'][:23]}...",
+        f"method {method.get('name', '?')} {method.get('parameters', {})}, {_used(said)} after {step} steps",
+        f"base {said.base_id!r} ({said.parameters or 0:,} parameters), fingerprint {facts['base'][:23]}...",
     ]
-    if meta.get("into"):
-        settings = ", ".join(f"{key} {value}" for key, value in meta["into"].items() if key != "kind")
-        lines.append(f"inside {meta['into']['kind']} ({settings})")
+    if said.into:
+        settings = ", ".join(f"{key} {value}" for key, value in said.into.items() if key != "kind")
+        lines.append(f"inside {said.into['kind']} ({settings})")
     return "\n".join(lines)
 
 
-def _used(meta: dict[str, Any]) -> str:
-    """Says how much of the budget is used; of repeat-S that keeps what leaves, how much was ever tuned."""
-    used, budget = meta.get("used", "?"), meta.get("budget", "?")
-    if meta.get("method", {}).get("leaving") == "kept":
+def _used(said: Provenance) -> str:
+    """Returns words on how much of the budget is used; for repeat-S that keeps what leaves, on how much was ever tuned."""
+    used, budget = ("?" if count is None else count for count in (said.used, said.budget))
+    if (said.method or {}).get("leaving") == "kept":
         return f"{used} tuned at a budget of {budget} a step"
     return f"{used} of a budget of {budget} used"
 
 
 def _spread(facts: dict[str, Any]) -> str:
-    """How the weights spread over tensors, in words."""
+    """Returns words on how the weights spread over tensors."""
     held = len(facts["tensors"])
     eligible = facts["eligible"]
     of = "" if eligible is None else f" of {eligible['tensors']}"

@@ -1,7 +1,7 @@
 """SparseDelta: what fine-tuning changed, exactly, as values (not differences) by tensor name.
 
-Applying it writes values, so a bfloat16 base is reproduced bit for bit; what it overwrites is returned as another delta,
-so undoing is exact too. The file is safetensors (see `unmask.delta.file`); nothing is ever pickled.
+To apply a delta writes values, so a bfloat16 base is reproduced bit for bit. The overwritten values are returned as another
+delta, so undoing is exact too. The file is safetensors (see `unmask.delta.file`); nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class SparseDelta:
 
     Attributes:
         sparse: Changed entries by tensor name.
-        whole: Tensors stored whole: those trained densely, and those that the base checkpoint lacks. A tensor that is in
-            ``sparse`` too is here as it was before training; the changed entries lie over it. What training did not touch
-            may hold NaN.
-        base: Fingerprint of all the base's tensors that are not in ``whole``: ``"sha256:..."``.
-        metadata: JSON values: method, budget, step, base id, versions.
+        whole: Tensors that are stored whole: those trained densely, and those that the base checkpoint lacks. A tensor that is
+            in ``sparse`` too is stored as it was before training; its changed entries replace entries of it. A tensor that
+            training did not change may hold NaN.
+        base: The fingerprint of all the base's tensors that are not in ``whole``: ``"sha256:..."``.
+        metadata: JSON values: method, budget, step, base id, versions. `provenance` gives them with their meaning.
     """
 
     sparse: Mapping[str, SparseTensor]
@@ -60,17 +60,17 @@ class SparseDelta:
                 )
 
     def __len__(self) -> int:
-        """How many scalar weights the delta sets in part-stored tensors."""
+        """Returns how many scalar weights the delta sets in tensors that it stores in part."""
         return sum(entry.numel for entry in self.sparse.values())
 
     @property
     def overlaid(self) -> list[str]:
-        """Names of the tensors stored whole, as they were before training, with their changed entries over that."""
+        """The names of the tensors that are stored whole, as they were before training, and in part, as they are now."""
         return sorted(self.sparse.keys() & self.whole.keys())
 
     @property
     def whole_numel(self) -> int:
-        """How many scalars are stored in whole tensors."""
+        """The number of scalars that are stored in whole tensors."""
         return sum(tensor.numel() for tensor in self.whole.values())
 
     @property
@@ -84,21 +84,22 @@ class SparseDelta:
 
     def __repr__(self) -> str:
         """Returns one short line, such as ``SparseDelta(320,000 weights in 74 tensors, base 'bert-base')``."""
-        whole = f" and {len(self.whole):,} whole tensors" if self.whole else ""
-        return f"SparseDelta({len(self):,} weights in {len(self.sparse):,} tensors{whole}, base {self._base_name()})"
+        whole = f", {len(self.whole):,} stored whole" if self.whole else ""
+        base = self.metadata.get("base_id") or self.base[:23]
+        return f"SparseDelta({len(self):,} weights in {len(self.sparse):,} tensors{whole}, base {base!r})"
 
     def with_metadata(self, **more: Any) -> SparseDelta:
         """Returns a copy whose metadata holds ``more`` (JSON values) too."""
         return replace(self, metadata={**self.metadata, **more})
 
     def apply(self, model: nn.Module) -> SparseDelta:
-        """Writes the delta into a model that holds the base, in place; beside a quantised weight, as a sidecar.
+        """Writes the delta into a model that holds the base, in place. A quantised weight gets it as a sidecar.
 
         Args:
             model: The base model, in the dtype it had in training.
 
         Returns:
-            What was displaced: ``displaced.apply(model)`` restores the base exactly.
+            The values that were overwritten, as a delta: ``displaced.apply(model)`` restores the base exactly.
 
         Raises:
             DeltaError: The model is not the base (its names, shapes, dtypes or values differ), or a tensor cannot be written
@@ -134,9 +135,9 @@ class SparseDelta:
                 self._write(name, tensors[name])
             settle(model, [tensors[name] for name in self.sparse])
             after = fingerprint({name: digest(t) for name, t in tensors.items() if name not in self.whole})
-        except BaseException as error:  # the user's Ctrl-C too
+        except BaseException as error:  # also KeyboardInterrupt
             for name in begun:
-                with contextlib.suppress(Exception):  # the tensor that refused: it holds what it held
+                with contextlib.suppress(Exception):  # a tensor that cannot be written still holds its old values
                     displaced._write(name, tensors[name])
             settle(model, [tensors[name] for name in self.sparse])
             if not isinstance(error, Exception):
@@ -146,6 +147,7 @@ class SparseDelta:
 
     @torch.no_grad()
     def _write(self, name: str, tensor: Tensor) -> None:
+        """Writes one tensor's values."""
         if name in self.whole:
             tensor.copy_(self.whole[name])
         if name in self.sparse:
@@ -170,13 +172,13 @@ class SparseDelta:
         return cls(*file.read(Path(path)))
 
     def check_places(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuses tensors in which the delta's have no place.
+        """Refuses a model's tensors that the delta's values do not fit.
 
         Args:
-            tensors: A model's, by name.
+            tensors: The model's tensors by name.
 
         Raises:
-            DeltaError: One is missing, or has another shape or dtype.
+            DeltaError: A tensor of the delta is missing, or has another shape or dtype.
         """
         absent = [name for name in (*self.sparse, *self.whole) if name not in tensors]
         if absent:
@@ -191,6 +193,7 @@ class SparseDelta:
             _check_same(name, tuple(tensor.shape), tensor.dtype, tensors[name])
 
     def _check_model(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuses a model that is not the base, or that cannot be written."""
         self.check_places(tensors)
         for name in self.whole:
             if isinstance(tensors[name], QuantisedTensor):
@@ -213,14 +216,14 @@ class SparseDelta:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, detached; shared tensors once, under their first name."""
+    """Returns parameters and persistent buffers by name, detached; shared tensors once, under their first name."""
     if has_selection(model):
         raise DeltaError("this model has a live selection; call its release() before applying a delta.")
     return base_tensors(model)
 
 
 def refuse_diverged(trained: Mapping[str, Tensor]) -> None:
-    """Refuses a delta of tensors that training has made NaN or infinite.
+    """Refuses tensors that training has made NaN or infinite.
 
     Args:
         trained: Whole tensors that training has changed, by name.

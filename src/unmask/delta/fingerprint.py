@@ -1,4 +1,4 @@
-"""Fingerprints: which tensors a delta belongs to, bit for bit."""
+"""Makes fingerprints, which say bit for bit to which tensors a delta belongs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unmask.quantised.tensor import QuantisedTensor
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of one tensor's dtype, shape and bytes, in hex; of a quantised or sparse one, of all that it is stored as.
+    """Returns the SHA-256 of one tensor's dtype, shape and bytes, in hex. A quantised or sparse tensor counts as all its parts.
 
     Example:
         >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(torch.zeros(1, 2))
@@ -29,7 +29,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def _parts(tensor: Tensor) -> Mapping[str, Tensor] | None:
-    """What a tensor without bytes of its own consists of."""
+    """Returns the parts of a tensor that is stored as several tensors; None for an ordinary one."""
     if isinstance(tensor, QuantisedTensor):
         flat, values = tensor.sidecar.deviating()
         return {**tensor.sidecar.source.stored(), "sidecar indices": flat, "sidecar values": values}
@@ -43,7 +43,7 @@ def _parts(tensor: Tensor) -> Mapping[str, Tensor] | None:
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:
-    """One SHA-256 over named tensor digests, whatever their order; ``"sha256:..."``."""
+    """Returns one SHA-256 over named tensor digests, in any order: ``"sha256:..."``."""
     sha = hashlib.sha256()
     for name in sorted(digests):
         sha.update(f"{name} {digests[name]}\n".encode())
@@ -54,7 +54,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def same_entries(left: Tensor, right: Tensor) -> Tensor:
-    """Which entries of two tensors of one shape and real dtype have the same bits: bool, of that shape.
+    """Tells which entries of two tensors of one shape and real dtype have the same bits: bool, of that shape.
 
     Example:
         >>> same_entries(torch.tensor([torch.nan, 0.0]), torch.tensor([torch.nan, -0.0])).tolist()
@@ -65,7 +65,7 @@ def same_entries(left: Tensor, right: Tensor) -> Tensor:
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bits; the second may be on another device.
+    """Returns True if two tensors have the same dtype, shape and bits; the second may be on another device.
 
     Example:
         >>> same_bits(torch.tensor(torch.nan), torch.tensor(torch.nan)), same_bits(torch.zeros(1), torch.zeros(1).neg())

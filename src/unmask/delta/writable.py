@@ -1,4 +1,4 @@
-"""Tensors that cannot be written in place, found before anything is written."""
+"""Finds tensors that cannot be written in place, before anything is written."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def find_unwritable(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """The first tensor that cannot be written in place: its name, and why, as the end of a sentence about it.
+    """Finds the first tensor that cannot be written in place.
 
     Args:
-        tensors: By name, detached. Those that are stored in another way than as plain numbers are taken for writable.
+        tensors: Detached tensors by name. Those that are not stored as plain numbers are taken for writable.
 
     Returns:
-        None if all can be written.
+        The tensor's name, and the reason as the end of a sentence about it; None if all can be written.
 
     Example:
         >>> find_unwritable({"a": torch.zeros(2), "b": torch.zeros(1).expand(2)})
@@ -31,6 +31,7 @@ def find_unwritable(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
 
 
 def _reason(tensor: Tensor, read_only: list[tuple[int, int]]) -> str | None:
+    """Says why a tensor cannot be written; None if it can."""
     if tensor.is_meta:
         return "is on the meta device, without values; load the weights first"
     if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.numel():
@@ -46,11 +47,11 @@ def _reason(tensor: Tensor, read_only: list[tuple[int, int]]) -> str | None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether two entries share a place in memory."""
+    """Returns True if two entries share a place in memory."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
-            if stride <= reach:  # only strides that interleave get here without an overlap
+            if stride <= reach:  # strides that interleave get here too, without an overlap
                 offsets = torch.arange(1 + sum(t * (s - 1) for t, s in zip(tensor.stride(), tensor.shape, strict=True)))
                 return offsets.as_strided(tensor.shape, tensor.stride()).unique().numel() < tensor.numel()
             reach += stride * (size - 1)
@@ -58,7 +59,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def _read_only_memory() -> list[tuple[int, int]]:
-    """The spans of this process's memory that end it on a write; empty where the system does not tell them."""
+    """Returns the address ranges in which a write would end this process; none where the system does not tell them."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -127,7 +127,7 @@ def task_of(delta: SparseDelta) -> Mapping[str, Any]:
     Raises:
         DeltaError: The metadata name no task, because the delta was not made by ``unmask train``, or they are damaged.
     """
-    task = delta.metadata.get("task")
+    task = delta.provenance.task
     if not isinstance(task, Mapping):
         raise DeltaError(
             "the delta does not say which task it was trained on (it was not made by `unmask train`); load the base model "

@@ -79,7 +79,7 @@ class Adapter:
     def slots(self) -> Slots:
         """Returns copies of its slots."""
         slots = self.live.snapshot()
-        # without a selection, slots not in use may hold what the first forward will give them
+        # Without a selection, a slot that is not in use may hold the weight that the first forward will give it.
         return slots if self.selection is not None else replace(slots, values=self.values.detach().clone())
 
     @property
@@ -119,7 +119,7 @@ class Adapter:
         return self.live.writes.new
 
     def converted(self) -> None:
-        """Hears that the base and ``values`` were moved or cast. Tensors of a wider dtype may now hold the numbers better."""
+        """Writes the values again after the base was moved or cast: tensors of a wider dtype may hold them more exactly."""
         if (
             self.written and not self._absent and self.ledger.positions.device == self.values.device
         ):  # else `move` comes next
@@ -135,7 +135,7 @@ class Adapter:
     # Training.
 
     def start(self, model: nn.Module) -> None:
-        """Makes the live selection, on the device where the base is now. The values must be in the tensors."""
+        """Starts the live selection, on the device where the base is now. The values must be in the tensors."""
         self.expect(False)
         self._refuse_retired()
         held = self.slots()
@@ -160,12 +160,12 @@ class Adapter:
         self.selection = selection
 
     def _refuse_retired(self) -> None:
-        """Refuses to train on an adapter whose method had a part that unmask no longer has; it may still be used.
+        """Refuses to train an adapter whose method had a part that unmask no longer has; the adapter may still be used.
 
-        PEFT ignores the setting itself, with a warning, so the method of the record is what tells.
+        PEFT ignores the setting itself, with a warning, so this looks at the method in the adapter's record.
 
         Raises:
-            MethodError: It has such a part.
+            MethodError: The method had such a part.
         """
         method = (self.config.record or {}).get("method")
         if isinstance(method, Mapping) and "normalise" in method:
@@ -216,13 +216,13 @@ class Adapter:
     # In and out of the tensors.
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts its values into the base's tensors."""
+        """Puts the adapter's values into the base's tensors."""
         _copy(self.whole, tensors)
         self._rewrite()
         self.written = True
 
     def withdraw(self, base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Puts the base's values back, bit for bit; training ends."""
+        """Puts the base's values back, bit for bit, and ends training."""
         self.stop()
         slots = self.slots()
         self.layout.write(slots.positions[: slots.used], slots.base[: slots.used])
@@ -233,10 +233,10 @@ class Adapter:
 
     @contextlib.contextmanager
     def absent(self, base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """The base's tensors hold the base inside; afterwards what they held before, and training goes on.
+        """Gives the base's tensors the base's values inside the block. Afterwards they hold the adapter's again.
 
-        A graph that was built before and is still to be differentiated stays good: autograd is told that nothing changed, as
-        then nothing has. Inside, it would refuse.
+        Training goes on afterwards. A graph that was built before, and whose backward is still to come, stays valid: autograd
+        does not count these writes, and after the block the values are the same. Inside the block its backward would be wrong.
         """
         slots = self.slots()
         positions = slots.positions[: slots.used]
@@ -264,13 +264,13 @@ class Adapter:
         return before_training(self.layout, self.slots(), {name: tensor.detach()}).get(name, tensor.detach().clone())
 
     def progress(self) -> Progress | None:
-        """What training needs to go on from the saved values; None if there is nothing to go on with, or it is not wanted."""
+        """Returns what training needs to go on from the saved values; None if there is no step to go on from, or no wish to."""
         if self.step == 0 or not self.config.training_state:
             return None
         return Progress.of(self.slots(), any(t.dtype != self.values.dtype for t in self.layout.tensors))
 
     def slots_of(self, delta: SparseDelta, progress: Progress | None = None) -> Slots:
-        """A delta's entries as slots; the base's tensors must hold the base.
+        """Returns a delta's entries as slots; the base's tensors must hold the base.
 
         Raises:
             DeltaError: The delta does not fit the configuration, or ``progress`` is another delta's.
@@ -298,7 +298,7 @@ class Adapter:
         return slots
 
     def _base_of(self, delta: SparseDelta, positions: Tensor) -> Tensor:
-        """The base's weights at positions; a tensor that the delta brings whole is its own base."""
+        """Returns the base's weights at positions; a tensor that the delta brings whole is its own base."""
         base = self.layout.read(positions, self.values.dtype)
         for index, flat, places in self.layout.split(positions):
             whole = delta.whole.get(self.layout.names[index])
@@ -319,19 +319,20 @@ class Adapter:
 
 
 def changed(base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of those tensors that differ from the base's."""
+    """Returns the names of those tensors that differ from the base's."""
     return [name for name, original in base_whole.items() if not same_bits(original.to(tensors[name]), tensors[name])]
 
 
 @torch.no_grad()
 def _copy(source: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copies tensors into others of the same names."""
     for name, tensor in source.items():
         tensors[name].copy_(tensor)
 
 
 @contextlib.contextmanager
 def _others_left(model: nn.Module, layout: Layout) -> Iterator[None]:
-    """A selection freezes and thaws a whole model; what PEFT trains beside it (modules_to_save) keeps its flags."""
+    """Keeps the flags of all other parameters inside the block: a selection freezes a whole model, with modules_to_save."""
     mine = {id(tensor) for tensor in layout.tensors}
     flags = [(p, p.requires_grad) for p in model.parameters() if id(p) not in mine]
     try:
@@ -342,13 +343,13 @@ def _others_left(model: nn.Module, layout: Layout) -> Iterator[None]:
 
 
 class Pause:
-    """Takes an adapter that trains out of the tensors, so that its graph and gradient are good afterwards.
+    """Takes an adapter that trains out of the tensors for a while. Its graph and gradient stay valid.
 
     Preference optimization does this with a reference adapter, between the policy's forward and its backward.
 
     Args:
-        adapter: It has a live selection.
-        base_whole: The base's version of all that it may set whole.
+        adapter: The adapter; it has a live selection.
+        base_whole: The base's version of all tensors that the adapter may set whole.
         tensors: The base's tensors.
     """
 
@@ -358,11 +359,11 @@ class Pause:
         self._inside = contextlib.ExitStack()
         self._inside.enter_context(adapter.absent(base_whole, tensors))
         self._gradient, adapter.values.grad = adapter.values.grad, None
-        self._selection.unwatch()  # an optimizer that steps now has nothing of it
+        self._selection.unwatch()  # an optimizer that steps now does not train this adapter
         adapter.written = False
 
     def end(self) -> None:
-        """The tensors, which hold the base, hold the adapter's values again; its training goes on."""
+        """Puts the adapter's values back into the tensors, which hold the base; its training goes on."""
         self._inside.close()
         self.adapter.written = True
         self.adapter.values.grad = self._gradient

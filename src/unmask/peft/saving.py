@@ -1,10 +1,10 @@
-"""An adapter as entries of a state dict, and back: PEFT writes them to ``adapter_model.safetensors``.
+"""Turns an adapter into entries of a state dict, and back. PEFT writes the entries to ``adapter_model.safetensors``.
 
-The entries are the delta's tensors (see `unmask.delta.file`) under PEFT's kind of keys, for a tensor NAME of the base:
-``base_model.model.NAME.unmask_indices``, ``....unmask_values``, ``....unmask_whole``, ``....unmask_slots``; and the
-delta's header, as JSON in a tensor of bytes, ``base_model.unmask_header``; and, for training to go on,
-``base_model.unmask_order`` and, where tensors are less than float32, ``base_model.unmask_masters``. In a model's own state
-dict the adapter's name is appended to each key.
+The entries are the delta's tensors (see `unmask.delta.file`) under keys like PEFT's. A tensor NAME of the base has
+``base_model.model.NAME.unmask_indices``, ``....unmask_values``, ``....unmask_whole`` and ``....unmask_slots``. The delta's header
+is JSON in a tensor of bytes, ``base_model.unmask_header``. Training goes on from ``base_model.unmask_order`` and, where tensors
+are narrower than float32, from ``base_model.unmask_masters``. In a model's own state dict the adapter's name is appended to each
+key.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def put_entries(
     """Adds a delta to a state dict.
 
     Args:
-        delta: The adapter's.
-        progress: What training needs to go on from it, or None.
-        adapter: Its name.
+        delta: The adapter's delta.
+        progress: What training needs to go on from the delta, or None.
+        adapter: The adapter's name.
         prefix: The tuner's place in the state dict, ``"base_model."``.
-        state: Is added to.
+        state: The state dict, which gets the entries.
     """
     tensors, header = pack(delta.sparse, delta.whole, delta.base, delta.metadata)
     for key, tensor in tensors.items():
@@ -56,10 +56,10 @@ def put_entries(
 def take_entries(
     adapter: str, prefix: str, state: MutableMapping[str, Any]
 ) -> tuple[SparseDelta, Progress | None] | None:
-    """Takes a delta, and what goes with it, out of a state dict; None if it holds none of this adapter.
+    """Takes an adapter's delta and progress out of a state dict. Returns None if it has no entry of this adapter.
 
     Raises:
-        DeltaError: Anything is missing or was altered.
+        DeltaError: An entry is missing or was altered.
     """
     tensors = {}
     for key in [key for key in state if is_entry(key, adapter)]:
@@ -75,7 +75,12 @@ def take_entries(
 
 
 def is_entry(key: str, adapter: str | None) -> bool:
-    """Whether a key is of an adapter of ours: with its name in a model's state dict, with none in a file (None)."""
+    """Returns True if a key is an entry of a selective adapter.
+
+    Args:
+        key: The key.
+        adapter: The adapter's name, which a model's state dict appends; None for a file, which has no names.
+    """
     if adapter is not None:
         if not key.endswith(f".{adapter}"):
             return False
@@ -84,6 +89,7 @@ def is_entry(key: str, adapter: str | None) -> bool:
 
 
 def _delta_key(key: str) -> str:
+    """Returns the key that a tensor has in a delta's own file."""
     for kind, ending in _ENDINGS.items():
         if key.endswith(ending):
             return key.removeprefix(_BASE).removesuffix(ending) + kind
@@ -91,6 +97,7 @@ def _delta_key(key: str) -> str:
 
 
 def _read(header: Tensor) -> Mapping[str, Any]:
+    """Reads the header out of its tensor of bytes."""
     with refusing(DeltaError, "the adapter's header", "Take another copy."):
         if header.dtype != torch.uint8 or header.ndim != 1:
             raise Malformed(f"it is {header.dtype} of shape {tuple(header.shape)} and must be a vector of bytes")

@@ -1,4 +1,4 @@
-"""The seam for several processes: what happens to a process's gradients before anything is decided by them."""
+"""Protocols that let several processes select together: a `Reducer` averages gradients, a `Ranking` orders entries by them."""
 
 from __future__ import annotations
 
@@ -17,51 +17,40 @@ NewRanker = Callable[[Ledger], Ranker]
 
 
 class Ranking(Protocol):
-    """Ranks the entries of many tensors by their gradient; `Ranker` is the one of a single process."""
+    """Ranks the entries of many tensors by their gradient; a single process uses `Ranker`."""
 
     def rank(self, index: int, gradient: Tensor | Factors) -> None:
-        """Offers one tensor's entries, by its gradient: dense, sparse in rows, or `Factors`."""
+        """Offers one tensor's entries by its gradient, which is dense, sparse in rows, or `Factors`."""
 
     def rank_zero(self, index: int) -> None:
         """Offers a tensor that this process's loss did not reach."""
 
     def result(self) -> Ranked:
-        """The best entries, the same in all processes, with the gradient that all of them train by."""
+        """Returns the best entries, the same in all processes, with the gradient by which all of them train."""
 
 
 class Reducer(Protocol):
-    """Makes one gradient of the gradients of all processes."""
+    """Makes one gradient of the gradients of all processes: their mean."""
 
     @property
     def several(self) -> bool:
-        """Whether there is more than one process."""
+        """True if there is more than one process."""
 
     def begin(self, plan: Plan, fresh: bool) -> None:
-        """A backward starts: the first of a step's, if ``fresh``, or one more micro-batch."""
-
-    def ranking(self, new: NewRanker, table: Ledger) -> Ranking:
-        """A ranking by the gradient of all processes.
+        """Hears that a backward starts.
 
         Args:
-            new: Makes a process's own ranker.
-            table: What is unmasked already.
+            plan: What the coming optimizer step does.
+            fresh: True for the first micro-batch of the step.
+        """
+
+    def ranking(self, new: NewRanker, table: Ledger) -> Ranking:
+        """Returns a ranking by the gradient of all processes.
+
+        Args:
+            new: A function that makes a process's own ranker.
+            table: The slots: they tell the weights that are unmasked already.
         """
 
     def mean(self, tensor: Tensor) -> None:
-        """Replaces a tensor by its mean over the processes, in place; bitwise the same in all of them."""
-
-
-class OneProcess:
-    """The reducer of a process that trains alone: its gradient is the gradient."""
-
-    several = False
-
-    def begin(self, plan: Plan, fresh: bool) -> None:
-        """Nothing to do."""
-
-    def ranking(self, new: NewRanker, table: Ledger) -> Ranking:
-        """The process's own ranker."""
-        return new(table)
-
-    def mean(self, tensor: Tensor) -> None:
-        """Leaves the tensor as it is."""
+        """Replaces a tensor by its mean over the processes, in place. The mean is bitwise the same in all of them."""

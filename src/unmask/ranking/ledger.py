@@ -1,8 +1,8 @@
 """The ledger of a selection: which scalar weight each slot of ``values`` holds, and what the weight was before training.
 
 The *position* of a scalar weight is its number among all scalar weights of the eligible tensors, concatenated in name order.
-A *slot* is an entry of the trainable vector ``values``. The ledger costs O(B) memory, whatever the size of the model; where
-the weights that leave are kept (`unmask.Method.leaving`), there are as many slots as weights.
+A *slot* is an entry of the trainable vector ``values``. The ledger costs O(B) memory for a model of any size. Where the
+weights that leave are kept (`unmask.Method.leaving`), there are as many slots as weights.
 """
 
 from __future__ import annotations

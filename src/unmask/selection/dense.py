@@ -1,4 +1,4 @@
-"""Tensors trained whole, outside the budget: a new head, say. Half-precision ones get a float32 master copy."""
+"""Trains tensors whole, outside the budget (a new head, say). Half-precision ones get a float32 master copy."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ class DenseTensor:
     Attributes:
         name: The parameter's name.
         parameter: The model's own parameter.
-        master: What the optimizer holds: the parameter itself, or its float32 master if it is bfloat16 or float16.
+        master: The optimizer's parameter: the model's own, or a float32 copy if that is bfloat16 or float16.
+        owner: The selection, which the hook below keeps alive even if the user drops it.
+        version: The parameter's version counter after our own last write (see `unmask.selection.identity`).
     """
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         self.name, self.parameter = name, parameter
-        self.owner: object = None  # kept alive by the hook below, whoever else forgets it
+        self.owner: object = None
         parameter.requires_grad_(True)
         self.master = parameter
         self._hook = None
         self._writes: Writes | None = None
-        self.version = -1  # the parameter's, after our own last write; see unmask.selection.identity
+        self.version = -1
         if parameter.dtype in _HALF:
             self.master = nn.Parameter(parameter.detach().float())
             self._writes = Writes(self.master)
@@ -42,19 +44,19 @@ class DenseTensor:
             self.version = parameter._version
 
     def sync(self) -> None:
-        """After an optimizer step: rounds the master into the model's tensor; its gradient is spent."""
+        """Rounds the master into the model's tensor after an optimizer step, and drops the spent gradient."""
         if self._writes is not None:
             self.write()
             self.master.grad = None  # the model's zero_grad() would not reach it
 
     def catch_up(self) -> None:
-        """Rounds the master into the model's tensor, if anything was written into it since."""
+        """Rounds the master into the model's tensor, if it was written to since."""
         if self._writes is not None and self._writes.new:
             self.write()
 
     @property
     def rounded(self) -> bool:
-        """Whether the model holds the rounding of a master."""
+        """True if the model holds the rounding of a master."""
         return self._writes is not None
 
     @torch.no_grad()
@@ -66,7 +68,7 @@ class DenseTensor:
             self._writes.take()
 
     def holds_master(self) -> bool:
-        """Whether the model's tensor is the master, rounded."""
+        """Returns True if the model's tensor is the master, rounded."""
         return torch.equal(self.parameter.detach(), self.master.detach().to(self.parameter))
 
     def load(self, values: Tensor) -> None:
@@ -82,6 +84,7 @@ class DenseTensor:
         self.owner = None
 
     def _hand_over(self, parameter: Tensor) -> None:
+        """Moves the gradient of the model's tensor to the master."""
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
             return
@@ -96,7 +99,7 @@ class _BeforeForward:
 
     Args:
         tensors: The dense tensors at or below the module that have masters.
-        root: Whether the module is the model. A compiler leaves the hooks of the others out: each would break its graph.
+        root: True if the module is the model. A compiler leaves out the hooks of the others: each would break its graph.
     """
 
     def __init__(self, tensors: Sequence[DenseTensor] = (), root: bool = True) -> None:
@@ -117,10 +120,10 @@ def _catch_up(tensors: Sequence[DenseTensor]) -> None:
 
 
 def catch_up_before_forward(model: nn.Module, tensors: Sequence[DenseTensor]) -> list[RemovableHandle]:
-    """Hooks by which every forward of the model, or of a module on the way to a dense tensor, finds its master's current values.
+    """Puts hooks on the model and on each module on the way to a dense tensor: a forward finds the masters' current values.
 
     Returns:
-        Their handles: ``remove()`` them when the selection ends.
+        The hooks' handles: ``remove()`` them when the selection ends.
     """
     rounded = {id(tensor.parameter): tensor for tensor in tensors if tensor.rounded}
     below: dict[str, list[DenseTensor]] = {"": list(rounded.values())} if rounded else {}
@@ -135,15 +138,15 @@ def catch_up_before_forward(model: nn.Module, tensors: Sequence[DenseTensor]) ->
 
 
 class DenseGradients:
-    """Reduces the gradients of dense tensors, whether or not DDP wraps the model.
+    """Averages the gradients of dense tensors over the processes, with or without DDP around the model.
 
-    DDP reduces what it finds trainable, but not a half-precision tensor's float32 master. The mean is linear, and of what is the
-    same everywhere it is that again; so the mean of everything comes last, and what was reduced before (by DDP, or in an earlier
-    micro-batch) does no harm.
+    DDP averages the gradients of the parameters that it finds trainable, but not those of a half-precision tensor's float32
+    master. Averaging values that already agree changes nothing. So all dense gradients are averaged once at the very end of a
+    backward, even if DDP, or an earlier micro-batch, has averaged some of them before.
 
     Args:
         tensors: The dense tensors, the same in all processes.
-        reducer: Says whose mean it is.
+        reducer: It knows the processes.
     """
 
     def __init__(self, tensors: Sequence[DenseTensor], reducer: ProcessReducer) -> None:
@@ -152,11 +155,12 @@ class DenseGradients:
         self._hooks = [t.parameter.register_post_accumulate_grad_hook(self._arrived) for t in tensors]
 
     def remove(self) -> None:
-        """Ends it."""
+        """Removes the hooks."""
         for hook in self._hooks:
             hook.remove()
 
     def _arrived(self, parameter: Tensor) -> None:
+        """Has the average made at the end of the backward that has brought a first dense gradient."""
         self._reducer.join()
         if self._reducer.processes is not None and (self._task is None or self._task() is None):
             callback = _Last(self)
@@ -165,7 +169,7 @@ class DenseGradients:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """The backward is complete."""
+        """Averages all gradients; the backward is complete."""
         self._task, processes = None, self._reducer.processes
         if processes is None:
             raise AssertionError("only several processes have anything to reduce")
@@ -179,7 +183,7 @@ class DenseGradients:
             _mean(bucket, processes)
 
     def _gradients(self, processes: Processes) -> list[Tensor]:
-        """The gradients of the tensors that some process's loss has reached; zero where this one's has not."""
+        """Returns the gradients of the tensors that some process's loss has reached; zeros where this one's has not."""
         self._reducer.meet_for_dense()
         masters = [t.master for t in self._tensors]
         reached = torch.tensor([m.grad is not None for m in masters], dtype=torch.uint8, device=masters[0].device)
@@ -193,13 +197,14 @@ class DenseGradients:
 
 
 def _mean(gradients: list[Tensor], processes: Processes) -> None:
+    """Replaces gradients of one dtype by their mean, in one exchange."""
     flat = processes.mean(torch.cat([g.reshape(-1) for g in gradients]))
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view(gradient.shape))
 
 
 class _Last:
-    """Runs after the callbacks that a backward has queued, DDP's among them; dies with a backward that dies."""
+    """A callback that runs after all others that a backward has queued, DDP's among them. It is dropped if the backward fails."""
 
     def __init__(self, dense: DenseGradients) -> None:
         self._dense = dense

@@ -25,14 +25,13 @@ from unmask.gradients.tapped import owner_of
 from unmask.gradients.taps import TapSet
 from unmask.gradients.unreached import unwatch_forwards
 from unmask.gradients.wrappers import named_parameters
-from unmask.methods.method import Method
+from unmask.methods.method import ClipScope, Method
 from unmask.quantised.layers import settle, stored_in, weights
 from unmask.ranking.ledger import Ledger
 from unmask.selection.dense import DenseGradients, DenseTensor
 from unmask.selection.eligible import ModelFacts
 from unmask.selection.identity import Identity
 from unmask.selection.outside import OutsideWrites, weights_of
-from unmask.selection.refusals import ClipScope
 from unmask.selection.state import StateKeeper
 from unmask.selection.stepping import unwatch, watch
 from unmask.selection.steps import Steps

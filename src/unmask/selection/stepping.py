@@ -1,4 +1,4 @@
-"""Hooks on every ``torch.optim.Optimizer.step``, so that a selection needs no call of its own in a training loop.
+"""Hooks on every ``torch.optim.Optimizer.step``, so that a training loop needs no further call for a selection.
 
 Before a step they refuse a run that would silently train nothing, or that is broken. After it they make the tentative selection
 final, advance the schedule and write ``values`` back into the tensors.

@@ -1,4 +1,4 @@
-"""Where a model's weights lie in memory: what has no memory to train in, what is tied by it, and what overlaps in it."""
+"""Looks at where a model's weights lie in memory: refuses absent and overlapping ones, and makes tied ones one parameter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unmask.quantised.layers import weights
 
 
 def refuse_absent(model: nn.Module) -> None:
-    """Refuses a model of which some tensor holds no data here.
+    """Refuses a model if one of its tensors holds no data here.
 
     Raises:
         MethodError: A parameter or buffer has no shape yet, is on the meta device, or was made in inference mode.
@@ -39,10 +39,10 @@ def refuse_absent(model: nn.Module) -> None:
 
 
 class Ties:
-    """Parameters of a model that share one memory, made one parameter until `undo`, which an error inside ``with`` brings.
+    """Makes parameters that share one memory one parameter, until `undo`. An error inside ``with`` undoes it too.
 
-    So they are one tensor to whatever looks at the model: autograd sums their gradients, and a budget counts them once.
-    The first one, in the order of ``named_parameters()``, stands for all.
+    Then autograd sums their gradients, and a budget counts them once. The first one, in the order of ``named_parameters()``,
+    stands for all.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,14 +76,14 @@ class Ties:
 
 
 def refuse_overlaps(model: nn.Module, trained: Iterable[str]) -> None:
-    """Refuses trained tensors of which one entry is also another, in the same tensor or in another parameter.
+    """Refuses trained tensors whose entries share memory with other entries, of the same tensor or of another parameter.
 
     Args:
-        model: Its ties are made one parameter already.
+        model: A model whose ties are made one parameter already.
         trained: Names of the tensors that are eligible or dense.
 
     Raises:
-        MethodError: There is one, with the names.
+        MethodError: There is such a tensor; the error names it.
     """
     trained = set(trained)
     placed = {name: tensor for name, tensor in weights(model).items() if has_memory(tensor)}
@@ -107,13 +107,13 @@ def refuse_overlaps(model: nn.Module, trained: Iterable[str]) -> None:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The first byte of a tensor, and the first after it."""
+    """Returns the address of a tensor's first byte, and of the first byte after it."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _refuse_shared(cluster: list[str], placed: dict[str, Tensor], trained: set[str]) -> None:
-    """Columns of one matrix lie between each other without sharing an entry, so every entry is looked at."""
+    """Refuses tensors with nested addresses if they share an entry. Columns of one matrix do not, so every entry is checked."""
     tensors = [placed[name].detach() for name in cluster]
     if len(cluster) < 2 or not trained & set(cluster) or len({t.device for t in tensors}) > 1:
         return

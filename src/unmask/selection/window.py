@@ -1,18 +1,19 @@
-"""From the first backward after a step to the optimizer's next step: gradients of the slots, and a tentative selection.
+"""Collects the gradients of the slots between two optimizer steps, and makes the tentative selection of the coming step.
 
-A selection made in a backward binds nobody until the optimizer steps: a dropped batch or a step that a GradScaler skips
-consumes no budget. Under gradient accumulation the selection of a window is
+A selection made in a backward is tentative until the optimizer steps: a dropped batch, or a step that a GradScaler skips,
+consumes no budget. Under gradient accumulation the selection is one of two:
 
-- ``"candidates"``: ranked on the first micro-batch, of which the first ``4 u_t`` entries are kept; their gradients are
-  then summed over all micro-batches, and the best u_t by the summed gradient are unmasked. With one micro-batch this is
-  the exact selection. Gradients of what is unmasked are exact either way.
+- ``"candidates"``: the first micro-batch ranks all entries and keeps the first ``4 u_t``; their gradients are then summed
+  over all micro-batches, and the best u_t by the summed gradient are unmasked. With one micro-batch this is the exact
+  selection. The gradients of the unmasked weights are exact either way.
 - ``"exact"``: dense gradients are summed over the micro-batches of a selecting step (N numbers, as in full fine-tuning).
 
-Where repeat-S keeps what leaves (`unmask.Method.leaving`), ``values`` has a slot for every weight, and only the B picked have a
-gradient: at a step that selects it comes with the ranking, at the others from the entries of the last picks.
+Where repeat-S keeps the weights that leave (`unmask.Method.leaving`), ``values`` has a slot for every weight, and only the B
+picked weights have a gradient: at a step that selects it comes with the ranking, at the others from the entries of the last
+picks.
 
-Of several processes each has a window, and all have the same: every micro-batch's gradient of the slots is reduced before
-``values`` receives it, and the ranking is of the reduced gradient (see ``reducing.py``).
+Each of several processes has a window, and all windows hold the same: every micro-batch's gradient of the slots is averaged
+over the processes before ``values`` receives it, and the ranking uses the averaged gradient (`unmask.ranking.exchange`).
 """
 
 from __future__ import annotations
@@ -26,19 +27,32 @@ from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at, total_norm
 from unmask.gradients.taps import in_pieces, stale
-from unmask.methods.method import Method
+from unmask.methods.method import Accumulation, Method
 from unmask.ranking.exchange import Ranking, Reducer
 from unmask.ranking.ledger import Ledger
 from unmask.ranking.plan import Plan
 from unmask.ranking.ranker import Ranker
 from unmask.ranking.topk import Ranked, in_order
-from unmask.selection.refusals import Accumulation
 
 OVERSAMPLE = 4  # candidates kept per entry to be unmasked
 
 
 class Window:
-    """Collects gradients between two optimizer steps; the receiver of the taps' gradients."""
+    """The *window*, the time between two optimizer steps: it receives the gradients that the taps see in this time.
+
+    Args:
+        ledger: The slots.
+        method: The method, whose heuristic and allocation rank.
+        accumulation: The selection that gradient accumulation makes.
+        sampled: True if a step that does not select asks for the entries of its slots only.
+        reducer: It averages gradients over processes.
+        measured: True if every step forms all gradients, for their norm.
+
+    Attributes:
+        plan: What the coming step does.
+        norm: The norm of all gradients so far, 0-d; None where it is not measured.
+        nonfinite: Says what was not finite in a backward of this window; None if all was finite.
+    """
 
     def __init__(
         self,
@@ -51,25 +65,26 @@ class Window:
     ) -> None:
         self.ledger, self.values, self.method, self.accumulation = ledger, ledger.values, method, accumulation
         self.reducer = reducer
-        self.sampled = sampled  # whether a step that does not select asks for the entries of its slots only
-        self.measured = measured  # whether every step forms all gradients, for their norm
-        self.norm: Tensor | None = None  # 0-d: of all gradients so far, where they are measured
+        self.sampled, self.measured = sampled, measured
+        self.norm: Tensor | None = None
         self.plan = Plan(0, 0, 0, 0, repeat=False)
         self.nonfinite: str | None = None
         self._buffer: Tensor | None = None  # (B,) this backward's gradient of the slots
-        self._earlier: Tensor | None = None  # (B,) the earlier micro-batches' (repeat-S: a slot may change hands twice)
+        self._earlier: Tensor | None = None  # (B,) that of earlier ones: a slot of repeat-S may change twice
         self._added: Tensor | None = None  # (c,) this backward's gradient of the candidates
         self._ranker: Ranking | None = None
         self._candidates: Ranked | None = None
-        self._by_tensor: dict[int, Entries] = {}  # the candidates; their places stand for slots
-        self._inside: dict[int, Entries] = {}  # of a known order, what this step trains; or the last picks
+        self._by_tensor: dict[
+            int, Entries
+        ] = {}  # the entries of the candidates; an entry's slot is its place among them
+        self._inside: dict[int, Entries] = {}  # the entries that this step trains: of a known order, or the last picks
         self._dense: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
         self._offered: set[int] = set()
         self._open = torch.empty(0, dtype=torch.int64)  # slots that the newcomers may take
 
     def start(self, plan: Plan) -> None:
-        """A new step's window."""
+        """Begins a new step's window."""
         self.plan = plan
         self._inside = {} if plan.picked is None or plan.selecting else self.ledger.entries(plan.picked)
         self._clear()
@@ -78,28 +93,28 @@ class Window:
 
     @property
     def due(self) -> int:
-        """Slots in use once the step is made: what is planned, and once a backward has selected, what it found."""
+        """The number of slots in use after the step: the planned one, or once a backward has selected, the found one."""
         tentative = self.ledger.tentative
         return self.plan.due if tentative is None else self.plan.used + tentative.fresh
 
     def wanted(self, index: int) -> bool:
-        """Whether the tensor's gradient is wanted; with nothing to train yet, all are, so that the loss has a graph."""
+        """Returns True if the tensor's gradient is wanted. With nothing to train yet, all are, so that the loss has a graph."""
         if self.plan.selecting or self.measured or self.plan.active == 0:
             return True
         return self._active(index) is not None
 
     def entries(self, index: int) -> Entries | None:
-        """The entries whose gradient suffices; None: this step needs all of the tensor's gradient."""
+        """Returns the entries whose gradient suffices; None if this step needs all of the tensor's gradient."""
         if self.plan.selecting or not self.sampled:
             return None
         return self._active(index) or self._nothing(index)
 
     def factored(self, index: int) -> bool:
-        """Whether the whole gradient may come as `Factors`."""
+        """Returns True if the whole gradient may come as `Factors`."""
         return self.sampled
 
     def _active(self, index: int) -> Entries | None:
-        """The tensor's slots that this step trains, without those that it selects."""
+        """Returns the tensor's entries that this step trains, without those that it selects; None if there are none."""
         if self.plan.picked is not None:
             return self._inside.get(index)
         members = self.ledger.members(index)
@@ -111,11 +126,12 @@ class Window:
         return inside if inside.flat.numel() else None
 
     def _nothing(self, index: int) -> Entries:
+        """Returns no entries of a tensor."""
         none = torch.empty(0, dtype=torch.int64, device=self.values.device)
         return self.ledger.layout.at(index, none, none)
 
     def begin(self) -> None:
-        """A backward starts: a fresh window if ``values`` carries no gradient, else one more micro-batch."""
+        """Begins a backward: that of a fresh window if ``values`` carries no gradient, else one more micro-batch."""
         fresh = self._fresh()
         self.reducer.begin(self.plan, fresh)
         if self.measured and self.reducer.several:
@@ -134,6 +150,7 @@ class Window:
             self._added = torch.zeros_like(self._candidates.payload)
 
     def _fresh(self) -> bool:
+        """Returns True if the coming backward is the first of the window."""
         gradient = self.values.grad
         if self.measured and gradient is not None and self.plan.active + self.plan.newcomers == 0:
             return False  # no slot is in use, so that zeros say nothing
@@ -141,12 +158,12 @@ class Window:
 
     @torch.no_grad()
     def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
-        """One tensor's gradient: add what its slots get, rank the rest, let go.
+        """Takes one tensor's gradient: adds the part of its slots, and offers the rest to the ranking.
 
         Args:
             index: The tensor.
-            gradient: Whole (dense, sparse in rows, or `Factors`), or (m,) at ``entries``.
-            entries: What the forward was told by `entries`.
+            gradient: The whole gradient (dense, sparse in rows, or `Factors`), or (m,) at ``entries``.
+            entries: The entries that `entries` gave to the forward.
         """
         if entries is not None:
             self._add(entries, as_dense(gradient))
@@ -158,7 +175,7 @@ class Window:
         if self.plan.selecting and not self.nonfinite:
             try:
                 self._offer(index, gradient)
-            except NonFiniteGradientError as error:  # no error until the optimizer steps on a scaler's overflow
+            except NonFiniteGradientError as error:  # an error once the optimizer steps: a GradScaler may skip the step
                 self.nonfinite = str(error)
         active = self._active(index)
         if active is not None:
@@ -168,7 +185,7 @@ class Window:
 
     @torch.no_grad()
     def end(self) -> None:
-        """The backward is complete: settle the tentative selection and hand the gradient to ``values``."""
+        """Ends a backward: settles the tentative selection, and hands the gradient to ``values``."""
         forget()
         buffer, self._buffer = self._buffer, None
         if buffer is None:
@@ -190,7 +207,7 @@ class Window:
             self.values.backward(buffer)
 
     def abort(self) -> None:
-        """The backward died: its share is void. Earlier micro-batches stand, but for dense sums, which it has spoilt."""
+        """Drops the part of a backward that failed. Earlier micro-batches stand, except for dense sums, which it has spoilt."""
         forget()
         self._buffer = self._ranker = self._added = None
         self._offered, self._norms = set(), {}
@@ -199,7 +216,7 @@ class Window:
             self.values.grad = None
 
     def discard(self) -> None:
-        """Drops the tentative selection: nothing was consumed."""
+        """Drops the tentative selection: no budget is consumed."""
         self.ledger.withdraw()
         self._clear()
 
@@ -210,10 +227,12 @@ class Window:
         self.norm, self._norms = None, {}
 
     def _add(self, entries: Entries, gradient: Tensor) -> None:
+        """Adds a gradient at entries to that of their slots."""
         if self._buffer is not None:
             self._buffer.index_add_(0, entries.slots, gradient.to(self._buffer))
 
     def _offer(self, index: int, gradient: Tensor | Factors) -> None:
+        """Offers a whole gradient to the ranking, or adds its part at the candidates."""
         if self._ranker is not None:
             if index in self._offered:
                 raise in_pieces()
@@ -224,21 +243,24 @@ class Window:
             self._added[candidates.slots] += gradient_at(gradient, candidates).to(self._added)
 
     def _sum(self, index: int, gradient: Tensor) -> None:
+        """Adds a whole gradient to the sum over micro-batches."""
         gradient = gradient.to(self.values.dtype, copy=index not in self._dense)  # sums of bfloat16 would lose bits
         self._dense[index] = self._dense[index].add_(gradient) if index in self._dense else gradient
 
     def _measure(self, index: int, gradient: Tensor) -> None:
+        """Measures the norm of one tensor's gradient."""
         if index in self._norms:
             raise in_pieces()
         self._norms[index] = total_norm([gradient])
 
     def _close_measure(self) -> None:
+        """Makes the norm of all gradients of those of the tensors."""
         self.norm = total_norm(list((self._dense or self._norms).values())).to(self.values.device)
         if not torch.isfinite(self.norm):
             self.nonfinite = self.nonfinite or "the norm of the whole gradient is not finite"
 
     def _ranked(self) -> Ranked:
-        """The first u_t entries by what has been summed so far."""
+        """Returns the first u_t entries by the gradients summed so far."""
         if self.accumulation == "exact":
             ranker = self._new_ranker(self.plan.newcomers)
             for index in sorted(self._dense):
@@ -248,19 +270,19 @@ class Window:
         if self._ranker is not None:
             self._offer_untouched(self._ranker, self._offered)
             ranked, self._ranker = self._ranker.result(), None
-            if ranked.positions.numel():  # else the next micro-batch is the first that ranks
+            if ranked.positions.numel():  # otherwise the next micro-batch is the first that ranks
                 self._candidates, self._by_tensor = ranked, dict(self.ledger.layout.entries(ranked.positions))
             return ranked.first(self.plan.newcomers)
         return self._rerank()
 
     def _offer_untouched(self, ranker: Ranking, offered: set[int]) -> None:
-        """Tensors that the loss did not reach have a zero gradient, with which they take part."""
+        """Offers the tensors that the loss did not reach, with a gradient of zero."""
         for index in range(len(self.ledger.layout.tensors)):
             if index not in offered:
                 ranker.rank_zero(index)
 
     def _rerank(self) -> Ranked:
-        """The candidates again, by their summed gradients (their first order, where a score needs whole tensors)."""
+        """Returns the candidates by their summed gradients; in their first order where a score needs whole tensors."""
         candidates = self._candidates
         if candidates is None or self._added is None:
             raise AssertionError("a further micro-batch has candidates")
@@ -274,9 +296,10 @@ class Window:
         return candidates.first(self.plan.newcomers)
 
     def _settle(self, ranked: Ranked, buffer: Tensor) -> None:
+        """Proposes the best weights for slots, and gives these their gradient."""
         missing = self.plan.newcomers - ranked.positions.numel()
         ranked, slots = self._exchanged(ranked)
-        # without an exchange only slots that hold nothing are open; to count them would make a GPU's host wait
+        # Without an exchange only empty slots are open. To count them would make the host wait for a GPU.
         fresh = int((slots >= self.plan.used).sum().item()) if self.plan.exchanging else slots.numel()
         positions, payload = ranked.positions.to(buffer.device), ranked.payload.to(buffer)
         gathered = buffer.clone() if self.plan.exchanging else None
@@ -291,7 +314,7 @@ class Window:
         buffer[slots] = payload
 
     def _settle_kept(self, ranked: Ranked, buffer: Tensor) -> None:
-        """Gives the picks a gradient, and nothing else; those that hold no slot yet get the next ones, in order of rank."""
+        """Gives the picks their gradient, and no other slot one. Picks without a slot get the next slots, in order of rank."""
         earlier = self.ledger.tentative
         if earlier is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
             self.ledger.withdraw()
@@ -307,18 +330,19 @@ class Window:
         self.ledger.propose(positions, slots, slots.numel(), missing, stay)
 
     def _exchanged(self, ranked: Ranked) -> tuple[Ranked, Tensor]:
-        """What is not unmasked already, and the slots for it: of the open ones, those that what was best does not hold."""
-        if not self.plan.exchanging:  # the open slots hold nothing that could be among the best
+        """Returns the best weights that are not unmasked already, and slots for them: open ones that no best weight holds."""
+        if not self.plan.exchanging:  # the open slots are empty
             return ranked, self._open[: ranked.positions.numel()]
         held, best = self.ledger.positions[self._open], ranked.positions.to(self.ledger.positions.device)
         entrants = ranked.where(~torch.isin(ranked.positions, held.to(ranked.positions.device)))
         free, count = self._open[~torch.isin(held, best)], entrants.positions.numel()
-        if count < free.numel():  # too few have a gradient: what holds nothing goes first, and the rest stay
+        if count < free.numel():  # too few weights have a gradient: empty slots go first, and the other weights stay
             vacant = free >= self.plan.used
             free = torch.cat([free[vacant], free[~vacant]])[:count].sort().values
         return entrants, free
 
     def _new_ranker(self, keep: int) -> Ranking:
+        """Returns a ranking of this step that keeps the first ``keep`` entries."""
         new = functools.partial(
             Ranker,
             self.method.heuristic,
@@ -331,6 +355,7 @@ class Window:
 
 
 def _unmeasured() -> SelectionError:
+    """Returns the error of a second micro-batch whose norm with the first is asked for."""
     return SelectionError(
         "clip_scope='all' needs the norm of the sum of all micro-batches' gradients, which accumulation='candidates' does not "
         "keep. Use select(..., accumulation='exact') (N numbers more), or one backward per optimizer step."

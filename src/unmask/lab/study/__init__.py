@@ -1,4 +1,4 @@
-"""Runs sweeps: grids of runs from one YAML file, by several worker processes, with one JSON file per run. It imports no torch."""
+"""Runs sweeps: grids of runs from one YAML file, made by workers here or on a Ray cluster, with one JSON file per run."""
 
 from unmask.lab.figures.estimates import Estimate, best_of, interval
 from unmask.lab.study.cells import Cell, expand
