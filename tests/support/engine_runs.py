@@ -58,7 +58,7 @@ def accelerated(folder: str, accumulation: int) -> None:
 
 def refused(folder: str) -> str:
     """What ``SelectiveTrainer`` says to FSDP in the arguments."""
-    model = bert_classifier(30)
+    model = bert_classifier(30, max_position_embeddings=512)
     settings = TrainingArguments(folder, use_cpu=True, fsdp=True, fsdp_config={"version": 2}, report_to="none")
     selection = unmask.select(model, unmask.id3(20, steps=2))
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
@@ -90,7 +90,7 @@ def trainer(folder: str, early: bool = False, dies: bool = False, resume: bool =
     os.chdir(folder)
     count, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     settings = TrainingArguments("out", use_cpu=True) if not early else None
-    model = bert_classifier(30, seed=0 if early else rank)
+    model = bert_classifier(30, seed=0 if early else rank, max_position_embeddings=512)
     selection = unmask.select(model, unmask.id3(200, steps=12, stride=2), dense="classifier")
     generator = torch.Generator().manual_seed(3)
     data = [{"input_ids": torch.randint(0, 30, (7,), generator=generator), "labels": i % 2} for i in range(96)]
@@ -119,7 +119,7 @@ def config_alone(folder: str, head: bool = True, resume: bool = False) -> None:
     import unmask.peft
 
     os.chdir(folder)
-    base = bert_classifier(30)
+    base = bert_classifier(30, max_position_embeddings=512)
     given = unmask.peft.SelectiveConfig(
         task_type="SEQ_CLS" if head else None, budget=200, stride=2, target_modules=["query", "dense"]
     )
