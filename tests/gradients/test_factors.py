@@ -146,6 +146,19 @@ def test_an_input_that_has_changed_gets_new_norms():
     assert factors._last.of is None
 
 
+@pytest.mark.parametrize("steps", range(1, 24))
+def test_rounding_down_of_both_factors_and_of_the_product_loses_no_entry(steps, monkeypatch):
+    """Both numbers lie just below the middle of two numbers of bfloat16, so that each loses nearly half a unit."""
+    monkeypatch.setattr(factors, "_halves_pay", lambda x: True)
+    monkeypatch.setattr(factors, "_SOME", 0.0)
+    monkeypatch.setattr(factors, "_FEW", 1.0)
+    number = torch.tensor([[1 + steps * 2.0**-7 + 2.0**-8 * 0.999]])
+    assert number.to(torch.bfloat16).item() < number.item()
+    product = (number * number).item()
+    found = list(Factors(number, number, torch.float32).above(lambda: product))
+    assert [flat.tolist() for flat, _ in found] == [[0]]
+
+
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("name", ["d3", "gradient", "snip"])
 @pytest.mark.parametrize("kind", ["uneven", "ties", "zeros"])

@@ -226,6 +226,13 @@ def test_more_entries_move_the_choice_from_compact_over_sampled_to_dense():
     assert set(taken) == {0, 1, 2}
 
 
+def test_few_tokens_do_not_pay_for_a_sampled_product():
+    flat = torch.randperm(768 * 768, generator=torch.Generator().manual_seed(0))[:2000].sort().values
+    entries = Entries((768, 768), flat, torch.arange(2000))
+    chosen = [choose(entries, tokens, torch.float32, torch.device("cpu")) for tokens in (1, 512, 4096)]
+    assert chosen == ["dense", "sampled", "sampled"]
+
+
 def test_the_dense_product_is_not_chosen_where_it_is_not_on_offer():
     for dtype, tokens, count in itertools.product(DTYPES, (0, 1, 256, 5000), (0, 1, 64, 2000, 64 * 64)):
         assert choose(scattered(64, 64, count), tokens, dtype, CPU, dense=False) in HOW

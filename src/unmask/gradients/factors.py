@@ -27,7 +27,7 @@ NORMS = 128  # The tokens that are squared at a time on a CPU.
 _MOST = 0.7  # The share of all entries that may be large, at most; above it the whole product is cheaper.
 _SOME = 0.3  # The same share, above which the product in bfloat16 is cheaper, on CPUs that multiply it faster.
 _FEW = 1 / 32  # The share of all entries that the product in bfloat16 may leave; above it the whole product is cheaper.
-_HALF = 2.0**-8  # Twice the relative rounding error of bfloat16.
+_HALF = 2.0**-8  # The largest relative error of rounding to bfloat16, whose significand has 8 bits.
 _GATHER = 100.0  # The cost of gathering a column, in multiplications per token.
 
 
@@ -113,8 +113,8 @@ class Factors:
         )
         product = left.to(torch.bfloat16).t() @ right.to(torch.bfloat16)
         widest = _shared_norms(self.right).max()
-        # The error, as a share of |left_i| |right_j|: of the rounded inputs, and of the sum in float32.
-        error = 1.01 * _HALF + self.left.shape[0] * torch.finfo(torch.float32).eps
+        # The error, as a share of |left_i| |right_j|: of both rounded inputs, and of the sum in float32.
+        error = 2.01 * _HALF + self.left.shape[0] * torch.finfo(torch.float32).eps
         # The product itself is rounded to bfloat16, too: hence the last factor.
         bound = (cut - error * rows[some] * widest) * (1 - _HALF)
         row, column = (product.abs() >= bound.unsqueeze(1)).nonzero().unbind(1)
