@@ -17,7 +17,7 @@ import torch
 import typer.main
 from helpers import ROOT, assert_same_tensors, batches, mean_square, snapshot
 from lora_nets import sentences, tiny_bert
-from transformers import BertConfig, BertForSequenceClassification
+from models import bert_classifier
 
 import unmask
 from unmask.cli.app import app
@@ -53,12 +53,7 @@ def of(table: dict[str, Any], page: str) -> Callable[[Any], Any]:
 
 @of(given, "README.md")
 def _(folder: Path) -> Names:
-    config = BertConfig(
-        vocab_size=20, hidden_size=192, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16
-    )
-    torch.manual_seed(0)
-    model, fresh = BertForSequenceClassification(config), BertForSequenceClassification(config)
-    fresh.load_state_dict(model.state_dict())
+    model, fresh = (bert_classifier(20, hidden_size=192, intermediate_size=768) for _ in range(2))
     return {"model": model, "loader": sentences(3), "fresh_model": fresh, "base": snapshot(fresh)}
 
 
@@ -139,10 +134,7 @@ def _(page: Names, printed: str) -> None:
 
 @of(given, "quantised.md")
 def _(folder: Path) -> Names:
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-    config = BertConfig(vocab_size=50, max_position_embeddings=32, **sizes, **still)
-    BertForSequenceClassification(config).save_pretrained(folder / "base")
+    bert_classifier(hidden_size=64, intermediate_size=128, initializer_range=0.02).save_pretrained(folder / "base")
     ids = torch.arange(32)[:, None] + torch.arange(12)
     rows = [ids[i : i + 8] % 50 for i in (0, 8, 16, 24)]
     return {"folder": str(folder / "base"), "batches": [{"input_ids": x, "labels": torch.arange(8) % 2} for x in rows]}

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same_tensors, snapshot
+from models import bert_classifier
 from peft_nets import NO_BASE_FILE, OLD_NAMES, base_state, optimizer_of, run, wrapped
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 import peft
 import unmask.peft
@@ -21,9 +22,7 @@ pytestmark = [
 
 
 def base() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    small = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    return BertForSequenceClassification(small)
+    return bert_classifier(64, num_hidden_layers=1, initializer_range=0.02)
 
 
 def data() -> list[dict]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import bert_classifier
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
     BitsAndBytesConfig,
     TrainingArguments,
@@ -30,19 +30,8 @@ KINDS = ("int8", "nf4")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """A float checkpoint of a tiny BERT with its head."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
     path = tmp_path_factory.mktemp("bert")
-    BertForSequenceClassification(config).save_pretrained(path)
+    bert_classifier(hidden_size=64, intermediate_size=128, initializer_range=0.02).save_pretrained(path)
     return str(path)
 
 

@@ -69,12 +69,14 @@ def load_base(
     """
     if os.sep in source and not Path(source).is_dir() and (Path(source).is_absolute() or source.startswith(".")):
         raise ConfigError(f"there is no model folder {source!r}; give a folder with config.json, or a hub id.")
+    labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    if label_names is not None:
+        names = dict(enumerate(label_names))
+        labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
     torch.manual_seed(seed)
     try:
         with quiet():
-            model, info = HEADS[head].from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, **_labels(num_labels, label_names)
-            )
+            model, info = HEADS[head].from_pretrained(source, dtype=torch.float32, output_loading_info=True, **labels)
             tokenizer = AutoTokenizer.from_pretrained(source)
             if head == "token" and getattr(tokenizer, "add_prefix_space", None) is False:
                 # A byte-level vocabulary (such as RoBERTa's) has a word's usual piece only after a blank.
@@ -105,12 +107,6 @@ def _check_vocabulary(source: str, model: PreTrainedModel, tokenizer: PreTrained
             f"{rows:,} rows of the model's embedding. Enlarge it and save both: model.resize_token_embeddings(len(tokenizer)); "
             "model.save_pretrained(folder); tokenizer.save_pretrained(folder). Then give that folder."
         )
-
-
-def _labels(num_labels: int | None, names: Sequence[str] | None) -> dict[str, Any]:
-    if names is not None:
-        return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    return {} if num_labels is None else {"num_labels": num_labels}
 
 
 def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from unmask.gradients.entries import among, as_rows, take
 from unmask.gradients.factors import Factors, as_dense
 from unmask.methods.heuristics import Heuristic
 from unmask.methods.method import Allocation
-from unmask.ranking.ledger import SlotTable
+from unmask.ranking.ledger import Ledger
 from unmask.ranking.quotas import quota
 from unmask.ranking.topk import Ranked, StreamingTopK
 
@@ -43,7 +43,7 @@ class Ranker:
     def __init__(
         self,
         heuristic: Heuristic,
-        table: SlotTable,
+        table: Ledger,
         allocation: Allocation,
         keep: int,
         step: int,

@@ -314,6 +314,8 @@ def test_repeat_s_has_a_line_for_each_budget_and_increment_s_too():
     assert sorted(legend_of(axes)) == [
         "increment-S, B = 1K", "increment-S, B = 2K", "repeat-S, B = 1K, 7K tuned", "repeat-S, B = 2K, 14K tuned",
     ]  # fmt: skip
+    moving = [line for line in axes.lines if line.get_label().startswith("increment-S")]
+    assert {line.get_linestyle() for line in moving} == {"-", "--"}  # the legend tells the budgets apart
     only = [r for r in all_runs() if r["strategy"] == "repeat"]
     with pytest.raises(DataError, match="no run has strategy 'increment'"):
         score_along_run(only)

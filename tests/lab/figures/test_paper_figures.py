@@ -9,6 +9,7 @@ from statistics import fmean
 import pytest
 import torch
 import yaml
+from models import bert_classifier
 
 from unmask.lab.inside import Into, insert
 from unmask.lab.models import quiet
@@ -349,12 +350,7 @@ def test_lora_lies_in_the_six_printed_modules_of_every_layer_of_deberta(cls):
 
 
 def test_lora_lies_in_the_same_modules_of_a_bert():
-    import transformers
-
-    config = transformers.BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    modules, added = lora_of(transformers.BertForSequenceClassification(config), r=2, targets=("layer-linear",))
+    modules, added = lora_of(bert_classifier(), r=2, targets=("layer-linear",))
     attention = {f"attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")}
     kinds = attention | {"intermediate.dense", "output.dense"}
     assert modules == {f"bert.encoder.layer.{i}.{kind}" for i in (0, 1) for kind in kinds}

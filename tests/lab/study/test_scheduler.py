@@ -122,7 +122,7 @@ def test_a_result_in_pieces_is_named(tmp_path):
     report = run(sweep(), tmp_path, "quick")
     path = Store(tmp_path).result_path(next(iter(report.results)))
     path.write_text('{"status": "do')
-    with pytest.raises(DataError, match="remove it"):
+    with pytest.raises(DataError, match="remove the file"):
         run(sweep(), tmp_path, "quick")
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 from commands import run
+from models import bert_config
 from tiny import tiny_model, toy_csv
-from transformers import BertConfig
 
 from unmask.analysis import mask_of
 from unmask.delta.delta import SparseDelta
@@ -240,9 +240,7 @@ def test_a_damaged_checkpoint_means_a_fresh_start(world, monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shape")
-    BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64
-    ).save_pretrained(folder)
+    bert_config(hidden_size=32, num_hidden_layers=3, intermediate_size=64).save_pretrained(folder)
     return {"model": str(folder), "task": "rte", "method": "full", "lora_targets": ["query", "value"]}
 
 

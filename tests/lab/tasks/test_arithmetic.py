@@ -84,11 +84,11 @@ def test_test_questions_in_the_training_data_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": "eight"}, r"record 2: the answer 'eight' is no number"),
-        ({"answer": None}, r"record 2: the answer None is no number"),
+        ({"answer": "eight"}, r"record 2: the answer 'eight' is not a number"),
+        ({"answer": None}, r"record 2: the answer None is not a number"),
         ({"output": ""}, r"record 2: the solution in column 'output' is empty"),
         ({"instruction": " "}, r"record 2: the text in column 'instruction' is empty"),
-        ({"instruction": 7}, r"record 2: column 'instruction' holds 7, which is no text"),
+        ({"instruction": 7}, r"record 2: column 'instruction' holds 7, which is not a text"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, change, message):

@@ -102,7 +102,7 @@ def test_without_test_sets_runs_are_compared_by_the_loss(world):
             ("eval", "base", "--task", "gsm8k", "--set", "beams=3"),
             "unknown setting 'beams'; word problems have prompt, rule",
         ),
-        (("eval", "base", "--task", "gsm8k", "--set", "max_new_tokens=x"), "max_new_tokens = 'x' is no int"),
+        (("eval", "base", "--task", "gsm8k", "--set", "max_new_tokens=x"), "max_new_tokens = 'x' must be of type int"),
         (("eval", "base", "--task", "gsm8k", "--data", "a.csv"), "give --task with some of gsm8k"),
         (
             (*TRAIN, "--task", "svamp", "--budget", "1%", "--output", "x"),

@@ -73,9 +73,9 @@ BAD_LINES = {
     "one column": ("word\n", r"a\.conll, line 1 has 1 columns where 2 are needed"),
     "another width": ("a NN O\nb O\n", r"line 2 has 2 columns where 3 are needed"),
     "a word that was split": ("a\tO\nNew York O\n", r"line 2 has 3 columns where 2"),
-    "another scheme": ("a B-X\nb E-X\n", r"line 2: the tag 'E-X' is none; .*BIOES"),
-    "a type alone": ("a PER\n", r"line 1: the tag 'PER' is none"),
-    "no type": ("a B-\n", r"line 1: the tag 'B-' is none"),
+    "another scheme": ("a B-X\nb E-X\n", r"line 2: 'E-X' is not a tag; .*BIOES"),
+    "a type alone": ("a PER\n", r"line 1: 'PER' is not a tag"),
+    "no type": ("a B-\n", r"line 1: 'B-' is not a tag"),
     "an empty word": ("a\tO\n\tO\n", r"line 2: the word is empty"),
     "no words": ("\n-DOCSTART- O\n\n", r"is empty: it holds no words"),
 }
@@ -206,13 +206,13 @@ def test_every_format_gives_the_same_sentences(tmp_path):
 
 
 BAD_ROWS = {
-    "ids": ({"tokens": ["a"], "tags": [1]}, r"line 1: the tag 1 is none; tags are O, B-type or I-type, as text"),
+    "ids": ({"tokens": ["a"], "tags": [1]}, r"line 1: 1 is not a tag; tags are O, B-type or I-type, as text"),
     "texts": ({"tokens": "a b", "tags": "O O"}, r"line 1: there must be a list of words"),
     "too few tags": (
         {"tokens": ["a", "b"], "tags": ["O"]},
         r"line 1: there must be a list of words and a list of as many",
     ),
-    "no word": ({"tokens": ["a", ""], "tags": ["O", "O"]}, r"line 1: '' is no word"),
+    "no word": ({"tokens": ["a", ""], "tags": ["O", "O"]}, r"line 1: '' is not a word"),
 }
 
 
@@ -226,9 +226,9 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, case):
 
 def test_what_is_no_task_is_refused(tmp_path):
     train = write(tmp_path / "t.conll", "Ann B-PER\n")
-    with pytest.raises(DataError, match=r"no file 'nowhere' .*no hub id.* must end in \.conll"):
+    with pytest.raises(DataError, match=r"no file 'nowhere' .*not a hub id.* must end in \.conll"):
         load_tagged("nowhere", None)
-    with pytest.raises(DataError, match=r"t\.csv' is no file of tagged sentences; the name of one ends in \.conll"):
+    with pytest.raises(DataError, match=r"t\.csv' is not a file of tagged sentences; the name of one ends in \.conll"):
         load_tagged(write(tmp_path / "t.csv", "a,b\n"), None)
     with pytest.raises(DataError, match="there is no entity in the training data"):
         load_tagged(write(tmp_path / "o.conll", "a O\n"), None)

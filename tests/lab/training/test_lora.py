@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import unmask
 from peft import PeftModel
 from unmask import DeltaError, SparseDelta, SparseTensor
-from unmask.delta.added import added_tensors
+from unmask.delta.base import added_tensors
 from unmask.files import read_tensors
 
 KINDS = {

@@ -197,7 +197,7 @@ def legend_outside(axes: Any, style: Style) -> None:
     """Draws the legend of the labelled lines at the right of the axes; without labelled lines it draws none."""
     if axes.get_legend_handles_labels()[0]:
         place = {"loc": "upper left", "bbox_to_anchor": (1.03, 1), "borderaxespad": 0}
-        axes.legend(frameon=False, fontsize=8, labelcolor=style.ink, **place)
+        axes.legend(frameon=False, fontsize=8, handlelength=3.5, labelcolor=style.ink, **place)
 
 
 def count_axis(axes: Any, at: Iterable[float] = ()) -> None:

@@ -228,7 +228,7 @@ def _curves(axes: Any, name: str, runs: Sequence[RunRecord], look: Look) -> None
     """Draws a line for each budget: the mean over seeds in front of each seed's own line, or the best run's line."""
     colour = look.colour
     budgets = sorted({run["budget"] for run in runs})
-    for budget in budgets:
+    for i, budget in enumerate(budgets):
         kept = counting([run for run in runs if run["budget"] == budget])
         if "best" in kept[0]:
             kept = kept[:1]
@@ -238,7 +238,8 @@ def _curves(axes: Any, name: str, runs: Sequence[RunRecord], look: Look) -> None
         mean = _mean_curve(curves)
         marks = {"marker": look.marker, "markersize": 3.5, "markevery": math.ceil(len(mean) / 12)}
         label = name + (f", B = {short(budget)}" if len(budgets) > 1 else "")
-        axes.plot(*zip(*mean, strict=True), "-", color=colour, linewidth=1.6, zorder=3, label=label, **marks)
+        line = {"color": colour, "linestyle": LINES[i % len(LINES)], "linewidth": 1.6, "zorder": 3}
+        axes.plot(*zip(*mean, strict=True), label=label, **line, **marks)
 
 
 def _xy(curve: Sequence[CurvePoint]) -> tuple[list[int], list[float]]:

@@ -78,7 +78,7 @@ def origin_of(source: str | Path, suffixes: Sequence[str]) -> Origin:
         return Origin(str(source), None)
     if not is_hub_id(str(source)):
         raise DataError(
-            f"there is no file {str(path)!r} ({listing(path.parent)}), and it is no hub id of the form 'user/name' or "
+            f"there is no file {str(path)!r} ({listing(path.parent)}), and it is not a hub id of the form 'user/name' or "
             f"'user/name:config'. A file's name must end in {', '.join(suffixes)}."
         )
     name, _, config = str(source).partition(":")

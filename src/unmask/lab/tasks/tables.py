@@ -156,7 +156,7 @@ def read_table(path: Path, header: tuple[str, ...] | None = None, skip_short: bo
         raise DataError(f"there is no file {str(path)!r}; {listing(path.parent)}.")
     suffix, source = suffix_of(path), str(path)
     if suffix not in SUFFIXES:
-        raise DataError(f"{source!r} is of no known format; its name must end in {', '.join(SUFFIXES)}.")
+        raise DataError(f"{source!r} has an unknown format; its name must end in {', '.join(SUFFIXES)}.")
     try:
         if suffix == ".parquet":
             table = _read_parquet(path)

@@ -100,7 +100,7 @@ def gold_answer(given: object, kind: AnswerKind) -> str:
     """Converts a data set's own answer to the form of `extract`.
 
     Raises:
-        DataError: The answer is no number, or no letter from A to E.
+        DataError: The answer is not a number, or not a letter from A to E.
 
     Example:
         >>> gold_answer("1,080.0", "number"), gold_answer(" c ", "choice")
@@ -110,11 +110,11 @@ def gold_answer(given: object, kind: AnswerKind) -> str:
     if kind == "choice":
         letter = text.strip("()").upper()
         if letter not in set("ABCDE"):
-            raise DataError(f"the answer {shown(given)} is no letter from A to E.")
+            raise DataError(f"the answer {shown(given)} is not a letter from A to E.")
         return letter
     value = read_number(text)
     if value is None:
-        raise DataError(f"the answer {shown(given)} is no number.")
+        raise DataError(f"the answer {shown(given)} is not a number.")
     return written(value)
 
 

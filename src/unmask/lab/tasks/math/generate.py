@@ -119,8 +119,15 @@ def generate(
     Raises:
         ConfigError: A prompt and ``max_new_tokens`` exceed the positions that the model has.
     """
-    inner = _inner(model)
-    _check_positions(inner, prompts, settings)
+    # peft wraps the transformers model if a LoRA is in it.
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner: Any = model if unwrap is None else unwrap()
+    limit, longest = getattr(inner.config, "max_position_embeddings", None), max(map(len, prompts), default=0)
+    if limit and longest + settings.max_new_tokens > limit:
+        raise ConfigError(
+            f"a prompt of {longest} tokens and max_new_tokens = {settings.max_new_tokens} exceed the {limit} positions of the "
+            f"model; lower max_new_tokens to {max(1, limit - longest)} or less."
+        )
     config = _config(inner, tokenizer, settings)
     for rows in plan_batches([len(prompt) for prompt in prompts], settings.batch_size):
         with _generates_as(inner, config):
@@ -197,15 +204,6 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(pad_id)
 
 
-def _check_positions(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
-    limit, longest = getattr(model.config, "max_position_embeddings", None), max(map(len, prompts), default=0)
-    if limit and longest + settings.max_new_tokens > limit:
-        raise ConfigError(
-            f"a prompt of {longest} tokens and max_new_tokens = {settings.max_new_tokens} exceed the {limit} positions of the "
-            f"model; lower max_new_tokens to {max(1, limit - longest)} or less."
-        )
-
-
 @contextlib.contextmanager
 def _generates_as(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Puts the model into evaluation mode, and sets its own generation settings (such as a repetition penalty) aside."""
@@ -229,8 +227,3 @@ def _seeded(settings: GenerationSettings, prompts: Sequence[Sequence[int]], devi
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int.from_bytes(digest[:7], "big"))
         yield
-
-
-def _inner(model: Any) -> Any:
-    """Returns the transformers model inside peft's wrapper, if there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -2,7 +2,7 @@
 
 A number is an optional sign and currency, digits with or without thousands separators, decimals, an exponent, or a fraction
 (``3/4``, ``5 2/3``, ``\\frac{3}{4}``). A percent sign, a unit and a closing full stop are left out: "25%" is 25, and "72." is 72.
-Digits after a letter (``x2``), number words ("five") and a fraction by zero are no numbers.
+Digits after a letter (``x2``), number words ("five") and a fraction with a zero denominator are not numbers.
 """
 
 from __future__ import annotations

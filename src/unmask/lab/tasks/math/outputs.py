@@ -35,7 +35,7 @@ class OutputFile:
         A last line that was cut short and a batch that is not whole are removed from the file.
 
         Raises:
-            DataError: A line before the last is no row that this class has written.
+            DataError: A line before the last is not a row that this class has written.
         """
         if not self.path.is_file():
             return {}
@@ -65,7 +65,7 @@ class OutputFile:
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         with refusing(
-            DataError, f"{self.path}, line {number} is no row of an evaluation: it", "Delete the line, or the file."
+            DataError, f"{self.path}, line {number} is not a row of an evaluation: it", "Delete the line, or the file."
         ):
             row = dict(_ROW(parse_json(line), "the row"))
             if len(row["batch"]) != 2:

@@ -119,7 +119,13 @@ def load_problems(name: str, split: Split, data_dir: str | Path | None = None) -
         table = split_table(splits, split, ":".join(_HUB_GSM8K), ("question", "answer"))
     else:
         table = read_table(_file(spec, split, Path(data_dir)))
-    return _problems(table, spec, split)
+    question = "instruction" if "instruction" in table.columns else "question"
+    if question not in table.columns or "answer" not in table.columns:
+        missing = "instruction (or question)" if question not in table.columns else "answer"
+        raise unknown_column(table.source, missing, table.columns)
+    if split == "train" and question == "instruction":
+        table.column("output")
+    return [_problem(table, row, question, spec, split) for row in range(len(table))]
 
 
 def load_arithmetic(
@@ -184,16 +190,6 @@ def _file(spec: ArithmeticSpec, split: Split, given: Path) -> Path:
     return there[0]
 
 
-def _problems(table: Table, spec: ArithmeticSpec, split: Split) -> list[Problem]:
-    question = "instruction" if "instruction" in table.columns else "question"
-    if question not in table.columns or "answer" not in table.columns:
-        missing = "instruction (or question)" if question not in table.columns else "answer"
-        raise unknown_column(table.source, missing, table.columns)
-    if split == "train" and question == "instruction":
-        table.column("output")
-    return [_problem(table, row, question, spec, split) for row in range(len(table))]
-
-
 def _problem(table: Table, row: int, question: str, spec: ArithmeticSpec, split: Split) -> Problem:
     cells = {name: values[row] for name, values in table.columns.items()}
     text = _text(table, row, question, cells[question])
@@ -215,7 +211,7 @@ def _problem(table: Table, row: int, question: str, spec: ArithmeticSpec, split:
 
 def _text(table: Table, row: int, column: str, value: object, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{table.where(row)}: column {column!r} holds {value!r:.60}, which is no text.")
+        raise DataError(f"{table.where(row)}: column {column!r} holds {value!r:.60}, which is not a text.")
     if not value.strip() and not may_be_empty:
         raise DataError(f"{table.where(row)}: the text in column {column!r} is empty; mend or drop the row.")
     return value.strip()

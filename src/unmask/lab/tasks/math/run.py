@@ -157,14 +157,16 @@ class GenerationTask:
         """Solves the sets that were asked for. If there are several, the mean over them comes last."""
         assert self.request is not None, "the task comes from `reload`"
         settings = _requested(described, self.request, batch_size)
-        output = self.request.output or _default_output(self.request)
+        path, base = self.request.delta, self.request.model
+        default = Path("runs") / SOLVED / Path(base).name if path is None else Path(path).parent / SOLVED
+        delta = None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
         solved = []
         found = solve(
             model,
             tokenizer,
             settings,
-            Path(output),
-            {"model": self.request.model, "delta": _file_digest(self.request.delta)},
+            Path(self.request.output or default),
+            {"model": base, "delta": delta},
             overwrite=self.request.overwrite,
             console=Console(stderr=True),
         )
@@ -217,7 +219,15 @@ def _requested(described: Mapping[str, Any], request: Request, batch_size: int) 
         raise ConfigError(
             f"unknown setting {unknown[0]!r}; word problems have {', '.join((*_SOLVE_OPTIONS, *_GENERATION_OPTIONS))}."
         )
-    generation = {key: _number(key, options.pop(key)) for key in _GENERATION_OPTIONS if key in options}
+    generation: dict[str, Any] = {}
+    for key in _GENERATION_OPTIONS:
+        if key not in options:
+            continue
+        value, kind = options.pop(key), type(getattr(GenerationSettings(), key))
+        try:
+            generation[key] = kind(value)
+        except ValueError as error:
+            raise ConfigError(f"{key} = {value!r} must be of type {kind.__name__}.") from error
     return SolveSettings(
         sets,
         request.data_dir,
@@ -225,24 +235,6 @@ def _requested(described: Mapping[str, Any], request: Request, batch_size: int) 
         generation=GenerationSettings(batch_size=batch_size, **generation),
         **options,
     )
-
-
-def _number(key: str, value: Any) -> Any:
-    kind = type(getattr(GenerationSettings(), key))
-    try:
-        return kind(value)
-    except ValueError as error:
-        raise ConfigError(f"{key} = {value!r} is no {kind.__name__}.") from error
-
-
-def _default_output(request: Request) -> Path:
-    if request.delta is not None:
-        return Path(request.delta).parent / SOLVED
-    return Path("runs") / SOLVED / Path(request.model).name
-
-
-def _file_digest(path: str | None) -> str | None:
-    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _overlap_notes(source: Source, data: ArithmeticData) -> list[str]:

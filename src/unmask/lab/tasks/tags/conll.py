@@ -75,7 +75,7 @@ def _lines(path: Path) -> Iterator[_Line]:
                 raise DataError(f"{path}, line {number}: the word is empty; mend or drop the line.")
             if not is_tag(tag):
                 raise DataError(
-                    f"{path}, line {number}: the tag {shown(tag)} is none; the last column must be O, B-type or I-type (IOB1 "
+                    f"{path}, line {number}: {shown(tag)} is not a tag; the last column must be O, B-type or I-type (IOB1 "
                     "or IOB2). Convert other schemes (BIOES, BILOU) first."
                 )
             yield word, tag

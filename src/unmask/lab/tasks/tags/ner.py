@@ -201,7 +201,7 @@ def _read(origin: Origin, splits: Sequence[str], words: Sequence[str], tags: Seq
         return read_conll(path)
     if suffix not in _TABLES:
         raise DataError(
-            f"{origin.name!r} is no file of tagged sentences; the name of one ends in {', '.join(_FORMATS)}."
+            f"{origin.name!r} is not a file of tagged sentences; the name of one ends in {', '.join(_FORMATS)}."
         )
     table = read_table(path)
     return _of_table(table, _pick(table.columns, words), _pick(table.columns, tags))
@@ -229,7 +229,7 @@ def _row(table: Table, row: int, cells: tuple[Any, Any]) -> tuple[list[str], lis
         )
     for word, tag in zip(words, tags, strict=True):
         if not isinstance(word, str) or not word:
-            raise DataError(f"{table.where(row)}: {word!r:.60} is no word.")
+            raise DataError(f"{table.where(row)}: {word!r:.60} is not a word.")
         if not is_tag(str(tag)):
-            raise DataError(f"{table.where(row)}: the tag {tag!r:.60} is none; tags are O, B-type or I-type, as text.")
+            raise DataError(f"{table.where(row)}: {tag!r:.60} is not a tag; tags are O, B-type or I-type, as text.")
     return list(words), list(tags)

@@ -118,7 +118,10 @@ class Windows(Dataset):
         options = {"is_split_into_words": True, "truncation": True, "max_length": max_length}
         encoded = tokenizer(parts, **options) if parts else BatchEncoding()
         self._inputs = dict(encoded)
-        self._firsts = [_first_pieces(encoded.word_ids(row)) for row in range(len(parts))]
+        words_of = [encoded.word_ids(row) for row in range(len(parts))]  # the word of each piece
+        self._firsts = [
+            [i for i, word in enumerate(ids) if word is not None and (i == 0 or ids[i - 1] != word)] for ids in words_of
+        ]
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -176,8 +179,3 @@ def _visible(sentences: list[list[str]], tokenizer: PreTrainedTokenizerBase) -> 
         words.append([word if count else unknown for word, count in zip(sentence, counts, strict=True)])
         pieces.append([count or 1 for count in counts])
     return words, pieces
-
-
-def _first_pieces(word_ids: Sequence[int | None]) -> list[int]:
-    """Returns the place of each word's first piece."""
-    return [i for i, word in enumerate(word_ids) if word is not None and (i == 0 or word_ids[i - 1] != word)]

@@ -98,9 +98,7 @@ def _task_folder(given: Path, name: str, layout: _Layout) -> Path:
     if inside:
         return inside[0]
     other = _task_of(given)
-    if (
-        other in _LAYOUTS and other != name
-    ):  # many tasks share one format, so the wrong one would load without complaint
+    if other in _LAYOUTS and other != name:  # many tasks share one format, so it would load without complaint
         raise DataError(f"{str(given)!r} is the folder of {other}, not of {name} ({layout.folder}).")
     if any(only_file(given, [split], _ENDINGS) for split in ("train", *layout.evals)):
         return given

@@ -55,7 +55,7 @@ def _is_text(table: Table, row: int, column: str, value: object) -> bool:
         DataError: The cell holds another type.
     """
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{table.where(row)}: column {column!r} holds {value!r:.60}, which is no text.")
+        raise DataError(f"{table.where(row)}: column {column!r} holds {value!r:.60}, which is not a text.")
     return bool(value and value.strip())
 
 
@@ -81,28 +81,25 @@ def decode(spec: TaskSpec, value: Any) -> int | float:
         raise DataError(f"the label is missing ({shown(value)}); mend or drop the row.")
     if isinstance(value, list | dict):
         raise DataError(f"label {shown(value)} is neither a text nor a number; mend or drop the row.")
+    number = number_of(value)
     if spec.regression:
-        return _real(spec, value)
+        if number is None:
+            raise DataError(f"label {shown(value)} is not a finite number, and task {spec.name!r} is a regression.")
+        low, high = spec.label_range or (-math.inf, math.inf)
+        if not low <= number <= high:
+            raise DataError(f"label {shown(value)} is outside the range of task {spec.name!r}: {low:g} to {high:g}.")
+        return number
     name = str(value).strip()
     if spec.label_names is not None and name in spec.label_names:
         return spec.label_names.index(name)
-    number = float(value) if isinstance(value, bool) else number_of(value)
+    if isinstance(value, bool):
+        number = float(value)
     if spec.takes_ids and number is not None and number in range(spec.num_labels):
         return int(number)
     ids = f"0 to {spec.num_labels - 1}" if spec.takes_ids else ""
     names = listed(spec.label_names, _MOST_SHOWN) if spec.label_names else ""
     allowed = " or ".join(part for part in (ids, names) if part)
-    raise DataError(f"label {shown(value)} is none of task {spec.name!r}; allowed: {allowed}.")
-
-
-def _real(spec: TaskSpec, value: Any) -> float:
-    number = number_of(value)
-    if number is None:
-        raise DataError(f"label {shown(value)} is no finite number, and task {spec.name!r} is a regression.")
-    if spec.label_range is not None and not spec.label_range[0] <= number <= spec.label_range[1]:
-        low, high = spec.label_range
-        raise DataError(f"label {shown(value)} is outside the range of task {spec.name!r}: {low:g} to {high:g}.")
-    return number
+    raise DataError(f"label {shown(value)} is not a label of task {spec.name!r}; allowed: {allowed}.")
 
 
 def is_missing(value: Any) -> bool:
@@ -166,7 +163,7 @@ def infer_spec(
     if None in numbers:
         odd = numbers.index(None)
         raise DataError(
-            f"{table.where(odd)}: label {shown(values[odd])} in column {label!r} is no number, but others are. Mend that "
+            f"{table.where(odd)}: label {shown(values[odd])} in column {label!r} is not a number, but others are. Mend that "
             "row, or, if these are names of classes, write every one as text."
         )
     return _numeric(what, columns, [number for number in numbers if number is not None], num_labels)
@@ -177,7 +174,7 @@ def _numeric(what: str, columns: tuple[str, ...], numbers: list[float], num_labe
     if num_labels == 1 or (num_labels is None and fractions):
         return TaskSpec(CUSTOM, columns, 1, None, default_metrics(1), default_metrics(1)[0])
     if fractions:
-        raise DataError(f"{what} holds {fractions[0]!r}, which is no class id; num_labels = {num_labels} needs ids.")
+        raise DataError(f"{what} holds {fractions[0]!r}, which is not a class id; num_labels = {num_labels} needs ids.")
     found = sorted({int(number) for number in numbers})
     count = num_labels or len(found)
     if found[0] < 0 or found[-1] >= count:

@@ -86,7 +86,7 @@ class TaskSpec:
 
 
 def default_metrics(num_labels: int) -> tuple[str, ...]:
-    """Returns the metrics of a task that has no metrics of its own, the main one first.
+    """Returns the metrics of a task that names none, the main one first.
 
     Example:
         >>> default_metrics(2), default_metrics(3)
