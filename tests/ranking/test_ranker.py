@@ -41,7 +41,7 @@ def plain_ranking(layout: Layout, name: str, gradients: list[Tensor], keep: int)
 
 @pytest.mark.parametrize("form", GRADIENTS)
 @pytest.mark.parametrize("kind", ["ties", "negative", "zeros"])
-@pytest.mark.parametrize("name", ["gradient", "d3", "snip", "small_magnitude"])
+@pytest.mark.parametrize("name", ["gradient", "d3", "snip", "magnitude"])
 def test_the_ranking_is_that_of_one_plain_sort(name, kind, form, monkeypatch):
     monkeypatch.setattr(module, "GLANCE", 32)
     monkeypatch.setattr(module, "BLOCK", 32)
@@ -50,9 +50,9 @@ def test_the_ranking_is_that_of_one_plain_sort(name, kind, form, monkeypatch):
     layout = Layout([f"w{i}" for i in range(len(SHAPES))], [nn.Parameter(w) for w in weights])
     for keep in (1, 9, 60, 1000):
         gradients = numbers(kind, generator)
-        table = Ledger(layout, nn.Parameter(torch.zeros(200, dtype=torch.float64)), 200)
-        table.assign(torch.arange(HELD.numel()), HELD, torch.zeros(HELD.numel(), dtype=torch.float64))
-        ranker = Ranker(heuristic(name), table, "global", keep, 0, exclude_members=True)
+        ledger = Ledger(layout, nn.Parameter(torch.zeros(200, dtype=torch.float64)), 200)
+        ledger.assign(torch.arange(HELD.numel()), HELD, torch.zeros(HELD.numel(), dtype=torch.float64))
+        ranker = Ranker(heuristic(name), ledger, "global", keep, 0, exclude_members=True)
         for index in (3, 0, 4, 1, 2):
             ranker.rank(index, GRADIENTS[form](gradients[index]))
         result = ranker.result()
@@ -61,15 +61,15 @@ def test_the_ranking_is_that_of_one_plain_sort(name, kind, form, monkeypatch):
         assert torch.equal(result.payload, flat[result.positions])
 
 
-@pytest.mark.parametrize("name", ["gradient", "small_magnitude"])
+@pytest.mark.parametrize("name", ["gradient", "magnitude"])
 def test_a_tensor_that_the_loss_did_not_reach_takes_part_as_one_of_gradient_zero(name):
     generator = torch.Generator().manual_seed(6)
     weights = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
     layout = Layout([f"w{i}" for i in range(len(SHAPES))], [nn.Parameter(w) for w in weights])
     gradients = [torch.zeros_like(w) if i == 2 else torch.randn_like(w) for i, w in enumerate(weights)]
-    table = Ledger(layout, nn.Parameter(torch.zeros(200, dtype=torch.float64)), 200)
-    table.assign(torch.arange(HELD.numel()), HELD, torch.zeros(HELD.numel(), dtype=torch.float64))
-    ranker = Ranker(heuristic(name), table, "global", 400, 0, exclude_members=True)
+    ledger = Ledger(layout, nn.Parameter(torch.zeros(200, dtype=torch.float64)), 200)
+    ledger.assign(torch.arange(HELD.numel()), HELD, torch.zeros(HELD.numel(), dtype=torch.float64))
+    ranker = Ranker(heuristic(name), ledger, "global", 400, 0, exclude_members=True)
     for index in (0, 1, 3, 4):
         ranker.rank(index, gradients[index])
     ranker.rank_zero(2)
@@ -83,8 +83,8 @@ def test_an_entry_whose_computed_score_exceeds_its_bound_by_rounding_is_not_lost
     for _ in range(50):
         weight = torch.rand(1, generator=generator).expand(4, 2).contiguous()
         gradient = torch.rand(1, generator=generator).expand(4, 2).contiguous()
-        table = Ledger(Layout(["w"], [nn.Parameter(weight)]), nn.Parameter(torch.zeros(8)), 8)
-        ranker = Ranker(of, table, "global", 8, 0, exclude_members=True)
+        ledger = Ledger(Layout(["w"], [nn.Parameter(weight)]), nn.Parameter(torch.zeros(8)), 8)
+        ranker = Ranker(of, ledger, "global", 8, 0, exclude_members=True)
         scores = of.score(weight, gradient).reshape(-1)
         ranker.top.update(scores, 1000, torch.ones(8))
         ranker.rank(0, gradient)  # Its entries tie with those that are in, at smaller positions.
