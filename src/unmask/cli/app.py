@@ -255,28 +255,15 @@ def bench(
             "id3-10, id3-100 (id3-K: a stride of K), NAME@BUDGET, or all (default)."
         ),
     ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Timed rounds; default 5.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Rounds before those; default 1.")] = None,
-    draws: Annotated[
-        int | None, typer.Option(help="How often every method starts anew, rounds and all; default 1.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps per round, where there is no stride; default 3.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Fresh processes per method; default 3.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps of each process before the timed ones; default 2.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Timed steps of each process, in whole strides; default 3.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default 2.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or auto (default).")] = None,
     dropout: Annotated[
         float | None, typer.Option(help="Every dropout probability of the model; default: its config's own.")
     ] = None,
     lora_r: Annotated[int | None, typer.Option(help="LoRA's rank; default 8.")] = None,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory, a process per method.")] = True,
-    timing: Annotated[bool, typer.Option("--timing/--no-timing", help="Step times, interleaved.")] = True,
-    processes: Annotated[
-        bool | None,
-        typer.Option("--processes/--no-processes", help="A process per method while timed; default: on the CPU."),
-    ] = None,
-    isolate: Annotated[bool, typer.Option("--isolate", help="One method at a time beside the frozen one.")] = False,
-    memory_share: Annotated[
-        float | None, typer.Option(help="Share of the free memory that methods may fill together; default 0.7.")
-    ] = None,
     curve: Annotated[str | None, typer.Option(help="A curve instead: budget, size or selection.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the results; default runs/bench.")] = None,
 ) -> None:

@@ -1,1 +1,1 @@
-"""`unmask bench`: a step's time, memory and size on disk, against what a user would pick instead."""
+"""`unmask bench` measures the time, memory and disk space of a training step, for unmask and for its alternatives."""
