@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from unmask.errors import ConfigError, need
+from unmask.lab.bench.schedule import RAMP
 from unmask.lab.bench.settings import BenchSettings
 from unmask.lab.bench.shapes import SHAPES, Shape
 
 Batch = Mapping[str, Tensor]
-BATCHES = 4  # The steps take these batches in turn.
+BATCHES = RAMP  # The steps take these batches in turn; each batch serves one step of the ramp.
 _CLASSES = 2
 _SPECIAL = 5  # Token ids below this one are special in some vocabulary; RoBERTa's padding shifts its positions.
 _CLASS_NAMES = {

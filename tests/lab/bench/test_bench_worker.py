@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from bench_tiny import BUDGET, settings_for, write_config
 
 from unmask.errors import ConfigError
-from unmask.lab.bench.contenders import RAMP, build, mid_run, shira_rank, state_bytes
+from unmask.lab.bench.contenders import build, shira_rank, state_bytes
 from unmask.lab.bench.models import blueprint
 from unmask.lab.bench.rows import Row
 from unmask.lab.bench.run import measure_apart
+from unmask.lab.bench.schedule import RAMP, mid_run
 from unmask.lab.bench.settings import BenchSettings
 from unmask.lab.bench.shapes import SHAPES, SIZES
 from unmask.lab.bench.worker import measure
@@ -158,7 +160,7 @@ def test_id3_is_timed_around_half_of_its_budget(kind, budget, warmup, steps):
     counts = [method.cumulative(t, budget) for t in range(count)]
     ramp, timed = counts[:RAMP], counts[RAMP + warmup :]
     assert ramp[-1] == schedule.start
-    assert all(b - a <= schedule.start / RAMP + 1 for a, b in zip(ramp, ramp[1:], strict=False))
+    assert all(b - a <= schedule.start / RAMP + 1 for a, b in itertools.pairwise(ramp))
     middle = (counts[RAMP] + counts[-1]) / 2
     assert abs(middle - budget / 2) <= max(0.06 * budget, row.stride * budget / 1_000 + 1)
     assert counts[-1] - schedule.start == schedule.total <= 0.8 * budget
