@@ -1,34 +1,41 @@
-"""The bars: what the project has promised of these figures, as data, and whether a run meets them. No torch here."""
+"""Judges a benchmark record by the bars: the limits that this project has set itself for its own figures.
+
+    python benchmarks/bars.py OUT/reference/bench.json
+
+The bars are defined for one configuration. For a record of another one the script says in what it differs.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from unmask.lab.bench.settings import BenchSettings
-from unmask.lab.bench.stats import StepTime, ratio
+from unmask.lab.bench import tables
 
-Quantity = Literal["step", "memory"]
+HEADER = ("bar", "row", "limit", "measured", "draws", "amortised", "verdict")
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One promise: a quantity of every numerator row, over that of the denominator row, is at most the limit.
+    """One limit: a quantity of each numerator row, over that of the denominator row, is at most the limit.
 
     Attributes:
-        name: In words.
-        numerators: Labels of rows.
-        denominator: Label of a row.
-        quantity: ``"step"``: the median over all timed steps; ``"memory"``: peak memory.
-        limit: The ratio at most.
-        dtype: What the bar is defined for.
+        name: The bar in words.
+        numerators: The labels of the rows that are judged.
+        denominator: The label of the row that they are compared with.
+        quantity: ``"step"`` for the time of a step, ``"memory"`` for the peak memory.
+        limit: The largest ratio that meets the bar.
+        dtype: The dtype of the runs that the bar is defined for.
     """
 
     name: str
     numerators: tuple[str, ...]
     denominator: str
-    quantity: Quantity
+    quantity: Literal["step", "memory"]
     limit: float
     dtype: str = "float32"
 
@@ -47,69 +54,79 @@ BARS: tuple[Bar, ...] = (
     Bar("static, step at B = 1e6 against step at B = 1e4", ("static@1000000",), "static@10000", "step", 1.15),
     Bar("bf16 autocast: ID3 stride 10, step, against LoRA r=8", ("id3-10",), "lora", "step", 0.90, "autocast"),
 )
-_DEFINED_FOR = {"model": "roberta-base", "batch_size": 16, "seq_len": 128, "budget": 320_000, "threads": 2, "lora_r": 8}
+_SETTINGS = {"model": "roberta-base", "budget": 320_000, "threads": 2, "lora_r": 8}
+_BATCH = {"batch_size": 16, "seq_len": 128}
 
 
-def off_reference(settings: BenchSettings, batch: int, length: int, device: str) -> list[str]:
-    """In what a run differs from the configuration that the bars are defined for; empty: in nothing."""
-    given = {**settings.as_json(), "batch_size": batch, "seq_len": length}
-    differs = [f"{name} is {given[name]}, not {value}" for name, value in _DEFINED_FOR.items() if given[name] != value]
-    if settings.dtype not in {bar.dtype for bar in BARS}:
-        differs.append(f"dtype is {settings.dtype}, not float32 or autocast")
+def off_reference(record: Mapping[str, Any]) -> list[str]:
+    """Returns in what a record differs from the configuration of the bars; an empty list if in nothing."""
+    given = {**record["settings"], **{name: record["model"][name] for name in _BATCH}}
+    wanted = {**_SETTINGS, **_BATCH}
+    differs = [f"{name} is {given[name]}, not {value}" for name, value in wanted.items() if given[name] != value]
+    if given["dtype"] not in {bar.dtype for bar in BARS}:
+        differs.append(f"dtype is {given['dtype']}, not float32 or autocast")
+    device = record["machine"]["device"]
     return differs + ([] if device == "cpu" else [f"device is {device}, not cpu"])
 
 
-def judge(
-    steps: Mapping[str, Sequence[StepTime]],
-    peaks: Mapping[str, float],
-    amortised: Mapping[str, float],
-    dtype: str,
-    bars: Sequence[Bar] = BARS,
-) -> list[dict[str, Any]]:
-    """Every bar of a dtype against the measurements, one entry per numerator.
+def judge(record: Mapping[str, Any], bars: Sequence[Bar] = BARS) -> list[dict[str, Any]]:
+    """Judges every bar of the record's dtype, for each of its numerators.
 
     Args:
-        steps: Timed steps by label, of the rows that have them.
-        peaks: Peak memory by label.
-        amortised: Of strided rows, the amortised over the median step, by label.
-        dtype: The run's.
+        record: The record of a benchmark, as ``bench.json`` holds it.
         bars: The bars.
 
     Returns:
-        Entries with ``bar``, ``row``, ``against``, ``quantity``, ``limit``, ``measured`` (None if a row is missing),
-        ``rounds`` (the spread of the rounds' own ratios), ``amortised`` (the ratio that counts selecting steps in) and
-        ``verdict``: met, not met or not measured.
+        Entries with ``bar``, ``row``, ``against``, ``limit``, ``measured`` (None if a row is missing), ``draws`` (the spread
+        of the draws' own ratios), ``amortised`` (the ratio of a strided row's amortised step) and ``verdict``, which is
+        met, not met or not measured.
     """
-    via = steps.get("frozen", ())
-    return [
-        _judged(bar, row, steps, peaks, amortised, via) for bar in bars if bar.dtype == dtype for row in bar.numerators
-    ]
+    dtype = record["settings"]["dtype"]
+    return [_judge(record, bar, row) for bar in bars if bar.dtype == dtype for row in bar.numerators]
 
 
-def _judged(
-    bar: Bar,
-    row: str,
-    steps: Mapping[str, Sequence[StepTime]],
-    peaks: Mapping[str, float],
-    amortised: Mapping[str, float],
-    via: Sequence[StepTime],
-) -> dict[str, Any]:
-    found: dict[str, Any] | None = None
-    if bar.quantity == "memory" and row in peaks and bar.denominator in peaks:
-        found = {"ratio": peaks[row] / peaks[bar.denominator]}
-    elif bar.quantity == "step" and steps.get(row) and steps.get(bar.denominator):
-        found = ratio(steps[row], steps[bar.denominator], via)
-    measured = found["ratio"] if found else None
+def _judge(record: Mapping[str, Any], bar: Bar, row: str) -> dict[str, Any]:
+    above, below = (record["rows"].get(label) for label in (row, bar.denominator))
+    measured = draws = amortised = None
+    if above and below and bar.quantity == "memory" and above["memory"] and below["memory"]:
+        measured = above["memory"]["peak_mb"] / below["memory"]["peak_mb"]
+    elif above and below and bar.quantity == "step" and above["timing"] and below["timing"]:
+        found = tables.ratio(_steps(above), _steps(below))
+        if found:
+            measured, draws = found["ratio"], found["draws"]
+            times = above["timing"]
+            amortised = measured * times["amortised"] / times["total"]["median"] if "amortised" in times else None
     verdict = "not measured" if measured is None else "met" if measured <= bar.limit else "not met"
-    counted = bar.quantity == "step" and measured is not None and row in amortised
-    return {
-        "bar": bar.name,
-        "row": row,
-        "against": bar.denominator,
-        "quantity": bar.quantity,
-        "limit": bar.limit,
-        "measured": measured,
-        "rounds": found.get("rounds") if found else None,
-        "amortised": measured * amortised[row] if counted and measured is not None else None,
-        "verdict": verdict,
-    }
+    figures = {"limit": bar.limit, "measured": measured, "draws": draws, "amortised": amortised}
+    return {"bar": bar.name, "row": row, "against": bar.denominator, **figures, "verdict": verdict}
+
+
+def _steps(row: Mapping[str, Any]) -> list[tables.StepTime]:
+    names = ("draw", "forward", "backward", "optimizer", "selecting")
+    return [tables.StepTime(**{name: step[name] for name in names}) for step in row["steps"]]
+
+
+def table(entries: Sequence[Mapping[str, Any]]) -> list[tables.Cells]:
+    """Returns a line for each entry that was measured; its columns are `HEADER`."""
+    lines = []
+    for entry in entries:
+        if entry["measured"] is None:
+            continue
+        draws = entry["draws"]
+        spread = f"{draws['min']:.3f}-{draws['max']:.3f}" if draws else "-"
+        figures = [f"{entry['limit']:.2f}", tables.number(entry["measured"], 3), spread]
+        lines.append([entry["bar"], entry["row"], *figures, tables.number(entry["amortised"], 3), entry["verdict"]])
+    return lines
+
+
+def main() -> None:
+    """Prints the verdicts about the record that the command line names."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python benchmarks/bars.py OUT/reference/bench.json")
+    record = json.loads(Path(sys.argv[1]).read_text())
+    differs = off_reference(record)
+    print(f"The bars do not apply: {'; '.join(differs)}." if differs else tables.plain(HEADER, table(judge(record))))
+
+
+if __name__ == "__main__":
+    main()

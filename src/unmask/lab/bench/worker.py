@@ -16,13 +16,14 @@ import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from unmask.lab.bench.contenders import Contender, build, state_bytes
-from unmask.lab.bench.models import blueprint
+from unmask.lab.bench.models import Batch, blueprint
 from unmask.lab.bench.rows import Row
 from unmask.lab.bench.settings import BenchSettings
 
@@ -51,10 +52,7 @@ def measure(settings: BenchSettings, row: Row) -> dict[str, Any]:
     batches = plan.batches()
     autocast = settings.dtype == "autocast"
     before = _allocated(plan.device) or resident_bytes()
-    for batch in batches if row.selects else ():
-        contender.step({name: _first_quarter(tensor) for name, tensor in batch.items()}, autocast)
-    for i in range(settings.warmup):
-        contender.step(batches[i % len(batches)], autocast)
+    start(contender, batches, settings)
     gc.collect()
     gc.disable()  # The garbage collector runs at times of its own choice, which would fall on some steps only.
     try:
@@ -74,8 +72,22 @@ def measure(settings: BenchSettings, row: Row) -> dict[str, Any]:
     return {"steps": [dataclasses.asdict(step) for step in steps], "weights": contender.weights(), "memory": memory}
 
 
-def _first_quarter(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor[:, : max(2, tensor.shape[1] // 4)] if tensor.dim() == 2 else tensor
+def start(contender: Contender, batches: Sequence[Batch], settings: BenchSettings) -> None:
+    """Runs the ramp of an ID3 row and the warm-up, so that the next step is the first of a timed cycle.
+
+    Args:
+        contender: The row.
+        batches: The batches of `Blueprint.batches`.
+        settings: The run.
+    """
+    autocast = settings.dtype == "autocast"
+    for batch in batches if contender.row.selects else ():
+        length = max(2, batch["input_ids"].shape[1] // 4)
+        contender.step(
+            {name: tensor[:, :length] if tensor.dim() == 2 else tensor for name, tensor in batch.items()}, autocast
+        )
+    for i in range(settings.warmup):
+        contender.step(batches[i % len(batches)], autocast)
 
 
 def peak_bytes() -> int:
