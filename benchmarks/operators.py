@@ -12,6 +12,7 @@ OUT/operators.json (for another dtype than float32 OUT/operators-DTYPE.json) and
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import sys
@@ -83,7 +84,7 @@ def main() -> None:
     record = {
         "command": f"python benchmarks/operators.py {' '.join(sys.argv[1:])}",
         "machine": describe_machine(torch.device("cpu"), settings.threads),
-        "settings": settings.as_json(),
+        "settings": dataclasses.asdict(settings),
         "rows": rows,
         "table": table(rows, given.most),
     }
