@@ -18,9 +18,9 @@ $(VENV)/.stamp: pyproject.toml requirements-lock.txt
 	touch $@
 
 # Triton, for the tests of the GPU kernel: its interpreter needs no GPU; bitsandbytes and torchao, for those of quantised
-# bases; TRL and Lightning; seqeval; schedulefree. What is already there is kept.
+# bases; TRL and Lightning; seqeval; schedulefree; Ray, for sweeps on a cluster. What is already there is kept.
 $(VENV)/.stamp-test: requirements-test.txt $(VENV)/.stamp
-	$(BIN)/python -c "import triton, bitsandbytes, torchao, trl, lightning, seqeval, schedulefree" 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-test.txt
+	$(BIN)/python -c "import triton, bitsandbytes, torchao, trl, lightning, seqeval, schedulefree, ray, msgpack, google.protobuf, jsonschema, requests" 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements-test.txt
 	touch $@
 
 # The adapters library pins transformers 4.57: an environment of its own, which so tests that transformers major too.
@@ -45,7 +45,7 @@ soak: setup $(VENV)/.stamp-test
 	for each in tests/soak/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$each --seed $(SEED) --seconds $(SECONDS) || exit 1; done
 
 test-adapters: $(VENV)-adapters/.stamp
-	$(VENV)-adapters/bin/python -m pytest tests/environments/adapters tests/lab/training/test_lora.py tests/lab/training/test_into.py tests/calibration/test_sparse_adapter.py tests/lab/training/test_series.py tests/cli/test_cli.py
+	$(VENV)-adapters/bin/python -m pytest tests/environments/adapters tests/lab/training/test_lora.py tests/lab/training/test_into.py tests/calibration/test_sparse_adapter.py tests/lab/training/test_series.py tests/cli/test_cli.py "tests/test_resume.py::test_a_resumed_run_is_bitwise_the_uninterrupted_one[unmask-train-pfeiffer]"
 
 # The PEFT method with the newest PEFT 0.20 too, put beside the environment's own.
 test-peft: setup $(VENV)/.stamp-test

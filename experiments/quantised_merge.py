@@ -20,12 +20,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 import unmask
+from unmask.gradients.entries import take
+from unmask.lab.tasks.text.run import predict
 from unmask.lab.training.demo_data import fetch_demo_model, fetch_demo_texts, load_demo_task
-from unmask.lab.tasks.text.predicting import predict
 from unmask.quantised import dequantise_and_merge
 from unmask.quantised.layers import weights
 from unmask.quantised.tensor import QuantisedTensor
-from unmask.gradients.entries import take
 
 LENGTH, BATCH, RATE = 32, 16, 3e-3
 

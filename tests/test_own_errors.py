@@ -31,7 +31,7 @@ import unmask.peft
 from unmask import SparseDelta, SparseTensor, UnmaskError
 from unmask.analysis import changed
 from unmask.errors import ConfigError, DataError, DeltaError, MethodError, WriteError
-from unmask.lab.study.spec import parse
+from unmask.lab.study.parsing import parse
 from unmask.lab.tasks.math.outputs import OutputFile
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.settings import build, read_yaml

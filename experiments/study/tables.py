@@ -1,10 +1,10 @@
-"""The study's tables from its runs, sorted by loss, and every run as a line of CSV.
+"""Prints the study's tables from its runs, sorted by loss, and writes every run as a line of CSV.
 
     python experiments/study/tables.py runs/study/minilm-glue runs/study/minilm-wnut17 --csv experiments/study/runs.csv
-    python experiments/study/tables.py --from experiments/study/runs.csv
+    python experiments/study/tables.py --from experiments/study/runs.csv        # the tables of tables.md
 
-A method's rate is the one of least loss on seed 0; the figures are means over the seeds that ran at this rate, with half the
-95% interval of Student's t where there are at least three.
+A method's rate is the one with the least loss on seed 0. The figures are means over the seeds that ran at this rate, with half
+the 95% interval of Student's t if there are at least three seeds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
-from unmask.lab.study.protocols import interval
+from unmask.lab.figures.estimates import interval
 from unmask.lab.study.records import trained_weights
 
 FIELDS = ("model", "task", "budget", "method", "seed", "lr", "weights", "steps", "loss", "score", "metric", "seconds")
@@ -26,13 +26,13 @@ NAMES = {
     "rte": "RTE", "wnut17": "WNUT-17", "gsm8k": "GSM8K", "dev_f1": "F1", "pearson_spearman": "(Pearson + Spearman) / 2",
     "token_accuracy": "accuracy by token",
 }  # fmt: skip
-# the recipe's name in each model's sweep: MPNet's head has a hidden layer, and so a rate of its own
+# The recipe's name in each model's sweep. MPNet's head has a hidden layer, so it has its own learning rate.
 RECIPE = {"minilm": "random-linear", "mpnet": "random-linear-head", "smollm2": "random-linear"}
 Run = dict[str, str]
 
 
 def read(folders: list[Path]) -> list[Run]:
-    """The finished runs of some sweeps, each named for its model: minilm-glue."""
+    """Returns the finished runs of some sweeps, whose names begin with the model: minilm-glue."""
     model = {f: json.loads((f / "sweep.json").read_text(encoding="utf-8"))["name"].split("-")[0] for f in folders}
     runs = []
     for folder, file in sorted((f, file) for f in folders for file in f.glob("results/*.json")):
@@ -42,7 +42,7 @@ def read(folders: list[Path]) -> list[Run]:
             continue
         labels, summary = result["labels"], result["summary"]
         metric, score = result["metric"], result["score"]
-        if metric == "-loss":  # word problems that were not solved
+        if metric == "-loss":  # The word problems were not solved, so there is no other score.
             metric, score = "token_accuracy", summary["after"]["token_accuracy"]
         values = {
             "model": model[folder],
@@ -51,7 +51,7 @@ def read(folders: list[Path]) -> list[Run]:
             "method": labels["method"],
             "lr": labels["lr"],
             "seed": labels["seed"],
-            "weights": trained_weights(summary),  # without the new classifier, which every method trains whole
+            "weights": trained_weights(summary),  # The new classifier, which every method trains whole, is not counted.
             "steps": summary["steps"],
             "loss": result["loss"] if result["loss"] is not None else "inf",
             "score": score if score is not None else 0.0,
@@ -63,7 +63,7 @@ def read(folders: list[Path]) -> list[Run]:
 
 
 def chosen(runs: list[Run]) -> tuple[str, list[Run], str]:
-    """The rate of least loss on seed 0, its runs, and a mark if it is the lowest or highest that was tried."""
+    """Returns the rate with the least loss on seed 0, its runs, and a mark if it is the lowest or highest rate tried."""
     tried = {run["lr"]: float(run["loss"]) for run in runs if run["seed"] == "0"}
     rate = min(tried, key=lambda lr: tried[lr])
     order = sorted(tried, key=float)
@@ -73,17 +73,17 @@ def chosen(runs: list[Run]) -> tuple[str, list[Run], str]:
 
 
 def named(key: str) -> str:
-    """As the field writes it."""
+    """Returns the usual spelling of a name."""
     return NAMES.get(key, key)
 
 
 def in_order(budgets: set[str]) -> list[str]:
-    """Shares of the weights, the least first."""
+    """Sorts shares of the weights, the least first."""
     return sorted(budgets, key=lambda text: float(text.rstrip("%")))
 
 
 def cells(runs: list[Run]) -> dict[tuple[str, str, str], list[Run]]:
-    """The runs of each model, task and budget; those with a count of their own (full, BitFit) stand beside each budget."""
+    """Groups runs by model, task and budget; runs without a budget (full, BitFit) are in the group of every budget."""
     found = {}
     for model, task in dict.fromkeys((run["model"], run["task"]) for run in runs):
         here = [run for run in runs if (run["model"], run["task"]) == (model, task)]
@@ -93,7 +93,7 @@ def cells(runs: list[Run]) -> dict[tuple[str, str, str], list[Run]]:
 
 
 def by_method(runs: list[Run]) -> dict[str, list[Run]]:
-    """A cell's runs of each method."""
+    """Groups runs by method."""
     found = defaultdict(list)
     for run in runs:
         found[run["method"]].append(run)
@@ -101,7 +101,7 @@ def by_method(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def rates(runs: list[Run]) -> str:
-    """The rate of least loss on seed 0 at each budget, of the cells where a method ran at more than one."""
+    """Returns the table of the best rates on seed 0 by budget, for the methods that ran at several budgets."""
     found: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
     for (model, task, budget), members in cells(runs).items():
         for method, own in by_method([run for run in members if run["budget"] == budget]).items():
@@ -116,7 +116,7 @@ def rates(runs: list[Run]) -> str:
 
 
 def figure(values: list[float], digits: int, scale: float = 1.0, sign: str = "") -> str:
-    """Mean and half the interval."""
+    """Returns the mean, and half the interval if there are three values or more."""
     mean = f"{scale * fmean(values):{sign}.{digits}f}"
     if len(values) < 3:
         return mean
@@ -145,7 +145,7 @@ def table(runs: list[Run]) -> tuple[str, dict[str, float]]:
 
 
 def ranks(losses: dict[tuple[str, str], dict[str, float]], tasks: list[tuple[str, str]]) -> str:
-    """Each method's place by loss on the tasks, among the methods that ran on all of them, and the mean place."""
+    """Returns the table of each method's place by loss among the methods that ran on all tasks, and of the mean place."""
     losses = {
         task: {"recipe" if m == RECIPE[task[1]] else m: loss for m, loss in losses[task].items()} for task in tasks
     }
@@ -162,10 +162,11 @@ def ranks(losses: dict[tuple[str, str], dict[str, float]], tasks: list[tuple[str
     return "\n".join(lines)
 
 
-def beside(runs: list[Run], budget: str, against: str) -> str:
-    """Each method's loss over that of one of them less 1, in percent, seed by seed: means over the seeds that both have.
+def compared(runs: list[Run], budget: str, against: str) -> str:
+    """Returns the table of each method's loss relative to that of one method, in percent.
 
-    The last column: the mean of the tasks' means, with half the interval over tasks.
+    The losses are compared seed by seed and averaged over the seeds that both methods have. The last column is the mean of the
+    tasks' means, with half the interval over tasks.
     """
     found: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(dict)
     tasks = []
@@ -192,13 +193,13 @@ def beside(runs: list[Run], budget: str, against: str) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help="folders of unmask sweep")
-    parser.add_argument("--from", dest="source", type=Path, help="a CSV of this command instead")
+    parser.add_argument("--from", dest="source", type=Path, help="read the runs from a CSV file of this command instead")
     parser.add_argument("--csv", type=Path, help="write the runs here")
     parser.add_argument("--budget", default="0.2%", help="the budget of the tables of places")
-    parser.add_argument("--against", default="recipe", help="the method that the others' losses are held against")
+    parser.add_argument("--against", default="recipe", help="the method with which the others' losses are compared")
     parser.add_argument("--chosen-on", default="sst2,mrpc,cola")
     parser.add_argument("--confirmed-on", default="stsb,wnut17,rte")
     given = parser.parse_args()
@@ -214,19 +215,19 @@ def main() -> None:
     losses: dict[tuple[str, str], dict[str, float]] = {}
     for model, task, budget in sorted(found, key=lambda key: (*role, key[1]).index(key[1])):
         text, means = table(found[model, task, budget])
-        print(f"### {named(task)}, {named(model)}, {budget}{f' ({role[task]})' if task in role else ''}\n\n{text}\n")
+        print(f"## {named(task)}, {named(model)}, {budget}{f' ({role[task]})' if task in role else ''}\n\n{text}\n")
         if budget == given.budget:
             losses[task, model] = means
     for title in dict.fromkeys(role.values()):
         tasks = [cell for cell in losses if role.get(cell[0]) == title]
         one_model = [cell for cell in tasks if cell[1] == tasks[0][1]]
         if len(one_model) < len(tasks):
-            print(f"### Places by loss at {given.budget}, {title}, one model\n\n{ranks(losses, one_model)}\n")
+            print(f"## Places by loss at {given.budget}, {title}, one model\n\n{ranks(losses, one_model)}\n")
         if tasks:
-            print(f"### Places by loss at {given.budget}, {title}, all\n\n{ranks(losses, tasks)}\n")
-    title = f"### Loss over that of {given.against}, at {given.budget}, in percent"
-    print(f"{title}\n\n{beside(runs, given.budget, given.against)}\n")
-    print(f"### Rates by budget\n\n{rates(runs)}")
+            print(f"## Places by loss at {given.budget}, {title}, all\n\n{ranks(losses, tasks)}\n")
+    title = f"## Loss over that of {given.against}, at {given.budget}, in percent"
+    print(f"{title}\n\n{compared(runs, given.budget, given.against)}\n")
+    print(f"## Rates by budget\n\n{rates(runs)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from unmask.version import __version__
 
 if TYPE_CHECKING:
-    from unmask.delta.delta import SparseDelta, SparseTensor
+    from unmask.delta.delta import SparseDelta
+    from unmask.delta.sparse import SparseTensor
     from unmask.errors import (
         ConfigError,
         DataError,
@@ -91,7 +92,8 @@ __all__ = [
 _HOMES = {
     "unmask.errors": {name for name in __all__ if name.endswith(("Error", "Warning"))},
     "unmask.selection.clipping": {"clip_grad_norm_"},
-    "unmask.delta.delta": {"SparseDelta", "SparseTensor"},
+    "unmask.delta.sparse": {"SparseTensor"},
+    "unmask.delta.delta": {"SparseDelta"},
     "unmask.methods.heuristics": {"Heuristic", "heuristic", "heuristic_names", "register_heuristic"},
     "unmask.methods.schedules": {"SCHEDULES", "Schedule", "schedule"},
     "unmask.methods.scopes": {"Scope", "patterns"},

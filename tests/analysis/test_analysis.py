@@ -325,8 +325,8 @@ def test_the_order_survives_the_file_and_costs_four_bytes_a_weight(tmp_path):
     again = SparseDelta.load(tmp_path / "1.safetensors")
     for name, entry in ordered.sparse.items():
         assert torch.equal(entry.slots, again.sparse[name].slots)
-        assert torch.equal(selection._table.positions[entry.slots], entry.indices + selection._layout.starts[
-            selection._layout.names.index(name)])  # fmt: skip
+        assert torch.equal(selection.ledger.positions[entry.slots], entry.indices + selection.ledger.layout.starts[
+            selection.ledger.layout.names.index(name)])  # fmt: skip
     again.apply(base)
     assert all(torch.equal(a, b) for a, b in zip(snapshot(base).values(), snapshot(tuned).values(), strict=True))
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import as_lists, assert_same_tensors, first_k, mlp, snapshot
+from models import bert_classifier
 from torch import nn
 from torch.nn import functional as F
 
@@ -121,12 +122,8 @@ def test_the_estimate_is_the_loop_over_single_examples(sample_type, grad_type, s
 
 @both
 def test_a_transformers_model(sample_type, grad_type):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=8, num_labels=CLASSES, problem_type="single_label_classification",
-    )  # fmt: skip
-    model = transformers.BertForSequenceClassification(config)
+    labels = {"num_labels": CLASSES, "problem_type": "single_label_classification"}
+    model = bert_classifier(12, intermediate_size=24, max_position_embeddings=8, initializer_range=0.02, **labels)
     data = loader([4, 4, 4])
     for batch in data:
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])

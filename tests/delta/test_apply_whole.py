@@ -21,7 +21,7 @@ import unmask.delta.delta as delta_module
 import unmask.peft
 from unmask import DeltaError, SparseDelta
 from unmask.delta import fingerprint
-from unmask.delta.delta import base_tensors
+from unmask.delta.base import base_tensors
 from unmask.delta.fingerprint import same_bits, same_entries
 from unmask.delta.writable import find_unwritable
 

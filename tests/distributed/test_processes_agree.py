@@ -16,7 +16,7 @@ from commands import run as command
 from tiny import tiny_world
 
 from unmask import SparseDelta
-from unmask.distributed.agreeing import difference, header
+from unmask.distributed.facts import difference, header
 
 EXPECTED = {  # what the error of both processes must say
     "another_schedule": ["b(1) is 1 in process 1 and 2 in process 0"],

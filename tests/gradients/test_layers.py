@@ -205,7 +205,7 @@ def test_dense_gradients_are_received_one_by_one_and_let_go(mode):
 
     def counting(index, gradient, entries):
         most.append(len(behind))
-        behind.discard(selection._layout.names[index])
+        behind.discard(selection.ledger.layout.names[index])
         alive.append(weakref.ref(gradient))
         receive(index, gradient, entries)
         assert sum(ref() is not None for ref in alive) == 1
@@ -248,8 +248,8 @@ def test_a_step_without_newcomers_asks_for_no_gradient_of_tensors_without_slots(
     selection = unmask.select(model, unmask.bitfit(), include=r"^0\.")
     inputs = torch.randn(2, 6)
     out = mean_square(model, inputs)
-    sites = [p.__dict__["_unmask_site"] for p in selection._layout.tensors]
-    assert [site.tapped is not None for site in sites] == [True]
+    sites = [p.__dict__["_unmask_site"] for p in selection.ledger.layout.tensors]
+    assert [site.stand_in is not None for site in sites] == [True]
     out.backward()
     assert selection.values.grad.abs().sum() > 0
 

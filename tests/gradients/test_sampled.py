@@ -8,8 +8,9 @@ import threading
 import pytest
 import torch
 
-from unmask.gradients.entries import Entries
-from unmask.gradients.sampled import by_rows, choose, sampled_product, spread, take_gradient
+from unmask.gradients.embedding import embedding_gradient
+from unmask.gradients.entries import Entries, take_gradient
+from unmask.gradients.sampled import choose, sampled_product, spread
 
 CPU = torch.device("cpu")
 HOW = ["compact", "sampled"]
@@ -245,7 +246,7 @@ def test_an_embeddings_gradient_by_rows_is_autograds(padding):
     weight = torch.randn(12, 5, requires_grad=True)
     g = torch.randn(70, 5)
     torch.nn.functional.embedding(ids, weight, padding).backward(g)
-    rows = by_rows(g, ids, torch.Size((12, 5)), padding)
+    rows = embedding_gradient(g, ids, torch.Size((12, 5)), padding)
     assert rows.is_coalesced()
     torch.testing.assert_close(rows.to_dense(), weight.grad)
     entries = entries_of(12, 5, range(0, 60, 3))
@@ -257,7 +258,7 @@ def test_an_embeddings_gradient_by_rows_is_autograds(padding):
 def test_rows_at_the_ends_of_the_table(ids):
     g = torch.randn(len(ids), 5)
     expected = torch.zeros(12, 5).index_add_(0, torch.tensor(ids, dtype=torch.int64), g)
-    rows = by_rows(g, torch.tensor(ids, dtype=torch.int64), torch.Size((12, 5)), padding=0)
+    rows = embedding_gradient(g, torch.tensor(ids, dtype=torch.int64), torch.Size((12, 5)), padding=0)
     expected[0] = 0
     for flat in ([], [0], [59], range(60)):
         entries = entries_of(12, 5, flat)

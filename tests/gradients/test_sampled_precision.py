@@ -45,8 +45,8 @@ def exact(selection, g, x, transposed):
     """The gradient at the slots in float64, of g and x as they are."""
     g, x = g.double().reshape(-1, g.shape[-1]), x.double().reshape(-1, x.shape[-1])
     whole = {"weight": x.t() @ g if transposed else g.t() @ x, "bias": g.sum(0)}
-    flat = torch.cat([whole[name].reshape(-1) for name in selection._layout.names])
-    return flat[selection._table.positions]
+    flat = torch.cat([whole[name].reshape(-1) for name in selection.ledger.layout.names])
+    return flat[selection.ledger.positions]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -99,7 +99,7 @@ def test_autocast_of_one_layer(given, dtype, shape, bias, how):
     assert torch.equal(x.grad, twin.grad)
     eps = torch.finfo(dtype if how == "compact" else torch.float32).eps
     wanted = exact(selection, g, x.detach().to(dtype), False).float()
-    names = selection._layout.names  # the bias is summed in float32 either way
+    names = selection.ledger.layout.names  # the bias is summed in float32 either way
     assert selection.values.grad.shape == wanted.shape
     assert names == (["bias", "weight"] if bias else ["weight"])
     torch.testing.assert_close(selection.values.grad, wanted, rtol=20 * eps, atol=60 * eps)
@@ -190,7 +190,7 @@ def test_the_converted_input_is_that_of_the_moment():
         second = model[1](x)
     torch.testing.assert_close(second, 3 * first, rtol=2e-2, atol=1e-2)
     (first.sum() + second.sum()).backward()
-    halves = selection.values.grad[selection._table.positions.argsort()].view(2, -1)  # a slot's number is its rank
+    halves = selection.values.grad[selection.ledger.positions.argsort()].view(2, -1)  # a slot's number is its rank
     torch.testing.assert_close(halves[1], 3 * halves[0], rtol=2e-2, atol=1e-2)
 
 

@@ -236,7 +236,7 @@ def test_rows_that_no_token_reads_keep_a_zero_gradient_and_are_not_moved_by_it(h
     base, selection = weights(model), unmask.select(model, unmask.random_mask("100%"), gradients="sampled")
     ids = torch.tensor([[5, 3, 5], [39, 3, 0]])
     loss_of(model, ids).backward()
-    positions = selection._table.positions
+    positions = selection.ledger.positions
     read = torch.isin(positions // 4, torch.tensor([0, 5, 39]))
     assert (selection.values.grad[read] != 0).all()
     assert (selection.values.grad[~read] == 0).all()

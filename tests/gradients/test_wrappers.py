@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import as_lists, assert_same_tensors, batches, mlp, snapshot, train
+from models import bert_classifier
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import unmask
-from unmask.delta.record import missing_from_checkpoint
+from unmask.delta.base import missing_from_checkpoint
 from unmask.errors import DeltaError, MethodError
 
 dynamo_looks = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -112,17 +113,8 @@ def test_a_wrapped_model_is_known_to_be_selected_from():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 30,
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-    }
-    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(folder)
+    bert_classifier(30, hidden_size=8, num_hidden_layers=1, intermediate_size=16).base_model.save_pretrained(folder)
     return folder
 
 

@@ -45,21 +45,6 @@ def named(model):
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("build", [sft, dpo, grpo])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(build, tmp_path):
-    results = []
-    for name, stop in (("straight", None), ("resumed", 2)):
-        model = llama()
-        trainer = build(tmp_path / name, model, save_strategy="steps", save_steps=1)
-        callback = seated(trainer)
-        checkpoint = None if stop is None else str(tmp_path / "straight" / f"checkpoint-{stop}")
-        trainer.train(resume_from_checkpoint=checkpoint)
-        results.append(snapshot(model) | {"values": callback.live.values.detach(), "rng": torch.get_rng_state()})
-    assert_same_tensors(*results)
-    weights = [path for path in (tmp_path / "straight").rglob("*.safetensors") if path.name != "selection.safetensors"]
-    assert not weights
-
-
 def test_dense_tensors_and_clipping_by_the_whole_norm_and_the_delta(tmp_path):
     model = llama()
     base = snapshot(model)

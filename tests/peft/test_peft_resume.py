@@ -51,39 +51,6 @@ def state_of(trainer) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["id3", "repeat_d3", "pafi", "random_mask"])
-def test_resume_from_checkpoint_with_the_config_alone(method, dtype, tmp_path):
-    settings = {
-        "given": {"method": method},
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "gradient_accumulation_steps": 2,
-    }
-    straight = peft_trainer(tmp_path / "straight", bert().to(dtype), **settings)
-    straight.train()
-    expected, steps = state_of(straight), straight.state.max_steps
-    for stop in (1, steps - 1):
-        resumed = peft_trainer(tmp_path / f"resumed-{stop}", bert().to(dtype), **settings)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{stop}"))
-        assert_same_tensors(expected, state_of(resumed))
-
-
-@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "sgd"])
-def test_resume_with_other_optimizers_and_bf16_autocast(optim, tmp_path):
-    if optim == "adamw_bnb_8bit":
-        pytest.importorskip("bitsandbytes")
-    settings = {
-        "given": {"budget": 5_000, "target_modules": None}, "save_strategy": "steps", "save_steps": 3, "optim": optim,
-        "bf16": True,
-    }  # fmt: skip
-    straight = peft_trainer(tmp_path / "straight", bert(32), **settings)
-    straight.train()
-    resumed = peft_trainer(tmp_path / "resumed", bert(32), **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-6"))
-    assert_same_tensors(state_of(straight), state_of(resumed))
-
-
 def test_a_checkpoint_has_o_of_b_bytes(tmp_path):
     sizes = {}
     for width, budget in ((16, 60), (64, 60), (64, 10_060)):

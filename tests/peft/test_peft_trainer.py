@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import assert_same_tensors, snapshot
-from pages import run_page
+from models import bert_classifier
 from peft_nets import NO_BASE_FILE, OLD_NAMES, base_state, optimizer_of, run, wrapped
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 import peft
 import unmask.peft
@@ -22,9 +22,7 @@ pytestmark = [
 
 
 def base() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    small = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    return BertForSequenceClassification(small)
+    return bert_classifier(64, num_hidden_layers=1, initializer_range=0.02)
 
 
 def data() -> list[dict]:
@@ -87,15 +85,3 @@ def test_training_goes_on_after_the_values_were_moved():
         run(model, 1, optimizer, seed)
         run(alone, 1, other, seed)
     assert_same_tensors(base_state(alone), base_state(model))
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-def test_the_page_runs(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("trl")
-    monkeypatch.chdir(tmp_path)
-    page = run_page("peft.md")
-    line = "default (id3): 320 weights selected of a budget of 320, step 4 of 4; 66 numbers trained whole in modules_to_save"
-    assert line in capsys.readouterr().out.splitlines()
-    straight, resumed = (page[name].model for name in ("straight", "resumed"))
-    assert straight.base_model.deltas.active.used == 50
-    assert_same_tensors(base_state(straight), base_state(resumed))

@@ -29,36 +29,13 @@ def adapter_of(model: peft.PeftModel):
     return model.base_model.deltas.active
 
 
-def state_of(trainer) -> dict[str, torch.Tensor]:
-    adapter = adapter_of(trainer.model)
-    moments = [v for state in trainer.optimizer.state.values() for v in state.values()]
-    return {
-        **snapshot(trainer.model.get_base_model()),
-        **{f"moment {i}": torch.as_tensor(v) for i, v in enumerate(moments)},
-        **{name: t for name, t in vars(adapter.slots()).items() if isinstance(t, torch.Tensor)},
-        "rng": torch.get_rng_state(),
-    }
-
-
 @pytest.mark.parametrize("build", [sft, dpo, grpo])
-def test_the_budget_moves_and_a_resumed_run_is_bitwise_the_uninterrupted_one(build, tmp_path):
-    states = []
-    accumulation = 1 if build is grpo else 2  # a resumed GRPO run with accumulation differs with LoRA too
-    settings = {
-        "gradient_accumulation_steps": accumulation,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "max_grad_norm": 0.1,
-    }
-    for name, stop in (("straight", None), ("resumed", 2)):
-        trainer = build(tmp_path / name, llama(), peft_config=config(), **settings)
-        checkpoint = None if stop is None else str(tmp_path / "straight" / f"checkpoint-{stop}")
-        trainer.train(resume_from_checkpoint=checkpoint)
-        states.append(state_of(trainer))
-        adapter = adapter_of(trainer.model)
-        assert (adapter.used, adapter.step, trainer.state.global_step) == (BUDGET, 4, 4)
-        assert all(row["grad_norm"] > 0 for row in trainer.state.log_history if "grad_norm" in row)
-    assert_same_tensors(*states)
+def test_the_budget_moves_and_the_rest_is_the_base(build, tmp_path):
+    trainer = build(tmp_path, llama(), peft_config=config(), gradient_accumulation_steps=2, max_grad_norm=0.1)
+    trainer.train()
+    adapter = adapter_of(trainer.model)
+    assert (adapter.used, adapter.step, trainer.state.global_step) == (BUDGET, 4, 4)
+    assert all(row["grad_norm"] > 0 for row in trainer.state.log_history if "grad_norm" in row)
     base = dict(llama().named_parameters())
     changed = sum(int((p != base[name]).sum()) for name, p in trainer.model.get_base_model().named_parameters())
     assert changed == BUDGET

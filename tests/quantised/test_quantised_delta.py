@@ -47,7 +47,7 @@ def test_saved_loaded_and_applied_it_computes_bit_for_bit(kind, mode, tmp_path):
     assert payload(fresh).keys() == before.keys()
     for name in selection.indices:
         tensor = weights(fresh)[name]
-        slots = selection._table.members(selection._layout.names.index(name)).slots
+        slots = selection.ledger.members(selection.ledger.layout.names.index(name)).slots
         if isinstance(tensor, QuantisedTensor):
             assert torch.equal(take(tensor, selection.indices[name]), selection.values.detach()[slots])
     displaced.apply(fresh)

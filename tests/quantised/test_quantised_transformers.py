@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from models import bert_classifier
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
     BitsAndBytesConfig,
     TrainingArguments,
@@ -25,7 +23,6 @@ from unmask.quantised.layers import has_sidecars
 
 pytest.importorskip("bitsandbytes")
 
-PAGE = ROOT / "docs" / "quantised.md"
 EXAMPLES = [{"input_ids": torch.arange(i, i + 12) % 50, "labels": i % 2} for i in range(32)]
 KINDS = ("int8", "nf4")
 
@@ -33,19 +30,8 @@ KINDS = ("int8", "nf4")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     """A float checkpoint of a tiny BERT with its head."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
     path = tmp_path_factory.mktemp("bert")
-    BertForSequenceClassification(config).save_pretrained(path)
+    bert_classifier(hidden_size=64, intermediate_size=128, initializer_range=0.02).save_pretrained(path)
     return str(path)
 
 
@@ -142,15 +128,3 @@ def test_apply_writes_no_checkpoint_that_lacks_the_delta(folder, tmp_path, monke
     with pytest.raises(ConfigError, match="dequantise_and_merge"):
         run_apply(folder, path, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-
-
-def test_the_pages_example_runs(folder, tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    rows = [torch.stack([e["input_ids"] for e in EXAMPLES[i : i + 8]]) for i in (0, 8, 16, 24)]
-    names = {"folder": folder, "batches": [{"input_ids": ids, "labels": torch.arange(8) % 2} for ids in rows]}
-    exec(code, names)
-    assert names["selection"].used == 200
-    assert not has_sidecars(names["fresh"])
-    names["displaced"] = unmask.SparseDelta.load("delta.safetensors").apply(names["fresh"])
-    assert torch.equal(logits(names["fresh"]), logits(names["model"]))

@@ -156,7 +156,7 @@ def test_a_slot_that_changes_hands_starts_with_fresh_optimizer_state():
         mean_square(model, x).backward()
         gradient = selection.values.grad.clone()
         optimizer.step()
-        now = selection._table.positions.clone()
+        now = selection.ledger.positions.clone()
         if before is not None and (now != before).any():
             entered = now != before
             momentum = optimizer.state[selection.values]["momentum_buffer"]

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from helpers import assert_same_tensors, batches, id3_run, mean_square, mlp, snapshot, train
+from models import llama_writer
 from torch import nn
 
 import unmask
@@ -142,15 +143,7 @@ def test_what_was_put_back_trains_on():
 
 
 def test_resized_token_embeddings_move_no_other_weight():
-    transformers = pytest.importorskip("transformers")
-    sizes = {
-        "vocab_size": 20,
-        "hidden_size": 8,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True))
+    model = llama_writer(20, hidden_size=8, intermediate_size=16, num_hidden_layers=1, tie_word_embeddings=True)
     selection = unmask.select(model, unmask.id3(30, steps=2))
     torch.optim.AdamW(selection.parameters(), lr=0.05)
     model.resize_token_embeddings(30)
@@ -197,7 +190,7 @@ def test_a_converted_model_has_the_delta_of_the_converted_base():
     x = batches(1)[0].bfloat16()
     loss = mean_square(model, x)  # the masters are rounded into the tensors again
     for name, flat in selection.indices.items():
-        entries = selection._table.members(selection._layout.names.index(name))
+        entries = selection.ledger.members(selection.ledger.layout.names.index(name))
         expected = selection.values.detach()[entries.slots].bfloat16()
         assert torch.equal(model.get_parameter(name).detach().reshape(-1)[flat], expected)
     loss.backward()

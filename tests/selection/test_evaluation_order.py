@@ -9,9 +9,9 @@ import pytest
 from letters import letters_tokenizer
 from torch.utils.data import DataLoader
 
-from unmask.lab.tasks.splits import evaluate_splits
-from unmask.lab.tasks.text.data import Examples
+from unmask.lab.tasks.split import evaluate_splits
 from unmask.lab.tasks.text.run import Encoded
+from unmask.lab.tasks.text.spec import Examples
 
 
 class OneTrainer:

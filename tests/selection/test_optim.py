@@ -221,7 +221,7 @@ def test_a_selected_weight_whose_gradient_is_zero_grows_old_like_the_others():
     model = nn.Embedding(10, 4)
     selection = unmask.select(model, unmask.random_mask(30))
     optimizer = SelectiveAdamW(selection.parameters(), lr=LR, weight_decay=0.0, bias_correction="entry")
-    rows = selection._table.positions // 4
+    rows = selection.ledger.positions // 4
     assert (rows == 9).any()
     for step in range(6):
         model(torch.tensor([9 if step == 5 else 0])).square().sum().backward()
@@ -250,10 +250,10 @@ def test_slots_not_in_use_stay_untouched(bias_correction):
 def test_a_slot_that_changes_hands_is_young_again():
     _, selection, optimizer = begin("repeat_d3", bias_correction="entry")
     train(selection.model, optimizer, data(10))
-    before = selection._table.positions.clone()
+    before = selection.ledger.positions.clone()
     ages = optimizer.state[selection.values]["age"].clone()
     train(selection.model, optimizer, data(12)[10:11])
-    changed = selection._table.positions != before
+    changed = selection.ledger.positions != before
     assert changed.any()
     assert not changed.all()
     expected = torch.where(changed, 1.0, ages + 1)

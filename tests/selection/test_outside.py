@@ -123,9 +123,9 @@ def test_a_converted_model_keeps_training():
     train(model, optimizer, batches(1))
     model.to(torch.float64)
     train(model, optimizer, batches(2, dtype=torch.float64))
-    held = selection._table.positions[: selection.used]
+    held = selection.ledger.positions[: selection.used]
     assert selection.step == 3
-    assert torch.equal(selection._layout.read(held, torch.float32), selection.values.detach()[: selection.used])
+    assert torch.equal(selection.ledger.layout.read(held, torch.float32), selection.values.detach()[: selection.used])
 
 
 # Dynamo looks at the .grad of every tensor that it meets in a frame.

@@ -116,7 +116,7 @@ def test_the_paper_s_algorithm_step_by_step_and_bit_for_bit(strategy, stride, ep
         assert paper.mask.sum() == method_of(strategy).cumulative(t, BUDGET)
         for (name, p), q in zip(sorted(model.named_parameters()), paper.tensors, strict=True):
             assert torch.equal(p, q), (t, name)
-    positions = selection._table.positions[: selection.used]
+    positions = selection.ledger.positions[: selection.used]
     assert torch.equal(selection.values[: selection.used], paper.theta[positions])
     assert not selection.values[selection.used :].any()
     if strategy == "repeat":
@@ -144,15 +144,15 @@ def test_slots_are_in_order_of_first_pick_and_untouched_weights_are_the_base_s()
     model, selection, optimizer = begin()
     base, seen = snapshot(model), 0
     for t in range(8):
-        before = selection._table.positions.clone()
+        before = selection.ledger.positions.clone()
         run(model, optimizer, [t])
-        assert torch.equal(selection._table.positions[:seen], before[:seen])
+        assert torch.equal(selection.ledger.positions[:seen], before[:seen])
         assert selection.used > seen
         seen = selection.used
     changed = {name: (p != base[name]).reshape(-1) for name, p in model.named_parameters()}
     tuned = flat(selection.indices, model)
     assert not (torch.cat([changed[name] for name in sorted(changed)]) & ~tuned).any()
-    assert torch.equal(selection._table.positions.sort().values.unique()[1:], tuned.nonzero().squeeze(1))
+    assert torch.equal(selection.ledger.positions.sort().values.unique()[1:], tuned.nonzero().squeeze(1))
 
 
 @pytest.mark.parametrize("stop", [0, 3, 4, 5])
@@ -251,7 +251,7 @@ def test_micro_batches_pick_by_their_sum(accumulation, stride):
 
 def dense_gradient(selection: unmask.Selection) -> Tensor:
     """The gradient of ``values`` at its place among all weights."""
-    positions, tentative = selection._table.positions.clone(), selection._window.tentative
+    positions, tentative = selection.ledger.positions.clone(), selection.ledger.tentative
     if tentative is not None:
         positions[tentative.slots] = tentative.positions
     gradient = torch.zeros_like(selection.values)

@@ -67,8 +67,8 @@ def test_half_precision_weights_are_the_rounding_of_their_masters(dtype):
     selection, optimizer = id3_run(model)
     for x in batches(6, dtype=dtype):
         train(model, optimizer, [x])
-        held = selection._table.positions[: selection.used]
-        weights = selection._layout.read(held, torch.float32)
+        held = selection.ledger.positions[: selection.used]
+        weights = selection.ledger.layout.read(held, torch.float32)
         assert torch.equal(weights, selection.values[: selection.used].to(dtype).float())
     assert selection.values.dtype == torch.float32
     assert not torch.equal(weights, selection.values)
@@ -113,8 +113,8 @@ def test_a_float64_model_has_float64_masters():
     selection, optimizer = id3_run(model)
     train(model, optimizer, batches(5, dtype=torch.float64))
     assert selection.values.dtype == torch.float64
-    held = selection._table.positions
-    assert torch.equal(selection._layout.read(held, torch.float64), selection.values.detach())
+    held = selection.ledger.positions
+    assert torch.equal(selection.ledger.layout.read(held, torch.float64), selection.values.detach())
 
 
 @pytest.mark.parametrize("method", METHODS[:2], ids=lambda m: m.name)

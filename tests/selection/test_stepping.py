@@ -120,9 +120,9 @@ def test_two_selections_on_two_models_in_one_graph_do_not_meddle():
     selections = [unmask.select(first, unmask.random_mask(20)), unmask.select(second, unmask.id3(20, steps=2))]
     loss(first, second, batches(1)[0]).backward()
     for selection, gradients in zip(selections, dense, strict=True):
-        flat = torch.cat([gradients[name].reshape(-1) for name in selection._layout.names])
-        tentative = selection._window.tentative
-        positions = selection._table.positions if tentative is None else tentative.positions
+        flat = torch.cat([gradients[name].reshape(-1) for name in selection.ledger.layout.names])
+        tentative = selection.ledger.tentative
+        positions = selection.ledger.positions if tentative is None else tentative.positions
         grad = selection.values.grad if tentative is None else selection.values.grad[tentative.slots]
         torch.testing.assert_close(grad, flat[positions])
     separate = [torch.optim.SGD(s.parameters(), lr=0.1) for s in selections]
@@ -367,9 +367,9 @@ def test_a_slot_that_changes_hands_starts_from_the_code_of_zero_in_an_8_bit_stat
     selection = unmask.select(model, unmask.repeat_d3(30))
     optimizer = EightBit(selection.parameters())
     train(model, optimizer, batches(1))
-    before = selection._table.positions.clone()
+    before = selection.ledger.positions.clone()
     train(model, optimizer, [9 * x for x in batches(3)[2:]])
-    entered = selection._table.positions != before
+    entered = selection.ledger.positions != before
     assert entered.any()
     assert (optimizer.state[selection.values]["state1"] == 3 - entered.to(torch.uint8)).all()
 

@@ -21,7 +21,7 @@ STEPS = 6
 def selected(model: nn.Module, selection: Selection) -> Tensor:
     """What the model holds at the slots, in slot order."""
     weights = torch.cat([p.detach().reshape(-1) for _, p in sorted(model.named_parameters())])
-    return weights[selection._table.positions[: selection.used]]
+    return weights[selection.ledger.positions[: selection.used]]
 
 
 def holds(selection: Selection, wanted: Tensor) -> None:
@@ -95,7 +95,7 @@ def test_each_way_to_read_the_model_sees_the_write(name):
     if seen is None:
         with torch._C.DisableTorchFunctionSubclass():  # so that looking brings nothing in
             weights = torch.cat([p.detach().reshape(-1) for _, p in sorted(selection.model.named_parameters())])
-        seen = weights[selection._table.positions[:20]]
+        seen = weights[selection.ledger.positions[:20]]
     assert torch.equal(seen, new)
 
 
@@ -202,7 +202,7 @@ class Dense:
         self.model = based().requires_grad_(False)
         self.names = sorted(n for n, _ in self.model.named_parameters())
         self.base = torch.cat([p.reshape(-1) for _, p in sorted(self.model.named_parameters())])
-        self.positions = selection._table.positions.clone()
+        self.positions = selection.ledger.positions.clone()
         self.values = nn.Parameter(self.base[self.positions].clone())
 
     def loss(self, x: Tensor) -> Tensor:
@@ -421,7 +421,7 @@ def test_schedule_free_keeps_to_the_weights_of_a_static_gradient_method():
     ours.optimizer.param_groups[0]["lr"] = 1e-12
     for x in batches(3):
         ours.step(lambda x=x: mean_square(selection.model, x))
-    base = torch.cat([p.reshape(-1) for _, p in sorted(BASE.items())])[selection._table.positions]
+    base = torch.cat([p.reshape(-1) for _, p in sorted(BASE.items())])[selection.ledger.positions]
     assert torch.allclose(selection.values, base, atol=1e-6)
     again = unmask.select(based(), unmask.static_d3(60))
     again.load_state_dict(selection.state_dict())

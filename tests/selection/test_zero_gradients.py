@@ -151,9 +151,9 @@ def test_where_fewer_weights_have_a_gradient_than_are_due_these_are_selected_and
     with pytest.warns(UnmaskWarning, match="was to select 24 weights and selected 16"):
         assert step("left") == {"left.weight": 16}
     assert step("left") == {"left.weight": 16}
-    held = selection._table.positions[:16].clone()
+    held = selection.ledger.positions[:16].clone()
     assert step("right") == {"left.weight": 16, "right.weight": 8}
-    assert torch.equal(selection._table.positions[:16], held)
+    assert torch.equal(selection.ledger.positions[:16], held)
 
 
 @pytest.mark.filterwarnings("ignore:step .* was to select:unmask.UnmaskWarning")

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
+from models import SIZES
 from transformers import BertConfig
 
 from unmask.lab.bench.settings import BenchSettings
 
 BUDGET = 200
-DIMS = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 32,
-}
+DIMS = {"vocab_size": 60, "max_position_embeddings": 32, **SIZES}
 LINEAR = [(16, 16)] * 4 * 2 + [(16, 32), (32, 16)] * 2 + [(16, 16), (16, 2)]  # two layers, the pooler, the classifier
 
 

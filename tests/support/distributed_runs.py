@@ -72,7 +72,7 @@ def trained(
         for batch in nets.tokens(step, 8 * micro).chunk(micro):
             (nets.loss(model, part(batch)) / micro).backward()
         optimizer.step()
-    return selection._table.positions.clone(), selection.values.detach().clone(), model.state_dict()
+    return selection.ledger.positions.clone(), selection.values.detach().clone(), model.state_dict()
 
 
 def grid(cases: list[dict[str, Any]]) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
@@ -106,7 +106,7 @@ def branches(exchange: str, bucket: int, budget: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
         model(x, range(2) if count == 1 else range(rank, rank + 1)).backward()
         optimizer.step()
-    return selection._table.positions.clone(), selection.values.detach().clone()
+    return selection.ledger.positions.clone(), selection.values.detach().clone()
 
 
 class Cancelling(nn.Module):
@@ -125,7 +125,7 @@ def cancelling(exchange: str) -> list[int]:
     sign = 1.0 if place()[0] == 0 else -1.0
     model(torch.tensor([[*[10.0 * sign] * 5, 1.0]])).backward()
     torch.optim.SGD(selection.parameters(), lr=0.1).step()
-    return selection._table.positions[: selection.used].tolist()
+    return selection.ledger.positions[: selection.used].tolist()
 
 
 def nonfinite(exchange: str) -> tuple[list[str], Tensor, Tensor]:
@@ -145,7 +145,7 @@ def nonfinite(exchange: str) -> tuple[list[str], Tensor, Tensor]:
         except NonFiniteGradientError:
             said.append("refused")
         optimizer.zero_grad()
-    return said, selection._table.positions.clone(), selection.values.detach().clone()
+    return said, selection.ledger.positions.clone(), selection.values.detach().clone()
 
 
 def scaled() -> tuple[list[int], Tensor]:
@@ -164,7 +164,7 @@ def scaled() -> tuple[list[int], Tensor]:
         scaler.update()
         optimizer.zero_grad()
         taken.append(selection.step)
-    return taken, selection._table.positions.clone()
+    return taken, selection.ledger.positions.clone()
 
 
 def with_head(dtype: torch.dtype, wrap: bool, full: bool = False) -> dict[str, Tensor]:
@@ -215,7 +215,7 @@ def in_pairs() -> tuple[Tensor, Tensor]:
         x = torch.randn(8, 6, generator=torch.Generator().manual_seed(10 * step + rank))
         model(x).square().mean().backward()
         optimizer.step()
-    return selection._table.positions.clone(), torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    return selection.ledger.positions.clone(), torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
 def _squares(model: nn.Module, batch: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def apart() -> tuple[str, Tensor]:
     for step in range(2 + place()[0]):
         model(part(torch.randn(8, 6, generator=torch.Generator().manual_seed(step)))).square().mean().backward()
         optimizer.step()
-    return f"{selection.step} steps", selection._table.positions.clone()
+    return f"{selection.step} steps", selection.ledger.positions.clone()
 
 
 # Bytes.
@@ -442,7 +442,7 @@ def outcome(model: nn.Module, selection: unmask.Selection) -> dict[str, Any]:
     delta, total = selection.delta(), sum(p.numel() for p in model.parameters())
     held = sum(p.to_local().numel() if place()[1] > 1 else p.numel() for p in model.parameters())
     result = {
-        "positions": selection._table.positions.clone(),
+        "positions": selection.ledger.positions.clone(),
         "values": selection.values.detach().clone(),
         "delta": {name: entry.values for name, entry in delta.sparse.items()},
         "base": delta.base,
@@ -534,7 +534,7 @@ def fsdp_head() -> tuple[Tensor, Tensor, Tensor]:
         nets.loss(model, part(fsdp_batch(step))).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return selection._table.positions.clone(), selection.values.detach().clone(), model.head.weight.detach().clone()
+    return selection.ledger.positions.clone(), selection.values.detach().clone(), model.head.weight.detach().clone()
 
 
 def fsdp_refused() -> dict[str, str]:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import os
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from models import bert_classifier
+from pages import blocks
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import unmask
 from unmask import SelectionError
 from unmask.integrations.trainer import SelectiveTrainer
 
-PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
-
 
 def snippet(number: int) -> str:
-    """A Python block of the page."""
-    return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[number]
+    """A Python block of docs/distributed.md."""
+    return blocks("distributed.md", "python")[number]
 
 
 def script(folder: str, code: str) -> None:
@@ -60,8 +58,7 @@ def accelerated(folder: str, accumulation: int) -> None:
 
 def refused(folder: str) -> str:
     """What ``SelectiveTrainer`` says to FSDP in the arguments."""
-    config = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    model = BertForSequenceClassification(config)
+    model = bert_classifier(30)
     settings = TrainingArguments(folder, use_cpu=True, fsdp=True, fsdp_config={"version": 2}, report_to="none")
     selection = unmask.select(model, unmask.id3(20, steps=2))
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
@@ -93,12 +90,7 @@ def trainer(folder: str, early: bool = False, dies: bool = False, resume: bool =
     os.chdir(folder)
     count, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     settings = TrainingArguments("out", use_cpu=True) if not early else None
-    torch.manual_seed(0 if early else rank)
-    config = BertConfig(
-        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.4,
-    )  # fmt: skip
-    model = BertForSequenceClassification(config)
+    model = bert_classifier(30, seed=0 if early else rank)
     selection = unmask.select(model, unmask.id3(200, steps=12, stride=2), dense="classifier")
     generator = torch.Generator().manual_seed(3)
     data = [{"input_ids": torch.randint(0, 30, (7,), generator=generator), "labels": i % 2} for i in range(96)]
@@ -127,10 +119,7 @@ def config_alone(folder: str, head: bool = True, resume: bool = False) -> None:
     import unmask.peft
 
     os.chdir(folder)
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.4}
-    base = BertForSequenceClassification(BertConfig(**sizes, **still, intermediate_size=32))
+    base = bert_classifier(30)
     given = unmask.peft.SelectiveConfig(
         task_type="SEQ_CLS" if head else None, budget=200, stride=2, target_modules=["query", "dense"]
     )

@@ -54,10 +54,10 @@ def dense_gradients(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> di
 
 def gradient_at_slots(selection: Selection, gradients: dict[str, Tensor]) -> Tensor:
     """The entries of dense gradients at the slots, in slot order."""
-    names, bounds = selection._layout.names, selection._layout.bounds
+    names, bounds = selection.ledger.layout.names, selection.ledger.layout.bounds
     flat = torch.cat([gradients[name].reshape(-1) for name in names])
     assert flat.numel() == bounds[-1]
-    tentative, positions = selection._window.tentative, selection._table.positions.clone()
+    tentative, positions = selection.ledger.tentative, selection.ledger.positions.clone()
     if tentative is not None:
         positions[tentative.slots] = tentative.positions
     return torch.where(positions >= 0, flat[positions], torch.zeros(()).to(flat)).to(selection.values.dtype)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 
 import torch
+from models import bert_classifier
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -15,20 +16,8 @@ VOCABULARY = 20
 
 
 def tiny_bert(seed: int = 0, attention: str = "sdpa") -> BertForSequenceClassification:
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=16,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.4,
-        attn_implementation=attention,
-    )
-    return BertForSequenceClassification(config)
+    sizes = {"intermediate_size": 24, "max_position_embeddings": 16}
+    return bert_classifier(VOCABULARY, seed, **sizes, attn_implementation=attention)
 
 
 def lora_bert(seed: int = 0, base: nn.Module | None = None, attention: str = "sdpa", **settings: object) -> PeftModel:

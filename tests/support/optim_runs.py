@@ -27,12 +27,10 @@ METHODS = {
 }
 
 
-CASES = pytest.mark.parametrize(
-    ("method", "dtype"),
-    [(method, torch.float32) for method in METHODS]
-    + [(method, dtype) for method in ("id3", "repeat_d3") for dtype in (DOUBLE, torch.bfloat16)],
-    ids=str,
-)
+PAIRS = [(method, torch.float32) for method in METHODS] + [
+    (method, dtype) for method in ("id3", "repeat_d3") for dtype in (DOUBLE, torch.bfloat16)
+]
+CASES = pytest.mark.parametrize(("method", "dtype"), PAIRS, ids=str)
 
 
 def begin(method="id3", dtype=torch.float32, make=SelectiveAdamW, dense="^4", **settings):

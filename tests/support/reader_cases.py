@@ -31,11 +31,11 @@ from torch import Tensor, nn
 import peft
 import unmask
 from unmask import SparseDelta, UnmaskError, files
+from unmask.lab.report.context import failures, runs_table
 from unmask.lab.report.reading import read_study
-from unmask.lab.report.runs import failures_section, runs_section
 from unmask.lab.study import expand, parse
+from unmask.lab.study.parsing import read_sweep
 from unmask.lab.study.records import records
-from unmask.lab.study.spec import read_sweep
 from unmask.lab.study.tables import markdown, tables
 from unmask.lab.tasks import load_glue
 from unmask.lab.tasks.math.answers import extract, is_right
@@ -430,7 +430,7 @@ def show(folder: Path) -> str:
     parts = [
         markdown(found) for found in tables(study.cells, study.results, study.protocol, study.choice, study.claims)
     ]
-    parts += [runs_section(study, "s"), failures_section(study)]
+    parts += [str(runs_table(study)), str(failures(study))]
     parts += map(str, records(study.cells, study.results, study.protocol, study.choice))
     return "".join(parts)
 

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from unmask.lab.study import Store, expand, parse
-from unmask.lab.study.runner import plan
+from unmask.lab.study.scheduler import plan
 from unmask.methods.naming import KINDS
 
 EVIL = "<script>alert('x')</script>&\"q\""

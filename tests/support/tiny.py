@@ -7,11 +7,12 @@ import random
 from pathlib import Path
 
 import torch
+from models import bert_config
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertModel, PreTrainedTokenizerFast
 
 GOOD, BAD = ("fine", "lovely", "great", "warm"), ("dull", "awful", "cold", "poor")
 FILLER = ("the", "film", "is", "a", "plot", "with", "actor", "scene", "and", "very")
@@ -22,17 +23,7 @@ def tiny_model(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILLER]
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        initializer_range=0.4,  # random features that a head can use
-    )
-    BertModel(config).save_pretrained(folder)
+    BertModel(bert_config(len(vocabulary), attention_probs_dropout_prob=0.1)).save_pretrained(folder)
     _tokenizer(vocabulary).save_pretrained(folder)
     return folder
 

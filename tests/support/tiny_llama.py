@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import torch
+from models import llama_writer
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<s>", "</s>")
 CHAT = (
@@ -35,20 +36,9 @@ def byte_tokenizer(begin: bool = True) -> PreTrainedTokenizerFast:
 
 
 def llama(dtype: torch.dtype = torch.float32, positions: int = 512) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(byte_tokenizer()),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=positions,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,  # so that what it writes has some variety
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": positions}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return llama_writer(len(byte_tokenizer()), **sizes, **tokens).to(dtype).eval()
 
 
 def save_llama(folder: Path) -> Path:

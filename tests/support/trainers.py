@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from models import bert_classifier
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 import unmask
 from unmask.integrations.trainer import SelectiveCallback
@@ -32,19 +33,9 @@ class Tokens(Dataset):
 
 
 def bert(width: int = 16, dropout: float = 0.1, seed: int = 0) -> BertForSequenceClassification:
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=2 * width,
-        max_position_embeddings=LENGTH,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        initializer_range=0.3,
-    )
-    return BertForSequenceClassification(config)
+    drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "max_position_embeddings": LENGTH}
+    return bert_classifier(VOCABULARY, seed, **sizes, **drops, initializer_range=0.3)
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from models import llama_writer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = ("[PAD]", "[UNK]", "[EOS]", "the", "a", "film", "plot", "is", "was", "very", "good", "fine", "dull", "cold")
 BUDGET = 60
@@ -19,22 +20,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def llama(dropout: float = 0.1) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        pad_token_id=0,
-        eos_token_id=2,
-        bos_token_id=None,
-        attention_dropout=dropout,
-    )
-    return LlamaForCausalLM(config)
+    tokens = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None}
+    return llama_writer(len(WORDS), num_key_value_heads=1, attention_dropout=dropout, **tokens)
 
 
 def settings(folder, **changes):

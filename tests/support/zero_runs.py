@@ -27,7 +27,7 @@ def silent_steps(method: str, exchange: str) -> tuple[list[int], Tensor, Tensor]
         optimizer.step()
         optimizer.zero_grad()
         used.append(selection.used)
-    return used, selection._table.positions.clone(), selection.values.detach().clone()
+    return used, selection.ledger.positions.clone(), selection.values.detach().clone()
 
 
 def grid(cases: list[tuple[str, str]]) -> list[tuple[list[int], Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from unmask.analysis.mask import Mask, mask_over
-from unmask.delta.delta import base_tensors
+from unmask.delta.base import base_tensors
 from unmask.errors import DeltaError
 from unmask.reading import fields, mapping, read_json, refusing, text
 

@@ -8,7 +8,8 @@ from math import prod
 
 from torch import Tensor, nn
 
-from unmask.delta.delta import SparseDelta, base_tensors
+from unmask.delta.base import base_tensors
+from unmask.delta.delta import SparseDelta
 from unmask.errors import DeltaError, MethodError, SelectionError
 from unmask.selection.selection import Selection
 
@@ -140,12 +141,12 @@ def _check_used(source: Selection | SparseDelta | Mask, used: int) -> None:
 
 
 def _of_selection(selection: Selection, used: int | None) -> Mask:
-    layout = selection._layout
+    layout = selection.ledger.layout
     if selection.method.whole:
         shapes = {dense.name: tuple(dense.parameter.shape) for dense in selection.dense}
         return mask_over(selection.indices, shapes)
     shapes = {name: tuple(t.shape) for name, t in zip(layout.names, layout.tensors, strict=True)}
-    positions = selection._table.positions[: selection.used if used is None else used]
+    positions = selection.ledger.positions[: selection.used if used is None else used]
     return mask_over({layout.names[i]: flat.cpu() for i, flat, _ in layout.split(positions)}, shapes)
 
 
@@ -155,7 +156,7 @@ def _of_delta(delta: SparseDelta, used: int | None) -> Mask:
             "this delta holds whole tensors only, so it has no mask; compare two checkpoints instead: "
             "unmask.analysis.changed(base, tuned)."
         )
-    eligible = delta.metadata.get("eligible", {})
+    eligible = delta.provenance.eligible or {}
     mask = Mask(
         {name: entry.indices for name, entry in sorted(delta.sparse.items()) if entry.numel},
         {name: entry.shape for name, entry in delta.sparse.items()},

@@ -1,1 +1,1 @@
-"""Estimates that are made from example batches before training."""
+"""Estimates scores from example batches, or from the weights alone, before training."""

@@ -1,4 +1,4 @@
-"""Estimates made before training: for each heuristic that needs a calibration, what makes its scores."""
+"""Makes the scores of a heuristic that needs a calibration, before training."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ _DATA = {"fisher": estimate_fisher, "initial_snip": connection_sensitivity, "gra
 
 
 def estimates(model: nn.Module, layout: Layout, method: Method, budget: int) -> dict[int, Tensor]:
-    """The scores of a method whose heuristic needs a calibration, by tensor index; empty for any other heuristic.
+    """Computes the scores of a method whose heuristic needs a calibration.
 
     Args:
-        model: The model before it is frozen; left as it was.
+        model: The model before it is frozen; it is left as it was.
         layout: The eligible tensors.
         method: The method.
-        budget: B.
+        budget: B, the number of weights.
+
+    Returns:
+        The scores by tensor index, each of the tensor's shape; empty for a heuristic that needs no calibration.
 
     Raises:
-        MethodError: The calibration's data or the model cannot be used for it, or every score is zero.
+        MethodError: The calibration cannot use the data or the model, or every score is zero.
     """
     heuristic = method.heuristic
     if heuristic.needs != "calibration" or method.calibration is None:

@@ -1,7 +1,7 @@
-"""Per-sample gradient statistics of a batch, from layer inputs and output gradients.
+"""Adds up per-example gradient statistics of a batch, from the inputs and output gradients of layers.
 
-For a linear layer an example's weight gradient is ``g_n^T x_n`` (its tokens summed), so the sum over examples of its
-squares needs one batched product per layer and no loop over examples in Python.
+For a linear layer an example's weight gradient is ``g_n^T x_n`` (its tokens summed). So the sum over examples of its squares
+needs one batched product per layer and no loop over examples in Python.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.nn import functional as F
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors
 from unmask.gradients.tapped import TappedParameter, index_of
-from unmask.gradients.taps import TapSet
+from unmask.gradients.taps import Receiver, TapSet
 
-_PRODUCT = 1 << 24  # scalars in one block of per-sample weight gradients
+_PRODUCT = 1 << 24  # The scalars in one block of per-example weight gradients.
 
 Statistic = Callable[[Tensor, Tensor], None]
 
 
 class _Watch(torch.autograd.Function):
-    """Identity on a layer's output; its backward shows the layer's input and output gradient."""
+    """The identity on a layer's output; the backward shows the layer's input and output gradient to a statistic."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, output: Tensor, inputs: Tensor, statistic: Statistic) -> Tensor:  # type: ignore[override]
@@ -40,16 +40,16 @@ class _Watch(torch.autograd.Function):
         return None, gradient, None, None
 
 
-class PerSampleTaps:
+class PerSampleTaps(Receiver):
     """Taps that add each example's squared (or absolute) gradients to given sums.
 
     Args:
-        tensors: Frozen parameters to watch.
-        sums: By tensor index, float32 of the tensor's shape; added to in place.
+        tensors: The frozen parameters to watch.
+        sums: The sums by tensor index, float32 of the tensor's shape. They are added to in place.
         power: ``"square"`` or ``"abs"``.
 
     Attributes:
-        unsupported: Indices of tensors used in a way that hides the examples; their sums are worthless.
+        unsupported: The indices of tensors whose use hides the examples. Their sums are worthless.
     """
 
     def __init__(self, tensors: Sequence[Tensor], sums: dict[int, Tensor], power: Literal["square", "abs"]) -> None:
@@ -66,12 +66,18 @@ class PerSampleTaps:
         }
 
     def start(self, size: int, probing: bool = False) -> None:
-        """A forward of ``size`` examples follows; a probing one has no backward, and must not find fits by chance."""
+        """Announces a forward of ``size`` examples.
+
+        Args:
+            size: The number of examples.
+            probing: The forward has no backward. It only finds tensors whose use hides the examples, so no dimension may
+                pass for the batch by chance.
+        """
         self._size, self._probing = size, probing
         self._uses.clear()
 
     def collect(self, objective: Tensor) -> None:
-        """Runs the backward of a sum over examples."""
+        """Runs the backward of a sum over examples, which adds to the sums."""
         if objective.requires_grad:
             objective.backward(retain_graph=True)
 
@@ -79,27 +85,16 @@ class PerSampleTaps:
         """Makes every tensor an ordinary parameter again."""
         self._taps.remove()
 
-    # The receiver of taps that no handler took: such a use hides the examples.
-
     def wanted(self, index: int) -> bool:
+        """Notes a tensor as unsupported: the taps ask only about uses that no handler took, and these hide the examples."""
         self.unsupported.add(index)
         return False
 
-    def begin(self) -> None: ...
-
-    def entries(self, index: int) -> None: ...
-
-    def factored(self, index: int) -> bool:
-        return False
-
-    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None: ...
-
-    def end(self) -> None: ...
-
-    def abort(self) -> None: ...
+    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
+        raise AssertionError("no tensor's gradient is wanted from the taps")
 
     def _linear(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
-        def bound(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        def run(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             output = func(input, weight, bias)
             if not self._has_examples(input, weight, bias):
                 return output
@@ -111,10 +106,10 @@ class PerSampleTaps:
 
             return _Watch.apply(self._anchor, output, input, statistic)
 
-        return bound(*args, **kwargs)
+        return run(*args, **kwargs)
 
     def _embedding(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
-        def bound(
+        def run(
             input: Tensor,
             weight: Tensor,
             padding_idx: int | None = None,
@@ -123,7 +118,9 @@ class PerSampleTaps:
             scale_grad_by_freq: bool = False,
             sparse: bool = False,
         ) -> Tensor:
-            if input.shape[0] == 1 < self._size:  # position ids: give every example its own row, or they sum up unseen
+            if input.shape[0] == 1 < self._size:
+                # Position ids of shape (1, T) serve all examples. Each example gets its own row of ids, or autograd would
+                # add the examples' gradients up before they are seen.
                 input = input.expand(self._size, *input.shape[1:])
             output = func(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
             if scale_grad_by_freq or not self._has_examples(input, weight):
@@ -136,10 +133,10 @@ class PerSampleTaps:
 
             return _Watch.apply(self._anchor, output, input, statistic)
 
-        return bound(*args, **kwargs)
+        return run(*args, **kwargs)
 
     def _layer_norm(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
-        def bound(
+        def run(
             input: Tensor,
             normalized_shape: Any,
             weight: Tensor | None = None,
@@ -159,10 +156,10 @@ class PerSampleTaps:
 
             return _Watch.apply(self._anchor, output, input, statistic)
 
-        return bound(*args, **kwargs)
+        return run(*args, **kwargs)
 
     def _outer(self, x: Tensor, g: Tensor) -> Tensor:
-        """``sum_n power(g_n^T x_n)`` of x (N, T, in) and g (N, T, out)."""
+        """Returns ``sum_n power(g_n^T x_n)``, (out, in), of x (N, T, in) and g (N, T, out)."""
         total = torch.zeros(g.shape[-1], x.shape[-1], device=g.device)
         height = max(1, _PRODUCT // total.numel())
         for low in range(0, self._size, height):
@@ -171,7 +168,7 @@ class PerSampleTaps:
         return total
 
     def _rows(self, ids: Tensor, g: Tensor, shape: torch.Size, skip: int | None) -> Tensor:
-        """The embedding's statistic: within an example, the gradients of one row's uses add up first."""
+        """Returns an embedding's statistic; within an example, the gradients of one row's uses add up first."""
         example = torch.arange(self._size, device=ids.device).repeat_interleave(ids.numel() // self._size)
         key = example * shape[0] + ids.reshape(-1)
         unique, inverse = key.unique(return_inverse=True)
@@ -183,9 +180,9 @@ class PerSampleTaps:
         return torch.zeros(shape, device=g.device).index_add_(0, unique % shape[0], self._power(rows))
 
     def _has_examples(self, input: Tensor, *parameters: Tensor | None) -> bool:
-        """Whether the input's first dimension is the batch, and every tensor is used only here in this forward."""
+        """Returns True if the input's first dimension is the batch; rejects the parameters otherwise, or at a second use."""
         fits = input.shape[:1] == (self._size,) or (self._size == 1 and not self._probing)
-        if isinstance(input, TappedParameter):  # learned queries: no examples in sight
+        if isinstance(input, TappedParameter):  # Learned queries, for one, have no examples.
             self._reject(input)
             fits = False
         for parameter in parameters:

@@ -1,8 +1,8 @@
-"""SNIP and GraSP: scores for pruning at initialisation, from exact gradients of the calibration examples' mean loss.
+"""Scores weights by SNIP and GraSP, for pruning at initialisation, from exact gradients of the examples' mean loss.
 
-Gradients and Hessian-vector products are taken for the eligible tensors alone, so inside a LoRA or an adapter they are
-small, whatever the base. Nothing is linearised and the loss is the model's own: GraSP's authors divide the logits by a
-temperature of 200, SparseAdapter's code does not, nor does this.
+Gradients and Hessian-vector products are taken for the eligible tensors alone. So inside a LoRA or an adapter they are small,
+even if the base is large. Nothing is linearised, and the loss is the model's own: GraSP's authors divide the logits by a
+temperature of 200; SparseAdapter's code does not, and neither does this file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unmask.calibration.fisher import batch_size, batches, frozen_evaluation, objectives
+from unmask.calibration.batches import batch_size, batches, frozen_evaluation, objectives
 from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.methods.method import Calibration
 from unmask.ranking.ledger import Layout
@@ -23,15 +23,15 @@ Gradients = list[Tensor]
 
 
 def connection_sensitivity(model: nn.Module, layout: Layout, calibration: Calibration) -> dict[int, Tensor]:
-    """SNIP, eq. 5 of arXiv 1810.02340 before its normalisation: ``|w dL/dw|``.
+    """Computes SNIP's score ``|w dL/dw|``: eq. 5 of arXiv 1810.02340 before its normalisation.
 
     Args:
-        model: The model; run in evaluation mode, left in the mode and with the flags it had.
+        model: The model. It runs in evaluation mode and is left in the mode and with the flags it had.
         layout: The eligible tensors.
         calibration: The examples whose mean loss is L.
 
     Returns:
-        By tensor index: the score, of the tensor's shape, float32 (float64 for a float64 tensor).
+        The score by tensor index, of the tensor's shape, float32 (float64 for a float64 tensor).
 
     Raises:
         MethodError: The loader is empty.
@@ -43,21 +43,21 @@ def connection_sensitivity(model: nn.Module, layout: Layout, calibration: Calibr
 
 
 def gradient_flow(model: nn.Module, layout: Layout, calibration: Calibration) -> dict[int, Tensor]:
-    """GraSP, eq. 8 of arXiv 2002.07376 with its sign turned, so that the highest stay: ``w (H dL/dw)``.
+    """Computes GraSP's score ``w (H dL/dw)``: eq. 8 of arXiv 2002.07376 with its sign turned, so that the highest stay.
 
     Args:
-        model: The model; run in evaluation mode, left in the mode and with the flags it had.
+        model: The model. It runs in evaluation mode and is left in the mode and with the flags it had.
         layout: The eligible tensors.
-        calibration: The examples whose mean loss is L, with Hessian H; taken from the loader twice.
+        calibration: The examples whose mean loss is L, with Hessian H. They are taken from the loader twice.
 
     Returns:
-        By tensor index: the score, of the tensor's shape, float32 (float64 for a float64 tensor).
+        The score by tensor index, of the tensor's shape, float32 (float64 for a float64 tensor).
 
     Raises:
-        MethodError: The loader is empty, or gives fewer examples the second time.
+        MethodError: The loader is empty, or it gives nothing the second time.
         NonFiniteGradientError: A product is not finite.
     """
-    # the fused attention kernels have no second derivative
+    # The fused attention kernels have no second derivative.
     with _trainable(model, layout), sdpa_kernel(SDPBackend.MATH):
         gradients = _mean_gradient(model, layout, calibration)
         products = _hessian_product(model, layout, calibration, gradients)
@@ -66,6 +66,7 @@ def gradient_flow(model: nn.Module, layout: Layout, calibration: Calibration) ->
 
 @contextlib.contextmanager
 def _trainable(model: nn.Module, layout: Layout) -> Iterator[None]:
+    """Freezes the model in evaluation mode, but makes the eligible tensors require grad."""
     with frozen_evaluation(model), torch.enable_grad():
         for tensor in layout.tensors:
             tensor.requires_grad_(True)
@@ -73,7 +74,7 @@ def _trainable(model: nn.Module, layout: Layout) -> Iterator[None]:
 
 
 def _mean_gradient(model: nn.Module, layout: Layout, calibration: Calibration) -> Gradients:
-    sums, count = _zeros(layout), 0
+    sums, count = [torch.zeros_like(weight) for weight in _weights(layout)], 0
     for loss, size in _losses(model, calibration):
         _add(sums, torch.autograd.grad(loss, layout.tensors, allow_unused=True))
         count += size
@@ -83,12 +84,12 @@ def _mean_gradient(model: nn.Module, layout: Layout, calibration: Calibration) -
 
 
 def _hessian_product(model: nn.Module, layout: Layout, calibration: Calibration, direction: Gradients) -> Gradients:
-    """H v, by differentiating <v, dL/dw> once more."""
-    sums, count = _zeros(layout), 0
+    """Returns H v, by differentiating <v, dL/dw> once more."""
+    sums, count = [torch.zeros_like(weight) for weight in _weights(layout)], 0
     for loss, size in _losses(model, calibration):
         gradients = torch.autograd.grad(loss, layout.tensors, create_graph=True, allow_unused=True)
         inner = sum((g * v.to(g)).sum() for g, v in zip(gradients, direction, strict=True) if g is not None)
-        if isinstance(inner, Tensor) and inner.requires_grad:  # a loss linear in the weights has no curvature
+        if isinstance(inner, Tensor) and inner.requires_grad:  # A loss that is linear in the weights has no curvature.
             _add(sums, torch.autograd.grad(inner, layout.tensors, allow_unused=True))
         count += size
     if count == 0:
@@ -99,18 +100,15 @@ def _hessian_product(model: nn.Module, layout: Layout, calibration: Calibration,
 
 
 def _losses(model: nn.Module, calibration: Calibration) -> Iterator[tuple[Tensor, int]]:
-    """Each batch's summed loss, and how many examples it has."""
+    """Yields each batch's summed loss, and its number of examples."""
     for batch in batches(calibration):
         size = batch_size(batch)
         for loss in objectives(model, batch, size, calibration):
             yield loss, size
 
 
-def _zeros(layout: Layout) -> Gradients:
-    return [torch.zeros_like(weight) for weight in _weights(layout)]
-
-
 def _weights(layout: Layout) -> Gradients:
+    """Returns the eligible weights, in float32 at least."""
     plain = [layout.plain(index) for index in range(len(layout.tensors))]
     return [weight if weight.dtype == torch.float64 else weight.float() for weight in plain]
 

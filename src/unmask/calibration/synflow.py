@@ -1,10 +1,10 @@
-"""SynFlow in added modules: iterative, data-free pruning by synaptic flow (arXiv 2006.05467).
+"""Scores the weights of added modules by SynFlow: iterative pruning by synaptic flow, without data (arXiv 2006.05467).
 
-As in SparseAdapter's code, each added module is a network of its own: its weights' magnitudes, fed with ones, and R is the
-sum of all outputs. So softmax, LayerNorm and the base's weights play no part. The non-linearity between a bottleneck's two
-layers is the identity, which ReLU is on these positive inputs; dropout, a LoRA's scaling and the residual are left out.
-The score of a weight is ``|w| dR/d|w|``, and the budget is reached in `ROUNDS` rounds of exponentially falling density,
-each scored with what the last one left.
+As in SparseAdapter's code, each added module is a network for itself. Its weights are replaced by their magnitudes, it is fed
+with ones, and R is the sum of all outputs. So softmax, LayerNorm and the base's weights play no part. The non-linearity between
+the two layers of a bottleneck is the identity, as ReLU is on these positive inputs. Dropout, a LoRA's scaling and the residual
+are left out. The score of a weight is ``|w| dR/d|w|``. The budget is reached in `ROUNDS` rounds of exponentially falling density,
+and each round scores what the last one left.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from unmask.errors import MethodError
 from unmask.ranking.ledger import Layout
 
 ROUNDS = 100
-Stage = nn.Linear | nn.Parameter  # a layer, or a vector that scales its outputs (DoRA's magnitude)
-_Magnitude = Callable[[Tensor], Tensor]
+Stage = nn.Linear | nn.Parameter
+"""One stage of an added module: a layer, or a vector that scales its outputs (DoRA's magnitude)."""
 
 
 def synaptic_flow(model: nn.Module, layout: Layout, budget: int) -> dict[int, Tensor]:
-    """Scores whose ``budget`` best are what SynFlow keeps.
+    """Computes scores whose ``budget`` best are the weights that SynFlow keeps.
 
     Args:
-        model: A model with LoRA layers of peft or bottleneck adapters.
-        layout: The eligible tensors, all of such modules.
-        budget: How many weights stay.
+        model: The model, with LoRA layers of peft or bottleneck adapters.
+        layout: The eligible tensors, which must all belong to such modules.
+        budget: The number of weights that stay.
 
     Returns:
-        By tensor index: float32 (float64 for a float64 tensor), of the tensor's shape; -1 for what was pruned before the
-        last round.
+        The score by tensor index, of the tensor's shape, float32 (float64 for a float64 tensor). It is -1 for a weight that was
+        pruned before the last round.
 
     Raises:
-        MethodError: An eligible tensor is no linear layer of a LoRA or a bottleneck adapter.
+        MethodError: An eligible tensor belongs to no linear layer of a LoRA or a bottleneck adapter.
     """
     paths = list(_paths(model))
     _check_covered(paths, layout)
@@ -43,12 +43,10 @@ def synaptic_flow(model: nn.Module, layout: Layout, budget: int) -> dict[int, Te
     alive = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
     total = sum(weight.numel() for weight in weights)
     for k in range(1, ROUNDS + 1):
-        scores = [
-            score.masked_fill(~mask, -1.0)
-            for score, mask in zip(_flow(paths, layout, weights, alive), alive, strict=True)
-        ]
+        flows = _flow(paths, layout, weights, alive)
+        scores = [flow.masked_fill(~mask, -1.0) for flow, mask in zip(flows, alive, strict=True)]
         if not any(score.any() for score in scores):
-            break  # no flow at all, as through a LoRA whose B is zero: the caller refuses that
+            break  # There is no flow at all, as through a LoRA whose B is zero. The caller refuses that.
         if k < ROUNDS:
             keep = max(budget, round(total * (budget / total) ** (k / ROUNDS)))
             alive = _best(scores, keep)
@@ -56,7 +54,7 @@ def synaptic_flow(model: nn.Module, layout: Layout, budget: int) -> dict[int, Te
 
 
 def _flow(paths: list[list[Stage]], layout: Layout, weights: list[Tensor], alive: list[Tensor]) -> list[Tensor]:
-    """``|w| dR/d|w|`` of the weights that are alive."""
+    """Returns ``|w| dR/d|w|`` of every weight; weights that were pruned count as zero."""
     leaves = [(w * mask).requires_grad_() for w, mask in zip(weights, alive, strict=True)]
     by_id = {id(tensor): leaf for tensor, leaf in zip(layout.tensors, leaves, strict=True)}
 
@@ -69,8 +67,8 @@ def _flow(paths: list[list[Stage]], layout: Layout, weights: list[Tensor], alive
     return [leaf.detach() * gradient for leaf, gradient in zip(leaves, gradients, strict=True)]
 
 
-def _through(path: list[Stage], magnitude: _Magnitude) -> Tensor:
-    """(out,) what ones become on their way through a module."""
+def _through(path: list[Stage], magnitude: Callable[[Tensor], Tensor]) -> Tensor:
+    """Returns what a module makes of an input of ones: (out,)."""
     first = path[0]
     assert isinstance(first, nn.Linear)
     x = first.weight.new_ones(first.in_features, dtype=torch.float64)
@@ -85,7 +83,7 @@ def _through(path: list[Stage], magnitude: _Magnitude) -> Tensor:
 
 
 def _best(scores: list[Tensor], keep: int) -> list[Tensor]:
-    """Masks of the ``keep`` highest scores of all tensors together; ties fall to the first."""
+    """Returns masks of the ``keep`` highest scores of all tensors together; a tie goes to the first."""
     flat = torch.cat([score.reshape(-1) for score in scores])
     mask = torch.zeros_like(flat, dtype=torch.bool)
     mask[flat.argsort(descending=True, stable=True)[:keep]] = True
@@ -94,6 +92,7 @@ def _best(scores: list[Tensor], keep: int) -> list[Tensor]:
 
 
 def _paths(model: nn.Module) -> Iterator[list[Stage]]:
+    """Yields the stages of each added module, in the order in which they run."""
     for module in model.modules():
         down, up = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
         if isinstance(down, nn.ModuleDict) and isinstance(up, nn.ModuleDict):

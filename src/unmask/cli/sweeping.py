@@ -16,11 +16,11 @@ from rich.table import Table
 
 from unmask.errors import ConfigError, MissingExtraError
 from unmask.files import check_file, check_folder, write_text
-from unmask.lab.study.cells import Cell, expand, runs
+from unmask.lab.study.cells import Cell, distinct, expand
 from unmask.lab.study.choosing import due
 from unmask.lab.study.live import describe, outcome
 from unmask.lab.study.records import records
-from unmask.lab.study.runner import Report, run_sweep
+from unmask.lab.study.scheduler import SweepReport, run_sweep
 from unmask.lab.study.spec import Sweep
 from unmask.lab.study.store import Result, Store
 from unmask.lab.study.tables import markdown, tables
@@ -36,6 +36,7 @@ class Options:
     workers: int
     threads: int | None
     devices: str | None
+    engine: str
     axis: list[str] | None
     only: list[str] | None
     set_: list[str] | None
@@ -61,6 +62,7 @@ def go(sweep: Sweep, output: Path, options: Options) -> None:
         workers=options.workers,
         threads=options.threads,
         devices=[part.strip() for part in options.devices.split(",")] if options.devices else (),
+        engine=cast(Any, options.engine),
         retry_failed=options.retry_failed,
         console=console,
         command=shlex.join(["unmask", *sys.argv[1:]]),
@@ -104,7 +106,7 @@ def listing(sweep: Sweep, cells: Sequence[Cell], results: dict[str, Result]) -> 
     """The runs in order, and what is known of each."""
     now = {cell.id for cell in due(cells, sweep.protocol, sweep.choice, results)}
     pairs_alone = sweep.protocol.kind == "paper" and sweep.protocol.pair is not None
-    listed = [cell for cell in runs(cells) if cell.id in now or not pairs_alone]
+    listed = [cell for cell in distinct(cells) if cell.id in now or not pairs_alone]
     shown = Table(title=f"{sweep.name}: {len(listed)} runs", title_justify="left")
     for column in ("", "run", "", "state"):
         shown.add_column(column, justify="right" if not shown.columns else "left", overflow="fold")
@@ -116,7 +118,7 @@ def listing(sweep: Sweep, cells: Sequence[Cell], results: dict[str, Result]) -> 
     return shown
 
 
-def _finish(sweep: Sweep, store: Store, made: Report, console: Console) -> None:
+def _finish(sweep: Sweep, store: Store, made: SweepReport, console: Console) -> None:
     found = tables(made.cells, made.results, sweep.protocol, sweep.choice, sweep.claims)
     shown = found if sweep.protocol.pair else found[:1]  # the report has the others
     text = "\n\n".join([*sweep.notes, *map(markdown, shown)])
@@ -136,7 +138,7 @@ def _finish(sweep: Sweep, store: Store, made: Report, console: Console) -> None:
         raise typer.Exit(1)
 
 
-def _figures(sweep: Sweep, store: Store, made: Report, console: Console) -> list[Path]:
+def _figures(sweep: Sweep, store: Store, made: SweepReport, console: Console) -> list[Path]:
     if not sweep.figures:
         return []
     from unmask.lab.report.drawing import draw_files

@@ -10,6 +10,9 @@ import typer
 Workers = Annotated[int, typer.Option(help="Worker processes; several can share a GPU.", min=1)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of each worker; default: the cores shared out.", min=1)]
 Devices = Annotated[str | None, typer.Option(help="GPUs for the workers in turn, as CUDA numbers: 0,1.")]
+Engine = Annotated[
+    str, typer.Option(help="local: worker processes on this machine; ray: tasks on a Ray cluster (extra ray).")
+]
 Axis = Annotated[list[str] | None, typer.Option(help="Other values on an axis: --axis task=mrpc,rte --axis seed=0,1.")]
 Only = Annotated[list[str] | None, typer.Option(help="Some methods or values only: --only method=id3,pafi.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of every run: --set max_steps=100.")]
@@ -26,6 +29,7 @@ def sweep(
     workers: Workers = 1,
     threads: Threads = None,
     devices: Devices = None,
+    engine: Engine = "local",
     axis: Axis = None,
     only: Only = None,
     set_: Set = None,
@@ -34,7 +38,7 @@ def sweep(
 ) -> None:
     """Run a grid of trainings from a YAML file; stop it and start it again as you like."""
     from unmask.cli.sweeping import Options, go
-    from unmask.lab.study.spec import read_sweep
+    from unmask.lab.study.parsing import read_sweep
 
     go(read_sweep(file), output, Options(**_shared(locals())))
 
@@ -65,6 +69,7 @@ def reproduce(
     workers: Workers = 1,
     threads: Threads = None,
     devices: Devices = None,
+    engine: Engine = "local",
     axis: Axis = None,
     only: Only = None,
     set_: Set = None,
@@ -97,5 +102,17 @@ def register(app: typer.Typer) -> None:
 
 
 def _shared(given: dict[str, Any]) -> dict[str, Any]:
-    names = ("model", "data_dir", "workers", "threads", "devices", "axis", "only", "set_", "dry_run", "retry_failed")
+    names = (
+        "model",
+        "data_dir",
+        "workers",
+        "threads",
+        "devices",
+        "engine",
+        "axis",
+        "only",
+        "set_",
+        "dry_run",
+        "retry_failed",
+    )
     return {name: given[name] for name in names}

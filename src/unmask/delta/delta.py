@@ -16,41 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unmask.delta import file
+from unmask.delta.base import base_tensors
 from unmask.delta.fingerprint import digest, fingerprint
 from unmask.delta.live import has_selection
+from unmask.delta.provenance import Provenance
+from unmask.delta.sparse import SparseTensor, check_entry, check_slots
 from unmask.delta.writable import find_unwritable
 from unmask.errors import DeltaError
 from unmask.gradients.entries import put, take
-from unmask.gradients.wrappers import persistent_buffers
-from unmask.quantised.layers import settle, weights
+from unmask.quantised.layers import settle
 from unmask.quantised.tensor import QuantisedTensor
 
-FORMAT_VERSION = 2
 
-
-@dataclass(frozen=True)
-class SparseTensor:
-    """The changed entries of one tensor.
-
-    Attributes:
-        indices: (n,) int64 flat (row-major) indices, strictly ascending.
-        values: (n,) in the tensor's own dtype.
-        shape: The whole tensor's shape.
-        slots: (n,) int64: each entry's place in the order of unmasking, over all tensors; None where that is not kept.
-    """
-
-    indices: Tensor
-    values: Tensor
-    shape: tuple[int, ...]
-    slots: Tensor | None = None
-
-    @property
-    def numel(self) -> int:
-        """How many weights of the tensor the delta sets."""
-        return self.indices.numel()
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseDelta:
     """An exact change to a base model. Frozen; get one from ``selection.delta()`` or `SparseDelta.load`.
 
@@ -70,8 +49,8 @@ class SparseDelta:
 
     def __post_init__(self) -> None:
         for name, entry in self.sparse.items():
-            _check_entry(name, entry)
-        _check_slots(self.sparse)
+            check_entry(name, entry)
+        check_slots(self.sparse)
         for name in self.overlaid:
             part, whole = self.sparse[name], self.whole[name]
             if (part.shape, part.values.dtype) != (tuple(whole.shape), whole.dtype):
@@ -94,8 +73,22 @@ class SparseDelta:
         """How many scalars are stored in whole tensors."""
         return sum(tensor.numel() for tensor in self.whole.values())
 
+    @property
+    def provenance(self) -> Provenance:
+        """The metadata with their meaning: the method, the budget, the base and the versions.
+
+        Raises:
+            DeltaError: A known entry of the metadata has another form than `Provenance` has.
+        """
+        return Provenance.from_json(self.metadata)
+
+    def __repr__(self) -> str:
+        """Returns one short line, such as ``SparseDelta(320,000 weights in 74 tensors, base 'bert-base')``."""
+        whole = f" and {len(self.whole):,} whole tensors" if self.whole else ""
+        return f"SparseDelta({len(self):,} weights in {len(self.sparse):,} tensors{whole}, base {self._base_name()})"
+
     def with_metadata(self, **more: Any) -> SparseDelta:
-        """A copy whose metadata holds ``more`` (JSON values) too."""
+        """Returns a copy whose metadata holds ``more`` (JSON values) too."""
         return replace(self, metadata={**self.metadata, **more})
 
     def apply(self, model: nn.Module) -> SparseDelta:
@@ -159,21 +152,22 @@ class SparseDelta:
             put(tensor, self.sparse[name].indices, self.sparse[name].values)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the delta to one safetensors file, atomically; returns its path."""
-        from unmask.delta.file import write
+        """Writes the delta to one safetensors file, whole or not at all, and returns its path.
 
-        return write(self, Path(path))
+        Raises:
+            DeltaError: The metadata are no JSON values, or a known entry of them has another form than a reader expects.
+            WriteError: The disk is full, or the file cannot be written there; a file that was there before is kept.
+        """
+        return file.write(Path(path), self.sparse, self.whole, self.base, self.metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
-        """Reads a delta; every byte is checked.
+        """Reads a delta and checks every byte of its file.
 
         Raises:
-            DeltaError: No such file, another format version, or a damaged file.
+            DeltaError: There is no such file, it has another format version, or it is damaged.
         """
-        from unmask.delta.file import read
-
-        return read(Path(path))
+        return cls(*file.read(Path(path)))
 
     def check_places(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuses tensors in which the delta's have no place.
@@ -225,17 +219,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return base_tensors(model)
 
 
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a fingerprint covers: parameters (shared ones once) and persistent buffers, detached, by name.
-
-    Names are those of the plain model, without a wrapper's (`unmask.gradients.wrappers`).
-    A quantised weight is a `QuantisedTensor`, which does not touch its layer until `settle` is called.
-    """
-    named = weights(model) | persistent_buffers(model)
-    with torch._C.DisableTorchFunctionSubclass():
-        return {name: tensor.detach() for name, tensor in named.items()}
-
-
 def refuse_diverged(trained: Mapping[str, Tensor]) -> None:
     """Refuses a delta of tensors that training has made NaN or infinite.
 
@@ -248,56 +231,6 @@ def refuse_diverged(trained: Mapping[str, Tensor]) -> None:
     for name, tensor in trained.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DeltaError(f"the tensor {name!r} holds NaN or infinite values: training has diverged.")
-
-
-def _check_entry(name: str, entry: SparseTensor) -> None:
-    numel = 1
-    for size in entry.shape:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise DeltaError(f"{name!r} has shape {entry.shape}, which no tensor has; the delta is damaged.")
-        numel *= size
-    if numel >= 2**63:
-        raise DeltaError(f"{name!r} has shape {entry.shape}, which no tensor has; the delta is damaged.")
-    indices = entry.indices
-    if not all(isinstance(t, Tensor) for t in (indices, entry.values)) or indices.dtype not in (
-        torch.int64,
-        torch.int32,
-    ):
-        raise DeltaError(f"{name!r} must have indices and values as tensors, the indices int64; the delta is damaged.")
-    if indices.ndim != 1 or indices.shape != entry.values.shape:
-        raise DeltaError(
-            f"{name!r} has {tuple(indices.shape)} indices for {tuple(entry.values.shape)} values; the delta is damaged."
-        )
-    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= numel):
-        raise DeltaError(
-            f"an index of {name!r} is outside 0..{numel - 1}, its shape being {entry.shape}; the delta is damaged."
-        )
-    if (indices.diff() <= 0).any():
-        raise DeltaError(f"the indices of {name!r} do not ascend; the delta is damaged.")
-    if entry.values.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise DeltaError(f"the values of {name!r} are {entry.values.dtype}, which no trained weight is; it is damaged.")
-    if not _is_finite(entry.values):
-        raise DeltaError(f"a value of {name!r} is NaN or infinite; the delta is damaged or training diverged.")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; of a float of 8 bits by way of float32, and one of 4 bits has neither."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or "float4" in str(tensor.dtype):
-        return True
-    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
-
-
-def _check_slots(sparse: Mapping[str, SparseTensor]) -> None:
-    """The order of unmasking numbers all entries from 0, or is not kept at all."""
-    kept = [entry.slots for entry in sparse.values() if entry.slots is not None]
-    if not kept:
-        return
-    for name, entry in sparse.items():
-        if entry.slots is None or entry.slots.shape != entry.indices.shape:
-            raise DeltaError(f"the order of unmasking has no slot for each entry of {name!r}; the delta is damaged.")
-    total = sum(entry.numel for entry in sparse.values())
-    if not torch.equal(torch.cat(kept).sort().values, torch.arange(total)):
-        raise DeltaError(f"the order of unmasking does not number the delta's {total} entries; the delta is damaged.")
 
 
 def _check_same(name: str, shape: tuple[int, ...], dtype: torch.dtype, tensor: Tensor) -> None:

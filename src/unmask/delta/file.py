@@ -1,11 +1,11 @@
-"""The delta's file: safetensors, with JSON metadata and a checksum over everything.
+"""Writes and reads a delta's file: safetensors, with JSON metadata and a checksum over everything.
 
-Tensors: ``<name>::indices`` (int32 where the tensor has fewer than 2^31 entries, else int64) and ``<name>::values`` for
-each tensor changed in part; ``<name>::slots`` (as the indices) beside them where the order of unmasking is kept;
-``<name>::whole`` for each tensor stored whole. A name with indices, values and whole is a tensor that the base
-lacks: the values lie over the whole. Such a file has format version 2; any other is still written as version 1. The
-safetensors metadata holds one entry, ``unmask``: JSON with the format version, shapes, the base's fingerprint, the user's
-metadata, and a SHA-256 over all of these and the tensors' bytes.
+Each tensor that is changed in part has ``<name>::indices`` (int32 where it has fewer than 2^31 entries, else int64) and
+``<name>::values``, and ``<name>::slots`` (int32 or int64) where the order of unmasking is kept. Each tensor that is stored whole
+has ``<name>::whole``. A name with indices, values and whole is a tensor that the base lacks: its values replace entries of
+the whole. Such a file has format version 2; any other file is still written as version 1. The safetensors metadata holds
+one entry, ``unmask``: JSON with the format version, the shapes, the base's fingerprint, the user's metadata, and a SHA-256 over
+all of these and the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -17,39 +17,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.delta.delta import FORMAT_VERSION, SparseDelta, SparseTensor
+from unmask.delta.provenance import METADATA
+from unmask.delta.sparse import SparseTensor
 from unmask.errors import DeltaError
 from unmask.files import checksum, read_tensors, write_tensors
-from unmask.reading import (
-    Form,
-    Malformed,
-    bounded,
-    count,
-    fields,
-    items,
-    mapping,
-    number,
-    optional,
-    plain,
-    refusing,
-    text,
-)
+from unmask.reading import Malformed, bounded, count, fields, items, mapping, refusing, text
 
+FORMAT_VERSION = 2
 INDICES, VALUES, WHOLE, SLOTS = "::indices", "::values", "::whole", "::slots"
 
 
-def write(delta: SparseDelta, path: Path) -> Path:
-    """Writes a delta to ``path``, atomically.
+Contents = tuple[dict[str, SparseTensor], dict[str, Tensor], str, dict[str, Any]]  # sparse, whole, base, metadata
+
+
+def write(
+    path: Path,
+    sparse: Mapping[str, SparseTensor],
+    whole: Mapping[str, Tensor],
+    base: str,
+    metadata: Mapping[str, Any],
+) -> Path:
+    """Writes a delta to ``path``, whole or not at all; the contents are those of `pack`.
 
     Raises:
-        DeltaError: The metadata are no JSON values, or not of the form that a reader of ours expects.
-        WriteError: The disk is full, or the file cannot be written there; what was there before is kept.
+        DeltaError: The metadata are no JSON values, or a known entry of them has another form than a reader expects.
+        WriteError: The disk is full, or the file cannot be written there; a file that was there before is kept.
     """
-    return write_tensors(path, *pack(delta))
+    return write_tensors(path, *pack(sparse, whole, base, metadata))
 
 
-def read(path: Path) -> SparseDelta:
-    """Reads a delta and checks every byte of it."""
+def read(path: Path) -> Contents:
+    """Reads a delta and checks every byte of it; see `unpack`."""
     if not path.is_file():
         raise DeltaError(f"there is no delta at {str(path)!r}; give the path of a .safetensors file that unmask wrote.")
     with refusing(DeltaError, f"{str(path)!r} is no readable unmask delta: it", _ANOTHER):
@@ -57,52 +55,54 @@ def read(path: Path) -> SparseDelta:
     return unpack(tensors, header, repr(str(path)))
 
 
-def pack(delta: SparseDelta) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A delta as the tensors and the header of its file.
+def pack(
+    sparse: Mapping[str, SparseTensor], whole: Mapping[str, Tensor], base: str, metadata: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the tensors and the header of a delta's file.
+
+    Args:
+        sparse: The changed entries by tensor name.
+        whole: The tensors that are stored whole, by name.
+        base: The base's fingerprint.
+        metadata: JSON values.
 
     Raises:
-        DeltaError: The metadata are no JSON values, or not of the form that a reader of ours expects.
+        DeltaError: The metadata are no JSON values, or a known entry of them has another form than a reader expects.
     """
     tensors: dict[str, Tensor] = {}
-    for name, entry in delta.sparse.items():
-        numel = torch.Size(entry.shape).numel()
-        tensors[name + INDICES] = entry.indices.cpu().to(torch.int32 if numel < 2**31 else torch.int64).contiguous()
+    order = torch.int32 if sum(entry.numel for entry in sparse.values()) < 2**31 else torch.int64
+    for name, entry in sparse.items():
+        flat = torch.int32 if torch.Size(entry.shape).numel() < 2**31 else torch.int64
+        tensors[name + INDICES] = entry.indices.cpu().to(flat).contiguous()
         tensors[name + VALUES] = entry.values.cpu().contiguous()
         if entry.slots is not None:
-            tensors[name + SLOTS] = (
-                entry.slots.cpu().to(torch.int32 if len(delta) < 2**31 else torch.int64).contiguous()
-            )
-    for name, tensor in delta.whole.items():
-        tensors[name + WHOLE] = tensor.cpu().contiguous().clone()
+            tensors[name + SLOTS] = entry.slots.cpu().to(order).contiguous()
+    tensors |= {name + WHOLE: tensor.cpu().contiguous().clone() for name, tensor in whole.items()}
     header = {
-        "format_version": FORMAT_VERSION if delta.overlaid else 1,
-        "base": delta.base,
-        "shapes": {name: list(entry.shape) for name, entry in delta.sparse.items()},
-        "metadata": dict(delta.metadata),
+        "format_version": FORMAT_VERSION if sparse.keys() & whole.keys() else 1,
+        "base": base,
+        "shapes": {name: list(entry.shape) for name, entry in sparse.items()},
+        "metadata": dict(metadata),
     }
     with refusing(DeltaError, "the delta's metadata", "Give JSON values."):
         METADATA(bounded(header["metadata"]), "metadata")
-        header["checksum"] = _sealed(header, tensors)
+        try:
+            header["checksum"] = checksum(header, tensors)
+        except (TypeError, ValueError) as error:  # a tensor among the metadata, say
+            raise Malformed(str(error)) from error
     return tensors, header
 
 
-def _sealed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    try:
-        return checksum(header, tensors)
-    except (TypeError, ValueError) as error:  # a tensor among the metadata, say
-        raise Malformed(str(error)) from error
-
-
-def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], source: str) -> SparseDelta:
-    """The delta that `pack` took apart.
+def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], source: str) -> Contents:
+    """Returns what `pack` got: sparse, whole, base and metadata.
 
     Args:
-        tensors: Its tensors.
-        header: Its header.
-        source: Where they come from, for error texts.
+        tensors: The file's tensors.
+        header: The file's header.
+        source: This says in error texts where they come from.
 
     Raises:
-        DeltaError: Another format version, anything was altered, or it is not of the form that `pack` makes.
+        DeltaError: The file has another format version, was altered, or is not of the form that `pack` makes.
     """
     with refusing(DeltaError, f"{source} is no readable unmask delta: it", _ANOTHER):
         fields({"format_version": count, "checksum": text})(header, "the header")
@@ -119,16 +119,16 @@ def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], source: str
         name: SparseTensor(tensors[name + INDICES].long(), tensors[name + VALUES], tuple(shape), slots.get(name))
         for name, shape in header["shapes"].items()
     }
-    return SparseDelta(sparse, whole, header["base"], header["metadata"])
+    return sparse, whole, header["base"], header["metadata"]
 
 
 def _tensors(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The slots and the whole tensors, by name, of just the tensors that the shapes ask for.
+    """Returns the slots and the whole tensors by name, after a check that the file has just the tensors that the shapes ask for.
 
     Raises:
-        Malformed: A tensor is missing, is of no use, or has a dtype that it is never written with.
+        Malformed: A tensor is missing, belongs to nothing, or has a dtype that it is never written with.
     """
     needed = {name + kind for name in shapes for kind in (INDICES, VALUES)}
     slots = {name: tensors[name + SLOTS].long() for name in shapes if name + SLOTS in tensors}
@@ -145,31 +145,6 @@ def _tensors(
 
 
 _ANOTHER = "Take another copy."
-_INTO = {"r": count, "alpha": number, "dropout": number, "targets": items(text), "reduction": number, "seed": count}
-_METHOD = {
-    "name": text,
-    "strategy": text,
-    "parameters": mapping(plain),
-    "leaving": text,
-    "steps": count,
-    "stride": count,
-}
-METADATA: Form = fields(
-    {},
-    {
-        "method": fields({}, _METHOD),
-        **dict.fromkeys(("budget", "used", "step", "parameters"), count),
-        "eligible": fields({"tensors": count, "weights": count}),
-        "dense": items(text),
-        "base_id": optional(text),
-        "versions": mapping(plain),
-        "quantised": items(text),
-        "into": optional(fields({"kind": text}, _INTO, closed=True)),
-        "after": mapping(number),
-        "checkpoint": text,
-    },
-)
-"""The form of a delta's metadata: what a reader of ours looks at, if it is there. Any further entry is the user's."""
 _HEADER = fields(
     {
         "format_version": count,

@@ -11,11 +11,11 @@ from unmask.gradients.tapped import is_tapped
 from unmask.gradients.wrappers import bare
 from unmask.quantised.layers import is_trained
 
-_LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
+LIVE: weakref.WeakSet[Any] = weakref.WeakSet()  # each has a ``model``; `unmask.selection.stepping` fills it
 
 
 def has_selection(model: nn.Module) -> bool:
-    """Whether a live selection was made from this model, or holds tensors of it."""
+    """Returns True if a live selection was made from this model, or holds tensors of it."""
     if any(is_tapped(p) for p in model.parameters()) or is_trained(model):
         return True
-    return any(live.model is bare(model) for live in list(_LIVE))
+    return any(live.model is bare(model) for live in list(LIVE))

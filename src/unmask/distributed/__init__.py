@@ -1,1 +1,1 @@
-"""Several processes of ``torch.distributed``: one selection, made and trained together."""
+"""Makes and trains one selection together in several processes of ``torch.distributed``."""

@@ -1,22 +1,144 @@
-"""What processes that train together must have in common: the method, a saved state, the optimizer, as plain values."""
+"""Describes what processes that train together must have in common, and names what differs between them.
+
+A fact is a JSON value with a name: a setting, a digest, the step. `Processes.agree` compares digests of the facts of all
+processes, and sends the facts themselves only where the digests differ. `difference` then writes the error.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from unmask.distributed.processes import bits, checksum
+from unmask.errors import UnmaskError
 from unmask.methods.method import Method
 
-POINTS = 64  # of a schedule
+SHOWN = 4  # facts that differ, in one error
+POINTS = 64  # points at which a schedule is compared
+_DOING, _REFUSED = "doing", "refused"  # facts with a special meaning
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Views the tensor's bits as integers, in the same shape; a complex tensor is viewed as its real and imaginary parts."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor.view(_BITS[tensor.element_size()])
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Sums the tensor's bits modulo 2^64, as 0-d int64. The result does not depend on the order of the sum.
+
+    Example:
+        >>> checksum(torch.zeros(3)).item(), checksum(torch.tensor([1.0])).item()
+        (0, 1065353216)
+    """
+    return bits(tensor).sum(dtype=torch.int64)
+
+
+def header(doing: str, facts: Mapping[str, Any]) -> tuple[bytes, tuple[int, int]]:
+    """Returns the facts as text, and (a digest of the text, its length). Equal facts give equal text in every process.
+
+    Example:
+        >>> header("step 3", {"lr": 0.1})[0]
+        b'{"doing": "step 3", "lr": 0.1}'
+    """
+    text = json.dumps({_DOING: doing, **facts}, default=_kind).encode()
+    return text, (int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True), len(text))
+
+
+def difference(texts: Sequence[bytes], checksums: Sequence[int], advice: str) -> str:
+    """Describes what differs between processes; the text is the same in all of them.
+
+    Args:
+        texts: The text that `header` returned in each process.
+        checksums: The checksum of the values that each process holds.
+        advice: A sentence that says what to do where the facts differ.
+
+    Example:
+        >>> texts = [header("step 3", {"lr": rate})[0] for rate in (0.1, 0.1, 0.2)]
+        >>> difference(texts, [0, 0, 0], "Give all processes the same.")
+        'process 2 differs from process 0 in step 3: lr is 0.2 in process 2 and 0.1 in process 0. Give all processes the same.'
+    """
+    by_rank = [json.loads(text) for text in texts]
+    refused = [
+        f"process {rank} refuses in {facts[_DOING]}: {facts[_REFUSED]}"
+        for rank, facts in enumerate(by_rank)
+        if facts.get(_REFUSED)
+    ]
+    if refused:
+        return " ".join(refused)
+    if len({facts[_DOING] for facts in by_rank}) > 1:
+        places = "; ".join(f"process {rank} is in {facts[_DOING]}" for rank, facts in enumerate(by_rank))
+        return (
+            f"the processes are out of step: {places}. All must make the same calls: as many micro-batches per "
+            "optimizer.step(), as many steps, load_state_dict() in all or in none. Look at how many batches each process gets "
+            "(drop_last, a sampler per process), at its accumulation, and at what skips a batch or a step."
+        )
+    keys = list(dict.fromkeys(key for facts in by_rank for key in facts))
+    differing = [key for key in keys if len({json.dumps(facts.get(key)) for facts in by_rank}) > 1]
+    if not differing:
+        odd, usual = _odd(checksums)
+        return (
+            f"{_subject(odd)} from process {usual} in {by_rank[0][_DOING]}: `values` or a tensor trained whole is another there, "
+            "though gradients and settings were the same. The state of an optimizer or a write into `values` was another, or the "
+            "processes round differently. Load the same checkpoint in all of them, change `values` in all alike, and use "
+            "machines of one kind, with as many threads in each process."
+        )
+    odd, usual = _odd([json.dumps([facts.get(key) for key in differing]) for facts in by_rank])
+    shown = [
+        _contrast(key, by_rank[odd[0]].get(key), by_rank[usual].get(key), odd[0], usual) for key in differing[:SHOWN]
+    ]
+    more = f"; {len(differing) - SHOWN} more differ" if len(differing) > SHOWN else ""
+    return f"{_subject(odd)} from process {usual} in {by_rank[0][_DOING]}: {'; '.join(shown)}{more}. {advice}"
+
+
+def _odd(values: Sequence[Any]) -> tuple[list[int], int]:
+    """Returns the processes that differ from the majority, and the first process of the majority (in a tie, process 0's)."""
+    most = Counter(values).most_common(1)[0][0]
+    return [rank for rank, value in enumerate(values) if value != most], list(values).index(most)
+
+
+def _subject(odd: Sequence[int]) -> str:
+    if len(odd) == 1:
+        return f"process {odd[0]} differs"
+    return f"processes {', '.join(map(str, odd))} differ"
+
+
+def _contrast(key: str, other: Any, usual: Any, odd: int, first: int) -> str:
+    if (
+        isinstance(other, list) and isinstance(usual, list) and len(usual) > 8
+    ):  # show only the elements that one of them lacks
+        other, usual = [x for x in other if x not in usual] or other, [x for x in usual if x not in other] or usual
+    return f"{key} is {_short(other)} in process {odd} and {_short(usual)} in process {first}"
+
+
+def _short(value: Any) -> str:
+    text = "not there" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def _kind(value: Any) -> str:
+    """Replaces a value that is no JSON by its class's name: its own text may contain an address in memory."""
+    return type(value).__name__
+
+
+def refusal(error: BaseException | None) -> dict[str, str | None]:
+    """Returns the fact that this process refuses, with the reason; for None, the fact that it does not."""
+    if error is None or isinstance(error, UnmaskError):
+        return {_REFUSED: None if error is None else str(error)}
+    return {_REFUSED: f"{type(error).__name__}: {error}"}
 
 
 def facts_of_method(method: Method, budget: int) -> dict[str, Any]:
-    """A method, and its schedule as numbers: a function's name says little, and a lambda's nothing.
+    """Describes a method, with its schedule as numbers: two schedules may be functions of the same name.
 
     Example:
         >>> import unmask
@@ -30,7 +152,7 @@ def facts_of_method(method: Method, budget: int) -> dict[str, Any]:
 
 
 def facts_of_state(state: Any) -> dict[str, Any]:
-    """What a selection's state holds, as digests; buffers may differ between processes (BatchNorm's)."""
+    """Describes a selection's state by digests. Buffers are left out: BatchNorm's differ between processes."""
     if not isinstance(state, Mapping):
         return {"the state": type(state).__name__}
     facts: dict[str, Any] = {}
@@ -51,7 +173,7 @@ def _fact(value: Any) -> Any:
 
 
 def settings_of(optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's class and the settings of its groups, as far as they are plain values; the learning rate is one.
+    """Describes an optimizer by its class and by those settings of its groups that are plain values, as the learning rate.
 
     Example:
         >>> import torch
@@ -70,7 +192,7 @@ def settings_of(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def state_of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
-    """What an optimizer has gathered, by parameter: checksums of tensors, and plain values."""
+    """Describes an optimizer's state by parameter: tensors by their checksums, and plain values."""
     facts: dict[str, Any] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, parameter in enumerate(parameters):

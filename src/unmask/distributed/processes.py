@@ -1,10 +1,12 @@
-"""The processes that train together, and what they do as one."""
+"""Lets the processes of one group exchange tensors, agree on facts, and report a process that was lost."""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,20 +14,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unmask.distributed.agreeing import difference, header
-from unmask.distributed.losing import lost
+from unmask.distributed.facts import checksum, difference, header
 from unmask.errors import MethodError, ProcessesDifferError
+
+ROLL_CALL = 2.0  # seconds that a process which has lost the others waits for them to report the same
+_STORE_TIMEOUT = datetime.timedelta(seconds=10)
 
 
 def is_main() -> bool:
-    """Whether this process prints and writes for all: the first of a process group, or of those that torchrun starts."""
+    """Returns True in the process that prints and writes for all: the first of the process group, or of torchrun's."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return launched() == 1 or int(os.environ["RANK"]) == 0
 
 
 def launched() -> int:
-    """How many processes train together: those of the process group, or of torchrun, which makes the group later."""
+    """Returns how many processes train together. Before a process group is made, torchrun's variables tell the number."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
@@ -33,18 +37,18 @@ def launched() -> int:
 
 
 class Processes:
-    """The members of one process group. Every call is made by all of them, in the same order.
+    """The members of one process group. All of them make the same calls, in the same order.
 
     Args:
         group: A process group; None for all processes.
 
     Attributes:
-        doing: What this process and the others do together, for the error of a process that is lost.
+        doing: The activity that the processes share now; the error of a process that was lost names it.
 
     Raises:
-        MethodError: This process is no member.
-        ProcessesDifferError: From every call: the others did not take part (they died, or the group's timeout is over), or,
-            from `agree`, they do or hold something else.
+        MethodError: This process is no member of the group.
+        ProcessesDifferError: From every call: the others did not take part (they died, or the group's timeout is over);
+            from `agree`: they do or hold something else.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -61,20 +65,20 @@ class Processes:
     def agree(
         self, doing: str, facts: Mapping[str, Any], device: torch.device, advice: str, held: Tensor | None = None
     ) -> None:
-        """All processes say what they do and what they hold; where these are not the same, all raise the same error.
+        """Checks that all processes do the same and hold the same; otherwise all of them raise the same error.
 
-        Calls of any kind meet each other here, so processes that are out of step meet too: 24 bytes travel per process, and
-        the facts themselves only where they differ.
+        Each exchange begins with this call, so processes that are out of step meet here and find it out. Each process sends 24
+        bytes, and the facts themselves only where they differ.
 
         Args:
-            doing: What this process is about to do.
+            doing: The activity that this process is about to begin.
             facts: JSON values by name, which must be the same in all processes.
-            device: Where tensors must be for the process group.
-            advice: What to do where the facts differ.
-            held: 0-d int64, a checksum that must be the same too.
+            device: The device on which the process group exchanges tensors.
+            advice: A sentence that says what to do where the facts differ.
+            held: A checksum that must be the same too: 0-d int64.
 
         Raises:
-            ProcessesDifferError: They are not.
+            ProcessesDifferError: The activities, the facts or the checksums differ.
         """
         self.doing = doing
         text, (digest, length) = header(doing, facts)
@@ -90,39 +94,39 @@ class Processes:
         raise ProcessesDifferError(difference(texts, [row[2] for row in rows], advice))
 
     def _together(self, function: Callable[..., Any], *args: Any) -> None:
-        """One call of ``torch.distributed``; its failure as an error that says what to look at."""
+        """Makes one call of ``torch.distributed``, and turns its failure into an error that says what to look at."""
         try:
             function(*args, group=self.group)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError) as error:  # of gloo, NCCL, the store; a group that was destroyed
-            raise ProcessesDifferError(lost(self.group, self.doing, error)) from error
+        except (RuntimeError, ValueError) as error:  # gloo, NCCL and the store raise these, as does a destroyed group
+            raise ProcessesDifferError(_lost(self.group, self.doing, error)) from error
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of all processes' tensors, in place (a contiguous tensor's memory); bitwise the same in all of them."""
+        """Sums a contiguous tensor over all processes, in place; the result is bitwise the same in all of them."""
         self._together(dist.all_reduce, tensor)
         return tensor
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean, likewise: what DDP makes of gradients."""
+        """Averages a contiguous tensor over all processes, in place, as DDP averages gradients."""
         return self.sum(tensor).div_(self.size)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """All processes' tensors, of one shape and dtype: (processes, *shape)."""
+        """Returns the tensors of all processes, which have one shape and dtype: (processes, *shape)."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         self._together(dist.all_gather, parts, tensor.contiguous())
         return torch.stack(parts)
 
     def gather_ragged(self, tensor: Tensor, lengths: list[int]) -> list[Tensor]:
-        """All processes' vectors, of different lengths, which all of them know."""
+        """Returns the vectors of all processes. Their lengths may differ; every process must know all of them."""
         padded = tensor.new_zeros(max(lengths))
         padded[: tensor.numel()] = tensor
         return [part[:length] for part, length in zip(self.gather(padded), lengths, strict=True)]
 
     def differing(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, list[int]]:
-        """Of the tensors that are not the same in all processes, the processes that have another than the first.
+        """Finds the tensors that differ between processes, and for each the ranks whose tensor is not process 0's.
 
-        8 bytes travel per tensor.
+        Each process sends 8 bytes per tensor.
         """
         if not tensors:
             return {}
@@ -131,39 +135,85 @@ class Processes:
         return {name: ranks for name, ranks in zip(tensors, others, strict=True) if ranks}
 
     def take_first(self, tensor: Tensor, device: torch.device) -> None:
-        """Gives all processes the first one's values."""
+        """Copies process 0's values into the tensors of all processes."""
         source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
         values = tensor.to(device, copy=True).contiguous()
         self._together(dist.broadcast, values, source)
         tensor.copy_(values)
 
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+def _lost(group: dist.ProcessGroup | None, doing: str, error: BaseException) -> str:
+    """Writes the error message for a process whose call to the others failed.
 
-
-def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bits as integers, of the same shape (of a complex one: real and imaginary parts)."""
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return tensor.view(_BITS[tensor.element_size()])
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    """A sum of the tensor's bits, modulo 2^64: 0-d int64, whatever the device sums first.
-
-    Example:
-        >>> checksum(torch.zeros(3)).item(), checksum(torch.tensor([1.0])).item()
-        (0, 1065353216)
+    Args:
+        group: The process group; None for all processes.
+        doing: The activity that the processes shared.
+        error: The error that ``torch.distributed`` raised.
     """
-    return bits(tensor).sum(dtype=torch.int64)
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    said = said if len(said) <= 200 else f"{said[:197]}..."
+    if not dist.is_initialized():
+        return f"the process group is gone in {doing}: it must live as long as the selection trains. torch says: {said}"
+    ranks = list(range(dist.get_world_size(group)))
+    mine = dist.get_rank(group)
+    silent = _silent_ranks(group, mine, ranks)
+    if silent is None and len(ranks) == 2:
+        silent = [1 - mine]
+    if silent:
+        who = f"process {', '.join(map(str, silent))} did not take part: it has ended or died, hangs, or does something else"
+    else:
+        who = "another process did not take part in time" if silent is None else "all have lost each other"
+    return (
+        f"process {mine} of {len(ranks)} has lost the others in {doing}: {who}. Look at the output of each process: the earliest "
+        "error is the cause. A process that dies is noticed at once, one that hangs when the process group's timeout is "
+        f"over{_timeout_text(group)}. Go on from the last checkpoint, with any number of processes. torch says: {said}"
+    )
 
 
-_WAIT = datetime.timedelta(seconds=10)  # for the store
+def _silent_ranks(group: dist.ProcessGroup | None, mine: int, ranks: list[int]) -> list[int] | None:
+    """Finds the processes that do not report within `ROLL_CALL` seconds that they have lost the others too.
+
+    Returns:
+        Their ranks; None if the store, through which processes report, cannot be reached.
+    """
+    found: list[list[int]] = []
+
+    def call() -> None:
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            members = [rank if group is None else dist.get_global_rank(group, rank) for rank in ranks]
+            store.set(f"unmask/lost/{members[mine]}", "1")
+            end = time.monotonic() + (ROLL_CALL if len(ranks) > 2 else 0.0)  # of two processes it must be the other
+            while True:
+                silent = [r for r in ranks if r != mine and not store.check([f"unmask/lost/{members[r]}"])]
+                if not silent or time.monotonic() >= end:
+                    found.append(silent)
+                    return
+                time.sleep(0.05)
+        except (RuntimeError, ValueError, AttributeError):  # the process that hosts the store has died
+            return
+
+    thread = threading.Thread(target=call, daemon=True)  # a store without its host may block
+    thread.start()
+    thread.join(ROLL_CALL + 1.0)
+    return found[0] if found else None
+
+
+def _timeout_text(group: dist.ProcessGroup | None) -> str:
+    """Names the group's timeout, if torch reveals it."""
+    try:
+        device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        seconds = (group or dist.group.WORLD)._get_backend(device).options._timeout.total_seconds()  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return " (init_process_group(timeout=...))"
+    return f" ({seconds:.0f} s here; init_process_group(timeout=...) sets it)"
 
 
 def first_to_say(text: str) -> bool:
-    """Whether no other process of this run has said the same yet: the store of torchrun or of the process group knows.
+    """Returns True in the first process of this run that is about to print this text; the others need not print it.
 
-    An error that only one process has is said by that process, whichever it is; one that all have is said by the first.
+    So an error that one process has is printed by that process, and an error that all have is printed once. The processes
+    ask the store of torchrun or of the process group.
 
     Example:
         >>> first_to_say("a process that trains alone says everything")
@@ -174,14 +224,18 @@ def first_to_say(text: str) -> bool:
     key = f"unmask/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{hashlib.sha256(text.encode()).hexdigest()}"
     try:
         return int(_store().add(key, 1)) == 1
-    except (RuntimeError, ValueError, KeyError):  # no store, or its host is gone: better twice than never
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+    ):  # There is no store, or its host is gone. To print twice is better than never.
         return True
 
 
 def _store() -> Any:
     distributed: Any = dist
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # there before the process group, and after it
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it exists before the process group and outlives it
         return distributed.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_WAIT
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_STORE_TIMEOUT
         )
     return distributed.distributed_c10d._get_default_store()

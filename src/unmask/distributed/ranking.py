@@ -1,10 +1,12 @@
-"""One ranking by the mean gradient of several processes, with or without sending the whole of it.
+"""Ranks entries by the mean gradient of several processes. Each class here is a `Ranking`.
 
-- `ExactRanking`: tensors' gradients are reduced, a bucket at a time, as they arrive; every process ranks the same numbers. Wire:
-  the dense gradient, as under DDP. Memory: a bucket.
-- `CandidateRanking`: of each bucket every process offers what is among the first k of its own gradient so far; the mean gradient
-  of what anybody offered is formed while the bucket is still there, and ranked. Wire: O(k) per process. Memory: a bucket. What
-  is ranked has its exact score; an entry that is not among the first k of any process is not seen.
+- `ExactRanking` averages the dense gradients over the processes, one bucket of tensors at a time, as backward produces them.
+  Every process then ranks the same numbers. Each process sends the dense gradient, as under DDP, and holds one bucket.
+- `CandidateRanking` lets each process offer the entries of a bucket that are among the k largest of its own gradient so far.
+  The processes average the gradient of all offered entries, and rank them. Each process sends O(k) numbers and holds one
+  bucket. The scores are exact, but an entry that no process offers is not considered.
+
+`Rounds` brings the tensors into one order for all processes, since each backward may reach them in another order.
 """
 
 from __future__ import annotations
@@ -19,33 +21,33 @@ from unmask.distributed.processes import Processes
 from unmask.errors import NonFiniteGradientError
 from unmask.gradients.factors import Factors, as_dense, gradient_at
 from unmask.ranking.exchange import NewRanker, Ranking
-from unmask.ranking.ledger import SlotTable
+from unmask.ranking.ledger import Ledger
 from unmask.ranking.topk import Ranked, StreamingTopK
 
 
 class ExactRanking:
-    """Ranks by the reduced dense gradient.
+    """Ranks by the dense gradient, averaged over the processes.
 
     Args:
-        processes: Whose mean it is.
-        ranking: What ranks the reduced gradients, the same in all processes.
-        table: The tensors.
+        processes: The processes whose gradients are averaged.
+        ranking: The ranking that receives the averaged gradients, the same in all processes.
+        table: The slots and the tensors.
     """
 
-    def __init__(self, processes: Processes, ranking: Ranking, table: SlotTable) -> None:
+    def __init__(self, processes: Processes, ranking: Ranking, table: Ledger) -> None:
         self._processes, self._ranking, self._table = processes, ranking, table
         self._rounds = Rounds(processes, _sizes(table), table.base.device, self._use)
 
     def rank(self, index: int, gradient: Tensor | Factors) -> None:
-        """See `Ranking`; raises where some process's gradient is not finite, in all of them."""
+        """See `Ranking.rank`. If the gradient of some process is not finite, all processes raise."""
         self._rounds.offer(index, as_dense(gradient))
 
     def rank_zero(self, index: int) -> None:
-        """See `Ranking`."""
+        """See `Ranking.rank_zero`."""
         self._rounds.offer(index, None)
 
     def result(self) -> Ranked:
-        """See `Ranking`."""
+        """See `Ranking.result`."""
         self._rounds.finish()
         return self._ranking.result()
 
@@ -63,7 +65,7 @@ class ExactRanking:
             self._ranking.rank(arrival.index, part.view(shape))
 
     def _flat(self, arrival: Arrival) -> Tensor:
-        """In the dtype of ``values``: sums of bfloat16 would lose bits."""
+        """Returns the gradient as a vector in the dtype of ``values``; sums in bfloat16 would lose bits."""
         base = self._table.base
         if arrival.gradient is None:
             return base.new_zeros(self._table.layout.tensors[arrival.index].numel())
@@ -71,30 +73,30 @@ class ExactRanking:
 
 
 class CandidateRanking:
-    """Ranks by the exact mean gradient of what some process's own gradient puts first.
+    """Ranks by the exact mean gradient those entries that some process's own gradient ranks among the first k.
 
     Args:
-        processes: Whose mean it is.
-        new: Makes rankers; its heuristic must score an entry by that entry's gradient alone.
-        table: What is unmasked already.
+        processes: The processes whose gradients are averaged.
+        new: A function that makes rankers; their heuristic must score an entry by that entry's gradient alone.
+        table: The slots, which tell what is unmasked already, and the tensors.
     """
 
-    def __init__(self, processes: Processes, new: NewRanker, table: SlotTable) -> None:
+    def __init__(self, processes: Processes, new: NewRanker, table: Ledger) -> None:
         self._processes, self._new, self._table = processes, new, table
         self._own = new(table)
         self._top = StreamingTopK(self._own.top.k, self._own.top.floor)
         self._rounds = Rounds(processes, _sizes(table), table.base.device, self._use)
 
     def rank(self, index: int, gradient: Tensor | Factors) -> None:
-        """See `Ranking`; raises where some process's gradient is not finite, in all of them."""
+        """See `Ranking.rank`. If the gradient of some process is not finite, all processes raise."""
         self._rounds.offer(index, gradient)
 
     def rank_zero(self, index: int) -> None:
-        """See `Ranking`."""
+        """See `Ranking.rank_zero`."""
         self._rounds.offer(index, None)
 
     def result(self) -> Ranked:
-        """See `Ranking`."""
+        """See `Ranking.result`."""
         self._rounds.finish()
         return self._top.result()
 
@@ -108,11 +110,13 @@ class CandidateRanking:
         self._top.merge(Ranked(scores, union, gradients))
 
     def _union(self, arrivals: list[Arrival]) -> Tensor:
-        """Positions that any process offers, ascending."""
+        """Returns the positions that any process offers, in ascending order."""
         device, error = self._table.base.device, None
         try:
             offers = self._offers(arrivals).to(device)
-        except NonFiniteGradientError as own:  # the others wait for this process: told first, raised then by all
+        except (
+            NonFiniteGradientError
+        ) as own:  # The others wait for this process: it sends -1 first, and then all raise.
             error, offers = own, torch.empty(0, dtype=torch.int64, device=device)
         count = torch.tensor([-1 if error else offers.numel()], device=device)
         counts: list[int] = self._processes.gather(count).squeeze(1).tolist()
@@ -123,7 +127,7 @@ class CandidateRanking:
         return torch.cat(self._processes.gather_ragged(offers, counts)).unique() if max(counts) else offers
 
     def _offers(self, arrivals: list[Arrival]) -> Tensor:
-        """Positions of these tensors' entries that are among this process's first k so far."""
+        """Returns the positions of those entries of the tensors that are among this process's first k so far."""
         for arrival in arrivals:
             if arrival.gradient is None:
                 self._own.rank_zero(arrival.index)
@@ -136,7 +140,7 @@ class CandidateRanking:
         return torch.cat([positions[low:high] for low, high in slices])
 
     def _gradients(self, arrivals: list[Arrival], union: Tensor) -> Tensor:
-        """This process's gradient at positions."""
+        """Returns this process's gradient at the positions."""
         values = self._table.base.new_zeros(union.numel())
         own = {a.index: a.gradient for a in arrivals}
         for index, entries in self._table.layout.entries(union):
@@ -146,23 +150,23 @@ class CandidateRanking:
         return values
 
 
-def _sizes(table: SlotTable) -> list[int]:
+def _sizes(table: Ledger) -> list[int]:
     return [tensor.numel() for tensor in table.layout.tensors]
 
 
-BUCKET = 1 << 22  # numbers: 16 MiB of float32, of the order of a bucket of DDP's
+BUCKET = 1 << 22  # numbers in a bucket: 16 MiB of float32, about as much as in a bucket of DDP
 
-_GRADIENT, _ZERO = 1, 2  # how a process holds a tensor
+_GRADIENT, _ZERO = 1, 2  # states of a tensor in a process; 0 means that backward has not reached it yet
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """One tensor's turn, in all processes at once.
+    """A tensor whose gradient is ready in all processes.
 
     Attributes:
-        index: The tensor.
-        gradient: This process's gradient; None where its loss did not reach the tensor.
-        anywhere: Whether some process's loss reached it.
+        index: The tensor's index.
+        gradient: This process's gradient; None if its loss did not reach the tensor.
+        anywhere: True if the loss of some process reached the tensor.
     """
 
     index: int
@@ -173,11 +177,14 @@ class Arrival:
 class Rounds:
     """Brings the gradients of one backward into an order that all processes share.
 
+    A round is one exchange: the processes say which gradients they hold, and use those that are ready in all of them. A process
+    begins a round when it holds a bucket of numbers, or when its backward has ended.
+
     Args:
-        processes: Who takes part.
-        sizes: Of every tensor: how many numbers its gradient counts for.
-        device: Where tensors must be for the process group.
-        use: Called with each round's tensors, ascending; the same tensors in all processes.
+        processes: The processes that take part.
+        sizes: The number of entries of every tensor.
+        device: The device on which the process group exchanges tensors.
+        use: A function that is called with each round's tensors in ascending order; they are the same in all processes.
     """
 
     def __init__(
@@ -188,7 +195,7 @@ class Rounds:
         self._numbers = 0
 
     def offer(self, index: int, gradient: Tensor | Factors | None) -> None:
-        """A tensor's gradient is there; None: it is zero in this process."""
+        """Takes a tensor's gradient; None means that it is zero in this process."""
         self._held[index] = gradient
         if gradient is not None:
             self._numbers += self._sizes[index]
@@ -196,12 +203,12 @@ class Rounds:
                 self._round(done=False)
 
     def finish(self) -> None:
-        """This process has offered everything: takes part until all have."""
+        """Ends this process's offers, and takes part in rounds until all processes have ended theirs."""
         while not self._round(done=True):
             pass
 
     def _round(self, done: bool) -> bool:
-        """One round; says whether it was the last."""
+        """Makes one round; returns True if it was the last."""
         states = self._states(done)
         tensors, finished = states[:, :-1], states[:, -1:]
         ready = (tensors > 0).any(0) & ((tensors > 0) | (finished > 0)).all(0)
@@ -212,7 +219,7 @@ class Rounds:
         return bool(finished.all())
 
     def _states(self, done: bool) -> Tensor:
-        """How each process holds each tensor, and whether it is done: (processes, tensors + 1), on the CPU."""
+        """Gathers the state of each tensor in each process, and whether the process is done: (processes, tensors + 1), CPU."""
         own = [0] * len(self._sizes) + [int(done)]
         for index, gradient in self._held.items():
             own[index] = _ZERO if gradient is None else _GRADIENT

@@ -1,4 +1,8 @@
-"""The reducer of several processes: whom a selection trains with, that all start from the same, and one gradient of all."""
+"""Lets a selection train in several processes: they start from the same weights, and average their gradients.
+
+`ProcessReducer` implements the Protocol `unmask.ranking.exchange.Reducer`. Before each exchange it checks that all processes are
+at the same step with the same settings, so that a process which differs ends in an error and not in a deadlock.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,20 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unmask.distributed.agreeing import refusal
-from unmask.distributed.facts import facts_of_state, settings_of, state_of_optimizer
-from unmask.distributed.processes import Processes, checksum
+from unmask.distributed.facts import checksum, facts_of_state, refusal, settings_of, state_of_optimizer
+from unmask.distributed.processes import Processes
 from unmask.distributed.ranking import CandidateRanking, ExactRanking
 from unmask.distributed.sharding import ShardedLayout, ShardRanking, ShardTable, group_of, reshard
-from unmask.errors import MethodError, ProcessesDifferError, SelectionError
-from unmask.methods.method import Method
+from unmask.errors import ProcessesDifferError, SelectionError
 from unmask.ranking.exchange import NewRanker, Ranking
-from unmask.ranking.ledger import Layout, SlotTable
+from unmask.ranking.ledger import Layout, Ledger
 from unmask.ranking.plan import Plan
 
 Exchange = Literal["exact", "candidates", "none"]
@@ -35,39 +37,23 @@ _SAME_OPTIMIZER = (
 )
 
 
-def check_exchange(exchange: str, method: Method) -> None:
-    """Refuses an exchange that there is not, or that does not go with the method.
-
-    Raises:
-        MethodError: Either.
-    """
-    if exchange not in get_args(Exchange):
-        raise MethodError(f"exchange = {exchange!r}; it must be 'exact', 'candidates' or 'none'.")
-    heuristic = method.heuristic
-    ranks = heuristic.needs == "gradient" or method.strategy == "repeat"
-    if exchange == "candidates" and ranks and not method.by_entry:
-        raise MethodError(
-            f"exchange = 'candidates' scores single entries by their gradient, which heuristic {heuristic.name!r} under "
-            f"allocation {method.allocation!r} does not allow; use exchange='exact'."
-        )
-
-
 class ProcessReducer:
-    """Makes one gradient of those of several processes: those that the model is sharded over, or those of a process group.
+    """Averages gradients over several processes: those over which the model is sharded, or those of a process group.
 
-    A process group may be made after the selection too, but before the first backward (transformers' Trainer makes it).
+    The process group may also be made after the selection, but before the first backward (transformers' Trainer does so).
 
     Args:
-        model: The model, not selected from yet.
-        exchange: What travels when all rank together; ``"none"``: nothing, ever.
+        model: The model, before anything is selected from it.
+        exchange: The way in which all processes rank together: ``"exact"`` or ``"candidates"``; ``"none"`` trains this process
+            by itself.
         group: The process group; None for all processes.
 
     Attributes:
-        processes: Whom this process trains with; None: it is alone, or not joined to them yet.
-        sharded: Whom the model is sharded over; None: it is not.
+        processes: The processes that train together; None if this one is alone, or has not joined them yet.
+        sharded: The processes over which the model is sharded; None if it is not sharded.
 
     Raises:
-        MethodError: The model is sharded in another way than a selection can work on.
+        MethodError: The model is sharded in a way that a selection cannot work on.
     """
 
     def __init__(self, model: nn.Module, exchange: Exchange, group: dist.ProcessGroup | None) -> None:
@@ -75,29 +61,31 @@ class ProcessReducer:
         self.processes: Processes | None = None
         reshard(model)
         self.sharded = group_of(model)
-        self._device = _CPU
+        self._device, self._values = _CPU, torch.empty(0)
         self._facts: Mapping[str, Any] = {}
         self._tensors: Callable[[], Mapping[str, Tensor]] = dict
         self._progress: Callable[[], tuple[int, list[Tensor]]] = lambda: (0, [])
-        self._agreed: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # an optimizer may hold another one: both step
-        self._optimizer: Optimizer | None = None  # the last that stepped
-        self._stepped: dict[str, Any] = {}  # its settings at its last step
-        self._coming: tuple[Plan, int] | None = None  # a backward whose exchanges have not begun
+        self._agreed: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # more than one, as an optimizer may wrap another
+        self._optimizer: Optimizer | None = None  # the one that stepped last
+        self._stepped: dict[str, Any] = {}  # that optimizer's settings at its last step
+        self._coming: tuple[Plan, int] | None = (
+            None  # the plan and micro-batch of a backward that has exchanged nothing yet
+        )
         self._micro = 0
 
     @property
     def several(self) -> bool:
-        """Whether this process trains with others."""
+        """True if this process trains with others."""
         return self.processes is not None
 
     def share_weights(self, model: nn.Module) -> None:
-        """Gives every process the first one's parameters and buffers, as DDP does; only those that differ travel."""
+        """Copies process 0's parameters and buffers to every process, as DDP does; only those that differ are sent."""
         processes = self._find()
         with torch._C.DisableTorchFunctionSubclass():
             detached = {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
         tensors = {
             name: tensor for name, tensor in detached.items() if type(tensor) is Tensor
-        }  # no shards, no quantised ones
+        }  # neither shards nor quantised tensors
         if processes is None or not tensors:
             return
         device = next(iter(tensors.values())).device
@@ -107,7 +95,7 @@ class ProcessReducer:
             processes.take_first(tensors[name], device)
 
     def layout(self, model: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str]) -> Layout:
-        """The eligible ones of a model's tensors, wherever their weights are."""
+        """Returns the layout of the eligible tensors; it is a `ShardedLayout` if the model is sharded."""
         if self.sharded is not None and names:
             return ShardedLayout(model, names, self.sharded)
         return Layout(names, [tensors[name] for name in names])
@@ -117,23 +105,24 @@ class ProcessReducer:
         facts: Mapping[str, Any],
         tensors: Callable[[], Mapping[str, Tensor]],
         progress: Callable[[], tuple[int, list[Tensor]]],
-        device: torch.device,
+        values: Tensor,
     ) -> None:
-        """Says what must be the same in all processes.
+        """Takes what must be the same in all processes.
 
         Args:
-            facts: JSON values by name.
-            tensors: What a selection starts from.
-            progress: The step, and tensors that training has made by then; not always the same ones.
-            device: Where tensors travel: that of ``values``.
+            facts: The settings, as JSON values by name.
+            tensors: A function that returns the tensors from which the selection starts.
+            progress: A function that returns the step, and the tensors that training has changed by then.
+            values: The selected weights. The processes exchange tensors on their device.
         """
-        self._facts, self._tensors, self._progress, self._device = facts, tensors, progress, device
+        self._facts, self._tensors, self._progress = facts, tensors, progress
+        self._values, self._device = values, values.device
 
     def join(self) -> None:
-        """Joins the others, once there are others: all must hold the same selection of the same weights.
+        """Joins the other processes as soon as there are any, and checks that all hold the same selection.
 
         Raises:
-            ProcessesDifferError: They do not.
+            ProcessesDifferError: The selections or the weights differ.
         """
         processes = self._find() if self.processes is None else None
         if processes is None:
@@ -153,7 +142,7 @@ class ProcessReducer:
 
     @contextlib.contextmanager
     def loading(self, state: Any) -> Iterator[None]:
-        """Agrees on a saved state before it is loaded, and afterwards on that all have loaded it.
+        """Checks that all processes load the same state, and afterwards that all of them have loaded it.
 
         Raises:
             ProcessesDifferError: Another process loads another state, or refuses it.
@@ -161,12 +150,12 @@ class ProcessReducer:
         self.join()
         if self.processes is not None:
             self.processes.agree("load_state_dict()", facts_of_state(state), self._device, _SAME_STATE)
-        self._agreed.clear()  # their state is loaded too
+        self._agreed.clear()  # their state is loaded, too
         self._optimizer, self._stepped, self._coming = None, {}, None
         try:
             yield
         except Exception as error:
-            with contextlib.suppress(ProcessesDifferError):  # the error of this process is the one that it raises
+            with contextlib.suppress(ProcessesDifferError):  # this process raises its own error
                 self._loaded(error)
             raise
         self._loaded(None)
@@ -176,12 +165,12 @@ class ProcessReducer:
             self.processes.agree("the end of load_state_dict()", refusal(error), self._device, _SAME_STATE)
 
     def stepping(self, optimizer: Optimizer) -> None:
-        """An optimizer is about to step: the first time all processes agree on it, its settings and its state.
+        """Runs before an optimizer's step. Before its first, all processes compare its class, its settings and its state.
 
-        A setting that is another later on is found in the next backward.
+        The next backward compares the settings again.
 
         Raises:
-            ProcessesDifferError: They differ, or another process is elsewhere.
+            ProcessesDifferError: They differ, or another process is at another place in its code.
         """
         if self.processes is None:
             return
@@ -193,22 +182,33 @@ class ProcessReducer:
         self._optimizer, self._stepped = optimizer, settings_of(optimizer)
 
     def leave(self) -> None:
-        """The selection has ended: nothing of its optimizer is kept."""
+        """Lets go of the optimizer when the selection ends."""
         self._optimizer = None
 
     def begin(self, plan: Plan, fresh: bool) -> None:
-        """See `Reducer`."""
+        """See `Reducer.begin`.
+
+        Raises:
+            SelectionError: DeepSpeed's ZeRO has taken over ``values``. Its inner optimizer steps partitions of a copy instead,
+                so neither the schedule nor the model would follow. ZeRO 1 and 2 mark such parameters with ``_hp_mapping``.
+        """
+        if hasattr(self._values, "_hp_mapping"):
+            raise SelectionError(
+                "DeepSpeed's ZeRO has taken over the selected weights, and steps copies of them that the model does not follow. "
+                "ZeRO shards optimizer state, which for a selection is B numbers: train with torchrun or accelerate alone (the "
+                "selection reduces its gradients itself), or shard the model with fully_shard before unmask.select()."
+            )
         self.join()
         self._coming = (plan, 1 if fresh else self._micro + 1)
 
     def _meet(self) -> None:
-        """Before a backward's first exchange: all processes must be at the same micro-batch of the same step.
+        """Checks before a backward's first exchange that all processes are at the same micro-batch of the same step.
 
-        What is exchanged in a backward follows from what is agreed on here, so no call meets another one of another size. All
-        hold the same `values` then, and their optimizers the same settings.
+        The sizes of a backward's exchanges follow from the facts that are compared here, so they are the same in all
+        processes. ``values`` and the optimizers' settings are compared, too.
 
         Raises:
-            ProcessesDifferError: They are not.
+            ProcessesDifferError: They differ.
         """
         if self.processes is None or self._coming is None:
             return
@@ -223,13 +223,13 @@ class ProcessReducer:
         self.processes.agree(doing, facts | self._settings(), self._device, _SAME_OPTIMIZER, held)
 
     def meet_for_dense(self) -> None:
-        """The same before the exchange of dense tensors."""
+        """Checks the same before the gradients of dense tensors are exchanged."""
         if self.processes is not None:
             doing = f"the exchange of the tensors trained whole, step {self._progress()[0]}"
             self.processes.agree(doing, self._settings(), self._device, _SAME_OPTIMIZER, self._checksum())
 
     def _settings(self) -> dict[str, Any]:
-        """What the optimizer has stepped by, and what it will step by as it is now."""
+        """Returns the optimizer's settings at its last step, and its settings now."""
         if self._optimizer is None:
             return {}
         return settings_of(self._optimizer) | {f"{key} at the last step": value for key, value in self._stepped.items()}
@@ -246,8 +246,8 @@ class ProcessReducer:
         processes = Processes(self._group)
         return processes if processes.size > 1 else None
 
-    def ranking(self, new: NewRanker, table: SlotTable) -> Ranking:
-        """See `Reducer`."""
+    def ranking(self, new: NewRanker, table: Ledger) -> Ranking:
+        """See `Reducer.ranking`."""
         if self.processes is None:
             return new(table)
         self._meet()
@@ -259,48 +259,27 @@ class ProcessReducer:
         return ExactRanking(self.processes, new(table), table)
 
     def mean(self, tensor: Tensor) -> None:
-        """See `Reducer`."""
+        """See `Reducer.mean`."""
         if self.processes is not None:
             self._meet()
             self.processes.mean(tensor)
 
 
 def refused_by_all(select: F) -> F:
-    """Lets all processes refuse what one of them refuses, so that none waits for it."""
+    """Decorates ``select`` so that an error in one process is raised in all of them, and none waits for it."""
 
     @functools.wraps(select)
     def run(model: nn.Module, *args: Any, **options: Any) -> Any:
         try:
             return select(model, *args, **options)
-        except ProcessesDifferError:  # raised in all
+        except ProcessesDifferError:  # all processes raise it already
             raise
         except Exception as error:
-            with contextlib.suppress(Exception):  # the error of this process is the one that it raises
-                _tell(error, model, options)
+            with contextlib.suppress(Exception):  # this process raises its own error
+                processes = ProcessReducer(model, options.get("exchange", "exact"), options.get("group"))._find()
+                if processes is not None:
+                    device = next((p.device for p in model.parameters()), _CPU)
+                    processes.agree("select()", refusal(error), device, _SAME_METHOD)
             raise
 
     return cast(F, run)
-
-
-def _tell(error: Exception, model: nn.Module, options: Mapping[str, Any]) -> None:
-    processes = ProcessReducer(model, options.get("exchange", "exact"), options.get("group"))._find()
-    if processes is not None:
-        device = next((p.device for p in model.parameters()), _CPU)
-        processes.agree("select()", refusal(error), device, _SAME_METHOD)
-
-
-def refuse_zero(values: Tensor) -> None:
-    """Refuses ``values`` that a ZeRO optimizer has taken over.
-
-    ZeRO lets the inner optimizer step partitions of its own instead of the parameters, so the schedule would not advance, and
-    no weight would follow ``values``. Stages 1 and 2 mark what they take over with ``_hp_mapping``.
-
-    Raises:
-        SelectionError: They did.
-    """
-    if hasattr(values, "_hp_mapping"):
-        raise SelectionError(
-            "DeepSpeed's ZeRO has taken over the selected weights, and steps copies of them that the model does not follow. ZeRO "
-            "shards optimizer state, which for a selection is B numbers: train with torchrun or accelerate alone (the "
-            "selection reduces its gradients itself), or shard the model with fully_shard before unmask.select()."
-        )

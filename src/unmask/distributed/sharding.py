@@ -1,10 +1,10 @@
-"""FSDP2: tensors of which each process holds some rows.
+"""Selects from a model that FSDP2 has sharded: each process holds some rows of every tensor.
 
-``fully_shard`` makes of every parameter a ``DTensor``, and puts a plain parameter, always the same object, in its place while its
-module runs. That one is tapped, and brings the whole gradient of this process's part of the batch. What is kept lives in
-the shards: a process scores the rows it holds by the reduced gradient, and the best of all processes are merged; the trained
-values, B numbers, are held by every process, which writes those of its own rows. So the budget is global, and the selection that
-of the unsharded model.
+``fully_shard`` turns every parameter into a ``DTensor``. While a module runs, FSDP puts a plain parameter, always the same
+object, in its place. The selection taps that plain parameter and receives the whole gradient of this process's part of the
+batch. Then the gradients are averaged, each process scores the rows that it holds, and the best entries of all processes are
+merged. Every process holds all B trained values, and writes those that lie in its own rows. So the budget is global, and the
+selection is the same as on the unsharded model.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from unmask.distributed.processes import Processes, bits
+from unmask.distributed.facts import bits
+from unmask.distributed.processes import Processes
 from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.gradients.entries import Entries, put, take
 from unmask.gradients.factors import Factors, as_dense
 from unmask.gradients.wrappers import named_parameters
-from unmask.methods.method import Method
-from unmask.ranking.ledger import Layout, SlotTable
+from unmask.ranking.ledger import Layout, Ledger
 from unmask.ranking.ranker import Ranker
 from unmask.ranking.topk import Ranked, StreamingTopK
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")  # not imported: then there is none
+    """Returns True if a tensor is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # before it is imported there are no DTensors
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """A tensor with all its rows, on the CPU if they had to be gathered; all processes call it together."""
+    """Returns a tensor with all its rows, on the CPU if they had to be gathered; all processes call it together."""
     return tensor.full_tensor().cpu() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def group_of(model: nn.Module) -> Processes | None:
-    """The processes that a model is sharded over; None: it is not.
+    """Returns the processes over which a model is sharded; None if it is not sharded.
 
     Raises:
-        MethodError: It is sharded otherwise than by rows over one dimension of processes.
+        MethodError: It is sharded in another way than by rows over one dimension of processes.
     """
     sharded = {name: p for name, p in named_parameters(model).items() if is_sharded(p)}
     if not sharded:
@@ -58,50 +58,13 @@ def group_of(model: nn.Module) -> Processes | None:
     return Processes(next(iter(sharded.values())).device_mesh.get_group())  # type: ignore[attr-defined]
 
 
-def check_sharded(
-    model: nn.Module, method: Method, eligible: Sequence[str], dense: Sequence[str], exchange: str
-) -> None:
-    """Refuses what a sharded model does not allow.
-
-    Raises:
-        MethodError: With what to do instead.
-    """
-    parameters = named_parameters(model)
-    heuristic = method.heuristic
-    whole_tensors = [name for name in dense if is_sharded(parameters[name])]
-    plain = [name for name in eligible if not is_sharded(parameters[name])]
-    if exchange != "exact":
-        raise MethodError(f"exchange = {exchange!r}; a model sharded by fully_shard needs exchange='exact'.")
-    if whole_tensors:
-        raise MethodError(
-            f"{whole_tensors[0]!r} is sharded and would be trained whole; keep such tensors out of the sharding "
-            "(fully_shard(model, ignored_params={...})), and unmask.select reduces their gradients itself."
-        )
-    if plain:
-        raise MethodError(f"{plain[0]!r} is not sharded, others are; leave such tensors out with exclude=.")
-    if method.unselected == "zero":
-        raise MethodError(
-            "a pruned adapter of a sharded model is not supported; use pruned='kept', or do not shard it."
-        )
-    if method.leaving == "kept":
-        raise MethodError(
-            "leaving='kept' holds a number for every eligible weight in each process, which sharding is there to avoid; use "
-            "leaving='restored', or do not shard the model."
-        )
-    if not heuristic.elementwise or heuristic.needs == "calibration" or method.allocation != "global":
-        raise MethodError(
-            f"heuristic {heuristic.name!r} under allocation {method.allocation!r} needs whole tensors, which no process of a "
-            "sharded model holds; use an elementwise heuristic without calibration, and allocation='global'."
-        )
-
-
 class ShardedLayout(Layout):
-    """A layout whose tensors are sharded by rows; `read` and `plain` are calls of all processes together.
+    """A layout whose tensors are sharded by rows; all processes must call `read` and `plain` together.
 
     Args:
         model: The model, after ``fully_shard``.
-        names: Of the eligible tensors, all of them sharded.
-        processes: Who holds the shards.
+        names: The names of the eligible tensors, all of which are sharded.
+        processes: The processes that hold the shards.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], processes: Processes) -> None:
@@ -112,30 +75,30 @@ class ShardedLayout(Layout):
         self._ids = {id(p) for p in self._sharded}
 
     def holds(self, parameter: Tensor) -> bool:
-        """See `Layout.holds`."""
+        """Returns True if ``parameter`` is the DTensor of one of the tensors; see `Layout.holds`."""
         return id(parameter) in self._ids
 
     def plain(self, index: int) -> Tensor:
-        """The whole tensor: a copy, gathered from all processes."""
+        """Returns a copy of the whole tensor, gathered from all processes."""
         with torch.no_grad():
             return self._sharded[index].full_tensor()  # type: ignore[attr-defined]
 
     def shard(self, index: int) -> Tensor:
-        """The rows that this process holds: shares storage with the parameter."""
+        """Returns the rows that this process holds; they share storage with the parameter."""
         return self._sharded[index].detach().to_local()  # type: ignore[attr-defined]
 
     def first_row(self, index: int) -> int:
-        """The first row that this process holds: all but the last processes hold equally many."""
+        """Returns the first row that this process holds. All processes hold equally many rows, except for the last ones."""
         rows = self._sharded[index].shape[0]
         return min(rows, self.processes.rank * -(-rows // self.processes.size))
 
     def offset(self, index: int) -> int:
-        """The flat index of the first entry that this process holds."""
+        """Returns the flat index of the first entry that this process holds."""
         tensor = self.tensors[index]
         return self.first_row(index) * (tensor.numel() // tensor.shape[0])
 
     def read(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `Layout.read`: every process gives what it holds, bit for bit."""
+        """Reads weights as `Layout.read` does; each process contributes those that it holds, bit for bit."""
         values = torch.zeros(positions.shape, dtype=dtype, device=positions.device)
         for index, flat, places in self.split(positions):
             own, mine = self._own(index, flat)
@@ -144,17 +107,17 @@ class ShardedLayout(Layout):
         return values
 
     def write(self, positions: Tensor, values: Tensor) -> None:
-        """See `Layout.write`."""
+        """Writes those of the weights that this process holds; see `Layout.write`."""
         for index, flat, places in self.split(positions):
             self.put(index, flat, values[places])
 
     def put(self, index: int, flat: Tensor, values: Tensor) -> None:
-        """See `Layout.put`."""
+        """Writes those entries of a tensor that this process holds; see `Layout.put`."""
         own, mine = self._own(index, flat)
         put(self.shard(index), own, values[mine.to(values.device)])
 
     def own(self, index: int, flat: Tensor) -> Tensor:
-        """Of flat indices, those that this process holds, counted from the first that it holds."""
+        """Returns those of the flat indices that this process holds, counted from the first entry that it holds."""
         return self._own(index, flat)[0]
 
     def _own(self, index: int, flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,16 +126,16 @@ class ShardedLayout(Layout):
         return local[mine], mine
 
 
-class ShardTable(SlotTable):
-    """What a `Ranker` sees of a table: this process's rows alone, at their places in the whole model."""
+class ShardTable(Ledger):
+    """The part of a table that belongs to this process's rows, at their positions in the whole model, for a `Ranker`."""
 
-    def __init__(self, table: SlotTable, layout: ShardedLayout) -> None:
+    def __init__(self, table: Ledger, layout: ShardedLayout) -> None:
         self._table, self._whole = table, layout
         self.layout = _Shards(layout)
         self.positions, self.base, self.held, self.budget = table.positions, table.base, table.held, table.budget
 
     def members(self, index: int) -> Entries | None:
-        """This process's entries that hold a slot, by their flat indices in the shard."""
+        """Returns the entries of this process that hold a slot, by their flat indices in the shard."""
         members = self._table.members(index)
         if members is None:
             return None
@@ -180,7 +143,7 @@ class ShardTable(SlotTable):
 
 
 class _Shards(Layout):
-    """The shards as tensors of their own."""
+    """A layout whose tensors are this process's shards."""
 
     def __init__(self, layout: ShardedLayout) -> None:
         self._layout = layout
@@ -192,14 +155,14 @@ class _Shards(Layout):
 
 
 class ShardRanking:
-    """Ranks reduced gradients, each process its own rows, and merges the best of all."""
+    """A `Ranking` in which each process ranks its own rows by the averaged gradient; `result` merges the best of all."""
 
     def __init__(self, ranker: Ranker, layout: ShardedLayout) -> None:
         self._ranker, self._layout = ranker, layout
         self._error: NonFiniteGradientError | None = None
 
     def rank(self, index: int, gradient: Tensor | Factors) -> None:
-        """See `Ranking`; what is not finite is told by `result`, to all processes."""
+        """See `Ranking.rank`. If a gradient is not finite, `result` raises in all processes."""
         rows = self._layout.shard(index).shape[0]
         if rows and self._error is None:
             try:
@@ -208,12 +171,12 @@ class ShardRanking:
                 self._error = error
 
     def rank_zero(self, index: int) -> None:
-        """See `Ranking`."""
+        """See `Ranking.rank_zero`."""
         if self._layout.shard(index).shape[0]:
             self._ranker.rank_zero(index)
 
     def result(self) -> Ranked:
-        """See `Ranking`."""
+        """See `Ranking.result`."""
         own, processes, base = self._ranker.result(), self._layout.processes, self._ranker.table.base
         count = torch.tensor([-1 if self._error else own.positions.numel()], device=base.device)
         counts: list[int] = processes.gather(count).squeeze(1).tolist()
@@ -234,13 +197,17 @@ class ShardRanking:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees what a forward without a backward has left unsharded, so that the parameters are the shards."""
+    """Frees the plain parameters that a forward without a backward has left, so that the parameters are the shards again."""
     for module in _fsdp_modules(model):
         module.reshard()
 
 
 def catch_up_before_gather(model: nn.Module, catch_up: Callable[[], None]) -> list[RemovableHandle]:
-    """Hooks that run before a module's shards are gathered for its forward; ``remove()`` them when the selection ends."""
+    """Registers hooks that call ``catch_up`` before a module's shards are gathered for its forward.
+
+    Returns:
+        The hooks; the selection calls their ``remove()`` when it ends.
+    """
 
     def before(module: nn.Module, args: Any) -> None:
         catch_up()
@@ -249,7 +216,7 @@ def catch_up_before_gather(model: nn.Module, catch_up: Callable[[], None]) -> li
 
 
 def _unsharded(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The plain parameters that stand in the modules while they run, by name."""
+    """Returns the plain parameters that FSDP puts into the modules while they run, by name."""
     found: dict[str, nn.Parameter] = {}
     for module in _fsdp_modules(model):
         module.unshard()
@@ -260,5 +227,5 @@ def _unsharded(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FSDPModule", None)  # torch 2.6 and later
+    kind = getattr(fsdp, "FSDPModule", None)  # it exists since torch 2.6
     return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]

@@ -1,1 +1,1 @@
-"""How gradients reach the slots: taps on the tensors, streamed scoring, calibration."""
+"""Lets a selection see the gradients of frozen tensors, one tensor at a time, without changing any module."""

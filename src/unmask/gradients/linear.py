@@ -1,9 +1,12 @@
-"""Operations that differentiate a tapped weight without a dense gradient: linear layers and embeddings.
+"""Runs linear layers so that their backward forms no dense weight gradient.
 
-They take the operation's place while its weight's tap is a token (see ``tap.py``), or while nothing is wanted of it: same
-output, same input gradient. The weight's is made at the token's entries, or put into its `Pending` in a form that is not dense
-yet. Whatever they do not know, autograd does, and its dense gradient is gathered. On a CPU a linear layer's backward leaves out
-the tokens whose gradient is zero (``rows.py``).
+A handler of this file takes the place of ``F.linear`` or ``torch.addmm`` where the weight's proxy is a placeholder (see
+``taps.py``), or where the weight's gradient is not wanted. The output and the gradient of the input are those of torch. The
+weight's gradient is made at the placeholder's entries, or goes into its `PendingGradient` as `Factors`. In all other cases
+autograd does the work, and its dense gradient is read out. The backward saves two kinds of work:
+
+- On a CPU it leaves out the tokens whose gradient is zero (`live_rows`).
+- An input that an activation made is not saved, but made again (`origin`).
 """
 
 from __future__ import annotations
@@ -19,85 +22,104 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unmask.errors import SelectionError
-from unmask.gradients.entries import Entries, take
+from unmask.gradients.embedding import embedding
+from unmask.gradients.entries import Entries, take, take_columns
 from unmask.gradients.factors import Factors
-from unmask.gradients.sampled import Product, by_rows, choose, sampled_product, take_columns, take_gradient
-from unmask.gradients.tapped import Handler, TappedParameter, set_of
-from unmask.gradients.taps import Gather, Tapped, Whole
+from unmask.gradients.sampled import Product, choose, sampled_product
+from unmask.gradients.tapped import Handler, StandIn, TappedParameter, stand_in_of
+from unmask.gradients.taps import Collect, Gather
+
+LEAST = 64  # The tokens below which none is left out.
+SHARE = 0.85  # The share of the tokens that may be left, at most, for leaving the others out to pay.
+_PROBE = 64  # The number of rows that are looked at first.
+_FEW = 16  # The number of columns that are looked at first.
 
 
 def handlers(dense: bool) -> dict[Any, Handler]:
-    """Handlers for `TapSet.handlers`.
+    """Makes the handlers of linear layers and embeddings, for `TapSet.handlers`.
 
     Args:
-        dense: Whether an operation may be left to autograd where the dense product is the cheaper one.
+        dense: Lets autograd run an operation whose dense product is the cheapest.
     """
-    linear = _Linear(dense)
-    return {F.linear: linear.linear, torch.addmm: linear.addmm, F.embedding: _embedding}
+    linear = _LinearHandlers(dense)
+    return {F.linear: linear.linear, torch.addmm: linear.addmm, F.embedding: embedding}
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What a sampled linear operation knows beside its tensors."""
+class _Setup:
+    """What the backward of a linear operation needs besides its tensors.
 
-    tapped: Tapped | None  # None: the weight's gradient is not wanted
+    Attributes:
+        stand_in: The weight's stand-in; None if its gradient is not wanted.
+        bias_entries: The entries of the bias whose gradient is wanted, if it has a placeholder.
+        how: The product that gives the weight's entries, if the placeholder stands for some.
+        transposed: True for a weight of shape (in, out), as in the Conv1D of transformers.
+        origin: The node that can make the input again, which is then not saved; None otherwise.
+    """
+
+    stand_in: StandIn | None
     bias_entries: Entries | None
-    how: Product  # where the token stands for some entries
-    transposed: bool  # the weight is (in, out), as in transformers' Conv1D
-    origin: Node | None  # what can make the input again; it is not saved then
+    how: Product
+    transposed: bool
+    origin: Node | None
 
 
-class _Linear:
-    """Handlers of linear operations; remembers the last input that autocast converted, for query, key and value share it."""
+class _LinearHandlers:
+    """The handlers of linear operations; they remember the last input that autocast converted.
+
+    The layers of query, key and value have the same input, which is then converted once.
+    """
 
     def __init__(self, dense: bool) -> None:
         self._dense = dense
         self._last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
 
     def linear(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """``F.linear(input, weight, bias)``."""
+        """Handles ``F.linear(input, weight, bias)``."""
 
-        def bound(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        def run(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
             return self._apply(input, weight, bias, transposed=False)
 
-        return bound(*args, **kwargs)
+        return run(*args, **kwargs)
 
     def addmm(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """``torch.addmm(bias, input, weight)``."""
+        """Handles ``torch.addmm(bias, input, weight)``."""
 
-        def bound(input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Any:
+        def run(input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Any:
             if options or input.ndim != 1:
                 return NotImplemented
             return self._apply(mat1, mat2, input, transposed=True)
 
-        return bound(*args, **kwargs)
+        return run(*args, **kwargs)
 
     def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Any:
         if not isinstance(weight, TappedParameter) or weight.ndim != 2 or isinstance(x, TappedParameter):
             return NotImplemented
         if not weight.numel() or (bias is not None and bias.shape != (weight.shape[1 if transposed else 0],)):
-            return NotImplemented  # a bias of another shape is broadcast
-        tapped = set_of(weight).tap(weight)
-        if tapped.alias if tapped else not x.requires_grad or x.device.type != "cpu":
+            return NotImplemented  # A bias of another shape is broadcast.
+        stand_in = stand_in_of(weight)
+        if stand_in.alias if stand_in else not x.requires_grad or x.device.type != "cpu":
             return NotImplemented
         cast = self._cast(x)
         how: Product = "dense"
-        if tapped and tapped.entries is not None:
+        if stand_in and stand_in.entries is not None:
             dtype = x.dtype if cast is None else cast.dtype
-            how = choose(tapped.entries, x.numel() // max(1, x.shape[-1]), dtype, x.device, self._dense)
+            how = choose(stand_in.entries, x.numel() // max(1, x.shape[-1]), dtype, x.device, self._dense)
             if how == "dense":
                 return NotImplemented
-        token, entries = None, None
+        bias_placeholder, entries = None, None
         if isinstance(bias, TappedParameter):
-            tap = set_of(bias).tap(bias)
-            if tap is not None and tap.alias:
-                bias = tap.proxy
-            elif tap is not None:
-                token, entries = tap.proxy, tap.entries
-        job = _Job(tapped, entries, how, transposed, origin(x) if tapped and cast is None else None)
-        return SampledLinear.apply(x, cast, weight, bias, tapped.proxy if tapped else None, token, job)
+            other = stand_in_of(bias)
+            if other is not None and other.alias:
+                bias = other.proxy
+            elif other is not None:
+                bias_placeholder, entries = other.proxy, other.entries
+        setup = _Setup(stand_in, entries, how, transposed, origin(x) if stand_in and cast is None else None)
+        placeholder = stand_in.proxy if stand_in else None
+        return SampledLinear.apply(x, cast, weight, bias, placeholder, bias_placeholder, setup)
 
     def _cast(self, x: Tensor) -> Tensor | None:
+        """Returns the input in autocast's dtype; None if autocast leaves it as it is."""
         kind = x.device.type
         if not torch.is_autocast_enabled(kind) or x.dtype == torch.get_autocast_dtype(kind) or x.dtype == torch.float64:
             return None
@@ -105,12 +127,13 @@ class _Linear:
         cast = self._last[2]() if self._last and self._last[0]() is x and self._last[1] == version >= 0 else None
         if cast is None:
             cast = x.detach().to(torch.get_autocast_dtype(kind))
-            self._last = (weakref.ref(x), version, weakref.ref(cast))  # the graph keeps it, while it needs it
+            # Weak references: the graph keeps the converted input as long as it needs it.
+            self._last = (weakref.ref(x), version, weakref.ref(cast))
         return cast
 
 
 class SampledLinear(torch.autograd.Function):
-    """``x W^T + b`` (or ``x W + b``), whose backward makes the weight's gradient at its entries only, or as `Factors`."""
+    """``x W^T + b`` (or ``x W + b``); the backward makes the weight's gradient at its entries only, or as `Factors`."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -119,182 +142,117 @@ class SampledLinear(torch.autograd.Function):
         cast: Tensor | None,  # x in autocast's dtype
         weight: Tensor,
         bias: Tensor | None,
-        token: Tensor | None,
-        bias_token: Tensor | None,
-        job: _Job,
+        placeholder: Tensor | None,
+        bias_placeholder: Tensor | None,
+        setup: _Setup,
     ) -> Tensor:
-        ctx.job, ctx.shape, ctx.dtype, ctx.bias_dtype = job, x.shape, x.dtype, None if bias is None else bias.dtype
+        ctx.setup, ctx.shape, ctx.dtype, ctx.bias_dtype = setup, x.shape, x.dtype, None if bias is None else bias.dtype
         weight, ctx.weight_dtype = weight.detach(), weight.dtype
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             weight = weight.to(dtype)
             x, bias = x if cast is None else cast, None if bias is None else bias.to(dtype)
         ctx.save_for_backward(
-            x if token is not None and job.origin is None else None,
+            x if placeholder is not None and setup.origin is None else None,
             weight if ctx.needs_input_grad[0] else None,
-            token,
-            bias_token,
+            placeholder,
+            bias_placeholder,
         )
-        return _product(x, weight if job.transposed else weight.t(), bias)
+        matrix = weight if setup.transposed else weight.t()
+        # Not a view of a product in two dimensions: a caller may change the output in place.
+        out = x.new_empty(*x.shape[:-1], matrix.shape[1])
+        flat, product = x.reshape(-1, x.shape[-1]), out.view(-1, matrix.shape[1])
+        if bias is None:
+            torch.mm(flat, matrix, out=product)
+        else:
+            torch.addmm(bias, flat, matrix, out=product)
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, token, bias_token = ctx.saved_tensors
-        x = x if ctx.job.origin is None else again(ctx.job.origin)
+        x, weight, placeholder, bias_placeholder = ctx.saved_tensors
+        setup, needs, kind = ctx.setup, ctx.needs_input_grad, gradient.device.type
+        x = x if setup.origin is None else again(setup.origin)
         g = gradient.reshape(-1, gradient.shape[-1])
         if torch.is_grad_enabled():
-            if token is None:
-                return _twice_frozen(ctx, g, weight, bias_token)
-            return _twice(ctx, g, x, weight, token, bias_token)
-        job, needs = ctx.job, ctx.needs_input_grad
+            return _differentiable(ctx, g, x, weight, placeholder, bias_placeholder)
         tokens, rows = g.shape[0], live_rows(g)
         g = g if rows is None else g.index_select(0, rows)
-        with _without_autocast(g.device.type):
-            grad_x = grad_bias = grad_token = grad_bias_token = None
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            grad_x = grad_bias = grad_placeholder = grad_bias_placeholder = None
             if needs[4]:
                 flat_x = x.reshape(-1, x.shape[-1])
                 flat_x = flat_x if rows is None else flat_x.index_select(0, rows)
-                left, right = (flat_x, g) if job.transposed else (g, flat_x)
-                if job.tapped.pending is None:
-                    grad_token = sampled_product(left, right, job.tapped.entries, job.how).to(token.dtype)
+                left, right = (flat_x, g) if setup.transposed else (g, flat_x)
+                if setup.stand_in.pending is None:
+                    product = sampled_product(left, right, setup.stand_in.entries, setup.how)
+                    grad_placeholder = product.to(placeholder.dtype)
                 else:
-                    job.tapped.pending.put(Factors(left, right, ctx.weight_dtype))
-                    grad_token = torch.zeros_like(token)
+                    setup.stand_in.pending.put(Factors(left, right, ctx.weight_dtype))
+                    grad_placeholder = torch.zeros_like(placeholder)
             if needs[5]:
-                grad_bias_token = _column_sums(g, job.bias_entries, bias_token.dtype)
+                grad_bias_placeholder = _column_sums(g, setup.bias_entries, bias_placeholder.dtype)
             if needs[3]:
                 grad_bias = g.sum(0).to(ctx.bias_dtype)
             if needs[0]:
-                grad_x = g @ (weight.t() if job.transposed else weight)
+                grad_x = g @ (weight.t() if setup.transposed else weight)
                 grad_x = grad_x if rows is None else spread_rows(grad_x, rows, tokens)
                 grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
-        return grad_x, None, None, grad_bias, grad_token, grad_bias_token, None
+        return grad_x, None, None, grad_bias, grad_placeholder, grad_bias_placeholder, None
 
 
-def _product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ matrix + bias`` for x (..., in), not as a view of a product in two dimensions: a caller may change it in place."""
-    out = x.new_empty(*x.shape[:-1], matrix.shape[1])
-    flat, product = x.reshape(-1, x.shape[-1]), out.view(-1, matrix.shape[1])
-    if bias is None:
-        torch.mm(flat, matrix, out=product)
-    else:
-        torch.addmm(bias, flat, matrix, out=product)
-    return out
+def _differentiable(
+    ctx: Any,
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    placeholder: Tensor | None,
+    bias_placeholder: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Runs the backward as differentiable operations on dense products, for gradient penalties and the like."""
+    setup, live = ctx.setup, weight
+    grad_x = grad_bias = grad_placeholder = grad_bias_placeholder = None
+    if x is not None and placeholder is not None:
+        if x.dtype != ctx.dtype:
+            raise SelectionError(
+                "a second derivative (create_graph=True) under autocast does not reach the sampled gradients' input; run this "
+                "loss without autocast, or use unmask.select(..., gradients='dense')."
+            )
+        pending, flat_x = setup.stand_in.pending, x.reshape(-1, x.shape[-1])
+        product = flat_x.t() @ g if setup.transposed else g.t() @ flat_x
+        if pending is None:
+            grad_placeholder = take(product, setup.stand_in.entries.flat).to(placeholder.dtype)
+            live = None if weight is None else Gather.apply(placeholder, weight, setup.stand_in.entries)
+        else:
+            pending.put(product.detach())
+            grad_placeholder = torch.zeros_like(placeholder)
+            live = None if weight is None else Collect.apply(placeholder, weight, pending)
+    if live is not None:
+        grad_x = (g @ (live.t() if setup.transposed else live)).view(ctx.shape).to(ctx.dtype)
+    sums = g.sum(0)
+    if ctx.needs_input_grad[3]:
+        grad_bias = sums.to(ctx.bias_dtype)
+    if bias_placeholder is not None:
+        grad_bias_placeholder = take(sums, setup.bias_entries.flat).to(bias_placeholder.dtype)
+    return grad_x, None, None, grad_bias, grad_placeholder, grad_bias_placeholder, None
 
 
 def _column_sums(g: Tensor, entries: Entries, dtype: torch.dtype) -> Tensor:
-    """A bias's gradient at entries."""
+    """Returns a bias's gradient at entries, from the output's gradient (T, out)."""
     if 8 * entries.flat.numel() < g.shape[1]:
         return take_columns(g, entries.flat).sum(0, dtype=dtype)
     return take(g.sum(0, dtype=dtype), entries.flat)
 
 
-def _twice(
-    ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, token: Tensor, bias_token: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """The backward as differentiable operations on dense products: for gradient penalties and the like."""
-    job = ctx.job
-    if x.dtype != ctx.dtype:
-        raise SelectionError(
-            "a second derivative (create_graph=True) under autocast does not reach the sampled gradients' input; run this loss "
-            "without autocast, or use unmask.select(..., gradients='dense')."
-        )
-    flat_x = x.reshape(-1, x.shape[-1])
-    product = flat_x.t() @ g if job.transposed else g.t() @ flat_x
-    grad_x, pending = None, job.tapped.pending
-    if pending is None:
-        grad_token = take(product, job.tapped.entries.flat).to(token.dtype)
-    else:
-        pending.put(product.detach())
-        grad_token = torch.zeros_like(token)
-    if weight is not None:
-        live = (
-            Gather.apply(token, weight, job.tapped.entries) if pending is None else Whole.apply(token, weight, pending)
-        )
-        grad_x = (g @ (live.t() if job.transposed else live)).view(x.shape)
-    grad_bias, grad_bias_token = _twice_bias(ctx, g, bias_token)
-    return grad_x, None, None, grad_bias, grad_token, grad_bias_token, None
-
-
-def _twice_frozen(ctx: Any, g: Tensor, weight: Tensor, bias_token: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The same where nothing is wanted of the weight."""
-    grad_x = (g @ (weight.t() if ctx.job.transposed else weight)).view(ctx.shape).to(ctx.dtype)
-    grad_bias, grad_bias_token = _twice_bias(ctx, g, bias_token)
-    return grad_x, None, None, grad_bias, None, grad_bias_token, None
-
-
-def _twice_bias(ctx: Any, g: Tensor, token: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    sums = g.sum(0)
-    whole = sums.to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
-    return whole, None if token is None else take(sums, ctx.job.bias_entries.flat).to(token.dtype)
-
-
-def _without_autocast(kind: str) -> Any:
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _embedding(func: Any, args: tuple, kwargs: dict) -> Any:
-    """``F.embedding``: gradients of the rows seen only, where the table has more rows than there are tokens."""
-
-    def bound(
-        input: Tensor,
-        weight: Tensor,
-        padding_idx: int | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
-    ) -> Any:
-        if max_norm is not None or scale_grad_by_freq or not isinstance(weight, TappedParameter):
-            return NotImplemented
-        if weight.shape[0] <= input.numel():
-            return NotImplemented
-        tapped = set_of(weight).tap(weight)
-        if tapped is None or tapped.alias:
-            return NotImplemented
-        return SampledEmbedding.apply(input, weight, tapped.proxy, tapped, padding_idx)
-
-    return bound(*args, **kwargs)
-
-
-class SampledEmbedding(torch.autograd.Function):
-    """Rows of a table, whose backward makes the table's gradient in the rows seen only, or at its entries."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, ids: Tensor, weight: Tensor, token: Tensor, tapped: Tapped, padding_idx: int | None
-    ) -> Tensor:
-        ctx.tapped, ctx.dtype, ctx.shape = tapped, token.dtype, weight.shape
-        ctx.padding = None if padding_idx is None else padding_idx % weight.shape[0]
-        ctx.save_for_backward(ids)
-        return F.embedding(ids, weight.detach(), padding_idx)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (ids,) = ctx.saved_tensors
-        g = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)
-        rows = by_rows(g, ids.reshape(-1), ctx.shape, ctx.padding)
-        if ctx.tapped.pending is None:
-            return None, None, take_gradient(rows, ctx.tapped.entries), None, None
-        ctx.tapped.pending.put(rows.detach())
-        return None, None, g.new_zeros(1), None, None
-
-
-LEAST = 64  # tokens below which nothing is looked for
-SHARE = 0.85  # of the tokens, at most, must be left for leaving the others out to pay
-_PROBE = 64  # rows that are looked at first
-_FEW = 16  # columns that are looked at first
-
-
 def live_rows(g: Tensor) -> Tensor | None:
-    """The rows that are not zero.
+    """Finds the rows that are not zero.
 
     Args:
-        g: (T, n), an output's gradient.
+        g: The gradient of an output: (T, n).
 
     Returns:
-        (t,) int64, ascending; None where more than `SHARE` of the rows hold something, or zero rows are too few to be met in a
-        sample.
+        (t,) int64, ascending; None if more than `SHARE` of the rows are not zero, or if a sample of the rows holds no zero
+        row.
 
     Example:
         >>> import torch
@@ -305,42 +263,35 @@ def live_rows(g: Tensor) -> Tensor | None:
     """
     if g.device.type != "cpu" or g.shape[0] < LEAST or not g.shape[1]:
         return None
-    step = g.shape[0] // _PROBE | 1  # odd: sequences have even lengths, and every place in them must have its turn
-    if not _silent(g[::step]).any():
+    # An odd stride. With an even one, and sequences of even length, the sample would look at the same positions of every
+    # sequence and could miss the padding.
+    step = g.shape[0] // _PROBE | 1
+    if not (g[::step, :_FEW] == 0).all(1).any():
         return None
-    silent = _silent(g)
+    silent = (g[:, :_FEW] == 0).all(1)
     maybe = silent.nonzero().squeeze(1)
     silent[maybe] = (g.index_select(0, maybe) == 0).all(1)
     live = (~silent).nonzero().squeeze(1)
     return live if live.numel() <= SHARE * g.shape[0] else None
 
 
-def _silent(g: Tensor) -> Tensor:
-    """Which rows may be zero."""
-    return (g[:, :_FEW] == 0).all(1)
-
-
 def spread_rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Rows at their places among zeros: (t, n) as (count, n)."""
+    """Puts rows (t, n) at their places among ``count`` rows of zeros."""
     return values.new_zeros(count, values.shape[1]).index_copy_(0, rows, values)
 
 
-Node = Any  # an autograd node; its saved tensors are attributes
+Node = Any  # A node of autograd's graph; its saved tensors are attributes.
 
-
-def _gated(node: Node) -> Tensor:
-    return node._saved_self * node._saved_other
-
-
-_AGAIN: dict[str, tuple[tuple[str, ...], Callable[[Node], Tensor]]] = {  # the saved tensors needed, and the function
+# The activations whose output can be made again, by the name of their node: the saved tensors needed, and the function.
+_AGAIN: dict[str, tuple[tuple[str, ...], Callable[[Node], Tensor]]] = {
     "GeluBackward0": (("_saved_self",), lambda node: F.gelu(node._saved_self, approximate=node._saved_approximate)),
     "SiluBackward0": (("_saved_self",), lambda node: F.silu(node._saved_self)),
-    "MulBackward0": (("_saved_self", "_saved_other"), _gated),  # a gated activation
+    "MulBackward0": (("_saved_self", "_saved_other"), lambda node: node._saved_self * node._saved_other),  # a gate
 }
 
 
 def origin(x: Tensor) -> Node | None:
-    """The node that can make x again; None if x must be saved.
+    """Returns the node that can make x again; None if x must be saved.
 
     Example:
         >>> x = torch.nn.functional.gelu(torch.randn(3, requires_grad=True))
@@ -351,17 +302,15 @@ def origin(x: Tensor) -> Node | None:
     """
     node = x.grad_fn
     found = None if node is None or x.output_nr else _AGAIN.get(node.name())
-    if node is None or found is None or _hooked():
+    if node is None or found is None:
+        return None
+    # Saved tensors that go through hooks (checkpointing, offloading) may be asked for only once each.
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None or top(True) is not None:
         return None
     return node if all(isinstance(getattr(node, name, None), Tensor) for name in found[0]) else None
 
 
 def again(node: Node) -> Tensor:
-    """The node's output once more."""
+    """Makes the output of a node again."""
     return _AGAIN[node.name()][1](node)
-
-
-def _hooked() -> bool:
-    """Whether saved tensors go through hooks (checkpointing, offloading), which may be asked for each only once."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(True) is not None

@@ -1,14 +1,14 @@
-"""Sampled products: entries of ``g^T x`` at given places, without the rest.
+"""Computes chosen entries of a product ``g^T x``, and estimates which way of doing so is the cheapest.
 
-For a linear layer's weight, ``grad[i, j] = sum_t g[t, i] x[t, j]`` over tokens t. At m of its entries this costs a
-transposition of g and x and m dot products, instead of a dense product of rows x columns.
+For a linear layer's weight, ``grad[i, j] = sum_t g[t, i] x[t, j]`` over tokens t. m of its entries cost a transposition of g
+and x and m dot products, instead of a dense product of rows x columns. There are three ways:
 
-- CPU: ``torch.sparse.sampled_addmm``, in float32 (float64 for float64), on pieces of `PIECE` tokens laid out in blocks of
-  `DEPTH` tokens; temporaries are of the size of a piece, and half precision is converted piece by piece.
-- CUDA: the Triton kernel in ``triton_sampled.py``.
-- Anywhere, where few rows and columns hold all entries: the dense product of these rows and columns.
+- On a CPU, ``torch.sparse.sampled_addmm`` runs in float32 (in float64 for float64) on pieces of `PIECE` tokens, laid out in
+  blocks of `DEPTH` tokens. Temporaries have the size of a piece, and half precision is converted piece by piece.
+- On CUDA, the Triton kernel in ``triton_sampled.py`` runs.
+- On any device, where few rows and columns hold all entries, the dense product of these rows and columns is formed.
 
-Which is cheapest is told by a cost model; its constants for CPUs follow what ``benchmarks/crossover.py`` measures.
+A cost model picks the cheapest way. Its constants for CPUs follow what ``benchmarks/crossover.py`` measures.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ import torch
 from torch import Tensor
 
 from unmask.gradients import triton_sampled
-from unmask.gradients.entries import Entries, take
+from unmask.gradients.entries import Entries, take_columns
 
 Product = Literal["dense", "compact", "sampled"]
-PIECE = 512  # tokens at a time on a CPU, and half as many of activations wider than WIDE
+PIECE = 512  # The tokens of a piece on a CPU; half as many if the activations are wider than WIDE.
 WIDE = 1024
-DEPTH = 256  # tokens of one block of a piece: what a dot product reads in one go
-LINE = 64  # bytes of a cache line
-SHARED = 1 << 21  # the largest input, in scalars, whose blocks are kept for the next product
+DEPTH = 256  # The tokens of one block of a piece, which a dot product reads in one run.
+LINE = 64  # The bytes of a cache line.
+SHARED = 1 << 21  # The largest input, in scalars, whose blocks are kept for the next product.
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Nanoseconds per token of the parts of a product, all threads together.
+    """Nanoseconds per token that the parts of a product cost, all threads together.
 
     Attributes:
-        dense: Of one multiplication in a dense product.
-        select: Of gathering one row or column for a dense product.
-        transpose: Of transposing one scalar.
-        dot: Of one entry of a sampled product.
-        fixed: Of a sampled product whatever its size.
+        dense: The cost of one multiplication in a dense product.
+        select: The cost of gathering one row or column for a dense product.
+        transpose: The cost of transposing one scalar.
+        dot: The cost of one entry of a sampled product.
+        fixed: The cost of a sampled product that does not depend on its size.
     """
 
     dense: float
@@ -52,7 +52,8 @@ class Cost:
     fixed: float
 
 
-# CPU: an AMD EPYC with AVX-512, 2 threads; float64 scaled from float32. CUDA: from an A100's data sheet, not measured.
+# The CPU is an AMD EPYC with AVX-512 and 2 threads; float64 is scaled from float32. The numbers for CUDA come from the data
+# sheet of an A100 and were not measured.
 _CPU = {
     torch.float64: Cost(dense=0.02, select=1.5, transpose=0.6, dot=0.13, fixed=60.0),
     torch.float32: Cost(dense=0.0105, select=0.8, transpose=0.27, dot=0.065, fixed=60.0),
@@ -65,16 +66,21 @@ _CUDA = {
 
 
 def choose(entries: Entries, tokens: int, dtype: torch.dtype, device: torch.device, dense: bool = True) -> Product:
-    """The cheapest product.
+    """Returns the name of the cheapest product.
 
     Args:
         entries: The entries of the weight that are wanted.
-        tokens: T, over which the product sums.
-        dtype: The activations'.
-        device: The activations'.
-        dense: Whether the dense product may be chosen.
+        tokens: The number of tokens T that the product sums over.
+        dtype: The dtype of the activations.
+        device: The device of the activations.
+        dense: Allows the dense product as an answer.
+
+    Returns:
+        ``"dense"``: the whole product; ``"compact"``: the dense product of the rows and columns that hold entries;
+        ``"sampled"``: the entries alone.
     """
-    costs = _costs(dtype, device)
+    table = _CPU if device.type == "cpu" else _CUDA
+    costs = table.get(dtype, table[torch.bfloat16])
     rows, columns = entries.shape
     some_rows, some_columns = spread(entries)
     gathered = some_rows * (some_rows < rows) + some_columns * (some_columns < columns)
@@ -82,24 +88,24 @@ def choose(entries: Entries, tokens: int, dtype: torch.dtype, device: torch.devi
     sampled = costs.fixed + costs.transpose * (rows + columns) + costs.dot * entries.flat.numel()
     offers: dict[Product, float] = {"dense": costs.dense * rows * columns} if dense else {}
     offers["compact"] = compact
-    if _samples(dtype, device):
+    if _has_sampled(dtype, device):
         offers["sampled"] = sampled * max(1.0, PIECE / max(1, tokens))
     return min(offers, key=offers.__getitem__)
 
 
 def spread(entries: Entries) -> tuple[int, int]:
-    """How many rows and how many columns hold entries."""
+    """Returns the number of rows and the number of columns that hold entries."""
     return entries.used_rows.numel(), entries.used_columns.numel()
 
 
 def sampled_product(g: Tensor, x: Tensor, entries: Entries, how: Product) -> Tensor:
-    """``(g^T x)[entries]``.
+    """Computes ``(g^T x)[entries]``.
 
     Args:
-        g: (T, rows), any strides and float dtype.
+        g: (T, rows), with any strides and float dtype.
         x: (T, columns), of g's dtype and device.
-        entries: m entries of the (rows, columns) product.
-        how: ``"compact"`` or ``"sampled"``, as `choose` said.
+        entries: The m entries of the (rows, columns) product.
+        how: ``"compact"`` or ``"sampled"``, the answer of `choose`.
 
     Returns:
         (m,) float32, float64 for float64.
@@ -113,63 +119,19 @@ def sampled_product(g: Tensor, x: Tensor, entries: Entries, how: Product) -> Ten
     wide = torch.float64 if g.dtype == torch.float64 else torch.float32
     if not entries.flat.numel() or not g.shape[0]:
         return torch.zeros(entries.flat.shape, dtype=wide, device=g.device)
-    if how == "compact" or not _samples(g.dtype, g.device):
+    if how == "compact" or not _has_sampled(g.dtype, g.device):
         return _compact(g, x, entries).to(wide)
     if g.device.type == "cpu":
         return _on_cpu(g, x, entries, wide)
     return triton_sampled.triton_sampled_product(g, x, entries.rows, entries.columns)
 
 
-def by_rows(g: Tensor, ids: Tensor, shape: torch.Size, padding: int | None) -> Tensor:
-    """An embedding's gradient as a coalesced sparse tensor in whole rows, summed in the tokens' order.
-
-    Args:
-        g: (T, columns), the output's gradient.
-        ids: (T,) int64, the row that each token read.
-        shape: The embedding's.
-        padding: A row whose gradient is zero; None for none.
-    """
-    if padding is not None:
-        kept = (ids != padding).nonzero().squeeze(1)
-        g, ids = g[kept], ids[kept]
-    rows, inverse = ids.unique(return_inverse=True)
-    sums = torch.zeros(rows.numel(), g.shape[1], dtype=g.dtype, device=g.device).index_add_(0, inverse, g)
-    return torch.sparse_coo_tensor(rows[None], sums, shape, is_coalesced=True, check_invariants=False)
-
-
-def take_gradient(gradient: Tensor, entries: Entries) -> Tensor:
-    """A whole gradient's entries: (m,), of the gradient's dtype. Sparse gradients are coalesced, in whole rows."""
-    return _take_rows(gradient, entries) if gradient.is_sparse else take(gradient, entries.flat)
-
-
-def take_columns(x: Tensor, columns: Tensor) -> Tensor:
-    """``x[:, columns]``. On a CPU a gather is faster than ``index_select``, in bfloat16 most."""
-    if x.device.type == "cpu":
-        return x.gather(1, columns.expand(x.shape[0], -1))
-    return x.index_select(1, columns)
-
-
-def _take_rows(gradient: Tensor, entries: Entries) -> Tensor:
-    seen, values = gradient._indices()[0], gradient._values()
-    taken = torch.zeros(entries.flat.shape, dtype=values.dtype, device=values.device)
-    if not seen.numel():
-        return taken
-    place = torch.searchsorted(seen, entries.rows).clamp_(max=seen.numel() - 1)
-    hit = (seen[place] == entries.rows).nonzero().squeeze(1)
-    return taken.index_put((hit,), values[place[hit], entries.columns[hit]])
-
-
-def _costs(dtype: torch.dtype, device: torch.device) -> Cost:
-    table = _CPU if device.type == "cpu" else _CUDA
-    return table.get(dtype, table[torch.bfloat16])
-
-
-def _samples(dtype: torch.dtype, device: torch.device) -> bool:
+def _has_sampled(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" or (dtype != torch.float64 and triton_sampled.available(device))
 
 
 def _compact(g: Tensor, x: Tensor, entries: Entries) -> Tensor:
-    """The dense product of the rows and columns that hold entries."""
+    """Reads the entries out of the dense product of the rows and columns that hold entries."""
     rows, columns = entries.used_rows, entries.used_columns
     row, column = entries.rows, entries.columns
     if rows.numel() < g.shape[1]:
@@ -180,19 +142,23 @@ def _compact(g: Tensor, x: Tensor, entries: Entries) -> Tensor:
 
 
 def _on_cpu(g: Tensor, x: Tensor, entries: Entries, wide: torch.dtype) -> Tensor:
+    """Computes the entries alone, piece by piece; each piece is a batch of products over blocks of tokens."""
     total = torch.zeros(entries.flat.shape, dtype=wide)
     pieces = _pieces(g.shape[0], max(entries.shape))
     shared = _shared(x, pieces, wide)
     for i, (low, high, depth) in enumerate(pieces):
-        mask = _csr(entries, (high - low) // depth, wide)
+        batch = (high - low) // depth
+        zeros = torch.zeros(1, dtype=wide).expand(batch, total.numel())
+        places = entries.starts.expand(batch, -1), entries.columns.expand(batch, -1)
+        wanted = csr_matrix(*places, zeros, (batch, *entries.shape))
         blocks_g = _blocks(g[low:high], depth, wide, "g")
         blocks_x = shared[i] if shared else _blocks(x[low:high], depth, wide, "x")
-        total += torch.sparse.sampled_addmm(mask, blocks_g, blocks_x.transpose(1, 2), beta=0.0).values().sum(0)
+        total += torch.sparse.sampled_addmm(wanted, blocks_g, blocks_x.transpose(1, 2), beta=0.0).values().sum(0)
     return total
 
 
 def _pieces(tokens: int, width: int) -> list[tuple[int, int, int]]:
-    """(first token, end, depth of the blocks) of each piece."""
+    """Returns each piece as (first token, end, depth of its blocks)."""
     piece = PIECE if width <= WIDE else PIECE // 2
     whole = tokens - tokens % piece
     pieces = [(low, low + piece, DEPTH) for low in range(0, whole, piece)]
@@ -204,14 +170,14 @@ def _pieces(tokens: int, width: int) -> list[tuple[int, int, int]]:
 
 
 class _Scratch(threading.local):
-    """Memory that is kept between calls, a thread's own."""
+    """The memory that a thread keeps between calls."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self.shared: tuple[tuple, Tensor, list[Tensor]] | None = None
 
     def take(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
-        """A buffer of some size, its contents arbitrary."""
+        """Returns a buffer of ``numel`` scalars; its contents are arbitrary."""
         kept = self.buffers.get((name, dtype))
         if kept is None or kept.numel() < numel:
             kept = self.buffers[name, dtype] = torch.empty(numel, dtype=dtype)
@@ -222,53 +188,53 @@ _scratch = _Scratch()
 
 
 def forget() -> None:
-    """A backward is over: lets go of its activations."""
+    """Releases the activations that were kept for the next product; the end of a backward calls it."""
     _scratch.shared = None
 
 
 def _shared(x: Tensor, pieces: list[tuple[int, int, int]], dtype: torch.dtype) -> list[Tensor] | None:
-    """The blocks of an input that the next product may use as well: query, key and value share theirs."""
+    """Returns the blocks of an input, and keeps them: the layers of query, key and value have the same input."""
     if x.numel() > SHARED:
         return None
     key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, dtype, len(pieces))
     if _scratch.shared is None or _scratch.shared[0] != key:
         blocks = [_blocks(x[low:high], depth, dtype, f"x from {low}") for low, high, depth in pieces]
-        _scratch.shared = (key, x, blocks)  # x is held, so that its address stays its own
+        _scratch.shared = (key, x, blocks)  # The reference to x keeps its address from being used by another tensor.
     return _scratch.shared[2]
 
 
 def _blocks(piece: Tensor, depth: int, dtype: torch.dtype, name: str) -> Tensor:
-    """(n depth, columns) as (n, columns, depth), in ``dtype``: each column's tokens side by side within a block."""
+    """Turns (n depth, columns) into (n, columns, depth) in ``dtype``: within a block, a column's tokens are contiguous."""
     tokens, columns = piece.shape
     stride = piece.stride(0)
-    if piece.stride(1) != 1 or piece.dtype != dtype or _shares_sets(stride * dtype.itemsize):
-        stride = columns + LINE // dtype.itemsize if _shares_sets(columns * dtype.itemsize) else columns
+    if piece.stride(1) != 1 or piece.dtype != dtype or _collides(stride * dtype.itemsize):
+        stride = columns + LINE // dtype.itemsize if _collides(columns * dtype.itemsize) else columns
         padded = _scratch.take(name + " padded", tokens * stride, dtype).view(tokens, stride)[:, :columns]
         piece = padded.copy_(piece)
     blocks = _scratch.take(name, tokens * columns, dtype).view(tokens // depth, columns, depth)
     return blocks.copy_(piece.as_strided(blocks.shape, (depth * stride, 1, stride), piece.storage_offset()))
 
 
-def _shares_sets(stride: int) -> bool:
-    """Whether rows so many bytes apart lie in few of a cache's sets: an odd number of lines reaches all of them."""
+def _collides(stride: int) -> bool:
+    """Returns True if rows this many bytes apart fall into few of a cache's sets; an odd number of lines reaches all."""
     return stride % (2 * LINE) == 0
 
 
-def _csr(entries: Entries, batch: int, dtype: torch.dtype) -> Tensor:
-    _quiet()
-    count = entries.flat.numel()
-    return torch.sparse_csr_tensor(
-        entries.starts.expand(batch, -1),
-        entries.columns.expand(batch, -1),
-        torch.zeros(1, dtype=dtype).expand(batch, count),
-        size=(batch, *entries.shape),
-        check_invariants=False,
-    )
+def csr_matrix(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Makes a sparse CSR tensor, unchecked and without torch's warning that such tensors are in beta.
+
+    Args:
+        starts: (..., rows + 1) int64, the place where each row's entries start.
+        columns: (..., m) int64, ascending within a row.
+        values: (..., m).
+        size: The shape (..., rows, columns).
+    """
+    _take_beta_warning()
+    return torch.sparse_csr_tensor(starts, columns, values, size=size, check_invariants=False)
 
 
 @functools.cache
-def _quiet() -> None:
-    """Takes torch's one warning that sparse CSR tensors are in beta."""
-    with warnings.catch_warnings():
+def _take_beta_warning() -> None:
+    with warnings.catch_warnings():  # Torch warns once per process, here and not in the user's code.
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))

@@ -1,65 +1,113 @@
-"""Tapped parameters: the same objects, their class swapped, so that every operation on them is seen.
+"""Intercepts every operation on a frozen parameter: the parameter stays the same object, and only its class is swapped.
 
-What an operation gets in a parameter's place is its `TapSet`'s to say (``tap.py``); here is how it is asked.
+What an operation gets in such a parameter's place is decided by an `Interceptor`, which is the `TapSet` of ``taps.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from unmask.gradients.taps import Tapped, TapSet
+from unmask.gradients.entries import Entries
+from unmask.gradients.factors import PendingGradient
 
-SITE = "_unmask_site"
-# Differentiable properties; every other property (shape, grad, requires_grad ...) is read off the parameter itself.
+SITE = "_unmask_site"  # The attribute of a tapped tensor that holds its `Site`.
+# These properties are differentiable. Every other property (shape, grad, requires_grad, ...) is read off the parameter.
 _VIEWS = {torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.H.__get__, torch.Tensor.mH.__get__}  # type: ignore[attr-defined]
+_IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+# These functions concern the parameter as an object, or its memory, and get the parameter itself.
 _RAW = (
-    {"__get__", "__set__", "__delete__", "__setitem__", "__hash__", "__repr__", "__format__", "__reduce_ex__"}
-    | {
-        f"__i{name}__"
-        for name in (
-            "add",
-            "sub",
-            "mul",
-            "truediv",
-            "floordiv",
-            "mod",
-            "pow",
-            "and",
-            "or",
-            "xor",
-            "lshift",
-            "rshift",
-        )
+    {
+        "__get__",
+        "__set__",
+        "__delete__",
+        "__setitem__",
+        "__hash__",
+        "__repr__",
+        "__format__",
+        "__reduce_ex__",
+        "__len__",
     }
+    | {f"__i{name}__" for name in _IN_PLACE}
     | {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "detach", "data_ptr"}
     | {"size", "dim", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size", "get_device"}
-    | {"is_floating_point", "is_complex", "untyped_storage", "__len__"}
+    | {"is_floating_point", "is_complex", "untyped_storage"}
 )
+# These of them hand out the parameter's memory, which must then hold what was written to ``values``.
+_READ = {torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 
-_READ = {torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]  # raw, and they hand the memory out
+Handler = Callable[[Any, tuple, dict], Any]
+"""Runs an operation in torch's place: (function, args, kwargs) to its result, or NotImplemented to leave it to autograd."""
 
-Handler = Callable[[Any, tuple, dict], Any]  # NotImplemented: autograd shall do it
+
+@dataclass(frozen=True)
+class StandIn:
+    """The tensor that takes a tapped tensor's place in autograd's graph during one forward, and receives its gradient.
+
+    Attributes:
+        proxy: An alias of the tensor; or a placeholder, a vector of zeros that only carries a gradient.
+        entries: The m entries that a placeholder (m,) stands for; its gradient is theirs. None if it stands for all.
+        pending: The sum that the operations add their gradients to if a placeholder (1,) stands for the whole tensor. The
+            placeholder's own gradient is then zero, and only signals that all operations have run.
+    """
+
+    proxy: Tensor
+    entries: Entries | None = None
+    pending: PendingGradient | None = None
+
+    @property
+    def alias(self) -> bool:
+        """Returns True if the proxy is an alias, which any operation can compute with."""
+        return self.entries is None and self.pending is None
 
 
+class Interceptor(Protocol):
+    """Decides what operations get in the place of tapped tensors.
+
+    Attributes:
+        owner: The selection that the tensors belong to.
+        handlers: The operations that run in torch's place, by torch function.
+    """
+
+    owner: object
+    handlers: dict[Any, Handler]
+
+    def stand_in(self, parameter: Tensor) -> StandIn | None:
+        """Returns what receives the gradient of the coming operation; None if that gradient is not wanted."""
+
+    def use(self, parameter: TappedParameter) -> Tensor:
+        """Returns what an operation that has no handler gets in the parameter's place."""
+
+    def catch_up(self) -> None:
+        """Brings pending writes to ``values`` into the tensors, which are about to be read."""
+
+
+@dataclass(eq=False, slots=True)
 class Site:
-    """One tapped tensor's place in its set."""
+    """What a tapped tensor knows about its taps.
 
-    __slots__ = ("index", "kind", "tapped", "taps")
+    Attributes:
+        taps: The set of taps that the tensor belongs to.
+        index: The tensor's index in that set.
+        kind: The tensor's class before it was tapped.
+        stand_in: The tensor's stand-in in the running forward, if it has one yet.
+    """
 
-    def __init__(self, taps: TapSet, index: int, kind: type) -> None:
-        self.taps = taps
-        self.index = index
-        self.kind = kind  # the parameter's own class
-        self.tapped: Tapped | None = None
+    taps: Interceptor
+    index: int
+    kind: type
+    stand_in: StandIn | None = None
 
 
 class TappedParameter(nn.Parameter):
-    """A frozen parameter whose gradient is streamed to a selection. Copies and pickles of it are ordinary parameters."""
+    """A tapped, that is intercepted, parameter: frozen, with a gradient that goes to a selection as soon as it is known.
+
+    Copies and pickles of a tapped parameter are ordinary parameters.
+    """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -74,29 +122,28 @@ class TappedParameter(nn.Parameter):
         return nn.Parameter(_plain(self), requires_grad=False).__reduce_ex__(protocol)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler must not see this state: its graph breaks here
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # A compiler must not see this state: its graph breaks here.
 def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         if _is_raw(func, args):
             if func in _READ:
                 set_of(args[0]).catch_up()
             return func(*args, **kwargs)
-        handler = _handler(func, args, kwargs)
-        if handler is not None:
-            result = handler(func, args, kwargs)
-            if result is not NotImplemented:
-                return result
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, TappedParameter):
+                handler = set_of(value).handlers.get(func)
+                result = handler(func, args, kwargs) if handler and torch.is_grad_enabled() else NotImplemented
+                if result is not NotImplemented:
+                    return result
+                break
         return func(*substitute(args), **substitute(kwargs))
 
 
-def _plain(parameter: Tensor) -> Tensor:
-    set_of(parameter).catch_up()
-    with torch._C.DisableTorchFunctionSubclass():
-        return parameter.detach()
-
-
 def _is_raw(func: Any, args: tuple) -> bool:
-    """Whether a function concerns the parameter as an object; in-place functions of *other* tensors use its value."""
+    """Returns True if a function concerns the parameter as an object.
+
+    A function that writes into another tensor uses the parameter's value instead, so only the first argument counts.
+    """
     if not (args and isinstance(args[0], TappedParameter)):
         return False
     name = getattr(func, "__name__", "")
@@ -105,18 +152,17 @@ def _is_raw(func: Any, args: tuple) -> bool:
     return name in _RAW or (name.endswith("_") and not name.startswith("__"))
 
 
-def _handler(func: Any, args: tuple, kwargs: dict) -> Handler | None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, TappedParameter):
-            handlers = value.__dict__[SITE].taps.handlers
-            return handlers.get(func) if handlers and torch.is_grad_enabled() else None
-    return None
+def _plain(parameter: Tensor) -> Tensor:
+    """Returns a tapped parameter's memory as an ordinary tensor."""
+    set_of(parameter).catch_up()
+    with torch._C.DisableTorchFunctionSubclass():
+        return parameter.detach()
 
 
 def substitute(value: Any) -> Any:
-    """A value, or a nest of them, with every tapped parameter replaced by what an operation gets in its place."""
+    """Returns a value, or a nest of lists, tuples and dicts, with each tapped parameter replaced for an operation."""
     if isinstance(value, TappedParameter):
-        return value.__dict__[SITE].taps.use(value)
+        return set_of(value).use(value)
     if type(value) in (list, tuple):
         return type(value)(substitute(item) for item in value)
     if type(value) is dict:
@@ -124,43 +170,55 @@ def substitute(value: Any) -> Any:
     return value
 
 
-def attach(parameter: Tensor, site: Site) -> None:
-    """Freezes a parameter and swaps its class; a tensor that is no parameter (a quantised weight) gets its site alone."""
-    if isinstance(parameter, nn.Parameter):
-        parameter.requires_grad_(False)
-        parameter.__class__ = TappedParameter
-    parameter.__dict__[SITE] = site
+def attach(tensor: Tensor, site: Site) -> None:
+    """Gives a tensor its site; a parameter is also frozen and gets the class `TappedParameter`.
+
+    A tensor that is no parameter (a quantised weight) is not intercepted: its layer's hook asks for its stand-in.
+    """
+    if isinstance(tensor, nn.Parameter):
+        tensor.requires_grad_(False)
+        tensor.__class__ = TappedParameter
+    tensor.__dict__[SITE] = site
 
 
-def detach(parameter: Tensor) -> None:
-    """Makes it an ordinary parameter again."""
-    site = parameter.__dict__.pop(SITE, None)
-    if site is not None and is_tapped(parameter):
-        parameter.__class__ = site.kind
+def detach(tensor: Tensor) -> None:
+    """Takes a tensor's site away; a parameter becomes an ordinary one again."""
+    site = tensor.__dict__.pop(SITE, None)
+    if site is not None and is_tapped(tensor):
+        tensor.__class__ = site.kind
 
 
-def is_tapped(parameter: Tensor) -> bool:
-    """Whether operations on a tensor are intercepted; if not (a quantised weight), its layer's hook asks for its tap."""
-    return isinstance(parameter, TappedParameter)
-
-
-def owner_of(parameter: Tensor) -> object:
-    """The selection that a tapped parameter belongs to; None for any other tensor."""
-    return parameter.__dict__[SITE].taps.owner if isinstance(parameter, TappedParameter) else None
+def is_tapped(tensor: Tensor) -> bool:
+    """Returns True if operations on a tensor are intercepted."""
+    return isinstance(tensor, TappedParameter)
 
 
 def has_site(tensor: Tensor) -> bool:
-    """Whether a tensor is tapped, as a parameter or by its layer."""
+    """Returns True if a tensor belongs to a set of taps, as a tapped parameter or through its layer's hook."""
     return SITE in tensor.__dict__
 
 
-def set_of(parameter: Tensor) -> TapSet:
-    """The set that a tapped parameter, or a tensor that has a site, belongs to."""
-    site: Site = parameter.__dict__[SITE]
-    return site.taps
+def owner_of(tensor: Tensor) -> object:
+    """Returns the selection that a tapped parameter belongs to; None for any other tensor."""
+    return set_of(tensor).owner if isinstance(tensor, TappedParameter) else None
 
 
-def index_of(parameter: TappedParameter) -> int:
-    """A tapped parameter's index in its set."""
-    site: Site = parameter.__dict__[SITE]
-    return site.index
+def site_of(tensor: Tensor) -> Site:
+    """Returns the site of a tensor that has one."""
+    site: Site = tensor.__dict__[SITE]
+    return site
+
+
+def set_of(tensor: Tensor) -> Interceptor:
+    """Returns the set of taps that a tensor with a site belongs to."""
+    return site_of(tensor).taps
+
+
+def stand_in_of(tensor: Tensor) -> StandIn | None:
+    """Returns what receives the gradient of the coming operation on a tensor with a site; None if it is not wanted."""
+    return site_of(tensor).taps.stand_in(tensor)
+
+
+def index_of(tensor: Tensor) -> int:
+    """Returns the index of a tensor in the set of taps that it belongs to."""
+    return site_of(tensor).index

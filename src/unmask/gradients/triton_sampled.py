@@ -1,8 +1,8 @@
-"""The sampled product on a GPU: entries of ``g^T x`` by a Triton kernel.
+"""Computes chosen entries of a product ``g^T x`` on a GPU, by a Triton kernel.
 
-Triton is imported, and compiles, at the first call. The operands are copied token-contiguous, a chunk of tokens at a time,
-so that a dot product reads whole cache lines. Every program takes the same number of entries, wherever they lie, and there
-are no atomics: an entry's terms are added in an order given by the dtype and the shapes alone.
+The first call imports Triton and compiles the kernels. The operands are copied token-contiguous, a chunk of tokens at a time, so
+that a dot product reads whole cache lines. Every program takes the same number of entries, and there are no atomics: the dtype
+and the shapes alone give the order in which an entry's terms are added.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TOKENS = 2048  # per chunk, less for very wide operands
-_COPY = 1 << 26  # scalars in one token-contiguous copy
-_ENTRIES, _LINE = 16, 512  # of a program: its entries, and the bytes of a row that it reads at a time
-_TILE = 64  # side of a block of the transposing copy
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton's defaults differ between its versions
+_TOKENS = 2048  # The tokens of a chunk; fewer for very wide operands.
+_COPY = 1 << 26  # The scalars in one token-contiguous copy.
+_ENTRIES, _LINE = 16, 512  # The entries of a program, and the bytes of a row that it reads at a time.
+_TILE = 64  # The side of a block of the transposing copy.
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton's defaults differ between its versions.
 
 
 def available(device: torch.device | str) -> bool:
-    """Whether `triton_sampled_product` runs on a device: a trial product comes out right there, once per process.
+    """Returns True if `triton_sampled_product` runs on a device. Once per process it tries a small product there.
 
     Args:
-        device: A CUDA or ROCm device; the CPU only under Triton's interpreter, ``TRITON_INTERPRET=1``.
+        device: A CUDA or ROCm device; the CPU works only under Triton's interpreter, ``TRITON_INTERPRET=1``.
 
     Example:
         >>> available("meta")
@@ -44,21 +44,22 @@ def available(device: torch.device | str) -> bool:
 
 
 def triton_sampled_product(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """``p_k = sum_t g[t, rows_k] x[t, columns_k]``: chosen entries of a linear layer's weight gradient.
+    """Computes ``p_k = sum_t g[t, rows_k] x[t, columns_k]``: chosen entries of a linear layer's weight gradient.
 
     Products and sums are float32 (no TF32). Equal calls give equal bits, which do not depend on the other entries.
 
     Args:
-        g: (T, out) output gradient: float32, bfloat16 or float16, any strides.
-        x: (T, in) input, of g's dtype and device.
-        rows: (m,) int32 or int64 in [0, out); unchecked, as that would wait for the device.
-        columns: (m,) int32 or int64 in [0, in); unchecked. Entries may repeat; sorted by (row, column) they are fastest.
+        g: The output gradient: (T, out) float32, bfloat16 or float16, with any strides.
+        x: The input: (T, in), of g's dtype and device.
+        rows: The rows of the entries: (m,) int32 or int64 in [0, out). They are not checked, as that would wait for the device.
+        columns: Their columns: (m,) int32 or int64 in [0, in), not checked either. Entries may repeat. Entries sorted by
+            (row, column) are the fastest.
 
     Returns:
-        (m,) float32 on g's device. Up to 2048 tokens of g and x are held transposed meanwhile.
+        (m,) float32 on g's device. Meanwhile, up to 2048 tokens of g and x are held transposed.
 
     Raises:
-        SelectionError: Shapes, dtypes or devices do not fit, or Triton cannot be used here.
+        SelectionError: Shapes, dtypes or devices do not fit, or Triton does not run on the device.
 
     Example:
         >>> g, x, at = torch.ones(3, 2), torch.ones(3, 4), torch.tensor([1])
@@ -84,7 +85,7 @@ def _works(device: torch.device) -> bool:
         return bool(_product(one, one, zero, zero).item() == 1)
     except ModuleNotFoundError:
         return False
-    except Exception as error:  # an old device, a driver, a missing compiler: it shows here, not in training
+    except Exception as error:  # An old device, a driver or a missing compiler shows here, and not in training.
         warnings.warn(f"Triton does not run on {device}, plain torch is used instead: {error}", stacklevel=2)
         return False
 
@@ -95,14 +96,16 @@ def _product(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     if m == 0 or tokens == 0:
         return out
     transpose, sample = _kernels()
-    block = _LINE // g.element_size()  # tokens; a multiple of _TILE
+    block = _LINE // g.element_size()  # In tokens; a multiple of _TILE.
     chunk = max(block, min(_TOKENS, _COPY // max(g.shape[1], x.shape[1]) // block * block))
     sizes = {"E": _ENTRIES, "BT": block, **_OPTIONS}
     rows, columns = rows.contiguous(), columns.contiguous()
     gt, xt = (v.new_empty(v.shape[1], min(chunk, _blocks(tokens, block) * block)) for v in (g, x))
     with torch.cuda.device_of(g):
         for low in range(0, tokens, chunk):
-            length = _blocks(min(chunk, tokens - low), block) * block  # zeros from the last token on: no load is masked
+            length = (
+                _blocks(min(chunk, tokens - low), block) * block
+            )  # Zeros after the last token, so no load is masked.
             for source, target in ((g[low : low + chunk], gt), (x[low : low + chunk], xt)):
                 grid = (_blocks(source.shape[1], _TILE), length // _TILE)
                 transpose[grid](source, target, *source.shape, *source.stride(), target.shape[1], B=_TILE, **_OPTIONS)
@@ -116,7 +119,7 @@ def _blocks(total: int, size: int) -> int:
 
 @cache
 def _kernels() -> tuple[Any, Any]:
-    """The two kernels, compiled for a dtype when first launched; `do_not_specialize` spares compiling them anew."""
+    """Returns the two kernels. Triton compiles them once per dtype: `do_not_specialize` keeps it from doing so per size."""
     global tl
     import triton
     import triton.language as tl

@@ -1,8 +1,8 @@
-"""A forward that uses no tensor whose gradient is wanted: its backward gives the slots a gradient of zero.
+"""Lets a backward run, with gradients of zero, after a forward that uses no tensor whose gradient is wanted.
 
-All slots may lie in a branch that a batch does not use. No output would then require grad, and ``backward`` would fail with
-torch's own error (of several processes, the others would wait). So the model's output hangs on a signal, which a backward
-brings to the taps as it does a gradient. A forward that uses such a tensor is left as it is.
+All slots may lie in a branch of the model that a batch does not use. No output would then require grad, and ``backward`` would
+fail with torch's own error; with several processes, the others would wait. So hooks add a signal to the model's output: a zero
+whose backward tells the taps that a backward runs. A forward that uses a wanted tensor is left as it is.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from unmask.gradients.taps import TapSet
 
 
 def watch_forwards(model: nn.Module, taps: TapSet) -> None:
-    """Gives a selection's model its hooks, until `unwatch_forwards`."""
-    unwatch_forwards(model)  # a copy has those of its original
+    """Gives a selection's model the hooks, until `unwatch_forwards`."""
+    unwatch_forwards(model)  # A copied model has the hooks of its original.
     hook = _Hook(taps)
     model.register_forward_pre_hook(hook)
     model.register_forward_hook(hook)
@@ -34,36 +34,36 @@ def unwatch_forwards(model: nn.Module) -> None:
 
 
 class _Hook:
-    """Runs before and after a model's forward. In copies and pickles of the model it does nothing; a pickle needs no unmask.
+    """The hook before and after a model's forward. Copies and pickles of it do nothing; to load a pickle needs no unmask.
 
     Args:
-        taps: The selection's taps; None in a copy.
+        taps: The taps of the selection; None in a copy.
     """
 
     def __init__(self, taps: TapSet | None) -> None:
         self._taps = (lambda: None) if taps is None else weakref.ref(taps)
-        self._served = 0  # by the taps, when the forward began
-        self._anchor = torch.zeros((), requires_grad=True)  # never receives a gradient
+        self._served = 0  # The value of `TapSet.served` when the forward began.
+        self._anchor = torch.zeros((), requires_grad=True)  # It makes the signal require grad, and never receives one.
 
     def __deepcopy__(self, memo: Any) -> _Hook:
         return _Hook(None)
 
     def __reduce__(self) -> Any:
-        return getattr, (contextlib.nullcontext(), "__exit__")  # takes anything, and returns None
+        return getattr, (contextlib.nullcontext(), "__exit__")  # A callable that takes anything, and returns None.
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler must not see a tap's state
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # A compiler must not see the state of taps.
     def __call__(self, model: nn.Module, args: Any, *output: Any) -> Any:
         taps = self._taps()
         if taps is None or not torch.is_grad_enabled():
             return None
-        if not output:
+        if not output:  # This is the hook before the forward.
             self._served = taps.served
             return None
-        return self._joined(taps, output[0]) if taps.serves and taps.served == self._served else None
-
-    def _joined(self, taps: TapSet, output: Any) -> Any:
-        floats = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        trained = any(leaf.requires_grad for leaf in floats)  # dense tensors: what does not hang on them stays as it is
+        if not taps.serves or taps.served != self._served:
+            return None
+        floats = [leaf for leaf in tree_leaves(output[0]) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        # With tensors that are trained whole, the outputs that do not depend on them stay as they are.
+        trained = any(leaf.requires_grad for leaf in floats)
         signal = _Signal.apply(self._anchor, taps)
 
         def join(leaf: Any) -> Any:
@@ -71,11 +71,11 @@ class _Hook:
                 return leaf
             return _Join.apply(leaf, signal)
 
-        return tree_map(join, output)
+        return tree_map(join, output[0])
 
 
 class _Signal(torch.autograd.Function):
-    """Zero; its backward tells the taps of a backward that brings them no gradient."""
+    """Zero; the backward tells the taps that a backward runs that brings them no gradient."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, taps: TapSet) -> Tensor:  # type: ignore[override]
@@ -89,11 +89,11 @@ class _Signal(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """A tensor as it is, with a signal that its backward sets off."""
+    """The identity on a tensor; the backward also runs that of the signal."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, signal: Tensor) -> Tensor:  # type: ignore[override]
-        return tensor.clone()  # a view must not be written to in place, as a Trainer does with a loss
+        return tensor.clone()  # Not a view, which must not be written to in place, as a Trainer does with a loss.
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

@@ -1,7 +1,7 @@
-"""The model inside what users put around one, and its tensors under the names that the plain model has.
+"""Finds the plain model inside wrappers, and names its tensors as the plain model does.
 
-`torch.compile`, `DataParallel` and their like hold the model as a submodule, so that every name of it gets a prefix; inside a
-model they hold parts of it. Nothing here imports the libraries: their classes are known by name.
+`torch.compile`, `DataParallel` and similar wrappers hold the model as a submodule, so that every name in it gets a prefix. They
+may also hold parts of a model. No library is imported: their classes are recognised by name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unmask.errors import MethodError
 from unmask.gradients.tapped import TappedParameter
 
-# Where each wrapper keeps the module that it wraps. These classes live in torch, DeepSpeed or Lightning.
+# The attribute in which each wrapper keeps its module. The classes come from torch, DeepSpeed or Lightning.
 _INSIDE = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
@@ -41,7 +41,7 @@ _REFUSED = {
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The module inside the wrappers that are around it; a module without one is returned as it is.
+    """Returns the module inside the wrappers around it; a module without wrappers is returned as it is.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -54,10 +54,10 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def refuse_wrappers(model: nn.Module) -> None:
-    """Refuses wrappers that a selection cannot work in, around a model or inside it.
+    """Refuses wrappers, around a model or inside it, in which a selection cannot work.
 
     Raises:
-        MethodError: There is one.
+        MethodError: There is such a wrapper.
     """
     for name, module in model.named_modules():
         kind = _kind(module)
@@ -71,7 +71,7 @@ def refuse_wrappers(model: nn.Module) -> None:
 
 
 def plain_names(model: nn.Module) -> Callable[[str], str]:
-    """What turns the names of a model's tensors and modules into those they have without the wrappers inside it.
+    """Returns a function that turns the names of a model's tensors and modules into those without wrappers.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -95,7 +95,7 @@ def plain_names(model: nn.Module) -> Callable[[str], str]:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A model's parameters by plain name, each once: tied ones, by object or by storage, under their first name.
+    """Returns a model's parameters by plain name, each once. Parameters that share memory appear under the first name.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
@@ -114,7 +114,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a checkpoint holds, by plain name."""
+    """Returns the buffers that a checkpoint holds, by plain name."""
     model = bare(model)
     plain, persistent = plain_names(model), set()
     for place, module in model.named_modules(remove_duplicate=False):
@@ -124,7 +124,11 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def memory_of(tensor: Tensor) -> tuple | None:
-    """What two tensors that are the same memory, seen alike, have in common; None for a tensor without memory of its own."""
+    """Returns a key that two tensors share if they are the same view of the same memory.
+
+    Returns:
+        The key; None for a tensor that is no parameter, is on the meta device, or has no memory (see `has_memory`).
+    """
     with torch._C.DisableTorchFunctionSubclass():
         if not isinstance(tensor, nn.Parameter) or tensor.is_meta or not has_memory(tensor):
             return None
@@ -132,7 +136,7 @@ def memory_of(tensor: Tensor) -> tuple | None:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor's entries lie in memory of its own: no shard, no tensor of a quantisation library, not empty."""
+    """Returns True if a tensor's entries lie in ordinary memory: not a shard, a quantisation library's tensor, or empty."""
     ordinary = type(tensor) in (Tensor, nn.Parameter, TappedParameter)
     return ordinary and tensor.layout == torch.strided and tensor.numel() > 0 and tensor.data_ptr() != 0
 

@@ -1,4 +1,4 @@
-"""Knows whether a parameter was written to since it was last looked at: by torch's version counter, and through ``data`` too."""
+"""Detects writes to a parameter, by torch's version counter, also those that go through ``data``."""
 
 from __future__ import annotations
 
@@ -13,21 +13,15 @@ from torch.optim import optimizer as _torch_optimizer
 
 from unmask.errors import SelectionError
 
-_COPIES = {
-    "slow_param",
-    "slow_params",
-    "slow_buffer",
-    "lookahead_slow_buff",
-    "cached_params",
-    "backup_params",
-}  # Lookahead's
-_ENOUGH = 8  # slots in use, from which chance does not put another state tensor where a copy would be
+# The names under which implementations of Lookahead keep their copy.
+_COPIES = {"slow_param", "slow_params", "slow_buffer", "lookahead_slow_buff", "cached_params", "backup_params"}
+_ENOUGH = 8  # The slots in use from which on no state tensor passes for a copy by chance.
 
 
 class WatchedParameter(nn.Parameter):
-    """A parameter whose ``data`` counts writes as ``detach()`` does, so that ``p.data.copy_(x)`` and ``p.data = x`` are seen.
+    """A parameter that also counts the writes ``p.data.copy_(x)`` and ``p.data = x`` in its version.
 
-    Torch's own ``data`` has a version counter of its own, and optimizer wrappers and averagers write through it.
+    Torch's ``data`` has a separate version counter, and optimizer wrappers and averagers write through ``data``.
 
     Example:
         >>> parameter = nn.Parameter(torch.zeros(2))
@@ -40,7 +34,7 @@ class WatchedParameter(nn.Parameter):
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        """The same memory without gradient tracking."""
+        """The same memory, without gradient tracking."""
         return self.detach()
 
     @data.setter
@@ -49,20 +43,20 @@ class WatchedParameter(nn.Parameter):
         increment_version(self)
 
 
-# Torch's multi-tensor optimizers ask for these very types; ours has torch's own memory and operations.
+# Torch's multi-tensor optimizers accept these exact types only. A WatchedParameter has the memory and operations of one.
 _types = getattr(_torch_optimizer, "_foreach_supported_types", None)
 if isinstance(_types, list) and WatchedParameter not in _types:
     _types.append(WatchedParameter)
 
 
 class Writes:
-    """The writes into one parameter that were not taken in yet. The parameter becomes a `WatchedParameter`.
+    """Knows whether one parameter was written to since the last `take`. The parameter becomes a `WatchedParameter`.
 
-    Writes are not seen that torch does not count: into NumPy's view of the memory, or into another tensor that shares it.
+    Torch does not count writes to NumPy's view of the memory, or to another tensor that shares it; they are not seen.
 
     Attributes:
         parameter: The parameter.
-        seen: Its version when it was last looked at.
+        seen: The parameter's version at the last `take`.
 
     Example:
         >>> writes = Writes(nn.Parameter(torch.zeros(2)))
@@ -82,16 +76,16 @@ class Writes:
 
     @property
     def new(self) -> bool:
-        """Whether there was a write since the last `take`."""
+        """True if there was a write since the last `take`."""
         return self.parameter._version != self.seen
 
     def take(self) -> None:
-        """All writes so far are taken in."""
+        """Marks all writes so far as seen."""
         self.seen = self.parameter._version
 
     @contextlib.contextmanager
     def own(self) -> Iterator[None]:
-        """What is written inside is not new; what was new before stays so."""
+        """Marks the writes inside the ``with`` block as seen; writes before it stay new."""
         before = self.new
         yield
         if not before:
@@ -99,22 +93,25 @@ class Writes:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same numbers; NaN is the same as NaN."""
+    """Returns True if two tensors of one shape hold the same numbers; NaN counts as equal to NaN."""
     b = b.to(a.device)
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def copy_in(optimizer: Optimizer, values: nn.Parameter, before: Tensor | None, used: int) -> str | None:
-    """The name of an optimizer's state that is a copy of ``values`` or an average of its past; None if it has none.
+    """Returns the name of an optimizer's state tensor that is a copy of ``values``, or an average of its past.
 
-    It is known by the name that optimizers give it, or by its contents after the first step: each number in use lies between
-    what ``values`` held before the step and what it holds now.
+    Such a tensor is recognised by the name that optimizers give it, or by its contents after the first step: each of its
+    numbers lies between what ``values`` held before the step and what it holds now.
 
     Args:
-        optimizer: It has stepped.
-        values: (B,).
-        before: (B,) what ``values`` held when the step began; None leaves the contents out.
-        used: How many slots are in use, the first of ``values``.
+        optimizer: The optimizer, after a step.
+        values: The trained vector: (B,).
+        before: What ``values`` held when the step began: (B,). None restricts the search to names.
+        used: The number of slots in use, which are the first of ``values``.
+
+    Returns:
+        The name; None if the optimizer keeps no such tensor.
     """
     state = {
         k: s for k, s in optimizer.state.get(values, {}).items() if isinstance(s, Tensor) and s.shape == values.shape
@@ -124,16 +121,18 @@ def copy_in(optimizer: Optimizer, values: nn.Parameter, before: Tensor | None, u
             return "z"
     named = sorted(_COPIES & state.keys())
     if named or before is None or type(optimizer).__module__.startswith("torch.optim"):
-        return named[0] if named else None  # torch's own write no such state back (ASGD's average is for the user)
+        return (
+            named[0] if named else None
+        )  # Torch's optimizers never write such state back (ASGD's average is for the user).
     before, after = before[:used], values.detach()[:used]
-    told = before * after > 0  # elsewhere any small number lies in between
-    if int(told.sum()) < _ENOUGH:
+    telling = before * after > 0  # Where the sign changed, any small number lies in between.
+    if int(telling.sum()) < _ENOUGH:
         return None
-    before, after = before[told], after[told]
+    before, after = before[telling], after[telling]
     slack = 1e-5 * torch.maximum(before.abs(), after.abs())
     low, high = torch.minimum(before, after) - slack, torch.maximum(before, after) + slack
     for name, tensor in state.items():
-        held = tensor[:used][told]
+        held = tensor[:used][telling]
         if tensor.is_floating_point() and bool(((low <= held) & (held <= high)).all()):
             return name
     return None
@@ -146,19 +145,19 @@ _WAYS_OUT = (
 
 
 def copying_optimizer(optimizer: Optimizer, name: str, method: str) -> SelectionError:
-    """The error of an optimizer that keeps a copy of ``values`` under a method that unmasks weights as it goes."""
+    """Makes the error of an optimizer that keeps a copy of ``values`` under a method that unmasks weights during training."""
     return SelectionError(
-        f"{type(optimizer).__name__} keeps a copy of selection.values ({name!r}), in which a weight that {method!r} unmasks "
-        f"later is 0 until then, so that it would be dragged towards 0. {_WAYS_OUT}, or use an optimizer without such a copy "
+        f"{type(optimizer).__name__} keeps a copy of selection.values ({name!r}). In the copy, a weight that {method!r} unmasks "
+        f"later is 0 until then, so it would be pulled towards 0. {_WAYS_OUT}, or use an optimizer without such a copy "
         "(torch.optim.AdamW). The model's weights are as they were before this step."
     )
 
 
 def stale_write(method: str, name: str) -> SelectionError:
-    """The error of a write that may have put back a copy made before some weight was unmasked."""
+    """Makes the error of a write that may have put back a copy from before some weight was unmasked."""
     return SelectionError(
         f"selection.values was written to outside optimizer.step() (weights of {name!r}, among others), and {method!r} picks "
-        "weights by their gradient: a copy of values made earlier (EMA, Lookahead, SAM, a rollback) holds 0, or another weight, "
-        f"where one was unmasked since. {_WAYS_OUT}. If this write comes from no such copy, make it inside "
+        "weights by their gradient. An earlier copy of values (EMA, Lookahead, SAM, a rollback) holds 0, or another weight, "
+        f"where a weight was unmasked since. {_WAYS_OUT}. If this write comes from no such copy, make it inside "
         "`with selection.writing():`. The model's weights are as they were before the write."
     )

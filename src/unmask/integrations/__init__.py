@@ -1,1 +1,1 @@
-"""How unmask meets the libraries that users train with."""
+"""Connects unmask with the libraries that users train with."""

@@ -1,7 +1,7 @@
-"""Checkpoint folders that are whole or not there: each has a manifest, written last, of all its files.
+"""Writes and examines checkpoint folders that are whole or not there: a manifest, written last, lists all files.
 
-A checkpoint is a folder ``checkpoint-N`` with the selection's state, the optimizer's, the schedule's, the RNG's and the Trainer's
-own. `seal` writes its ``manifest.json``; `examine` says whether a folder still is what was sealed, and otherwise what is wrong.
+A checkpoint is a folder ``checkpoint-N``. It holds the states of the selection, the optimizer, the schedule, the RNG and the
+Trainer. `seal` writes its ``manifest.json``. `examine` compares a folder with its manifest and says what is wrong.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from unmask.version import __version__
 
 MANIFEST, STATE_FILE, TRAINER_STATE = "manifest.json", "selection.safetensors", "trainer_state.json"
 VERSION = 1
-_ADAPTER = "adapter_model.safetensors"  # of PEFT, in the place of a selection's state; says no step
+_ADAPTER = "adapter_model.safetensors"  # PEFT writes it instead of a selection's state; it does not tell the step
 _NEEDED = (TRAINER_STATE, "optimizer.pt", "scheduler.pt")
-# what a Trainer reads if it is there
+# A Trainer reads these files if they are there.
 _READ = re.compile(
     r"(selection\.safetensors|trainer_state\.json|optimizer\.(pt|bin)|(scheduler|scaler)\.pt|rng_state.*\.pth)"
 )
@@ -36,14 +36,14 @@ _READ = re.compile(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `examine` found in a checkpoint's folder.
+    """A checkpoint's folder, as `examine` found it.
 
     Attributes:
         path: The folder.
-        fault: Why nothing can go on from it; None if it is whole.
-        step: The optimizer steps behind it; -1 if it cannot be known.
+        fault: The reason why no run can go on from it; None if it is whole.
+        step: The number of optimizer steps taken before it was written; -1 if that cannot be known.
         settings: The settings that it was sealed with; None if there are none.
-        note: What the user should know of a whole one: that it has no manifest.
+        note: A remark for the user on a whole checkpoint: it has no manifest.
     """
 
     path: Path
@@ -54,21 +54,21 @@ class Checkpoint:
 
     @property
     def whole(self) -> bool:
-        """Whether a run can go on from it."""
+        """True if a run can go on from it."""
         return self.fault is None
 
 
 class _Fault(Exception):
-    """Names what is wrong with a checkpoint."""
+    """Carries the reason why a checkpoint is not whole."""
 
 
 def seal(folder: Path, step: int, settings: Mapping[str, Any]) -> Path:
-    """Writes the manifest of a checkpoint that is complete, after all its files are on the disk; returns its path.
+    """Writes the manifest of a complete checkpoint, once all its files are on the disk; returns the manifest's path.
 
     Args:
-        folder: The checkpoint's.
-        step: The optimizer steps behind it.
-        settings: JSON values: what the run was made with.
+        folder: The checkpoint's folder.
+        step: The number of optimizer steps taken so far.
+        settings: The run's settings, as JSON values.
     """
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
@@ -81,10 +81,10 @@ def seal(folder: Path, step: int, settings: Mapping[str, Any]) -> Path:
 
 
 def examine(folder: Path) -> Checkpoint:
-    """Whether a folder is a whole checkpoint: every file as its manifest says, by size and SHA-256.
+    """Examines whether a folder is a whole checkpoint: every file has the size and the SHA-256 that the manifest says.
 
-    A checkpoint without a manifest (of unmask 0.1, or of a run that was killed just before it) is whole if all its parts load
-    and are of one step.
+    A checkpoint without a manifest (unmask 0.1 made it, or its run was killed just before the manifest) is whole if all its
+    parts load and belong to the same step.
     """
     try:
         named = _step_of(folder)
@@ -94,9 +94,9 @@ def examine(folder: Path) -> Checkpoint:
             step, settings, note = manifest["step"], manifest["settings"], None
         else:
             step, settings = _agreeing(folder), None
-            note = f"{str(folder)!r} has no {MANIFEST}; its parts load and are all of step {step}"
+            note = f"{str(folder)!r} has no {MANIFEST}; its parts load and all belong to step {step}"
         if named not in (None, step):
-            raise _Fault(f"its files are of step {step}")
+            raise _Fault(f"its files belong to step {step}")
     except _Fault as fault:
         return Checkpoint(folder, str(fault))
     except OSError as error:
@@ -105,13 +105,13 @@ def examine(folder: Path) -> Checkpoint:
 
 
 def folders(parent: Path) -> dict[int, Path]:
-    """The folders ``checkpoint-N`` in a folder, by N, ascending; whole or not."""
+    """Finds the folders ``checkpoint-N`` in a folder, whole or not, by N in ascending order."""
     found = {_step_of(path): path for path in parent.glob("checkpoint-*") if path.is_dir()}
     return {step: found[step] for step in sorted(step for step in found if step is not None)}
 
 
 def newest(parent: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
-    """The newest whole checkpoint in a folder, None for none, and the newer ones, which are not whole."""
+    """Finds the newest whole checkpoint in a folder (None if there is none), and the newer ones, which are not whole."""
     passed: list[Checkpoint] = []
     for path in reversed(folders(parent).values()):
         found = examine(path)
@@ -122,9 +122,9 @@ def newest(parent: Path) -> tuple[Checkpoint | None, list[Checkpoint]]:
 
 
 def rotate(parent: Path, newest: Path, keep: int | None, best: str | None = None) -> None:
-    """Removes all but ``keep`` checkpoints, the oldest first; never the newest, which is whole, nor the best.
+    """Removes all but ``keep`` checkpoints, the oldest first; it keeps the newest, which is whole, and the best.
 
-    What is of a later step than the newest was left by a run that went on from an earlier checkpoint: it goes first.
+    A checkpoint of a later step than the newest is from before the run was resumed from an earlier one: it is removed first.
     """
     if keep is None or keep <= 0:
         return
@@ -141,7 +141,7 @@ def rotate(parent: Path, newest: Path, keep: int | None, best: str | None = None
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Every value in which two mappings differ, as ``name: old -> new``, whatever the order of their keys.
+    """Lists every value in which two mappings differ, as ``name: old -> new``; the order of keys does not matter.
 
     Example:
         >>> differences({"b": {"steps": 2, "to": 1}, "a": 1}, {"a": 1, "b": {"to": 1, "steps": 4}})
@@ -183,11 +183,11 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise _Fault(f"its {MANIFEST} has version {held.get('version')!r}, and this unmask reads version {VERSION}")
     if digest != _digest(held):
         raise _Fault(f"its {MANIFEST} is damaged: it was altered after it was written")
-    return dict(held)  # what has this digest was written by `seal`
+    return dict(held)  # `seal` wrote it, as the digest shows; its form needs no check
 
 
 def _compare(folder: Path, files: Mapping[str, Any]) -> None:
-    """Refuses any file that is not as the manifest says; files that nothing reads may have come since."""
+    """Refuses files that differ from the manifest, and further files that a Trainer would read."""
     for name, held in files.items():
         path = folder / name
         if not path.is_file():
@@ -195,14 +195,16 @@ def _compare(folder: Path, files: Mapping[str, Any]) -> None:
         if path.stat().st_size != held["size"]:
             raise _Fault(f"its file {name} has {path.stat().st_size:,} bytes instead of {held['size']:,}")
         if _sha256(path) != held["sha256"]:
-            raise _Fault(f"its file {name} is damaged, or of another checkpoint (another SHA-256 than the manifest's)")
+            raise _Fault(
+                f"its file {name} is damaged or belongs to another checkpoint (its SHA-256 is not the manifest's)"
+            )
     for path in folder.iterdir():
         if path.name not in files and _READ.fullmatch(path.name):
             raise _Fault(f"its file {path.name} was not written with it (it is not in {MANIFEST})")
 
 
 def _agreeing(folder: Path) -> int:
-    """The one step of all parts of a checkpoint that has no manifest."""
+    """Loads all parts of a checkpoint without a manifest, and returns the step to which all of them belong."""
     adapters = sorted(folder.rglob(_ADAPTER))
     for name in _NEEDED if adapters else (STATE_FILE, *_NEEDED):
         if not (folder / name).is_file():
@@ -218,19 +220,19 @@ def _agreeing(folder: Path) -> int:
         steps = _steps(loaded)
         step = int(loaded[TRAINER_STATE]["global_step"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise _Fault(f"its files are not those of a checkpoint ({error!r})") from error
-    if "scaler.pt" not in loaded:  # with one, the Trainer counts skipped steps too
+        raise _Fault(f"its files do not form a checkpoint ({error!r})") from error
+    if "scaler.pt" not in loaded:  # with a scaler, the Trainer counts skipped steps too
         steps[TRAINER_STATE] = step
     if len(set(steps.values())) > 1:
         named = ", ".join(f"{name} of step {step}" for name, step in steps.items())
-        raise _Fault(f"its files are of different steps ({named})")
+        raise _Fault(f"its files belong to different steps ({named})")
     return step
 
 
 def _steps(loaded: Mapping[str, Any]) -> dict[str, int]:
-    """The step of each part, where it can be known."""
+    """Returns the step of each part that tells its step."""
     steps = {STATE_FILE: int(loaded[STATE_FILE]["step"])} if STATE_FILE in loaded else {}
-    if "num_bad_epochs" not in loaded["scheduler.pt"]:  # a ReduceLROnPlateau counts evaluations
+    if "num_bad_epochs" not in loaded["scheduler.pt"]:  # ReduceLROnPlateau counts evaluations instead
         steps["scheduler.pt"] = int(loaded["scheduler.pt"]["last_epoch"])
     held = [state.get("step") for state in loaded["optimizer.pt"]["state"].values()]
     counts = [int(one) for one in held if isinstance(one, int | float) or (torch.is_tensor(one) and one.numel() == 1)]
@@ -245,14 +247,19 @@ def _load(path: Path) -> Any:
             return load_file(path)
         if path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8"))
-        with zipfile.ZipFile(path) as archive:  # torch.load reads past a wrong checksum
+        with zipfile.ZipFile(path) as archive:  # torch.load does not check checksums
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
         core = np._core if hasattr(np, "_core") else np.core
-        known = [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]  # of numpy's generator
+        known = [
+            core.multiarray._reconstruct,
+            np.ndarray,
+            np.dtype,
+            type(np.dtype(np.uint32)),
+        ]  # the RNG state of numpy
         with torch.serialization.safe_globals(known):
             return torch.load(path, map_location="cpu", weights_only=True)
     except SelectionError as error:
         raise _Fault(f"its file {path.name} is damaged: {error}") from error
-    except Exception as error:  # torch.load raises whatever the bytes lead it to
+    except Exception as error:  # torch.load raises errors of many classes, depending on the bytes
         raise _Fault(f"its file {path.name} is damaged ({type(error).__name__})") from error

@@ -1,4 +1,4 @@
-"""The checkpoints of transformers' Trainer, whole or not there: each gets a manifest, and is compared with it on resume."""
+"""Makes the checkpoints of transformers' Trainer whole or not there: each has a manifest, and a resumed run is checked by it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from unmask.errors import SelectionError, UnmaskError, WriteError
 from unmask.files import discard
-from unmask.integrations.checkpoints import Checkpoint, examine, newest, rotate, seal
+from unmask.integrations.checkpoints import STATE_FILE, Checkpoint, differences, examine, newest, rotate, seal
+from unmask.selection.selection import Selection
+from unmask.selection.state import read_state
 
 
 class WholeCheckpoints(TrainerCallback):
     """Makes the checkpoints of any Trainer whole or not there: ``trainer.add_callback(WholeCheckpoints(trainer))``.
 
-    `SelectiveCallback` has one of its own. Give one to a Trainer that trains a PEFT adapter, ours or another. From then on:
+    `SelectiveCallback` makes one itself. Give one to a Trainer that trains a PEFT adapter, ours or another. From then on:
 
-    - Each checkpoint gets a ``manifest.json``, written last: names, sizes and SHA-256 of its files, and the step.
+    - Each checkpoint gets a ``manifest.json``, written last: it names each file with its size and SHA-256, and the step.
     - ``save_total_limit`` removes an older checkpoint only when the new one is whole, so a kill or a full disk at any moment
       leaves the last whole one.
     - ``train(resume_from_checkpoint=True)`` takes the newest whole one, and warns of those that it passes over. A checkpoint
@@ -35,11 +37,12 @@ class WholeCheckpoints(TrainerCallback):
 
     Attributes:
         settings: JSON values that go into each manifest.
-        resumed: The checkpoint that the present ``train()`` goes on from; None for none.
+        resumed: The checkpoint from which the present ``train()`` goes on; None if there is none.
 
     Raises:
-        SelectionError: From ``train(resume_from_checkpoint=...)``: the checkpoint is not whole, or beyond the run's last step.
-        WriteError: From ``train()``: a checkpoint cannot be written; those before are kept.
+        SelectionError: From ``train(resume_from_checkpoint=...)``: the checkpoint is not whole, or it lies beyond the run's
+            last step.
+        WriteError: From ``train()``: a checkpoint cannot be written; earlier ones are kept.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -47,22 +50,22 @@ class WholeCheckpoints(TrainerCallback):
         self.settings: Mapping[str, Any] = {}
         self.resumed: Checkpoint | None = None
         self._steps = 0  # T
-        self._theirs: dict[str, Callable] = {}  # the Trainer's own methods
-        mine = {
+        self._originals: dict[str, Callable] = {}  # the Trainer's own methods
+        replacements = {
             "train": self._train,
             "set_initial_training_values": self._set_initial_training_values,
             "_save_checkpoint": self._save_checkpoint,
             "_load_from_checkpoint": self._load_from_checkpoint,
         }
-        for name, method in mine.items():
-            self._theirs[name] = getattr(trainer, name)
+        for name, method in replacements.items():
+            self._originals[name] = getattr(trainer, name)
             setattr(trainer, name, method)
 
     def remember(self, path: str) -> None:
-        """Takes a checkpoint as the one to go on from.
+        """Makes a checkpoint the one from which ``train()`` goes on.
 
         Raises:
-            SelectionError: It is not whole.
+            SelectionError: The checkpoint is not whole.
         """
         found = examine(Path(path))
         if not found.whole:
@@ -78,7 +81,7 @@ class WholeCheckpoints(TrainerCallback):
         self.resumed = None
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(self._newest().path)
-        return self._theirs["train"](resume_from_checkpoint, *args, **kwargs)
+        return self._originals["train"](resume_from_checkpoint, *args, **kwargs)
 
     def _newest(self) -> Checkpoint:
         folder = Path(str(self.trainer.args.output_dir))
@@ -95,20 +98,20 @@ class WholeCheckpoints(TrainerCallback):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         self.remember(resume_from_checkpoint)
-        self._theirs["_load_from_checkpoint"](resume_from_checkpoint, *args, **kwargs)
+        self._originals["_load_from_checkpoint"](resume_from_checkpoint, *args, **kwargs)
 
     def _set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
-        """The first moment at which the Trainer knows how many steps it will make."""
-        values = self._theirs["set_initial_training_values"](*args, **kwargs)
+        """Checks the number of steps: this is the first moment at which the Trainer knows it."""
+        values = self._originals["set_initial_training_values"](*args, **kwargs)
         self._steps, an_epoch = int(values[-1]), int(values[1])
         if self.resumed is None or self.resumed.step < self._steps:
             return values
         if self.resumed.step > self._steps:
             raise SelectionError(
-                f"{str(self.resumed.path)!r} is of step {self.resumed.step:,}, and the run has {self._steps:,} steps. "
+                f"{str(self.resumed.path)!r} was saved at step {self.resumed.step:,}, and the run has {self._steps:,} steps. "
                 "Resume with the settings that the run was started with."
             )
-        return (self.resumed.step // an_epoch, *values[1:])  # no epoch is left: a Trainer would take one more step
+        return (self.resumed.step // an_epoch, *values[1:])  # With no epoch left the Trainer takes no further step.
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Writes a checkpoint, seals it, and only then lets older ones go."""
@@ -116,29 +119,61 @@ class WholeCheckpoints(TrainerCallback):
         parent = Path(trainer._get_output_dir(trial=kwargs.get("trial", args[1] if len(args) > 1 else None)))
         folder, limit = parent / f"checkpoint-{trainer.state.global_step}", given.save_total_limit
         if given.should_save:
-            discard(folder)  # what a kill left, or an earlier run
+            discard(folder)  # a killed run or an earlier one may have left it
         trainer.accelerator.wait_for_everyone()
         try:
-            given.save_total_limit = None  # else older ones would go before this one is whole
-            self._theirs["_save_checkpoint"](*args, **kwargs)
-        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk, torch.save makes a RuntimeError
+            given.save_total_limit = None  # otherwise the Trainer removes older ones before this one is whole
+            self._originals["_save_checkpoint"](*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as RuntimeError
             raise _unwritable(folder, error) from error
         finally:
             given.save_total_limit = limit
-        trainer.accelerator.wait_for_everyone()  # the others write their RNG's states
+        trainer.accelerator.wait_for_everyone()  # each other process writes the state of its RNG
         if not given.should_save:
             return
         try:
             if (folder / TRAINING_ARGS_NAME).exists():
-                torch.save(given, folder / TRAINING_ARGS_NAME)  # with their limit
+                torch.save(given, folder / TRAINING_ARGS_NAME)  # again, with the user's limit
             seal(folder, trainer.state.global_step, {**self.settings, "planned_steps": self._steps})
         except (OSError, RuntimeError) as error:
             raise _unwritable(folder, error) from error
         rotate(parent, folder, limit, trainer.state.best_model_checkpoint)
 
 
+def state_to_resume(checkpoint: Checkpoint, selection: Selection, steps: int) -> dict[str, Any]:
+    """Reads the selection's state from a checkpoint, and refuses a checkpoint of another run.
+
+    Args:
+        checkpoint: A whole checkpoint.
+        selection: The selection that will load the state.
+        steps: The number of steps that the Trainer has planned now.
+
+    Raises:
+        SelectionError: The checkpoint was made with another budget or another method.
+    """
+    state = read_state(checkpoint.path / STATE_FILE)
+    present = {"budget": selection.budget, "method": selection.method.describe()}
+    lines = differences({key: state.get(key) for key in present}, present)
+    if not lines:
+        return state
+    planned = (checkpoint.settings or {}).get("planned_steps", steps)
+    lengths = growing = ""
+    if planned != steps:
+        lengths = f" It was planned for {planned:,} steps, and this run for {steps:,}."
+        if selection.method.strategy == "increment":
+            growing = (
+                " A method that unmasks step by step spreads its budget over the steps planned, so a longer or shorter run is "
+                "another run from its first step on: train it from the start, or fix the method's steps yourself "
+                f"(unmask.id3(budget, steps={planned})), and further steps train the full budget."
+            )
+    raise SelectionError(
+        f"{str(checkpoint.path)!r} is the checkpoint of another run (its own -> given now): {'; '.join(lines)}.{lengths} "
+        f"Resume with the settings that the run was started with.{growing}"
+    )
+
+
 def _unwritable(checkpoint: Path, error: Exception) -> Exception:
-    """The error of ours for one that the writing of a checkpoint ended in; what there is of the checkpoint goes."""
+    """Removes the part of a checkpoint that was written, and returns the error to raise for the one that stopped it."""
     if isinstance(error, UnmaskError):
         return error
     with suppress(OSError):

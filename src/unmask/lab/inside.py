@@ -1,7 +1,7 @@
-"""Adding a LoRA or bottleneck adapters to a base, for a run that selects its budget inside them.
+"""Adds a LoRA or bottleneck adapters to a base model, for a run that selects its budget inside them.
 
-peft adds LoRA, DoRA and SHiRA; the `adapters` library adds bottleneck adapters. What was added, and with which settings,
-travels in the delta's metadata, so that a fresh process can add the same before it applies the delta.
+peft adds LoRA, DoRA and SHiRA; the `adapters` library adds bottleneck adapters. The delta's metadata hold the kind and its
+settings, so that a fresh process can add the same modules before it applies the delta.
 """
 
 from __future__ import annotations
@@ -17,30 +17,32 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from unmask.delta.added import added_tensors, checkpoint_name
+from unmask.delta.base import added_tensors, checkpoint_name
 from unmask.errors import ConfigError, DeltaError, MissingExtraError, need
 from unmask.methods.naming import layer_of
 from unmask.methods.scopes import is_linear
 
 Kind = Literal["lora", "dora", "shira", "pfeiffer", "houlsby"]
 KINDS: tuple[Kind, ...] = ("lora", "dora", "shira", "pfeiffer", "houlsby")
-NAME = "unmask"  # of the adapter in the `adapters` library; peft's stays "default"
-_BOTTLENECKS = {"pfeiffer": "seq_bn", "houlsby": "double_seq_bn"}  # the library's own names since its version 3
+NAME = "unmask"
+"""The name of the adapter in the `adapters` library. The name of a LoRA is peft's "default"."""
+_BOTTLENECKS = {"pfeiffer": "seq_bn", "houlsby": "double_seq_bn"}  # the names in the `adapters` library since version 3
 
 
 @dataclass(frozen=True)
 class Into:
-    """What is added to a base.
+    """The modules that are added to a base, and their settings.
 
     Attributes:
-        kind: ``"lora"``, ``"dora"`` or ``"shira"`` (peft), ``"pfeiffer"`` or ``"houlsby"`` (bottleneck adapters of `adapters`).
-        r: Rank of the LoRA; SHiRA has r (in + out) weights of a layer.
-        alpha: Its scale is alpha / r.
-        dropout: On the LoRA's input.
-        targets: Names of the modules that get a LoRA; ``("all-linear",)`` for all linear ones, ``("layer-linear",)`` for those
-            inside the numbered transformer layers, () for peft's own choice.
-        reduction: The bottleneck is the hidden size divided by this.
-        seed: Of SHiRA's random places. peft draws the same ones for all layers of a shape.
+        kind: The kind: ``"lora"``, ``"dora"`` or ``"shira"`` (peft), ``"pfeiffer"`` or ``"houlsby"`` (bottleneck adapters of
+            the `adapters` library).
+        r: The rank of the LoRA. SHiRA has r (in + out) weights of a layer.
+        alpha: The LoRA's scale is alpha / r.
+        dropout: The dropout on the LoRA's input.
+        targets: The names of the modules that get a LoRA; ``("all-linear",)`` for all linear ones, ``("layer-linear",)`` for
+            those inside the numbered transformer layers, () for peft's own choice.
+        reduction: The width of the bottleneck is the hidden size divided by this.
+        seed: The seed of SHiRA's random places. peft draws the same places for all layers of a shape.
     """
 
     kind: Kind
@@ -53,11 +55,11 @@ class Into:
 
     @property
     def is_lora(self) -> bool:
-        """Whether peft adds it."""
+        """True if peft adds the modules, and False if `adapters` does."""
         return self.kind not in _BOTTLENECKS
 
     def describe(self) -> dict[str, Any]:
-        """The settings that count for the kind, as JSON values; `into_of` gives them back."""
+        """Returns the settings that the kind uses, as JSON values; `into_of` reads them."""
         settings = asdict(self) | {"targets": list(self.targets)}
         lora = ("kind", "r", "alpha", "dropout", "targets")
         keys = {"shira": ("kind", "r", "targets", "seed"), "lora": lora, "dora": lora}.get(
@@ -68,13 +70,13 @@ class Into:
 
 @dataclass(frozen=True)
 class Inserted:
-    """A base with something added.
+    """A base with added modules.
 
     Attributes:
         model: The model to train.
-        added: Names of the added parameters, without copies of the head: where the budget is selected.
-        head: Names of the parameters that the base checkpoint lacked, as they are trained now.
-        new: Names of all tensors that the base checkpoint lacks.
+        added: The names of the added parameters without the head's copies. The budget is selected in them.
+        head: The names of the parameters that the base checkpoint lacked, as they are trained now.
+        new: The names of all tensors that the base checkpoint lacks.
     """
 
     model: Any
@@ -89,10 +91,10 @@ class _Delta(Protocol):
 
 
 def into_of(delta: _Delta) -> Into | None:
-    """What a delta was trained inside of; None for the base itself.
+    """Reads from a delta's metadata which modules it was trained inside; None for the base itself.
 
     Raises:
-        DeltaError: It was trained inside something that this unmask cannot add.
+        DeltaError: This version of unmask cannot add the modules.
     """
     described = delta.metadata.get("into")
     if described is None:
@@ -103,17 +105,17 @@ def into_of(delta: _Delta) -> Into | None:
 
 
 def require(into: Into) -> None:
-    """Refuses what cannot be added in this environment.
+    """Checks that this environment can add the modules.
 
     Raises:
-        MissingExtraError: The library that adds it is not installed.
+        MissingExtraError: The library that adds them is not installed.
     """
     if into.is_lora:
         need("peft", "hf")
     elif not _has_adapters():
         raise MissingExtraError(
-            f"'adapters' is not installed, and {into.kind} adapters come from it: pip install 'unmask[adapters]', in an "
-            "environment of its own, because adapters 1.3 pins transformers 4.57 and cannot share one with transformers 5."
+            f"'adapters' is not installed, and {into.kind} adapters come from it: pip install 'unmask[adapters]', in a "
+            "separate environment, because adapters 1.3 pins transformers 4.57 and cannot share one with transformers 5."
         )
 
 
@@ -122,13 +124,13 @@ def insert(model: nn.Module, into: Into, missing: Collection[str], seed: int) ->
 
     Args:
         model: A transformers model with the head of its task.
-        into: What to add.
-        missing: Names of the tensors that the base checkpoint lacks (a new head).
-        seed: Of the random init of what is added.
+        into: The modules to add.
+        missing: The names of the tensors that the base checkpoint lacks (a new head).
+        seed: The seed of the added modules' random init.
 
     Raises:
-        MissingExtraError: The library that adds it is not installed.
-        ConfigError: The library cannot add it to this model.
+        MissingExtraError: The library that adds them is not installed.
+        ConfigError: The library cannot add them to this model.
     """
     require(into)
     torch.manual_seed(seed)
@@ -141,7 +143,7 @@ def insert(model: nn.Module, into: Into, missing: Collection[str], seed: int) ->
                 + (" Name the modules with lora_targets, or take lora_targets=all-linear." if into.is_lora else "")
             ) from error
     names, everything = dict(tuned.named_parameters()), added_tensors(tuned)
-    # the trained copy of a head stands under the wrapped module's name, one name deeper
+    # The trained copy of a head has the wrapped module's name, with one more name in it.
     copies = {name for name in everything if ".modules_to_save." in name}
     lacking = {name for name in tuned.state_dict() if checkpoint_name(name) in missing}
     head = {name for name in copies if _original(name) in missing} if into.is_lora else lacking
@@ -154,9 +156,10 @@ def insert(model: nn.Module, into: Into, missing: Collection[str], seed: int) ->
 
 
 def save_adapter(model: Any, into: Into, folder: Path) -> None:
-    """Writes what was added, trained, and the head, as its own library's ordinary folder.
+    """Writes the trained modules and the head as an ordinary folder of their library.
 
-    ``PeftModel.from_pretrained(base, folder)`` reads a LoRA's, ``model.load_adapter(folder)`` of `adapters` a bottleneck's.
+    ``PeftModel.from_pretrained(base, folder)`` loads that of a LoRA, and ``model.load_adapter(folder)`` of the `adapters`
+    library that of bottleneck adapters.
     """
     with _quiet():
         if into.is_lora:
@@ -166,7 +169,7 @@ def save_adapter(model: Any, into: Into, folder: Path) -> None:
 
 
 def merged(model: Any, into: Into) -> Any:
-    """The model with its LoRA multiplied into the base's weights: equal up to rounding.
+    """Multiplies a LoRA into the base's weights, and returns the model. It is equal up to rounding.
 
     Raises:
         ConfigError: Bottleneck adapters cannot be merged.
@@ -194,7 +197,7 @@ def _with_lora(model: nn.Module, into: Into, missing: Collection[str]) -> nn.Mod
         peft.ShiraConfig(random_seed=into.seed, **shared)
         if into.kind == "shira"
         else peft.LoraConfig(
-            lora_alpha=into.alpha,  # type: ignore[arg-type]  # a fraction is as good
+            lora_alpha=into.alpha,  # type: ignore[arg-type]  # a fraction works too
             lora_dropout=into.dropout,
             use_dora=into.kind == "dora",
             **shared,
@@ -204,7 +207,7 @@ def _with_lora(model: nn.Module, into: Into, missing: Collection[str]) -> nn.Mod
 
 
 def _targets(model: nn.Module, into: Into, whole: Collection[str]) -> list[str] | str | None:
-    """Gives the modules that get a LoRA in peft's terms, where "all-linear" takes the head of a token classifier too.
+    """Returns the modules that get a LoRA, as peft takes them. Its "all-linear" would take a token classifier's head too.
 
     Raises:
         ConfigError: The targets are "layer-linear", and no numbered layer of the model has a linear one in it.
@@ -221,13 +224,13 @@ def _targets(model: nn.Module, into: Into, whole: Collection[str]) -> list[str] 
         return list(into.targets) or None
     if _task_type(model) != peft.TaskType.TOKEN_CLS:
         return "all-linear"
-    by_peft = ("classifier", "score")  # trained whole by peft itself
+    by_peft = ("classifier", "score")  # peft trains these whole
     heads = tuple(f"{name}." for name in (*whole, *by_peft))
     return [name for name in linear if not f"{name}.".startswith(heads)]
 
 
 def _task_type(model: nn.Module) -> Any:
-    """peft's name for what the model's head does; it decides which heads peft trains, and how a saved LoRA is loaded."""
+    """Returns peft's name for the task of the model's head. It decides which heads peft trains, and how it loads a LoRA."""
     import peft
 
     endings = {
@@ -250,7 +253,7 @@ def _with_bottlenecks(model: Any, into: Into) -> nn.Module:
 
 
 def _whole_modules(model: nn.Module, missing: Collection[str]) -> list[str]:
-    """The outermost modules of which the checkpoint has nothing: a new head, a new pooler."""
+    """Returns the outermost modules of which the checkpoint has nothing, such as a new head or a new pooler."""
     found: list[str] = []
     for place, module in model.named_modules():
         inside = [f"{place}.{name}" for name, _ in module.named_parameters()]
@@ -261,21 +264,21 @@ def _whole_modules(model: nn.Module, missing: Collection[str]) -> list[str]:
 
 
 def _original(name: str) -> str:
-    """A trained copy's name in the base: ``X.modules_to_save.default.weight`` is of ``X.weight``."""
+    """Returns a trained copy's name in the base: ``X.modules_to_save.default.weight`` gives ``X.weight``."""
     before, _, after = checkpoint_name(name).partition(".modules_to_save.")
     return f"{before}.{after.partition('.')[2]}"
 
 
 def _has_adapters() -> bool:
     try:
-        return hasattr(importlib.import_module("adapters"), "init")  # a mere folder of that name has none
-    except ImportError:  # beside transformers 5 it is there and cannot be imported
+        return hasattr(importlib.import_module("adapters"), "init")  # a plain folder of that name has no `init`
+    except ImportError:  # it is installed, but with transformers 5 it cannot be imported
         return False
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps from the user what these libraries and transformers say to each other's developers."""
+    """Hides a warning of transformers that is meant for the developers of these libraries."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield

@@ -1,4 +1,4 @@
-"""Loading base models with the head of a task, and remembering in a delta how that was done."""
+"""Loads base models with the head of a task, also from what a delta's metadata say of its task."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from transformers.utils import logging as hf_logging
 from unmask.delta.delta import SparseDelta
 from unmask.errors import ConfigError, DeltaError
 from unmask.lab.inside import insert, into_of
-from unmask.lab.tasks.text.data import TaskSpec
 from unmask.reading import Form, count, fields, items, optional, refusing, text
 
 Head = Literal["sequence", "token", "generation"]
@@ -31,12 +30,12 @@ HEADS: Mapping[Head, Any] = {
     "token": AutoModelForTokenClassification,
     "generation": AutoModelForCausalLM,
 }
-"""The Auto class that loads a base, by kind of task."""
+"""The Auto class that loads a base, by the kind of task."""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers' load report (which new head got a random init) off the screen: unmask reports it itself."""
+    """Hides transformers' load report (which says that a new head got a random init), because unmask reports it itself."""
     before = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -56,29 +55,31 @@ def load_base(
     """Loads a base with a task's head, in float32.
 
     Args:
-        source: Folder or hub id.
-        num_labels: Outputs of the head; 1 for regression; None for the checkpoint's own (generation).
-        seed: Of the head's random init, if the checkpoint has none.
-        head: Which of `HEADS`.
-        label_names: Names of the labels, for the model's config.
+        source: A folder or a hub id.
+        num_labels: The number of the head's outputs; 1 for regression; None for the checkpoint's own head (generation).
+        seed: The seed of the head's random init, if the checkpoint has no head.
+        head: A key of `HEADS`.
+        label_names: The names of the labels, for the model's config.
 
     Returns:
         The model, its tokenizer, and the names of the tensors that the checkpoint lacks.
 
     Raises:
-        ConfigError: It cannot be loaded.
+        ConfigError: The model cannot be loaded, or its tokenizer has more tokens than its embedding has rows.
     """
     if os.sep in source and not Path(source).is_dir() and (Path(source).is_absolute() or source.startswith(".")):
         raise ConfigError(f"there is no model folder {source!r}; give a folder with config.json, or a hub id.")
+    labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    if label_names is not None:
+        names = dict(enumerate(label_names))
+        labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
     torch.manual_seed(seed)
     try:
         with quiet():
-            model, info = HEADS[head].from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, **_labels(num_labels, label_names)
-            )
+            model, info = HEADS[head].from_pretrained(source, dtype=torch.float32, output_loading_info=True, **labels)
             tokenizer = AutoTokenizer.from_pretrained(source)
             if head == "token" and getattr(tokenizer, "add_prefix_space", None) is False:
-                # a byte-level vocabulary (RoBERTa's) has a word's usual piece only behind a blank
+                # A byte-level vocabulary (such as RoBERTa's) has a word's usual piece only after a blank.
                 tokenizer = AutoTokenizer.from_pretrained(source, add_prefix_space=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the model {source!r} cannot be loaded: {error}") from error
@@ -94,7 +95,7 @@ def _check_vocabulary(source: str, model: PreTrainedModel, tokenizer: PreTrained
     """Refuses a tokenizer that makes token ids for which the model has no embedding.
 
     Raises:
-        ConfigError: It has such tokens.
+        ConfigError: The tokenizer has such tokens.
     """
     embedding = model.get_input_embeddings()
     rows = getattr(embedding, "num_embeddings", None)
@@ -108,41 +109,23 @@ def _check_vocabulary(source: str, model: PreTrainedModel, tokenizer: PreTrained
         )
 
 
-def _labels(num_labels: int | None, names: Sequence[str] | None) -> dict[str, Any]:
-    if names is not None:
-        return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    return {} if num_labels is None else {"num_labels": num_labels}
-
-
 def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
-    """The model on this machine's accelerator, if it has one."""
+    """Moves a model to this machine's accelerator, if it has one; returns the model."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return model if device is None else model.to(device)  # type: ignore[arg-type, return-value]
 
 
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: int) -> int:
-    """``wanted`` tokens, or as many as the model has positions for."""
+    """Returns the longest input in tokens: ``wanted``, or fewer if the model or its tokenizer allows fewer."""
     limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
     return min([wanted, *(int(limit) for limit in limits if limit and limit > 0)])
 
 
-def describe_task(spec: TaskSpec, max_length: int) -> dict[str, Any]:
-    """What `load_tuned` and ``unmask eval`` need to know, as JSON values for the delta's metadata."""
-    return {
-        "kind": "sequence",
-        "name": spec.name,
-        "text_columns": list(spec.text_columns),
-        "num_labels": spec.num_labels,
-        "label_names": list(spec.label_names) if spec.label_names else None,
-        "max_length": max_length,
-    }
-
-
 def task_of(delta: SparseDelta) -> Mapping[str, Any]:
-    """The task that a delta was trained on.
+    """Returns what a delta's metadata say of the task that the delta was trained on.
 
     Raises:
-        DeltaError: The delta does not say; it was made by the library and not by ``unmask train``.
+        DeltaError: The metadata name no task, because the delta was not made by ``unmask train``, or they are damaged.
     """
     task = delta.metadata.get("task")
     if not isinstance(task, Mapping):
@@ -168,10 +151,10 @@ _TASKS: Mapping[Head, Form] = {
 
 
 def head_of(task: Mapping[str, Any]) -> Head:
-    """The kind of a task that a delta's metadata describe; a delta from before there were kinds classifies texts.
+    """Returns the kind of the task that a delta's metadata describe. The oldest deltas name no kind and classify texts.
 
     Raises:
-        DeltaError: A kind that this unmask does not know.
+        DeltaError: This version of unmask does not know the kind.
 
     Example:
         >>> head_of({"kind": "token"}), head_of({})
@@ -184,13 +167,25 @@ def head_of(task: Mapping[str, Any]) -> Head:
 
 
 def load_tuned(source: str, delta: SparseDelta) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base, with what the run added to it, with the delta applied, in evaluation mode; and its tokenizer."""
+    """Loads the base of a delta, adds what the run added to it, and applies the delta.
+
+    Args:
+        source: The base model: a folder or a hub id.
+        delta: A delta of ``unmask train``.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
+    Raises:
+        ConfigError: The base cannot be loaded.
+        DeltaError: The delta names no task, or it does not fit the base.
+    """
     task = task_of(delta)
     head = head_of(task)
     names = task.get("label_names") if head == "token" else None
     model, tokenizer, missing = load_base(source, task.get("num_labels"), 0, head, names)
     into = into_of(delta)
     if into is not None:
-        model = insert(model, into, missing, seed=0).model  # the delta holds the init
+        model = insert(model, into, missing, seed=0).model  # the delta overwrites the init
     delta.apply(model)
     return model.eval(), tokenizer

@@ -1,6 +1,6 @@
-"""A PEFT method: ``import unmask.peft``, then ``peft.get_peft_model(base, unmask.peft.SelectiveConfig(budget=...))``.
+"""Adds selective fine-tuning to PEFT: ``peft.get_peft_model(base, unmask.peft.SelectiveConfig(budget=...))``.
 
-Importing this registers the method ``UNMASK`` with PEFT, for loading too: `peft.PeftModel.from_pretrained` finds it then.
+The import of this package registers the method ``UNMASK`` with PEFT. `peft.PeftModel.from_pretrained` needs the import, too.
 """
 
 from unmask.errors import need

@@ -1,60 +1,34 @@
-"""Adapter: one delta on a base, and whether its values are in the base's tensors just now.
+"""Adapter: one delta on a base. It knows if its values are in the base's tensors just now.
 
-An adapter that trains has a live `unmask.Selection`, made at its first forward: an optimizer is built, the model moved to
-its device and T known by then. Whatever ends the selection (another adapter, another device) keeps the adapter's state here,
-and the next forward goes on from it.
+An adapter that trains has a live `unmask.Selection`, made at its first forward: an optimizer is built, the model is moved to
+its device and T is known by then. When the selection ends (another adapter becomes active, the model moves), the adapter keeps
+its slots, and the next forward goes on from them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from unmask.delta.delta import SparseDelta, SparseTensor
+from unmask.delta.delta import SparseDelta
 from unmask.delta.fingerprint import same_bits
-from unmask.errors import DeltaError, MethodError
-from unmask.gradients.entries import put
+from unmask.delta.record import before_training
+from unmask.errors import DeltaError, MethodError, ScheduleNotRunError
 from unmask.gradients.wrappers import named_parameters
-from unmask.gradients.writes import Writes
+from unmask.integrations.support import Attempt
 from unmask.peft.config import SelectiveConfig
 from unmask.peft.progress import Progress
-from unmask.ranking.ledger import Layout, SlotTable
-from unmask.selection.select import select
-from unmask.selection.selection import Selection, known_positions
-from unmask.selection.state import state_of
-from unmask.selection.stepping import unwatch, watch
-
-if TYPE_CHECKING:
-    from unmask.peft.attempt import Attempt
-from collections.abc import Sequence
-
-from unmask.errors import ScheduleNotRunError
-
-
-@dataclass
-class Slots:
-    """An adapter's slots at rest.
-
-    Attributes:
-        positions: (B,) int64 places among the eligible weights; -1 for a slot not in use.
-        base: (B,) the base's weights there.
-        values: (B,) the adapter's weights there, masters of what the tensors hold.
-        used: Slots in use.
-        step: Optimizer steps taken.
-    """
-
-    positions: Tensor
-    base: Tensor
-    values: Tensor
-    used: int = 0
-    step: int = 0
+from unmask.ranking.ledger import Layout, Ledger, Slots
+from unmask.selection.select import known_positions, select
+from unmask.selection.selection import Selection
+from unmask.selection.stepping import Steppable, unwatch, watch
 
 
 class Adapter:
@@ -63,91 +37,100 @@ class Adapter:
     Attributes:
         config: Its configuration.
         budget: B.
-        layout: The eligible tensors, by the base's names of them.
-        values: (B,) the parameter that an optimizer trains.
+        ledger: Its slots while it does not train; its layout has the eligible tensors, by the base's names of them.
         whole: Further tensors of the base that the adapter sets whole, by the base's names: buffers that its training
             changed, and tensors that the base's checkpoint lacks.
         selection: The live selection, while it trains.
-        written: Whether its values are in the base's tensors.
+        written: True if its values are in the base's tensors.
         attempt: The Trainer's attempt at a run that it is trained in, if one is.
-        asked: Whether ``config.total_steps`` was the Trainer's.
+        asked: True if ``config.total_steps`` was the Trainer's.
     """
 
     def __init__(self, config: SelectiveConfig, budget: int, parameters: Mapping[str, nn.Parameter]) -> None:
         self.config, self.budget = config, budget
-        self.layout = Layout(list(parameters), list(parameters.values()))
-        first, double = self.layout.tensors[0], any(t.dtype == torch.float64 for t in self.layout.tensors)
-        zeros = torch.zeros(budget, dtype=torch.float64 if double else torch.float32, device=first.device)
-        self.values = nn.Parameter(zeros, requires_grad=False)
+        layout = Layout(list(parameters), list(parameters.values()))
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in layout.tensors) else torch.float32
+        zeros = torch.zeros(budget, dtype=dtype, device=layout.tensors[0].device)
+        self.ledger = Ledger(layout, nn.Parameter(zeros, requires_grad=False), budget)
         self.whole: dict[str, Tensor] = {}
         self.selection: Selection | None = None
         self.written = False
-        self.attempt: Attempt | None = None
+        self.attempt: Attempt[tuple[Slots, dict[str, Tensor]]] | None = None
         self.asked = False
-        self._positions = torch.full((budget,), -1, dtype=torch.int64, device=first.device)
-        self._base = torch.zeros_like(zeros)
-        self._used = self._step = 0
         self._waiting = Waiting(self.values, list(parameters.values()))
-        self._foresee()
-        self._writes = Writes(self.values)  # while no selection is live
         self._absent = False
+        self._foresee()
+
+    @property
+    def layout(self) -> Layout:
+        """The eligible tensors, by the base's names of them."""
+        return self.ledger.layout
+
+    @property
+    def values(self) -> nn.Parameter:
+        """(B,) the parameter that an optimizer trains."""
+        return self.ledger.values
+
+    @property
+    def live(self) -> Ledger:
+        """The ledger that holds its slots just now: that of the live selection, or its own."""
+        return self.ledger if self.selection is None else self.selection.ledger
 
     def slots(self) -> Slots:
-        """What it holds; copies."""
-        if self.selection is None:
-            return Slots(
-                self._positions.clone(), self._base.clone(), self.values.detach().clone(), self._used, self._step
-            )
-        state = state_of(self.selection)
-        return Slots(*(state[key] for key in ("positions", "base", "values", "used", "step")))
+        """Returns copies of its slots."""
+        slots = self.live.snapshot()
+        # without a selection, slots not in use may hold what the first forward will give them
+        return slots if self.selection is not None else replace(slots, values=self.values.detach().clone())
 
     @property
     def used(self) -> int:
-        """Slots in use."""
-        return self._used if self.selection is None else self.selection.used
+        """The number of slots in use."""
+        return self.live.used
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken."""
-        return self._step if self.selection is None else self.selection.step
+        """The number of optimizer steps taken."""
+        return self.live.step
 
     @torch.no_grad()
     def _foresee(self) -> None:
-        """Gives ``values`` what the first forward will, where that is known: an averager may copy them before it."""
+        """Gives ``values`` the weights that the first forward will, where these are known: an averager may copy them before."""
         method = self.config.build(self.budget)
         if method.strategy != "static" or method.heuristic.needs in ("gradient", "calibration"):
             return
         if self.config.inference_mode or any(tensor.is_meta for tensor in self.layout.tensors):
             return
-        table = SlotTable(self.layout, self.budget, self.values.dtype, self.values.device)
-        positions = known_positions(method, table, self.budget).to(self.values.device)
+        positions = known_positions(method, self.ledger).to(self.values.device)
         self.values.copy_(self.layout.read(positions, self.values.dtype))
+        self.ledger.writes.take()
 
     def catch_up(self) -> None:
-        """Brings what was written into ``values`` to the base's tensors, if they hold this adapter's values."""
+        """Brings new writes into ``values`` to the base's tensors, if they hold this adapter's values."""
         if self._absent or not self.written:
             return
         if self.selection is not None:
             self.selection.catch_up()
-        elif self._writes.new:
+        elif self.pending:
             self._rewrite()
 
     @property
     def pending(self) -> bool:
-        """Whether there are writes into ``values`` that `catch_up` has not seen."""
-        return (self._writes if self.selection is None else self.selection._window.writes).new
+        """True if there are writes into ``values`` that `catch_up` has not seen."""
+        return self.live.writes.new
 
     def converted(self) -> None:
-        """The base and ``values`` were moved or cast: the same numbers, which tensors of a wider dtype may hold better now."""
-        if self.written and not self._absent and self._positions.device == self.values.device:  # else `move` comes next
+        """Hears that the base and ``values`` were moved or cast. Tensors of a wider dtype may now hold the numbers better."""
+        if (
+            self.written and not self._absent and self.ledger.positions.device == self.values.device
+        ):  # else `move` comes next
+            self.live.rebuild()  # on the tensors' devices
             self._rewrite()
         if self.selection is not None:
-            self.selection._window.writes.take()
+            self.live.writes.take()
 
     def _rewrite(self) -> None:
-        slots = self.slots()
-        self.layout.write(slots.positions[: slots.used], slots.values[: slots.used])
-        self._writes.take()
+        self.live.scatter()
+        self.ledger.writes.take()
 
     # Training.
 
@@ -171,9 +154,9 @@ class Adapter:
                 clip_scope=self.config.clip_scope,  # type: ignore[arg-type]
                 values=self.values,
             )
-        selection._identity.leave_to_peft()
+        selection.leave_forwards()
         if held.step or held.used:
-            selection.load_state_dict({**selection.state_dict(), **vars(held), "buffers": selection._buffers})
+            selection.load_state_dict({**selection.state_dict(), **held.entries(), "buffers": {}})
         self.selection = selection
 
     def _refuse_retired(self) -> None:
@@ -205,23 +188,26 @@ class Adapter:
 
     @torch.no_grad()
     def load(self, slots: Slots) -> None:
-        """Takes over slots. Neither training nor written, or the tensors hold just these values."""
-        self._positions, self._base = slots.positions, slots.base
-        self._used, self._step = slots.used, slots.step
-        self.values.copy_(slots.values)
+        """Takes over slots, while it neither trains nor is written, or while the tensors hold just these values."""
+        self.ledger.load(slots)
         self.values.grad = None
         if not self._absent:
-            self._writes.take()
+            self.ledger.writes.take()
 
     def move(self) -> None:
-        """``values`` is on another device now."""
+        """Follows ``values`` to another device."""
         self.stop()
-        self._positions, self._base = self._positions.to(self.values.device), self._base.to(self.values.device)
+        self.ledger.load(self.slots())
+        self.ledger.writes.take()
         if self.written:
             self.expect(self.values.requires_grad)
 
     def expect(self, training: bool) -> None:
-        """Whether an optimizer's step before the next forward is an error."""
+        """Makes an optimizer's step before the next forward an error, or allows it.
+
+        Args:
+            training: True to make it an error.
+        """
         if training:
             watch(self._waiting)
         else:
@@ -232,9 +218,7 @@ class Adapter:
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts its values into the base's tensors."""
         _copy(self.whole, tensors)
-        slots = self.slots()
-        self.layout.write(slots.positions[: slots.used], slots.values[: slots.used])
-        self._writes.take()
+        self._rewrite()
         self.written = True
 
     def withdraw(self, base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -260,7 +244,7 @@ class Adapter:
         current, whole = self.layout.read(positions, slots.base.dtype), {n: tensors[n].clone() for n in base_whole}
         self._absent = True
         if self.selection is not None:
-            self.selection._taps.pause()
+            self.selection.pause()
         with _unsafe_preserve_version_counter((*touched, *(tensors[name] for name in base_whole))):
             self.layout.write(positions, slots.base[: slots.used])
             _copy(base_whole, tensors)
@@ -271,28 +255,13 @@ class Adapter:
                 _copy(whole, tensors)
                 self._absent = False
                 if self.selection is not None:
-                    self.selection._taps.resume()
+                    self.selection.resume()
 
     # To and from a delta.
 
-    def entries(self) -> dict[str, SparseTensor]:
-        """Its part of a delta: the values that the tensors hold, or would hold, at its slots."""
-        self.catch_up()
-        slots = self.slots()
-        sparse = {}
-        for index, flat, places in self.layout.split(slots.positions[: slots.used]):
-            tensor = self.layout.tensors[index]
-            values = slots.values[places].to("cpu", tensor.dtype)
-            sparse[self.layout.names[index]] = SparseTensor(flat.cpu(), values, tuple(tensor.shape))
-        return sparse
-
     def initial(self, name: str, tensor: Tensor) -> Tensor:
-        """A copy of one of the base's tensors without this adapter's values in it: what its entries lie over."""
-        slots, whole = self.slots(), tensor.detach().clone()
-        for index, flat, places in self.layout.split(slots.positions[: slots.used]):
-            if self.layout.names[index] == name:
-                put(whole, flat, slots.base[places])
-        return whole
+        """Returns a copy of one of the base's tensors with the base's weights in this adapter's slots."""
+        return before_training(self.layout, self.slots(), {name: tensor.detach()}).get(name, tensor.detach().clone())
 
     def progress(self) -> Progress | None:
         """What training needs to go on from the saved values; None if there is nothing to go on with, or it is not wanted."""
@@ -314,17 +283,18 @@ class Adapter:
             )
         if len(delta) > self.budget:
             raise DeltaError(f"the adapter holds {len(delta):,} values; the config's budget is {self.budget:,}.")
-        slots = Slots(torch.full_like(self._positions, -1), torch.zeros_like(self._base), torch.zeros_like(self.values))
-        slots.used, slots.step = len(delta), int(delta.metadata.get("step", 0))
-        parts = sorted(delta.sparse.items())
+        used, parts = len(delta), sorted(delta.sparse.items())
+        positions = torch.full_like(self.ledger.positions, -1)
+        base, values = torch.zeros_like(self.ledger.base), torch.zeros_like(self.ledger.base)
         if parts:
             flat = torch.cat([entry.indices.cpu() + bounds[name] for name, entry in parts])
-            slots.positions[: slots.used] = flat.to(slots.positions)
-            slots.values[: slots.used] = torch.cat([entry.values.to(slots.values) for _, entry in parts])
-            slots.base[: slots.used] = self._base_of(delta, slots.positions[: slots.used])
+            positions[:used] = flat.to(positions)
+            values[:used] = torch.cat([entry.values.to(values) for _, entry in parts])
+            base[:used] = self._base_of(delta, positions[:used])
+        slots = Slots(positions, base, values, used, delta.provenance.step or 0)
         if progress is not None:
             progress.check([entry.values for _, entry in parts])
-            progress.arrange(slots)
+            slots = progress.arrange(slots)
         return slots
 
     def _base_of(self, delta: SparseDelta, positions: Tensor) -> Tensor:
@@ -337,14 +307,15 @@ class Adapter:
         return base
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or a pickle, is not live."""
+        """Returns what a copy, or a pickle, takes over: it is not live, and has the slots that this adapter has now."""
         slots = self.slots()
-        at_rest = {"_positions": slots.positions, "_base": slots.base, "_used": slots.used, "_step": slots.step}
-        return {**vars(self), **at_rest, "selection": None, "attempt": None, "_writes": None, "_absent": False}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._writes = Writes(self.values)
+        return {
+            **vars(self),
+            "ledger": self.ledger.copy_of(slots),
+            "selection": None,
+            "attempt": None,
+            "_absent": False,
+        }
 
 
 def changed(base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -387,7 +358,7 @@ class Pause:
         self._inside = contextlib.ExitStack()
         self._inside.enter_context(adapter.absent(base_whole, tensors))
         self._gradient, adapter.values.grad = adapter.values.grad, None
-        unwatch(self._selection)  # an optimizer that steps now has nothing of it
+        self._selection.unwatch()  # an optimizer that steps now has nothing of it
         adapter.written = False
 
     def end(self) -> None:
@@ -395,11 +366,11 @@ class Pause:
         self._inside.close()
         self.adapter.written = True
         self.adapter.values.grad = self._gradient
-        watch(self._selection)
+        self._selection.watch()
 
 
-class Waiting:
-    """Refuses an optimizer's step that would train nothing; see `unmask.selection.stepping.Steppable`.
+class Waiting(Steppable):
+    """Refuses an optimizer's step that would train nothing: no forward has started the adapter's selection yet.
 
     Args:
         values: The adapter's.
@@ -409,45 +380,14 @@ class Waiting:
     def __init__(self, values: nn.Parameter, tensors: Sequence[nn.Parameter]) -> None:
         self.model = nn.Module()  # no model has a live selection for it yet
         self.values = values
-        self.step = 0
         self._tensors = tensors
 
-    @property
-    def in_use(self) -> int:
-        """None of the slots is trained."""
-        return 0
-
-    def clock(self) -> Tensor:
-        """The parameter whose optimizer step is refused."""
-        return self.values
-
     def owns(self, parameter: Tensor) -> bool:
-        """Whether an optimizer that holds this parameter was built from the base."""
+        """Returns True if an optimizer that holds this parameter was built from the base."""
         return any(parameter is tensor for tensor in self._tensors)
 
-    def check_model(self) -> None:
-        """Nothing was selected from yet."""
-
-    def has_gradient(self) -> bool:
-        """True, so that `before_step` gives the reason."""
-        return True
-
-    def nonfinite(self) -> None:
-        """Nothing to report."""
-
-    @property
-    def copies_matter(self) -> bool:
-        """Never."""
-        return False
-
-    def check_writes(self) -> None:
-        """Writes into an adapter that does not train are the adapter's to take in."""
-
-    def check_optimizer(self, optimizer: Any, before: Tensor | None) -> None:
-        """Not reached."""
-
     def before_step(self, optimizer: Any) -> None:
-        """An optimizer steps on values that no forward knows of.
+        """Refuses the step of an optimizer on values that no forward knows of.
 
         Raises:
             ScheduleNotRunError: Always.
@@ -457,13 +397,3 @@ class Waiting:
             "added, made active or moved, so nothing would be trained. Call the PEFT model (or its base model) itself, not "
             "a module inside it, and put it in training mode first: model.train()."
         )
-
-    def after_step(self) -> None:
-        """Not reached."""
-
-    def trains_beside(self, held: Sequence[Tensor]) -> bool:
-        """Never."""
-        return False
-
-    def sync_dense(self, held: Sequence[Tensor]) -> None:
-        """Nothing is trained whole here: modules_to_save are PEFT's."""

@@ -1,4 +1,4 @@
-"""The adapter's section of a model card: what was trained, on which base, and how much of it."""
+"""Writes an adapter's section of a model card: what was trained, on which base, and how many weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NEW = "---\nlibrary_name: peft\n---\n"
 
 
 def write_card(folder: str, record: Mapping[str, Any]) -> Path:
-    """Writes the section into the folder's ``README.md``, in the place of an earlier one; the rest is left as it is."""
+    """Writes the section into the folder's ``README.md``. It replaces an earlier section; the rest of the file stays."""
     path = Path(folder, "README.md")
     with refusing(DataError, repr(str(path)), "Remove the file, or save it as UTF-8."):
         held = read_text(path) if path.is_file() else _NEW
@@ -31,10 +31,10 @@ def write_card(folder: str, record: Mapping[str, Any]) -> Path:
 
 
 def complete_card(folder: str) -> None:
-    """Gives the card of a folder that is about to be uploaded what transformers' own card there lacks.
+    """Completes the card that transformers has written into a folder before an upload.
 
-    That is PEFT's metadata (library and base), and the section of the adapter in that folder; adapters in folders inside
-    have cards of their own.
+    It adds PEFT's metadata (library and base), and the section of the adapter in that folder. Adapters in subfolders have
+    their own cards.
     """
     path, config = Path(folder, "README.md"), Path(folder, "adapter_config.json")
     if not config.is_file():
@@ -52,10 +52,10 @@ def complete_card(folder: str) -> None:
 
 
 def section(record: Mapping[str, Any]) -> str:
-    """The section's Markdown. Names and ids, which anybody may have given, are shown as they are and never as markup.
+    """Returns the section as Markdown. Names and ids may come from anybody, so they are shown as text and never as markup.
 
     Raises:
-        DataError: The record is not one that a saved adapter has.
+        DataError: The record does not have the form that a saved adapter's record has.
 
     Example:
         >>> record = {"method": {"name": "pafi", "parameters": {}, "steps": 1}, "budget": 5, "used": 5, "step": 9,
@@ -99,12 +99,12 @@ def _names(names: list[str]) -> str:
 
 
 def _code(words: str) -> str:
-    """Words as code, whatever is in them: a code span, or an element where a character would end or break the span."""
+    """Formats words as code: as a code span, or as an HTML element if a character would end or break the span."""
     return f"`{words}`" if re.fullmatch(r"[A-Za-z0-9_./:@+ -]+", words) else f"<code>{_escaped(words)}</code>"
 
 
 def _escaped(words: str) -> str:
-    """Words in which no character is markup of Markdown or HTML, in one line.
+    """Escapes all markup of Markdown and HTML in words, and puts them into one line.
 
     Example:
         >>> _escaped("a|b <i> random_mask")

@@ -1,4 +1,4 @@
-"""Several adapters as one: base + sum of w_i (adapter_i - base), at every weight that one of them sets."""
+"""Combines several adapters into one: base + sum of w_i (adapter_i - base), at every weight that one of them sets."""
 
 from __future__ import annotations
 
@@ -9,13 +9,32 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from unmask.peft.adapter import Adapter, Slots
+from unmask.peft.adapter import Adapter
 from unmask.peft.config import SelectiveConfig
-from unmask.ranking.ledger import Layout
+from unmask.ranking.ledger import Layout, Slots
+
+
+def refuse_combination(
+    adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str, present: Sequence[str]
+) -> None:
+    """Refuses a combination that cannot be made; ``present`` names the adapters that exist.
+
+    Raises:
+        ValueError: A name is unknown, missing or taken, or the combination is not linear.
+    """
+    unknown = [name for name in adapters if name not in present]
+    if unknown or not adapters:
+        raise ValueError(f"adapters = {adapters}; there are {list(present)}.")
+    if len(adapters) != len(weights):
+        raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight for each adapter.")
+    if adapter_name in present:
+        raise ValueError(f"Adapter with name {adapter_name!r} already exists; delete_adapter({adapter_name!r}) first.")
+    if combination_type != "linear":
+        raise ValueError(f"combination_type = {combination_type!r}; deltas of single weights combine 'linear' only.")
 
 
 def combined_config(configs: Sequence[SelectiveConfig], names: Sequence[str], budget: int) -> SelectiveConfig:
-    """A configuration that covers the parameters ``names``, with its budget unmasked: nothing more is selected."""
+    """Returns a configuration that covers the parameters ``names`` and whose budget is used up: nothing more is selected."""
     owners = {name.rpartition(".")[0] for name in names}
     whole = sorted({module for config in configs for module in config.modules_to_save or ()})
     return replace(
@@ -32,7 +51,7 @@ def combined_config(configs: Sequence[SelectiveConfig], names: Sequence[str], bu
 
 
 def union(adapters: Sequence[Adapter]) -> tuple[dict[str, nn.Parameter], int]:
-    """The parameters in which adapters hold slots, by name, and how many weights these are (at least 1)."""
+    """Returns the parameters in which adapters hold slots, by name, and the number of weights that they hold (at least 1)."""
     parameters: dict[str, nn.Parameter] = {}
     held: dict[str, list[Tensor]] = {}
     for adapter in adapters:
@@ -42,13 +61,13 @@ def union(adapters: Sequence[Adapter]) -> tuple[dict[str, nn.Parameter], int]:
             parameters[name] = cast(nn.Parameter, adapter.layout.tensors[index])
             held.setdefault(name, []).append(flat)
     count = sum(torch.cat(flats).unique().numel() for flats in held.values())
-    if not parameters:  # nothing selected yet anywhere
+    if not parameters:  # no adapter has selected anything yet
         parameters = {adapters[0].layout.names[0]: cast(nn.Parameter, adapters[0].layout.tensors[0])}
     return dict(sorted(parameters.items())), max(1, count)
 
 
 def combined_slots(adapters: Sequence[Adapter], weights: Sequence[float], into: Adapter) -> Slots:
-    """The combination's slots; sums are made in float64."""
+    """Returns the slots of the combination; the sums are made in float64."""
     parts = [_in_layout(adapter, into.layout) for adapter in adapters]
     positions = torch.cat([places for places, _, _ in parts]).unique()
     total = torch.zeros(positions.numel(), dtype=torch.float64, device=positions.device)
@@ -60,15 +79,14 @@ def combined_slots(adapters: Sequence[Adapter], weights: Sequence[float], into: 
     slots, used = into.slots(), positions.numel()
     slots.positions[:used], slots.base[:used] = positions, base.to(slots.base)
     slots.values[:used] = (base + total).to(slots.values)
-    slots.used, slots.step = used, 1
-    return slots
+    return replace(slots, used=used, step=1)
 
 
 @torch.no_grad()
 def combine_whole(
     parts: Sequence[Mapping[str, Tensor]], weights: Sequence[float], base: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The same for tensors that adapters set whole; where they are integers, the last adapter's."""
+    """Combines the tensors that adapters set whole; of integer tensors it takes the last adapter's."""
     combined: dict[str, Tensor] = {}
     for name in sorted({name for part in parts for name in part}):
         before = base[name].to(torch.float64)
@@ -82,7 +100,7 @@ def combine_whole(
 
 
 def _in_layout(adapter: Adapter, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """An adapter's positions in another layout, and its base weights and values there, in float64."""
+    """Returns an adapter's positions in another layout, and its base weights and values there, in float64."""
     slots, starts = adapter.slots(), dict(zip(layout.names, layout.starts, strict=True))
     positions, order = [], []
     for index, flat, places in adapter.layout.split(slots.positions[: slots.used]):

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from peft.utils import PeftType, register_peft_method
 
 from peft import PeftConfig
-from unmask.distributed.reducer import Exchange, check_exchange
+from unmask.distributed.reducer import Exchange
 from unmask.errors import MethodError
 from unmask.methods import presets as methods
 from unmask.methods.method import Budget, Method
@@ -28,7 +28,7 @@ from unmask.reading import (
     shown,
     text,
 )
-from unmask.selection.clipping import ClipScope
+from unmask.selection.refusals import ClipScope, check_exchange
 
 METHODS = ("id3", "repeat_d3", "static_d3", "pafi", "bitfit", "random_mask")
 _ALLOWED = {

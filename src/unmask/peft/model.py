@@ -1,59 +1,57 @@
-"""SelectiveModel: PEFT's tuner for deltas of single weights."""
+"""Implements PEFT's tuner for deltas of single weights, `SelectiveModel`."""
 
 from __future__ import annotations
 
 import copy
-import platform
 from typing import Any, Literal, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 from transformers.utils.hub import PushToHubMixin
 
 from peft import PeftConfig, PeftModel
+from unmask.delta.base import name_or_path
 from unmask.delta.delta import SparseDelta, refuse_diverged
 from unmask.delta.live import has_selection
-from unmask.delta.record import name_or_path
+from unmask.delta.provenance import provenance_of
+from unmask.delta.record import record_delta
 from unmask.errors import DeltaError, MethodError
 from unmask.gradients.unreached import unwatch_forwards
 from unmask.gradients.wrappers import named_parameters
+from unmask.integrations.support import calling, running_trainer
 from unmask.methods.method import parse_budget
 from unmask.peft.adapter import Adapter
-from unmask.peft.callers import caller, calling_trainer
 from unmask.peft.card import complete_card
-from unmask.peft.combine import combine_whole, combined_config, combined_slots, union
+from unmask.peft.combine import combine_whole, combined_config, combined_slots, refuse_combination, union
 from unmask.peft.config import PREFIX
-from unmask.peft.ddp import name_in_peft_model
 from unmask.peft.layer import SelectiveLayer
+from unmask.peft.private import AuxiliaryTrainingWrapper, BaseTuner, set_additional_trainable_modules
 from unmask.peft.progress import Progress
 from unmask.peft.saving import is_entry, put_entries, take_entries
 from unmask.peft.targets import Base, eligible, saved_whole
-from unmask.selection.select import count_budget
-from unmask.version import __version__
+from unmask.peft.training import Training
+from unmask.selection.eligible import count_budget
 
 
 class SelectiveModel(BaseTuner):
-    """What `peft.get_peft_model` wraps a base in, for a `SelectiveConfig`.
+    """The tuner in which `peft.get_peft_model` wraps a base for a `SelectiveConfig`.
 
-    The base's modules stay as they are, but for those in ``modules_to_save``. Its tensors hold the active adapter's values.
+    The base's modules stay as they are, except for those in ``modules_to_save``. Its tensors hold the active adapter's values.
 
     Attributes:
         model: The base.
         deltas: The adapters.
+        adapter_training: The training of the active adapter.
     """
 
     prefix = PREFIX
     tuner_layer_cls = SelectiveLayer
-    target_module_mapping: dict = {}  # noqa: RUF012  # PEFT's name; nothing is looked up in it
+    target_module_mapping: dict = {}  # noqa: RUF012  # PEFT expects the attribute; it stays empty
     uses_shared_state = True
 
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(peft_config, PeftConfig):  # not from a PeftModel; PEFT 0.20 does not look at uses_shared_state
-            raise ValueError(
-                "selective adapters keep shared state beside the base model; use peft.get_peft_model instead."
-            )
+        if isinstance(peft_config, PeftConfig):  # no PeftModel made it; PEFT 0.20 does not check uses_shared_state
+            raise ValueError("selective adapters share state outside the base model; use peft.get_peft_model instead.")
         hooks = model._forward_pre_hooks.values()
         if has_selection(model) or any(isinstance(getattr(hook, "__self__", None), SelectiveModel) for hook in hooks):
             raise MethodError(
@@ -66,28 +64,28 @@ class SelectiveModel(BaseTuner):
             if "deltas" in self.__dict__.get("_modules", {}):
                 self._end(keep=False)
             raise
-        owner = caller(PeftModel)  # is being built, and knows these by their names
+        owner = calling(PeftModel)  # it is being built, and calls these methods by name
         for name in ("print_trainable_parameters", "_upload_modified_files", "_ddp_params_and_buffers_to_ignore"):
             setattr(owner, name, getattr(self, name))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's, through its hooks: PEFT 0.20 calls the base's ``forward`` past them."""
+        """Calls the base with its hooks; PEFT 0.20 would call the base's ``forward`` without them."""
         return self.model(*args, **kwargs)
 
-    # What a PeftModel has of its own, and does here.
+    # Methods of PeftModel that this tuner replaces.
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) numbers in parameters, as PEFT counts them."""
+        """Returns the counts (trainable, all) of numbers in parameters, as PEFT counts them."""
         return PeftModel.get_nb_trainable_parameters(cast(PeftModel, self))
 
     def print_trainable_parameters(self) -> None:
-        """PEFT's line; then what the active adapter has selected, its budget, and what is trained whole beside it."""
+        """Prints PEFT's line, and then one line about the active adapter; see `unmask.peft.status`."""
         PeftModel.print_trainable_parameters(cast(PeftModel, self))
         for name in self.deltas.active_adapters:
             print(self.deltas.describe(name))
 
     def _upload_modified_files(self, working_dir: str, *args: Any, **kwargs: Any) -> Any:
-        """The end of ``push_to_hub``: transformers has put a card of its own in the place of the saved one."""
+        """Ends ``push_to_hub``: completes the model card, with which transformers has replaced the saved one."""
         complete_card(working_dir)
         return PushToHubMixin._upload_modified_files(cast(PeftModel, self), working_dir, *args, **kwargs)
 
@@ -95,17 +93,18 @@ class SelectiveModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.deltas = SelectiveLayer(model)
+        self.adapter_training = Training(self.deltas)
         self._ddp_params_and_buffers_to_ignore: list[str] = []
         self._hook = model.register_forward_pre_hook(self._before_forward)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        self.deltas.before_forward()
+        self.adapter_training.before_forward()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Adds the adapter of ``self.peft_config[adapter_name]``, which sets no weight yet."""
+        """Adds the adapter of ``self.peft_config[adapter_name]``; the adapter sets no weight yet."""
         config: Any = self.peft_config[adapter_name]  # a SelectiveConfig
         twin = next((a for a in self.deltas.adapters.values() if a.config is config), None)
-        if twin is not None:  # each writes what it holds into its own
+        if twin is not None:  # each adapter records what it holds in its config
             config = self.peft_config[adapter_name] = copy.copy(config)
         total = sum(parameter.numel() for parameter in Base(model).parameters.values())
         budget = None if config.budget is None else parse_budget(config.budget, total)
@@ -114,8 +113,8 @@ class SelectiveModel(BaseTuner):
         names = {id(p): name for name, p in named_parameters(model).items()}
         method.schedule.check(count := count_budget(model, method, [names[id(p)] for p in parameters.values()]))
         adapter = Adapter(config, count, parameters)
-        if twin is not None and adapter_name == "ref" and calling_trainer() is not None:
-            # TRL's reference: an equal adapter, whose parameters it then makes equal one by one
+        if twin is not None and adapter_name == "ref" and running_trainer() is not None:
+            # TRL makes a reference adapter and copies the parameters one by one, which would not copy the positions.
             adapter.load(twin.slots())
             adapter.whole = self.deltas.whole_of(twin)
         self._add(adapter_name, adapter)
@@ -123,7 +122,7 @@ class SelectiveModel(BaseTuner):
     def _add(self, name: str, adapter: Adapter) -> None:
         config = adapter.config
         self.deltas.add(name, adapter)
-        self._ddp_params_and_buffers_to_ignore.append(name_in_peft_model(name))
+        self._ddp_params_and_buffers_to_ignore.append(f"base_model.deltas.unmask_values.{name}")
         self.targeted_module_names = sorted(
             {n.rpartition(".")[0] for a in self.deltas.adapters.values() for n in a.layout.names}
         )
@@ -144,10 +143,10 @@ class SelectiveModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter; if it was active, the base's weights are back and another becomes active.
+        """Removes an adapter; if it was active, the base's weights come back and another adapter becomes active.
 
         Raises:
-            ValueError: No such adapter.
+            ValueError: There is no such adapter.
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
@@ -160,11 +159,11 @@ class SelectiveModel(BaseTuner):
                 module.delete_adapter(adapter_name, new_active_adapters=active)
         self.active_adapter = active
         if was_active and active:
-            super().set_adapter(active[0])  # PEFT leaves out wrappers that the deleted adapter had no part in
+            super().set_adapter(active[0])  # PEFT skips the wrappers that the deleted adapter was not in
             self.active_adapter = active
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        """Makes adapters trainable, or not."""
+        """Makes adapters trainable, or freezes them."""
         super().set_requires_grad(adapter_names, requires_grad)
         self.deltas.set_requires_grad(adapter_names, requires_grad)
 
@@ -186,26 +185,14 @@ class SelectiveModel(BaseTuner):
 
         Args:
             adapters: Names of adapters.
-            weights: One for each.
+            weights: One weight w_i for each adapter.
             adapter_name: The new adapter's name. Its budget is the number of weights it sets; it selects no further ones.
-            combination_type: ``"linear"``.
+            combination_type: It must be ``"linear"``.
 
         Raises:
-            ValueError: Unknown, missing or double names, or another combination.
+            ValueError: A name is unknown, missing or taken, or another combination is asked for.
         """
-        unknown = [name for name in adapters if name not in self.peft_config]
-        if unknown or not adapters:
-            raise ValueError(f"adapters = {adapters}; there are {sorted(self.peft_config)}.")
-        if len(adapters) != len(weights):
-            raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight for each adapter.")
-        if adapter_name in self.peft_config:
-            raise ValueError(
-                f"Adapter with name {adapter_name!r} already exists; delete_adapter({adapter_name!r}) first."
-            )
-        if combination_type != "linear":
-            raise ValueError(
-                f"combination_type = {combination_type!r}; deltas of single weights combine 'linear' only."
-            )
+        refuse_combination(adapters, weights, adapter_name, combination_type, sorted(self.peft_config))
         parts = [self.deltas.adapters[name] for name in adapters]
         parameters, count = union(parts)
         config = combined_config([part.config for part in parts], list(parameters), count)
@@ -215,30 +202,25 @@ class SelectiveModel(BaseTuner):
         base = self.deltas.base_of_whole
         combined.whole = combine_whole([self.deltas.whole_of(part) for part in parts], weights, base)
         self._add(adapter_name, combined)
-        self._combine_saved(adapters, weights, adapter_name)
-
-    @torch.no_grad()
-    def _combine_saved(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-        """The same for the copies of ``modules_to_save``."""
-        base = {name: tensor.detach() for name, tensor in Base(self.model).tensors.items()}
-        combined = combine_whole([saved_whole(self.model, name) for name in adapters], weights, base)
-        for name, tensor in saved_whole(self.model, adapter_name).items():
-            tensor.copy_(combined[name])
+        saved = combine_whole([saved_whole(self.model, name) for name in adapters], weights, self.deltas.tensors())
+        with torch.no_grad():
+            for name, tensor in saved_whole(self.model, adapter_name).items():
+                tensor.copy_(saved[name])
 
     # Unloading.
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The base as an ordinary model with the active adapter's values, bit for bit what the adapter computed.
+        """Returns the base as an ordinary model with the active adapter's values; it computes the same bits as before.
 
         Args:
-            progressbar: Without meaning: the values are in place.
-            safe_merge: Refuse values that are not finite.
-            adapter_names: One adapter, which is made active; None for the active one.
+            progressbar: It has no effect: the values are in place already.
+            safe_merge: If True, values that are not finite are refused.
+            adapter_names: One adapter, which is made active first; None takes the active one.
 
         Raises:
-            ValueError: Several adapters, or values that are not finite.
+            ValueError: Several adapters are named, or values are not finite.
         """
         if adapter_names:
             self.set_adapter(adapter_names)
@@ -246,11 +228,11 @@ class SelectiveModel(BaseTuner):
         if safe_merge and active is not None and not torch.isfinite(active.slots().values).all():
             raise ValueError("the adapter holds NaN or infinite values; nothing was merged.")
         self._end(keep=True)
-        return super().merge_and_unload(adapter_names=adapter_names)  # PEFT's part: modules_to_save
+        return super().merge_and_unload(adapter_names=adapter_names)  # PEFT puts modules_to_save in place
 
     @torch.no_grad()
     def unload(self) -> nn.Module:
-        """The base as it was before `get_peft_model`, bit for bit."""
+        """Returns the base as it was before `get_peft_model`, bit for bit."""
         self._end(keep=False)
         for name, module in list(self.model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper):
@@ -263,36 +245,38 @@ class SelectiveModel(BaseTuner):
     def _end(self, keep: bool) -> None:
         self.deltas.end(keep=keep)
         self._hook.remove()
-        unwatch_forwards(self.model)  # of a copy
+        unwatch_forwards(self.model)  # if the model is a copy, it has inherited the hooks of a selection
 
     def _check_merge_allowed(self) -> None:
-        """Always: tied weights are one tensor, and stay tied."""
+        """Allows every merge: tied weights are one tensor, and stay tied."""
 
     # Saving and loading.
 
     def delta(self, adapter_name: str, modules_to_save: bool = True) -> SparseDelta:
-        """An adapter as an `unmask.SparseDelta` of the base; see `unmask.peft.delta`."""
+        """Returns an adapter as an `unmask.SparseDelta` of the base; see `unmask.peft.delta`."""
         adapter = self.deltas.adapters[adapter_name]
         saved = {name: tensor.detach().cpu().clone() for name, tensor in saved_whole(self.model, adapter_name).items()}
         whole = {name: t.cpu() for name, t in self.deltas.whole_of(adapter).items() if name not in saved}
-        without = {*whole, *saved}
-        sparse = adapter.entries()
-        metadata = {
-            "method": adapter.config.build(adapter.budget).describe(),
-            "budget": adapter.budget,
-            "used": adapter.used,
-            "step": adapter.step,
-            "dense": sorted(saved),
-            "base_id": adapter.config.base_model_name_or_path or name_or_path(self.model),
-            "parameters": sum(p.numel() for p in Base(self.model).parameters.values()),
-            "versions": {"unmask": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        }
         refuse_diverged(saved | {name: t for name, t in whole.items() if name not in self.deltas.new})
-        whole |= saved if modules_to_save else {}
-        delta = SparseDelta(sparse, whole, self.deltas.fingerprint(without), metadata)
+        base = self.deltas.fingerprint({*whole, *saved})
+        adapter.catch_up()
+        slots = adapter.slots()
+        provenance = provenance_of(
+            self.model,
+            adapter.config.build(adapter.budget),
+            adapter.layout,
+            budget=adapter.budget,
+            used=slots.used,
+            step=slots.step,
+            dense=sorted(saved),
+            base_id=adapter.config.base_model_name_or_path or name_or_path(self.model),
+            parameters=sum(p.numel() for p in Base(self.model).parameters.values()),
+        )
+        stored = whole | (saved if modules_to_save else {})
+        delta = record_delta(adapter.layout, slots, stored, base, provenance)
         adapter.config.record = {
-            **metadata,
-            "fingerprint": delta.base,
+            **delta.metadata,
+            "fingerprint": base,
             "whole": sum(tensor.numel() for tensor in (whole | saved).values()),
         }
         return delta
@@ -341,12 +325,14 @@ class SelectiveModel(BaseTuner):
 
 
 def tuner_of(model: PeftModel | SelectiveModel) -> SelectiveModel:
-    """The `SelectiveModel` inside a PEFT model.
+    """Returns the `SelectiveModel` inside a PEFT model.
 
     Raises:
-        MethodError: It has another kind of adapter.
+        MethodError: The PEFT model has another kind of adapter.
     """
     tuner = model.base_model if isinstance(model, PeftModel) else model
     if not isinstance(tuner, SelectiveModel):
-        raise MethodError(f"this PEFT model has {type(tuner).__name__} inside, no adapter made with SelectiveConfig.")
+        raise MethodError(
+            f"this PEFT model holds a {type(tuner).__name__}, and no adapter that was made with SelectiveConfig."
+        )
     return tuner

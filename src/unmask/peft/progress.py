@@ -1,29 +1,27 @@
-"""What a saved adapter carries beside its values, so that training goes on from the file bit for bit."""
+"""Progress: what a saved adapter carries next to its values, so that training goes on from the file bit for bit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from unmask.errors import DeltaError
-
-if TYPE_CHECKING:
-    from unmask.peft.adapter import Slots
+from unmask.ranking.ledger import Slots
 
 
 @dataclass(frozen=True)
 class Progress:
-    """An adapter's slots by the entries of its delta (sorted by tensor name, then index).
+    """The slot of each entry of an adapter's delta, and the entries' values before they were rounded.
 
-    A delta is the same whatever order its weights were unmasked in; an optimizer's moments are by slot.
+    The entries are sorted by tensor name, then by index. A delta does not depend on the order in which its weights were
+    unmasked, but an optimizer keeps its moments by slot.
 
     Attributes:
         order: (n,) int32 or int64: the slot of each entry.
-        masters: (n,) the values of the entries before they were rounded to the tensors' dtype; None if they were not.
+        masters: (n,) the values of the entries before they were rounded to the tensors' dtype; None if they were not rounded.
     """
 
     order: Tensor
@@ -31,17 +29,22 @@ class Progress:
 
     @classmethod
     def of(cls, slots: Slots, rounded: bool) -> Progress:
-        """That of an adapter's slots; ``rounded`` if a tensor holds less than its masters."""
+        """Returns the progress of an adapter.
+
+        Args:
+            slots: The adapter's.
+            rounded: True if a tensor has a narrower dtype than the values.
+        """
         order = slots.positions[: slots.used].argsort()
         masters = slots.values[: slots.used][order].cpu() if rounded else None
         small = slots.used < 2**31
         return cls(order.to("cpu", torch.int32 if small else torch.int64), masters)
 
     def check(self, values: Sequence[Tensor]) -> None:
-        """Refuses what does not belong to a delta with these values.
+        """Refuses a progress that does not belong to a delta with these values.
 
         Raises:
-            DeltaError: An order that is none, or masters of other values.
+            DeltaError: The order is no numbering of the values, or the masters do not round to them.
         """
         count = sum(part.numel() for part in values)
         whole = self.order.dtype in (torch.int32, torch.int64)
@@ -54,10 +57,12 @@ class Progress:
         if not fits or any(not torch.equal(m.to(v.dtype), v) for m, v in zip(parts, values, strict=True)):
             raise DeltaError("the adapter's masters do not round to its values; it was altered. Take another copy.")
 
-    def arrange(self, slots: Slots) -> None:
-        """Puts slots that were filled in the order of the entries into the order of unmasking."""
+    def arrange(self, slots: Slots) -> Slots:
+        """Returns slots, filled in the order of the entries, in the order of unmasking."""
         order, used = self.order.to(slots.positions.device, torch.int64), slots.used
+        positions, base, values = slots.positions.clone(), slots.base.clone(), slots.values.clone()
         if self.masters is not None:
-            slots.values[:used] = self.masters.to(slots.values)
-        for held in (slots.positions, slots.base, slots.values):
+            values[:used] = self.masters.to(values)
+        for held in (positions, base, values):
             held[order] = held[:used].clone()
+        return replace(slots, positions=positions, base=base, values=values)

@@ -41,7 +41,7 @@ def put_entries(
         prefix: The tuner's place in the state dict, ``"base_model."``.
         state: Is added to.
     """
-    tensors, header = pack(delta)
+    tensors, header = pack(delta.sparse, delta.whole, delta.base, delta.metadata)
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition("::")
         state[f"{prefix}{_BASE}{name}{_ENDINGS['::' + kind]}.{adapter}"] = tensor
@@ -70,7 +70,7 @@ def take_entries(
     if header is None:
         raise DeltaError(f"adapter {adapter!r} lacks its header; the file is incomplete. Take another copy.")
     named = {_delta_key(key): tensor for key, tensor in tensors.items()}
-    delta = unpack(named, _read(header), f"adapter {adapter!r}")
+    delta = SparseDelta(*unpack(named, _read(header), f"adapter {adapter!r}"))
     return delta, None if order is None else Progress(order, masters)
 
 

@@ -1,15 +1,9 @@
-"""Which tensors of a base an adapter may touch, and what they are called whatever PEFT has wrapped."""
+"""Finds the tensors of a base that an adapter may change, under the names that they have without PEFT's wrappers."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
-from peft.tuners.tuners_utils import (
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peft import PeftConfig
@@ -17,8 +11,14 @@ from unmask.errors import MethodError
 from unmask.gradients.wrappers import named_parameters, persistent_buffers
 from unmask.methods.method import Method
 from unmask.peft.config import SelectiveConfig
+from unmask.peft.private import (
+    AuxiliaryTrainingWrapper,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from unmask.quantised.sources import sources
-from unmask.selection.eligible import refuse_renormalized
+from unmask.selection.refusals import refuse_renormalized
 
 _ORIGINAL = "original_module"
 
@@ -26,8 +26,15 @@ _ORIGINAL = "original_module"
 class Base:
     """A base model's own tensors, under their names in its checkpoint.
 
-    PEFT puts a wrapper with copies in the place of each of ``modules_to_save``: the base's tensors are then inside it under
-    another name, and the copies are no part of the base.
+    PEFT replaces each of ``modules_to_save`` with a wrapper. The wrapper holds the base's module under another name, and one
+    copy of it for each adapter; the copies are not part of the base.
+
+    Args:
+        model: The base, with PEFT's wrappers.
+
+    Attributes:
+        parameters: The base's parameters by name.
+        buffers: The base's persistent buffers by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,7 +45,7 @@ class Base:
         self.buffers: dict[str, Tensor] = self._own(persistent_buffers(model))
 
     def name_of(self, name: str) -> str | None:
-        """The base's own name of a tensor or module; None for what is not the base's."""
+        """Returns the base's own name of a tensor or a module; None if it does not belong to the base."""
         for wrapper in self._wrappers:
             if name.startswith(f"{wrapper}."):
                 inside = name.removeprefix(f"{wrapper}.")
@@ -49,7 +56,7 @@ class Base:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers."""
+        """The parameters and the persistent buffers by name."""
         return {**self.parameters, **self.buffers}
 
     def _own(self, named: dict) -> dict:
@@ -58,7 +65,7 @@ class Base:
 
 
 def saved_whole(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """The tensors that an adapter trains whole (its copies of ``modules_to_save``), by the base's names of them."""
+    """Returns the tensors that an adapter trains whole (its copies of ``modules_to_save``), under the base's names."""
     whole: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and adapter in getattr(module, "modules_to_save", {}):
@@ -68,12 +75,13 @@ def saved_whole(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 
 
 def eligible(model: nn.Module, config: SelectiveConfig, method: Method) -> dict[str, nn.Parameter]:
-    """The parameters that an adapter's budget may go to, by the base's names, sorted.
+    """Returns the parameters in which an adapter may select weights, sorted by the base's names.
 
     Args:
         model: The base.
-        config: Its ``target_modules`` and the like; ``"all-linear"`` is replaced by the names it stands for.
-        method: Its scope narrows the choice (``bitfit``).
+        config: The configuration, with its ``target_modules`` and ``exclude_modules``. The function replaces
+            ``"all-linear"`` in it by the names of the linear layers.
+        method: The method; its scope narrows the choice (``bitfit``).
 
     Raises:
         MethodError: A tensor is quantised, nothing is left, or ``exclude_modules`` excludes nothing.
@@ -108,19 +116,19 @@ def eligible(model: nn.Module, config: SelectiveConfig, method: Method) -> dict[
 
 
 def _refuse_quantised(model: nn.Module, wanted: set[int]) -> None:
-    """An adapter's values are in the base's own tensors, where a quantised matrix has no place for them."""
+    """Refuses quantised tensors: an adapter's values lie in the base's own tensors, and a quantised one cannot hold them."""
     parameters = named_parameters(model)
     quantised = [name for name in sources(model) if name in parameters and id(parameters[name]) in wanted]
     if quantised:
         raise MethodError(
             f"{quantised[0]!r} is quantised, and a SelectiveConfig cannot train it. Use unmask.select(model, ...), which puts a "
-            "sidecar beside it (docs/quantised.md), or leave it out of target_modules."
+            "sidecar next to it (docs/quantised.md), or leave it out of target_modules."
         )
 
 
 def _matched(model: nn.Module, base: Base, config: SelectiveConfig) -> tuple[set[str], set[str]]:
-    """Names of the base's modules that are targeted, and of those that are excluded."""
-    # PEFT's matcher takes no target for none; here none is the whole model
+    """Returns the names of the base's modules that are targeted, and of those that are excluded."""
+    # PEFT's matcher matches nothing if there is no target; here no target means the whole model.
     wanted: PeftConfig | SimpleNamespace = config
     if config.target_modules is None:
         wanted = SimpleNamespace(**{**vars(config), "target_modules": ".*"})
@@ -139,7 +147,7 @@ def _matched(model: nn.Module, base: Base, config: SelectiveConfig) -> tuple[set
 
 
 def _below(model: nn.Module, base: Base, modules: set[str]) -> set[int]:
-    """Ids of the parameters of these modules and of all inside them, under any of their names (tied weights have two)."""
+    """Returns the ids of the parameters in these modules, under any of their names (tied weights have two)."""
     found = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         own = base.name_of(name)
@@ -149,7 +157,7 @@ def _below(model: nn.Module, base: Base, modules: set[str]) -> set[int]:
 
 
 def _owners(name: str) -> list[str]:
-    """Names of the modules that hold a parameter, the innermost last.
+    """Returns the names of the modules that contain a parameter, the innermost last.
 
     Example:
         >>> _owners("a.b.weight")

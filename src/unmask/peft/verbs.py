@@ -1,4 +1,4 @@
-"""What PEFT has no verb for: an adapter as a delta, and its state in words."""
+"""Functions on a PEFT model that PEFT itself lacks: an adapter as a delta, its state in words, clipping, uploading."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from torch import Tensor
 
 from peft import PeftModel
 from unmask.delta.delta import SparseDelta
-from unmask.peft.clipping import clip
+from unmask.errors import ScheduleNotRunError
 from unmask.peft.model import tuner_of
+from unmask.selection.clipping import clip_grad_norm_ as clip_selection
 
 
 def delta(model: PeftModel, adapter_name: str | None = None) -> SparseDelta:
-    """An adapter of a PEFT model as a delta, which applies to the plain base without PEFT.
+    """Returns an adapter of a PEFT model as a delta, which applies to the plain base without PEFT.
 
     Args:
-        model: From `peft.get_peft_model` or `peft.PeftModel.from_pretrained`.
-        adapter_name: None for the active one.
+        model: A model from `peft.get_peft_model` or `peft.PeftModel.from_pretrained`.
+        adapter_name: The adapter's name; None takes the active one.
 
     Returns:
-        The delta; tensors of ``modules_to_save`` are in it whole, under the base's names.
+        The delta. It holds the tensors of ``modules_to_save`` whole, under the base's names.
 
     Example:
         >>> import peft, torch, unmask.peft
@@ -34,39 +35,47 @@ def delta(model: PeftModel, adapter_name: str | None = None) -> SparseDelta:
 
 
 def status(model: PeftModel, adapter_name: str | None = None) -> str:
-    """What an adapter holds now, in a line: selected weights, budget, steps, and what is trained whole beside it.
+    """Describes an adapter in one line: selected weights, budget, steps, and how many numbers are trained whole.
 
     Args:
         model: A PEFT model.
-        adapter_name: None for the active one.
+        adapter_name: The adapter's name; None takes the active one.
     """
     return tuner_of(model).deltas.describe(_name(model, adapter_name))
 
 
 def clip_grad_norm_(model: PeftModel, max_norm: float, loss_scale: float = 1.0) -> Tensor:
-    """Clips what a PEFT model trains, by the norm that ``SelectiveConfig(clip_scope=...)`` names; a Trainer needs no such call.
+    """Clips the gradient of what a PEFT model trains, by the norm that ``SelectiveConfig(clip_scope=...)`` names.
+
+    Call it between ``backward`` and ``step``. A transformers Trainer clips without this call.
 
     Args:
-        model: A PEFT model; call this between ``backward`` and ``step``.
+        model: A PEFT model.
         max_norm: The largest norm allowed.
-        loss_scale: As for `unmask.clip_grad_norm_`.
+        loss_scale: The argument of the same name of `unmask.clip_grad_norm_`.
 
     Returns:
         The norm before clipping, 0-d.
 
     Raises:
-        ScheduleNotRunError: Nothing is being trained.
+        ScheduleNotRunError: No adapter is being trained.
     """
-    return clip(tuner_of(model).deltas, model.parameters(), max_norm, loss_scale)
+    selection, others = tuner_of(model).adapter_training.trained(list(model.parameters()))
+    if selection is None:
+        raise ScheduleNotRunError(
+            "there is no gradient to clip: no adapter is being trained. The order is loss.backward(), "
+            "unmask.peft.clip_grad_norm_(model, ...), optimizer.step()."
+        )
+    return clip_selection(selection, max_norm, loss_scale, others)
 
 
 def push_to_hub(model: PeftModel, repo_id: str, **options: Any) -> str:
-    """Uploads adapters with their model card: ``model.push_to_hub(repo_id, **options)``, as text.
+    """Uploads a PEFT model's adapters with their model card, by ``model.push_to_hub(repo_id, **options)``.
 
     Args:
         model: A PEFT model.
-        repo_id: ``"user/name"``; created if there is none.
-        **options: ``private``, ``token``, ``commit_message`` and the like, as for any model of transformers.
+        repo_id: The repository, ``"user/name"``; it is created if it does not exist.
+        **options: The options of any model of transformers: ``private``, ``token``, ``commit_message`` and others.
 
     Returns:
         The commit's address.

@@ -1,7 +1,7 @@
-"""What a sidecar adds to its layer's output, and how the entries' gradients are made from the layer's input.
+"""Makes a quantised layer compute with its sidecar, and makes the gradients of the weight's entries.
 
-``y = layer(x) + x S^T``, S being sparse: the sidecar's values less the payload's. The layer stays as it is, and so does
-its own backward, which gives x its gradient through the payload; a forward hook adds the rest.
+A forward hook adds ``x S^T`` to the output of the layer, where S is sparse: the sidecar's values less the payload's. The layer
+stays as it is, and so does its own backward, which gives x its gradient through the payload.
 """
 
 from __future__ import annotations
@@ -19,31 +19,39 @@ from unmask.errors import SelectionError
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors
 from unmask.gradients.sampled import Product, choose, sampled_product, spread
-from unmask.gradients.tapped import TappedParameter, has_site, set_of
-from unmask.gradients.taps import Tapped
+from unmask.gradients.tapped import StandIn, TappedParameter, has_site, set_of, stand_in_of
 from unmask.gradients.wrappers import named_parameters
 from unmask.quantised.sidecar import Sidecar, SparseMatrix
 from unmask.quantised.sources import Source, Unsupported, sources
 from unmask.quantised.tensor import QuantisedTensor
 
-_SHARE = 8  # a dense product of some rows and columns may be this part of the matrix: more would be no sampling
+# A dense product of some rows and columns may be one part in so many of the matrix. A larger one would take its memory.
+_SHARE = 8
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What the product knows beside its tensors."""
+class _Setup:
+    """What the product with a sidecar needs besides its tensors.
+
+    Attributes:
+        deviation: What the sidecar adds to the payload; None if that is nothing.
+        shape: The shape (out, in) of the weight.
+        stand_in: The weight's stand-in; None if its gradient is not wanted.
+        how: The product that gives the weight's entries, if the stand-in is for some.
+    """
 
     deviation: SparseMatrix | None
     shape: tuple[int, int]
-    tapped: Tapped | None
-    how: Product  # where the tap stands for some entries
+    stand_in: StandIn | None
+    how: Product
 
 
 class SidecarHook:
-    """The forward hook of a quantised layer. Copies and pickles of it are out of training, and keep the current values.
+    """The forward hook of a quantised layer. Copies and pickles of it keep the current values, but no selection.
 
     Args:
-        sidecar: The layer's weight.
+        sidecar: The current weights of the layer.
+        tensor: The tensor that a selection taps; None to make one when it is needed.
     """
 
     def __init__(self, sidecar: Sidecar, tensor: QuantisedTensor | None = None) -> None:
@@ -52,21 +60,21 @@ class SidecarHook:
 
     @property
     def tensor(self) -> QuantisedTensor:
-        """The layer's weight as a tensor: the one that a selection taps."""
+        """The layer's weight as a tensor, which is the one that a selection taps."""
         if self._tensor is None or (self._tensor.device != self.sidecar.source.device and not self.live):
             self._tensor = QuantisedTensor(self.sidecar)
         return self._tensor
 
     @property
     def live(self) -> bool:
-        """Whether a selection trains the layer's weight."""
+        """True if a selection trains the layer's weight."""
         return self._tensor is not None and has_site(self._tensor)
 
     def __reduce__(self) -> Any:
         return SidecarHook, (self.sidecar,)
 
     def settle(self) -> None:
-        """Joins the layer if a selection trains it or there is something to add to its output; leaves it if not."""
+        """Hooks onto the layer if a selection trains it or the sidecar changes its output; takes the hook off if not."""
         layer = self.sidecar.source.layer
         attached = hook_of(layer) is self
         needed = self.live or self.sidecar.deviating()[0].numel() > 0
@@ -76,61 +84,63 @@ class SidecarHook:
             for key in [key for key, hook in layer._forward_hooks.items() if hook is self]:
                 del layer._forward_hooks[key], layer._forward_hooks_with_kwargs[key]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler must not see a tap's state
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # A compiler must not see the state of taps.
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         x = args[0] if args else next(iter(kwargs.values()))
-        tapped = set_of(self.tensor).tap(self.tensor) if self.live else None
+        stand_in = stand_in_of(self.tensor) if self.live else None
         self.sidecar.follow()
         deviation = self.sidecar.deviation()
-        if tapped is None and deviation is None:
+        if stand_in is None and deviation is None:
             return None
-        entries = None if tapped is None else tapped.entries
-        how: Product = "dense" if entries is None else _how(entries, x)
-        job = _Job(deviation, self.sidecar.source.shape, tapped, how)
-        return output + _Beside.apply(x, None if tapped is None else tapped.proxy, job, output.dtype)
+        entries = None if stand_in is None else stand_in.entries
+        how: Product = "dense" if entries is None else _cheapest(entries, x)
+        setup = _Setup(deviation, self.sidecar.source.shape, stand_in, how)
+        return output + _SidecarProduct.apply(x, None if stand_in is None else stand_in.proxy, setup, output.dtype)
 
 
-class _Beside(torch.autograd.Function):
-    """``x S^T``, whose backward gives x its gradient and the tap that of the whole weight's entries, or of all of it."""
+class _SidecarProduct(torch.autograd.Function):
+    """``x S^T``, the sidecar's part of the layer's output.
+
+    The backward returns the gradient of x through the sidecar, and for the stand-in the gradient of the weight: at the slots'
+    entries, or whole on a selecting step.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tap: Tensor | None, job: _Job, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        ctx.job = job
+    def forward(ctx: Any, x: Tensor, proxy: Tensor | None, setup: _Setup, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        ctx.setup = setup
         ctx.save_for_backward(x)
-        rows = job.shape[0]
-        if job.deviation is None:
+        rows = setup.shape[0]
+        if setup.deviation is None:
             return x.new_zeros((), dtype=dtype).expand(*x.shape[:-1], rows)
-        return job.deviation.times(x.reshape(-1, x.shape[-1])).to(dtype).view(*x.shape[:-1], rows)
+        return setup.deviation.times(x.reshape(-1, x.shape[-1])).to(dtype).view(*x.shape[:-1], rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (x,), job = ctx.saved_tensors, ctx.job
+        (x,), setup = ctx.saved_tensors, ctx.setup
         g, flat_x = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-        grad_x = grad_tap = None
-        if ctx.needs_input_grad[0] and job.deviation is not None:
-            grad_x = job.deviation.transposed_times(g).to(x.dtype).view(x.shape)
+        grad_x = grad_proxy = None
+        if ctx.needs_input_grad[0] and setup.deviation is not None:
+            grad_x = setup.deviation.transposed_times(g).to(x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
             with torch.autocast(g.device.type, enabled=False):
-                grad_tap = _gradient(g, flat_x.to(g.dtype), job)
-        return grad_x, grad_tap, None, None
+                grad_proxy = _weight_gradient(g, flat_x.to(g.dtype), setup.stand_in, setup.how)
+        return grad_x, grad_proxy, None, None
 
 
-def _gradient(g: Tensor, x: Tensor, job: _Job) -> Tensor:
-    """What the tap's proxy gets."""
-    if job.tapped is None:
-        raise AssertionError("there is a tap, or its gradient would not be asked for")
-    if job.tapped.entries is not None:
-        return sampled_product(g, x, job.tapped.entries, job.how).float()
+def _weight_gradient(g: Tensor, x: Tensor, stand_in: StandIn, how: Product) -> Tensor:
+    """Returns the gradient of the weight's proxy."""
+    if stand_in.entries is not None:
+        return sampled_product(g, x, stand_in.entries, how).float()
     factors = Factors(g, x, torch.float32)
-    if job.tapped.pending is None:
+    if stand_in.pending is None:
         return factors.dense()
-    job.tapped.pending.put(factors)
-    return torch.zeros_like(job.tapped.proxy)
+    stand_in.pending.put(factors)
+    return torch.zeros_like(stand_in.proxy)
 
 
-def _how(entries: Entries, x: Tensor) -> Product:
-    """The cheapest product that is not of the matrix's own size."""
+def _cheapest(entries: Entries, x: Tensor) -> Product:
+    """Returns the name of the cheapest product that is much smaller than the matrix."""
     rows, columns = spread(entries)
     if _SHARE * rows * columns > entries.shape[0] * entries.shape[1]:
         return "sampled"
@@ -139,9 +149,9 @@ def _how(entries: Entries, x: Tensor) -> Product:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def pass_to_bias(layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-    """The forward hook of a layer that hides its bias from taps: passes the output's gradient on to the bias."""
+    """Passes the output's gradient on to the bias, as the forward hook of a layer that hides its bias from taps."""
     bias = layer.bias
-    if not isinstance(bias, TappedParameter):  # in a copy of a model in training
+    if not isinstance(bias, TappedParameter):  # This is a copy of a model in training.
         return None
     with torch._C.DisableTorchFunctionSubclass():
         proxy = set_of(bias).use(bias)
@@ -149,7 +159,7 @@ def pass_to_bias(layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None
 
 
 class _Shadow(torch.autograd.Function):
-    """Zero, for a bias that has been added already; its gradient is the bias's."""
+    """Zero, in the place of a bias that the layer has added already; the backward returns the bias's gradient."""
 
     @staticmethod
     def forward(ctx: Any, bias: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
@@ -163,12 +173,12 @@ class _Shadow(torch.autograd.Function):
 
 
 def hook_of(layer: nn.Module) -> SidecarHook | None:
-    """A layer's sidecar, if it has one."""
+    """Returns the hook that holds a layer's sidecar; None if the layer has none."""
     return next((hook for hook in layer._forward_hooks.values() if isinstance(hook, SidecarHook)), None)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters by name, a `QuantisedTensor` in the place of each quantised matrix that can be read."""
+    """Returns a model's parameters by name, with a `QuantisedTensor` for each quantised matrix that can be read."""
     named: dict[str, Tensor] = dict(named_parameters(model))
     for name, source in sources(model).items():
         if not isinstance(source, Unsupported):
@@ -178,9 +188,13 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def settle(model: nn.Module, tensors: Iterable[Tensor]) -> None:
-    """Brings the layers' hooks in line with what the quantised ones among a model's tensors hold; the others need none.
+    """Hooks the layers whose sidecars are in use, and takes the hooks off the others.
 
     From then on all of the model's quantised layers keep what they store as it is, until `detach`.
+
+    Args:
+        model: The model.
+        tensors: Some of its tensors; those that are not quantised need no hook.
     """
     for tensor in tensors:
         if isinstance(tensor, QuantisedTensor):
@@ -191,7 +205,7 @@ def settle(model: nn.Module, tensors: Iterable[Tensor]) -> None:
 
 
 def stored_in(tensors: Iterable[Tensor]) -> list[nn.Parameter]:
-    """The parameters of quantised layers that some tensors stand for."""
+    """Returns the parameters of the quantised layers whose weights are among the tensors."""
     return [t.sidecar.source.layer.weight for t in tensors if isinstance(t, QuantisedTensor)]  # type: ignore[misc]
 
 
@@ -200,17 +214,17 @@ def _readable(model: nn.Module) -> list[Source]:
 
 
 def is_trained(model: nn.Module) -> bool:
-    """Whether a live selection trains a quantised weight of this model."""
+    """Returns True if a live selection trains a quantised weight of this model."""
     return any(hook is not None and hook.live for hook in map(hook_of, model.modules()))
 
 
 def has_sidecars(model: nn.Module) -> bool:
-    """Whether a model's quantised layers compute with more than what they store, so that saving the model loses it."""
+    """Returns True if quantised layers of a model compute with sidecars, which would be lost by saving the model."""
     return any(hook_of(layer) is not None for layer in model.modules())
 
 
 def detach(model: nn.Module) -> None:
-    """Takes all sidecars off a model: its quantised layers are again as they were loaded.
+    """Takes all sidecars off a model, so that its quantised layers are again as they were loaded.
 
     Raises:
         SelectionError: A selection is live.
@@ -230,6 +244,13 @@ def detach(model: nn.Module) -> None:
 
 
 def reach_biases(model: nn.Module) -> list[RemovableHandle]:
-    """Hooks for the tapped biases of layers that hide theirs; ``remove()`` them when the taps go."""
+    """Hooks the layers that hide their bias from taps, if the bias is tapped.
+
+    Args:
+        model: The model, whose tensors are tapped.
+
+    Returns:
+        The handles of the hooks. The caller must ``remove()`` them together with the taps.
+    """
     layers = [source.layer for source in _readable(model) if source.hides_bias]
     return [layer.register_forward_hook(pass_to_bias) for layer in layers if isinstance(layer.bias, TappedParameter)]

@@ -1,4 +1,4 @@
-"""Merging by explicit de-quantisation: a quantised model and its sidecars as ordinary float layers."""
+"""Turns a quantised model, with what was trained in it, into ordinary float layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from unmask.quantised.layers import is_trained, weights
 from unmask.quantised.sources import Unsupported, sources
 from unmask.quantised.tensor import QuantisedTensor
 
-_BLOCK = 1 << 20  # weights that are de-quantised at a time
+_BLOCK = 1 << 20  # The weights that are de-quantised at a time.
+# The attributes by which transformers knows a quantised model, and would save it as one.
 _MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
@@ -20,25 +21,29 @@ _MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded
 def dequantise_and_merge(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Replaces every quantised linear layer by an ordinary one that holds the base's value plus the change.
 
-    The model then takes the memory of a float model, and is no longer what was quantised: in float32 its weights are those
-    that were trained, in half precision their rounding. To quantise it again rounds what was trained, and small changes
-    away; see docs/quantised.md.
+    The model then takes the memory of a float model, and it is no longer the model that was quantised. In float32 its weights
+    are those that were trained; in half precision they are rounded. Quantising it again would round what was trained, and
+    small changes would be lost; see docs/quantised.md.
 
     Args:
-        model: A model with quantised layers, with a delta applied or a selection released; changed in place.
-        dtype: Of the new weights; biases keep theirs.
+        model: A model with quantised layers, after a delta was applied or a selection was released. It is changed in place.
+        dtype: The dtype of the new weights; biases keep theirs.
 
     Returns:
         The model; the new layer, if the model itself is one quantised layer.
 
     Raises:
-        SelectionError: A selection is live, or a quantised weight is of a kind that cannot be read; nothing is changed then.
+        SelectionError: A selection is live, or a quantised weight is of a kind that cannot be read. Nothing is changed then.
 
     Example:
         >>> dequantise_and_merge(nn.Linear(2, 2))   # nothing is quantised here
         Linear(in_features=2, out_features=2, bias=True)
     """
-    _check(model)
+    if is_trained(model):
+        raise SelectionError("this model has a live selection; call its release() before merging.")
+    for name, source in sources(model).items():
+        if isinstance(source, Unsupported):
+            raise SelectionError(f"cannot merge: {name!r} {source.reason}.")
     for tensor in weights(model).values():
         if isinstance(tensor, QuantisedTensor):
             model = _replaced(model, tensor.sidecar.source.layer, _ordinary(tensor, dtype))
@@ -46,16 +51,8 @@ def dequantise_and_merge(model: nn.Module, dtype: torch.dtype = torch.float32) -
     return model
 
 
-def _check(model: nn.Module) -> None:
-    if is_trained(model):
-        raise SelectionError("this model has a live selection; call its release() before merging.")
-    for name, source in sources(model).items():
-        if isinstance(source, Unsupported):
-            raise SelectionError(f"cannot merge: {name!r} {source.reason}.")
-
-
 def _ordinary(tensor: QuantisedTensor, dtype: torch.dtype) -> nn.Linear:
-    """An ordinary layer with a quantised one's current weights, filled block by block."""
+    """Makes an ordinary layer with a quantised one's current weights, block by block."""
     rows, columns = tensor.shape
     layer: Any = tensor.sidecar.source.layer
     made = nn.Linear(columns, rows, bias=False, device="meta")
@@ -68,6 +65,7 @@ def _ordinary(tensor: QuantisedTensor, dtype: torch.dtype) -> nn.Linear:
 
 
 def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Puts a new layer in the place of an old one; returns the model, which may be the layer itself."""
     if model is old:
         return new
     for parent in model.modules():
@@ -78,7 +76,7 @@ def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 def _unmark(model: nn.Module) -> None:
-    """Takes off what transformers says of a quantised model, or it would save this one as such."""
+    """Removes what tells transformers that a model is quantised; it would save this one as such."""
     marked: Any = model
     if not getattr(marked, "is_quantized", False):
         return

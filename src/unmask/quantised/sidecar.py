@@ -1,49 +1,48 @@
-"""A sidecar: the entries of a quantised matrix that hold other values than its payload says."""
+"""Keeps, next to a quantised matrix, the entries whose values were changed: its sidecar."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import warnings
 
 import torch
 from torch import Tensor
 
 from unmask.gradients.entries import among
+from unmask.gradients.sampled import csr_matrix
 from unmask.quantised.sources import Source
 
-_BLOCK = 1 << 20  # entries that are read at a time where all are wanted
+_BLOCK = 1 << 20  # The entries that are read at a time if all are needed.
 
 
 class Sidecar:
-    """The current weights of one quantised matrix: its payload, and on top of it some entries of their own.
+    """The current weights of one quantised matrix: the payload, which it stores, and some entries with other values.
 
     Attributes:
-        source: The payload; never written.
-        flat: (m,) int64, ascending: entries that have a value of their own.
-        values: (m,) float32.
+        source: The reader of the payload, which is never written.
+        flat: The flat indices of the entries that have a value in the sidecar: (m,) int64, ascending.
+        values: Their values: (m,) float32.
     """
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.flat = torch.empty(0, dtype=torch.int64, device=source.device)
         self.values = torch.empty(0, device=source.device)
-        self._base = self.values  # (m,) what the payload holds there
+        self._base = self.values  # The payload's values there: (m,).
         self._matrix: SparseMatrix | None = None
 
     def copy(self) -> Sidecar:
-        """Another sidecar of the same payload, with the same entries."""
-        return copy.copy(self)  # none of its tensors is ever changed in place
+        """Returns another sidecar of the same payload, with the same entries."""
+        return copy.copy(self)  # Both may share tensors, which are never changed in place.
 
     def follow(self) -> None:
-        """Moves the entries to where the layer has been moved."""
+        """Moves the entries to the device of the layer."""
         device = self.source.device
         if self.flat.device != device:
             self.flat, self.values, self._base = (t.to(device) for t in (self.flat, self.values, self._base))
             self._matrix = None
 
     def take(self, flat: Tensor) -> Tensor:
-        """Current weights (m,) at flat indices."""
+        """Returns the current weights at flat indices (m,): (m,) float32."""
         flat = flat.to(self.source.device)
         values = self.source.entries(flat)
         if self.flat.numel():
@@ -52,7 +51,7 @@ class Sidecar:
         return values
 
     def rows(self, low: int, high: int) -> Tensor:
-        """Current weights (high - low, in) of a run of rows."""
+        """Returns the current weights of the rows ``low`` to ``high - 1``: (high - low, in) float32."""
         rows, columns = self.source.rows(low, high), self.source.shape[1]
         edges = torch.tensor([low * columns, high * columns], device=self.flat.device)
         first, last = torch.searchsorted(self.flat, edges).tolist()
@@ -60,11 +59,11 @@ class Sidecar:
         return rows
 
     def put(self, flat: Tensor, values: Tensor) -> None:
-        """Sets weights at flat indices. Others that are back at the payload's value are let go of."""
+        """Sets weights at flat indices (m,); drops the entries elsewhere that are back at the payload's value."""
         device = self.source.device
         flat, values = flat.to(device), values.detach().to(device, torch.float32)
         if flat.shape == self.flat.shape and torch.equal(flat, self.flat):
-            self.values = values.clone()  # not in place: a graph may hold the old ones
+            self.values = values.clone()  # Not in place: a graph may hold the old values.
             return
         kept = ~among(self.flat, flat.sort().values) & (self.values != self._base)
         self.flat, order = torch.cat([self.flat[kept], flat]).sort()
@@ -73,23 +72,23 @@ class Sidecar:
         self._matrix = None
 
     def clear(self) -> None:
-        """Every weight is the payload's again."""
+        """Sets every weight back to the payload's value."""
         self.put(self.flat, self._base)
 
     def largest(self) -> tuple[Tensor, Tensor]:
-        """The least and the largest weight."""
+        """Returns the least and the largest weight."""
         rows, columns = self.source.shape
         height = max(1, _BLOCK // max(1, columns))
         parts = [self.rows(low, min(rows, low + height)).aminmax() for low in range(0, rows, height)]
         return torch.stack([part.min for part in parts]).min(), torch.stack([part.max for part in parts]).max()
 
     def deviating(self) -> tuple[Tensor, Tensor]:
-        """Flat indices and values of the entries that differ from the payload."""
+        """Returns the flat indices and the values of the entries that differ from the payload."""
         differ = self.values != self._base
         return self.flat[differ], self.values[differ]
 
     def deviation(self) -> SparseMatrix | None:
-        """What the sidecar adds to the payload, as a sparse (out, in) matrix; None if it holds no entry."""
+        """Returns what the sidecar adds to the payload, as a sparse (out, in) matrix; None if it holds no entry."""
         if not self.flat.numel():
             return None
         if self._matrix is None:
@@ -98,11 +97,11 @@ class Sidecar:
 
 
 class SparseMatrix:
-    """An (out, in) matrix of given entries, kept by rows and by columns.
+    """An (out, in) matrix that is zero except at given entries, kept by rows and by columns.
 
     Args:
-        shape: (out, in).
-        flat: (m,) int64, ascending: where its entries are. They are zero until `filled`.
+        shape: The shape (out, in).
+        flat: The flat indices of its entries: (m,) int64, ascending. The entries are zero until `filled`.
 
     Example:
         >>> matrix = SparseMatrix((2, 3), torch.tensor([1, 5])).filled(torch.tensor([10.0, 1.0]))
@@ -121,35 +120,25 @@ class SparseMatrix:
         self._values = torch.zeros(flat.shape, device=flat.device)
 
     def filled(self, values: Tensor) -> SparseMatrix:
-        """The same places with other entries (m,) float32."""
+        """Returns a matrix with other values (m,) float32 at the same entries."""
         other = copy.copy(self)
         other._values = values
         return other
 
     def times(self, x: Tensor) -> Tensor:
-        """``x W^T``: (T, in) of any float dtype to (T, out) float32."""
+        """Returns ``x W^T``: (T, out) float32, of x (T, in) of any float dtype."""
         return _product(self._by_rows, self._values, self.shape, x)
 
     def transposed_times(self, g: Tensor) -> Tensor:
-        """``g W``: (T, out) of any float dtype to (T, in) float32."""
+        """Returns ``g W``: (T, in) float32, of g (T, out) of any float dtype."""
         return _product(self._by_columns, self._values[self._order], (self.shape[1], self.shape[0]), g)
 
 
 def _starts(lines: Tensor, count: int) -> Tensor:
-    """(count + 1,): where each line's entries start, of ascending line numbers."""
+    """Returns the places where each line's entries start, (count + 1,), of ascending line numbers."""
     return torch.searchsorted(lines, torch.arange(count + 1, device=lines.device))
 
 
 def _product(where: tuple[Tensor, Tensor], values: Tensor, shape: tuple[int, int], x: Tensor) -> Tensor:
-    _quiet()
     with torch.autocast(x.device.type, enabled=False):
-        matrix = torch.sparse_csr_tensor(*where, values, size=shape, check_invariants=False)
-        return torch.mm(matrix, x.float().t()).t()
-
-
-@functools.cache
-def _quiet() -> None:
-    """Takes torch's one warning that sparse CSR tensors are in beta."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
+        return torch.mm(csr_matrix(*where, values, shape), x.float().t()).t()

@@ -1,7 +1,7 @@
-"""Quantised weight matrices of other libraries: which there are, and how entries and rows of them are read.
+"""Finds the quantised weight matrices of a model, and reads entries and rows of them as float32.
 
-A *source* reads one layer's weight as float32 where it is asked to, and never as a whole. The libraries are known by the
-names of their classes, so that nothing of them is imported: what is read are the tensors that the layer keeps.
+A *source* is the reader of one layer's weight; it never reads the weight as a whole. The libraries are recognised by the names
+of their classes, so that none is imported. A source reads the tensors that the layer keeps.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from unmask.gradients.wrappers import named_parameters
 
-_REPACKS, _HELD = "support_avx512bf16_for_cpu", "_unmask_held"  # a Linear4bit's attribute; what it was before `hold`
+_REPACKS = "support_avx512bf16_for_cpu"  # This attribute of a Linear4bit lets it repack its weight.
+_HELD = "_unmask_held"  # The attribute that keeps its value while `hold` has changed it.
 _ADVICE = "or leave it out with exclude="
 
 
 class Source(Protocol):
-    """One layer's quantised weight, read-only.
+    """The reader of one layer's quantised weight.
 
     Attributes:
-        layer: The layer that holds it. What it keeps is looked up anew at every call: a layer may be moved.
-        hides_bias: Whether the layer hands its bias to an autograd Function itself, out of sight of taps.
+        layer: The layer that holds the weight. Its tensors are looked up at every call, for a layer may be moved.
+        hides_bias: True if the layer hands its bias to an autograd Function itself, so that taps do not see it.
     """
 
     layer: nn.Module
@@ -32,24 +33,24 @@ class Source(Protocol):
 
     @property
     def kind(self) -> str:
-        """For reports and metadata."""
+        """The library and the format, for reports and metadata."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
+        """The shape (out, in) of the weight."""
 
     @property
     def device(self) -> torch.device:
-        """Where the layer is."""
+        """The device of the layer."""
 
     def rows(self, low: int, high: int) -> Tensor:
-        """(high - low, in) float32."""
+        """Returns the rows ``low`` to ``high - 1``: (high - low, in) float32."""
 
     def entries(self, flat: Tensor) -> Tensor:
-        """(m,) float32 at flat (row-major) indices."""
+        """Returns the entries at flat (row-major) indices (m,): (m,) float32."""
 
     def stored(self) -> Mapping[str, Tensor]:
-        """The tensors that the layer keeps, and what else says how to read them: what makes this weight this weight."""
+        """Returns all tensors that determine the weight, by name: those the layer keeps, and how they are encoded."""
 
     def hold(self) -> None:
         """Keeps the layer from changing what it stores."""
@@ -63,17 +64,17 @@ class Unsupported:
     """A quantised weight that cannot be selected from.
 
     Attributes:
-        reason: Why, and what to do: goes into error texts after the weight's name.
+        reason: The reason, and what the user can do. An error text has it after the weight's name.
     """
 
     reason: str
 
 
 class Int8:
-    """bitsandbytes' Linear8bitLt: int8 in rows, and a scale per row."""
+    """The reader of bitsandbytes' Linear8bitLt: int8 in rows, and a scale per row."""
 
     kind: str = "bitsandbytes int8"
-    hides_bias: bool = True  # MatMul8bitLt.apply(x, weight, out, bias, state)
+    hides_bias: bool = True  # It calls MatMul8bitLt.apply(x, weight, out, bias, state).
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -104,7 +105,10 @@ class Int8:
 
 
 class FourBit:
-    """bitsandbytes' Linear4bit: two entries to a byte, a table of 16 values, a scale per block, itself quantised or not."""
+    """The reader of bitsandbytes' Linear4bit: two entries to a byte, a table of 16 values, and a scale per block.
+
+    The scales may be quantised themselves (nested).
+    """
 
     hides_bias = False
 
@@ -131,7 +135,7 @@ class FourBit:
     def entries(self, flat: Tensor) -> Tensor:
         state = self.layer.weight.quant_state
         pair = self._bytes()[flat // 2]
-        code = torch.where(flat % 2 == 0, pair >> 4, pair & 15)  # the first of a pair is in the high bits
+        code = torch.where(flat % 2 == 0, pair >> 4, pair & 15)  # The first of a pair is in the high bits.
         return state.code.index_select(0, code.int()).float() * self._scales(flat // state.blocksize)
 
     def stored(self) -> Mapping[str, Tensor]:
@@ -143,7 +147,7 @@ class FourBit:
         return tensors | {"how": torch.tensor(list(how.encode()), dtype=torch.uint8)}
 
     def hold(self) -> None:
-        """On a CPU with AVX512-BF16, evaluation would repack the weight, round its scales, and end its gradients."""
+        """Keeps evaluation from repacking the weight on a CPU with AVX512-BF16, which rounds its scales for good."""
         own = self.layer.__dict__
         if _REPACKS in own and _HELD not in own:
             own[_HELD], own[_REPACKS] = own[_REPACKS], False
@@ -166,7 +170,7 @@ class FourBit:
 
 
 class TorchaoInt8:
-    """torchao's Int8Tensor with weights only: int8, and a scale (and zero point) per row, per group or for all."""
+    """The reader of torchao's Int8Tensor: int8, and a scale (and a zero point) per row, per group or for the whole matrix."""
 
     kind: str = "torchao int8"
     hides_bias = False
@@ -212,8 +216,8 @@ class TorchaoInt8:
 
 
 def source_of(layer: nn.Module) -> Source | Unsupported | None:
-    """How a layer's weight is read; None if it is not quantised."""
-    weight: Any = layer._parameters.get("weight")  # not layer.weight, which may be computed
+    """Returns the reader of a layer's weight, or the reason why there is none; None if the weight is not quantised."""
+    weight: Any = layer._parameters.get("weight")  # Not layer.weight, which may be computed.
     if weight is None:
         return None
     names = {kind.__name__ for kind in type(layer).__mro__ if kind.__module__.startswith("bitsandbytes.")}
@@ -231,7 +235,7 @@ def source_of(layer: nn.Module) -> Source | Unsupported | None:
 
 
 def sources(model: nn.Module) -> dict[str, Source | Unsupported]:
-    """The quantised weights of a model, by parameter name."""
+    """Returns the readers of a model's quantised weights, by parameter name; `Unsupported` for those that have none."""
     holders: dict[int, list[nn.Module]] = {}
     for layer in model.modules():
         holders.setdefault(id(layer._parameters.get("weight")), []).append(layer)
@@ -258,24 +262,26 @@ def _four_bit(layer: Any, weight: Any) -> Source | Unsupported:
     state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
     if state is None:
         return _unready()
-    if hasattr(state, "packing_format_for_cpu"):  # set by the first repacking, and never taken away
+    if hasattr(state, "packing_format_for_cpu"):  # The first repacking sets it, and nothing removes it.
         return Unsupported(
             "was evaluated before, and bitsandbytes then repacked it for this CPU and rounded its scales, so it is no longer "
             f"the weight that was loaded; load the model again and evaluate it after unmask.select, {_ADVICE}"
         )
     if getattr(weight, "quant_state", None) is None:
-        weight.quant_state = state  # as the layer's own forward does
+        weight.quant_state = state  # The layer's own forward does the same.
     return FourBit(layer)
 
 
 def _torchao(layer: nn.Module, weight: Any) -> Source | Unsupported:
     if not isinstance(layer, nn.Linear) or type(layer).__name__ == "NonDynamicallyQuantizableLinear":
-        return _no_linear(layer)
+        return Unsupported(
+            f"is quantised, and only linear layers can have a sidecar, no {type(layer).__name__}; {_ADVICE[3:]}"
+        )
     activations = getattr(weight, "act_quant_kwargs", None), getattr(weight, "act_pre_scale", None)
     if type(weight).__name__ != "Int8Tensor" or weight.ndim != 2 or activations != (None, None):
         return Unsupported(
             f"is a torchao {type(weight).__name__}; only int8 weights with float activations (Int8WeightOnlyConfig) can be "
-            f"selected from: quantise it so, {_ADVICE}"
+            f"selected from: quantise it that way, {_ADVICE}"
         )
     return TorchaoInt8(layer)
 
@@ -287,13 +293,7 @@ def _unready() -> Unsupported:
     )
 
 
-def _no_linear(layer: nn.Module) -> Unsupported:
-    return Unsupported(
-        f"is quantised, and only linear layers can have a sidecar, no {type(layer).__name__}; {_ADVICE[3:]}"
-    )
-
-
 def _row_maxima(layer: Any) -> Any:
-    """Linear8bitLt's scales times 127: they move from the weight to the state in the first forward."""
+    """Returns the scales of a Linear8bitLt times 127; its first forward moves them from the weight to the state."""
     own = getattr(layer.weight, "SCB", None)
     return own if own is not None else layer.state.SCB

@@ -8,12 +8,12 @@ from typing import Protocol
 from torch import Tensor
 
 from unmask.gradients.factors import Factors
-from unmask.ranking.ledger import SlotTable
+from unmask.ranking.ledger import Ledger
 from unmask.ranking.plan import Plan
 from unmask.ranking.ranker import Ranker
 from unmask.ranking.topk import Ranked
 
-NewRanker = Callable[[SlotTable], Ranker]
+NewRanker = Callable[[Ledger], Ranker]
 
 
 class Ranking(Protocol):
@@ -39,7 +39,7 @@ class Reducer(Protocol):
     def begin(self, plan: Plan, fresh: bool) -> None:
         """A backward starts: the first of a step's, if ``fresh``, or one more micro-batch."""
 
-    def ranking(self, new: NewRanker, table: SlotTable) -> Ranking:
+    def ranking(self, new: NewRanker, table: Ledger) -> Ranking:
         """A ranking by the gradient of all processes.
 
         Args:
@@ -59,7 +59,7 @@ class OneProcess:
     def begin(self, plan: Plan, fresh: bool) -> None:
         """Nothing to do."""
 
-    def ranking(self, new: NewRanker, table: SlotTable) -> Ranking:
+    def ranking(self, new: NewRanker, table: Ledger) -> Ranking:
         """The process's own ranker."""
         return new(table)
 

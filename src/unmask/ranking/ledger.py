@@ -1,37 +1,48 @@
-"""Where every slot's scalar weight lives: positions, tensors, flat indices.
+"""The ledger of a selection: which scalar weight each slot of ``values`` holds, and what the weight was before training.
 
-A *position* numbers the scalar weights of all eligible tensors, concatenated in name order; a *slot* numbers the entries
-of the trainable vector ``values``. Both tables cost O(B), whatever the size of the model; where weights that leave are kept
-(`unmask.Method.leaving`) there are as many slots as weights.
+The *position* of a scalar weight is its number among all scalar weights of the eligible tensors, concatenated in name order.
+A *slot* is an entry of the trainable vector ``values``. The ledger costs O(B) memory, whatever the size of the model; where
+the weights that leave are kept (`unmask.Method.leaving`), there are as many slots as weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unmask.gradients.entries import Entries, put, take
+from unmask.gradients.writes import Writes
+from unmask.ranking.plan import Tentative
 
 
 class Layout:
-    """The eligible tensors in name order, and the position of each one's first scalar weight."""
+    """The eligible tensors in name order, and the position of each tensor's first scalar weight.
+
+    Attributes:
+        names: The tensors' names, sorted.
+        tensors: The tensors themselves.
+        bounds: (tensors + 1,) int64: the first position of each tensor, and the total.
+        starts: The first position of each tensor, as a list.
+        total: The number of scalar weights.
+        versions: Each tensor's version counter after our own last write (see `unmask.selection.identity`).
+    """
 
     def __init__(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         self.names = list(names)
         self.tensors = list(tensors)
         sizes = torch.tensor([0] + [t.numel() for t in self.tensors], dtype=torch.int64)
-        self.bounds = sizes.cumsum(0)  # (tensors + 1,)
+        self.bounds = sizes.cumsum(0)
         self.starts: list[int] = self.bounds[:-1].tolist()
         self.total = int(self.bounds[-1])
-        self.versions = [-1] * len(
-            self.tensors
-        )  # each tensor's version after our own last write; see unmask.selection.identity
+        self.versions = [-1] * len(self.tensors)
 
     def plain(self, index: int) -> Tensor:
-        """The tensor without gradient tracking: shares storage and version counter with the parameter."""
+        """Returns a tensor without gradient tracking; it shares storage and version counter with the parameter."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.tensors[index].detach()
 
@@ -47,30 +58,30 @@ class Layout:
                 yield index, ordered[low:high] - self.starts[index], order[low:high]
 
     def at(self, index: int, flat: Tensor, slots: Tensor) -> Entries:
-        """A tensor's entries at ascending flat indices."""
+        """Returns a tensor's entries at ascending flat indices."""
         tensor = self.tensors[index]
         rows = tensor.shape[0] if tensor.ndim > 1 else 1
         return Entries((rows, tensor.numel() // rows if rows else 0), flat.to(tensor.device), slots)
 
     def entries(self, positions: Tensor) -> Iterator[tuple[int, Entries]]:
-        """Groups positions by tensor; an entry's slot is its place in ``positions``."""
+        """Groups positions by tensor; the slot of an entry is its place in ``positions``."""
         for index, flat, places in self.split(positions):
             yield index, self.at(index, flat, places)
 
     def read(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """The current weights at positions, in ``dtype``."""
+        """Returns the current weights at positions, in ``dtype``."""
         values = torch.empty(positions.shape, dtype=dtype, device=positions.device)
         for index, flat, places in self.split(positions):
             values[places] = take(self.plain(index), flat).to(values.device, dtype)
         return values
 
     def write(self, positions: Tensor, values: Tensor) -> None:
-        """Sets the weights at positions (cast to each tensor's dtype)."""
+        """Sets the weights at positions; they are cast to each tensor's dtype."""
         for index, flat, places in self.split(positions):
             self.put(index, flat, values[places])
 
     def put(self, index: int, flat: Tensor, values: Tensor) -> None:
-        """Sets one tensor's weights at flat indices (cast to its dtype)."""
+        """Sets one tensor's weights at flat indices; they are cast to its dtype."""
         tensor = self.plain(index)
         ours = not tensor.is_inference() and tensor._version == self.versions[index]
         put(tensor, flat, values)
@@ -78,44 +89,98 @@ class Layout:
             self.versions[index] = tensor._version
 
     def holds(self, parameter: Tensor) -> bool:
-        """Whether the model has this parameter in a tensor's place."""
+        """Returns True if ``parameter`` is the DTensor that FSDP puts in the place of one of the tensors.
+
+        A plain layout has none; `unmask.distributed.sharding.ShardedLayout` overrides this.
+        """
         return False
 
 
-class SlotTable:
-    """Which position each slot holds, and the base value it started from.
+@dataclass(frozen=True)
+class Slots:
+    """A frozen copy of a ledger: what state, delta, analysis and PEFT read.
+
+    Attributes:
+        positions: (slots,) int64 positions of the weights; -1 where a slot is empty.
+        base: (slots,) the weights before training.
+        values: (slots,) the trained weights; 0 where a slot is not in use.
+        used: How many slots are in use; they are the first ones.
+        step: How many optimizer steps were taken.
+        picked: (n,) int64 slots that the last step of repeat-S picked, where it keeps the weights that leave; then only the
+            slots in use are copied. None for every other method.
+    """
+
+    positions: Tensor
+    base: Tensor
+    values: Tensor
+    used: int = 0
+    step: int = 0
+    picked: Tensor | None = None
+
+    def entries(self) -> dict[str, Any]:
+        """Returns the fields by name, in the order of a selection's state; ``picked`` only where there is one."""
+        names = ["step", "used", "values", "base", "positions", *(() if self.picked is None else ("picked",))]
+        return {name: getattr(self, name) for name in names}
+
+
+class Ledger:
+    """Which weight each slot of ``values`` holds, and what it was before training. It alone writes into ``values``.
+
+    A backward *proposes* weights for slots; `withdraw` takes the proposal back, and the optimizer's step makes it final
+    by `commit`.
+
+    Args:
+        layout: The eligible tensors.
+        values: (slots,) the parameter that an optimizer trains; its device and dtype are the ledger's.
+        budget: B, of which an allocation gives each tensor, row or column its share.
+        kept: True where repeat-S keeps the weights that leave, so that ``values`` has a slot for every weight.
 
     Attributes:
         layout: The eligible tensors.
-        budget: B, of which an allocation gives each tensor, row or column its share.
-        positions: (B,) int64, or (slots,) where there are more; -1 for a slot that holds nothing yet.
-        base: The weight at that position before any training, of ``positions``' shape.
-        held: The first slot that holds nothing, nor does any after it.
+        values: The parameter.
+        budget: B.
+        positions: (slots,) int64 positions of the weights; -1 where a slot is empty.
+        base: (slots,) the weights before training.
+        held: The number of slots up to the last one that has a weight; more than ``used`` where the order is known.
+        used: How many slots are in use.
+        step: How many optimizer steps were taken.
+        picked: See `Slots.picked`.
+        ordered: True if the order of unmasking is known before training; then every slot has its weight from the start.
+        tentative: The proposal that waits for the optimizer's step.
+        writes: Tells the writes into ``values`` that others have made.
     """
 
-    def __init__(
-        self, layout: Layout, budget: int, dtype: torch.dtype, device: torch.device, slots: int | None = None
-    ) -> None:
-        self.layout, self.budget = layout, budget
-        slots = budget if slots is None else slots
-        self.positions = torch.full((slots,), -1, dtype=torch.int64, device=device)
-        self.base = torch.zeros(slots, dtype=dtype, device=device)
-        self.held = 0
+    def __init__(self, layout: Layout, values: nn.Parameter, budget: int, kept: bool = False) -> None:
+        self.layout, self.values, self.budget = layout, values, budget
+        self.positions = torch.full(values.shape, -1, dtype=torch.int64, device=values.device)
+        self.base = torch.zeros(values.shape, dtype=values.dtype, device=values.device)
+        self.held = self.used = self.step = 0
+        self.picked = torch.empty(0, dtype=torch.int64, device=values.device) if kept else None
+        self.ordered = False
+        self.tentative: Tentative | None = None
+        self.writes = Writes(values)
         self._members: dict[int, Entries] = {}
 
+    # What the slots hold.
+
     def members(self, index: int) -> Entries | None:
-        """One tensor's entries that hold a slot; None if it has none."""
+        """Returns one tensor's entries that have a slot; None if it has none."""
         return self._members.get(index)
 
+    def in_use(self, index: int) -> Entries | None:
+        """Returns one tensor's entries whose slot is in use; None if no entry has a slot."""
+        members = self._members.get(index)
+        return members if members is None or self.used >= self.held else members.below(self.used)
+
     def entries(self, slots: Tensor) -> dict[int, Entries]:
-        """The entries of some slots, all of them held, by tensor index."""
+        """Returns the entries of slots that all have a weight, by tensor index."""
         positions = self.positions[slots]
         return {
             index: self.layout.at(index, flat, slots[places]) for index, flat, places in self.layout.split(positions)
         }
 
     def find(self, positions: Tensor) -> Tensor:
-        """The slot that holds each position: (n,) int64, -1 where none does."""
+        """Returns the slot of each position: (n,) int64, -1 where it has none."""
         slots = torch.full_like(positions, -1)
         for index, flat, places in self.layout.split(positions):
             members = self._members.get(index)
@@ -126,11 +191,71 @@ class SlotTable:
         return slots
 
     def occupied(self) -> list[int]:
-        """Tensors that have at least one slot."""
+        """Returns the tensors that have at least one slot, ascending."""
         return sorted(self._members)
 
+    def trained(self) -> Tensor:
+        """Returns ``values`` without the weights that a proposal has put into slots of others: (slots,), detached."""
+        tentative = self.tentative
+        if tentative is None or not tentative.replaces:
+            return self.values.detach()
+        values = self.values.detach().clone()
+        values[tentative.slots] = tentative.displaced
+        return values
+
+    # From one step to the next.
+
+    def reserve(self, positions: Tensor) -> None:
+        """Gives the slots, in order, to weights whose order of unmasking is known before training."""
+        positions = positions.to(self.values.device)
+        self._fill(positions, self.layout.read(positions, self.values.dtype))
+        self.ordered = True
+
+    def unmask(self, due: int) -> None:
+        """Puts the reserved weights of the slots from ``used`` to ``due`` into ``values``; `commit` brings them into use."""
+        with torch.no_grad(), self.writes.own():
+            self.values[self.used : due] = self.base[self.used : due]
+
+    def propose(self, positions: Tensor, slots: Tensor, fresh: int, missing: int, picked: Tensor | None = None) -> None:
+        """Puts the current weights at ``positions`` into ``slots`` of ``values``, until `withdraw` or `commit`.
+
+        The arguments are those of `Tentative`.
+        """
+        with torch.no_grad(), self.writes.own():
+            weights = self.layout.read(positions, self.values.dtype)
+            displaced = self.values[slots].clone()
+            self.tentative = Tentative(slots, positions, weights, displaced, fresh, missing, picked)
+            self.values[slots] = weights
+
+    def withdraw(self) -> None:
+        """Takes the proposal back, if there is one: no budget is consumed."""
+        if self.tentative is not None:
+            with torch.no_grad(), self.writes.own():
+                self.values[self.tentative.slots] = self.tentative.displaced
+        self.tentative = None
+
+    @torch.no_grad()
+    def commit(self, due: int) -> None:
+        """Makes the proposal final, and writes ``values`` into the tensors; a weight that left its slot gets its base value.
+
+        Args:
+            due: How many slots are in use from now on.
+        """
+        tentative, self.tentative = self.tentative, None
+        if tentative is not None:
+            if tentative.replaces:
+                leaving = self.positions[tentative.slots]
+                had = leaving >= 0
+                self.layout.write(leaving[had], self.base[tentative.slots][had])
+            self.assign(tentative.slots, tentative.positions, tentative.weights)
+            self.picked = tentative.picked
+        self.used = due
+        self.scatter()
+        self.writes.take()
+        self.step += 1
+
     def assign(self, slots: Tensor, positions: Tensor, base: Tensor) -> None:
-        """Gives slots to positions (and takes them from whatever they held)."""
+        """Gives slots to positions, and takes them from the positions that had them."""
         vacant = bool((self.positions[slots] < 0).all())
         self.positions[slots] = positions
         self.base[slots] = base
@@ -141,29 +266,22 @@ class SlotTable:
         elif slots.numel():
             self.rebuild()
 
-    def load(self, positions: Tensor, base: Tensor) -> None:
-        """Replaces the whole table; slots beyond the given ones hold nothing."""
-        self.positions.fill_(-1)
-        self.positions[: positions.numel()] = positions
-        self.base.zero_()
-        self.base[: base.numel()] = base
-        self.rebuild()
-
-    def scatter(self, values: Tensor, active: int) -> None:
-        """Writes the values of the first ``active`` slots into the tensors."""
+    def scatter(self) -> None:
+        """Writes the values of the slots in use into the tensors; a proposal is left out."""
         members = list(self._members.items())
-        if active < self.held:
-            members = [(index, entries.below(active)) for index, entries in members]
-        if not members:
-            return
-        gathered = values.detach()[torch.cat([entries.slots for _, entries in members])]  # one gather for all tensors
-        parts = gathered.split([entries.slots.numel() for _, entries in members])
-        for (index, entries), part in zip(members, parts, strict=True):
-            self.layout.put(index, entries.flat, part)
+        if self.used < self.held:
+            members = [(index, entries.below(self.used)) for index, entries in members]
+        if members:
+            gathered = self.trained()[
+                torch.cat([entries.slots for _, entries in members])
+            ]  # one gather for all tensors
+            parts = gathered.split([entries.slots.numel() for _, entries in members])
+            for (index, entries), part in zip(members, parts, strict=True):
+                self.layout.put(index, entries.flat, part)
 
     @torch.no_grad()
     def zero_rest(self) -> None:
-        """Sets every weight of the layout that holds no slot to zero."""
+        """Sets every weight of the layout that has no slot to zero."""
         for index in range(len(self.layout.tensors)):
             tensor, entries = self.layout.plain(index), self._members.get(index)
             kept = None if entries is None else take(tensor, entries.flat)
@@ -171,12 +289,62 @@ class SlotTable:
             if entries is not None and kept is not None:
                 put(tensor, entries.flat, kept)
 
+    # Copies, and back.
+
+    def snapshot(self) -> Slots:
+        """Returns copies of what the slots hold after the last step; a proposal is left out."""
+        end = None if self.picked is None else self.used  # of slots for all weights, those in use
+        values = self.values.detach()[:end].clone()
+        if self.tentative is not None and self.picked is None:
+            values[self.tentative.slots] = self.tentative.displaced
+        values[self.used :] = 0
+        picked = None if self.picked is None else self.picked.clone()
+        return Slots(self.positions[:end].clone(), self.base[:end].clone(), values, self.used, self.step, picked)
+
+    @torch.no_grad()
+    def load(self, slots: Slots) -> None:
+        """Takes over slots, on the device of ``values``; the tensors are left as they are. A proposal is dropped."""
+        self.positions, self.base = (t.to(self.values.device) for t in (self.positions, self.base))
+        self._fill(slots.positions, slots.base)
+        self.values.zero_()
+        self.values[: slots.values.numel()] = slots.values
+        self.used, self.step, self.tentative = slots.used, slots.step, None
+        self.picked = None if slots.picked is None else slots.picked.clone()
+
+    @torch.no_grad()
+    def restore(self, slots: Slots) -> None:
+        """Takes over slots: the tensors get the base values of the old ones, and then the trained values of the new ones."""
+        self.layout.write(self.positions[: self.used], self.base[: self.used])
+        self.load(slots)
+        self.scatter()
+        self.writes.take()
+
+    def copy_of(self, slots: Slots) -> Ledger:
+        """Returns a ledger at rest for the same ``values`` and tensors, with the positions and base values of ``slots``."""
+        ledger = Ledger(self.layout, self.values, self.budget)
+        ledger._fill(slots.positions, slots.base)
+        ledger.used, ledger.step = slots.used, slots.step
+        return ledger
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the writes of a copy's own ``values`` for seen."""
+        vars(self).update(state)
+        self.writes = Writes(self.values)
+
     def rebuild(self) -> None:
-        """Groups the held slots by tensor, on each tensor's device."""
+        """Groups the slots that have a weight by tensor, on each tensor's device."""
         held = (self.positions >= 0).nonzero().squeeze(1)
         self._members, self.held = {}, int(held[-1].item()) + 1 if held.numel() else 0
         for index, flat, places in self.layout.split(self.positions[held]):
             self._insert(index, flat, held[places])
+
+    def _fill(self, positions: Tensor, base: Tensor) -> None:
+        """Replaces all positions; the slots after the given ones are empty."""
+        self.positions.fill_(-1)
+        self.positions[: positions.numel()] = positions
+        self.base.zero_()
+        self.base[: base.numel()] = base
+        self.rebuild()
 
     def _insert(self, index: int, flat: Tensor, slots: Tensor) -> None:
         """Adds a tensor's new entries, flat indices ascending, in linear time."""
@@ -189,7 +357,7 @@ class SlotTable:
 
 
 def _merged(old: Tensor, new: Tensor, at: Tensor) -> Tensor:
-    """``new`` at the places ``at`` of the result, ``old`` in order at the others."""
+    """Returns ``new`` at the places ``at`` of the result, and ``old`` in order at the other places."""
     merged = old.new_empty(old.numel() + new.numel())
     rest = torch.ones(merged.numel(), dtype=torch.bool, device=old.device)
     rest[at] = False

@@ -1,4 +1,4 @@
-"""What one optimizer step does to the slots: planned before its first forward, tentative until the optimizer steps."""
+"""What one optimizer step does to the slots of a selection, and the choice of weights that waits for this step."""
 
 from __future__ import annotations
 
@@ -10,34 +10,48 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Plan:
-    """What one optimizer step does: fixed before its first forward."""
+    """What one optimizer step does to the slots. It is fixed before the step's first forward.
+
+    Attributes:
+        step: The number of the step, from 0.
+        used: How many slots hold trained weights.
+        active: How many slots get a gradient: those in use, and those that a known order unmasks now.
+        newcomers: u_t, how many weights this step's gradient selects. For repeat-S it is the whole budget B.
+        repeat: True for repeat-S, which selects all of its weights again.
+        picked: (n,) int64 slots that repeat-S picked last, where it keeps the weights that leave; they alone train. None
+            for every other method.
+    """
 
     step: int
-    used: int  # slots that hold trained weights
-    active: int  # slots whose gradient is wanted: `used`, and those that a known order unmasks now; see `picked` too
-    newcomers: int  # u_t, to be selected by this step's gradient; for repeat-S the whole of B
+    used: int
+    active: int
+    newcomers: int
     repeat: bool
-    picked: Tensor | None = None  # where repeat-S keeps what leaves: the slots that it picked last; they alone train
+    picked: Tensor | None = None
 
     @property
     def selecting(self) -> bool:
-        """Whether dense gradients are needed to select."""
+        """True if this step selects weights by their gradient."""
         return self.newcomers > 0
 
     @property
     def exchanging(self) -> bool:
-        """Whether a weight may leave its slot to another."""
+        """True if a weight may leave its slot to another weight."""
         return self.repeat and self.picked is None
 
     @property
     def due(self) -> int:
-        """Slots in use once the step is made, if it finds all newcomers; of repeat-S that keeps what leaves, those before it."""
+        """The number of slots in use after the step, if it finds all newcomers.
+
+        Repeat-S that keeps the weights that leave does not know how many of its picks are new; for it this is the number
+        before the step.
+        """
         if self.picked is not None:
             return self.used
         return self.newcomers if self.repeat and self.selecting else self.active + self.newcomers
 
     def open(self, device: torch.device) -> Tensor:
-        """Returns the slots, ascending int64, that may change hands: the fresh ones; for repeat-S all of them.
+        """Returns the slots that may get another weight: ascending int64. For repeat-S these are all slots.
 
         Example:
             >>> Plan(step=4, used=3, active=3, newcomers=2, repeat=False).open(torch.device("cpu")).tolist()
@@ -48,12 +62,27 @@ class Plan:
 
 @dataclass(frozen=True)
 class Tentative:
-    """A selection that waits for the optimizer's step."""
+    """A choice of weights that a backward has made and that the optimizer's step makes final.
 
-    slots: Tensor  # (u,) int64
-    positions: Tensor  # (u,) int64
-    weights: Tensor  # (u,) their current weights
-    displaced: Tensor  # (u,) what `values` held at these slots
-    fresh: int  # how many of the slots held nothing before
-    missing: int  # how many more were to be selected, but no other weight has a score that tells anything
-    picked: Tensor | None = None  # as of `Plan.picked`, once the step is made: slots, old and new
+    Attributes:
+        slots: (u,) int64 slots that the chosen weights get.
+        positions: (u,) int64 positions of the chosen weights.
+        weights: (u,) the current values of the chosen weights.
+        displaced: (u,) the numbers that ``values`` held in these slots before.
+        fresh: How many of the slots held no weight before.
+        missing: How many weights too few were chosen, because no other weight has a score that tells it from the rest.
+        picked: (n,) int64 slots that train after the step; see `Plan.picked`.
+    """
+
+    slots: Tensor
+    positions: Tensor
+    weights: Tensor
+    displaced: Tensor
+    fresh: int
+    missing: int
+    picked: Tensor | None = None
+
+    @property
+    def replaces(self) -> bool:
+        """True if one of the slots held another weight before."""
+        return self.fresh < self.slots.numel()

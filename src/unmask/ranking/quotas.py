@@ -1,4 +1,4 @@
-"""Caps that spread a selection over the tensors, their rows or their columns."""
+"""Limits how many weights of a tensor, of each row or of each column may be unmasked, to spread a selection."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ from unmask.methods.method import Allocation
 
 @dataclass(frozen=True)
 class Quota:
-    """How many weights of one tensor, or of each of its rows or columns, may still be unmasked; None: no bound."""
+    """The number of weights of one tensor, or of each of its rows or columns, that may still be unmasked.
+
+    Attributes:
+        tensor: The bound of the whole tensor; None if it has none.
+        rows: The bound of each row, (rows,) int64; None if rows have none.
+        columns: The bound of each column, (columns,) int64; None if columns have none.
+    """
 
     tensor: int | None = None
-    rows: Tensor | None = None  # (rows,) int64
-    columns: Tensor | None = None  # (columns,) int64
+    rows: Tensor | None = None
+    columns: Tensor | None = None
 
     def apply(self, scores: Tensor, first: int) -> Tensor:
-        """Sets what goes beyond a row's or a column's bound to -inf.
+        """Sets the scores that exceed the bound of a row or a column to -inf.
 
         Args:
-            scores: (n, columns) of n rows; of all rows where columns have bounds.
-            first: Which row of the tensor the first one is.
+            scores: (n, columns) scores of n rows; of all rows if columns have bounds.
+            first: The tensor's row that the first one is.
         """
         if self.rows is not None:
             return best_of_rows(scores, self.rows[first : first + scores.shape[0]])
@@ -32,19 +38,19 @@ class Quota:
 
 
 def quota(allocation: Allocation, weight: Tensor, budget: int, total: int, held: Tensor | None) -> Quota:
-    """What one tensor may still receive: ``ceil(B n / N)`` of each group of n weights, but for what is unmasked already.
+    """Returns what one tensor may still receive: ``ceil(B n / N)`` of each group of n weights, less what is unmasked.
 
     Args:
-        allocation: How the budget is spread.
-        weight: The tensor; a vector is one group, whether rows or columns are bounded.
+        allocation: The way in which the budget is spread: over nothing, tensors, rows or columns.
+        weight: The tensor. A vector is one group, even if rows or columns are bounded.
         budget: B.
         total: N, the number of eligible weights.
-        held: Flat indices that are already unmasked and count against the bound; None for none.
+        held: (m,) int64 flat indices that are unmasked already and count against the bound; None if there are none.
     """
     if allocation == "global":
         return Quota()
     rows, columns = as_rows(weight).shape
-    group = "tensor" if rows == 1 else allocation  # a long vector comes in several blocks
+    group = "tensor" if rows == 1 else allocation  # A long vector comes in several blocks.
     size = {"tensor": rows * columns, "row": columns, "column": rows}[group]
     cap = min(size, -(-budget * size // total))
     if group == "tensor":
@@ -57,7 +63,16 @@ def quota(allocation: Allocation, weight: Tensor, budget: int, total: int, held:
 
 
 def best_of_rows(scores: Tensor, bounds: Tensor) -> Tensor:
-    """Sets all but the ``bounds[r]`` best entries of each row r to -inf; ties go to the smaller column."""
+    """Sets all scores but the ``bounds[r]`` best of each row r to -inf; a tie goes to the smaller column.
+
+    Args:
+        scores: (rows, columns).
+        bounds: (rows,) int64.
+
+    Example:
+        >>> best_of_rows(torch.tensor([[1.0, 3.0, 3.0], [1.0, 2.0, 3.0]]), torch.tensor([1, 2])).tolist()
+        [[-inf, 3.0, -inf], [-inf, 2.0, 3.0]]
+    """
     most = int(bounds.max().item())
     if most <= 0:
         return torch.full_like(scores, -torch.inf)

@@ -1,8 +1,8 @@
-"""Exact, deterministic, mergeable streaming top-k.
+"""Keeps the k best entries of a stream: exactly, in an order without ties, and in parts that can be merged.
 
-The order is total: score descending, then position ascending. A position is the place of a scalar weight in the
-concatenation of all eligible tensors (in name order), so the result does not depend on the order in which blocks
-arrive, on how the stream is cut into blocks, or on how a device breaks ties.
+The order is total: score descending, then position ascending. A position is the place of a scalar weight in the concatenation
+of all eligible tensors (in the order of their names). So the result does not depend on the order in which blocks arrive, on how
+the stream is cut into blocks, or on how a device breaks ties.
 """
 
 from __future__ import annotations
@@ -13,24 +13,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The buffer may grow to this many times k before it is cut back to k: one exact cut then serves many updates.
+# The buffer may grow to this many times k before it is cut back to k. So one exact cut serves many updates.
 _SLACK = 3
-_LARGE = 1 << 18  # a larger k gets half of itself as slack: the buffer is what it costs in memory
+_LARGE = 1 << 18  # For a larger k, whose buffer takes memory, the slack is half of k.
 
 
 class Ranked(NamedTuple):
-    """Entries in selection order (score descending, position ascending); all of shape (n,)."""
+    """Entries in selection order: score descending, then position ascending.
 
-    scores: Tensor  # float32 or float64
-    positions: Tensor  # int64
-    payload: Tensor  # same dtype as given, here: the gradient at each position
+    Attributes:
+        scores: (n,) float32 or float64.
+        positions: (n,) int64.
+        payload: (n,) values that travel with the entries, in their own dtype; in a selection, the gradients.
+    """
+
+    scores: Tensor
+    positions: Tensor
+    payload: Tensor
 
     def first(self, count: int) -> Ranked:
-        """The first ``count`` entries."""
+        """Returns the first ``count`` entries."""
         return Ranked(*(column[:count] for column in self))
 
     def where(self, kept: Tensor) -> Ranked:
-        """The entries for which ``kept`` (n,) is true, in the same order."""
+        """Returns the entries for which ``kept`` (n,) is True, in the same order."""
         places = kept.nonzero().squeeze(1)
         return Ranked(*(column[places] for column in self))
 
@@ -38,11 +44,11 @@ class Ranked(NamedTuple):
 class StreamingTopK:
     """Keeps the k first entries of a stream under (score descending, position ascending).
 
-    Entries of score ``-inf`` never enter: that is how a caller excludes some. Memory is O(k + block).
+    Entries of score ``-inf`` never enter, so that a caller can exclude some. Memory is O(k + block).
 
     Args:
-        k: How many entries to keep, at least 0.
-        floor: Entries of this score or a lower one never enter.
+        k: The number of entries to keep, at least 0.
+        floor: The score that an entry must exceed to enter.
 
     Example:
         >>> top = StreamingTopK(2)
@@ -56,14 +62,14 @@ class StreamingTopK:
         self.k, self.floor = k, floor
         self._parts: list[Ranked] = []
         self._size = 0
-        self._cutoff: tuple[float, int] | None = None  # (score, position) of the last entry that is in
+        self._cutoff: tuple[float, int] | None = None  # The (score, position) of the last of the first k entries.
 
     def update(self, scores: Tensor, start: int, payload: Tensor) -> None:
         """Offers a block of entries at positions ``start, start + 1, ...``.
 
         Args:
-            scores: (n,) float scores of one contiguous run of positions; NaN must have been refused before.
-            start: Position of the first entry.
+            scores: (n,) float scores of one contiguous run of positions. The caller must have refused NaN.
+            start: The position of the first entry.
             payload: (n,) values that travel with the entries.
         """
         if self.k == 0 or scores.numel() == 0:
@@ -75,7 +81,7 @@ class StreamingTopK:
         self._append(_first_k(part, self.k))
 
     def merge(self, entries: Ranked) -> None:
-        """Offers entries at arbitrary positions (another stream's result, another process's), none of score ``-inf``."""
+        """Offers entries at any positions, of which none has the score ``-inf``: another stream's or process's result."""
         if self._cutoff is not None:
             entries = entries.where(entries.scores >= self._cutoff[0])
         elif self.floor > -math.inf:
@@ -85,29 +91,30 @@ class StreamingTopK:
 
     @property
     def least(self) -> float | None:
-        """A score below which nothing can enter any more; None while fewer than k entries are in."""
+        """The score below which no entry can enter any more; None while there are fewer than k entries."""
         return None if self._cutoff is None else self._cutoff[0]
 
     def result(self) -> Ranked:
-        """The first k entries, in order; fewer where fewer were offered."""
+        """Returns the first k entries, in order; fewer if fewer were offered."""
         if not self._parts:
             empty = torch.empty(0)
             return Ranked(empty, empty.long(), empty)
         return in_order(_first_k(self._joined(), self.k))
 
     def _contenders(self, scores: Tensor, start: int) -> Tensor:
-        """Indices into ``scores`` of the entries that can still be among the first k."""
+        """Returns the indices, in ``scores``, of the entries that can still be among the first k."""
         if self._cutoff is None:
             return _first_k_of_block(scores, self.k, self.floor)
         score, position = self._cutoff
         above = (scores > score).nonzero().squeeze(1)
-        before = min(scores.numel(), position - start)  # ties count only ahead of the cut-off's position
+        before = min(scores.numel(), position - start)  # A tie counts only at a smaller position than the cut-off's.
         if before <= 0:
             return above
         ties = (scores[:before] == score).nonzero().squeeze(1)[: self.k]
         return torch.cat([above, ties]) if ties.numel() else above
 
     def _append(self, part: Ranked) -> None:
+        """Adds entries to the buffer, and cuts it back to the first k if it is full."""
         self._parts.append(part)
         self._size += part.scores.numel()
         limit = _SLACK * self.k if self.k <= _LARGE else self.k + self.k // 2
@@ -119,13 +126,12 @@ class StreamingTopK:
 
     def _joined(self) -> Ranked:
         device = self._parts[0].scores.device
-        return Ranked(
-            *(torch.cat([column.to(device) for column in columns]) for columns in zip(*self._parts, strict=True))
-        )
+        columns = zip(*self._parts, strict=True)
+        return Ranked(*(torch.cat([part.to(device) for part in column]) for column in columns))
 
 
 def _first_k_of_block(scores: Tensor, k: int, floor: float) -> Tensor:
-    """Indices of the first k of a block whose positions ascend; ``floor`` and what is below it are left out."""
+    """Returns the indices of the first k of a block whose positions ascend, without scores of ``floor`` or less."""
     if scores.numel() <= k:
         return (scores > floor).nonzero().squeeze(1)
     cut = scores.topk(k, sorted=False).values.min()
@@ -137,7 +143,7 @@ def _first_k_of_block(scores: Tensor, k: int, floor: float) -> Tensor:
 
 
 def _first_k(entries: Ranked, k: int) -> Ranked:
-    """The first k entries under the total order, themselves in any order; none is ``-inf``."""
+    """Returns the first k entries under the total order, unordered themselves. No score may be ``-inf``."""
     scores = entries.scores
     if scores.numel() <= k:
         return entries
@@ -152,7 +158,7 @@ def _first_k(entries: Ranked, k: int) -> Ranked:
 
 
 def in_order(entries: Ranked) -> Ranked:
-    """Entries sorted by the total order: score descending, then position ascending."""
+    """Returns entries sorted by the total order: score descending, then position ascending."""
     by_position = entries.positions.argsort()
     by_score = entries.scores[by_position].argsort(descending=True, stable=True)
     order = by_position[by_score]

@@ -1,20 +1,12 @@
-"""Clipping: by the norm of what the selection trains, or by that of the whole gradient."""
+"""Clips the gradient of a selection: by the norm of what it trains, or by that of the whole gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
-from unmask.errors import SelectionError
-from unmask.gradients.norm import total_norm
-
-if TYPE_CHECKING:
-    from unmask.selection.selection import Selection
-
-ClipScope = Literal["selected", "all"]
+from unmask.selection.selection import Selection
 
 
 def clip_grad_norm_(
@@ -24,13 +16,13 @@ def clip_grad_norm_(
 
     Under ``select(..., clip_scope="selected")`` it is the norm of that gradient, and this is
     ``torch.nn.utils.clip_grad_norm_(selection.parameters(), max_norm)``. Under ``"all"`` it is the norm of the gradient of
-    every eligible weight, selected or not, and of the dense tensors: what full fine-tuning with a mask would clip by.
+    every eligible weight, selected or not, and of the dense tensors: full fine-tuning with a mask would clip by it.
 
     Args:
         selection: A live selection; call this between ``backward`` and ``step``.
         max_norm: The largest norm allowed; infinity only measures.
-        loss_scale: What the loss was multiplied by, if ``GradScaler.unscale_`` has divided the gradients since:
-            ``scaler.get_scale()``.
+        loss_scale: The factor by which the loss was multiplied, ``scaler.get_scale()``, if ``GradScaler.unscale_`` has divided
+            the gradients since.
         beside: Further parameters that the optimizer trains: their gradients count, and are scaled, with the rest.
 
     Returns:
@@ -40,7 +32,7 @@ def clip_grad_norm_(
         SelectionError: ``clip_scope="all"`` and no backward has been run since the last step.
 
     Example:
-        >>> import unmask
+        >>> import torch, unmask
         >>> model = torch.nn.Linear(8, 4)
         >>> selection = unmask.select(model, unmask.id3(budget=6, steps=3), clip_scope="all")
         >>> optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
@@ -49,22 +41,4 @@ def clip_grad_norm_(
         >>> bool(norm > selection.values.grad.norm())
         True
     """
-    trained = [*selection.parameters(), *beside]
-    if selection.clip_scope == "selected" or selection.method.whole:
-        return torch.nn.utils.clip_grad_norm_(trained, max_norm)
-    gradients = [p.grad for p in trained if p.grad is not None]
-    norm = _whole_norm(selection, loss_scale, beside)
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's
-    for gradient in gradients:
-        gradient.mul_(factor.to(gradient))
-    return norm
-
-
-def _whole_norm(selection: Selection, loss_scale: float, beside: Sequence[Tensor]) -> Tensor:
-    measured = selection._window.norm
-    if measured is None:
-        raise SelectionError(
-            "there is no gradient to clip: the order is loss.backward(), clip_grad_norm_(selection, ...), optimizer.step()."
-        )
-    whole = [*(tensor.master for tensor in selection.dense), *beside]
-    return total_norm([measured / loss_scale, *(p.grad for p in whole if p.grad is not None)])
+    return selection.clip_grad_norm_(max_norm, loss_scale, beside)

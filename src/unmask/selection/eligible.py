@@ -1,15 +1,92 @@
-"""Applies a scope and the user's patterns to a model: finds the tensors that may be selected from."""
+"""Applies a scope and the user's patterns to a model: finds the tensors that may be selected from, and counts the budget."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
+from unmask.delta.base import added_tensors, missing_from_checkpoint
 from unmask.errors import MethodError
-from unmask.gradients.wrappers import named_parameters
+from unmask.gradients.wrappers import named_parameters, persistent_buffers
+from unmask.methods.method import Method, parse_budget
 from unmask.methods.scopes import Patterns, Scope, as_patterns, matching
+from unmask.quantised.layers import weights
 from unmask.quantised.sources import Unsupported, sources
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a selection has to know of a model. `facts_of` computes it once, before anything is changed.
+
+    Attributes:
+        model: The plain model.
+        eligible: Names of the tensors that may be selected from, sorted. `unmask.full` has none.
+        dense: Names of the tensors that are trained whole, outside the budget, sorted.
+        quantised: Names of the quantised weights.
+        sharded: True if ``fully_shard`` has spread the model over processes.
+        budget: B, as a count.
+        named_new: Names of the tensors that the user calls new; None if the checkpoint has to tell.
+        flags: Every parameter's ``requires_grad``, by name.
+        buffers: Copies of the persistent buffers, by name.
+    """
+
+    model: nn.Module
+    eligible: list[str]
+    dense: list[str]
+    quantised: frozenset[str]
+    sharded: bool
+    budget: int
+    named_new: list[str] | None
+    flags: Mapping[str, bool]
+    buffers: Mapping[str, Tensor]
+
+    @cached_property
+    def absent(self) -> set[str]:
+        """The names of the tensors that the base checkpoint lacks, as the user or the checkpoint says."""
+        return missing_from_checkpoint(self.model) if self.named_new is None else set(self.named_new)
+
+    @property
+    def trained(self) -> list[str]:
+        """The names of all tensors that are trained, in part or whole."""
+        return [*self.eligible, *self.dense]
+
+    def new(self) -> set[str]:
+        """Returns the names of the tensors that no base has: those of `absent`, and those that a PEFT library added."""
+        return self.absent | added_tensors(self.model)
+
+
+def facts_of(
+    model: nn.Module,
+    method: Method,
+    include: Patterns,
+    exclude: Patterns,
+    dense: Patterns,
+    new: Patterns,
+    sharded: bool,
+) -> ModelFacts:
+    """Computes the facts of a model for a method; the arguments are those of ``unmask.select``.
+
+    Raises:
+        MethodError: A pattern finds nothing, nothing is eligible, or less than the budget is.
+    """
+    eligible, whole = resolve(model, method.scope, include, exclude, dense)
+    if method.whole:
+        eligible, whole = [], sorted({*eligible, *whole})
+    parameters = named_parameters(model)
+    return ModelFacts(
+        model,
+        eligible,
+        whole,
+        frozenset(sources(model)),
+        sharded,
+        count_budget(model, method, eligible),
+        None if new is None else matching(parameters, as_patterns(new), "new"),
+        {name: parameter.requires_grad for name, parameter in parameters.items()},
+        {name: buffer.detach().clone() for name, buffer in persistent_buffers(model).items()},
+    )
 
 
 def resolve(
@@ -20,13 +97,13 @@ def resolve(
     Args:
         model: Any module.
         scope: The method's scope.
-        include: Keep only names in which one of these is found.
-        exclude: Drop names in which one of these is found.
-        dense: Names of tensors that are trained whole, outside the budget; they win over the scope.
+        include: Only names in which one of these patterns is found are kept.
+        exclude: Names in which one of these patterns is found are dropped.
+        dense: These patterns find the tensors that are trained whole, outside the budget; they win over the scope.
 
     Returns:
-        Names of the eligible tensors and of the dense ones, each sorted; of tensors that are not float, only quantised
-        weights are eligible.
+        The names of the eligible tensors and of the dense ones, each sorted. Of the tensors that are not float, only
+        quantised weights are eligible.
 
     Raises:
         MethodError: A pattern finds nothing, no tensor is left, or a tensor is quantised in a way that nothing can be
@@ -64,22 +141,27 @@ def resolve(
     return eligible, sorted(dense_names)
 
 
-def refuse_renormalized(model: nn.Module, dense: Iterable[str]) -> None:
-    """Refuses embeddings with ``max_norm``: every forward rewrites rows of theirs, whatever is selected.
-
-    Args:
-        model: Any module.
-        dense: Names of tensors that are trained, and stored, whole; for these it does no harm.
+def count_budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
+    """Returns B: a method's budget among a model's eligible tensors, as a count.
 
     Raises:
-        MethodError: There is such an embedding.
+        MethodError: Nothing is eligible, or less than the budget.
     """
-    parameters = named_parameters(model)
-    whole = {id(parameters[name]) for name in dense}
-    for name, module in model.named_modules():
-        bounded = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
-        if bounded and id(module.weight) not in whole:
-            raise MethodError(
-                f"{name or 'the model'} has max_norm = {module.max_norm}, so every forward rewrites weights that are not "
-                "selected; set its max_norm to None, or train it whole with dense=."
-            )
+    parameters = weights(model)
+    available = sum(parameters[name].numel() for name in eligible)
+    if method.whole:
+        return available
+    if not eligible:
+        raise MethodError(
+            f"scope {method.scope.kind!r} and the patterns leave no tensor for the budget; unmask.full() with include= trains "
+            "dense tensors alone."
+        )
+    if method.budget is None:
+        return available
+    budget = parse_budget(method.budget, sum(p.numel() for p in parameters.values()), available)
+    if budget > available:
+        raise MethodError(
+            f"budget = {method.budget!r} asks for {budget:,} weights, but only {available:,} are eligible under scope "
+            f"{method.scope.kind!r} and the patterns; lower the budget or widen the scope."
+        )
+    return budget

@@ -1,30 +1,30 @@
-"""Whether a model still is what was selected from: the same tensors in the same places, of the same shape, in their values.
+"""Checks that a model still is what was selected from: the same tensors in the same places, with the same shapes and values.
 
 Torch lets a model be changed under a selection: a layer is replaced, an embedding resized, weights are converted or loaded.
-An `Identity` remembers what was there, and looks again at each forward, each optimizer step and each delta. What a selection can
-follow (another dtype or device, other memory with the same values) it follows; the rest is refused before anything is trained.
+An `Identity` remembers what was there, and looks again at each forward, each optimizer step and each delta. It follows the
+changes that a selection can follow (another dtype or device, other memory with the same values) and refuses all others before
+anything is trained.
 """
 
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
 
 from unmask.distributed.sharding import ShardedLayout
 from unmask.errors import SelectionError
 from unmask.gradients.entries import take
+from unmask.gradients.taps import TapSet
 from unmask.gradients.wrappers import has_memory, named_parameters, persistent_buffers
-from unmask.ranking.ledger import Layout
+from unmask.ranking.ledger import Ledger
+from unmask.selection.dense import DenseTensor
 from unmask.selection.storage import Ties
-
-if TYPE_CHECKING:
-    from unmask.selection.selection import Selection
 
 _WAY = (
     "Nothing was trained since. Change a model first and select from it afterwards: selection.release() makes it an ordinary "
@@ -34,7 +34,12 @@ _STATE = " selection.state_dict() still holds what was trained; load_state_dict(
 
 
 class _Seen:
-    """What a tensor looked like when it was last found right."""
+    """What a tensor looked like when it was last found right.
+
+    Attributes:
+        first: The rounding step of its dtype when the selection was made.
+        coarsest: The coarsest rounding step that it has had since.
+    """
 
     __slots__ = ("coarsest", "device", "dtype", "first", "pointer", "shape", "storage", "tensor")
 
@@ -43,117 +48,118 @@ class _Seen:
 
     def __init__(self, tensor: Tensor, before: _Seen | None = None) -> None:
         step = torch.finfo(tensor.dtype).eps
-        self.first = step if before is None else before.first  # of the dtype at select
+        self.first = step if before is None else before.first
         self.coarsest = step if before is None else max(step, before.coarsest)
         self.tensor, self.shape, self.dtype, self.device = tensor, tensor.shape, tensor.dtype, tensor.device
         self.pointer = tensor.data_ptr()
-        self.storage = StorageWeakRef(tensor.untyped_storage())  # so that memory used again is not taken for the same
+        self.storage = StorageWeakRef(tensor.untyped_storage())  # memory that is used again is not taken for the same
 
     def in_place(self) -> bool:
-        """Whether the tensor still is the same memory, seen alike."""
+        """Returns True if the tensor still is the same memory, of the same shape."""
         tensor = self.tensor
         return tensor.data_ptr() == self.pointer and tensor.shape == self.shape and not self.storage.expired()
 
 
 class Identity:
-    """What a selection's model was when the selection was made.
+    """Remembers what a model was when a selection was made from it, and finds what has changed.
 
     Args:
-        selection: The selection, complete but for its first step.
-        ties: The parameters that were made one; they are put back by `release`.
+        model: The model.
+        ledger: The slots, in which no weight is trained yet.
+        dense: The tensors that are trained whole.
+        taps: The taps of the eligible tensors; while they are paused, the model may differ.
+        ties: The parameters that were made one; `release` puts them back.
 
     Attributes:
-        shapes: The eligible tensors' shapes at the time.
+        shapes: The shapes of the eligible tensors at the time.
     """
 
-    def __init__(self, selection: Selection, ties: Ties) -> None:
-        self._selection, self._ties = weakref.ref(selection), ties
-        self._model = weakref.ref(selection.model)
-        layout, named = selection._layout, named_parameters(selection.model)
+    def __init__(
+        self, model: nn.Module, ledger: Ledger, dense: Sequence[DenseTensor], taps: TapSet, ties: Ties
+    ) -> None:
+        self._model, self._ledger, self._taps, self._ties = model, ledger, taps, ties
+        layout, named = ledger.layout, named_parameters(model)
         self.shapes = [list(tensor.shape) for tensor in layout.tensors]
         own = [] if isinstance(layout, ShardedLayout) else list(zip(layout.names, layout.tensors, strict=True))
-        own += [(d.name, d.parameter) for d in selection.dense]
+        own += [(d.name, d.parameter) for d in dense]
         self._own = {id(t): name for name, t in own if isinstance(t, nn.Parameter)}
         others = {} if isinstance(layout, ShardedLayout) else {id(p): n for n, p in named.items() if has_memory(p)}
         self._tracked = others | self._own
-        self._objects = [p for p in named.values() if id(p) in self._tracked]  # alive, so that no id is used again
-        self._names = {*named, *persistent_buffers(selection.model)}
-        self._look_around(selection.model)
+        self._objects = [p for p in named.values() if id(p) in self._tracked]  # kept alive, so that no id is used again
+        self._names = {*named, *persistent_buffers(model)}
+        self._look_around()
         with torch._C.DisableTorchFunctionSubclass():
-            self._seen = {
-                i: _Seen(t) for i, t in enumerate(layout.tensors) if has_memory(t) and id(t) in self._own
-            }  # by index
-            self._dense = [(d, _Seen(d.parameter)) for d in selection.dense]
-        self._remember_versions(layout)
-        self._started = self._in_peft = False
-        hooks = selection.model._forward_pre_hooks
+            self._seen = {i: _Seen(t) for i, t in enumerate(layout.tensors) if has_memory(t) and id(t) in self._own}
+            self._dense = [(d, _Seen(d.parameter)) for d in dense]
+        self._remember_versions()
+        self._started = self._in_peft = self._released = False
+        self._hook: RemovableHandle | None = None
+
+    def watch_forwards(self, check: Callable[[], None]) -> None:
+        """Calls ``check`` before each forward of the model. The model then keeps the selection alive whose method it is."""
+        hooks = self._model._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
             del hooks[key]  # a copy has that of its original
-        self._hook = selection.model.register_forward_pre_hook(_Hook(selection))
+        self._hook = self._model.register_forward_pre_hook(_Hook(check))
 
     def leave_to_peft(self) -> None:
-        """A PEFT model asks by itself at each forward, and may wrap modules while one of its adapters trains."""
-        self._hook.remove()
-        self._in_peft = True  # its fingerprint is of the base as it was converted last
+        """Leaves forwards alone: a PEFT model asks at each of them, and may wrap modules while one of its adapters trains."""
+        self._unhook()
+        self._in_peft = True  # a PEFT fingerprint is that of the base as it was converted last
         self._tracked = dict(self._own)
         self._objects = [p for p in self._objects if id(p) in self._own]
-        model = self._model()
-        if model is not None:
-            self._look_around(model)
+        self._look_around()
 
     def release(self) -> None:
-        """The selection has ended."""
-        self._hook.remove()
+        """Ends all checks, and puts the ties back."""
+        self._released = True
+        self._unhook()
         self._ties.undo()
 
     def check(self, places: bool = True) -> None:
-        """Looks whether all is as it was, and follows what a selection can follow.
+        """Checks that all is as it was, and follows the changes that a selection can follow.
 
         Args:
-            places: Whether to look where the tensors are too. One that is used may be on its way to another place
-                (`torch.nn.utils.weight_norm`), so that its use is no moment for that.
+            places: True to check also where the tensors are. This is no use at the moment when an operation uses a tensor,
+                which then may be on its way to another place (`torch.nn.utils.weight_norm`).
 
         Raises:
             SelectionError: The model was changed in a way that the selection cannot follow.
         """
-        selection = self._selection()
-        if selection is None or selection._released or selection._taps.paused:
+        if self._released or self._taps.paused:
             return
         with torch._C.DisableTorchFunctionSubclass():
             if places:
                 self._check_places()
             self._check_dense()
-            self._follow(selection)
-            if not self._started:  # weights may have been loaded through .data, which leaves no trace
+            self._follow()
+            if not self._started:  # weights may have been loaded through .data, which torch does not count
                 for index in self._seen:
-                    self._check_values(selection, index)
+                    self._check_values(index)
                 self._started = True
-        selection._taps.checked = True
+        self._taps.checked = True
 
     def check_structure(self) -> None:
-        """Looks at places and shapes alone: values are about to be set.
+        """Checks places and shapes alone, before values are set.
 
         Raises:
             SelectionError: A tensor was replaced or has another shape.
         """
-        selection = self._selection()
-        if selection is not None:
-            with torch._C.DisableTorchFunctionSubclass():
-                self._check_places()
-                self._check_shapes(selection._layout)
-                self._check_dense()
+        with torch._C.DisableTorchFunctionSubclass():
+            self._check_places()
+            for index, seen in self._seen.items():
+                if seen.tensor.shape != seen.shape:
+                    raise _resized(self._ledger.layout.names[index], seen)
+            self._check_dense()
 
     def check_result(self) -> None:
-        """Looks at everything, the values of all selected weights too: a delta is about to be read off the model.
+        """Checks everything, with the values of all selected weights, before a delta is read off the model.
 
         Raises:
             SelectionError: What the model holds is not what was trained.
         """
         self.check()
-        selection, model = self._selection(), self._model()
-        if selection is None or model is None:
-            return
-        names = {*named_parameters(model), *persistent_buffers(model)}
+        names = {*named_parameters(self._model), *persistent_buffers(self._model)}
         if names != self._names:
             name = min(names ^ self._names)
             what = "that it did not have" if name in names else "no more that it had"
@@ -162,10 +168,10 @@ class Identity:
             )
         with torch._C.DisableTorchFunctionSubclass():
             for index in self._seen:
-                self._check_values(selection, index)
+                self._check_values(index)
 
     def check_dense(self) -> None:
-        """Looks at the tensors trained whole, which a state holds.
+        """Checks the tensors that are trained whole, which a state holds.
 
         Raises:
             SelectionError: One was resized, or converted without a master that keeps its values.
@@ -174,17 +180,20 @@ class Identity:
             self._check_dense()
 
     def renew(self) -> None:
-        """Takes what is there now for right: a state was loaded."""
-        selection = self._selection()
-        if selection is not None:
-            with torch._C.DisableTorchFunctionSubclass():
-                self._seen = {index: _Seen(seen.tensor, seen) for index, seen in self._seen.items()}
-            self._remember_versions(selection._layout)
+        """Takes the model as it is now for right, after a state was loaded."""
+        with torch._C.DisableTorchFunctionSubclass():
+            self._seen = {index: _Seen(seen.tensor, seen) for index, seen in self._seen.items()}
+        self._remember_versions()
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
 
     # What is where.
 
-    def _look_around(self, model: nn.Module) -> None:
-        modules = list(model.modules())
+    def _look_around(self) -> None:
+        """Remembers which module or parameter is at which place of the model."""
+        modules = list(self._model.modules())
         self._edges = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         self._leaves = [
             (m._parameters, name, p) for m in modules for name, p in m._parameters.items() if id(p) in self._tracked
@@ -197,15 +206,12 @@ class Identity:
         for parameters, name, parameter in self._leaves:
             found = parameters.get(name)
             if found is not parameter and (found is None or isinstance(found, nn.Parameter)):
-                return self._relocate()  # any other tensor is torch.func.functional_call's, for one call
+                return self._relocate()  # torch.func.functional_call puts any other tensor there, for one call
         return None
 
     def _relocate(self) -> None:
-        """Something is elsewhere: a wrapper may have been put around a module, which leaves the parameters what they are."""
-        model = self._model()
-        if model is None:
-            return
-        present = {id(p) for module in model.modules() for p in module._parameters.values()}
+        """Looks for every tensor again. A wrapper may have been put around a module; that leaves the parameters what they are."""
+        present = {id(p) for module in self._model.modules() for p in module._parameters.values()}
         gone = sorted(name for key, name in self._tracked.items() if key not in present)
         if gone:
             more = f" (and {len(gone) - 1} more)" if gone[1:] else ""
@@ -214,12 +220,7 @@ class Identity:
                 "load_state_dict(assign=True), weight_norm, or sharding), so that the model no longer computes with what the "
                 f"selection trains. {_WAY}{_STATE}"
             )
-        self._look_around(model)
-
-    def _check_shapes(self, layout: Layout) -> None:
-        for index, seen in self._seen.items():
-            if seen.tensor.shape != seen.shape:
-                raise _resized(layout.names[index], seen)
+        self._look_around()
 
     # What the tensors hold.
 
@@ -235,9 +236,10 @@ class Identity:
                     f"first and select from it afterwards, or convert a copy: copy.deepcopy(model).to({parameter.dtype})."
                 )
 
-    def _follow(self, selection: Selection) -> None:
-        layout, moved = selection._layout, False
-        for index in self._touched(layout):
+    def _follow(self) -> None:
+        """Follows tensors that were converted, moved or written to; refuses what no base holds."""
+        layout, moved = self._ledger.layout, False
+        for index in self._touched():
             seen = self._seen[index]
             if seen.tensor.shape != seen.shape:
                 raise _resized(layout.names[index], seen)
@@ -250,11 +252,11 @@ class Identity:
             if (seen.tensor.dtype, seen.tensor.device) != (seen.dtype, seen.device):
                 moved = True
             else:
-                self._check_values(selection, index)
+                self._check_values(index)
             self._seen[index] = _Seen(seen.tensor, seen)
             layout.versions[index] = seen.tensor._version
         if moved:
-            _write_again(selection)
+            self._write_again()
         for place, (dense, seen) in enumerate(self._dense):
             if dense.master is dense.parameter or (seen.in_place() and dense.version == dense.parameter._version):
                 continue
@@ -263,9 +265,12 @@ class Identity:
             dense.write()
             self._dense[place] = (dense, _Seen(dense.parameter))
 
-    def _touched(self, layout: Layout) -> list[int]:
-        """Tensors that are in other memory, or were written to by others: four comparisons each, at every forward and step."""
-        versions, expired = layout.versions, torch.UntypedStorage._expired
+    def _touched(self) -> list[int]:
+        """Returns the tensors that are in other memory, or were written to by others.
+
+        It makes four comparisons for each tensor, at every forward and step.
+        """
+        versions, expired = self._ledger.layout.versions, torch.UntypedStorage._expired
         return [
             index
             for index, seen in self._seen.items()
@@ -275,32 +280,32 @@ class Identity:
             or expired(seen.storage.cdata)
         ]
 
-    def _check_values(self, selection: Selection, index: int) -> None:
-        """One tensor's selected weights must be what ``values`` say, or what they were before training."""
-        table, layout = selection._table, selection._layout
-        entries = table.members(index)
+    def _check_values(self, index: int) -> None:
+        """Refuses selected weights of a tensor that are neither what ``values`` say nor what they were before training."""
+        ledger, layout = self._ledger, self._ledger.layout
+        entries = ledger.members(index)
         if entries is None:
             return
-        trained, base = selection._held()[entries.slots], table.base[entries.slots]
+        trained, base = ledger.trained()[entries.slots], ledger.base[entries.slots]
         tensor = layout.plain(index)
-        expected = torch.where(entries.slots < selection.used, trained, base).to(tensor.device, tensor.dtype)
+        expected = torch.where(entries.slots < ledger.used, trained, base).to(tensor.device, tensor.dtype)
         if not torch.equal(take(tensor, entries.flat), expected):
             raise _overwritten(layout.names[index])
 
-    def _remember_versions(self, layout: Layout) -> None:
+    def _remember_versions(self) -> None:
+        layout = self._ledger.layout
         with torch._C.DisableTorchFunctionSubclass():
             for index, seen in self._seen.items():
                 layout.versions[index] = seen.tensor._version
 
-
-@torch.no_grad()
-def _write_again(selection: Selection) -> None:
-    """Tensors were converted or moved: the masters are rounded into them once more."""
-    table, layout = selection._table, selection._layout
-    members = [(table.members(index), layout.tensors[index]) for index in table.occupied()]
-    if any(entries and entries.flat.device != tensor.device for entries, tensor in members):
-        table.rebuild()
-    table.scatter(selection.values, selection.used)
+    @torch.no_grad()
+    def _write_again(self) -> None:
+        """Rounds the masters once more into tensors that were converted or moved."""
+        ledger, tensors = self._ledger, self._ledger.layout.tensors
+        members = [(ledger.members(index), tensors[index]) for index in ledger.occupied()]
+        if any(entries and entries.flat.device != tensor.device for entries, tensor in members):
+            ledger.rebuild()
+        ledger.scatter()
 
 
 def _resized(name: str, seen: _Seen) -> SelectionError:
@@ -321,21 +326,21 @@ def _overwritten(name: str) -> SelectionError:
 
 
 class _Hook:
-    """The model's forward pre-hook: keeps the selection alive, whose tensors the model may have lost.
+    """The model's forward pre-hook. It keeps the selection alive even if the model has lost the selected tensors.
 
-    A copy or pickle of the model has one in its place that does nothing, of Python's own.
+    A copy or pickle of the model has one in its place that does nothing, made of Python's own parts.
     """
 
-    def __init__(self, selection: Selection | None) -> None:
-        self._selection = selection
+    def __init__(self, check: Callable[[], None] | None) -> None:
+        self._check = check
 
     def __deepcopy__(self, memo: Any) -> _Hook:
         return _Hook(None)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if self._selection is not None and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
-            self._selection.check_model()
+        if self._check is not None and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            self._check()
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return getattr, (contextlib.nullcontext(), "__exit__")  # takes any arguments and returns None

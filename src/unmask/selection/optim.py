@@ -1,4 +1,4 @@
-"""AdamW for a selection: Adam's bias correction counted from the first step, or from each weight's own unmasking."""
+"""Trains a selection by AdamW, with Adam's bias correction counted from the first step or from each weight's unmasking."""
 
 from __future__ import annotations
 
@@ -17,42 +17,47 @@ from unmask.selection.stepping import slots_in_use
 
 BiasCorrection = Literal["global", "entry"]
 
-# Settings that earlier versions had and wrote into their states, with the values under which they changed nothing.
+# Settings that earlier versions wrote into their states, with the values under which they had no effect.
 _RETIRED = {"lr_scale": "none", "slot_warmup": 0}
-_FUSED = ("cpu", "cuda")  # devices whose fused kernel is used
-_LINE = 64  # a prefix is a multiple of it: the fused kernel rounds a shorter tail otherwise than its vectors
-_CHUNK = 1 << 15  # entries per thread (CPU): 7 rows of them stay in its cache
-_CHUNK_DEVICE = 1 << 22  # entries (elsewhere): few launches, and scratch that is small beside the model
+_FUSED = ("cpu", "cuda")  # The devices whose fused kernel is used.
+_LINE = (
+    64  # A prefix of slots is a multiple of it: the fused kernel rounds a shorter tail differently from its vectors.
+)
+_CHUNK = 1 << 15  # The entries per thread on a CPU; 7 rows of them stay in its cache.
+_CHUNK_DEVICE = (
+    1 << 22
+)  # The entries on other devices: few kernel launches, and scratch that is small next to the model.
 
 
 class SelectiveAdamW(Optimizer):
-    """AdamW whose bias correction may start anew with every weight that is unmasked.
+    """AdamW whose bias correction may start again for every weight that is unmasked.
 
-    With m, v the moving averages of the gradient and its square, each step makes
+    With m, v the moving averages of the gradient and its square, each step computes
 
         value = value (1 - lr weight_decay) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-    where t is, under ``"global"``, the number of steps taken: this is bit for bit what
-    ``torch.optim.AdamW(fused=True)`` does. Under ``"entry"`` each slot of a selection's ``values`` has a t of its own,
-    its age: 1 at the first step after it was unmasked (repeat-S: after it was unmasked last, or first where it keeps what
-    leaves), so that a first move is about lr, however late. All other parameters are treated alike under both. A step reads
-    and writes only slots in use.
+    Under ``bias_correction="global"``, t is the number of steps taken, and a step is bit for bit that of
+    ``torch.optim.AdamW(fused=True)``. Under ``"entry"``, each slot of a selection's ``values`` has a separate t, its age. The
+    age is 1 at the first step after the weight was unmasked, so that its first move is about lr, however late it comes. (Under
+    repeat-S it counts from the last unmasking; from the first, if what leaves is kept.) Parameters other than ``values`` are
+    treated alike under both. A step reads and writes only slots in use.
 
     Args:
-        params: ``selection.parameters()``, or whatever ``torch.optim.AdamW`` takes: dense float tensors of any shape, or
-            groups with settings of their own (``bias_correction`` too).
-        lr: Learning rate, 0 or more.
-        betas: (b1, b2), each in [0, 1).
-        eps: Above 0: a selected weight may well have a gradient of exactly 0.
-        weight_decay: Decoupled, 0 or more.
+        params: ``selection.parameters()``, or anything that ``torch.optim.AdamW`` takes: dense float tensors of any shape, or
+            groups with their own settings (``bias_correction`` too).
+        lr: The learning rate, 0 or more.
+        betas: The decay rates (b1, b2) of the two averages, each in [0, 1).
+        eps: A number above 0, since a selected weight may have a gradient of exactly 0.
+        weight_decay: The decoupled weight decay, 0 or more.
         bias_correction: ``"global"`` or ``"entry"``.
 
-    State per parameter: ``exp_avg`` and ``exp_avg_sq`` (its shape and dtype), and ``step`` (0-d float32) or, for the slots
-    under ``"entry"``, ``age`` (B,) in the dtype of ``values`` (exact to 2^24 steps in float32, where b^t is 0 long since).
+    The state of a parameter holds ``exp_avg`` and ``exp_avg_sq``, of its shape and dtype, and ``step`` (0-d float32). Under
+    ``"entry"``, the state of ``values`` holds ``age`` (B,) instead, in the dtype of ``values``. In float32 an age is exact up to
+    2^24 steps, by which time b^t has long been 0.
 
     Raises:
-        ConfigError: A setting that cannot work, or a complex parameter.
-        SelectionError: From ``step``: a sparse gradient.
+        ConfigError: A setting cannot work, or a parameter is complex.
+        SelectionError: ``step`` meets a sparse gradient.
 
     Example:
         >>> import unmask
@@ -83,7 +88,11 @@ class SelectiveAdamW(Optimizer):
         super().__init__(params, {**settings, "bias_correction": bias_correction})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer.add_param_group``; refuses what cannot work, and then adds nothing."""
+        """Adds a group, as ``torch.optim.Optimizer.add_param_group`` does; adds nothing if the group cannot work.
+
+        Raises:
+            ConfigError: A setting cannot work, or a parameter is complex.
+        """
         _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
@@ -95,13 +104,16 @@ class SelectiveAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of every parameter that has a gradient.
+        """Makes one step of every parameter that has a gradient.
 
         Args:
-            closure: Evaluates the model anew, runs the backward and returns the loss.
+            closure: A function that evaluates the model again, runs the backward and returns the loss.
 
         Returns:
-            What the closure returned; None without one.
+            The result of the closure; None without one.
+
+        Raises:
+            SelectionError: A gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -109,20 +121,28 @@ class SelectiveAdamW(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
-            _refuse_sparse(trained)
-            aged = [p for p in trained if self._has_ages(p, group)]
-            for p in aged:
-                _step_slots(p, self._state_of(p, "age"), group)
-            alike = [p for p in trained if not any(p is q for q in aged)]
-            _step_alike([(p, self._state_of(p, "step")) for p in alike], group)
+            for p in trained:
+                if p.grad.layout != torch.strided:
+                    raise SelectionError(
+                        f"a parameter of {_named(p)} has a sparse gradient ({p.grad.layout}); SelectiveAdamW takes dense ones. "
+                        "Build the embedding with sparse=False, or train it by torch.optim.SparseAdam."
+                    )
+            alike = []
+            for p in trained:
+                # A copied optimizer has no selection. Ages that it has begun go on, with all slots in use.
+                if group["bias_correction"] == "entry" and (slots_in_use(p) is not None or "age" in self.state[p]):
+                    _step_slots(p, self._state_of(p, "age"), group)
+                else:
+                    alike.append((p, self._state_of(p, "step")))
+            _step_alike(alike, group)
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Continues a saved run bit for bit; a state of ``torch.optim.AdamW`` goes on under ``"global"``.
 
         Raises:
-            ConfigError: The state was made under another ``bias_correction``, or with a setting that this optimizer does
-                not have; nothing was changed.
+            ConfigError: The state was made under another ``bias_correction``, or with a setting that this optimizer does not
+                have. Nothing was changed.
         """
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             own, other = group["bias_correction"], saved.get("bias_correction", "global")
@@ -141,66 +161,59 @@ class SelectiveAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # a state of torch.optim.AdamW
+        for group in self.param_groups:  # A state of torch.optim.AdamW has no such setting.
             group.setdefault("bias_correction", "global")
 
-    def _has_ages(self, p: Tensor, group: Mapping[str, Any]) -> bool:
-        """Ages that were once begun go on without a selection too (a copied optimizer), all slots being in use then."""
-        return group["bias_correction"] == "entry" and (slots_in_use(p) is not None or "age" in self.state[p])
-
     def _state_of(self, p: Tensor, count: Literal["age", "step"]) -> dict[str, Tensor]:
+        """Returns a parameter's state, which is made at its first step."""
         state = self.state[p]
-        home = p.device if p.device.type in _FUSED else torch.device("cpu")  # where the kernels want the step
+        home = p.device if p.device.type in _FUSED else torch.device("cpu")  # The kernels want the step there.
         if not state:
             state[count] = torch.zeros((), device=home) if count == "step" else torch.zeros_like(p)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        elif count == "step" and state["step"].device != home:  # loaded
+        elif count == "step" and state["step"].device != home:  # The state was loaded.
             state["step"] = state["step"].to(home)
         return state
 
 
 def _step_alike(chosen: list[tuple[Tensor, dict[str, Tensor]]], group: Mapping[str, Any]) -> None:
-    """torch's own AdamW, on the prefix in use where a parameter is a selection's ``values``."""
-    for fused in (True, False):
-        rows = [(_prefixes(p, state), state["step"]) for p, state in chosen if _fusable(p) == fused]
-        if rows:
-            columns = [list(column) for column in zip(*(row for row, _ in rows), strict=True)]
-            _adamw(columns, [step for _, step in rows], group, fused)
-
-
-def _adamw(columns: list[list[Tensor]], steps: list[Tensor], group: Mapping[str, Any], fused: bool) -> None:
-    params, grads, exp_avgs, exp_avg_sqs = columns
+    """Runs torch's AdamW on parameters with their states; of a selection's ``values``, on the slots in use."""
     b1, b2 = group["betas"]
-    adamw(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        steps,
-        fused=fused,
-        foreach=False if fused else None,
-        amsgrad=False,
-        beta1=b1,
-        beta2=b2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
+    for fused in (True, False):
+        rows = [(*_prefixes(p, state), state["step"]) for p, state in chosen if _fusable(p) == fused]
+        if not rows:
+            continue
+        params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*rows, strict=True))
+        adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            fused=fused,
+            foreach=False if fused else None,
+            amsgrad=False,
+            beta1=b1,
+            beta2=b2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 def _fusable(p: Tensor) -> bool:
-    """The fused CPU kernel walks memory and looks at no strides."""
+    """Returns True if the fused kernel can step a parameter: it ignores strides, so the memory must be contiguous."""
     gradient = p.grad
     alike = gradient is not None and p.is_contiguous() and gradient.is_contiguous() and gradient.dtype == p.dtype
     return alike and p.device.type in _FUSED
 
 
 def _prefixes(p: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """(p, grad, exp_avg, exp_avg_sq), cut after the last line of slots that holds one in use."""
+    """Returns (p, grad, exp_avg, exp_avg_sq), cut after the last line of slots that holds one in use."""
     if p.grad is None:
-        raise AssertionError("only parameters with a gradient step")
+        raise AssertionError("only a parameter with a gradient makes a step")
     whole = (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])
     in_use = slots_in_use(p)
     if in_use is None:
@@ -210,9 +223,9 @@ def _prefixes(p: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def _step_slots(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
-    """The slots in use, chunk by chunk, so that each row is read and written once."""
+    """Steps the slots in use by their ages, chunk by chunk, so that each row is read and written once."""
     if p.grad is None:
-        raise AssertionError("only parameters with a gradient step")
+        raise AssertionError("only a parameter with a gradient makes a step")
     in_use = slots_in_use(p)
     used = p.numel() if in_use is None else in_use
     size = _CHUNK * torch.get_num_threads() if p.device.type == "cpu" else _CHUNK_DEVICE
@@ -235,14 +248,17 @@ def _slot_adamw(
     denominator: Tensor,
     group: Mapping[str, Any],
 ) -> None:
-    """One chunk, all (n,), in place. Corrections are 1 - b^age = -expm1(age ln b): exact where b^age is near 1."""
+    """Steps one chunk in place; all tensors are (n,), and ``root`` and ``denominator`` are scratch.
+
+    The bias corrections are computed as 1 - b^age = -expm1(age ln b), which is exact even if b^age is near 1.
+    """
     (b1, b2), lr = group["betas"], group["lr"]
     value.mul_(1 - lr * group["weight_decay"])
     exp_avg.lerp_(grad, 1 - b1)
     exp_avg_sq.mul_(b2).addcmul_(grad, grad, value=1 - b2)
     torch.mul(age, _log(b2), out=root).expm1_().neg_()  # 1 - b2^age
     torch.div(exp_avg_sq, root, out=root).sqrt_().add_(group["eps"])
-    torch.mul(age, _log(b1), out=denominator).expm1_().mul_(root)  # (b1^age - 1) (...): the sign makes it a descent
+    torch.mul(age, _log(b1), out=denominator).expm1_().mul_(root)  # (b1^age - 1) root: the minus sign of a descent
     value.addcdiv_(exp_avg, denominator, value=lr)
 
 
@@ -250,26 +266,19 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
 
 
-def _refuse_sparse(trained: list[Tensor]) -> None:
-    for p in trained:
-        if p.grad is not None and p.grad.layout != torch.strided:
-            raise SelectionError(
-                f"a parameter of {_named(p)} has a sparse gradient ({p.grad.layout}); SelectiveAdamW takes dense ones. Build "
-                "the embedding with sparse=False, or train it by torch.optim.SparseAdam."
-            )
-
-
 def _named(p: Tensor) -> str:
     return f"shape {tuple(p.shape)} and dtype {p.dtype}"
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-    """Refuses settings that cannot work, with what is allowed."""
+    """Raises a ConfigError for a setting that cannot work; it says what is allowed."""
     for name in ("lr", "weight_decay"):
         if not (_is_number(settings[name]) and settings[name] >= 0):
             raise ConfigError(f"{name} = {settings[name]!r}; it must be a finite number, 0 or more.")
     if not (_is_number(settings["eps"]) and settings["eps"] > 0):
-        raise ConfigError(f"eps = {settings['eps']!r}; it must be above 0: a gradient of exactly 0 would give 0/0.")
+        raise ConfigError(
+            f"eps = {settings['eps']!r}; it must be a finite number above 0, since a gradient of exactly 0 would give 0/0."
+        )
     betas = settings["betas"]
     pair = isinstance(betas, tuple | list) and len(betas) == 2
     if not (pair and all(_is_number(b) and 0 <= b < 1 for b in betas)):

@@ -1,27 +1,44 @@
-"""`select`: checks what was asked for, agrees on it with other processes, and starts a `Selection`."""
+"""`select`: starts a `Selection` in five steps: eligible tensors, refusals, ledger, taps, and the watch over the optimizers."""
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from unmask.delta.added import refuse_pruned_base
+from unmask.calibration.estimates import estimates
 from unmask.delta.live import has_selection
-from unmask.delta.record import missing_from_checkpoint, new_tensors
-from unmask.distributed.reducer import Exchange, ProcessReducer, check_exchange, refused_by_all
-from unmask.distributed.sharding import check_sharded
+from unmask.distributed.facts import facts_of_method
+from unmask.distributed.reducer import Exchange, ProcessReducer, refused_by_all
+from unmask.distributed.sharding import catch_up_before_gather
 from unmask.errors import MethodError
+from unmask.gradients.linear import handlers
+from unmask.gradients.taps import TapSet
+from unmask.gradients.unreached import watch_forwards
 from unmask.gradients.wrappers import bare, named_parameters, refuse_wrappers
-from unmask.methods.method import Method, parse_budget
-from unmask.methods.scopes import Patterns, as_patterns, matching
-from unmask.quantised.layers import weights
-from unmask.selection.clipping import ClipScope
-from unmask.selection.eligible import refuse_renormalized, resolve
-from unmask.selection.refusals import refuse_quantised
-from unmask.selection.selection import Selection
-from unmask.selection.storage import Ties, refuse_absent, refuse_overlaps
-from unmask.selection.window import Accumulation, Gradients
+from unmask.methods.method import Method
+from unmask.methods.scopes import Patterns
+from unmask.quantised.layers import reach_biases, settle, weights
+from unmask.ranking.ledger import Ledger
+from unmask.ranking.ranker import Ranker
+from unmask.selection.dense import DenseGradients, DenseTensor, catch_up_before_forward
+from unmask.selection.eligible import ModelFacts, facts_of
+from unmask.selection.identity import Identity
+from unmask.selection.outside import OutsideWrites
+from unmask.selection.refusals import (
+    Accumulation,
+    ClipScope,
+    Gradients,
+    Options,
+    check_exchange,
+    refuse,
+    refuse_dead_lora,
+)
+from unmask.selection.selection import Parts, Selection
+from unmask.selection.storage import Ties, refuse_absent
+from unmask.selection.window import Window
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -43,34 +60,37 @@ def select(
     clip_scope: ClipScope = "selected",
     values: nn.Parameter | None = None,
 ) -> Selection:
-    """Freezes a model and makes a budget of its scalar weights trainable.
+    """Freezes a model, and makes a budget of its scalar weights trainable as one vector.
+
+    This changes the model until ``release()``: all parameters are frozen (``requires_grad`` is False), the eligible ones get
+    another class (``TappedParameter``), which sees their gradients, and hooks on every torch optimizer's ``step`` do the rest.
 
     Args:
-        model: Any module. Its tensors keep their names, shapes and dtypes and always hold the current values. Of a compiled
-            model, or one in ``DataParallel``, it is the model inside; names are those of the plain model. Parameters that
-            share one memory become one parameter until ``release()``. What may be changed afterwards: docs/training.md.
-        method: What is unmasked and when, e.g. ``unmask.id3(budget=320_000, steps=1_000)``.
+        model: Any module. Its tensors keep their names, shapes and dtypes and always hold the current values. For a compiled
+            model, or one in ``DataParallel``, the model inside is taken; names are those of the plain model. Parameters that
+            share one memory become one parameter until ``release()``. docs/training.md says what may be changed afterwards.
+        method: This says what is unmasked and when, e.g. ``unmask.id3(budget=320_000, steps=1_000)``.
         include: Regular expressions, searched in parameter names: only these tensors are eligible.
-        exclude: Regular expressions: these tensors are not.
+        exclude: Regular expressions: these tensors are not eligible.
         dense: Regular expressions: these tensors are trained whole, outside the budget, and reported apart.
-        new: Regular expressions: tensors that are not in the base checkpoint (a head with a random init). The delta
-            stores them whole, trained or not. None: found out from a transformers model's checkpoint where it can be.
-        accumulation: Which selection gradient accumulation makes: ``"candidates"`` (ranked on the first micro-batch, then
+        new: Regular expressions: these tensors are not in the base checkpoint (a head with a random init). The delta
+            stores them whole, trained or not. None finds them out from a transformers model's checkpoint where it can.
+        accumulation: The selection that gradient accumulation makes: ``"candidates"`` (ranked on the first micro-batch, then
             re-ranked by the summed gradients; O(B) memory) or ``"exact"`` (by the summed dense gradients; O(N)). With
             one micro-batch per step both are the exact selection.
-        gradients: How steps that select nothing get their gradients: ``"auto"`` (at the selected entries only, where that
-            is cheaper than the dense gradient), ``"sampled"`` (wherever there is a way) or ``"dense"``. The three agree
-            within rounding.
-        exchange: How several processes of ``torch.distributed`` select together: ``"exact"`` (by the reduced dense gradient),
-            ``"candidates"`` (what each process's own gradient puts first, ranked by the exact mean gradient; few bytes), or
-            ``"none"`` (every process trains by itself).
+        gradients: The way in which steps that select nothing get their gradients: ``"auto"`` (at the selected entries only,
+            where that is cheaper than the dense gradient), ``"sampled"`` (wherever there is a way) or ``"dense"``. The three
+            agree within rounding.
+        exchange: The way in which several processes of ``torch.distributed`` select together: ``"exact"`` (by the reduced
+            dense gradient), ``"candidates"`` (the entries that each process's own gradient puts first, ranked by the exact
+            mean gradient; few bytes), or ``"none"`` (every process trains by itself).
         group: The processes that train together; None for all of them.
-        clip_scope: Which norm `unmask.clip_grad_norm_` clips by: ``"selected"``, or ``"all"``: of the gradient of every
-            eligible weight. ``"all"`` forms all gradients at every step (``gradients`` is ``"dense"`` then), and with
+        clip_scope: The norm by which `unmask.clip_grad_norm_` clips: ``"selected"``, or ``"all"`` for that of the gradient of
+            every eligible weight. ``"all"`` forms all gradients at every step (``gradients`` is ``"dense"`` then), and with
             several micro-batches it needs ``accumulation="exact"``.
-        values: The parameter that becomes the selection's ``values``, for a wrapper that an optimizer is built from before
-            the selection can start: (B,), or with one slot for each eligible weight under ``leaving="kept"``, on the model's
-            device, float32 (float64 for a float64 model). Its contents are dropped. None: a new one.
+        values: The parameter that becomes the selection's ``values``, for a wrapper whose optimizer is built before the
+            selection can start: (B,), or with one slot for each eligible weight under ``leaving="kept"``, on the model's
+            device, float32 (float64 for a float64 model). Its contents are dropped. None makes a new one.
 
     Returns:
         The selection. Give ``selection.parameters()`` to any ``torch.optim`` optimizer; no further call is needed.
@@ -95,78 +115,131 @@ def select(
     """
     if not isinstance(model, nn.Module) or not isinstance(method, Method):
         raise MethodError(
-            f"select got a {type(model).__name__} and a {type(method).__name__}; give a torch module and a method, such as "
+            f"select got a {type(model).__name__} and {_given(method)}; give a torch module and a method, such as "
             "unmask.id3(budget=1000, steps=100)."
         )
     refuse_wrappers(model)
     model = bare(model)
     if has_selection(model):
         raise MethodError("this model already has a selection; call its release() first.")
-    if accumulation not in ("candidates", "exact"):
-        raise MethodError(f"accumulation = {accumulation!r}; it must be 'candidates' or 'exact'.")
-    if gradients not in ("auto", "sampled", "dense"):
-        raise MethodError(f"gradients = {gradients!r}; it must be 'auto', 'sampled' or 'dense'.")
-    if clip_scope not in ("selected", "all"):
-        raise MethodError(f"clip_scope = {clip_scope!r}; it must be 'selected' or 'all'.")
-    if clip_scope == "all" and gradients == "sampled":
-        raise MethodError("clip_scope='all' needs the whole gradient at every step; leave gradients='auto'.")
+    options = Options(accumulation, gradients, exchange, clip_scope)
     check_exchange(exchange, method)
     refuse_absent(model)
     reducer = ProcessReducer(model, exchange, group)
     with Ties(model) as ties:  # a tensor of several names is one tensor from here on
         reducer.share_weights(model)
-        eligible, dense_names = resolve(model, method.scope, include, exclude, dense)
-        if method.whole:
-            eligible, dense_names = [], sorted({*eligible, *dense_names})
-        refuse_renormalized(model, dense_names)
-        if reducer.sharded is not None:
-            check_sharded(model, method, eligible, dense_names, exchange)
-        refuse_overlaps(model, [*eligible, *dense_names])
-        budget = count_budget(model, method, eligible)
-        method.schedule.check(budget)
-        parameters = named_parameters(model)
-        new_names = None if new is None else matching(parameters, as_patterns(new), "new")
-        absent = (lambda: missing_from_checkpoint(model)) if new_names is None else (lambda: set(new_names))
-        refuse_quantised(model, method, [*eligible, *dense_names], absent)
-        if method.unselected == "zero":
-            refuse_pruned_base(eligible, set(new_tensors(model, new_names)))
-        return Selection(
-            model,
-            method,
-            eligible,
-            dense_names,
-            budget,
-            accumulation,
-            new_names,
-            gradients,
-            reducer,
-            clip_scope,
-            values,
-            ties,
-        )
+        facts = facts_of(model, method, include, exclude, dense, new, reducer.sharded is not None)
+        refuse(method, facts, options)
+        ledger = _start_ledger(facts, method, reducer, values)
+        parts = _tap(facts, method, ledger, options, reducer, ties)
+        selection = Selection(method, parts, clip_scope)
+        selection.start()
+        return selection
 
 
-def count_budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
-    """B: a method's budget among a model's eligible tensors, as a count.
+def _given(method: object) -> str:
+    """Says what stands in the place of a method: a name is most likely meant as the one of a method."""
+    return f"the name {method!r}" if isinstance(method, str) else f"a {type(method).__name__}"
 
-    Raises:
-        MethodError: Nothing is eligible, or less than the budget.
+
+def _start_ledger(facts: ModelFacts, method: Method, reducer: ProcessReducer, values: nn.Parameter | None) -> Ledger:
+    """Makes the ledger, and gives it all weights at once where their order is known before training.
+
+    The model is not frozen yet: a calibration wants it as it was.
     """
-    parameters = weights(model)
-    available = sum(parameters[name].numel() for name in eligible)
-    if method.whole:
-        return available
-    if not eligible:
-        raise MethodError(
-            f"scope {method.scope.kind!r} and the patterns leave no tensor for the budget; unmask.full() with include= trains "
-            "dense tensors alone."
-        )
-    if method.budget is None:
-        return available
-    budget = parse_budget(method.budget, sum(p.numel() for p in parameters.values()), available)
-    if budget > available:
-        raise MethodError(
-            f"budget = {method.budget!r} asks for {budget:,} weights, but only {available:,} are eligible under scope "
-            f"{method.scope.kind!r} and the patterns; lower the budget or widen the scope."
-        )
-    return budget
+    layout = reducer.layout(facts.model, weights(facts.model), facts.eligible)
+    slots = facts.budget if facts.eligible else 0
+    kept = method.leaving == "kept"
+    double = any(tensor.dtype == torch.float64 for tensor in layout.tensors)
+    device = named_parameters(facts.model)[facts.trained[0]].device
+    zeros = torch.zeros(
+        layout.total if kept else slots, dtype=torch.float64 if double else torch.float32, device=device
+    )
+    ledger = Ledger(layout, nn.Parameter(zeros) if values is None else _emptied(values, zeros), slots, kept)
+    if slots and method.heuristic.needs != "gradient" and method.strategy != "repeat":
+        ledger.reserve(known_positions(method, ledger, estimates(facts.model, layout, method, slots)))
+        refuse_dead_lora(facts.model, {*facts.dense, *(layout.names[index] for index in ledger.occupied())})
+    if method.unselected == "zero":
+        ledger.zero_rest()
+    return ledger
+
+
+def _emptied(values: nn.Parameter, zeros: Tensor) -> nn.Parameter:
+    """Returns a given parameter as the ``values`` of a selection that starts."""
+    for what in ("shape", "dtype", "device"):
+        given, needed = getattr(values, what), getattr(zeros, what)
+        if given != needed:
+            raise MethodError(f"values has {what} {given}; this selection needs {needed}.")
+    with torch.no_grad():
+        values.copy_(zeros)
+    values.grad = None
+    return values
+
+
+def known_positions(method: Method, ledger: Ledger, scores: dict[int, Tensor] | None = None) -> Tensor:
+    """Returns the positions (B,) int64 that a method without gradients unmasks, in order.
+
+    Args:
+        method: The method.
+        ledger: The ledger of the eligible tensors; its budget is B.
+        scores: Scores by tensor index, where a calibration made them; they are used up.
+    """
+    ranker = Ranker(method.heuristic, ledger, method.allocation, ledger.budget, 0, False)
+    for index in range(len(ledger.layout.tensors)):
+        ranker.rank(index, None if scores is None else scores.pop(index, None))
+    return ranker.result().positions
+
+
+def _tap(
+    facts: ModelFacts, method: Method, ledger: Ledger, options: Options, reducer: ProcessReducer, ties: Ties
+) -> Parts:
+    """Freezes the model, taps the eligible tensors and puts hooks on the model."""
+    model, parameters = facts.model, named_parameters(facts.model)
+    model.requires_grad_(False)
+    dense = [DenseTensor(name, parameters[name]) for name in facts.dense]
+    _expect(facts, method, ledger, dense, options, reducer)
+    dense_gradients = DenseGradients(dense, reducer)
+    measured = options.clip_scope == "all"
+    gradients = "dense" if measured else options.gradients
+    window = Window(ledger, method, options.accumulation, gradients != "dense", reducer, measured)
+    training = weakref.ref(model)
+    taps = TapSet(ledger.layout.tensors, window, lambda: bool((m := training()) and m.training))
+    outside = OutsideWrites(model, method, ledger, dense, taps, facts.sharded)
+    if gradients != "dense":
+        taps.handlers = handlers(dense=gradients == "auto")
+    settle(model, ledger.layout.tensors)
+    hooks = list(reach_biases(model))
+    if facts.eligible:
+        watch_forwards(model, taps)
+    hooks += catch_up_before_forward(model, dense)
+    if facts.sharded:
+        hooks += catch_up_before_gather(model, taps.catch_up)
+    identity = Identity(model, ledger, dense, taps, ties)
+    return Parts(facts, ledger, dense, reducer, dense_gradients, window, taps, identity, outside, hooks)
+
+
+def _expect(
+    facts: ModelFacts,
+    method: Method,
+    ledger: Ledger,
+    dense: list[DenseTensor],
+    options: Options,
+    reducer: ProcessReducer,
+) -> None:
+    """Tells the reducer what must be the same in all processes that train together."""
+    layout = ledger.layout
+    budget = sum(d.parameter.numel() for d in dense) if method.whole else ledger.budget
+    described = facts_of_method(method, ledger.budget) | {"budget": budget, "accumulation": options.accumulation}
+    described |= {"the eligible tensors": layout.names, "the tensors trained whole": facts.dense}
+
+    def start() -> dict[str, Tensor]:
+        tensors = {} if facts.sharded else {name: layout.plain(index) for index, name in enumerate(layout.names)}
+        tensors |= {d.name: d.parameter.detach() for d in dense}
+        return tensors | {"the order of unmasking": ledger.positions}
+
+    def progress() -> tuple[int, list[Tensor]]:
+        turn = ledger.step % max(1, len(dense))  # of the dense tensors, another one at each step
+        trained = (ledger.values[: ledger.used], *(d.master for d in dense[turn : turn + 1]))
+        return ledger.step, [tensor.detach() for tensor in trained]
+
+    reducer.expect(described, start, progress, ledger.values)

@@ -1,7 +1,7 @@
-"""The optimizer's side: hooks on every ``torch.optim.Optimizer.step``, so that no further call is needed.
+"""Hooks on every ``torch.optim.Optimizer.step``, so that a selection needs no call of its own in a training loop.
 
-Before a step: refuse what would be a silently static or a broken run. After it: commit the tentative selection, advance
-the schedule and write ``values`` back into the tensors.
+Before a step they refuse a run that would silently train nothing, or that is broken. After it they make the tentative selection
+final, advance the schedule and write ``values`` back into the tensors.
 """
 
 from __future__ import annotations
@@ -9,90 +9,108 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from unmask.delta.live import _LIVE
+from unmask.delta.live import LIVE
 from unmask.errors import NonFiniteGradientError, ScheduleNotRunError, SelectionError
 
 
-class Steppable(Protocol):
-    """What the hooks need of a selection."""
+class Steppable:
+    """What the optimizer's hooks ask of a selection, and tell it. A subclass overrides what concerns it; the rest does nothing.
+
+    Attributes:
+        model: The model that was selected from.
+        values: The parameter that an optimizer trains.
+    """
 
     model: nn.Module
     values: nn.Parameter
-    step: int
+
+    @property
+    def step(self) -> int:
+        """The number of the coming step."""
+        return 0
 
     @property
     def in_use(self) -> int:
         """How many slots of ``values`` the coming step trains."""
-
-    def clock(self) -> Tensor:
-        """The parameter whose optimizer step is the schedule's step."""
-
-    def owns(self, parameter: Tensor) -> bool:
-        """Whether an optimizer that holds this parameter must be told about the selection's own."""
+        return 0
 
     @property
     def copies_matter(self) -> bool:
-        """Whether `check_optimizer` wants to know what ``values`` held before this step."""
+        """True if `check_optimizer` wants to know what ``values`` held before this step."""
+        return False
 
-    def check_writes(self) -> None:
-        """An optimizer that holds ``clock()`` begins its step: refuses writes that may be of a stale copy."""
+    def clock(self) -> Tensor:
+        """Returns the first trained parameter. Each step of an optimizer that holds it advances the schedule by one."""
+        return self.values
 
-    def check_optimizer(self, optimizer: Optimizer, before: Tensor | None) -> None:
-        """The optimizer has changed ``clock()``: refuses one that keeps copies it must not keep."""
+    def owns(self, parameter: Tensor) -> bool:
+        """Returns True if an optimizer that holds this parameter must hold another one, of the selection, in its place."""
+        return False
+
+    def trains_beside(self, held: Sequence[Tensor]) -> bool:
+        """Returns True if these parameters include dense tensors, which are trained next to ``values``."""
+        return False
+
+    def has_gradient(self) -> bool:
+        """Returns True if a backward has reached the selection since the last step."""
+        return True
+
+    def nonfinite(self) -> str | None:
+        """Says what is not finite among this step's gradients; None if all are finite."""
+        return None
 
     def check_model(self) -> None:
         """Refuses a model that is no longer what was selected from."""
 
+    def check_writes(self) -> None:
+        """Refuses writes that may be of a stale copy; an optimizer that holds ``clock()`` begins its step."""
+
+    def check_optimizer(self, optimizer: Optimizer, before: Tensor | None) -> None:
+        """Refuses an optimizer that keeps copies it must not keep; it has changed ``clock()``."""
+
     def before_step(self, optimizer: Optimizer) -> None:
-        """The optimizer is about to change ``clock()``."""
+        """Hears that the optimizer is about to change ``clock()``."""
 
     def after_step(self) -> None:
-        """The optimizer changed ``clock()``."""
+        """Hears that the optimizer has changed ``clock()``."""
 
     def sync_dense(self, held: Sequence[Tensor]) -> None:
-        """An optimizer that holds these parameters stepped."""
-
-    def trains_beside(self, held: Sequence[Tensor]) -> bool:
-        """Whether these parameters include dense tensors, trained beside ``values``."""
-
-    def has_gradient(self) -> bool:
-        """Whether a backward has reached the selection since the last step."""
-
-    def nonfinite(self) -> str | None:
-        """What is not finite among this step's gradients, if anything."""
+        """Hears that an optimizer that holds these parameters has stepped."""
 
 
-_stepping: weakref.WeakSet[Any] = weakref.WeakSet()  # selections whose optimizer's running step is not committed yet
-_before_first: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()  # `values`, where `copies_matter`
-# Per selection: the step and the gradient that waited while an optimizer of its dense tensors alone stepped.
+# Selections whose optimizer has begun a step that is not final yet.
+_stepping: weakref.WeakSet[Any] = weakref.WeakSet()
+# What ``values`` held before the running step, for selections with `Steppable.copies_matter`.
+_before_first: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+# For each selection, the step and the gradient that waited while an optimizer of its dense tensors alone stepped.
 _passed_over: weakref.WeakKeyDictionary[Any, tuple[int, weakref.ref[Tensor]]] = weakref.WeakKeyDictionary()
 
 
 def watch(selection: Steppable) -> None:
-    """Lets every optimizer's step serve the selection, until `unwatch` or the selection's end."""
+    """Lets every optimizer's step serve the selection, until `unwatch` is called or the selection is deleted."""
     _register()
-    _LIVE.add(selection)
+    LIVE.add(selection)
 
 
 def slots_in_use(parameter: Tensor) -> int | None:
-    """How many entries the coming step trains, if the parameter is a live selection's ``values``; else None."""
-    return next((live.in_use for live in list(_LIVE) if live.values is parameter), None)
+    """Returns how many entries the coming step trains, if the parameter is a live selection's ``values``; else None."""
+    return next((live.in_use for live in list(LIVE) if live.values is parameter), None)
 
 
 def unwatch(selection: Steppable) -> None:
     """Stops serving the selection."""
-    _LIVE.discard(selection)
+    LIVE.discard(selection)
 
 
 @functools.cache
 def _register() -> None:
-    """One pair of hooks for all selections, for good: a hook must not be removed while torch runs the hooks."""
+    """Registers one pair of hooks for all selections, for good: a hook must not be removed while torch runs the hooks."""
     register_optimizer_step_pre_hook(_before)
     register_optimizer_step_post_hook(_after)
 
@@ -107,12 +125,12 @@ def _contains(held: list[Tensor], clock: Tensor) -> bool:
 
 def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     held, closure = _held(optimizer), kwargs.get("closure", args[1] if len(args) > 1 else None)
-    for selection in list(_LIVE):
+    for selection in list(LIVE):
         if not _contains(held, selection.clock()):
             _refuse_foreign(selection, held)
             _refuse_bypass(selection, held)
             continue
-        if selection not in _stepping:  # else this step runs inside another one, which has written already
+        if selection not in _stepping:  # otherwise this step runs inside another one, which has written already
             selection.check_writes()
         _stepping.discard(selection)
         if _overflowed(optimizer):
@@ -127,10 +145,12 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = _held(optimizer)
-    for selection in list(_LIVE):
+    for selection in list(LIVE):
         clocked = _contains(held, selection.clock())
         if clocked and selection not in _stepping:
-            continue  # skipped in a fused kernel; or a step inside this one (a subclass that calls its super's) was it
+            # Nothing is to be made final: either GradScaler made a fused optimizer skip this step, or a nested step() (of a
+            # subclass that calls super().step()) has done it already.
+            continue
         if clocked:
             _stepping.discard(selection)
             selection.check_optimizer(optimizer, _before_first.pop(selection, None))
@@ -151,7 +171,7 @@ def _ready(selection: Steppable, optimizer: Optimizer) -> None:
 
 
 def _checked(closure: Callable[[], Any], selection: Steppable, optimizer: Optimizer) -> Callable[[], Any]:
-    """The user's closure, and then what otherwise runs before the step."""
+    """Returns a closure that calls the user's, and then does what otherwise is done before the step."""
     calls = 0
 
     def run() -> Any:
@@ -170,7 +190,7 @@ def _checked(closure: Callable[[], Any], selection: Steppable, optimizer: Optimi
 
 
 def _overflowed(optimizer: Optimizer) -> bool:
-    """Whether a GradScaler told a fused optimizer to skip this step inside its kernel."""
+    """Returns True if a GradScaler told a fused optimizer to skip this step inside its kernel."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found.item() > 0)
 
@@ -184,7 +204,7 @@ def _refuse_foreign(selection: Steppable, held: list[Tensor]) -> None:
 
 
 def _refuse_bypass(selection: Steppable, held: list[Tensor]) -> None:
-    """An optimizer that a library built from what requires grad: nothing, or the dense tensors alone."""
+    """Refuses an optimizer that a library built from the parameters that require grad: none, or the dense tensors alone."""
     waiting = selection.values.grad
     if waiting is None or not selection.has_gradient():
         return
@@ -199,7 +219,7 @@ def _refuse_bypass(selection: Steppable, held: list[Tensor]) -> None:
 
 
 def _check_steps_taken(selection: Steppable, optimizer: Optimizer) -> None:
-    """Optimizer state that was loaded without the selection's."""
+    """Refuses optimizer state that was loaded without the state of the selection."""
     taken = optimizer.state.get(selection.clock(), {}).get("step")
     if taken is not None and int(taken) > selection.step:
         raise ScheduleNotRunError(
@@ -224,10 +244,10 @@ def _check_gradient(selection: Steppable) -> None:
 
 
 def clear_state(states: Mapping[str, Any], values: Tensor, slots: Tensor) -> None:
-    """Gives slots of ``values`` fresh optimizer state: zeros, in whatever code an 8-bit optimizer writes them.
+    """Gives slots of ``values`` fresh optimizer state: zeros, in the code in which an 8-bit optimizer writes them.
 
     Raises:
-        SelectionError: A quantized state whose code for 0 is not known.
+        SelectionError: A state is quantized, and its code for 0 is not known.
     """
     for name, state in states.items():
         if isinstance(state, Tensor) and state.shape == values.shape:
@@ -235,7 +255,7 @@ def clear_state(states: Mapping[str, Any], values: Tensor, slots: Tensor) -> Non
 
 
 def _code_of_zero(name: str, states: Mapping[str, Any]) -> int:
-    """bitsandbytes writes ``state1`` in codes of ``qmap1``, and so on."""
+    """Returns the code for 0 in a state of bitsandbytes, which writes ``state1`` in codes of ``qmap1``, and so on."""
     codes = states.get(name.replace("state", "qmap"))
     zeros = [] if not isinstance(codes, Tensor) else (codes == 0).nonzero().flatten().tolist()
     if name.startswith("state") and zeros:

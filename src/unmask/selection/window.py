@@ -18,27 +18,22 @@ Of several processes each has a window, and all have the same: every micro-batch
 from __future__ import annotations
 
 import functools
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unmask.distributed.reducer import refuse_zero
 from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.entries import Entries
-from unmask.gradients.factors import Factors, as_dense, forget, gradient_at
-from unmask.gradients.norm import total_norm
+from unmask.gradients.factors import Factors, as_dense, forget, gradient_at, total_norm
 from unmask.gradients.taps import in_pieces, stale
-from unmask.gradients.writes import Writes
 from unmask.methods.method import Method
 from unmask.ranking.exchange import Ranking, Reducer
-from unmask.ranking.ledger import SlotTable
-from unmask.ranking.plan import Plan, Tentative
+from unmask.ranking.ledger import Ledger
+from unmask.ranking.plan import Plan
 from unmask.ranking.ranker import Ranker
 from unmask.ranking.topk import Ranked, in_order
+from unmask.selection.refusals import Accumulation
 
-Accumulation = Literal["candidates", "exact"]
-Gradients = Literal["auto", "sampled", "dense"]
 OVERSAMPLE = 4  # candidates kept per entry to be unmasked
 
 
@@ -47,22 +42,19 @@ class Window:
 
     def __init__(
         self,
-        table: SlotTable,
-        values: nn.Parameter,
+        ledger: Ledger,
         method: Method,
         accumulation: Accumulation,
         sampled: bool,
         reducer: Reducer,
         measured: bool = False,
     ) -> None:
-        self.table, self.values, self.method, self.accumulation = table, values, method, accumulation
+        self.ledger, self.values, self.method, self.accumulation = ledger, ledger.values, method, accumulation
         self.reducer = reducer
-        self.writes = Writes(values)
         self.sampled = sampled  # whether a step that does not select asks for the entries of its slots only
         self.measured = measured  # whether every step forms all gradients, for their norm
         self.norm: Tensor | None = None  # 0-d: of all gradients so far, where they are measured
         self.plan = Plan(0, 0, 0, 0, repeat=False)
-        self.tentative: Tentative | None = None
         self.nonfinite: str | None = None
         self._buffer: Tensor | None = None  # (B,) this backward's gradient of the slots
         self._earlier: Tensor | None = None  # (B,) the earlier micro-batches' (repeat-S: a slot may change hands twice)
@@ -79,16 +71,16 @@ class Window:
     def start(self, plan: Plan) -> None:
         """A new step's window."""
         self.plan = plan
-        self._inside = {} if plan.picked is None or plan.selecting else self.table.entries(plan.picked)
+        self._inside = {} if plan.picked is None or plan.selecting else self.ledger.entries(plan.picked)
         self._clear()
-        self.tentative = None
         if plan.selecting and plan.picked is None:
             self._open = plan.open(self.values.device)
 
     @property
     def due(self) -> int:
         """Slots in use once the step is made: what is planned, and once a backward has selected, what it found."""
-        return self.plan.due if self.tentative is None else self.plan.used + self.tentative.fresh
+        tentative = self.ledger.tentative
+        return self.plan.due if tentative is None else self.plan.used + tentative.fresh
 
     def wanted(self, index: int) -> bool:
         """Whether the tensor's gradient is wanted; with nothing to train yet, all are, so that the loss has a graph."""
@@ -110,8 +102,8 @@ class Window:
         """The tensor's slots that this step trains, without those that it selects."""
         if self.plan.picked is not None:
             return self._inside.get(index)
-        members = self.table.members(index)
-        if members is None or self.plan.active >= self.table.held:
+        members = self.ledger.members(index)
+        if members is None or self.plan.active >= self.ledger.held:
             return members
         if index not in self._inside:
             self._inside[index] = members.below(self.plan.active)
@@ -120,11 +112,10 @@ class Window:
 
     def _nothing(self, index: int) -> Entries:
         none = torch.empty(0, dtype=torch.int64, device=self.values.device)
-        return self.table.layout.at(index, none, none)
+        return self.ledger.layout.at(index, none, none)
 
     def begin(self) -> None:
         """A backward starts: a fresh window if ``values`` carries no gradient, else one more micro-batch."""
-        refuse_zero(self.values)
         fresh = self._fresh()
         self.reducer.begin(self.plan, fresh)
         if self.measured and self.reducer.several:
@@ -191,8 +182,7 @@ class Window:
         elif self.plan.selecting:
             settle = self._settle if self.plan.picked is None else self._settle_kept
             try:
-                with self.writes.own():
-                    settle(self._ranked(), buffer)
+                settle(self._ranked(), buffer)
             except NonFiniteGradientError as error:
                 self.nonfinite = str(error)
                 buffer.fill_(torch.nan)
@@ -210,10 +200,7 @@ class Window:
 
     def discard(self) -> None:
         """Drops the tentative selection: nothing was consumed."""
-        if self.tentative is not None:
-            with torch.no_grad(), self.writes.own():
-                self.values[self.tentative.slots] = self.tentative.displaced
-        self.tentative = None
+        self.ledger.withdraw()
         self._clear()
 
     def _clear(self) -> None:
@@ -262,13 +249,13 @@ class Window:
             self._offer_untouched(self._ranker, self._offered)
             ranked, self._ranker = self._ranker.result(), None
             if ranked.positions.numel():  # else the next micro-batch is the first that ranks
-                self._candidates, self._by_tensor = ranked, dict(self.table.layout.entries(ranked.positions))
+                self._candidates, self._by_tensor = ranked, dict(self.ledger.layout.entries(ranked.positions))
             return ranked.first(self.plan.newcomers)
         return self._rerank()
 
     def _offer_untouched(self, ranker: Ranking, offered: set[int]) -> None:
         """Tensors that the loss did not reach have a zero gradient, with which they take part."""
-        for index in range(len(self.table.layout.tensors)):
+        for index in range(len(self.ledger.layout.tensors)):
             if index not in offered:
                 ranker.rank_zero(index)
 
@@ -281,7 +268,7 @@ class Window:
         candidates.payload.add_(self._added)
         if self.method.by_entry:
             heuristic = self.method.heuristic
-            weights = self.table.layout.read(candidates.positions, self.table.base.dtype)
+            weights = self.ledger.layout.read(candidates.positions, self.ledger.base.dtype)
             candidates = in_order(candidates._replace(scores=heuristic.score(weights, candidates.payload)))
             candidates = candidates.where(~(candidates.scores <= heuristic.floor))  # NaN stays, and is refused later
         return candidates.first(self.plan.newcomers)
@@ -293,40 +280,37 @@ class Window:
         fresh = int((slots >= self.plan.used).sum().item()) if self.plan.exchanging else slots.numel()
         positions, payload = ranked.positions.to(buffer.device), ranked.payload.to(buffer)
         gathered = buffer.clone() if self.plan.exchanging else None
-        if self.tentative is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
-            self.values[self.tentative.slots] = self.tentative.displaced
-            before = 0.0 if self._earlier is None else self._earlier[self.tentative.slots]
-            self.values.grad[self.tentative.slots] = before
+        earlier = self.ledger.tentative
+        if earlier is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
+            self.ledger.withdraw()
+            self.values.grad[earlier.slots] = 0.0 if self._earlier is None else self._earlier[earlier.slots]
             self.values.grad[slots] = 0
         if gathered is not None:
             self._earlier = gathered if self._earlier is None else self._earlier + gathered
-        weights = self.table.layout.read(positions, self.values.dtype)
-        self.tentative = Tentative(slots, positions, weights, self.values[slots].clone(), fresh, missing)
-        self.values[slots] = weights
+        self.ledger.propose(positions, slots, fresh, missing)
         buffer[slots] = payload
 
     def _settle_kept(self, ranked: Ranked, buffer: Tensor) -> None:
         """Gives the picks a gradient, and nothing else; those that hold no slot yet get the next ones, in order of rank."""
-        if self.tentative is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
-            self.values[self.tentative.slots] = self.tentative.displaced
-            self.values.grad[self.tentative.picked] = 0  # the payload is of all micro-batches
+        earlier = self.ledger.tentative
+        if earlier is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
+            self.ledger.withdraw()
+            self.values.grad[earlier.picked] = 0  # the payload is of all micro-batches
         positions = ranked.positions.to(buffer.device)
-        picked = self.table.find(positions)
+        picked = self.ledger.find(positions)
         entering = picked < 0
         positions, missing = positions[entering], self.plan.newcomers - positions.numel()
         slots = torch.arange(self.plan.used, self.plan.used + positions.numel(), device=buffer.device)
         picked[entering] = slots
-        weights, displaced = self.table.layout.read(positions, self.values.dtype), self.values[slots].clone()
-        self.values[slots] = weights
         buffer[picked] = ranked.payload.to(buffer)
         stay = picked if picked.numel() else self.plan.picked  # no gradient at all: the picks stay
-        self.tentative = Tentative(slots, positions, weights, displaced, slots.numel(), missing, stay)
+        self.ledger.propose(positions, slots, slots.numel(), missing, stay)
 
     def _exchanged(self, ranked: Ranked) -> tuple[Ranked, Tensor]:
         """What is not unmasked already, and the slots for it: of the open ones, those that what was best does not hold."""
         if not self.plan.exchanging:  # the open slots hold nothing that could be among the best
             return ranked, self._open[: ranked.positions.numel()]
-        held, best = self.table.positions[self._open], ranked.positions.to(self.table.positions.device)
+        held, best = self.ledger.positions[self._open], ranked.positions.to(self.ledger.positions.device)
         entrants = ranked.where(~torch.isin(ranked.positions, held.to(ranked.positions.device)))
         free, count = self._open[~torch.isin(held, best)], entrants.positions.numel()
         if count < free.numel():  # too few have a gradient: what holds nothing goes first, and the rest stay
@@ -343,7 +327,7 @@ class Window:
             step=self.plan.step,
             exclude_members=not self.plan.repeat,
         )
-        return self.reducer.ranking(new, self.table)
+        return self.reducer.ranking(new, self.ledger)
 
 
 def _unmeasured() -> SelectionError:

@@ -6,7 +6,7 @@ import math
 import re
 import subprocess
 import sys
-from itertools import combinations, pairwise
+from itertools import combinations
 from statistics import stdev
 
 import pytest
@@ -27,14 +27,14 @@ from unmask.lab.figures import (
     tensor_sparsity,
     write_figure,
 )
-from unmask.lab.figures.charts import spread
-from unmask.lab.figures.intervals import mean_interval, t_quantile
 from unmask.lab.figures.style import INK, RED, SERIES, look_of
 
 pytest.importorskip("matplotlib")
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.legend import Legend
 from matplotlib.text import Text
+
+stats = pytest.importorskip("scipy.stats")
 
 KINDS = ("key", "query", "value", "attention output", "ffn1", "ffn2")
 RATES = (1e-4, 3e-4, 5e-4, 7e-4)
@@ -92,10 +92,6 @@ def lines_of(axes, colour: str) -> list:
     return [line for line in axes.lines if line.get_color() == colour]
 
 
-def labels_of(axes) -> list[str]:
-    return [text.get_text() for text in axes.texts]
-
-
 def note_of(figure) -> str:
     """What is written below the panels, without its line breaks."""
     return figure.get_supxlabel().replace("\n", " ")
@@ -118,33 +114,6 @@ def test_importing_waits_for_neither_torch_nor_matplotlib():
     )
 
 
-def test_intervals_are_students():
-    stats = pytest.importorskip("scipy.stats")
-    values = [0.81, 0.79, 0.84, 0.80]
-    low, high = stats.t.interval(0.95, 3, loc=0.81, scale=stats.sem(values))
-    mean, half = mean_interval(values)
-    assert (mean - half, mean + half) == (pytest.approx(low), pytest.approx(high))
-    assert mean_interval([0.5]) == (0.5, None)
-    with pytest.raises(DataError):
-        mean_interval([])
-
-
-def test_labels_are_moved_apart_and_no_further():
-    places = [0.1, 0.11, 0.12, 0.5, 0.9, 0.9]
-    moved = spread(places, 0.05)
-    assert all(b - a >= 0.05 - 1e-12 for a, b in pairwise(moved))
-    assert moved[3] == 0.5
-    assert sum(moved[:3]) == pytest.approx(sum(places[:3]))
-    assert spread([0.1, 0.4], 0.05) == [0.1, 0.4]
-
-
-SIGHT = {  # linear RGB as seen without red, and without green cones (Machado et al. 2009)
-    "all cones": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
-    "no red": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
-    "no green": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
-}
-
-
 def linear(colour: str) -> list[float]:
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     return [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
@@ -161,6 +130,13 @@ def lab(rgb: list[float]) -> tuple[float, float, float]:
     xyz = (max(0.0, sum(w * c for w, c in zip(row, rgb, strict=True))) for row in rows)
     x, y, z = (t ** (1 / 3) if t > 0.008856 else 7.787 * t + 16 / 116 for t in xyz)
     return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+SIGHT = {  # linear RGB as seen without red, and without green cones (Machado et al. 2009)
+    "all cones": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "no red": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "no green": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+}
 
 
 @pytest.mark.parametrize("sight", SIGHT)
@@ -266,7 +242,7 @@ def test_points_are_means_over_seeds_with_their_interval():
     for figure, x, scale in ((score_against_share(runs), (1, 5), 100), (budget_sweep(runs), (1000, 5000), 1)):
         (axes,) = figure.axes
         spreads = [line for line in lines_of(axes, look_of(["id3"])["id3"].colour) if line.get_alpha()]
-        half = t_quantile(0.95, 2) * 0.01 / 3**0.5
+        half = stats.t.ppf(0.975, 2) * 0.01 / 3**0.5  # (1 + 0.95) / 2
         for line, place, mean in zip(spreads, x, (0.11, 0.51), strict=True):
             assert list(line.get_xdata()) == pytest.approx([place] * 2)
             assert list(line.get_ydata()) == pytest.approx([scale * (mean - half), scale * (mean + half)])
@@ -304,16 +280,16 @@ def test_the_budget_sweep_stands_over_counts_on_a_linear_axis():
     assert (axes.get_xscale(), list(axes.get_xticks())) == ("linear", list(budgets))
     assert [axes.xaxis.get_major_formatter()(b) for b in budgets] == ["80K", "\n160K", "320K", "640K"]
     assert [list(line.get_xdata()) for line in axes.lines] == [list(budgets)] * 2
-    assert sorted(labels_of(axes)) == ["increment-S", "repeat-S (tunes more than B)"]
+    assert sorted(legend_of(axes)) == ["increment-S", "repeat-S (tunes more than B)"]
     assert "repeat-S changes 560K to 4.48M weights in all" in note_of(figure)
     (axes,) = budget_sweep([{**r, "trained": r["budget"]} for r in runs]).axes
-    assert sorted(labels_of(axes)) == ["increment-S", "repeat-S"]
+    assert sorted(legend_of(axes)) == ["increment-S", "repeat-S"]
 
 
 def test_methods_have_their_own_names_where_several_have_one_strategy():
     runs = [*all_runs(), *({**r, "method": "snip"} for r in all_runs() if r["method"] == "id3")]
     (axes,) = tensor_sparsity(runs).axes
-    assert sorted(labels_of(axes)) == ["id3", "repeat_d3", "snip"]
+    assert sorted(legend_of(axes)) == ["id3", "repeat_d3", "snip"]
 
 
 def test_the_curve_of_a_run_is_its_mean_over_seeds_by_updated_weights():
@@ -328,16 +304,18 @@ def test_the_curve_of_a_run_is_its_mean_over_seeds_by_updated_weights():
     assert list(across.get_xdata()) == [0, 1]  # in units of the axes: from the left to the right end
     (point,) = lines_of(axes, look_of(["pafi"])["pafi"].colour)
     assert (list(point.get_xdata()), list(point.get_ydata())) == ([500], [0.65])
-    assert sorted(labels_of(axes)) == ["increment-S", "pafi", "repeat-S, 7K tuned"]
+    assert sorted(legend_of(axes)) == ["increment-S", "pafi", "repeat-S, 7K tuned"]
     assert (axes.get_xscale(), axes.get_xlim()[0], axes.get_xlabel()) == ("linear", 0, "number of updated weights")
 
 
 def test_repeat_s_has_a_line_for_each_budget_and_increment_s_too():
     other = [{**r, "budget": 2000, "trained": 2 * r.get("trained", 1000)} for r in all_runs()]
     (axes,) = score_along_run([*all_runs(), *other]).axes
-    assert sorted(labels_of(axes)) == [
+    assert sorted(legend_of(axes)) == [
         "increment-S, B = 1K", "increment-S, B = 2K", "repeat-S, B = 1K, 7K tuned", "repeat-S, B = 2K, 14K tuned",
     ]  # fmt: skip
+    moving = [line for line in axes.lines if line.get_label().startswith("increment-S")]
+    assert {line.get_linestyle() for line in moving} == {"-", "--"}  # the legend tells the budgets apart
     only = [r for r in all_runs() if r["strategy"] == "repeat"]
     with pytest.raises(DataError, match="no run has strategy 'increment'"):
         score_along_run(only)
@@ -472,7 +450,7 @@ def test_courses_are_means_over_seeds_on_an_axis_from_0_to_1():
     assert [list(line.get_ydata()) for line in axes.lines] == [pytest.approx([0.9, 0.25])] * 2
     assert (axes.get_ylim(), axes.get_ylabel()) == ((0, 1), "tensor sparsity")
     assert axes.get_xlabel() == "training iteration (optimizer step)"
-    assert sorted(labels_of(axes)) == ["increment-S", "repeat-S"]
+    assert sorted(legend_of(axes)) == ["increment-S", "repeat-S"]
     (axes,) = sparsity_entropy(all_runs()).axes
     assert list(axes.lines[0].get_xdata()) == [1, 4]
     assert list(axes.lines[0].get_ydata()) == pytest.approx([1.9 / math.log(9), 1.25 / math.log(9)])
@@ -485,7 +463,7 @@ def test_courses_of_two_budgets_are_two_lines_and_the_best_runs_count():
     runs = [run(budget=b, allocation=[shot(1, 50, b / 10_000)]) for b in (1000, 2000)]
     (axes,) = tensor_sparsity(runs).axes
     assert [list(line.get_ydata()) for line in axes.lines] == [pytest.approx([0.1]), pytest.approx([0.2])]
-    assert sorted(labels_of(axes)) == ["id3, B = 1K", "id3, B = 2K"]
+    assert sorted(legend_of(axes)) == ["id3, B = 1K", "id3, B = 2K"]
     runs = [r | {"allocation": [shot(1, 50, r["score"])]} for r in best_runs((0.3, 0.4, 0.5, 0.9))]
     (axes,) = tensor_sparsity(runs).axes
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.6])

@@ -9,11 +9,12 @@ from statistics import fmean
 import pytest
 import torch
 import yaml
+from models import bert_classifier
 
 from unmask.lab.inside import Into, insert
 from unmask.lab.models import quiet
 from unmask.lab.study import expand
-from unmask.lab.study.cells import runs
+from unmask.lab.study.cells import distinct
 from unmask.lab.study.choosing import due
 from unmask.lab.study.columns import columns_of
 from unmask.lab.study.paper import NAMES, load
@@ -222,7 +223,7 @@ def test_what_the_paper_ran_once_is_run_once(name, run):
     sweep, found = cells(name)
     assert {(cell.labels["lr"], cell.labels["seed"]) for cell in due(found, sweep.protocol, sweep.choice, {})} == {run}
     places = {cell.group("lr", "seed") for cell in found}
-    assert len(runs(found)) == len(places) == (7 if name == "table5" else 2 * len(sweep.axes["task"]))
+    assert len(distinct(found)) == len(places) == (7 if name == "table5" else 2 * len(sweep.axes["task"]))
     assert (sweep.protocol.kind, sweep.protocol.best) == ("paper", 1)
 
 
@@ -278,7 +279,7 @@ def test_tasks_that_the_paper_does_not_have_say_so():
 @pytest.mark.parametrize("name", TABLES)
 def test_the_runs_of_a_table_have_the_papers_settings(name):
     _, found = cells(name)
-    for cell in runs(found):
+    for cell in distinct(found):
         config, known = build({**cell.settings, "output": "-"}), preset(cell.settings["task"])
         wanted = {**known.settings, **(known.lora if config.into == "lora" else {})}
         if name == "table5":
@@ -349,12 +350,7 @@ def test_lora_lies_in_the_six_printed_modules_of_every_layer_of_deberta(cls):
 
 
 def test_lora_lies_in_the_same_modules_of_a_bert():
-    import transformers
-
-    config = transformers.BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    modules, added = lora_of(transformers.BertForSequenceClassification(config), r=2, targets=("layer-linear",))
+    modules, added = lora_of(bert_classifier(), r=2, targets=("layer-linear",))
     attention = {f"attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")}
     kinds = attention | {"intermediate.dense", "output.dense"}
     assert modules == {f"bert.encoder.layer.{i}.{kind}" for i in (0, 1) for kind in kinds}

@@ -180,7 +180,7 @@ def test_folders_without_runs_are_refused(tmp_path):
     with pytest.raises(DataError, match="there is no folder"):
         read_study(tmp_path / "none")
     (tmp_path / "sweep.json").write_text('{"name": "x"}')
-    with pytest.raises(DataError, match="no sweep of this version"):
+    with pytest.raises(DataError, match="Another version of unmask wrote it"):
         read_study(tmp_path)
 
 

@@ -11,7 +11,7 @@ from helpers import ROOT
 from unmask.cli.sweeping import with_protocol
 from unmask.errors import ConfigError
 from unmask.lab.study import expand, parse
-from unmask.lab.study.cells import runs
+from unmask.lab.study.cells import distinct
 from unmask.lab.study.choosing import due
 from unmask.lab.study.paper import NAMES, load, shrunk
 from unmask.lab.tasks.names import TASKS
@@ -32,9 +32,12 @@ def test_every_sweep_expands_to_runs_that_can_be_configured(name, which):
     sweep, full = cells(name, "full", which)
     small_sweep, small = cells(name, "small", which)
     assert sweep.title
-    made = runs(due(small, small_sweep.protocol, small_sweep.choice, {}))
+    made = distinct(due(small, small_sweep.protocol, small_sweep.choice, {}))
     assert 1 <= len(made) <= (16 if name in FIGURES else 20)
-    assert len(runs(small)) < len(runs(full)) or name in ("table5", "fig7")  # which have no more than these runs
+    assert len(distinct(small)) < len(distinct(full)) or name in (
+        "table5",
+        "fig7",
+    )  # which have no more than these runs
     assert all(cell.settings["max_steps"] <= 60 for cell in small)
     assert all(cell.settings["eval_steps"] < cell.settings["max_steps"] for cell in small)
     assert all(cell.settings.get("max_length", 128) <= 128 for cell in small)

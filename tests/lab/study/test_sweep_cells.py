@@ -8,7 +8,7 @@ from helpers import ROOT
 
 from unmask.errors import ConfigError
 from unmask.lab.study import expand, parse, read_sweep
-from unmask.lab.study.cells import canonical, runs
+from unmask.lab.study.cells import canonical, distinct
 
 BASE = {"model": "m", "task": "rte", "budget": "1%"}
 
@@ -79,7 +79,7 @@ def test_a_lora_takes_the_rank_that_matches_and_loses_its_budget():
     assert [c.settings["lora_r"] for c in cells] == [1, 1, 4]
     assert [c.settings.get("lora_alpha") for c in cells] == [1.0, 1.0, 4.0]
     assert all("budget" not in c.settings for c in cells)
-    assert len({c.id for c in cells}) == len(runs(cells)) == 2  # 100 and 150 are one run
+    assert len({c.id for c in cells}) == len(distinct(cells)) == 2  # 100 and 150 are one run
     assert cells[0].id.startswith("rte-lora_full-")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from unmask.errors import ConfigError
+from unmask.errors import ConfigError, DataError
 from unmask.lab.study import best_of, expand, interval, parse
 from unmask.lab.study.choosing import choose, due
 from unmask.lab.study.live import remaining, time_left
@@ -122,11 +122,11 @@ def test_the_papers_protocol_takes_the_best_three_of_four():
     assert best_of([0.5]).deviation is None
 
 
-def test_the_interval_is_scipys():
-    scores = np.random.default_rng(0).normal(0.8, 0.02, 5).tolist()
+def test_the_interval_is_students():
+    scores = [0.81, 0.79, 0.84, 0.80, 0.76]
+    reach = 2.131847 * np.std(scores, ddof=1) / 5**0.5  # a table's t of 4 degrees of freedom, 5% in each tail
     mine = interval(scores, level=0.9)
-    low, high = stats.t.interval(0.9, 4, loc=np.mean(scores), scale=stats.sem(scores))
-    assert (mine.low, mine.high) == (pytest.approx(low), pytest.approx(high))
+    assert (mine.low, mine.high) == (pytest.approx(0.8 - reach, abs=1e-7), pytest.approx(0.8 + reach, abs=1e-7))
     assert interval([0.8]).low is None
 
 
@@ -149,10 +149,16 @@ def test_intervals_cover_about_as_often_as_they_say():
 
 @pytest.mark.parametrize("scores", [[], [0.5, math.nan]])
 def test_scores_that_have_no_mean_are_refused(scores):
-    with pytest.raises(ConfigError):
+    with pytest.raises(DataError, match="score"):
         interval(scores)
-    with pytest.raises(ConfigError):
+    with pytest.raises(DataError, match="score"):
         best_of(scores)
+
+
+def test_equal_scores_have_an_interval_of_no_width():
+    for how in ("t", "bootstrap"):
+        found = interval([0.5, 0.5, 0.5], how=how)
+        assert (found.low, found.mean, found.high, found.deviation) == (0.5, 0.5, 0.5, 0.0)
 
 
 def test_levels_and_counts_out_of_range_are_refused():

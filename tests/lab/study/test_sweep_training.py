@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 from commands import run
+from models import bert_config
 from tiny import tiny_model, toy_csv
-from transformers import BertConfig
 
 from unmask.analysis import mask_of
 from unmask.delta.delta import SparseDelta
@@ -26,7 +26,7 @@ from unmask.lab.report import read_study
 from unmask.lab.study import Store, expand, read_sweep
 from unmask.lab.study.matching import matching_rank
 from unmask.lab.study.records import records
-from unmask.lab.study.running import run_cell
+from unmask.lab.study.train_cell import train_cell
 from unmask.lab.training.run_folder import RunFolder
 
 # the Trainer's and peft's own warnings are not what is tested here
@@ -102,7 +102,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_as_if_nothing_had_bee
     monkeypatch.chdir(root)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the workers had: sums in another order would select other weights
-    whole = run_cell(killed["settings"], tmp_path / "whole")
+    whole = train_cell(killed["settings"], tmp_path / "whole")
     torch.set_num_threads(threads)
     assert whole["resumed_at"] is None
     deltas = [
@@ -125,7 +125,7 @@ def test_a_finished_run_whose_result_was_lost_is_not_trained_again(world, monkey
     done = result(world, "id3")
     metrics = root / "out" / "runs" / done["id"] / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns
-    again = run_cell(done["settings"], metrics.parent)
+    again = train_cell(done["settings"], metrics.parent)
     assert {key: again[key] for key in ("score", "loss", "curve")} == {
         key: done[key] for key in ("score", "loss", "curve")
     }
@@ -232,7 +232,7 @@ def test_a_damaged_checkpoint_means_a_fresh_start(world, monkeypatch, tmp_path):
     broken = folder.checkpoints / "checkpoint-6"
     broken.mkdir(parents=True)
     (broken / "trainer_state.json").write_text(json.dumps({"global_step": 6}))
-    made = run_cell(settings, folder.path)
+    made = train_cell(settings, folder.path)
     assert (made["resumed_at"], made["score"]) == (None, result(world, "id3")["score"])
     shutil.rmtree(folder.path)
 
@@ -240,9 +240,7 @@ def test_a_damaged_checkpoint_means_a_fresh_start(world, monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shape")
-    BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64
-    ).save_pretrained(folder)
+    bert_config(hidden_size=32, num_hidden_layers=3, intermediate_size=64).save_pretrained(folder)
     return {"model": str(folder), "task": "rte", "method": "full", "lora_targets": ["query", "value"]}
 
 

@@ -171,9 +171,9 @@ def test_a_letter_is_right_if_it_is_the_same():
 def test_gold_answers_are_checked():
     assert [gold_answer(given, "number") for given in ("8.0", " 1,080 ", 8, 2.5)] == ["8", "1080", "8", "2.5"]
     assert gold_answer("(c)", "choice") == "C"
-    with pytest.raises(DataError, match="'eight' is no number"):
+    with pytest.raises(DataError, match="'eight' is not a number"):
         gold_answer("eight", "number")
-    with pytest.raises(DataError, match="'F' is no letter from A to E"):
+    with pytest.raises(DataError, match="'F' is not a letter from A to E"):
         gold_answer("F", "choice")
 
 

@@ -12,8 +12,17 @@ from tiny_llama import addition, byte_tokenizer, math_folder
 
 from unmask.errors import ConfigError, DataError
 from unmask.lab.tasks.math.problems import TEST_SETS, Problem, load_arithmetic, load_problems, seen_in_training
-from unmask.lab.tasks.math.prompting import IGNORED, Completions, Fitted, PadRight, Prompter, pad
-from unmask.lab.tasks.math.prompts import ALPACA, load_template, render
+from unmask.lab.tasks.math.prompts import (
+    ALPACA,
+    IGNORED,
+    Completions,
+    Fitted,
+    PadRight,
+    Prompter,
+    load_template,
+    pad,
+    render,
+)
 
 REAL = ROOT.parent / "shared" / "data" / "math"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data folder is not beside the checkout")
@@ -75,11 +84,11 @@ def test_test_questions_in_the_training_data_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": "eight"}, r"record 2: the answer 'eight' is no number"),
-        ({"answer": None}, r"record 2: the answer None is no number"),
+        ({"answer": "eight"}, r"record 2: the answer 'eight' is not a number"),
+        ({"answer": None}, r"record 2: the answer None is not a number"),
         ({"output": ""}, r"record 2: the solution in column 'output' is empty"),
         ({"instruction": " "}, r"record 2: the text in column 'instruction' is empty"),
-        ({"instruction": 7}, r"record 2: column 'instruction' holds 7, which is no text"),
+        ({"instruction": 7}, r"record 2: column 'instruction' holds 7, which is not a text"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, change, message):

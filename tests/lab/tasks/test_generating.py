@@ -159,7 +159,7 @@ CHECKPOINT = os.environ.get("UNMASK_TEST_CAUSAL_LM")
 def test_a_real_model_solves_in_batches_as_alone():
     from unmask.lab.models import load_base
     from unmask.lab.tasks.math.problems import Problem
-    from unmask.lab.tasks.math.prompting import Prompter
+    from unmask.lab.tasks.math.prompts import Prompter
 
     model, tokenizer, missing = load_base(CHECKPOINT, None, 0, "generation")
     assert missing == []

@@ -13,9 +13,9 @@ from tiny_llama import addition, byte_tokenizer, llama, math_folder, save_llama
 from unmask.cli.evaluate import _refuse_generations_own
 from unmask.errors import ConfigError
 from unmask.lab.tasks.math.problems import Problem, load_problems
-from unmask.lab.tasks.math.prompting import Completions, PadRight, Prompter
+from unmask.lab.tasks.math.prompts import Completions, PadRight, Prompter
 from unmask.lab.tasks.math.run import token_accuracy
-from unmask.lab.tasks.protocol import Request
+from unmask.lab.tasks.protocol import Request, Source
 from unmask.lab.tasks.registry import kind_for
 from unmask.lab.training.settings import build
 
@@ -102,7 +102,7 @@ def test_without_test_sets_runs_are_compared_by_the_loss(world):
             ("eval", "base", "--task", "gsm8k", "--set", "beams=3"),
             "unknown setting 'beams'; word problems have prompt, rule",
         ),
-        (("eval", "base", "--task", "gsm8k", "--set", "max_new_tokens=x"), "max_new_tokens = 'x' is no int"),
+        (("eval", "base", "--task", "gsm8k", "--set", "max_new_tokens=x"), "max_new_tokens = 'x' must be of type int"),
         (("eval", "base", "--task", "gsm8k", "--data", "a.csv"), "give --task with some of gsm8k"),
         (
             (*TRAIN, "--task", "svamp", "--budget", "1%", "--output", "x"),
@@ -137,7 +137,8 @@ def test_test_questions_in_the_training_data_are_told(world, tmp_path):
     folder = math_folder(tmp_path / "math")
     (folder / "SVAMP" / "test.json").write_text((folder / "math_10k.json").read_text(), encoding="utf-8")
     config = build({"model": "m", "output": "o", "task": "math10k", "budget": "1%", "data_dir": str(folder)})
-    prepared = kind_for(config).load(config).prepare(llama(), byte_tokenizer(), config)
+    source = Source.of(config)
+    prepared = kind_for(config.task).load(source).prepare(llama(), byte_tokenizer(), source)
     assert any("40 of 40 questions of svamp are in the training data" in note for note in prepared.notes)
 
 

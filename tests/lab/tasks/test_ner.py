@@ -14,7 +14,7 @@ from unmask.errors import DataError
 from unmask.lab.tasks import NER, TagSpec, load_ner, load_tagged, load_tagged_evaluation
 from unmask.lab.tasks.tags.conll import read_conll
 from unmask.lab.tasks.tags.spans import spans
-from unmask.lab.tasks.tags.tagged import Sentences
+from unmask.lab.tasks.tags.spec import Sentences
 
 REAL = ROOT.parent / "shared" / "data" / "wnut17"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data folder is not beside the checkout")
@@ -73,9 +73,9 @@ BAD_LINES = {
     "one column": ("word\n", r"a\.conll, line 1 has 1 columns where 2 are needed"),
     "another width": ("a NN O\nb O\n", r"line 2 has 2 columns where 3 are needed"),
     "a word that was split": ("a\tO\nNew York O\n", r"line 2 has 3 columns where 2"),
-    "another scheme": ("a B-X\nb E-X\n", r"line 2: the tag 'E-X' is none; .*BIOES"),
-    "a type alone": ("a PER\n", r"line 1: the tag 'PER' is none"),
-    "no type": ("a B-\n", r"line 1: the tag 'B-' is none"),
+    "another scheme": ("a B-X\nb E-X\n", r"line 2: 'E-X' is not a tag; .*BIOES"),
+    "a type alone": ("a PER\n", r"line 1: 'PER' is not a tag"),
+    "no type": ("a B-\n", r"line 1: 'B-' is not a tag"),
     "an empty word": ("a\tO\n\tO\n", r"line 2: the word is empty"),
     "no words": ("\n-DOCSTART- O\n\n", r"is empty: it holds no words"),
 }
@@ -206,13 +206,13 @@ def test_every_format_gives_the_same_sentences(tmp_path):
 
 
 BAD_ROWS = {
-    "ids": ({"tokens": ["a"], "tags": [1]}, r"line 1: the tag 1 is none; tags are O, B-type or I-type, as text"),
+    "ids": ({"tokens": ["a"], "tags": [1]}, r"line 1: 1 is not a tag; tags are O, B-type or I-type, as text"),
     "texts": ({"tokens": "a b", "tags": "O O"}, r"line 1: there must be a list of words"),
     "too few tags": (
         {"tokens": ["a", "b"], "tags": ["O"]},
         r"line 1: there must be a list of words and a list of as many",
     ),
-    "no word": ({"tokens": ["a", ""], "tags": ["O", "O"]}, r"line 1: '' is no word"),
+    "no word": ({"tokens": ["a", ""], "tags": ["O", "O"]}, r"line 1: '' is not a word"),
 }
 
 
@@ -226,9 +226,9 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, case):
 
 def test_what_is_no_task_is_refused(tmp_path):
     train = write(tmp_path / "t.conll", "Ann B-PER\n")
-    with pytest.raises(DataError, match=r"'nowhere' is no file of tagged sentences, .*no hub id"):
+    with pytest.raises(DataError, match=r"no file 'nowhere' .*not a hub id.* must end in \.conll"):
         load_tagged("nowhere", None)
-    with pytest.raises(DataError, match=r"t\.csv' is no file of tagged sentences, whose name ends in \.conll"):
+    with pytest.raises(DataError, match=r"t\.csv' is not a file of tagged sentences; the name of one ends in \.conll"):
         load_tagged(write(tmp_path / "t.csv", "a,b\n"), None)
     with pytest.raises(DataError, match="there is no entity in the training data"):
         load_tagged(write(tmp_path / "o.conll", "a O\n"), None)
@@ -299,3 +299,12 @@ def test_a_hub_data_set_of_ones_own(fake_hub):
     assert (data.train.tags, data.evals["eval"].tags) == ([["B-N", "O"], ["O"]], [["B-N"]])
     with pytest.raises(DataError, match=r"no column 'words2'; its columns are tokens, ner_tags"):
         load_tagged("me/names", None, "words2")
+
+
+def test_a_tenth_of_a_hub_data_set_without_evaluation_splits_is_held_out(fake_hub):
+    words = [[f"word{i}"] for i in range(20)]
+    fake_hub("me/all", ["O", "B-N", "I-N"], train=(words, [[1]] * 20))
+    data = load_tagged("me/all", None)
+    assert (len(data.train), len(data.evals["eval"])) == (18, 2)
+    assert sorted(data.train.words + data.evals["eval"].words) == sorted(words)
+    assert "2 of 20 sentences are held out (seed 0)" in data.notes[0]

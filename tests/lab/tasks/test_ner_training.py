@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from commands import run
 from helpers import assert_same_tensors
-from letters import letters_tokenizer
+from letters import letters_tokenizer, tagger_words, tagger_world, toy
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForTokenClassification,
-    BertConfig,
-    BertModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
@@ -36,48 +33,6 @@ from unmask.lab.tasks.tags.windows import IGNORED, Windows, cut
 pytestmark = pytest.mark.filterwarnings("default")
 SPEC = TagSpec("ner", ("LOC", "PER"))
 METRICS = ("f1", "precision", "recall", "accuracy", "loss")
-LENGTH = 24  # the tiny model's positions
-
-
-def toy(count: int, seed: int, longest: int = 7) -> Sentences:
-    """Words that begin with p are persons, with l places; the word after a person that begins with q is his last name."""
-    draw, words, tags = random.Random(seed), [], []
-    for _ in range(count):
-        sentence, labels = [], []
-        for _ in range(draw.randint(1, longest)):
-            kind = draw.choice(("", "", "", "p", "pq", "l"))
-            for place, first in enumerate(kind or draw.choice("abcd")):
-                sentence.append(first + "".join(draw.choices("xyz", k=draw.randint(0, 3))))
-                labels.append("O" if not kind else f"{'BI'[place]}-{'LOC' if kind == 'l' else 'PER'}")
-        words.append(sentence)
-        tags.append(labels)
-    return Sentences(words, tags)
-
-
-def as_columns(path: Path, sentences: Sentences) -> Path:
-    blocks = (
-        "\n".join(f"{w} X {t}" for w, t in zip(*both, strict=True))
-        for both in zip(sentences.words, sentences.tags, strict=True)
-    )
-    path.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
-    return path
-
-
-def tiny_tagger(folder: Path) -> Path:
-    tokenizer = letters_tokenizer()
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=LENGTH,
-        initializer_range=0.4,
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 # ---------------------------------------------------------------- pieces and windows
@@ -189,24 +144,12 @@ def test_a_byte_level_vocabulary_gets_the_blank_before_each_word(tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    tiny_tagger(root / "base")
-    (root / "data").mkdir()
-    for split, count in (("train", 64), ("dev", 24), ("test", 16)):
-        as_columns(root / "data" / f"{split}.conll", toy(count, seed=len(split) + count))
-    return root
-
-
-def words(output: str, *more: object) -> tuple[object, ...]:
-    return (
-        "train", "--model", "base", "--method", "id3", "--task", "ner", "--data-dir", "data", "--budget", 150, "--lr", 0.05,
-        "--max-steps", 24, "--batch-size", 8, "--output", output, "--set", "eval_steps=8", *more,
-    )  # fmt: skip
+    return tagger_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
 def trained(world: Path) -> Path:
-    printed = run(*words("run"), cwd=world).stdout
+    printed = run(*tagger_words("run"), cwd=world).stdout
     assert "note: train: " in printed
     assert "no word left out" in printed
     return world / "run"
@@ -269,26 +212,10 @@ def test_apply_writes_a_model_that_knows_its_tags(trained: Path, world: Path) ->
     assert_same_tensors(dict(merged.named_parameters()), dict(base.named_parameters()))
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(trained: Path, world: Path) -> None:
-    """Dropout included: stopped after step 16, then --resume."""
-    folder = world / "stopped"
-    shutil.copytree(trained, folder)
-    shutil.rmtree(folder / "checkpoints" / "checkpoint-24")
-    (folder / "delta.safetensors").unlink()
-    run("train", "--config", "run/config.yaml", "--set", "output=stopped", "--resume", cwd=world)
-    whole, resumed = (unmask.SparseDelta.load(path / "delta.safetensors") for path in (trained, folder))
-    for part in ("indices", "values"):
-        left, right = ({n: getattr(e, part) for n, e in d.sparse.items()} for d in (whole, resumed))
-        assert_same_tensors(left, right)
-    assert_same_tensors(whole.whole, resumed.whole)
-    first, second = (json.loads((path / "summary.json").read_text())["after"] for path in (trained, folder))
-    assert first == second
-
-
 @pytest.mark.parametrize("more", [("--method", "fish", "--set", "num_samples=8"), ("--into", "lora", "--bf16")])
 def test_other_ways_to_train_take_tags_too(more: tuple[str, ...], world: Path) -> None:
     output = f"other-{more[1]}"
-    run(*words(output, *more, "--max-steps", 3, "--set", "accumulation=2"), cwd=world)
+    run(*tagger_words(output, *more, "--max-steps", 3, "--set", "accumulation=2"), cwd=world)
     summary = json.loads((world / output / "summary.json").read_text())
     assert summary["used"] == summary["budget"] == 150
     printed = run("eval", "base", f"{output}/delta.safetensors", "--data-dir", "data", cwd=world).stdout
@@ -297,7 +224,7 @@ def test_other_ways_to_train_take_tags_too(more: tuple[str, ...], world: Path) -
 
 def test_a_file_alone_has_one_split_and_plain_names(world: Path) -> None:
     settings = ("--task", "ner", "--data", "data/train.conll", "--set", "data_dir=none", "--set", "eval=data/dev.conll")
-    run(*words("file", *settings, "--max-steps", 2), cwd=world)
+    run(*tagger_words("file", *settings, "--max-steps", 2), cwd=world)
     summary = json.loads((world / "file" / "summary.json").read_text())
     assert summary["main_metric"] == "f1"
     assert set(summary["after"]) == set(METRICS)
@@ -314,7 +241,7 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_bad_input_is_one_clear_message(what: str, world: Path) -> None:
     more, message = REFUSED[what]
-    done = run(*words("refused"), *more, cwd=world, check=False)
+    done = run(*tagger_words("refused"), *more, cwd=world, check=False)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -323,7 +250,7 @@ def test_bad_input_is_one_clear_message(what: str, world: Path) -> None:
 @pytest.mark.parametrize("kind", ["lora", "shira"])
 def test_all_linear_layers_leave_a_taggers_head_whole(world, kind):
     run(
-        *words(
+        *tagger_words(
             kind,
             "--into",
             kind,

@@ -218,7 +218,7 @@ def test_a_damaged_line_is_named(tmp_path):
     file.append([{"row": 0}, {"row": 1}])
     assert file.read() == {0: {"row": 0, "batch": [0, 2]}, 1: {"row": 1, "batch": [0, 2]}}
     path.write_bytes(b'{"row": 0}\n' + path.read_bytes())
-    with pytest.raises(DataError, match=r"x\.jsonl, line 1 is no row of an evaluation"):
+    with pytest.raises(DataError, match=r"x\.jsonl, line 1 is not a row of an evaluation"):
         file.read()
 
 

@@ -265,11 +265,11 @@ BAD_LABELS = {
     "ids from 1": (["1", "2", "3"], None, "1, 2, 3; 3 classes have the ids 0 to 2"),
     "a gap": (["0", "2", "2"], None, "0, 2; 2 classes have the ids 0 to 1"),
     "negative": (["-1", "1", "1"], None, "-1, 1; 2 classes"),
-    "text among numbers": (["0", "n/a", "1"], None, r"line 3: label 'n/a' .* is no number, but others are"),
+    "text among numbers": (["0", "n/a", "1"], None, r"line 3: label 'n/a' .* is not a number, but others are"),
     "missing": (["0", "", "1"], None, r"line 3: the label is missing"),
     "NaN": (["0", "NaN", "1"], None, r"line 3: the label is missing"),
     "one class": (["a", "a", "a"], None, r"only one class \('a'\)"),
-    "a fraction among ids": (["0", "1.5", "1"], 2, "1.5, which is no class id"),
+    "a fraction among ids": (["0", "1.5", "1"], 2, "1.5, which is not a class id"),
     "another number of classes": (["a", "b", "c"], 2, "3 classes .* num_labels = 2 does not fit"),
 }
 
@@ -306,7 +306,7 @@ BAD_FILES = {
     "no text": (
         "t.jsonl",
         b'{"text": 5, "label": 0}\n{"text": "y", "label": 1}\n',
-        r"line 1: .*holds 5, which is no text",
+        r"line 1: .*holds 5, which is not a text",
     ),
     "cut short": ("t.csv.gz", gzip.compress(b"text,label\nx,0\n" * 99)[:-12], r"cannot be read as csv"),
     "no parquet": ("t.parquet", b"text,label\n", r"cannot be read as parquet"),
@@ -321,7 +321,7 @@ BAD_FILES = {
     ),
     "one text": ("t.csv", b"text,label\nx,0\nx,1\n", r"t\.csv: 2 examples with 1 distinct texts cannot be split"),
     "a long header": ("t.csv", b"x" * 9000 + b",label\ny,0\n", r"^.{0,400}$"),
-    "unknown format": ("t.xlsx", b"", r"of no known format; its name must end in \.csv, \.tsv"),
+    "unknown format": ("t.xlsx", b"", r"has an unknown format; its name must end in \.csv, \.tsv"),
 }
 
 
@@ -348,7 +348,7 @@ def test_missing_files_and_columns_are_refused(tmp_path):
         load_files(tmp_path / "trian.csv", None, "text", "label")
     with pytest.raises(DataError, match=r"no file .*dev\.csv'"):
         load_files(path, tmp_path / "dev.csv", "text", "label")
-    with pytest.raises(DataError, match=r"no file 'train'.*no hub id of the form 'user/name'"):
+    with pytest.raises(DataError, match=r"no file 'train'.*not a hub id of the form 'user/name'"):
         load_files("train", None, "text", "label")
     with pytest.raises(DataError, match="must be different columns"):
         load_files(path, None, "text", "text")

@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_the_name_of_its_file(
         return
     found, passed = newest(folder.parent)
     if (name, damage) == (MANIFEST, "removed"):
-        assert "has no manifest.json; its parts load and are all of step 6" in found.note
+        assert "has no manifest.json; its parts load and all belong to step 6" in found.note
         return
     assert found.step == 4
     named = "its file" if name == MANIFEST and damage in ("older", "foreign") else name
@@ -252,7 +252,7 @@ def test_a_checkpoint_under_another_name_is_not_of_that_step(copied: Path) -> No
     (copied / "checkpoints" / "checkpoint-4").rename(copied / "checkpoints" / "checkpoint-8")
     found, passed = newest(copied / "checkpoints")
     assert found.step == 6
-    assert passed[0].fault == "its files are of step 4"
+    assert passed[0].fault == "its files belong to step 4"
 
 
 def test_passing_over_says_so_and_ends_in_the_same_result(
@@ -395,7 +395,7 @@ def test_another_number_of_epochs_says_what_differs_and_what_it_means(epochs: in
 
 def test_fewer_steps_than_the_checkpoint_has_are_refused(trained: tuple[Path, Recorder]) -> None:
     trainer, _ = selective(trained[0], lambda steps: unmask.repeat_d3(40), max_steps=8)
-    with pytest.raises(SelectionError, match="is of step 10, and the run has 8 steps"):
+    with pytest.raises(SelectionError, match="was saved at step 10, and the run has 8 steps"):
         trainer.train(resume_from_checkpoint=str(trained[0] / "checkpoint-10"))
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,13 +22,12 @@ from helpers import (
 )
 from lora_nets import lora_bert, sentences, tiny_bert
 from safetensors.torch import load_file
-from tiny import tiny_model
 from torch import Tensor, nn
 
 import unmask
 from peft import PeftModel
 from unmask import DeltaError, SparseDelta, SparseTensor
-from unmask.delta.added import added_tensors
+from unmask.delta.base import added_tensors
 from unmask.files import read_tensors
 
 KINDS = {
@@ -224,18 +221,3 @@ def test_an_overlay_of_another_shape_or_dtype_is_refused() -> None:
     for whole in (torch.zeros(4), torch.zeros(3, dtype=torch.float16)):
         with pytest.raises(DeltaError, match="as a whole and"):
             SparseDelta({"w": entry}, {"w": whole}, "sha256:0")
-
-
-# The page.
-
-
-def test_the_pages_snippet_runs_and_says_what_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = ROOT / "docs" / "inside.md"
-    (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"MODEL": str(tiny_model(tmp_path / "model")), "loader": sentences(20)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of peft and transformers
-        exec(snippet, names)
-    assert len(SparseDelta.load("delta.safetensors")) == 100
-    assert torch.equal(logits(names["again"]), logits(names["model"]))

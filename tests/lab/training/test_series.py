@@ -24,7 +24,7 @@ from unmask.errors import ConfigError
 from unmask.integrations.trainer import SelectiveTrainer
 from unmask.lab.inside import _has_adapters
 from unmask.lab.models import load_tuned
-from unmask.lab.study.running import run_cell
+from unmask.lab.study.train_cell import train_cell
 from unmask.lab.training import training
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.run_folder import RunFolder
@@ -386,7 +386,7 @@ def test_a_sweeps_run_keeps_its_series(
     at_home: Path, trained: str, captured: dict[str, dict[int, SparseDelta]], tmp_path: Path
 ) -> None:
     settings, cell = cell_settings(at_home / trained), tmp_path / "cell"
-    made = run_cell(settings, cell)
+    made = train_cell(settings, cell)
     assert not (cell / "checkpoints").exists()
     logged = evaluations(at_home / trained)
     assert json.loads(json.dumps(made["series"])) == [
@@ -395,13 +395,15 @@ def test_a_sweeps_run_keeps_its_series(
     ]
     for entry in made["series"]:
         assert_same_delta(SparseDelta.load(cell / entry["file"]), captured[trained][entry["step"]])
-    assert run_cell(settings, cell)["series"] == made["series"], "also where the result was lost after the checkpoints"
-    assert "series" not in run_cell(settings | {"keep_checkpoints": 2, "max_steps": 8}, tmp_path / "two")
+    assert train_cell(settings, cell)["series"] == made["series"], (
+        "also where the result was lost after the checkpoints"
+    )
+    assert "series" not in train_cell(settings | {"keep_checkpoints": 2, "max_steps": 8}, tmp_path / "two")
     assert not (tmp_path / "two" / "series").exists()
 
 
 def test_a_sweeps_full_fine_tuning_keeps_no_series(at_home: Path, trained: str, tmp_path: Path) -> None:
-    made = run_cell(cell_settings(at_home / trained, method="full", budget=None, max_steps=8), tmp_path / "cell")
+    made = train_cell(cell_settings(at_home / trained, method="full", budget=None, max_steps=8), tmp_path / "cell")
     assert "series" not in made
     assert sorted(path.name for path in (tmp_path / "cell").iterdir() if path.is_dir()) == []
 

@@ -1,4 +1,4 @@
-"""Figures of runs, drawn from plain records. matplotlib (extra ``plot``) is imported when a figure is drawn, torch never."""
+"""Figures of runs, drawn from plain records. Drawing needs matplotlib (extra ``plot``); nothing here imports torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ FIGURES: dict[str, Callable[..., Any]] = {
     "fig8": tensor_sparsity,
     "fig9": sparsity_entropy,
 }
-"""The paper's figures: ``FIGURES["fig1"](records, style)`` returns a matplotlib figure."""
+"""The functions that draw the paper's figures: ``FIGURES["fig1"](records, style)`` returns a matplotlib figure."""
 
 __all__ = [
     "DARK",

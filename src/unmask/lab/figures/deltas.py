@@ -1,4 +1,4 @@
-"""The figure of one delta: where its weights are, how dense its tensors, and how that came about along the slots."""
+"""Draws the figure of one delta: the places of its weights, the densities of its tensors, and their course over the slots."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _BARS = 24
 
 
 def delta_figure(facts: Mapping[str, Any], style: Style = LIGHT) -> Any:
-    """Draws what ``unmask inspect --json`` prints: allocation, tensor density, and the course along the slots if it is known.
+    """Draws what ``unmask inspect --json`` prints: allocation, tensor densities, and their course over the slots if known.
 
     Args:
         facts: ``allocation`` (rows), ``tensors`` (name -> changed, of, density), ``weights``, and ``along``: snapshots of
-            rising budgets, empty where the delta does not carry its order.
-        style: Colours of the page.
+            rising budgets, which is empty if the delta does not hold the order of unmasking.
+        style: The colours of the page.
 
     Returns:
         A matplotlib figure.

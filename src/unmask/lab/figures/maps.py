@@ -1,4 +1,4 @@
-"""Heat maps of where the budget lies: module kinds by layers."""
+"""Draws heat maps of the places of a budget: module kinds by layers."""
 
 from __future__ import annotations
 
@@ -12,36 +12,39 @@ from unmask.lab.figures.style import LIGHT, Style, dress, new_figure
 from unmask.methods.naming import KINDS, OTHER
 
 _KINDS = ("Key", "Query", "Value", "Attn Out", "FFN1", "FFN2", "other")
-_CELL = 0.34, 0.25  # width and height, inches
-_STRATEGIES = ("increment", "repeat")  # the order of a figure's rows; others follow
+_CELL = 0.34, 0.25
+"""The width and height of a cell in inches."""
+_STRATEGIES = ("increment", "repeat")
+"""The order of a figure's rows; other strategies follow."""
 
-Block = tuple[str, str, int]  # model, task, budget
+Block = tuple[str, str, int]
+"""The model, the task and the budget of some rows of panels."""
 
 
 def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
-    """Figure 7: the share of the budget that lies in each module kind of each layer, at the start and at the end of a run.
+    """Draws Figure 7: the share of the budget in each module kind of each layer, at the start and the end of a run.
 
-    Each method has a row of two panels, its first and its last snapshot, so increment-S and repeat-S make the paper's four;
-    further tasks, models and budgets follow below. Rows of a panel are module kinds, columns are layers, counted from 1. A cell
-    holds unmasked weights over the budget B. For repeat-S these are the weights that the step picked, at most B of them, also
-    where it keeps more than it picked. What lies outside the cells (embeddings, normalisations, heads) is named in the panel's
-    title. Several runs of one setting are averaged.
+    Each method has a row of two panels, its first and its last snapshot, so increment-S and repeat-S make the paper's four
+    panels; further tasks, models and budgets follow below. The rows of a panel are module kinds, the columns are layers,
+    counted from 1. A cell shows unmasked weights divided by the budget B. For repeat-S these are the weights that the step
+    picked, at most B, even if it keeps more. The panel's title gives the share outside the cells (embeddings, normalisations,
+    heads). Several runs of one setting are averaged.
 
     Args:
-        records: Runs with ``allocation``.
-        style: Colours of the page.
+        records: The runs, with ``allocation``.
+        style: The colours of the page.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        DataError: No records, one has no snapshot with an unmasked weight or no layers, or runs are not to be averaged.
+        DataError: There are no records, one has no snapshot with an unmasked weight or no layers, or runs cannot be averaged.
         MissingExtraError: matplotlib is not installed.
     """
     runs = check_records(records, "allocation")
     names = labels(runs)
     blocks: dict[Block, dict[str, list[RunRecord]]] = {}
-    for run in sorted(runs, key=_strategy):  # stable
+    for run in sorted(runs, key=_strategy):
         block = blocks.setdefault((run["model"], run["task"], run["budget"]), {})
         block.setdefault(run["method"], []).append(run)
     layers = max(len(_inner(shot["rows"])) for run in runs for shot in run["allocation"])
@@ -71,10 +74,12 @@ def _strategy(run: RunRecord) -> int:
 
 
 def _ordered(run: RunRecord) -> list[Snapshot]:
-    """Its snapshots with any unmasked weight, in order of the run."""
+    """Returns a run's snapshots that have unmasked weights, in the order of the run."""
     shots = [shot for shot in run["allocation"] if shot["used"]]
     if not shots:
-        raise DataError(f"run {run['name']!r} has no snapshot with an unmasked weight.")
+        raise DataError(
+            f"run {run['name']!r} has no snapshot with an unmasked weight; give a run with one from after a step."
+        )
     return sorted(shots, key=lambda shot: (shot.get("step", 0), shot["used"]))
 
 
@@ -83,7 +88,7 @@ def _picked(shot: Snapshot) -> list[AllocationRow]:
 
 
 def _panel(axes: Any, shots: Sequence[Snapshot], budget: int, style: Style) -> float:
-    """A heat map of shares of the budget, with a colour bar; returns the share that lies outside its cells."""
+    """Draws a heat map of shares of the budget, with a colour bar; returns the share outside the cells."""
     rows, whole = [row for shot in shots for row in _picked(shot)], len(shots) * budget
     image = heat_map(axes, rows, whole, style, _few)
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.015, aspect=14)
@@ -96,7 +101,7 @@ def _panel(axes: Any, shots: Sequence[Snapshot], budget: int, style: Style) -> f
 
 
 def _moment(shots: Sequence[Snapshot], budget: int) -> str:
-    """How many weights a panel shows; and of repeat-S that keeps them, how many were ever tuned."""
+    """Says how many weights a panel shows, and how many a repeat-S that keeps them has ever tuned."""
     steps = {shot["step"] for shot in shots if "step" in shot}
     step = f"step {steps.pop():,}: " if len(steps) == 1 else ""
     shown, used = (
@@ -118,23 +123,23 @@ def heat_map(
     text: Callable[[float], str],
     outside: bool = False,
 ) -> Any:
-    """Draws one allocation, module kinds from top to bottom and layers from left to right; a cell is its count over ``of``.
+    """Draws one allocation, module kinds from top to bottom and layers from left to right.
 
-    The colour is full at the largest cell of a kind within the layers, so that one embedding matrix does not outshine them.
+    The colour is strongest at the largest cell within the layers, so that an embedding matrix does not outshine them.
 
     Args:
-        axes: Where.
+        axes: The axes to draw on.
         rows: The allocation.
-        of: What a count is divided by.
-        style: Colours of the page.
-        text: Writes a cell's value.
-        outside: Adds a row for other modules and a column for what is outside the layers, where there are such.
+        of: The number by which each count is divided.
+        style: The colours of the page.
+        text: The function that writes a cell's value.
+        outside: True to add a row for other modules and a column for tensors outside the layers, if there are any.
 
     Returns:
         The matplotlib image.
 
     Raises:
-        DataError: There is nothing to draw: no layer, or with ``outside`` no row.
+        DataError: There is no layer to draw, or with ``outside`` no row.
     """
     counts: dict[tuple[str, str], int] = {}
     for row in rows:
@@ -172,7 +177,7 @@ def heat_map(
 
 
 def layers_of(rows: Iterable[AllocationRow]) -> list[str]:
-    """Layer labels in order, what is outside the layers last."""
+    """Returns the layers' labels in order; the label for tensors outside the layers is the last."""
     labels = dict.fromkeys(row["layer"] for row in rows)
     inside = sorted((label for label in labels if label != OTHER), key=_number)
     return [*inside, *([OTHER] if OTHER in labels else [])]
@@ -188,7 +193,7 @@ def _number(label: str) -> tuple[str, int]:
 
 
 def _heading(label: str) -> str:
-    """A layer's heading, counted from 1: ``"L=1"``, ``"encoder 1"``."""
+    """Returns a layer's heading, counted from 1: ``"L=1"``, ``"encoder 1"``."""
     if label == OTHER:
         return "outside"
     stack, number = _number(label)
@@ -196,7 +201,7 @@ def _heading(label: str) -> str:
 
 
 def _few(value: float) -> str:
-    """A share in few digits.
+    """Returns a share in few digits.
 
     Example:
         >>> [_few(value) for value in (0.0, 0.00092, 0.0021, 0.05, 0.204)]
@@ -208,7 +213,7 @@ def _few(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A percentage in few digits.
+    """Returns a percentage in few digits.
 
     Example:
         >>> [percent(value) for value in (0.0, 0.01, 4.26, 41.2)]

@@ -1,4 +1,4 @@
-"""What a figure is drawn from: one record per finished run, plain values as JSON holds them. No torch here."""
+"""The records from which figures are drawn: plain JSON values, one record for each finished run. It imports no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from unmask.errors import DataError
 
 
 class CurvePoint(TypedDict):
-    """One evaluation in the course of a run.
+    """One evaluation during a run.
 
     Attributes:
-        step: Optimizer steps taken.
-        used: Weights unmasked by then, b(step - 1).
-        score: Main metric on the evaluation split, higher is better.
-        loss: Mean loss on the evaluation split.
+        step: The number of optimizer steps taken.
+        used: The number of weights unmasked by then, b(step - 1).
+        score: The main metric on the evaluation split; higher is better.
+        loss: The mean loss on the evaluation split.
     """
 
     step: int
@@ -25,11 +25,11 @@ class CurvePoint(TypedDict):
 
 
 class AllocationRow(TypedDict):
-    """Unmasked weights of one layer and module kind.
+    """The unmasked weights of one layer and module kind.
 
     Attributes:
         layer: The layer's number as text, from ``"0"``; ``"other"`` for tensors outside the layers.
-        kind: One of `unmask.methods.naming.KINDS`, or ``"other"``.
+        kind: The module kind, one of `unmask.methods.naming.KINDS` or ``"other"``.
         unmasked: How many weights are unmasked.
         of: How many weights there are.
     """
@@ -41,17 +41,17 @@ class AllocationRow(TypedDict):
 
 
 class Snapshot(TypedDict):
-    """Where the unmasked weights were after some step; `unmask.analysis.snapshot` makes one.
+    """The places of the unmasked weights after some step; `unmask.analysis.snapshot` makes a snapshot.
 
     Attributes:
-        step: Optimizer steps taken; absent where only the count is known (read off the slots' order).
-        used: Weights unmasked by then.
-        tensor_sparsity: Share of tensors that hold no unmasked weight, 0 to 1.
-        sparsity_entropy: Entropy over tensors of their densities, in nats, 0 to ln(``tensors``).
-        sparsity_entropy_share: Entropy over tensors of their shares of the unmasked weights, in nats.
-        tensors: How many tensors these are taken over.
-        rows: The allocation; ``unmasked`` sums to ``used``. Where repeat-S keeps what it tuned, all that was ever tuned.
-        picked: The allocation of the B weights that this step picked, where ``rows`` holds more.
+        step: The number of optimizer steps taken; absent if only the count is known (from the order of the slots).
+        used: The number of weights unmasked by then.
+        tensor_sparsity: The share of tensors that hold no unmasked weight, 0 to 1.
+        sparsity_entropy: The entropy of the tensors' densities, in nats, 0 to ln(``tensors``).
+        sparsity_entropy_share: The entropy of the tensors' shares of the unmasked weights, in nats.
+        tensors: The number of tensors that these figures cover.
+        rows: The allocation; ``unmasked`` sums to ``used``. If repeat-S keeps what it tuned, it covers all weights ever tuned.
+        picked: The allocation of the B weights that this step picked, if ``rows`` covers more.
     """
 
     step: NotRequired[int]
@@ -65,28 +65,30 @@ class Snapshot(TypedDict):
 
 
 class RunRecord(TypedDict):
-    """One finished run. A figure names the optional entries it needs, and refuses records without them.
+    """One finished run. A figure names the optional entries that it needs, and refuses records without them.
 
     Attributes:
-        name: Name of the run, unique among the records.
-        method: Name to group and label by: ``"id3"``, ``"lora"``, ``"full"``.
-        task: Task, e.g. ``"sst2"``.
-        model: Base model's name.
-        budget: Trained weights that count: B, or a peer's trainable weights (without the dense head).
-        trained: How many weights the run really changed; more than ``budget`` where repeat-S keeps what it tuned. Absent: B.
-        share: ``trained`` over the base model's weights, 0 to 1.
-        seed: Of the run; runs that differ in nothing else are averaged.
-        lr: Peak learning rate.
-        best: How many runs at one place count, the highest scores first; they may differ in seed and learning rate. Absent:
-            all count, and they differ in the seed alone.
-        score: Final main metric, 0 to 1, higher is better.
-        columns: Scores by column of a table, 0 to 1: ``{"mnli-m": .., "mnli-mm": ..}``. Absent: the task with its score.
-        loss: Final mean loss on the evaluation split.
-        metric: The main metric's name, for the axis.
+        name: The name of the run, unique among the records.
+        method: The name by which runs are grouped and labelled: ``"id3"``, ``"lora"``, ``"full"``.
+        task: The task, such as ``"sst2"``.
+        model: The name of the base model.
+        budget: The number of trained weights that count: B, or a peer's trainable weights (without the dense head).
+        trained: The number of weights that the run changed. It is more than ``budget`` if repeat-S keeps what it tuned. If the
+            entry is absent, it is B.
+        share: ``trained`` divided by the number of the base model's weights, 0 to 1.
+        seed: The seed of the run; runs that differ in nothing else are averaged.
+        lr: The peak learning rate.
+        best: How many runs at one place count, the highest scores first; they may differ in seed and learning rate. If the
+            entry is absent, all runs count, and they differ in the seed alone.
+        score: The final main metric, 0 to 1; higher is better.
+        columns: The scores by column of a table, 0 to 1: ``{"mnli-m": .., "mnli-mm": ..}``. If the entry is absent, the task
+            is the only column.
+        loss: The final mean loss on the evaluation split.
+        metric: The name of the main metric, for the axis.
         strategy: ``"static"``, ``"repeat"``, ``"increment"``, or ``"none"`` for peers.
         parameters: The method's parameters: ``eps``, ``exp``, ``schedule``, ``stride``, ...
-        curve: Evaluations in the course of the run, by step.
-        allocation: Snapshots in the course of the run, by step.
+        curve: The evaluations during the run, by step.
+        allocation: The snapshots during the run, by step.
     """
 
     name: str
@@ -116,14 +118,14 @@ def check_records(records: Iterable[Mapping[str, Any]], *needs: str) -> list[Run
     """Refuses records that a figure cannot be drawn from.
 
     Args:
-        records: Runs, as read from JSON.
-        *needs: Optional entries that this figure needs too, e.g. ``"curve"``.
+        records: The runs, as read from JSON.
+        *needs: The optional entries that this figure needs too, such as ``"curve"``.
 
     Returns:
         The records.
 
     Raises:
-        DataError: There are none, or one lacks an entry.
+        DataError: There are no records, or one lacks an entry.
 
     Example:
         >>> run = dict.fromkeys(REQUIRED, 0) | {"name": "a"}
@@ -143,7 +145,7 @@ def check_records(records: Iterable[Mapping[str, Any]], *needs: str) -> list[Run
 
 
 def by_method(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Groups runs by method, methods in order of their first run."""
+    """Groups runs by method; the methods stand in the order of their first runs."""
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
         groups.setdefault(record["method"], []).append(record)
@@ -151,15 +153,15 @@ def by_method(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def trained(run: RunRecord) -> int:
-    """How many weights a run really changed: its budget, if it does not say more."""
+    """Returns the number of weights that a run changed; it is the budget if the record has no other number."""
     return run.get("trained", run["budget"])
 
 
 def labels(records: Sequence[RunRecord]) -> dict[str, str]:
-    """What each method is called in a figure of strategies.
+    """Returns the label of each method in a figure of strategies.
 
-    Where one method alone has increment-S and one alone repeat-S, these two are called by their strategy; otherwise every
-    method has its own name.
+    If a single method uses increment-S and a single one repeat-S, these two are labelled by their strategies. Otherwise every
+    method is labelled by its name.
 
     Example:
         >>> labels([{"method": "id3", "strategy": "increment"}, {"method": "repeat_d3", "strategy": "repeat"}])

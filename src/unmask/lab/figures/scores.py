@@ -1,4 +1,4 @@
-"""Figures of scores for each task: over eps and exp, along a run, over budgets."""
+"""The figures of scores for each task: over eps and exp, along a run, over budgets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from unmask.errors import DataError
 from unmask.lab.figures.charts import (
-    End,
     Point,
     aside,
     averaged,
@@ -18,7 +17,7 @@ from unmask.lab.figures.charts import (
     counting,
     draw_points,
     draw_spread,
-    label_ends,
+    legend_outside,
     metric_name,
     note,
     panels,
@@ -33,23 +32,23 @@ from unmask.lab.figures.style import LIGHT, LINES, RED, Look, Style, dress, look
 def parameter_sweep(
     records: Iterable[Mapping[str, Any]], style: Style = LIGHT, eps: float = 1.0, exp: float = 2.0
 ) -> Any:
-    """Figure 4: two sweeps of one parameter each: (a) the score over eps, at one exp; (b) over exp, at one eps.
+    """Draws Figure 4, two sweeps of one parameter each: (a) the score over eps, at one exp; (b) over exp, at one eps.
 
-    A row of panels is a sweep, a column a task; a row with a single value is left out. Both axes are linear. The methods' names
-    do not count: they may tell the values apart.
+    A row of panels is a sweep, a column is a task; a row with a single value is left out. Both axes are linear. The methods'
+    names do not count, because they may tell the values apart.
 
     Args:
         records: Runs of one method whose ``parameters`` hold ``eps`` and ``exp``.
-        style: Colours of the page.
-        eps: At which eps the exps are compared; the paper's setting (Table 7a).
-        exp: At which exp the epses are compared; the paper's setting for understanding tasks.
+        style: The colours of the page.
+        eps: The eps at which values of exp are compared; the default is the paper's setting (Table 7a).
+        exp: The exp at which values of eps are compared; the default is the paper's setting for understanding tasks.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        DataError: No records, one lacks a parameter, none of the two has several values, or runs of one place are not to be
-            averaged.
+        DataError: There are no records, one lacks a parameter, neither parameter has several values, or runs of one place
+            cannot be averaged.
         MissingExtraError: matplotlib is not installed.
     """
     runs = check_records(records, "parameters")
@@ -68,8 +67,8 @@ def parameter_sweep(
             draw_points(axes, averaged(group, lambda run, name=name: _value(run, name)), look_of(["id3"])["id3"])  # type: ignore[misc]
             axes.locator_params(axis="x", nbins=5)
             dress(axes, style, grid="y")
-    for axes in grid[0]:  # the panels of a task share their y axis
-        _finish(axes, [], style)
+    for axes in grid[0]:  # The panels of a task share their y axis.
+        _finish(axes, style)
     endless = any(math.isinf(_value(run, name)) for name, swept in sweeps.items() for run in swept)
     beyond = len(runs) - len({run["name"] for swept in sweeps.values() for run in swept})
     note(
@@ -83,7 +82,7 @@ def parameter_sweep(
 
 
 def _sweeps(runs: Sequence[RunRecord], eps: float, exp: float) -> dict[str, list[RunRecord]]:
-    """The runs of each row, by the parameter that is swept in it."""
+    """Returns the runs of each row, by the parameter that is swept in the row."""
     for run in runs:
         lacking = [name for name in ("eps", "exp") if name not in run["parameters"]]
         if lacking:
@@ -104,21 +103,22 @@ def _value(run: RunRecord, parameter: str) -> float:
 
 
 def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
-    """Figure 5: the score along a run of increment-S over the number of updated weights, repeat-S as a red line across.
+    """Draws Figure 5: the score along a run of increment-S over the number of updated weights, and repeat-S as a red line.
 
-    Every checkpoint of an increment-S run is a model of a smaller budget: its curve is a line, thin for each seed and thick for
-    their mean, or with ``best`` the curve of the run with the highest score. Repeat-S changes more weights than its budget, so
-    it is no point of this axis; its label says how many. A static method is a point at its budget. The axis is linear.
+    Every checkpoint of an increment-S run is a model of a smaller budget, so the run is a curve: thin for each seed and thick
+    for their mean, or with ``best`` the curve of the run with the highest score. Repeat-S changes more weights than its budget,
+    so it is a line across; its label says how many weights it changes. A static method is a point at its budget. The axis is
+    linear.
 
     Args:
-        records: Runs; those with ``strategy`` ``"increment"`` need a ``curve``.
-        style: Colours of the page.
+        records: The runs; those with ``strategy`` ``"increment"`` need a ``curve``.
+        style: The colours of the page.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        DataError: No increment-S run, a record lacks an entry, or runs of one place are not to be averaged.
+        DataError: There is no increment-S run, a record lacks an entry, or runs of one place cannot be averaged.
         MissingExtraError: matplotlib is not installed.
     """
     runs = check_records(records, "strategy")
@@ -133,13 +133,15 @@ def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
     def draw(axes: Any, group: list[RunRecord]) -> None:
         of = {s: by_method([r for r in group if r["strategy"] == s]) for s in ("increment", "repeat")}
         still = [run for run in group if run["strategy"] not in of]
-        ends = [end for m, its in of["increment"].items() for end in _curves(axes, names[m], its, looks[m])]
-        ends += _lines(axes, still, lambda run: run["budget"], looks)
+        for method, its in of["increment"].items():
+            _curves(axes, names[method], its, looks[method])
+        _lines(axes, still, looks, {method: method for method in by_method(still)})
         count_axis(axes)
-        axes.set_xlim(0, 1.02 * axes.dataLim.x1 if ends else None)
-        ends += [end for m, its in of["repeat"].items() for end in _across(axes, names[m], its)]
+        axes.set_xlim(0, 1.02 * axes.dataLim.x1 if axes.lines else None)
+        for method, its in of["repeat"].items():
+            _across(axes, names[method], its)
         axes.set_xlabel("number of updated weights")
-        _finish(axes, ends, style)
+        _finish(axes, style)
 
     figure = panels(runs, style, draw)
     best = any(run.get("best", 1) > 1 for run in moving)
@@ -149,34 +151,33 @@ def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
 
 
 def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
-    """Figure 6: the score over the budget B, a line for increment-S and one for repeat-S, on a linear axis.
+    """Draws Figure 6: the score over the budget B, a line for increment-S and one for repeat-S, on a linear axis.
 
     Where repeat-S keeps what it tuned, it changes more weights than B: its label says so, and a note says how many.
 
     Args:
-        records: Runs (`unmask.lab.figures.RunRecord`).
-        style: Colours of the page.
+        records: The runs (`unmask.lab.figures.RunRecord`).
+        style: The colours of the page.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        DataError: No records, one lacks an entry, or runs of one place are not to be averaged.
+        DataError: There are no records, one lacks an entry, or runs of one place cannot be averaged.
         MissingExtraError: matplotlib is not installed.
     """
     runs = check_records(records)
     looks, names = look_of(list(by_method(runs))), labels(runs)
 
     def draw(axes: Any, group: list[RunRecord]) -> None:
-        ends = []
-        for (x, y, method, colour), of_method in zip(
-            _lines(axes, group, lambda run: run["budget"], looks), by_method(group).values(), strict=True
-        ):
+        shown = {}
+        for method, of_method in by_method(group).items():
             more = " (tunes more than B)" if any(trained(run) > run["budget"] for run in of_method) else ""
-            ends.append((x, y, f"{names[method]}{more}", colour))
+            shown[method] = f"{names[method]}{more}"
+        _lines(axes, group, looks, shown)
         count_axis(axes, [run["budget"] for run in group])
         axes.set_xlabel("budget B, weights")
-        _finish(axes, ends, style)
+        _finish(axes, style)
 
     figure = panels(runs, style, draw)
     note(figure, style, *_tuned_beyond(runs, names), which_runs(runs))
@@ -184,7 +185,7 @@ def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> 
 
 
 def _tuned_beyond(runs: Sequence[RunRecord], names: Mapping[str, str]) -> list[str]:
-    """Says of each method that changes more weights than its budget how many."""
+    """Returns a text for each method that changes more weights than its budget, with their number."""
     texts = []
     for method, group in by_method(runs).items():
         counts = [trained(run) for run in group if trained(run) > run["budget"]]
@@ -194,45 +195,40 @@ def _tuned_beyond(runs: Sequence[RunRecord], names: Mapping[str, str]) -> list[s
     return texts
 
 
-def _lines(axes: Any, runs: Sequence[RunRecord], x: Any, looks: Mapping[str, Look]) -> list[End]:
-    """A line per method; returns the lines' ends, with the methods' names."""
-    ends = []
+def _lines(axes: Any, runs: Sequence[RunRecord], looks: Mapping[str, Look], names: Mapping[str, str]) -> None:
+    """Draws the scores over the budget, a line for each method."""
     methods = by_method(runs)
     for i, (method, group) in enumerate(methods.items()):
-        points = averaged(group, x)
-        draw_points(axes, points, looks[method], aside(i, len(methods)))
-        ends.append((points[-1].x, points[-1].mean, method, looks[method].colour))
-    return ends
+        points = averaged(group, lambda run: run["budget"])
+        draw_points(axes, points, looks[method], names[method], aside(i, len(methods)))
 
 
-def _across(axes: Any, name: str, runs: Sequence[RunRecord]) -> list[End]:
-    """A red line across for each budget."""
-    ends, right = [], axes.get_xlim()[1]
+def _across(axes: Any, name: str, runs: Sequence[RunRecord]) -> None:
+    """Draws a red line across for each budget."""
+    right = axes.get_xlim()[1]
     budgets = sorted({run["budget"] for run in runs})
     for i, budget in enumerate(budgets):
         group = [run for run in runs if run["budget"] == budget]
         at = point(right, group)
-        axes.axhline(at.mean, color=RED, linewidth=1.4, linestyle=LINES[1:][i % 3], zorder=2)
-        draw_spread(axes, Point(0.99 * right, at.mean, at.half), RED)
         whole = f", B = {short(budget)}" if len(budgets) > 1 else ""
-        tuned = short(fmean(trained(run) for run in counting(group)))
-        ends.append((right, at.mean, f"{name}{whole}, {tuned} tuned", RED))
-    return ends
+        label = f"{name}{whole}, {short(fmean(trained(run) for run in counting(group)))} tuned"
+        axes.axhline(at.mean, color=RED, linewidth=1.4, linestyle=LINES[1:][i % 3], zorder=2, label=label)
+        draw_spread(axes, Point(0.99 * right, at.mean, at.half), RED)
 
 
-def _finish(axes: Any, ends: Sequence[End], style: Style) -> None:
-    """Room above and below, then the labels, which stand by the limits."""
+def _finish(axes: Any, style: Style) -> None:
+    """Makes room above and below the data, and draws the legend."""
     axes.margins(y=0.08)
     axes.autoscale_view(scalex=False)
     axes.set_ylim(axes.get_ylim())
-    label_ends(axes, ends, style)
+    legend_outside(axes, style)
 
 
-def _curves(axes: Any, name: str, runs: Sequence[RunRecord], look: Look) -> list[End]:
-    """One line per budget: the mean over seeds with each seed's own behind it, or the best run's."""
-    colour, ends = look.colour, []
+def _curves(axes: Any, name: str, runs: Sequence[RunRecord], look: Look) -> None:
+    """Draws a line for each budget: the mean over seeds in front of each seed's own line, or the best run's line."""
+    colour = look.colour
     budgets = sorted({run["budget"] for run in runs})
-    for budget in budgets:
+    for i, budget in enumerate(budgets):
         kept = counting([run for run in runs if run["budget"] == budget])
         if "best" in kept[0]:
             kept = kept[:1]
@@ -241,10 +237,9 @@ def _curves(axes: Any, name: str, runs: Sequence[RunRecord], look: Look) -> list
             axes.plot(*_xy(curve), color=colour, linewidth=0.8, alpha=0.45, zorder=2)
         mean = _mean_curve(curves)
         marks = {"marker": look.marker, "markersize": 3.5, "markevery": math.ceil(len(mean) / 12)}
-        axes.plot(*zip(*mean, strict=True), "-", color=colour, linewidth=1.6, zorder=3, **marks)
-        whole = f", B = {short(budget)}" if len(budgets) > 1 else ""
-        ends.append((*mean[-1], f"{name}{whole}", colour))
-    return ends
+        label = name + (f", B = {short(budget)}" if len(budgets) > 1 else "")
+        line = {"color": colour, "linestyle": LINES[i % len(LINES)], "linewidth": 1.6, "zorder": 3}
+        axes.plot(*zip(*mean, strict=True), label=label, **line, **marks)
 
 
 def _xy(curve: Sequence[CurvePoint]) -> tuple[list[int], list[float]]:
@@ -252,7 +247,7 @@ def _xy(curve: Sequence[CurvePoint]) -> tuple[list[int], list[float]]:
 
 
 def _mean_curve(curves: Sequence[Sequence[CurvePoint]]) -> list[tuple[float, float]]:
-    """Mean score where every seed has a point."""
+    """Returns the mean score wherever every seed has a point."""
     shared = set.intersection(*({at["used"] for at in curve} for curve in curves))
     if not shared:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Figure 1: the average score over all columns of all tasks, against the share of trained weights."""
+"""Draws Figure 1: the average score over all columns of all tasks, against the share of trained weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from unmask.lab.figures.records import RunRecord, by_method, check_records, trai
 from unmask.lab.figures.style import LIGHT, LINES, Look, Style, dress, look_of, new_figure
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
-_GLUE_COLUMNS = 9  # MNLI has two
-_WHOLE = 0.5  # a method that trains a larger share of the model is a line across, not a marker
-_SAME = 1.01  # budgets that differ by less are one: a share of the model depends a little on its head
-_AREAS = (16, 170)  # of a marker, in square points: the least, and that of the largest count
+_GLUE_COLUMNS = 9
+"""The number of GLUE's columns; MNLI has two."""
+_WHOLE = 0.5
+"""A method that trains a larger share of the model is a line across, not a marker."""
+_SAME = 1.01
+"""Budgets with a smaller ratio count as one, because a share of the model depends a little on its head."""
+_AREAS = (16, 170)
+"""The area in square points of the smallest marker, and of the marker of the largest count."""
 
-Column = tuple[str, str]  # task, label
+Column = tuple[str, str]
+"""A task, and the label of one of its columns."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,9 @@ class Place:
 
     Attributes:
         method: The method's name.
-        trained: Weights that it trains; the mean over its runs.
+        trained: The number of weights that the method trains, as the mean over its runs.
         at: The average score in percent, at the share of the model in percent.
-        left: Columns that other methods have and this one lacks; with any it is not drawn.
+        left: The columns that other methods have and this one lacks. If there are any, the place is not drawn.
     """
 
     method: str
@@ -39,23 +44,23 @@ class Place:
 
 
 def score_against_share(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
-    """Figure 1: the average over all columns of all tasks against the share of trained weights, a panel per model.
+    """Draws Figure 1: the average over all columns of all tasks against the share of trained weights, a panel for each model.
 
-    Both axes are linear and in percent. A marker is a method at a budget; its size stands for the count of trained weights.
-    What trains more than half of the model (full fine-tuning) is a line across. A method is drawn at the budgets where it has
-    every column that any method has; what is left out for that is named below. With one column the markers have vertical
-    lines; the average of several has none, because different runs may count in each column.
+    Both axes are linear and in percent. A marker is a method at a budget; its size stands for the number of trained weights.
+    A method that trains more than half of the model (full fine-tuning) is a line across. A method is drawn at the budgets
+    where it has every column that any method has; a note names what is left out. With one column the markers have vertical
+    lines; the average of several columns has none, because different runs may count in each column.
 
     Args:
-        records: Runs (`unmask.lab.figures.RunRecord`); of each method those of the chosen learning rate, or with ``best`` all.
-            Runs with no column at all do not count.
-        style: Colours of the page.
+        records: The runs (`unmask.lab.figures.RunRecord`): of each method those of the chosen learning rate, or with ``best``
+            all. Runs without any column do not count.
+        style: The colours of the page.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        DataError: No records, one lacks an entry, runs of one place are not to be averaged, or no method has all columns.
+        DataError: There are no records, one lacks an entry, runs of one place cannot be averaged, or no method has all columns.
         MissingExtraError: matplotlib is not installed.
     """
     runs = check_records(record for record in records if record.get("columns") != {})
@@ -95,7 +100,7 @@ def _scores(run: RunRecord) -> dict[str, float]:
 
 
 def _places(runs: Sequence[RunRecord]) -> list[Place]:
-    """Every method at every budget, methods in order of their first run, by rising budget."""
+    """Returns every method at every budget: methods in the order of their first runs, budgets rising."""
     columns, places = _columns(runs), []
     for method, group in by_method(runs).items():
         budgets: list[list[RunRecord]] = []
@@ -122,7 +127,7 @@ def _place(method: str, runs: Sequence[RunRecord], columns: Sequence[Column]) ->
 
 
 def _average(runs: Sequence[RunRecord], columns: Sequence[Column]) -> tuple[str, str]:
-    """The axis' name, and what the average is taken over."""
+    """Returns the label of the y axis, and a text that says which columns are averaged."""
     tasks = {task for task, _ in columns}
     over = f"average of {len(columns)} columns: {', '.join(label for _, label in columns)}" if len(columns) > 1 else ""
     if len(tasks) == 1:
@@ -168,12 +173,12 @@ def _draw(axes: Any, places: Sequence[Place], looks: Mapping[str, Look], style: 
 def _legends(
     axes: Any, entries: Mapping[str, Any], counts: Sequence[tuple[str, float]], largest: float, style: Style
 ) -> None:
-    """To the right of the axes: what the markers and lines are, and how large a marker is for some of the counts."""
+    """Draws two legends at the right of the axes: the methods, and the sizes of markers for some of the counts."""
     line = need("matplotlib.lines", "plot").Line2D
     look = {"loc": "upper left", "frameon": False, "fontsize": 8, "labelcolor": style.ink, "borderaxespad": 0}
     methods = axes.legend(entries.values(), entries, bbox_to_anchor=(1.03, 1), **look)
     axes.add_artist(methods)
-    methods.set_clip_on(False)  # the layout leaves out what may be clipped
+    methods.set_clip_on(False)  # The layout makes no room for what may be clipped.
     ordered = sorted(counts, key=lambda item: item[1])
     shown = ordered if len(ordered) <= 3 else [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
     sizes = {
@@ -192,6 +197,6 @@ def _legends(
 
 
 def _area(count: float, largest: float) -> float:
-    """The area of a marker, in square points: in proportion to the count, but never too small to be seen."""
+    """Returns the area of a marker in square points: proportional to the count, but never too small to be seen."""
     least, most = _AREAS
     return max(least, most * count / largest)

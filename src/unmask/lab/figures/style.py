@@ -1,7 +1,7 @@
-"""How figures look: inks for a light page, a dark page, and for SVG that takes the page's own; one colour per method.
+"""The look of figures: colours for a light page, a dark page and adaptive SVG, and one colour for each family of methods.
 
-Every series colour has a contrast of 3 or more against both pages, and any two stay apart for readers without red or green cones
-too (a test simulates them); marker shapes and direct labels say the same once more.
+Every series colour has a contrast of 3 or more against both pages. Any two colours also differ for readers without red or
+green cones (a test simulates them), and marker shapes differ with the colours.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from unmask.errors import need
 
 @dataclass(frozen=True)
 class Style:
-    """Colours of everything that is not data.
+    """The colours of everything that is not data.
 
     Attributes:
-        ink: Text and axes.
-        muted: Secondary text.
-        grid: Thin lines behind the data.
-        paper: The page; ``"none"`` for a transparent one.
-        fill: Full strength of the heat maps; less is more transparent.
-        on_fill: Text on nearly full strength.
+        ink: The colour of text and axes.
+        muted: The colour of secondary text.
+        grid: The colour of the thin lines behind the data.
+        paper: The colour of the page; ``"none"`` for a transparent one.
+        fill: The strongest colour of the heat maps; smaller values are more transparent.
+        on_fill: The colour of text on a strong fill.
     """
 
     ink: str
@@ -33,7 +33,8 @@ class Style:
     on_fill: str
 
 
-INK = "#000001"  # in SVG it becomes currentColor
+INK = "#000001"
+"""The ink that becomes ``currentColor`` in SVG."""
 LIGHT = Style(ink="#1a1c1f", muted="#5c6168", grid="#dcdee1", paper="#ffffff", fill="#1f5fa8", on_fill="#ffffff")
 DARK = Style(ink="#eceef0", muted="#a3a9b1", grid="#383c42", paper="#16181c", fill="#5ba3ee", on_fill="#0b0e12")
 ADAPTIVE = Style(ink=INK, muted="#7d838b", grid="#7d838b50", paper="none", fill="#2f74c0", on_fill="#ffffff")
@@ -45,12 +46,13 @@ _FAMILIES = {
     "id3": 1, "increment": 1, "lora": 0, "dora": 0, "pafi": 2, "sparse": 2, "fish": 3, "snip": 3, "bitfit": 4, "shira": 6,
     "repeat": 5, "static": 7, "random": 8,
 }  # fmt: skip
-RED = SERIES[5]  # repeat-S, as in the paper's Figure 5
+RED = SERIES[5]
+"""The colour of repeat-S, as in the paper's Figure 5."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """How one method is drawn: matplotlib's colour, marker and line style."""
+    """The colour, marker and line style of one method, as matplotlib takes them."""
 
     colour: str
     marker: str
@@ -58,7 +60,7 @@ class Look:
 
 
 def look_of(methods: list[str]) -> dict[str, Look]:
-    """A look per method: the same colour in every figure for known families, marker and dashes apart within one.
+    """Returns a look for each method. Known families have the same colour in every figure; within one, markers and dashes differ.
 
     Example:
         >>> looks = look_of(["id3", "id3 exp=0", "lora"])
@@ -76,14 +78,14 @@ def look_of(methods: list[str]) -> dict[str, Look]:
 
 
 def new_figure(width: float, height: float, style: Style) -> Any:
-    """An empty figure of a style; inches."""
+    """Returns an empty figure; width and height are in inches."""
     return need("matplotlib.figure", "plot").Figure(
         figsize=(width, height), dpi=150, layout="constrained", facecolor=style.paper
     )
 
 
 def dress(axes: Any, style: Style, grid: str = "both") -> None:
-    """Axes without a box: two thin spines, light lines behind the data."""
+    """Gives axes two thin spines instead of a box, and light lines behind the data."""
     axes.set_facecolor("none")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -1,4 +1,4 @@
-"""Figures of how the budget spreads over tensors in the course of a run: tensor sparsity and sparsity entropy."""
+"""The figures that show how a run's budget spreads over the tensors: tensor sparsity and sparsity entropy."""
 
 from __future__ import annotations
 
@@ -8,44 +8,45 @@ from statistics import fmean
 from typing import Any
 
 from unmask.errors import DataError
-from unmask.lab.figures.charts import counting, label_ends, note, panels, short, which_runs
+from unmask.lab.figures.charts import counting, legend_outside, note, panels, short, which_runs
 from unmask.lab.figures.records import RunRecord, Snapshot, by_method, check_records, labels
 from unmask.lab.figures.style import LIGHT, LINES, Style, look_of
 
 
 def tensor_sparsity(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
-    """Figure 8: the share of tensors that hold no unmasked weight, in the course of the run; a line per method and budget.
+    """Draws Figure 8: the share of tensors without an unmasked weight along the run, a line for each method and budget.
 
     Args:
-        records: Runs with ``allocation``. Optimizer steps are on the x axis if every snapshot has one, else the unmasked weights.
-        style: Colours of the page.
+        records: Runs with ``allocation``. The x axis shows optimizer steps if every snapshot has one, else the unmasked
+            weights.
+        style: The colours of the page.
 
     Returns:
         A matplotlib figure; its y axis goes from 0 to 1.
 
     Raises:
-        DataError: No records, one has no snapshots, or runs of one place are not to be averaged.
+        DataError: There are no records, one has no snapshots, or runs of one place cannot be averaged.
         MissingExtraError: matplotlib is not installed.
     """
     return _course(records, lambda shot: shot["tensor_sparsity"], "tensor sparsity", style)
 
 
 def sparsity_entropy(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
-    """Figure 9: the sparsity entropy over the logarithm of the number of tensors, in the course of the run.
+    """Draws Figure 9: the sparsity entropy divided by the logarithm of the number of tensors, along the run.
 
     The paper takes the entropy of the tensors' densities and shows it between 0.1 and 0.7, but does not say how it is scaled.
-    Here it is divided by its largest possible value, ln(tensors): 0 says that all unmasked weights lie in one tensor, 1 that
-    every tensor is equally dense.
+    Here it is divided by its largest possible value, ln(tensors). Then 0 means that all unmasked weights lie in one tensor,
+    and 1 that every tensor is equally dense.
 
     Args:
         records: Runs with ``allocation``, as for `tensor_sparsity`.
-        style: Colours of the page.
+        style: The colours of the page.
 
     Returns:
         A matplotlib figure; its y axis goes from 0 to 1.
 
     Raises:
-        DataError: As `tensor_sparsity`, or a snapshot is of a single tensor.
+        DataError: The reasons of `tensor_sparsity`, or a snapshot of a single tensor.
         MissingExtraError: matplotlib is not installed.
     """
     return _course(records, _relative_entropy, "sparsity entropy / ln(tensors)", style)
@@ -57,13 +58,14 @@ def _relative_entropy(shot: Snapshot) -> float:
     return shot["sparsity_entropy"] / math.log(shot["tensors"])
 
 
-def _course(records: Iterable[Mapping[str, Any]], value: Callable[[Snapshot], float], label: str, style: Style) -> Any:
+def _course(
+    records: Iterable[Mapping[str, Any]], value: Callable[[Snapshot], float], y_label: str, style: Style
+) -> Any:
     runs = check_records(records, "allocation")
     looks, names = look_of(list(by_method(runs))), labels(runs)
     x = "step" if all("step" in shot for run in runs for shot in run["allocation"]) else "used"
 
     def draw(axes: Any, group: list[RunRecord]) -> None:
-        ends = []
         for method, of_method in by_method(group).items():
             look, budgets = looks[method], sorted({run["budget"] for run in of_method})
             for i, budget in enumerate(budgets):
@@ -71,13 +73,12 @@ def _course(records: Iterable[Mapping[str, Any]], value: Callable[[Snapshot], fl
                 dashes = LINES[i % len(LINES)] if len(budgets) > 1 else look.line
                 marks = {"marker": look.marker, "markersize": 3.5, "markevery": math.ceil(len(points) / 12)}
                 line = {"color": look.colour, "linestyle": dashes, "linewidth": 1.5, "clip_on": False}
-                axes.plot(*zip(*points, strict=True), **line, **marks)
-                whole = f", B = {short(budget)}" if len(budgets) > 1 else ""
-                ends.append((*points[-1], f"{names[method]}{whole}", look.colour))
+                label = names[method] + (f", B = {short(budget)}" if len(budgets) > 1 else "")
+                axes.plot(*zip(*points, strict=True), label=label, **line, **marks)
         axes.set_xlabel("training iteration (optimizer step)" if x == "step" else "unmasked weights")
-        axes.set_ylabel(label)
+        axes.set_ylabel(y_label)
         axes.set_ylim(0, 1)
-        label_ends(axes, ends, style)
+        legend_outside(axes, style)
 
     figure = panels(runs, style, draw)
     note(figure, style, which_runs(runs, spread=False))
@@ -85,7 +86,7 @@ def _course(records: Iterable[Mapping[str, Any]], value: Callable[[Snapshot], fl
 
 
 def course(runs: Sequence[RunRecord], x: str, value: Callable[[Snapshot], float]) -> list[tuple[float, float]]:
-    """The mean over runs of a number of their snapshots, at every x that all of them have."""
+    """Returns (x, mean over the runs) of a number in their snapshots, at every x that all runs have."""
     found: dict[float, list[float]] = {}
     for run in runs:
         for shot in run["allocation"]:

@@ -1,4 +1,4 @@
-"""Writing figures: PNG for a light and a dark page, and one SVG that takes the page's own colour of text."""
+"""Writes figures: PNG for a light and a dark page, and one SVG that takes the page's own colour of text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Draw = Callable[[Style], Any]
 
 
 def figure_files(path: Path) -> list[Path]:
-    """The files of a figure: ``NAME.png``, ``NAME-dark.png`` and ``NAME.svg``, or the one kind that the path names.
+    """Returns the files of a figure: ``NAME.png``, ``NAME-dark.png`` and ``NAME.svg``, or the one file that the path names.
 
     Raises:
         DataError: The path has another ending, or no name.
@@ -34,14 +34,14 @@ def write_figure(draw: Draw, path: Path) -> list[Path]:
     """Writes a figure as the files of `figure_files`.
 
     Args:
-        draw: Makes the figure in a style, e.g. ``lambda style: score_against_share(records, style)``.
-        path: Without an ending for all three; with ``.png`` or ``.svg`` for one.
+        draw: The function that draws the figure in a style, such as ``lambda style: score_against_share(records, style)``.
+        path: The path without an ending for all three files, or with ``.png`` or ``.svg`` for one.
 
     Returns:
-        The paths written.
+        The paths of the written files.
 
     Raises:
-        DataError: Another ending.
+        DataError: The path has another ending.
         MissingExtraError: matplotlib is not installed.
     """
     written = figure_files(path)
@@ -55,14 +55,14 @@ def write_figure(draw: Draw, path: Path) -> list[Path]:
 
 
 def svg(draw: Draw, salt: str = "figure") -> str:
-    """A figure as SVG text for an HTML page: transparent, its text and axes in the page's ``currentColor``.
+    """Returns a figure as SVG text for an HTML page: transparent, its text and axes in the page's ``currentColor``.
 
     Args:
-        draw: Makes the figure in a style.
-        salt: Goes into the ids; another for every figure of one page.
+        draw: The function that draws the figure in a style.
+        salt: A text from which the ids are made; each figure of a page needs another one.
 
     Returns:
-        The ``<svg>`` element, without an XML header; the same for the same figure.
+        The ``<svg>`` element, without an XML header. The same figure has the same text.
     """
     rc = need("matplotlib", "plot").rc_context
     text = io.StringIO()

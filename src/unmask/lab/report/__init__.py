@@ -1,4 +1,4 @@
-"""The report of sweeps: one HTML page that needs no network. No torch here."""
+"""The report of sweeps: one HTML page that needs no network. This package imports no torch."""
 
 from unmask.lab.report.page import page, write_report
 from unmask.lab.report.reading import Study, read_study

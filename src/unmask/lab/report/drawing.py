@@ -1,4 +1,4 @@
-"""A study's figures, as inline SVG and as files."""
+"""Draws a study's figures, as inline SVG and as files."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ CAPTIONS = {
 
 
 def fitting(name: str, records: Sequence[RunRecord]) -> list[RunRecord]:
-    """The records that a figure can show: those that have its data.
+    """Returns the records that a figure can show: those that have its data.
 
-    The course of an allocation is shown for increment-S and repeat-S; a static mask, which has none, only without them.
+    The figures of an allocation show increment-S and repeat-S. They show static masks, whose allocation does not change, only
+    if there is neither.
     """
     if name == "fig4":
         return [r for r in records if {"eps", "exp"} <= r.get("parameters", {}).keys()]
@@ -45,7 +46,7 @@ def fitting(name: str, records: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def worth_drawing(records: Sequence[RunRecord]) -> tuple[str, ...]:
-    """The figures that say something of these runs, where nobody has said which to draw."""
+    """Returns the names of the figures that these runs have data for, for a study that names none."""
     budgets = {r["budget"] for r in records if r["share"] < 0.5}
     names = ["fig1"] if len(budgets) > 1 else []
     names += ["fig5"] if any(r.get("strategy") == "increment" and len(r.get("curve", [])) > 2 for r in records) else []
@@ -54,12 +55,12 @@ def worth_drawing(records: Sequence[RunRecord]) -> tuple[str, ...]:
 
 
 def inline(names: Iterable[str], records: Sequence[RunRecord], salt: str = "") -> dict[str, str | UnmaskError]:
-    """Each figure as an ``<svg>`` element, or why it could not be drawn.
+    """Returns each figure as an ``<svg>`` element, or the reason why it cannot be drawn.
 
     Args:
         names: Keys of `unmask.lab.figures.FIGURES`.
-        records: Of the runs that count.
-        salt: Begins every id, so that no two on a page are alike.
+        records: The records of the runs that count.
+        salt: A text with which every id begins, so that the ids of a page differ.
     """
     drawn: dict[str, str | UnmaskError] = {}
     for name in names:
@@ -67,7 +68,7 @@ def inline(names: Iterable[str], records: Sequence[RunRecord], salt: str = "") -
             drawn[name] = _prefixed(svg(_draw(name, records), f"{salt}{name}"), f"{salt}-{name}-")
         except UnmaskError as error:
             drawn[name] = error
-        except ValueError as error:  # matplotlib reads a $ in a name as mathematics
+        except ValueError as error:  # Matplotlib reads a $ in a name as mathematics.
             drawn[name] = UnmaskError(str(error))
     return drawn
 
@@ -84,20 +85,20 @@ def draw_files(names: Iterable[str], records: Sequence[RunRecord], folder: Path)
             written += write_figure(_draw(name, records), folder / name)
         except MissingExtraError:
             raise
-        except UnmaskError:  # nothing to draw yet; the report says why
+        except UnmaskError:  # There is nothing to draw yet; the report says why.
             continue
     return written
 
 
 def _draw(name: str, records: Sequence[RunRecord]) -> Callable[[Style], Any]:
     if name not in FIGURES:
-        raise DataError(f"there is no figure of the name {name!r}; there are {', '.join(FIGURES)}.")
+        raise DataError(f"there is no figure {name!r}; there are {', '.join(FIGURES)}.")
     shown = fitting(name, records)
     return lambda style: FIGURES[name](shown, style)
 
 
 def _prefixed(element: str, prefix: str) -> str:
-    """An SVG element with a prefix to every id and every reference to one; ids that nothing refers to are left out."""
+    """Puts a prefix before every id of an SVG element and every reference to one, and leaves out ids without a reference."""
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', element))
     element = re.sub(r' id="([^"]+)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in used else "", element)
     return re.sub(r'(href="#|url\(#)', rf"\1{prefix}", element)

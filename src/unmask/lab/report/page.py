@@ -1,31 +1,31 @@
-"""The report's page: everything in one file, text from runs escaped."""
+"""Writes the report: one HTML page that holds its style, script and figures, and escapes all text from runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from unmask.errors import ConfigError
+from unmask.errors import ConfigError, need
 from unmask.files import write_text
+from unmask.lab.report.context import study_context
 from unmask.lab.report.reading import Study, read_study
-from unmask.lab.report.sections import study_section
 from unmask.version import __version__
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
     """Writes the page of one or several studies.
 
     Args:
-        folders: Of sweeps, or of runs of ``unmask train``.
-        output: The HTML file; written in one step.
+        folders: Folders of sweeps, or of runs of ``unmask train``.
+        output: The HTML file; it is written in one step.
+
+    Returns:
+        The file's path.
 
     Raises:
-        DataError: A folder holds neither, or a damaged file.
+        DataError: A folder holds neither, or a file in it is damaged.
         ConfigError: ``output`` is a folder.
     """
     output = Path(output)
@@ -35,32 +35,29 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
 
 
 def page(studies: Sequence[Study]) -> str:
-    """The page as text: no reference to anything outside it."""
-    title = studies[0].title or studies[0].name if len(studies) == 1 else f"{len(studies)} studies"
-    style, script = (
-        files("unmask.lab.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+    """Returns the page as text. It refers to nothing outside itself.
+
+    Raises:
+        MissingExtraError: Jinja is not installed (extra ``cli``).
+    """
+    jinja = need("jinja2", "cli")
+    source, style, script = (
+        files("unmask.lab.report").joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.html.j2", "page.css", "page.js")
     )
-    contents = "".join(study_section(study, f"s{number}", len(studies) > 1) for number, study in enumerate(studies))
-    links = "".join(f'<a href="#s{n}">{escape(s.title or s.name)}</a>' for n, s in enumerate(studies))
-    menu = f"<nav>{links}</nav>" if len(studies) > 1 else ""
-    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{escape(title)}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<header><h1>{escape(title)}</h1><p class="muted">Written {written} by unmask {escape(__version__)}</p>{menu}</header>
-<main>
-{contents}</main>
-<script>
-{script}</script>
-</body>
-</html>
-"""
+    environment = jinja.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    text: str = environment.from_string(source).render(
+        title=studies[0].title or studies[0].name if len(studies) == 1 else f"{len(studies)} studies",
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        style=style,
+        script=script,
+        studies=[study_context(study, f"s{number}") for number, study in enumerate(studies)],
+    )
+    return text.lstrip()

@@ -1,4 +1,4 @@
-"""What a report is made of: a sweep's folder, or folders of runs of ``unmask train``."""
+"""Reads what a report is made from: a sweep's folder, or folders of runs of ``unmask train``."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from typing import Any
 from unmask.errors import ConfigError, DataError
 from unmask.lab.study.cells import Cell, canonical, run_id
 from unmask.lab.study.curves import curve, read_allocation, read_metrics, read_summary, scores
-from unmask.lab.study.spec import Choice, Claims, Protocol, read_choice, read_claims, read_protocol
+from unmask.lab.study.parsing import read_choice, read_claims, read_protocol
+from unmask.lab.study.spec import Choice, Claims, Protocol
 from unmask.lab.study.store import Result, Store
 from unmask.lab.training.settings import read_yaml
 
 
 @dataclass(frozen=True)
 class Study:
-    """A grid of runs and what came of it.
+    """A grid of runs with its results.
 
     Attributes:
-        name: Of the sweep, or of the folder.
-        title: For people; may be empty.
-        cells: The full grid.
-        results: Of the runs that have ended.
-        choice: How the swept setting was chosen.
-        protocol: How seeds become one figure.
-        notes: What a reader must know.
-        figures: Figures to draw; None for all that the runs have the data for.
-        claims: The figures that the paper prints for this table; None for none.
-        command: What made it.
+        name: The name of the sweep, or of the folder.
+        title: The title of the report; it may be empty.
+        cells: The cells of the full grid.
+        results: The results of the runs that have ended, by run id.
+        choice: How the swept setting was chosen; None if none was chosen.
+        protocol: How the runs of a cell become one figure.
+        notes: Paragraphs that a reader must know.
+        figures: The figures to draw; None for all figures that the runs have the data for.
+        claims: The figures that the paper prints for this table; None if there are none.
+        command: The command line of the sweep; empty if there was none.
     """
 
     name: str
@@ -45,10 +46,10 @@ class Study:
 
 
 def read_study(folder: str | Path) -> Study:
-    """Reads a sweep's folder, or any folder that holds outputs of ``unmask train``, at whatever depth.
+    """Reads a sweep's folder, or a folder that holds outputs of ``unmask train`` at any depth.
 
     Raises:
-        DataError: It holds neither, or a file in it cannot be read.
+        DataError: The folder holds neither, or a file in it cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -75,7 +76,7 @@ def _of_sweep(store: Store) -> Study:
         )
     except ConfigError as error:
         raise DataError(
-            f"{str(store.folder / 'sweep.json')!r} is no sweep of this version ({error}); run it again."
+            f"{str(store.folder / 'sweep.json')!r} is not a sweep of this version ({error}); run the sweep again."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""From a sweep to its cells: every run's settings, with an id that depends on nothing else. No torch here."""
+"""Expands a sweep into its cells: the settings of every run, and an id that depends on the settings alone. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.settings import build
 
 Rank = Callable[[Mapping[str, Any]], int]
-MATCH = "match"  # of lora_r: the rank that comes nearest to the budget
+MATCH = "match"
+"""The value of ``lora_r`` that stands for the rank whose number of weights is nearest to the budget."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Cell:
     """A place in the grid, and the run that fills it. Two places can share a run.
 
     Attributes:
-        id: Of the run: the same settings have the same id, today and elsewhere.
-        labels: ``method`` (the row), the axes and the grid's settings, with their values here.
-        settings: What the run's configuration has other than the defaults, without ``output``.
+        id: The id of the run. The same settings have the same id on every machine and in every version.
+        labels: The values of ``method`` (the row), the axes and the grid's settings at this place.
+        settings: The settings of the run that differ from the defaults, without ``output``.
     """
 
     id: str
@@ -35,22 +36,23 @@ class Cell:
     settings: Mapping[str, Any]
 
     def group(self, *without: str) -> tuple[tuple[str, str], ...]:
-        """Its labels but some, as a key."""
+        """Returns all labels except some, as a key."""
         return tuple((key, str(value)) for key, value in self.labels.items() if key not in without)
 
 
 def expand(sweep: Sweep, rank: Rank | None = None) -> list[Cell]:
-    """All cells of the full grid, in order.
+    """Returns all cells of the full grid, in order.
 
     Args:
         sweep: The sweep.
-        rank: Settings -> the rank that ``lora_r: match`` stands for; None for `unmask.lab.study.matching.matching_rank`.
+        rank: The function from settings to the rank that ``lora_r: match`` stands for; None for
+            `unmask.lab.study.matching.matching_rank`.
 
     Raises:
-        ConfigError: A run whose settings cannot work, named by its labels.
+        ConfigError: The settings of a run cannot work; the message names the run by its labels.
 
     Example:
-        >>> from unmask.lab.study.spec import parse
+        >>> from unmask.lab.study.parsing import parse
         >>> sweep = parse({"settings": {"model": "m", "task": "rte", "budget": "1%"}, "axes": {"seed": [0, 1]},
         ...                "methods": {"id3": {"grid": {"lr": ["1e-3", "3e-3"]}}}})
         >>> [(cell.labels["seed"], cell.labels["lr"]) for cell in expand(sweep)]
@@ -67,7 +69,7 @@ def expand(sweep: Sweep, rank: Rank | None = None) -> list[Cell]:
 
 
 def _check_pairs(sweep: Sweep, cells: Iterable[Cell]) -> None:
-    """A paired setting has as many values as there are seeds, or one."""
+    """Checks that a paired setting has as many values as there are seeds, or one value."""
     pair = sweep.protocol.pair
     if pair is None or sweep.protocol.kind == "seeds":
         return
@@ -92,7 +94,7 @@ def _places(sweep: Sweep) -> Iterator[tuple[Row, dict[str, Any]]]:
 
 
 def _tried(sweep: Sweep, row: Row, place: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(labels, settings) of every value of the place's grid."""
+    """Yields (labels, settings) for every value of the place's grid."""
     labels = {"method": row.name, **place}
     rules = [rule for rule in sweep.rules if rule.holds(labels)]
     settings = dict(sweep.settings)
@@ -117,7 +119,7 @@ def _cell(labels: Mapping[str, Any], settings: Mapping[str, Any], rank: Rank) ->
 
 
 def _matched(settings: Mapping[str, Any], rank: Rank) -> Mapping[str, Any]:
-    """Puts numbers for ``match``: a LoRA that is trained whole has no budget of its own."""
+    """Replaces ``match`` by numbers, and drops the budget of a LoRA that is trained whole."""
     if settings.get("lora_r") != MATCH:
         return settings
     if settings.get("budget") is None or settings.get("into") is None:
@@ -133,13 +135,13 @@ def _matched(settings: Mapping[str, Any], rank: Rank) -> Mapping[str, Any]:
 
 
 def _matching_rank(settings: Mapping[str, Any]) -> int:
-    from unmask.lab.study.matching import matching_rank  # torch
+    from unmask.lab.study.matching import matching_rank  # It imports torch.
 
     return matching_rank(settings)
 
 
 def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings as `unmask.lab.training.settings.build` reads them, without defaults and without ``output``; JSON values.
+    """Returns a run's settings as JSON values, converted as for a training, without defaults and without ``output``.
 
     Example:
         >>> canonical({"model": "m", "task": "rte", "budget": 100, "lr": "3e-4", "seed": 0})
@@ -153,7 +155,7 @@ def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_id(labels: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """Task, row and a digest of the settings: ``sst2-id3-1f2e3d4c5b``."""
+    """Returns the task, the method and a digest of the settings: ``sst2-id3-1f2e3d4c5b``."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     words = (str(settings.get("task") or "data"), str(settings.get("method", "id3")), digest)
     if settings.get("into"):
@@ -162,7 +164,7 @@ def run_id(labels: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def _ordered(sweep: Sweep, cells: list[Cell]) -> list[Cell]:
-    """By the sweep's nesting; within the grid, by the order in which the values stand there."""
+    """Sorts cells by the sweep's nesting; within a grid they keep the order of its values."""
     ranks: dict[str, dict[str, int]] = {key: {} for key in (*sweep.axes, "method")}
     for key in ranks:
         values: Iterable[Any] = [r.name for r in sweep.rows] if key == "method" else sweep.axes[key]
@@ -177,6 +179,6 @@ def _ordered(sweep: Sweep, cells: list[Cell]) -> list[Cell]:
     return sorted(cells, key=key_of)
 
 
-def runs(cells: Iterable[Cell]) -> list[Cell]:
-    """One cell for each run, in order."""
+def distinct(cells: Iterable[Cell]) -> list[Cell]:
+    """Returns one cell for each run, in order; of cells that share a run it keeps the first."""
     return list({cell.id: cell for cell in reversed(list(cells))}.values())[::-1]

@@ -1,4 +1,4 @@
-"""Which value of a setting is chosen, on stated seeds; which runs are due before and after. No torch here."""
+"""Chooses the value of a setting on stated seeds, and lists the runs that are due. It imports no torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Group = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Chosen:
-    """The chosen value of a group of cells that differ in that setting and the seed alone.
+    """The chosen value of a group of cells, which differ in the swept setting and the seed alone.
 
     Attributes:
-        value: As it stands in the grid; None where every run failed, or none has ended.
-        edge: ``"low"`` or ``"high"`` where it is the least or the greatest of the grid, so that the best may lie outside;
-            ``"alone"`` where the grid has one value; None inside.
-        final: Whether all runs that it is chosen from have ended.
-        tried: Value, as text -> mean of what it is chosen by; only of values with all their runs done.
+        value: The value as it stands in the grid; None if every run failed, or none has ended.
+        edge: ``"low"`` or ``"high"`` if the value is the least or the greatest of the grid, so that the best may lie outside;
+            ``"alone"`` if the grid has one value; None otherwise.
+        final: True if all runs that the choice depends on have ended.
+        tried: Value, as text -> the mean figure that it is compared by. Only values with all their runs done are here.
     """
 
     value: Any
@@ -34,12 +34,12 @@ class Chosen:
 
 
 def choose(cells: Iterable[Cell], choice: Choice, results: Mapping[str, Result]) -> dict[Group, Chosen]:
-    """The chosen value of every group.
+    """Returns the chosen value of every group.
 
     Args:
-        cells: The full grid.
-        choice: The setting, the seeds, the criterion.
-        results: By run id.
+        cells: The cells of the full grid.
+        choice: The setting, the seeds and the criterion.
+        results: The results, by run id.
     """
     groups: dict[Group, list[Cell]] = {}
     for cell in cells:
@@ -48,10 +48,10 @@ def choose(cells: Iterable[Cell], choice: Choice, results: Mapping[str, Result])
 
 
 def paired(cells: Iterable[Cell], setting: str) -> list[Cell]:
-    """The cells whose value of a setting stands at the same place in its grid as their seed among the seeds.
+    """Returns the cells whose value of a setting has the same place in its grid as their seed has among the seeds.
 
     Args:
-        cells: The full grid.
+        cells: The cells of the full grid.
         setting: A setting of the grids. Where a group of cells has one value of it, all its seeds count.
 
     Example:
@@ -77,10 +77,10 @@ def paired(cells: Iterable[Cell], setting: str) -> list[Cell]:
 
 
 def due(cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
-    """The cells that the protocol needs and that can be run as far as is known.
+    """Returns the cells that the protocol needs and that can be run with what is known.
 
-    Under ``"paper"`` with a paired setting these are the pairs. Otherwise they are all cells, or with a choice all on the
-    choosing seeds and the chosen ones on the others.
+    Under ``"paper"`` with a paired setting these are the pairs. Otherwise they are all cells; with a choice, they are all
+    cells of the choosing seeds, and the cells with the chosen value of the other seeds.
     """
     if protocol.pair and protocol.kind != "seeds":
         pairs = paired(cells, protocol.pair)
@@ -106,12 +106,12 @@ def _due_by_choice(cells: Sequence[Cell], choice: Choice | None, results: Mappin
 
 
 def choosing(cell: Cell, choice: Choice) -> bool:
-    """Whether the choice is made on this cell's seed."""
+    """Returns True if the choice is made on this cell's seed."""
     return str(cell.labels.get("seed")) in set(map(str, choice.seeds))
 
 
 def criterion(result: Result, by: str) -> float:
-    """What a run is chosen by; higher is better, -inf for a run that failed or has no such finite figure."""
+    """Returns the figure by which runs are compared; higher is better, and -inf stands for a run without a finite figure."""
     if result.get("status") != "done":
         return -math.inf
     value = result.get(by) if by in ("loss", "score") else (result.get("summary") or {}).get("after", {}).get(by)
@@ -145,6 +145,6 @@ def _edge(best: str, values: Sequence[Any]) -> str | None:
     try:
         numbers = [float(value) for value in values]
         mine = float(best)
-    except (TypeError, ValueError):  # a setting that is no number has no edge
+    except (TypeError, ValueError):  # A setting that is no number has no edge.
         return None
     return "low" if mine == min(numbers) else "high" if mine == max(numbers) else None

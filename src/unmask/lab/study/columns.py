@@ -1,4 +1,4 @@
-"""The columns that a task has in a table: one, but two for MNLI and one for each set of word problems. No torch here."""
+"""The columns of a task in a table: one, two for MNLI, or one for each set of word problems. It imports no torch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Column:
     """A column of a table.
 
     Attributes:
-        label: Its heading; the task's name, or one that the task's columns have of their own.
-        task: The task that it belongs to.
-        metric: The metric after training that it shows; None for the run's score.
+        label: The column's heading: the task's name, or the name of one of the task's evaluation sets.
+        task: The task that the column belongs to.
+        metric: The metric after training that the column shows; None for the run's score.
     """
 
     label: str
@@ -28,7 +28,7 @@ class Column:
     metric: str | None = None
 
     def value(self, result: Result) -> float | None:
-        """The figure that a run has in this column; None for a run that failed, or that has no such finite figure."""
+        """Returns a run's figure in this column; None for a run that failed or has no finite figure."""
         after = (result.get("summary") or {}).get("after", {})
         value = result.get("score") if self.metric is None else after.get(self.metric)
         known = result["status"] == "done" and isinstance(value, int | float) and math.isfinite(value)
@@ -36,20 +36,20 @@ class Column:
 
 
 def task_of(cell: Cell) -> str:
-    """The name of a cell's task; ``"data"`` for the user's own files."""
+    """Returns the name of a cell's task; ``"data"`` for the user's own files."""
     return str(cell.settings.get("task") or "data")
 
 
 def columns_of(cells: Iterable[Cell], results: Mapping[str, Result], protocol: Protocol) -> list[Column]:
-    """The columns of the table of some cells, tasks in the cells' order.
+    """Returns the columns of a table; the tasks stand in the cells' order.
 
-    MNLI has one for each of its two validation sets, as in the paper (one, where the data has another set), a run that solves
-    several sets of word problems one for each set, and every other task one.
+    MNLI has a column for each of its two validation sets, as in the paper, and one column if the data has another set. Runs
+    that solve several sets of word problems have a column for each set. Every other task has one column.
 
     Args:
-        cells: Cells of a sweep.
-        results: Results of runs, by id.
-        protocol: The sweep's protocol; where it names a metric, every task has a column of that metric.
+        cells: The cells of the table.
+        results: The results of runs, by id.
+        protocol: The sweep's protocol. If it names a metric, every task has one column, which shows that metric.
 
     Example:
         >>> cells = [Cell("1", {}, {"task": "mnli"}), Cell("2", {}, {"task": "rte"})]

@@ -1,4 +1,4 @@
-"""From the files of a run of ``unmask train`` to its score and its curve. No torch here."""
+"""Reads the files of a run of ``unmask train``: its score, its curve, its allocation. It imports no torch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SUMMARY: Form = fields(
         "into": optional(mapping(plain)),
     },
 )
-"""The form of what ``summary.json`` and a sweep's result say of a run, as far as it is there."""
+"""The form of a run's summary, in ``summary.json`` and in a sweep's result. Every entry may be missing."""
 _OWN = fields(dict.fromkeys(("main_metric", "main", "greater_is_better", "after"), plain))
 _ROW = fields({"layer": text, "kind": text, "unmasked": count, "of": count})
 _SHARES = dict.fromkeys(("tensor_sparsity", "sparsity_entropy"), number)
@@ -56,10 +56,10 @@ SNAPSHOT: Form = fields(
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:
-    """What a finished run's ``summary.json`` says; None where another program wrote it.
+    """Returns the content of a finished run's ``summary.json``; None if another program wrote the file.
 
     Raises:
-        DataError: It cannot be read, or it is damaged.
+        DataError: The file cannot be read, or it is damaged.
     """
     with refusing(DataError, repr(str(path)), "Remove that run, or finish it."):
         summary = fields({})(read_json(path), "the summary")
@@ -76,11 +76,11 @@ def _consistent(value: Any, where: str) -> dict[str, Any]:
 
 
 CONSISTENT: Form = _consistent
-"""`SUMMARY`, with what its entries need of each other."""
+"""`SUMMARY`, and a check that the entries fit each other."""
 
 
 def scores(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's final score, metric and loss, from its summary; None for what is not finite.
+    """Returns a run's final score, metric and loss from its summary; a figure that is not finite becomes None.
 
     Example:
         >>> scores({"main_metric": "mse", "main": 2.0, "greater_is_better": False, "after": {"loss": 2.0}})
@@ -94,9 +94,9 @@ def scores(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def curve(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Score and loss against step and unmasked weights, from the rows of ``metrics.jsonl``.
+    """Returns the points of a run's curve: step, unmasked weights, score and loss, from the rows of ``metrics.jsonl``.
 
-    Several splits are logged one after the other at a step: their rows are put together.
+    Several splits are logged one after the other at one step; their rows become one point.
     """
     key, sign = f"eval_{summary['main_metric']}", 1 if summary["greater_is_better"] else -1
     points: dict[int, dict[str, Any]] = {}
@@ -112,7 +112,7 @@ def curve(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> list[dict[s
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``; none if there is no such file.
+    """Returns the rows of ``metrics.jsonl``; there are none if there is no such file.
 
     Raises:
         DataError: A line is damaged.
@@ -121,7 +121,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_allocation(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``allocation.jsonl``; none if there is no such file.
+    """Returns the rows of ``allocation.jsonl``; there are none if there is no such file.
 
     Raises:
         DataError: A line is damaged.

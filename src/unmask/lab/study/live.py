@@ -1,7 +1,8 @@
-"""What a sweep shows while it runs: a table of runs, and an estimate of the time left. No torch here."""
+"""The display of a running sweep: a table of its runs, and an estimate of the time left. It imports no torch."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
@@ -13,24 +14,24 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from unmask.lab.study.cells import Cell, runs
+from unmask.lab.study.cells import Cell, distinct
 from unmask.lab.study.choosing import choose, due
-from unmask.lab.study.pool import Worker
 from unmask.lab.study.spec import Choice, Protocol
 from unmask.lab.study.store import Result
 
-SHOWN = 12  # ended runs in the live table
+SHOWN = 12
+"""The live table shows so many ended runs."""
 
 
 class LiveTable:
     """A live table in a terminal; elsewhere a line for each run that ends.
 
     Args:
-        cells: The whole grid.
+        cells: The cells of the whole grid.
         protocol: The sweep's protocol.
         choice: How the sweep chooses a setting.
-        console: Where to draw.
-        workers: How many runs go on at a time.
+        console: The console to draw on.
+        workers: How many runs are made at a time.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class LiveTable:
         self._protocol, self._choice = protocol, choice
         self._ended: deque[tuple[Cell, Result]] = deque(maxlen=SHOWN)
         self._results: Mapping[str, Result] = {}
-        self._running: list[Worker] = []
+        self._under_way: list[tuple[Cell, float]] = []
         self._live = (
             Live(console=console, get_renderable=self._draw, refresh_per_second=2) if console.is_terminal else None
         )
@@ -56,12 +57,17 @@ class LiveTable:
         if self._live:
             self._live.stop()
 
-    def update(self, results: Mapping[str, Result], workers: Iterable[Worker]) -> None:
-        """Takes in where the sweep stands."""
-        self._results, self._running = results, [w for w in workers if w.cell]
+    def update(self, results: Mapping[str, Result], under_way: Iterable[tuple[Cell, float]]) -> None:
+        """Records the state of the sweep.
+
+        Args:
+            results: The results of the ended runs, by run id.
+            under_way: The cells of the other submitted runs, each with the monotonic time of its start in seconds.
+        """
+        self._results, self._under_way = results, list(under_way)
 
     def ended(self, cell: Cell, result: Result) -> None:
-        """Takes in a run that has ended."""
+        """Records a run that has ended."""
         self._ended.append((cell, result))
         if self._live is None:
             self.say(f"{cell.id}  {describe(cell)}  {outcome(result)}  ({self._counts()})")
@@ -73,7 +79,8 @@ class LiveTable:
     def _counts(self) -> str:
         left = remaining(self._cells, self._protocol, self._choice, self._results)
         failed = sum(result["status"] == "failed" for result in self._results.values())
-        spent = {w.cell.id: w.elapsed for w in self._running if w.cell}
+        now = time.monotonic()
+        spent = {cell.id: now - since for cell, since in self._under_way}
         estimate = time_left(left, self._results, spent, self._workers)
         words = [f"{len(self._results)} ended", f"{len(left)} to go"] + ([f"{failed} failed"] if failed else [])
         return ", ".join(words) + (f", about {duration(estimate)} left" if estimate else "")
@@ -82,18 +89,17 @@ class LiveTable:
         table = Table(box=None, pad_edge=False)
         for column in ("run", "", "outcome", "time"):
             table.add_column(column, no_wrap=column == "run", justify="right" if column == "time" else "left")
-        for cell, result in self._ended:
+        for cell, result in self._ended:  # Text, and not markup: a name or an error may hold [brackets].
             words = (cell.id, describe(cell), outcome(result), duration(result.get("seconds", 0.0)))
-            table.add_row(*map(Text, words))  # not as markup: a name or an error may hold [brackets]
-        for worker in self._running:
-            if worker.cell:
-                words = (worker.cell.id, describe(worker.cell), "running", duration(worker.elapsed))
-                table.add_row(*map(Text, words), style="bold")
+            table.add_row(*map(Text, words))
+        now = time.monotonic()
+        for cell, since in self._under_way:
+            table.add_row(*map(Text, (cell.id, describe(cell), "running", duration(now - since))), style="bold")
         return Group(table, Text(self._counts()))
 
 
 def describe(cell: Cell) -> str:
-    """A cell's labels in one line.
+    """Returns a cell's labels in one line.
 
     Example:
         >>> describe(Cell("x", {"method": "id3", "seed": 0, "budget": None}, {}))
@@ -104,7 +110,7 @@ def describe(cell: Cell) -> str:
 
 
 def outcome(result: Result) -> str:
-    """A result in a few words."""
+    """Returns a result in a few words."""
     if result["status"] == "failed":
         return f"failed: {(result.get('error') or {}).get('message', '')}"[:100]
     score, loss = result.get("score"), result.get("loss")
@@ -115,9 +121,9 @@ def outcome(result: Result) -> str:
 def remaining(
     cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Mapping[str, Result]
 ) -> list[Cell]:
-    """Runs still to do, with one value of the chosen setting where the choice is not made yet."""
+    """Returns a cell for each run that is still to be made; where a choice is open, one value of the setting counts."""
     known = {cell.id for cell in due(cells, protocol, choice, results)}
-    left = [cell for cell in runs(cells) if cell.id in known and cell.id not in results]
+    left = [cell for cell in distinct(cells) if cell.id in known and cell.id not in results]
     if choice is None or (protocol.kind == "paper" and protocol.pair):
         return left
     open_groups = {key for key, chosen in choose(cells, choice, results).items() if not chosen.final}
@@ -131,16 +137,16 @@ def remaining(
 def time_left(
     left: Sequence[Cell], results: Mapping[str, Result], spent: Mapping[str, float], workers: int
 ) -> float | None:
-    """Seconds that the remaining runs will take; None while nothing has ended.
+    """Estimates how many seconds the remaining runs take; None while nothing has ended.
 
-    A run is taken to last as long as the mean of those that are most like it: same task, method and steps, else same task
-    and steps, else any.
+    The estimate of a run is the mean of the ended runs that are most like it: those of the same task, method and steps, else
+    those of the same task and steps, else all.
 
     Args:
-        left: Runs that have not ended, those under way included.
-        results: Of the others.
-        spent: Seconds of those under way, by id.
-        workers: How many go on at a time.
+        left: The runs that have not ended; those under way are among them.
+        results: The results of the ended runs, by id.
+        spent: The seconds that the runs under way have taken so far, by id.
+        workers: How many runs are made at a time.
 
     Example:
         >>> cells = [Cell(str(i), {}, {"task": "rte"}) for i in range(4)]
@@ -165,7 +171,7 @@ def _alike(settings: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people.
+    """Returns a time in seconds as hours, minutes and seconds.
 
     Example:
         >>> duration(75), duration(3 * 3600 + 120)

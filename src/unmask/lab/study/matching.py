@@ -1,4 +1,4 @@
-"""The rank of a LoRA (or of SHiRA) that trains as many weights as a budget has."""
+"""Finds the rank of a LoRA or of SHiRA that trains as many weights as a budget has."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from unmask.methods.presets import parse_budget
 
 
 def matching_rank(settings: Mapping[str, Any]) -> int:
-    """The rank, at least 1, whose count of trained weights comes nearest to the budget; the model's shape alone is read.
+    """Returns the rank, at least 1, whose number of trained weights is nearest to the budget. It reads the model's shape alone.
 
     Args:
-        settings: A run's, with ``budget`` and ``into``; ``lora_r`` is what is asked for.
+        settings: The settings of a run, with ``budget`` and ``into``; their ``lora_r`` is ignored.
 
     Raises:
         ConfigError: ``into`` has no rank, or nothing can be added to this model.
@@ -28,19 +28,19 @@ def matching_rank(settings: Mapping[str, Any]) -> int:
     given = {
         **settings,
         "budget": None if settings.get("method") == "full" else budget,
-    }  # a whole LoRA has none of its own
+    }  # A LoRA that is trained whole has no budget.
     config = build({**given, "lora_r": 1, "lora_alpha": 1, "output": "-"})
     if config.into not in ("lora", "dora", "shira"):
         raise ConfigError(f"lora_r = 'match' goes with into = lora, dora or shira, not {config.into!r}.")
-    # SHiRA has as many as a LoRA of the same rank, and peft cannot lay it out without data
+    # SHiRA has as many weights as a LoRA of the same rank, and peft cannot build SHiRA on the meta device.
     kind = "lora" if config.into == "shira" else config.into
-    total, one, two = _counts(config.model, kind_for(config).head, kind, config.lora_targets)
+    total, one, two = _counts(config.model, kind_for(config.task).head, kind, config.lora_targets)
     return max(1, round((parse_budget(budget, total) - one) / (two - one)) + 1)
 
 
 @functools.lru_cache(maxsize=64)
 def _counts(model: str, head: Head, into: str, targets: tuple[str, ...]) -> tuple[int, int, int]:
-    """Weights of the base, and of what ranks 1 and 2 add to it (DoRA adds some that no rank changes)."""
+    """Returns the numbers of weights of the base and of what ranks 1 and 2 add; two ranks, for DoRA also adds a fixed number."""
     from transformers import AutoConfig
 
     from unmask.lab.inside import Into, Kind, insert

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from unmask.errors import ConfigError
-from unmask.lab.study.spec import Rule, Sweep, parse
+from unmask.lab.study.parsing import parse
+from unmask.lab.study.spec import Rule, Sweep
 from unmask.lab.training.paper import Preset, presets, read
 
 Scale = Literal["full", "small"]
@@ -17,11 +18,11 @@ NAMES = (
 
 
 def load(name: str, scale: Scale = "full", preset: str = "paper") -> Sweep:
-    """Gives the sweep of a table or figure; ``model`` and ``data_dir`` are still to be set.
+    """Returns the sweep of a table or figure; the caller sets ``model`` and ``data_dir``.
 
     Args:
         name: One of `NAMES`.
-        scale: ``"full"``: the paper's. ``"small"``: real runs of a few steps, on few tasks and seeds, to see it work.
+        scale: ``"full"``: the paper's runs. ``"small"``: real runs of a few steps, on few tasks and seeds, to see it work.
         preset: ``"paper"``: the paper's settings, learning rates, seeds and protocol. ``"tuned"``: this project's own instead.
 
     Raises:
@@ -34,12 +35,12 @@ def load(name: str, scale: Scale = "full", preset: str = "paper") -> Sweep:
         ((6, 7, 8, 9), (0, 1, 2, 3))
     """
     if name not in NAMES:
-        raise ConfigError(f"there is nothing to reproduce of the name {name!r}; there are {', '.join(NAMES)}.")
+        raise ConfigError(f"there is no table or figure {name!r}; there are {', '.join(NAMES)}.")
     if scale not in ("full", "small"):
         raise ConfigError(f"scale = {scale!r}; it must be full or small.")
     known, values = presets(preset), read(name, "unmask.lab.study")
     small, unsaid = values.pop("small"), values.pop("unsaid")
-    usual = known[values["axes"]["task"][0]]  # all tasks of a file are of one family
+    usual = known[values["axes"]["task"][0]]  # All tasks of a file are of one family.
     if preset == "tuned":
         _leave_out_the_papers(values, small, usual)
     values["axes"].setdefault("seed", list(usual.seeds))
@@ -49,7 +50,7 @@ def load(name: str, scale: Scale = "full", preset: str = "paper") -> Sweep:
 
 
 def _leave_out_the_papers(values: dict[str, Any], small: dict[str, Any], tuned: Preset) -> None:
-    """Takes the paper's seeds, learning rates and protocol out of a file's values, in place."""
+    """Replaces the paper's seeds, learning rates and protocol in a file's values, in place."""
     own = read("tuned")
     values |= {"protocol": own["protocol"], "choose": own["choose"]}
     values["axes"].pop("seed", None)
@@ -60,7 +61,7 @@ def _leave_out_the_papers(values: dict[str, Any], small: dict[str, Any], tuned: 
 
 
 def _silences(unsaid: Sequence[str], usual: Preset, into: str | None) -> list[str]:
-    """The note that says what the paper leaves open, or whose settings these are."""
+    """Returns the note that says what the paper leaves open, or whose settings these are."""
     if usual.name == "tuned":
         return [
             "The learning rates, seeds and all other settings of the tasks are this project's own, not the paper's."
@@ -70,7 +71,7 @@ def _silences(unsaid: Sequence[str], usual: Preset, into: str | None) -> list[st
 
 
 def _with_preset(sweep: Sweep, known: Mapping[str, Preset], usual: Preset) -> Sweep:
-    """The sweep with the settings of each task and the learning rates of each row, under what its file says."""
+    """Returns the sweep with the preset's settings of each task and rates of each row; those of the sweep's file win."""
     into = sweep.settings.get("into")
     rules = []
     for task, found in known.items():
@@ -83,9 +84,9 @@ def _with_preset(sweep: Sweep, known: Mapping[str, Preset], usual: Preset) -> Sw
 
 
 def shrunk(sweep: Sweep, small: Mapping[str, Any]) -> Sweep:
-    """Gives the sweep shorter runs, other axes, some rows, and fewer values in each grid (around the middle).
+    """Returns the sweep with shorter runs, other axes, some of the rows, and fewer values in each grid (the middle ones).
 
-    The settings go over those of the sweep and its tasks, and under a method's own: what makes it that method stays.
+    The settings override those of the sweep and its tasks, but not those of a method, which make it that method.
     """
     sweep = replace(sweep, rules=(*sweep.rules, Rule({}, small.get("settings", {}))))
     for axis, values in small.get("axes", {}).items():

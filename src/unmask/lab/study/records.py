@@ -1,4 +1,4 @@
-"""From a sweep's results to the records that figures are drawn from. No torch here."""
+"""Turns a sweep's results into the records from which figures are drawn. It imports no torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from unmask.lab.study.columns import columns_of, task_of
 from unmask.lab.study.spec import Choice, Protocol
 from unmask.lab.study.store import Result
 
-_PLACED = ("method", "task", "budget", "seed", "model", "eps", "exp", "lr")  # labels that a record has an entry for
+_PLACED = ("method", "task", "budget", "seed", "model", "eps", "exp", "lr")
+"""The labels for which a record has an entry."""
 
 
 def record(cell: Cell, result: Result) -> RunRecord | None:
-    """A finished run's record; None for a run that failed or has no finite score."""
+    """Returns a finished run's record; None for a run that failed or has no finite score."""
     score = result.get("score")
     if result.get("status") != "done" or score is None or not math.isfinite(score):
         return None
@@ -54,17 +55,17 @@ def _rate(settings: Mapping[str, Any]) -> float:
 def records(
     cells: Iterable[Cell], results: Mapping[str, Result], protocol: Protocol, choice: Choice | None
 ) -> list[RunRecord]:
-    """The records of the runs that count under a sweep's protocol, one for each run.
+    """Returns a record for each run that counts under a sweep's protocol.
 
-    Under the paper's protocol with a paired setting these are the pairs, and each record says how many of them count;
-    otherwise they are the runs at the chosen value of the swept setting. Labels that a record has no entry for become part
-    of the method's name.
+    Under the paper's protocol with a paired setting these are the pairs, and the entry ``best`` of each record says how many
+    of them count. Otherwise they are the runs at the chosen value of the swept setting. Labels for which a record has no entry
+    become part of the method's name.
 
     Args:
-        cells: The full grid.
-        results: The results of its runs, by id.
+        cells: The cells of the full grid.
+        results: The results of the runs, by id.
         protocol: The sweep's protocol.
-        choice: How the sweep chooses a setting; None where it does not.
+        choice: How the sweep chooses a setting; None if it chooses none.
     """
     cells = list(cells)
     by_pairs = protocol.pair is not None and protocol.kind != "seeds"
@@ -92,10 +93,10 @@ def records(
 
 
 def trained_weights(summary: Mapping[str, Any]) -> int:
-    """How many weights a run trains: its budget.
+    """Returns the number of weights that a run trains, which is its budget for most methods.
 
-    Of full fine-tuning and of a whole LoRA these are all that is trained but the new head, and of repeat-S that puts nothing
-    back all that was ever picked.
+    For full fine-tuning and a LoRA that is trained whole it is the number of all trained weights except the new head. For a
+    repeat-S that keeps what leaves the selection, it is the number of all weights that were ever selected.
 
     Example:
         >>> trained_weights({"budget": 290, "head": 34, "method": {"name": "full"}})
@@ -110,14 +111,14 @@ def trained_weights(summary: Mapping[str, Any]) -> int:
 
 
 def base_weights(summary: Mapping[str, Any]) -> int:
-    """Weights of the model, without those of a LoRA that is trained whole."""
+    """Returns the number of the model's weights, without those of a LoRA that is trained whole."""
     total = int(summary.get("parameters") or 0)
     whole = bool(summary.get("into")) and (summary.get("method") or {}).get("name") == "full"
     return max(1, total - int(summary.get("budget") or 0) if whole else total)
 
 
 def parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's method was told other than its budget, by the settings' names.
+    """Returns the parameters of a run's method other than its budget, by the settings' names.
 
     Example:
         >>> parameters({"method": "id3", "stride": 10, "lr": 0.1})

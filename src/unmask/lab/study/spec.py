@@ -1,33 +1,30 @@
-"""What a sweep is: a frozen value, read from YAML and checked where it enters. No torch here."""
+"""The description of a sweep: frozen values that are read from YAML and checked. It imports no torch."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, cast
 
 from unmask.errors import ConfigError
-from unmask.lab.training.settings import read_yaml
 from unmask.reading import count, fields, finite, items, one_of, optional, refusing, scalar, shown, text
 
 Settings = Mapping[str, Any]
 Grid = Mapping[str, tuple[Any, ...]]
 MOST_CELLS = 100_000
-"""The most cells of a sweep."""
+"""A sweep has at most so many cells."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method of the sweep: a row of its tables.
+    """A method of the sweep, which is a row of its tables.
 
     Attributes:
-        name: Its name in tables; also what rules and filters call it.
-        settings: Of `unmask.lab.training.config.TrainConfig`, over those of the sweep, the rules and the axes.
-        grid: Settings with several values, tried one by one: ``{"lr": (1e-4, 3e-4)}``.
+        name: The name in tables, rules and filters.
+        settings: Settings of `unmask.lab.training.config.TrainConfig`. They override those of the sweep, the rules and the axes.
+        grid: Settings with several values, each of which is tried: ``{"lr": (1e-4, 3e-4)}``.
     """
 
     name: str
@@ -40,9 +37,9 @@ class Rule:
     """Settings for some of the runs only.
 
     Attributes:
-        when: Axes (or ``method``) and the values, as text, for which it holds.
-        settings: Over those of the sweep; an axis or a row goes over them.
-        grid: In place of the row's own.
+        when: The axes (or ``method``) and their values, as text, for which the rule holds.
+        settings: Settings that override those of the sweep. An axis or a row overrides them.
+        grid: A grid that replaces the row's own.
     """
 
     when: Mapping[str, tuple[str, ...]]
@@ -50,19 +47,21 @@ class Rule:
     grid: Grid = field(default_factory=dict)
 
     def holds(self, labels: Mapping[str, Any]) -> bool:
-        """Whether a run with these labels is meant."""
+        """Returns True if the rule holds for a run with these labels."""
         return all(str(labels.get(key)) in values for key, values in self.when.items())
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting that is chosen per row, task and so on, on some seeds; the other seeds run at the chosen value alone.
+    """The choice of a setting's value on some seeds. The other seeds run at the chosen value alone.
+
+    The value is chosen for each combination of the other labels (method, task and so on).
 
     Attributes:
         setting: A setting of the grids.
-        seeds: Where it is chosen; the values are compared by the mean over these.
+        seeds: The seeds on which the value is chosen; the values are compared by their means over these seeds.
         by: ``"loss"`` (lowest) or a metric's name (highest) on the evaluation split; ``"score"`` is the task's main metric.
-        report: ``"all"`` seeds, or the ``"others"`` than those.
+        report: The seeds whose runs count: ``"all"``, or ``"others"`` than those of the choice.
     """
 
     setting: str = "lr"
@@ -80,18 +79,18 @@ class Choice:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the runs of a cell become one figure.
+    """The rule by which the runs of a table's cell become one figure.
 
     Attributes:
         kind: ``"seeds"``: the mean over all seeds, with a confidence interval. ``"paper"``: mean and deviation of the best
             ``best`` runs. ``"both"``: the runs that each of the two needs are made, and both figures are shown.
-        interval: ``"t"`` or ``"bootstrap"``.
-        level: The interval's level.
+        interval: The kind of the interval, ``"t"`` or ``"bootstrap"``.
+        level: The level of the interval.
         best: How many runs count under ``"paper"``.
-        pair: A setting of the grids, such as ``"lr"``: under ``"paper"`` its i-th value is run with the i-th seed alone, and
-            these are the runs of a cell. None: every value with every seed.
-        score: What is reported: ``"score"``, the task's main metric on its first evaluation split, or a metric by its name after
-            training (``test_f1``: another split than the one that the choice is made on).
+        pair: A setting of the grids, such as ``"lr"``. Under ``"paper"`` its i-th value is run with the i-th seed alone, and
+            these are the runs of a cell. With None every value is run with every seed.
+        score: The figure that is reported: ``"score"``, the task's main metric on its first evaluation split, or the name of a
+            metric after training (``test_f1``: a metric on another split than the one of the choice).
     """
 
     kind: Literal["seeds", "paper", "both"] = "seeds"
@@ -123,11 +122,11 @@ class Claim:
     """One row of a published table.
 
     Attributes:
-        method: The row of the sweep that it stands next to.
-        budget: The value of the axis ``budget`` that it stands next to, as text; None for a row without one.
+        method: The row of the sweep that the claim stands next to.
+        budget: The value of the axis ``budget`` that the claim stands next to, as text; None for a row without a budget.
         count: The budget as it is printed.
         scores: The text of each column as it is printed, in percent: the mean, and after a space the deviation if there is one.
-        average: The average as it is printed; None where there is none.
+        average: The average as it is printed; None if none is printed.
     """
 
     method: str
@@ -144,13 +143,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Claims:
-    """A published table: what it was measured on, and its rows."""
+    """A published table: the model on which it was measured, and its rows."""
 
     model: str
     rows: tuple[Claim, ...]
 
     def of(self, labels: Mapping[str, Any]) -> Claim | None:
-        """The row that stands next to a line with these labels; None if there is none."""
+        """Returns the row that stands next to a line with these labels; None if there is none."""
         method, budget = labels.get("method"), labels.get("budget")
         return next((r for r in self.rows if r.method == method and r.budget in (None, budget)), None)
 
@@ -160,18 +159,18 @@ class Sweep:
     """A grid of runs.
 
     Attributes:
-        name: Of the sweep.
-        settings: Of every run; see `unmask.lab.training.config.TrainConfig`.
+        name: The sweep's name.
+        settings: The settings of every run; see `unmask.lab.training.config.TrainConfig`.
         axes: Settings and their values; every combination is run.
         rows: The methods.
-        rules: For some runs only; a later one goes over an earlier one.
-        order: Nesting, outermost first, of the axes, ``method`` and ``grid``.
-        choice: None to run every value of every grid with every seed.
-        protocol: See there.
-        title: For people.
-        notes: What a reader must know, paragraph by paragraph.
-        figures: Figures that the report draws.
-        claims: The figures that the paper prints for this table; None for none.
+        rules: Settings for some runs only; a later rule overrides an earlier one.
+        order: The nesting of the axes, ``method`` and ``grid``, outermost first.
+        choice: How a setting is chosen; None to run every value of every grid with every seed.
+        protocol: How the runs of a cell become one figure.
+        title: The title of tables and of the report.
+        notes: Paragraphs that a reader of the tables must know.
+        figures: The figures that the report draws.
+        claims: The figures that the paper prints for this table; None if there are none.
     """
 
     name: str
@@ -195,7 +194,7 @@ class Sweep:
         grids = [math.prod(len(values) for values in row.grid.values()) for row in self.rows]
         most = math.prod(len(values) for values in self.axes.values()) * sum(grids)
         if most > MOST_CELLS:
-            raise ConfigError(f"the sweep has {most:,} cells; at most {MOST_CELLS:,} are laid out. Give fewer values.")
+            raise ConfigError(f"the sweep has {most:,} cells; at most {MOST_CELLS:,} are allowed. Give fewer values.")
         names = {*self.axes, "method", "grid"}
         for key in self.order:
             if key not in names:
@@ -213,12 +212,12 @@ class Sweep:
 
     @property
     def nesting(self) -> tuple[str, ...]:
-        """The whole order: what ``order`` leaves out comes after it; without any, seeds are outermost."""
+        """The complete nesting: what ``order`` leaves out comes after it, first the seeds, then the other axes."""
         rest = [*(("seed",) if "seed" in self.axes else ()), *self.axes, "method", "grid"]
         return tuple(dict.fromkeys((*self.order, *rest)))
 
     def with_settings(self, settings: Settings) -> Sweep:
-        """A copy with settings that every run has; an axis of that name is gone, and rows and rules do not set it."""
+        """Returns a copy whose runs all have these settings: they leave the axes, and no row or rule sets them."""
         given = set(settings)
         return replace(
             self,
@@ -236,23 +235,25 @@ class Sweep:
         )
 
     def with_axis(self, axis: str, values: Sequence[Any]) -> Sweep:
-        """A copy with other values on an axis, or an axis more."""
+        """Returns a copy with other values on an axis, or with one more axis."""
         choice = self.choice
         if axis == "seed" and choice and not set(map(str, choice.seeds)) & set(map(str, values)):
             try:
                 choice = replace(choice, seeds=(int(values[0]),))
             except (TypeError, ValueError) as error:
-                raise ConfigError(f"seed {shown(values[0])} is no whole number.") from error
+                raise ConfigError(
+                    f"seed {shown(values[0])} is not a whole number; give seeds such as 0,1,2."
+                ) from error
         return replace(self, axes={**self.axes, axis: tuple(values)}, choice=choice)
 
     def only(self, wanted: Mapping[str, Sequence[str]]) -> Sweep:
-        """A copy with some of the rows and some values of the axes.
+        """Returns a copy with some of the rows and some values of the axes.
 
         Args:
             wanted: Axis or ``method`` -> values, as text.
 
         Raises:
-            ConfigError: No such axis, value or row.
+            ConfigError: There is no such axis, value or row.
         """
         sweep = self
         for key, values in wanted.items():
@@ -267,161 +268,3 @@ class Sweep:
 
 def _without(settings: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in keys}
-
-
-def read_sweep(path: str | Path) -> Sweep:
-    """Reads a sweep from a YAML file; see docs/reproduce.md.
-
-    Raises:
-        ConfigError: No such file, or not a sweep.
-    """
-    values = read_yaml(path)
-    return parse({"name": Path(path).stem, **values})
-
-
-def parse(values: Mapping[str, Any]) -> Sweep:
-    """A sweep from plain values.
-
-    Raises:
-        ConfigError: An unknown key, or a value of the wrong form.
-
-    Example:
-        >>> sweep = parse({"name": "s", "axes": {"seed": [0, 1]}, "methods": {"full": {"settings": {"method": "full"}}}})
-        >>> sweep.nesting
-        ('seed', 'method', 'grid')
-    """
-    allowed = (
-        "name",
-        "title",
-        "notes",
-        "settings",
-        "axes",
-        "methods",
-        "rules",
-        "order",
-        "choose",
-        "protocol",
-        "figures",
-    )
-    _known("sweep", values, (*allowed, "claims"))
-    return Sweep(
-        name=str(values.get("name", "sweep")),
-        title=str(values.get("title", "")),
-        notes=_texts("notes", values.get("notes", ())),
-        settings=_mapping("settings", values.get("settings")),
-        axes=_grid("axes", values.get("axes")),
-        rows=tuple(_row(str(name), row) for name, row in _mapping("methods", values.get("methods")).items()),
-        rules=tuple(_rule(rule) for rule in _listed("rules", values.get("rules"))),
-        order=_texts("order", values.get("order", ())),
-        choice=read_choice(values.get("choose")),
-        protocol=read_protocol(values.get("protocol")),
-        figures=_texts("figures", values.get("figures", ())),
-        claims=read_claims(values.get("claims")),
-    )
-
-
-def _row(name: str, values: Any) -> Row:
-    values = _mapping(f"method {name!r}", values)
-    _known(f"method {name!r}", values, ("settings", "grid"))
-    return Row(name, _mapping("settings", values.get("settings")), _grid("grid", values.get("grid")))
-
-
-def _rule(values: Any) -> Rule:
-    values = _mapping("a rule", values)
-    _known("a rule", values, ("when", "settings", "grid"))
-    when = {
-        k: tuple(map(str, v if isinstance(v, list) else [v])) for k, v in _mapping("when", values.get("when")).items()
-    }
-    return Rule(when, _mapping("settings", values.get("settings")), _grid("grid", values.get("grid")))
-
-
-def read_choice(values: Any) -> Choice | None:
-    """How a setting is chosen, from plain values; None for none.
-
-    Raises:
-        ConfigError: An unknown key, or a value that cannot work.
-    """
-    if values is None:
-        return None
-    values = _mapping("choose", values)
-    _known("choose", values, ("setting", "seeds", "by", "report"))
-    return Choice(**{**values, "seeds": tuple(_listed("choose.seeds", values.get("seeds", (0,))))})
-
-
-def read_protocol(values: Any) -> Protocol:
-    """A protocol from plain values.
-
-    Raises:
-        ConfigError: An unknown key, or a value that cannot work.
-    """
-    values = _mapping("protocol", values)
-    _known("protocol", values, ("kind", "interval", "level", "best", "pair", "score"))
-    return Protocol(**values)
-
-
-def read_claims(values: Any) -> Claims | None:
-    """The figures of a published table from plain values; None for none.
-
-    Raises:
-        ConfigError: An unknown key, or a score that is no number.
-    """
-    if not values:
-        return None
-    values = _mapping("claims", values)
-    _known("claims", values, ("model", "rows"))
-    return Claims(str(values.get("model", "")), tuple(map(_claim, _listed("claims.rows", values.get("rows")))))
-
-
-def _claim(values: Any) -> Claim:
-    values = _mapping("a row of claims", values)
-    _known("a row of claims", values, ("method", "budget", "count", "scores", "average"))
-    texts = {str(column): str(score) for column, score in _mapping("scores", values.get("scores")).items()}
-    budget, average = (None if values.get(key) is None else str(values[key]) for key in ("budget", "average"))
-    for printed in [*texts.values(), *([average] if average else [])]:
-        if not _PRINTED.fullmatch(printed):
-            raise ConfigError(
-                f"claims: {printed!r} of {values.get('method')!r} must be a printed mean ('89.38'), with its deviation if "
-                "there is one ('89.38 0.07')."
-            )
-    if average is not None and (not texts or " " in average):
-        raise ConfigError(f"claims: the average {average!r} must be a printed mean, of at least one score.")
-    return Claim(str(values.get("method", "")), budget, str(values.get("count", "")), texts, average)
-
-
-_PRINTED = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?(?: [0-9]{1,9}(?:\.[0-9]{1,9})?)?")
-
-
-def _known(where: str, values: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    unknown = sorted(set(map(str, values)) - set(allowed))
-    if unknown:
-        raise ConfigError(f"{where} has an unknown key {unknown[0]!r}; there are {', '.join(allowed)}.")
-
-
-def _mapping(where: str, values: Any) -> dict[str, Any]:
-    if values is None:
-        return {}
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where} must be a mapping (key: value), not {shown(values)}.")
-    return {str(key): value for key, value in values.items()}
-
-
-def _listed(where: str, values: Any) -> Sequence[Any]:
-    if values is None:
-        return ()
-    if not isinstance(values, list | tuple):
-        raise ConfigError(f"{where} must be a list, not {shown(values)}.")
-    return values
-
-
-def _grid(where: str, values: Any) -> dict[str, tuple[Any, ...]]:
-    grid = _mapping(where, values)
-    for key, options in grid.items():
-        if not isinstance(options, list) or not options:
-            raise ConfigError(f"{where}.{key} must be a list of at least one value, not {shown(options)}.")
-    return {str(key): tuple(options) for key, options in grid.items()}
-
-
-def _texts(where: str, values: Any) -> tuple[str, ...]:
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise ConfigError(f"{where} must be a list, not {shown(values)}.")
-    return tuple(map(str, values))

@@ -1,4 +1,4 @@
-"""Where a sweep keeps its results: one JSON per run, written in one step, so that a kill leaves none in pieces. No torch."""
+"""The folder of a sweep: one JSON file for each run, written in one step, so that a kill leaves no half file. No torch."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from unmask.reading import (
 
 Result = dict[str, Any]
 STATES = ("done", "failed")
-_AGAIN = "To run that run again, remove it."
+_AGAIN = "To make that run again, remove the file."
 
 
 def setting(value: Any, where: str) -> Any:
-    """The form of a setting's value: a text, a number, true, false, null, or a list of these."""
+    """Checks a setting's value: a text, a number, true, false, null, or a list of these."""
     return items(scalar)(value, where) if isinstance(value, list | tuple) else scalar(value, where)
 
 
@@ -48,7 +48,7 @@ _SETTINGS = fields({}, _KNOWN)
 
 
 def settings(value: Any, where: str) -> dict[str, Any]:
-    """The form of a run's settings."""
+    """Checks a run's settings."""
     return dict(_SETTINGS(mapping(setting)(value, where), where))
 
 
@@ -84,39 +84,42 @@ _PLAN: Form = fields(
 class Store:
     """A sweep's folder.
 
-    ``results/ID.json`` is a run's result, ``runs/ID`` its output, ``logs/ID.log`` what it printed, ``locks/ID.lock`` is locked
-    by the process that runs it, ``sweep.json`` tells what is to be run.
+    ``results/ID.json`` is a run's result, ``runs/ID`` its output folder, ``logs/ID.log`` its printed output. The process that
+    makes the run holds the lock ``locks/ID.lock``. ``sweep.json`` lists the runs of the sweep.
 
     Args:
-        folder: May be new.
+        folder: The folder; it need not exist.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def result_path(self, run: str) -> Path:
+        """Returns the path of a run's result."""
         return self.folder / "results" / f"{run}.json"
 
-    def run_folder(self, run: str) -> Path:
+    def output_path(self, run: str) -> Path:
+        """Returns the output folder of a run."""
         return self.folder / "runs" / run
 
     def log_path(self, run: str) -> Path:
+        """Returns the path of the file to which a run's output is printed."""
         return self.folder / "logs" / f"{run}.log"
 
     def result(self, run: str) -> Result | None:
-        """A run's result; None for a run that has not ended.
+        """Returns a run's result; None for a run that has not ended.
 
         Raises:
-            DataError: It cannot be read, or it is damaged.
+            DataError: The result cannot be read, or it is damaged.
         """
         path = self.result_path(run)
         return _read(path, _RESULT, "the result") if path.is_file() else None
 
     def results(self) -> dict[str, Result]:
-        """All results, by id.
+        """Returns all results, by id.
 
         Raises:
-            DataError: One cannot be read, or it is damaged.
+            DataError: A result cannot be read, or it is damaged.
         """
         found = sorted(self.folder.glob("results/*.json"))
         return {path.stem: _read(path, _RESULT, "the result") for path in found}
@@ -128,11 +131,11 @@ class Store:
         return write_json(self.result_path(run), {"id": run, **result})
 
     def write_plan(self, plan: Mapping[str, Any]) -> Path:
-        """Writes what is to be run: the sweep, its cells, the command."""
+        """Writes the sweep, its cells and the command."""
         return write_json(self.folder / "sweep.json", plan)
 
     def plan(self) -> dict[str, Any]:
-        """What `write_plan` wrote.
+        """Reads what `write_plan` wrote.
 
         Raises:
             DataError: The folder holds no sweep, or a damaged one.
@@ -142,21 +145,29 @@ class Store:
             raise DataError(
                 f"{str(self.folder)!r} holds no sweep (no sweep.json); give a folder that `unmask sweep` wrote."
             )
-        return _read(path, _PLAN, "the sweep", "It is no sweep of this version: run it again.")
+        return _read(path, _PLAN, "the sweep", "Another version of unmask wrote it: run the sweep again.")
+
+    @staticmethod
+    def need_locks() -> None:
+        """Checks that this system has the locks that a sweep needs.
+
+        Raises:
+            ConfigError: The system has no POSIX file locks.
+        """
+        if not locking.POSSIBLE:
+            raise ConfigError("a sweep needs POSIX file locks, and this system has none; run it on Linux or macOS.")
 
     @contextlib.contextmanager
     def lock(self, run: str) -> Iterator[bool]:
-        """Whether this process has the run now. The lock is the system's, and goes with the process, however it ends."""
-        if not locking.POSSIBLE:
-            raise ConfigError("sweeps need POSIX file locks, which this system has not; run them on Linux or macOS.")
+        """Yields True if this process holds the run's lock inside the block. The system frees the lock when a process ends."""
+        self.need_locks()
         path = self.folder / "locks" / f"{run}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locking.holding(path) as mine:
-            for part in (
-                self.folder.glob(f"results/.{run}.json*.part") if mine else ()
-            ):  # of a process killed as it wrote
+        with locking.holding(path) as locked:
+            # A process that was killed while it wrote the result has left such a part.
+            for part in self.folder.glob(f"results/.{run}.json*.part") if locked else ():
                 part.unlink(missing_ok=True)
-            yield mine
+            yield locked
 
 
 def _read(path: Path, form: Form, what: str, advice: str = _AGAIN) -> dict[str, Any]:

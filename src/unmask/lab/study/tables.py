@@ -1,4 +1,4 @@
-"""A sweep's tables: a row for each method, columns of tasks, the paper's figures next to ours. No torch here."""
+"""The tables of a sweep: a row for each method, columns of tasks, the paper's figures next to ours. No torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-from unmask.lab.study.cells import Cell, runs
+from unmask.lab.figures.estimates import Estimate, best_of, interval
+from unmask.lab.study.cells import Cell, distinct
 from unmask.lab.study.choosing import Chosen, choose, choosing, paired
 from unmask.lab.study.columns import Column, columns_of, task_of
-from unmask.lab.study.protocols import Estimate, best_of, interval
 from unmask.lab.study.records import trained_weights
 from unmask.lab.study.spec import Choice, Claim, Claims, Protocol
 from unmask.lab.study.store import Result
@@ -24,16 +24,16 @@ class Entry:
 
     Attributes:
         seeds: The mean over all runs, with an interval; None while no run is done.
-        best: The mean of the best runs, and their deviation.
+        best: The mean of the best runs, and their deviation; None while no run is done.
         value: The chosen value of the swept setting (the learning rate); None without a choice.
-        edge: See `unmask.lab.study.choosing.Chosen`.
-        tried: What each value was chosen by.
-        metric: Of the scores.
-        trained: How many weights a run trains, the most of its runs; None while no run is done.
-        scores: By seed.
-        runs: Ids.
-        failed: How many of its runs failed.
-        missing: How many of its runs have not ended.
+        edge: The position of the chosen value in its grid; see `unmask.lab.study.choosing.Chosen`.
+        tried: The figure that each value was compared by; see there.
+        metric: The metric of the scores.
+        trained: The number of weights that a run trains, the largest of all runs; None while no run is done.
+        scores: The score of each seed.
+        runs: The ids of the runs.
+        failed: How many runs failed.
+        missing: How many runs have not ended.
     """
 
     seeds: Estimate | None
@@ -56,7 +56,7 @@ class Line:
     Attributes:
         labels: ``method``, and the axes other than task and seed.
         entries: The entries by column.
-        average: The mean of the columns' figures; None where one is missing, or where there is one column.
+        average: The mean of the columns' figures; None if one is missing, or if there is one column.
         claim: The row of the paper's table that stands next to it; None if there is none.
     """
 
@@ -74,9 +74,9 @@ class Table:
         columns: The columns' labels.
         lines: The rows, in the order of the cells.
         protocol: The protocol that decides which of an entry's figures is shown.
-        choice: How the swept setting was chosen; None where it was not.
-        title: What the table shows.
-        model: The model of the paper's figures, where they stand next to these.
+        choice: How the swept setting was chosen; None if none was chosen.
+        title: The title of the table.
+        model: The model of the paper's figures that stand next to ours; empty if there are none.
     """
 
     columns: tuple[str, ...]
@@ -94,14 +94,14 @@ def tables(
     choice: Choice | None = None,
     claims: Claims | None = None,
 ) -> list[Table]:
-    """The tables of a grid, as far as it has been run: the one of the sweep's own protocol first.
+    """Returns the tables of a grid, as far as it has been run; the table of the sweep's own protocol is the first.
 
     Args:
-        cells: The full grid.
-        results: The results of its runs, by run id.
+        cells: The cells of the full grid.
+        results: The results of the runs, by run id.
         protocol: The sweep's protocol.
-        choice: How the sweep chooses a setting.
-        claims: The paper's figures, which stand next to those of the first table.
+        choice: How the sweep chooses a setting; None if it chooses none.
+        claims: The paper's figures, which stand next to those of the first table; None for none.
     """
     paper, seeds = replace(protocol, kind="paper"), replace(protocol, kind="seeds")
     ours = "Ours: " if protocol.pair else ""
@@ -131,14 +131,14 @@ def table(
     choice: Choice | None = None,
     title: str = "",
 ) -> Table:
-    """One table of some cells, as far as they have been run.
+    """Returns one table of some cells, as far as they have been run.
 
     Args:
         cells: The cells that count.
         results: The results of their runs, by run id.
         protocol: The protocol that decides which of an entry's figures is shown.
-        choice: How a setting is chosen; None where every cell counts.
-        title: What the table shows.
+        choice: How a setting is chosen; None if every cell counts.
+        title: The title of the table.
     """
     chosen = choose(cells, choice, results) if choice else {}
     swept = choice.setting if choice else protocol.pair
@@ -169,7 +169,7 @@ def _with_claims(found: Table, claims: Claims | None) -> Table:
 
 
 def figure(entry: Entry, protocol: Protocol) -> Estimate | None:
-    """The figure of a cell under a protocol."""
+    """Returns the figure of an entry under a protocol."""
     return entry.best if protocol.kind == "paper" else entry.seeds
 
 
@@ -183,12 +183,12 @@ def _entry(
 ) -> Entry:
     pick = chosen.get(members[0].group(choice.setting, "seed")) if choice else None
     if choice and pick:
-        if pick.final and pick.value is None:  # no value of the grid has a run that is done
-            return Entry(None, None, failed=len(runs(c for c in members if choosing(c, choice))))
+        if pick.final and pick.value is None:  # No value of the grid has a run that is done.
+            return Entry(None, None, failed=len(distinct(c for c in members if choosing(c, choice))))
         members = [c for c in members if str(c.labels.get(choice.setting)) == str(pick.value)]
         others = [c for c in members if not choosing(c, choice)]
         members = others if choice.report == "others" and others else members
-    unique = runs(members)
+    unique = distinct(members)
     ended = [(cell, results[cell.id]) for cell in unique if cell.id in results]
     found = [(cell, result, column.value(result)) for cell, result in ended]
     done = [(cell, result, score) for cell, result, score in found if score is not None]
@@ -219,11 +219,11 @@ def _average(entries: Sequence[Entry | None], protocol: Protocol) -> float | Non
 
 
 def markdown(found: Table) -> str:
-    """The table as Markdown, under its title.
+    """Returns the table as Markdown, under its title.
 
-    A cell has the mean, half the interval (or the deviation) and the chosen rate, with a mark at an edge. Where the table has
-    the paper's figures, each of ours has the paper's in the column at its right, and the last column says on which model and
-    budget the paper has it.
+    A cell has the mean, half the interval (or the deviation) and the chosen value, with a mark at an edge. If the table has
+    the paper's figures, each column of ours has the paper's at its right, and the last column names the paper's model and
+    budget.
     """
     names = list(dict.fromkeys(key for line in found.lines for key in line.labels))
     claimed, averages = bool(found.model), any(line.average is not None for line in found.lines)
@@ -247,18 +247,18 @@ def markdown(found: Table) -> str:
 
 
 def trained_text(line: Line) -> str:
-    """How many weights the runs of a line train, the least and the greatest count; empty while no run is done."""
+    """Returns the least and the greatest number of weights that the runs of a line train; empty while no run is done."""
     counts = sorted({entry.trained for entry in line.entries.values() if entry.trained})
     return " to ".join(f"{count:,}" for count in (counts[:1] + counts[-1:])[: len(counts)])
 
 
 def claim_text(claim: Claim | None, column: str) -> str:
-    """The paper's figure of a column, as it is printed: mean and deviation."""
+    """Returns the paper's figure of a column as it is printed: mean and deviation."""
     return "" if claim is None else claim.scores.get(column, "").replace(" ", " ± ")
 
 
 def average_text(claim: Claim | None) -> str:
-    """The paper's average as it is printed, and that of its printed columns where the two differ.
+    """Returns the paper's average as it is printed, and the mean of its printed columns if the two differ.
 
     Example:
         >>> average_text(Claim("id3", None, "103K", {"a": "80.0 0.1", "b": "82.0 0.2"}, "81.5"))
@@ -266,13 +266,13 @@ def average_text(claim: Claim | None) -> str:
     """
     if claim is None or claim.average is None:
         return ""
-    rounding = 0.51 / 10 ** len(claim.average.partition(".")[2])  # half a unit of the last printed digit
+    rounding = 0.51 / 10 ** len(claim.average.partition(".")[2])  # This is half a unit of the last printed digit.
     differs = abs(claim.mean - float(claim.average)) > rounding
     return claim.average + (f" (of its columns: {claim.mean:.2f})" if differs else "")
 
 
 def entry_text(entry: Entry | None, protocol: Protocol) -> str:
-    """A cell in words: ``82.10 ± 0.40 (3) @ 1e-3``; scores in percent."""
+    """Returns a cell as text, with scores in percent: ``82.10 ± 0.40 (3) @ 1e-3``."""
     estimate = figure(entry, protocol) if entry else None
     if entry is None or estimate is None:
         return "failed" if entry and entry.failed and not entry.missing else "-"
@@ -288,11 +288,11 @@ def entry_text(entry: Entry | None, protocol: Protocol) -> str:
 
 
 def legend(found: Table, marks: str = "after @; [low], [high]") -> str:
-    """What the figures of a table are, in a few sentences.
+    """Describes the figures of a table in a few sentences.
 
     Args:
         found: The table.
-        marks: Where the chosen value stands, and what marks one at the edge of its grid.
+        marks: The place of the chosen value in a cell, and the mark of a value at the edge of its grid.
     """
     protocol, choice = found.protocol, found.choice
     if protocol.kind == "paper":
@@ -313,7 +313,7 @@ def legend(found: Table, marks: str = "after @; [low], [high]") -> str:
 
 
 def _best_text(found: Table) -> str:
-    """How many runs count of how many there are, where that is the same for all entries that are done."""
+    """Says how many of how many runs count; names both numbers if they are the same for all entries."""
     counts = {(e.best.n, e.best.of) for line in found.lines for e in line.entries.values() if e.best}
     if len(counts) == 1:
         n, of = counts.pop()

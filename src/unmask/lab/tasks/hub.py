@@ -1,19 +1,92 @@
-"""Data sets of the Hugging Face hub, through the ``datasets`` library."""
+"""Loads data sets of the Hugging Face hub through the ``datasets`` library, and tells a hub id from a file's path."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from unmask.errors import DataError, need
-from unmask.lab.tasks.tables import Table, unknown_column
+from unmask.lab.tasks.tables import Table, listing, suffix_of, unknown_column
 
+EVALUATION_SPLITS = ("validation", "test")
+"""The splits of a hub data set that may be evaluated on. The first one that the data set has is taken."""
 _ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
+@dataclass(frozen=True)
+class HubSource:
+    """The place of a task's data on the Hugging Face hub.
+
+    Attributes:
+        path: The data set's id, such as ``"nyu-mll/glue"``.
+        config: The data set's configuration, such as ``"sst2"``.
+        texts: The hub's names of the text columns, in the order of `TaskSpec.text_columns`.
+        label: The hub's name of the label column.
+        train: The hub's name of the training split.
+        evals: Pairs (the hub's name, our name) of the evaluation splits.
+        revision: A branch, if the main one cannot be loaded.
+    """
+
+    path: str
+    config: str | None
+    texts: tuple[str, ...]
+    label: str = "label"
+    train: str = "train"
+    evals: tuple[tuple[str, str], ...] = (("validation", "dev"),)
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The place that a user names for examples: a file, or a data set of the hub.
+
+    Attributes:
+        name: The path or hub id, as the user gave it.
+        splits: The hub data set's splits by name; None for a file.
+    """
+
+    name: str
+    splits: Mapping[str, Any] | None
+
+    @property
+    def evaluates(self) -> bool:
+        """True if this is a hub data set with a split to evaluate on."""
+        return self.splits is not None and any(split in self.splits for split in EVALUATION_SPLITS)
+
+    def first_of(self, splits: Sequence[str]) -> str:
+        """Returns the first of these splits that the hub data set has, or the first one if it has none of them."""
+        return next((split for split in splits if split in (self.splits or ())), splits[0])
+
+
+def origin_of(source: str | Path, suffixes: Sequence[str]) -> Origin:
+    """Decides whether a user names a file or a hub data set, and loads the splits of the latter.
+
+    A source is a file if it exists or ends in a known suffix, so that a missing file is refused under its own name.
+
+    Args:
+        source: A path, or a hub id of the form ``user/name`` or ``user/name:config``.
+        suffixes: The endings of the files that can be read (without ``.gz``).
+
+    Raises:
+        DataError: The source is neither, or the hub data set cannot be loaded.
+    """
+    path = Path(source)
+    if path.exists() or suffix_of(path) in suffixes:
+        return Origin(str(source), None)
+    if not is_hub_id(str(source)):
+        raise DataError(
+            f"there is no file {str(path)!r} ({listing(path.parent)}), and it is not a hub id of the form 'user/name' or "
+            f"'user/name:config'. A file's name must end in {', '.join(suffixes)}."
+        )
+    name, _, config = str(source).partition(":")
+    return Origin(str(source), load_splits(name, config or None, f"give a file ({', '.join(suffixes)})"))
+
+
 def is_hub_id(source: str) -> bool:
-    """Whether a string has the form ``user/name`` or ``user/name:config``.
+    """Returns True if a string has the form ``user/name`` or ``user/name:config``.
 
     Example:
         >>> is_hub_id("nyu-mll/glue:sst2"), is_hub_id("train.csv"), is_hub_id("../a/b")
@@ -26,18 +99,18 @@ def load_splits(path: str, config: str | None, instead: str, revision: str | Non
     """Loads all splits of a data set.
 
     Args:
-        path: ``user/name``.
-        config: Configuration, if it has several.
-        instead: For the error: what to do without the hub.
+        path: The id ``user/name``.
+        config: The configuration, if the data set has several.
+        instead: What the user can do without the hub, for the error.
         revision: A branch other than the main one.
 
     Raises:
-        DataError: It cannot be had: no network, no such data set or configuration, a damaged cache.
+        DataError: There is no network, no such data set or configuration, or the cache is damaged.
     """
     datasets = need("datasets", "hf")
     try:
         return datasets.load_dataset(path, config, **({} if revision is None else {"revision": revision}))
-    except Exception as error:  # datasets and its file systems raise dozens of kinds
+    except Exception as error:  # the library and its file systems raise dozens of classes
         lines = str(error).strip().splitlines() or [""]
         raise DataError(
             f"the data set {path!r}{f' ({config})' if config else ''} cannot be loaded from the hub "
@@ -46,10 +119,10 @@ def load_splits(path: str, config: str | None, instead: str, revision: str | Non
 
 
 def split_table(splits: Mapping[str, Any], split: str, source: str, columns: Sequence[str]) -> Table:
-    """Some columns of one split; class ids become class names where the data set names its classes.
+    """Reads some columns of one split. Class ids become class names if the data set names its classes.
 
     Raises:
-        DataError: There is no such split or column.
+        DataError: The data set has no such split or column, or the split is empty.
     """
     if split not in splits:
         raise DataError(f"{source} has no split {split!r}; its splits are {', '.join(map(repr, splits))}.")
@@ -66,20 +139,19 @@ def split_table(splits: Mapping[str, Any], split: str, source: str, columns: Seq
 
 
 def class_names(dataset: Any, column: str) -> tuple[str, ...] | None:
-    """The names of a column's classes in the order of their ids, if the data set tells them."""
+    """Returns the names of a column's classes in the order of their ids, or None if the data set has no names."""
     kind = dataset.features[column]
-    names = getattr(getattr(kind, "feature", kind), "names", None)  # of a list: those of its items
+    names = getattr(getattr(kind, "feature", kind), "names", None)  # a column of lists has them on its items
     return tuple(names) if names else None
 
 
-def _named(values: Sequence[Any], names: tuple[str, ...] | None) -> Sequence[Any]:
-    """Ids (or lists of ids) as names. An id outside them (the hub writes -1 for "no label") stays, and is refused later."""
+def _named(value: Any, names: tuple[str, ...] | None) -> Any:
+    """Replaces class ids, also in lists, by names.
+
+    An id that has no name stays (the hub writes -1 for "no label"), and the task refuses it later.
+    """
     if names is None:
-        return values
-    return [_name(value, names) for value in values]
-
-
-def _name(value: Any, names: tuple[str, ...]) -> Any:
+        return value
     if isinstance(value, list):
-        return [_name(item, names) for item in value]
+        return [_named(item, names) for item in value]
     return names[value] if value is not None and 0 <= value < len(names) else value

@@ -1,4 +1,4 @@
-"""Every task that has a name, and the kind it is of. No torch: ``unmask --help`` and the configuration use it."""
+"""Lists every named task and its kind. ``unmask --help`` and the configuration read it, so it does not import torch."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ TASKS: Mapping[str, str] = {
     **dict.fromkeys((*sorted(NER), CUSTOM_NER), "token"),
     **dict.fromkeys(ARITHMETIC, "generation"),
 }
-"""The kind's name (`unmask.lab.tasks.registry`) by the task's."""
+"""The name of the task's kind (see `unmask.lab.tasks.registry`) by the name of the task."""

@@ -1,40 +1,93 @@
-"""What a kind of task owes a run of ``unmask train`` and ``unmask eval``.
+"""The contract between a kind of task and a run of ``unmask train`` or ``unmask eval``.
 
-`Kind.load` gives a `Task` (the data), `load_base` the model for it, `Task.prepare` a `Prepared` (what the Trainer takes). A
-delta's metadata carries `Prepared.describe`, from which `Kind.reload` gives the task again, to evaluate the delta on.
+`Kind.load` gives a `Task` (the data), ``load_base`` the model for it, and `Task.prepare` a `Prepared` (what the Trainer takes).
+A delta's metadata hold the result of `Prepared.describe`, from which `Kind.reload` gives the task again, so that the delta can
+be evaluated on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from torch.utils.data import Dataset
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+if TYPE_CHECKING:  # a configuration makes a Source, and the command line a Request, before torch is loaded
+    from torch.utils.data import Dataset
+    from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from unmask.lab.models import Head
-from unmask.lab.training.config import TrainConfig
+    from unmask.lab.models import Head
 
 Stage = Literal["before", "after"]
 
 
 @dataclass(frozen=True)
+class Source:
+    """The examples that a run is to load, and how it makes inputs of them.
+
+    The attributes have the names and the defaults of the settings of ``unmask train``.
+
+    Attributes:
+        task: A task's name; None for texts to classify in ``data``.
+        data_dir: The folder of the task's files; None for the hub.
+        data: A training file, or a hub id, instead of a task's own data.
+        eval: An evaluation file; None holds out a tenth of ``data``.
+        text: The text column of ``data``.
+        text_pair: The second text column of ``data``.
+        label: The label column of ``data``.
+        seed: The seed that chooses the word problems to hold out.
+        held_out: The number of word problems to hold out.
+        max_length: The longest input in tokens.
+        model: The base model, as the user gave it.
+        output: The folder of the run.
+        prompt: The prompt of word problems: alpaca, chat, or a template's path.
+        train_on_prompt: True if the prompt's tokens carry loss too.
+        test_sets: The sets of word problems to solve after training.
+        test_limit: The number of problems of each set to solve; None for all.
+        test_batch_size: The number of prompts per batch.
+        max_new_tokens: The number of tokens to generate per problem, at most.
+    """
+
+    task: str | None = None
+    data_dir: str | None = None
+    data: str | None = None
+    eval: str | None = None
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    seed: int = 0
+    held_out: int = 120
+    max_length: int = 128
+    model: str = ""
+    output: str = ""
+    prompt: str = "alpaca"
+    train_on_prompt: bool = False
+    test_sets: tuple[str, ...] = ()
+    test_limit: int | None = None
+    test_batch_size: int = 16
+    max_new_tokens: int = 256
+
+    @classmethod
+    def of(cls, settings: object) -> Source:
+        """Takes the attributes of the same names from the settings of a run (a ``TrainConfig``)."""
+        return cls(**{each.name: getattr(settings, each.name) for each in fields(cls)})
+
+
+@dataclass(frozen=True)
 class Request:
-    """What ``unmask eval`` is to evaluate a delta on.
+    """The data that ``unmask eval`` is to evaluate a delta on.
 
     Attributes:
         task: A task's name; None for the one that the delta was trained on.
-        data_dir: Folder of the tasks' files; None for the hub.
+        data_dir: The folder of the tasks' files; None for the hub.
         data: An evaluation file instead of a task.
-        text: Its text column.
-        text_pair: Its second text column.
-        label: Its label column.
-        model: The base model, as given.
-        delta: Path of the delta; None for the base alone.
-        limit: Only the first so many examples of each set (generation).
-        output: Folder of per-item outputs (generation).
-        overwrite: Delete the outputs that are there.
+        text: The text column of ``data``.
+        text_pair: The second text column of ``data``.
+        label: The label column of ``data``.
+        model: The base model, as the user gave it.
+        delta: The path of the delta; None for the base alone.
+        limit: The number of examples of each set to use (generation); None for all.
+        output: The folder of the outputs of each example (generation).
+        overwrite: True if outputs that the folder holds are to be deleted.
         options: Further settings of the kind.
     """
 
@@ -57,9 +110,9 @@ class Scored:
     """The metrics of one evaluation split.
 
     Attributes:
-        split: Its name.
-        count: How many examples it has.
-        metrics: By name.
+        split: The split's name.
+        count: The number of its examples.
+        metrics: The values by metric name.
     """
 
     split: str
@@ -72,51 +125,57 @@ class Prepared(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What the user should know of the encoding: inputs cut, sentences split."""
+        """What the user should know of the encoding: inputs that are cut, sentences that are split."""
 
     @property
     def train_set(self) -> Dataset:
-        """What the Trainer trains on."""
+        """The data set that the Trainer trains on."""
 
     @property
     def step_sets(self) -> Mapping[str, Dataset]:
-        """What is evaluated along the run, every ``eval_steps``; empty for nothing.
+        """The data sets that are evaluated along the run, every ``eval_steps``; empty if none is.
 
-        By the names that go before their metrics; a single set may be called "" for none (see `splits.named`).
+        The keys are the names that precede the metrics. A single set may have the empty name (see `split.named`).
         """
 
     @property
     def collate(self) -> Callable[[Any], Any]:
-        """Makes a batch of examples of these sets."""
+        """A function that makes a batch of examples of these sets."""
 
     @property
     def step_metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
-        """Scores each of `step_sets` (without being told which); None: the loss alone, and no predictions are kept."""
+        """A function that scores each of `step_sets` (it is not told which).
+
+        None means that only the loss is computed, and no predictions are kept.
+        """
 
     @property
     def reduce_logits(self) -> Callable[[Any, Any], Any] | None:
-        """The Trainer's ``preprocess_logits_for_metrics``, to keep less than all logits."""
+        """The Trainer's ``preprocess_logits_for_metrics``, which keeps less than all logits."""
 
     @property
     def step_metric(self) -> str:
-        """The metric shown along the run: a key of the Trainer's evaluation without its ``eval_``."""
+        """The metric to show along the run: a key of the Trainer's evaluation without its ``eval_``."""
 
     @property
     def main_metric(self) -> str:
-        """What runs are compared by: a key of what `evaluate` returns."""
+        """The metric that runs are compared by: a key of what `evaluate` returns."""
 
     @property
     def greater_is_better(self) -> bool:
-        """Whether a greater main metric is a better one."""
+        """True if a greater main metric is a better one."""
 
     def evaluate(self, trainer: Trainer, stage: Stage) -> dict[str, float]:
-        """The task's metrics, before or after training; may be far more costly than what runs along the way.
+        """Computes the task's metrics before or after training. This may cost far more than an evaluation along the run.
 
-        Draws no random number that training would draw.
+        It draws no random number that training would draw.
         """
 
     def describe(self) -> dict[str, Any]:
-        """For the delta's metadata, as JSON values: what `Kind.reload` and `load_tuned` need. Holds ``"kind"``."""
+        """Describes the task for the delta's metadata, as JSON values, for `Kind.reload` and ``load_tuned``.
+
+        The result holds ``"kind"``.
+        """
 
 
 class Task(Protocol):
@@ -124,33 +183,39 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """E.g. ``"sst2"``."""
+        """The task's name, such as ``"sst2"``."""
 
     @property
     def num_labels(self) -> int | None:
-        """Outputs of the head that the base gets; None: no new head."""
+        """The number of outputs of the head that the base gets; None for no new head."""
 
     @property
     def label_names(self) -> Sequence[str] | None:
-        """Written into the model's config; None for the config's own."""
+        """The label names to write into the model's config; None to keep the config's own."""
 
     @property
     def notes(self) -> Sequence[str]:
         """What the user should know of the loading."""
 
-    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> Prepared:
-        """Encodes the data. The model is the base as loaded, only to be asked for its limits: a run may still wrap it."""
+    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> Prepared:
+        """Encodes the data.
+
+        Args:
+            model: The base as loaded, which is only asked for its limits: a run may still wrap it.
+            tokenizer: The base's tokenizer.
+            source: The source that the task was loaded from.
+        """
 
     def score(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any], batch_size: int
     ) -> Iterable[Scored]:
-        """Scores a tuned model, in evaluation mode, on every evaluation split, one after the other (``unmask eval``).
+        """Scores a tuned model on every evaluation split, one after the other (``unmask eval``).
 
         Args:
-            model: Base + delta.
-            tokenizer: Its tokenizer.
+            model: The base with the delta applied, in evaluation mode.
+            tokenizer: The base's tokenizer.
             described: The task as the delta's metadata describe it.
-            batch_size: Examples per forward.
+            batch_size: The number of examples per forward.
         """
 
 
@@ -159,14 +224,15 @@ class Kind:
     """A kind of task.
 
     Attributes:
-        head: Which of transformers' Auto classes loads the base; also the kind's name in a delta's metadata.
-        load: The data of a run.
-        reload: The evaluation data for a delta, from its metadata and what was asked for. Refuses (ConfigError) what does
-            not fit the delta.
-        eval_batches: Size of a batch that is evaluated along the run, in batches that are trained on.
+        head: The key of the Auto class in ``unmask.lab.models.HEADS`` that loads the base. It is also the kind's name in a
+            delta's metadata.
+        load: A function that loads the data of a run.
+        reload: A function that loads the evaluation data for a delta, from the delta's metadata and the request. It raises
+            ConfigError if the request does not fit the delta.
+        eval_batches: The size of a batch that is evaluated along the run, in batches that are trained on.
     """
 
     head: Head
-    load: Callable[[TrainConfig], Task]
+    load: Callable[[Source], Task]
     reload: Callable[[Mapping[str, Any], Request], Task]
     eval_batches: int = 4

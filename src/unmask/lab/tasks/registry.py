@@ -1,4 +1,4 @@
-"""Which kind a run's task is of."""
+"""Finds the kind of a task: from a run's settings, or from what a delta says it was trained on."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from unmask.lab.tasks.names import TASKS
 from unmask.lab.tasks.protocol import Kind
 from unmask.lab.tasks.tags.run import TOKEN
 from unmask.lab.tasks.text.run import SEQUENCE
-from unmask.lab.training.config import TrainConfig
 
 KINDS: Mapping[str, Kind] = {kind.head: kind for kind in (SEQUENCE, TOKEN, GENERATION)}
 
 
-def kind_for(config: TrainConfig) -> Kind:
-    """The kind of a run's task; the user's own files without a task are texts to classify.
+def kind_for(task: str | None) -> Kind:
+    """Returns the kind of a named task. None means the user's own files without a task, which are texts to classify.
 
     Example:
-        >>> kind_for(TrainConfig(model="m", output="o", task="rte", budget="1%")).head
-        'sequence'
+        >>> kind_for("wnut17").head, kind_for(None).head
+        ('token', 'sequence')
     """
-    return KINDS["sequence" if config.task is None else TASKS[config.task]]
+    return KINDS["sequence" if task is None else TASKS[task]]
 
 
 def kind_of(described: Mapping[str, Any]) -> Kind:
-    """The kind of the task that a delta's metadata describe.
+    """Returns the kind of the task that a delta's metadata describe.
 
     Raises:
-        DeltaError: A kind that this unmask does not know.
+        DeltaError: This version of unmask does not know the kind.
     """
     return KINDS[head_of(described)]

@@ -1,42 +1,89 @@
-"""Holding out part of the training data, and finding texts that stand on both sides."""
+"""The splits of a task: holds examples out of the training data, compares splits, and evaluates each of them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from unmask.errors import DataError
-from unmask.lab.tasks.text.data import Examples
+
+if TYPE_CHECKING:  # data are loaded without torch
+    from torch.utils.data import Dataset
+    from transformers import Trainer
+
+    from unmask.lab.tasks.protocol import Stage
+
+HELD_OUT = 0.1
+"""The share of the training data that is held out if a user gives no evaluation data."""
 
 
-def hold_out(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
-    """Splits examples so that no text (up to case and blanks) stands on both sides.
+class Rows(Protocol):
+    """Examples that can be split."""
 
-    The choice goes by the SHA-256 of seed and text, so it depends neither on the order of the rows nor on a random
-    generator's version. Both sides keep the given order.
+    def __len__(self) -> int:
+        """The number of examples."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """The key of each example (see `text_key`). Examples of equal keys stay on one side of a split."""
+
+    def take(self, rows: Sequence[int]) -> Self:
+        """Returns the examples of the given rows, in that order."""
+
+
+_Rows = TypeVar("_Rows", bound=Rows)
+_T = TypeVar("_T")
+
+
+def hold_out(examples: _Rows, count: int, seed: int) -> tuple[_Rows, _Rows]:
+    """Splits examples so that no text (up to case and blanks) is on both sides. Both sides keep the given order.
 
     Args:
-        examples: What to split.
-        count: How many to hold out; fewer where only larger groups of equal texts are left.
-        seed: Another seed, another choice.
+        examples: The examples to split.
+        count: The number of examples to hold out; fewer are held out if only larger groups of equal texts are left.
+        seed: The seed of the choice.
 
     Returns:
-        The examples to train on, and those held out.
+        The examples to train on, and those that are held out.
 
     Raises:
         DataError: One side would be empty.
 
     Example:
+        >>> from unmask.lab.tasks import Examples
         >>> train, held = hold_out(Examples(["a", "b", "A ", "c"], None, [0, 1, 0, 1]), 1, seed=0)
         >>> len(train), len(held)
         (3, 1)
     """
-    held = held_rows(_keys(examples), count, seed)
+    held = held_rows(examples.keys, count, seed)
     return examples.take([row for row in range(len(examples)) if row not in held]), examples.take(sorted(held))
 
 
+def hold_out_a_tenth(examples: _Rows, noun: str, seed: int) -> tuple[_Rows, _Rows, str]:
+    """Splits training data for a user who gives no evaluation data.
+
+    Args:
+        examples: The training data.
+        noun: What the examples are called in the note.
+        seed: The seed of the choice.
+
+    Returns:
+        The examples to train on, those that are held out, and a note that says so.
+
+    Raises:
+        DataError: One side would be empty.
+    """
+    rest, tenth = hold_out(examples, max(1, round(HELD_OUT * len(examples))), seed)
+    note = f"no evaluation data given: {len(tenth):,} of {len(examples):,} {noun} are held out (seed {seed})"
+    return rest, tenth, note
+
+
 def held_rows(keys: Sequence[str], count: int, seed: int) -> set[int]:
-    """The rows that `hold_out` holds out, of rows known by their texts: rows of equal text stay together.
+    """Chooses the rows that `hold_out` holds out, from the rows' keys. Rows of equal keys stay together.
+
+    The choice goes by the SHA-256 of seed and key, so it depends neither on the order of the rows nor on the version of
+    a random generator.
 
     Raises:
         DataError: One side would be empty.
@@ -60,22 +107,118 @@ def held_rows(keys: Sequence[str], count: int, seed: int) -> set[int]:
     return held
 
 
-def shared(train: Examples, evaluation: Examples) -> int:
-    """How many evaluation examples have a text (or pair) that is also in the training data, up to case and blanks."""
-    known = set(_keys(train))
-    return sum(key in known for key in _keys(evaluation))
+def shared(train: Sequence[str], evaluation: Sequence[str]) -> int:
+    """Counts the evaluation keys that are also in the training data.
+
+    Example:
+        >>> shared(["a", "b"], ["b", "b", "c"])
+        2
+    """
+    known = set(train)
+    return sum(key in known for key in evaluation)
 
 
-def _keys(examples: Examples) -> list[str]:
-    pairs = examples.pairs if examples.pairs is not None else [""] * len(examples)
-    return ["\n".join(map(text_key, both)) for both in zip(examples.texts, pairs, strict=True)]
-
-
-def text_key(text: str) -> str:
-    """What two texts share that are equal up to case and blanks.
+def text_key(*texts: str) -> str:
+    """Returns a key that texts share if they are equal up to case and blanks.
 
     Example:
         >>> text_key("  A b\\n")
         'a b'
     """
-    return " ".join(text.lower().split())
+    return "\n".join(" ".join(text.lower().split()) for text in texts)
+
+
+def unofficial(name: str, noun: str, found: Mapping[str, int], official: Mapping[str, int]) -> tuple[str, ...]:
+    """Makes a note if a loaded split has another size than the official one: it is a sample, or another version.
+
+    Args:
+        name: The task's name.
+        noun: What the examples are called in the note.
+        found: The sizes of the loaded splits.
+        official: The official sizes.
+
+    Returns:
+        One note, or none.
+
+    Example:
+        >>> unofficial("rte", "examples", {"dev": 100}, {"dev": 277})
+        ('not the official rte data: dev has 100 examples (official: 277); do not report the score as the official one',)
+    """
+    other = [
+        f"{split} has {count:,} {noun} (official: {format(official[split], ',') if split in official else 'none'})"
+        for split, count in found.items()
+        if count != official.get(split)
+    ]
+    if not other:
+        return ()
+    return (f"not the official {name} data: {'; '.join(other)}; do not report the score as the official one",)
+
+
+def named(splits: Mapping[str, _T]) -> Mapping[str, _T]:
+    """Returns the splits by the names that precede their metrics: the empty name if there is only one split.
+
+    Example:
+        >>> named({"dev": 1}), named({"dev": 1, "test": 2})
+        ({'': 1}, {'dev': 1, 'test': 2})
+    """
+    return {"": next(iter(splits.values()))} if len(splits) == 1 else splits
+
+
+def metric_key(splits: Mapping[str, object], metric: str) -> str:
+    """Returns a metric's name on the first of some `named` splits.
+
+    Example:
+        >>> metric_key({"": 1}, "f1"), metric_key({"dev": 1, "test": 2}, "f1")
+        ('f1', 'dev_f1')
+    """
+    return _prefix(next(iter(splits))) + metric
+
+
+def _prefix(split: str) -> str:
+    return f"{split}_" if split else ""
+
+
+def evaluate_splits(
+    trainer: Trainer,
+    splits: Mapping[str, Dataset],
+    metrics: Callable[[str, Any, Any], Mapping[str, float]],
+    names: Sequence[str],
+    stage: Stage,
+) -> dict[str, float]:
+    """Computes the metrics and the loss of every split with the Trainer's own prediction loop.
+
+    Args:
+        trainer: The Trainer of the model.
+        splits: The data sets, `named`.
+        metrics: A function from a split's name, its predictions and its labels to metrics.
+        names: The names of those metrics.
+        stage: ``"before"`` or ``"after"`` training. After training, what the Trainer found at its last step is not
+            computed again.
+
+    Returns:
+        The values by name, each preceded by the split's name.
+    """
+    result: dict[str, float] = {}
+    # The Trainer's own function, for evaluations along the run, may know one split only.
+    along, trainer.compute_metrics = trainer.compute_metrics, None
+    try:
+        for name, examples in splits.items():
+            found = _logged(trainer, _prefix(name), (*names, "loss")) if stage == "after" else None
+            if found is not None:
+                result |= found
+                continue
+            prediction = trainer.predict(examples, metric_key_prefix="x")
+            scores = metrics(name, prediction.predictions, prediction.label_ids)
+            result |= {_prefix(name) + key: value for key, value in scores.items()}
+            result[f"{_prefix(name)}loss"] = float((prediction.metrics or {})["x_loss"])
+    finally:
+        trainer.compute_metrics = along
+    return result
+
+
+def _logged(trainer: Trainer, prefix: str, names: Sequence[str]) -> dict[str, float] | None:
+    """Looks a split's evaluation at the last step of training up in the Trainer's log; None if there was none."""
+    state = trainer.state
+    logged = {key: row[key] for row in state.log_history if row.get("step") == state.global_step for key in row}
+    found = {prefix + name: logged.get(f"eval_{prefix}{name}") for name in names}
+    return None if None in found.values() else found  # type: ignore[return-value]

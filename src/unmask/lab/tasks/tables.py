@@ -1,13 +1,14 @@
-"""Reading csv, tsv, json, jsonl (each also gzipped) and parquet into columns that remember where each row stood."""
+"""Reads csv, tsv, json and jsonl files (each also gzipped) and parquet files into columns that know each row's place."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
 import gzip
+import itertools
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,9 +18,9 @@ from unmask.reading import Malformed, parse_json, shown
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 DAMAGED = (ValueError, OSError, EOFError, zlib.error)
-"""What reading a text file raises that is not UTF-8, not in its format, or a gzip that is cut short or damaged."""
+"""The exceptions that a text file raises if it is not UTF-8, not in its format, or a damaged gzip."""
 _MOST_LISTED, _LONGEST_LISTED = 20, 80
-_Row = tuple[int, Sequence[str]]  # line number from 1, cells
+_Row = tuple[int, Sequence[str]]  # the line's number, from 1, and its cells
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Table:
     """Columns of equal length.
 
     Attributes:
-        source: Names the origin in errors.
-        columns: Values by column name.
-        places: For each row its number in the source, from 1.
-        unit: What is counted: ``"line"`` of a text file, else ``"row"``.
-        skipped: How many broken rows were left out, where the caller allowed that.
+        source: The origin, as errors name it.
+        columns: The values by column name.
+        places: The number of each row in the source, from 1.
+        unit: The unit that `places` count: ``"line"`` for a text file, else ``"row"``.
+        skipped: The number of broken rows that were left out, where the caller allowed that.
     """
 
     source: str
@@ -44,7 +45,7 @@ class Table:
         return len(self.places)
 
     def where(self, row: int) -> str:
-        """The place of a row (from 0), for errors.
+        """Returns the place of a row (counted from 0), for errors.
 
         Example:
             >>> Table("a.tsv", {"x": ["u"]}, [2], "line").where(0)
@@ -53,10 +54,10 @@ class Table:
         return f"{self.source}, {self.unit} {self.places[row]}"
 
     def column(self, name: str) -> Sequence[Any]:
-        """The values of a column.
+        """Returns the values of a column.
 
         Raises:
-            DataError: There is none of that name.
+            DataError: The table has no column of that name.
         """
         if name not in self.columns:
             raise unknown_column(self.source, name, self.columns)
@@ -64,12 +65,12 @@ class Table:
 
 
 def unknown_column(source: str, name: str, columns: Iterable[str]) -> DataError:
-    """The error for a column that is not there."""
+    """Makes the error for a column that is missing."""
     return DataError(f"{source} has no column {name!r}; its columns are {listed(columns)}.")
 
 
 def listed(names: Iterable[str], most: int = _MOST_LISTED) -> str:
-    """Names in a row, for errors: the first ones, and each cut to a line.
+    """Joins names for an error: only the first ones, and each cut to a line.
 
     Example:
         >>> listed(["a", "b" * 100, "c"], most=2)
@@ -82,7 +83,7 @@ def listed(names: Iterable[str], most: int = _MOST_LISTED) -> str:
 
 @contextlib.contextmanager
 def placed(where: object) -> Iterator[None]:
-    """Puts a place (a file, or a row of one) before the message of a `DataError`.
+    """Puts a place (a file, or a row of a file) before the message of a `DataError`.
 
     Example:
         >>> with placed("a.csv"):
@@ -97,14 +98,14 @@ def placed(where: object) -> Iterator[None]:
 
 
 def listing(folder: Path) -> str:
-    """The names in a folder, for errors."""
+    """Lists the names in a folder, for errors."""
     if not folder.is_dir():
         return f"there is no folder {str(folder)!r} either"
     return f"{str(folder)!r} holds {listed(sorted(path.name for path in folder.iterdir())) or 'nothing'}"
 
 
 def suffix_of(path: Path) -> str:
-    """The format's suffix, in lower case and without ``.gz``.
+    """Returns the suffix that tells the format, in lower case and without ``.gz``.
 
     Example:
         >>> suffix_of(Path("train.TSV.gz"))
@@ -113,67 +114,88 @@ def suffix_of(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def read_table(path: Path, header: tuple[str, ...] | None = None, skip_short: bool = False) -> Table:
-    """Reads a file by its suffix.
+def plain_name(name: str) -> str:
+    """Returns a folder's name in the spelling of the tasks' names.
 
-    csv is read with quotes; tsv without, as GLUE's files are written. Blank lines are passed over.
+    Example:
+        >>> [plain_name(name) for name in ("SST-2", "wnut_17", "Math 10K")]
+        ['sst2', 'wnut17', 'math10k']
+    """
+    return name.lower().translate({ord(sign): None for sign in "-_ "})
 
-    Args:
-        path: A file ending in one of `SUFFIXES`, the text formats also in ``.gz``.
-        header: Column names of a csv or tsv file that has no header line. A first line that holds two of these names
-            or more (or the only one) is taken for a header line nevertheless.
-        skip_short: Leave out csv and tsv rows with too few cells, and count them in `Table.skipped`.
+
+def only_file(folder: Path, stems: Iterable[str], endings: Sequence[str]) -> Path | None:
+    """Finds the one file in a folder whose name is one of the stems with one of the endings, or None.
 
     Raises:
-        DataError: No such file, unknown format, damaged or empty file, or a row of another width than the header.
+        DataError: The folder holds two such files.
+    """
+    paths = (folder / (stem + ending) for stem in stems for ending in endings)
+    there = [path for path in paths if path.is_file()]
+    if len(there) > 1:
+        raise DataError(f"{str(folder)!r} holds both {there[0].name} and {there[1].name}; leave one.")
+    return there[0] if there else None
+
+
+def read_table(path: Path, header: tuple[str, ...] | None = None, skip_short: bool = False) -> Table:
+    """Reads a file in the format that its suffix names.
+
+    csv is read with quotes, and tsv without, as GLUE's files are written. Blank lines are passed over.
+
+    Args:
+        path: A file whose name ends in one of `SUFFIXES`. A text file may also end in ``.gz``.
+        header: The column names of a csv or tsv file that has no header line. A first line that holds two of these
+            names or more (or the only one) is read as a header line nevertheless.
+        skip_short: Leaves out csv and tsv rows with too few cells, and counts them in `Table.skipped`.
+
+    Raises:
+        DataError: The file is missing, damaged, empty or of an unknown format, or a row is wider or narrower than the
+            header.
     """
     if not path.is_file():
         raise DataError(f"there is no file {str(path)!r}; {listing(path.parent)}.")
-    suffix = suffix_of(path)
+    suffix, source = suffix_of(path), str(path)
     if suffix not in SUFFIXES:
-        raise DataError(f"{str(path)!r} is of no known format; its name must end in {', '.join(SUFFIXES)}.")
+        raise DataError(f"{source!r} has an unknown format; its name must end in {', '.join(SUFFIXES)}.")
     try:
-        table = _parse(path, suffix, header, skip_short)
+        if suffix == ".parquet":
+            table = _read_parquet(path)
+        else:
+            with open_text(path, newline="" if suffix == ".csv" else "\n") as file:
+                if suffix == ".json":
+                    table = _read_json(file, source)
+                elif suffix == ".jsonl":
+                    table = _read_jsonl(file, source)
+                else:
+                    rows = _csv_rows(file, source) if suffix == ".csv" else _tsv_rows(file)
+                    table = _from_cells(source, rows, header, skip_short)
     except DataError:
         raise
     except DAMAGED as error:
-        raise DataError(f"{str(path)!r} cannot be read as {suffix[1:]} (in UTF-8): {error}") from error
+        raise DataError(f"{source!r} cannot be read as {suffix[1:]} (in UTF-8): {error}") from error
     if not table.places:
-        raise DataError(f"{str(path)!r} is empty: it holds no examples.")
+        raise DataError(f"{source!r} is empty: it holds no examples.")
     return table
 
 
-def _parse(path: Path, suffix: str, header: tuple[str, ...] | None, skip_short: bool) -> Table:
-    if suffix == ".parquet":
-        columns = _read_parquet(path)
-        rows = len(next(iter(columns.values()), []))
-        return Table(str(path), columns, range(1, rows + 1))
-    if suffix in (".csv", ".tsv"):
-        with open_text(path, newline="" if suffix == ".csv" else "\n") as file:
-            cells = _csv_rows(file, str(path)) if suffix == ".csv" else _tsv_rows(file)
-            return _from_cells(str(path), cells, header, skip_short)
-    with open_text(path, newline="\n") as file:
-        read: Callable[[TextIO, str], Table] = _read_json if suffix == ".json" else _read_jsonl
-        return read(file, str(path))
-
-
-def _read_parquet(path: Path) -> dict[str, list[Any]]:
-    parquet = need("pyarrow.parquet", "hf")
-    try:
-        return parquet.read_table(path).to_pydict()
-    except Exception as error:  # of the library, of many classes, and always of the file
-        raise DataError(f"{str(path)!r} cannot be read as parquet: {shown(str(error))}") from error
-
-
 def open_text(path: Path, newline: str) -> TextIO:
-    """Opens a text file, gzipped or not.
+    """Opens a text file, which may be gzipped.
 
-    utf-8-sig, for a byte-order mark must not become part of the first column's name.
-    newline="\\n": other characters that Unicode counts as line ends are part of the text.
+    The encoding is utf-8-sig, so that a byte-order mark does not become part of the first column's name. A newline of
+    "\\n" keeps the other characters that Unicode counts as line ends in the text.
     """
     if path.name.lower().endswith(".gz"):
         return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
     return path.open(encoding="utf-8-sig", newline=newline)
+
+
+def _read_parquet(path: Path) -> Table:
+    parquet = need("pyarrow.parquet", "hf")
+    try:
+        columns = parquet.read_table(path).to_pydict()
+    except Exception as error:  # pyarrow raises many classes, and each of them means that the file is damaged
+        raise DataError(f"{str(path)!r} cannot be read as parquet: {shown(str(error))}") from error
+    return Table(str(path), columns, range(1, len(next(iter(columns.values()), [])) + 1))
 
 
 def _tsv_rows(file: TextIO) -> Iterator[_Row]:
@@ -203,29 +225,20 @@ def _from_cells(source: str, rows: Iterator[_Row], header: tuple[str, ...] | Non
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{source}: column {shown(twice)} is there more than once; rename one of them.")
     kept, places, skipped = [], [], 0
-    for number, cells in rows if has_header else _chain(first, rows):
+    for number, cells in rows if has_header else itertools.chain([first], rows):
         if len(cells) < len(names) and skip_short:
             skipped += 1
             continue
         if len(cells) != len(names):
-            raise _wrong_width(source, number, len(cells), names)
+            quotes = " tsv is read without quotes; save it as csv if cells are quoted." * (".tsv" in source.lower())
+            raise DataError(
+                f"{source}, line {number} has {len(cells)} columns where {len(names)} are needed "
+                f"({listed(map(repr, names))}). Mend or drop the line.{quotes}"
+            )
         kept.append(cells)
         places.append(number)
     columns = zip(*kept, strict=True) if kept else [()] * len(names)
     return Table(source, dict(zip(names, columns, strict=True)), places, "line", skipped)
-
-
-def _chain(first: _Row, rows: Iterator[_Row]) -> Iterator[_Row]:
-    yield first
-    yield from rows
-
-
-def _wrong_width(source: str, number: int, found: int, names: tuple[str, ...]) -> DataError:
-    hint = " tsv is read without quotes; save it as csv if cells are quoted." if ".tsv" in source.lower() else ""
-    return DataError(
-        f"{source}, line {number} has {found} columns where {len(names)} are needed ({listed(map(repr, names))})."
-        f" Mend or drop the line.{hint}"
-    )
 
 
 def _read_jsonl(file: TextIO, source: str) -> Table:
@@ -242,7 +255,7 @@ def _read_jsonl(file: TextIO, source: str) -> Table:
 
 
 def _read_json(file: TextIO, source: str) -> Table:
-    """A list of records, or a mapping of keys to records as ``{"0": {...}, "1": {...}}``."""
+    """Reads a list of records, or a mapping of keys to records such as ``{"0": {...}, "1": {...}}``."""
     loaded = parse_json(file.read(), sys.maxsize, sys.maxsize, large=True)
     if not isinstance(loaded, list | dict):
         raise DataError(

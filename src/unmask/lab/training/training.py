@@ -24,7 +24,7 @@ from unmask.integrations.checkpoints import Checkpoint, differences
 from unmask.integrations.trainer import SelectiveTrainer
 from unmask.lab.inside import Inserted, insert, require
 from unmask.lab.models import load_base, quiet
-from unmask.lab.tasks.protocol import Prepared
+from unmask.lab.tasks.protocol import Prepared, Source
 from unmask.lab.tasks.registry import kind_for
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.presets import into_from, method_from, optimizer_from, with_rates
@@ -186,13 +186,13 @@ def set_up(config: TrainConfig, console: Console) -> Setup:
     Raises:
         UnmaskError: The run cannot work.
     """
-    into, kind = into_from(config), kind_for(config)
+    into, kind, source = into_from(config), kind_for(config.task), Source.of(config)
     if into is not None:
         require(into)
-    task = kind.load(config)
+    task = kind.load(source)
     _note(console, task.notes)
     model, tokenizer, missing = load_base(config.model, task.num_labels, config.seed, kind.head, task.label_names)
-    prepared = task.prepare(model, tokenizer, config)
+    prepared = task.prepare(model, tokenizer, source)
     _note(console, prepared.notes)
     # the base itself: the budget's scope is the method's, and all that the checkpoint lacks is a head
     base = Inserted(model, [], missing, missing) if into is None else insert(model, into, missing, config.seed)
@@ -351,7 +351,7 @@ def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bo
         output_dir=str(folder.checkpoints),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=kind_for(config).eval_batches * config.batch_size,
+        per_device_eval_batch_size=kind_for(config.task).eval_batches * config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=cast(float, config.lr),  # auto no more
         warmup_steps=math.ceil(config.warmup * steps),
@@ -367,7 +367,7 @@ def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bo
         logging_steps=config.logging_steps,
         report_to=list(config.report_to) or "none",
         # otherwise the Trainer multiplies the loss by the number of processes, for losses that count tokens: no other head's do
-        average_tokens_across_devices=kind_for(config).head == "generation",
+        average_tokens_across_devices=kind_for(config.task).head == "generation",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -1,1 +1,1 @@
-"""Word problems that a language model solves by writing out a solution."""
+"""Tasks of arithmetic word problems: a language model writes a solution out, and its answer is read from the text."""

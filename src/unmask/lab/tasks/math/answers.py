@@ -1,18 +1,18 @@
-"""Reading the answer out of a generated solution, and holding it against the gold one.
+"""Reads the answer from a generated solution, and compares it with the gold answer.
 
 The rules, in order:
 
-1. What a model writes after it has begun a new exercise by itself (`RESTARTS`) is no part of its solution.
+1. The solution ends where the model begins a new exercise by itself (`RESTARTS`).
 2. A *marked* answer is the last of: "the answer is ...", "Answer: ...", "#### ...", "\\\\boxed{...}", that has a number (or a
    choice) behind it on its line, or on the next line that is not blank.
-3. Of the numbers there, the first counts: "The answer is 5 apples and 3 pears" is 5. If its sentence goes on to an equals sign,
-   the first number after the last one: "The answer is 10 - 3 = 7 apples" is 7.
-4. Without a marked answer: the last number of the solution; for a multiple choice the last letter in brackets, else the last
-   letter that stands alone (an "A" before a word in small letters is taken for the article).
+3. The first number there counts: "The answer is 5 apples and 3 pears" is 5. If the number's sentence goes on to an equals
+   sign, the first number after the last equals sign counts: "The answer is 10 - 3 = 7 apples" is 7.
+4. Without a marked answer, the last number of the solution counts. For a multiple choice it is the last letter in brackets,
+   else the last letter that stands alone (an "A" before a word in small letters is taken for the article).
 
 Numbers are read exactly (`unmask.lab.tasks.math.numerals`). An answer is right if it is within 0.001 of the gold number,
-the tolerance that is usual for these test sets, or if it is the gold letter. ``rule="last"`` leaves out rules 2 and 3: it takes
-the last number, or letter, of the solution, as many published figures were scored.
+which is the usual tolerance for these test sets, or if it is the gold letter. ``rule="last"`` leaves out rules 2 and 3: it
+takes the last number, or letter, of the solution, which is how many published figures were scored.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _FIRST = re.compile(
 
 
 def solution(text: str) -> str:
-    """A generated text up to where the model begins another exercise.
+    """Returns a generated text up to where the model begins another exercise.
 
     Example:
         >>> solution("The answer is 5.\\n\\n### Instruction:\\nWhat is 2 + 2?")
@@ -57,15 +57,15 @@ def solution(text: str) -> str:
 
 
 def extract(text: str, kind: AnswerKind, rule: Rule = "marked") -> str | None:
-    """The answer of a generated text.
+    """Reads the answer from a generated text.
 
     Args:
-        text: What the model wrote after the prompt.
-        kind: ``"number"``, or ``"choice"`` for a letter from A to E.
-        rule: ``"marked"``, or ``"last"`` for the last number (or letter) whatever stands before it.
+        text: The text that the model wrote after the prompt.
+        kind: The kind of the answer: ``"number"``, or ``"choice"`` for a letter from A to E.
+        rule: The rule: ``"marked"``, or ``"last"`` for the last number (or letter) without regard to marks.
 
     Returns:
-        The number in its shortest exact form ("1234.5", "17/3"), or the letter; None where there is none.
+        The number in its shortest exact form ("1234.5", "17/3"), or the letter; None if there is none.
 
     Example:
         >>> extract("So 1,200 + 34.5 = 1,234.50. The answer is $1,234.50.", "number")
@@ -84,7 +84,7 @@ def extract(text: str, kind: AnswerKind, rule: Rule = "marked") -> str | None:
 
 
 def is_right(extracted: str | None, gold: str, kind: AnswerKind) -> bool:
-    """Whether an extracted answer is the gold one; no answer is a wrong one.
+    """Returns True if an extracted answer is the gold one. No answer is a wrong answer.
 
     Example:
         >>> is_right("3/4", "0.75", "number"), is_right("5.67", "5.666666666666667", "number"), is_right(None, "C", "choice")
@@ -97,10 +97,10 @@ def is_right(extracted: str | None, gold: str, kind: AnswerKind) -> bool:
 
 
 def gold_answer(given: object, kind: AnswerKind) -> str:
-    """A data set's own answer in the form of `extract`.
+    """Converts a data set's own answer to the form of `extract`.
 
     Raises:
-        DataError: It is no number, or no letter from A to E.
+        DataError: The answer is not a number, or not a letter from A to E.
 
     Example:
         >>> gold_answer("1,080.0", "number"), gold_answer(" c ", "choice")
@@ -110,16 +110,16 @@ def gold_answer(given: object, kind: AnswerKind) -> str:
     if kind == "choice":
         letter = text.strip("()").upper()
         if letter not in set("ABCDE"):
-            raise DataError(f"the answer {shown(given)} is no letter from A to E.")
+            raise DataError(f"the answer {shown(given)} is not a letter from A to E.")
         return letter
     value = read_number(text)
     if value is None:
-        raise DataError(f"the answer {shown(given)} is no number.")
+        raise DataError(f"the answer {shown(given)} is not a number.")
     return written(value)
 
 
 def _marked(text: str) -> Iterator[str]:
-    """What stands behind each mark, the last first: the rest of its line, or the next line with anything on it."""
+    """Yields the text behind each mark, the last mark first: the rest of its line, or the next line that is not blank."""
     for mark in reversed(list(_MARK.finditer(text))):
         behind = text[mark.end() :].lstrip(" *:$\n\t")
         yield behind.split("\n", 1)[0]
@@ -140,7 +140,7 @@ def _number(text: str, marked: bool) -> str | None:
 
 def _choice(text: str, marked: bool) -> str | None:
     first = _FIRST.match(text) if marked else None
-    # "a 5% loss" is no choice: a bare small letter counts in brackets, or with nothing but a stop behind it
+    # "a 5% loss" is no choice: a small letter counts only in brackets, or if nothing but a stop is behind it.
     if first and (first[1].isupper() or first["after"] or not text[first.end() :].strip()):
         return first[1].upper()
     bracketed = [match[1] or match[2] for match in _BRACKETED.finditer(text)]

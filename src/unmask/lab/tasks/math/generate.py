@@ -1,4 +1,4 @@
-"""Batched generation: prompts of like length together, padded on the left, greedy unless told otherwise."""
+"""Generates text in batches of prompts of similar length, padded on the left. Decoding is greedy by default."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from transformers import (
 
 from unmask.errors import ConfigError
 from unmask.lab.models import quiet
-from unmask.lab.tasks.math.prompting import pad
+from unmask.lab.tasks.math.prompts import pad
 
 Finish = Literal["end", "stop", "length"]
-_TAIL = 16  # tokens in which a text to stop at is looked for; the longest of them has fewer
+_TAIL = 16  # A text to stop at is looked for in so many last tokens. The longest of them has fewer.
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to generate.
+    """The settings of generation.
 
     Attributes:
-        max_new_tokens: Most tokens to write per prompt.
-        batch_size: Prompts per batch.
-        temperature: 0 for greedy decoding.
-        top_p: Share of the probability that is sampled from; counts with a temperature.
-        num_beams: Beams of beam search; 1 for none.
-        seed: Of sampling.
-        stop: Texts at which a row is cut, and (but for beam search) finished.
+        max_new_tokens: The number of tokens to write per prompt, at most.
+        batch_size: The number of prompts per batch.
+        temperature: The temperature of sampling; 0 means greedy decoding.
+        top_p: The share of the probability that is sampled from. It has an effect only with a temperature.
+        num_beams: The number of beams of beam search; 1 means none.
+        seed: The seed of sampling.
+        stop: The texts at which a row is cut, and finished except in beam search.
 
     Raises:
-        ConfigError: A value that cannot work.
+        ConfigError: A value cannot work.
     """
 
     max_new_tokens: int = 256
@@ -62,18 +62,19 @@ class GenerationSettings:
             )
 
     def describe(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Returns the settings as JSON values."""
         return asdict(self) | {"stop": list(self.stop)}
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model wrote after one prompt.
+    """The text that a model wrote after one prompt.
 
     Attributes:
-        text: Without special tokens, and without what follows a text to stop at.
-        tokens: How many tokens were written, the end token included.
-        finish: ``"end"`` (the model's end token), ``"stop"`` (a text to stop at) or ``"length"`` (`max_new_tokens`).
+        text: The text up to a text to stop at, without special tokens.
+        tokens: The number of tokens that were written, the end token included.
+        finish: The reason why the text ends: ``"end"`` (the model's end token), ``"stop"`` (a text to stop at) or ``"length"``
+            (``max_new_tokens``).
     """
 
     text: str
@@ -82,7 +83,9 @@ class Generated:
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Rows in batches, the longest prompts first, so that little is padded and memory runs out at once if it does.
+    """Sorts rows into batches, the longest prompts first.
+
+    Little is padded then, and a lack of memory shows at once.
 
     Example:
         >>> plan_batches([5, 9, 7, 5], 2)
@@ -98,26 +101,33 @@ def generate(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
 ) -> Iterator[tuple[list[int], list[Generated]]]:
-    """Generates, batch by batch.
+    """Generates a text for each prompt, batch by batch.
 
-    Greedy decoding depends on the batch a prompt is in only through rounding: sums over a padded batch are rounded
-    otherwise, and where two tokens are nearly as likely that can turn the choice. With equal prompts, batch size, dtype and
-    machine it is reproducible. Sampling is seeded per batch, from the seed and the batch's prompts.
+    In greedy decoding, a prompt's text depends on its batch only through rounding: sums over a padded batch are rounded
+    differently, which can change the choice between two tokens of nearly equal probability. With equal prompts, batch size,
+    dtype and machine it is reproducible. Sampling is seeded per batch, from the seed and the batch's prompts.
 
     Args:
-        model: A causal LM; put into evaluation mode for the time.
-        tokenizer: Decodes.
-        prompts: Token ids, special tokens included.
-        settings: How.
+        model: A causal LM, which is in evaluation mode meanwhile.
+        tokenizer: The tokenizer that decodes.
+        prompts: The token ids of each prompt, special tokens included.
+        settings: The settings of generation.
 
     Yields:
-        The batch's rows in ``prompts``, and what was written for each.
+        The batch's rows in ``prompts``, and the text of each.
 
     Raises:
-        ConfigError: A prompt and `max_new_tokens` exceed the positions that the model has.
+        ConfigError: A prompt and ``max_new_tokens`` exceed the positions that the model has.
     """
-    inner = _inner(model)
-    _check_positions(inner, prompts, settings)
+    # peft wraps the transformers model if a LoRA is in it.
+    unwrap: Any = getattr(model, "get_base_model", None)
+    inner: Any = model if unwrap is None else unwrap()
+    limit, longest = getattr(inner.config, "max_position_embeddings", None), max(map(len, prompts), default=0)
+    if limit and longest + settings.max_new_tokens > limit:
+        raise ConfigError(
+            f"a prompt of {longest} tokens and max_new_tokens = {settings.max_new_tokens} exceed the {limit} positions of the "
+            f"model; lower max_new_tokens to {max(1, limit - longest)} or less."
+        )
     config = _config(inner, tokenizer, settings)
     for rows in plan_batches([len(prompt) for prompt in prompts], settings.batch_size):
         with _generates_as(inner, config):
@@ -126,7 +136,7 @@ def generate(
 
 
 class _StopAt(StoppingCriteria):
-    """Finishes a row once one of the texts stands in what it wrote."""
+    """Finishes a row when its text contains one of the texts to stop at."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], width: int) -> None:
         self._tokenizer, self._texts, self._width = tokenizer, texts, width
@@ -137,7 +147,7 @@ class _StopAt(StoppingCriteria):
         return torch.tensor(found, device=input_ids.device)
 
 
-@torch.no_grad()  # and not inference_mode: the model may have a live selection
+@torch.no_grad()  # inference_mode is not possible, because the model may have a live selection
 def _batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -159,7 +169,7 @@ def _batch(
 def _generated(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], settings: GenerationSettings, config: GenerationConfig
 ) -> Generated:
-    """A row up to its first end token, or to the padding behind a text to stop at."""
+    """Decodes a row up to its first end token, or up to the padding behind a text to stop at."""
     end = next((at for at, token in enumerate(ids) if token in config.eos_token_id), None)
     kept = ids if end is None else ids[: end + 1]
     text = str(tokenizer.decode(kept, skip_special_tokens=True))
@@ -194,18 +204,9 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(pad_id)
 
 
-def _check_positions(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
-    limit, longest = getattr(model.config, "max_position_embeddings", None), max(map(len, prompts), default=0)
-    if limit and longest + settings.max_new_tokens > limit:
-        raise ConfigError(
-            f"a prompt of {longest} tokens and max_new_tokens = {settings.max_new_tokens} exceed the {limit} positions of the "
-            f"model; lower max_new_tokens to {max(1, limit - longest)} or less."
-        )
-
-
 @contextlib.contextmanager
 def _generates_as(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, and a checkpoint's own generation settings (a repetition penalty, say) out of the way."""
+    """Puts the model into evaluation mode, and sets its own generation settings (such as a repetition penalty) aside."""
     training, own = model.training, model.generation_config
     model.eval()
     model.generation_config = config
@@ -218,7 +219,7 @@ def _generates_as(model: PreTrainedModel, config: GenerationConfig) -> Iterator[
 
 @contextlib.contextmanager
 def _seeded(settings: GenerationSettings, prompts: Sequence[Sequence[int]], device: torch.device) -> Iterator[None]:
-    """Sampling draws from a generator of its own: seeded by the batch, and put back as it was."""
+    """Seeds the random generator by the batch for sampling, and restores its state afterwards."""
     if settings.temperature == 0:
         yield
         return
@@ -226,8 +227,3 @@ def _seeded(settings: GenerationSettings, prompts: Sequence[Sequence[int]], devi
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int.from_bytes(digest[:7], "big"))
         yield
-
-
-def _inner(model: Any) -> Any:
-    """The transformers model with a LoRA in it, where peft has wrapped it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,8 +1,8 @@
-"""Numbers as people and models write them, read exactly.
+"""Reads numbers exactly, in the forms in which people and models write them.
 
-What counts as one number: an optional sign and currency, digits with or without thousands separators, decimals, an exponent, or
-a fraction (``3/4``, ``5 2/3``, ``\\frac{3}{4}``). A percent sign, a unit and a closing full stop are left behind: "25%" is 25,
-"72." is 72. Not a number: digits that hang on a letter (``x2``), number words ("five"), a fraction by zero.
+A number is an optional sign and currency, digits with or without thousands separators, decimals, an exponent, or a fraction
+(``3/4``, ``5 2/3``, ``\\frac{3}{4}``). A percent sign, a unit and a closing full stop are left out: "25%" is 25, and "72." is 72.
+Digits after a letter (``x2``), number words ("five") and a fraction with a zero denominator are not numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NUMBER = re.compile(
     rf"|(?P<decimal>{_DECIMAL}))"
 )
 _MINUS = str.maketrans({"\u2212": "-", "\u2012": "-", "\ufe63": "-", "\uff0d": "-", "\u202f": " ", "\u00a0": " "})
-_LONGEST = 100  # digits; a model that repeats itself writes thousands, and they are no answer
+_LONGEST = 100  # A model that repeats itself writes thousands of digits, and they are no answer.
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Found:
     """A number in a text.
 
     Attributes:
-        value: Its exact value.
-        start: Where it begins.
-        end: Where it ends.
+        value: The exact value.
+        start: The place of the first character.
+        end: The place after the last character.
     """
 
     value: Fraction
@@ -41,7 +41,7 @@ class Found:
 
 
 def tidied(text: str) -> str:
-    """The text with one kind of minus sign and blank, and without LaTeX's own thousands separators; `find_numbers` reads it.
+    """Unifies minus signs, blanks and LaTeX's thousands separators, as `find_numbers` needs it.
 
     Example:
         >>> tidied("\\u22121{,}234 \\\\$5")
@@ -51,10 +51,10 @@ def tidied(text: str) -> str:
 
 
 def find_numbers(text: str) -> list[Found]:
-    """All numbers of a text, in order.
+    """Finds all numbers of a text, in order.
 
-    A minus is a sign where it touches its number and nothing to subtract from stands before it: "-3" and "is -3" are negative,
-    the second numbers of "10-3", "10 - 3" and "(4)-3" are not.
+    A minus is a sign if it touches its number and there is nothing before it to subtract from: "-3" and "is -3" are negative,
+    but the second numbers of "10-3", "10 - 3" and "(4)-3" are not.
 
     Example:
         >>> [str(found.value) for found in find_numbers("$1,234.50 less 3/4 of -2 is 10-3.")]
@@ -73,7 +73,7 @@ def find_numbers(text: str) -> list[Found]:
 
 
 def read_number(text: str) -> Fraction | None:
-    """The value of a text that is one number and nothing else; None for any other text.
+    """Returns the value of a text that is one number and nothing else; any other text gives None.
 
     Example:
         >>> read_number(" 1,080 "), read_number("5 apples")
@@ -86,7 +86,7 @@ def read_number(text: str) -> Fraction | None:
 
 
 def written(value: Fraction) -> str:
-    """A number in its shortest exact form, which `read_number` reads: an integer, a decimal, else a fraction.
+    """Writes a number in its shortest exact form: an integer, a decimal, else a fraction. `read_number` reads it again.
 
     Example:
         >>> written(Fraction(72)), written(Fraction(-37, 2)), written(Fraction(17, 3))
@@ -107,7 +107,7 @@ def written(value: Fraction) -> str:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    """None for a fraction by zero, and for digits without end."""
+    """Returns the value of a match; None for a fraction by zero, and for very many digits."""
     if match.end() - match.start() > _LONGEST:
         return None
     if match["decimal"]:
@@ -117,7 +117,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _hangs_on_a_word(text: str, match: re.Match[str]) -> bool:
-    """Whether a letter, or a piece of another number, stands right before it."""
+    """Returns True if a letter, or a part of another number, is directly before the match."""
     before = text[max(0, match.start() - 2) : match.start()]
     if match["sign"] or not before:
         return False

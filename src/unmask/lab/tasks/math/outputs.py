@@ -1,4 +1,4 @@
-"""Per-item outputs of a long evaluation: a jsonl file that a kill at any moment leaves usable."""
+"""Keeps the outputs of a long evaluation in a jsonl file that stays usable if the process is killed at any moment."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _ROW = fields({"row": count, "batch": items(count)})
 
 
 class OutputFile:
-    """Rows by number, appended a batch at a time.
+    """A file of rows by number, which is extended a batch at a time.
 
-    A batch is written at once, and each of its rows says how large it is, so a batch that a kill cut short is known and is
-    done again as a whole: in the same company, a row comes out as in an uninterrupted run, to the last bit.
+    A batch is written at once, and each of its rows holds the batch's size. So a batch that a kill cut short is recognised,
+    and is generated again as a whole: in the same batch, a row is the same as in an uninterrupted run, to the last bit.
 
     Args:
         path: A jsonl file, which need not exist yet.
@@ -30,10 +30,12 @@ class OutputFile:
         self.path = path
 
     def read(self) -> dict[int, dict[str, Any]]:
-        """The rows of whole batches by their ``"row"``. A torn last line and a batch that is not whole are taken off the file.
+        """Reads the rows of whole batches, by their ``"row"``.
+
+        A last line that was cut short and a batch that is not whole are removed from the file.
 
         Raises:
-            DataError: A line before the last that is no row of ours.
+            DataError: A line before the last is not a row that this class has written.
         """
         if not self.path.is_file():
             return {}
@@ -48,7 +50,7 @@ class OutputFile:
         return {row["row"]: row for row in whole}
 
     def append(self, batch: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Adds the rows of one batch; each must hold its number, ``"row"``. Returns them as they stand in the file."""
+        """Adds the rows of one batch, each with its number as ``"row"``; returns the rows as they are in the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = [{**row, "batch": [batch[0]["row"], len(batch)]} for row in batch]
         with self.path.open("ab") as file:
@@ -58,12 +60,12 @@ class OutputFile:
         return rows
 
     def rewrite(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Puts all rows down anew, in order, by way of a file beside it."""
+        """Replaces the file by all rows, in order. A kill leaves either the old file or the new one."""
         write_bytes(self.path, _lines([rows[row] for row in sorted(rows)]))
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         with refusing(
-            DataError, f"{self.path}, line {number} is no row of an evaluation: it", "Delete the line, or the file."
+            DataError, f"{self.path}, line {number} is not a row of an evaluation: it", "Delete the line, or the file."
         ):
             row = dict(_ROW(parse_json(line), "the row"))
             if len(row["batch"]) != 2:
@@ -72,13 +74,13 @@ class OutputFile:
 
 
 def claim(folder: Path, settings: Mapping[str, Any], files: Iterable[str], overwrite: bool = False) -> None:
-    """Makes a folder that of one evaluation: its settings are written down, and a folder of another one is refused.
+    """Reserves a folder for one evaluation by writing the evaluation's settings there.
 
     Args:
-        folder: Made if it is not there.
-        settings: JSON values that decide what is generated.
-        files: Names of all files that an evaluation may leave there.
-        overwrite: Take the folder from another evaluation: these files are deleted.
+        folder: The folder, which is created if it is missing.
+        settings: The JSON values that decide what is generated.
+        files: The names of all files that an evaluation may leave there.
+        overwrite: Deletes these files, also those of another evaluation.
 
     Raises:
         ConfigError: The folder holds the outputs of another evaluation.
@@ -98,7 +100,7 @@ def claim(folder: Path, settings: Mapping[str, Any], files: Iterable[str], overw
 
 
 def is_of(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a folder is that of the evaluation with these settings, or of none yet."""
+    """Returns True if a folder belongs to the evaluation with these settings, or to none yet."""
     return _held(folder / SETTINGS) in (None, json.loads(json.dumps(dict(settings))))
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic word problems: trained as prompt and completion, scored by what the model generates."""
+"""The kind of task of arithmetic word problems: trained as prompt and completion, scored by what the model generates."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from unmask.lab.models import longest_input
 from unmask.lab.tasks.math.generate import GenerationSettings
 from unmask.lab.tasks.math.outputs import is_of
 from unmask.lab.tasks.math.problems import TEST_SETS, ArithmeticData, load_arithmetic, load_problems, seen_in_training
-from unmask.lab.tasks.math.prompting import IGNORED, Completions, PadRight, Prompter
+from unmask.lab.tasks.math.prompts import IGNORED, Completions, PadRight, Prompter
 from unmask.lab.tasks.math.solve import Solved, SolveSettings, solve
-from unmask.lab.tasks.protocol import Kind, Request, Scored, Stage
-from unmask.lab.tasks.splits import evaluate_splits
-from unmask.lab.training.config import TrainConfig
+from unmask.lab.tasks.protocol import Kind, Request, Scored, Source, Stage
+from unmask.lab.tasks.split import evaluate_splits
 
-SOLVED = "solved"  # the folder of per-item outputs in a run's folder
+SOLVED = "solved"
+"""The folder in a run's folder that holds the outputs of each problem."""
 _SOLVE_OPTIONS = ("prompt", "rule")
 _GENERATION_OPTIONS = tuple(
     field.name for field in fields(GenerationSettings) if field.name not in ("batch_size", "stop")
@@ -35,17 +35,17 @@ _GENERATION_OPTIONS = tuple(
 
 
 def predicted(logits: Any, labels: Tensor) -> Tensor:
-    """The most likely token at each place, int64 of shape (rows, length): what is kept of the logits along the run."""
+    """Reduces logits to the most likely token at each place, int64 of shape (rows, length)."""
     scores: Tensor = logits[0] if isinstance(logits, tuple) else logits
     return scores.argmax(-1)
 
 
 def token_accuracy(guesses: Any, labels: Any) -> float:
-    """The share of the completions' tokens that the model finds most likely, given what stands before them.
+    """Computes the share of the completions' tokens that the model finds most likely, given the tokens before them.
 
     Args:
-        guesses: int of shape (rows, length): at place t, the guess for the token at t + 1.
-        labels: Likewise the tokens; `IGNORED` where nothing is to be guessed.
+        guesses: The guesses, int of shape (rows, length): place t has the guess for the token at t + 1.
+        labels: The tokens, of the same shape; `IGNORED` where nothing is to be guessed.
 
     Example:
         >>> token_accuracy(np.array([[7, 8, 9]]), np.array([[-100, 7, 5]]))
@@ -58,9 +58,9 @@ def token_accuracy(guesses: Any, labels: Any) -> float:
 
 @dataclass(frozen=True)
 class GenerationPrepared:
-    """A `Prepared` of completions: their loss along the run, test sets solved after it where that is asked for."""
+    """A `Prepared` of completions. Their loss is computed along the run, and the test sets are solved after it."""
 
-    config: TrainConfig
+    source: Source
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     train_set: Completions
@@ -71,7 +71,7 @@ class GenerationPrepared:
 
     @property
     def step_sets(self) -> Mapping[str, Dataset]:
-        return {"": self.held_out}  # the only one: its metrics have no name before theirs
+        return {"": self.held_out}
 
     def reduce_logits(self, logits: Any, labels: Any) -> Tensor:
         return predicted(logits, labels)
@@ -81,20 +81,23 @@ class GenerationPrepared:
 
     @property
     def main_metric(self) -> str:
-        return "accuracy" if self.config.test_sets else "loss"
+        return "accuracy" if self.source.test_sets else "loss"
 
     @property
     def greater_is_better(self) -> bool:
-        return bool(self.config.test_sets)
+        return bool(self.source.test_sets)
 
     def evaluate(self, trainer: Trainer, stage: Stage) -> dict[str, float]:
-        """Loss and token accuracy on the held-out problems; afterwards, the accuracy on each of ``test_sets`` and their mean."""
+        """Computes loss and token accuracy on the held-out problems, and solves the test sets after training.
+
+        The test sets give the accuracy on each of them, and the mean over the sets.
+        """
 
         def scored(_: str, guesses: Any, labels: Any) -> Mapping[str, float]:
             return {"token_accuracy": token_accuracy(guesses, labels)}
 
         metrics = evaluate_splits(trainer, self.step_sets, scored, ("token_accuracy",), stage)
-        if stage == "before" or not self.config.test_sets or not is_main():  # the outputs are files
+        if stage == "before" or not self.source.test_sets or not is_main():  # one process writes the outputs
             return metrics
         solved = list(self._solve(trainer))
         metrics |= {f"{one.name}_{key}": value for one in solved for key, value in one.metrics().items()}
@@ -103,23 +106,24 @@ class GenerationPrepared:
     def describe(self) -> dict[str, Any]:
         return {
             "kind": "generation",
-            "name": self.config.task,
-            "prompt": self.config.prompt,
+            "name": self.source.task,
+            "prompt": self.source.prompt,
             "max_length": self.max_length,
-            "max_new_tokens": self.config.max_new_tokens,
+            "max_new_tokens": self.source.max_new_tokens,
         }
 
     def _solve(self, trainer: Trainer) -> Iterator[Solved]:
-        config, folder = self.config, Path(self.config.output) / SOLVED
-        settings = _settings(config)
-        identity = {"model": config.model, "trained": _trained(trainer)}
-        fresh = not is_of(folder, settings.identity(**identity))  # outputs of an earlier run in the same folder
+        folder, settings = Path(self.source.output) / SOLVED, _settings(self.source)
+        parameters: list[Tensor] = [p for group in trainer.optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
+        trained = hashlib.sha256(" ".join(digest(p.detach()) for p in parameters).encode()).hexdigest()
+        identity = {"model": self.source.model, "trained": trained}
+        fresh = not is_of(folder, settings.identity(**identity))  # an earlier run may have left outputs in the folder
         return solve(trainer.model, self.tokenizer, settings, folder, identity, overwrite=fresh)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """A `Task` of word problems: to train on, or to solve."""
+    """A `Task` of word problems: data to train on, or a request for sets to solve."""
 
     name: str
     data: ArithmeticData | None = None
@@ -131,31 +135,38 @@ class GenerationTask:
     def notes(self) -> tuple[str, ...]:
         return self.data.notes if self.data else ()
 
-    def prepare(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
-    ) -> GenerationPrepared:
-        assert self.data is not None, "made by `load`"
-        length, prompter = longest_input(model, tokenizer, config.max_length), Prompter(tokenizer, config.prompt)
-        train = Completions(self.data.train, prompter, length, config.train_on_prompt)
+    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> GenerationPrepared:
+        assert self.data is not None, "the task comes from `load`"
+        length, prompter = longest_input(model, tokenizer, source.max_length), Prompter(tokenizer, source.prompt)
+        train = Completions(self.data.train, prompter, length, source.train_on_prompt)
         held_out = Completions(self.data.held_out, prompter, length)
-        notes = [*_fitting_notes(train, length), *_overlap_notes(config, self.data)]
-        collate = PadRight(int(tokenizer.pad_token_id))  # type: ignore[arg-type]  # `load_base` sees to it
-        return GenerationPrepared(config, tokenizer, length, train, held_out, collate, tuple(notes))
+        notes = []
+        if train.fitted.dropped:
+            notes.append(
+                f"{train.fitted.dropped:,} problems are left out: their prompts alone have {length} tokens or more."
+            )
+        if train.fitted.cut:
+            notes.append(f"{train.fitted.cut:,} of {len(train):,} solutions are cut at {length} tokens (max_length).")
+        notes += _overlap_notes(source, self.data)
+        collate = PadRight(int(tokenizer.pad_token_id))  # type: ignore[arg-type]  # `load_base` sets it
+        return GenerationPrepared(source, tokenizer, length, train, held_out, collate, tuple(notes))
 
     def score(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any], batch_size: int
     ) -> Iterator[Scored]:
-        """Solves the sets that were asked for; the mean over them comes last, where there are several."""
-        assert self.request is not None, "made by `reload`"
+        """Solves the sets that were asked for. If there are several, the mean over them comes last."""
+        assert self.request is not None, "the task comes from `reload`"
         settings = _requested(described, self.request, batch_size)
-        output = self.request.output or _default_output(self.request)
+        path, base = self.request.delta, self.request.model
+        default = Path("runs") / SOLVED / Path(base).name if path is None else Path(path).parent / SOLVED
+        delta = None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
         solved = []
         found = solve(
             model,
             tokenizer,
             settings,
-            Path(output),
-            {"model": self.request.model, "delta": _file_digest(self.request.delta)},
+            Path(self.request.output or default),
+            {"model": base, "delta": delta},
             overwrite=self.request.overwrite,
             console=Console(stderr=True),
         )
@@ -167,24 +178,24 @@ class GenerationTask:
 
 
 def mean_accuracy(solved: Sequence[Solved]) -> float:
-    """The mean over sets, each counting alike whatever its size."""
+    """Returns the mean over sets, in which each set has the same weight."""
     return sum(one.accuracy for one in solved) / len(solved)
 
 
-def load(config: TrainConfig) -> GenerationTask:
-    """Problems to train on; the test sets are looked for now, and not after hours of training."""
-    data = load_arithmetic(str(config.task), config.data_dir, held_out=config.held_out, seed=config.seed)
-    if config.test_sets:
-        for name in _settings(config).sets:
-            load_problems(name, "test", config.data_dir)
+def load(source: Source) -> GenerationTask:
+    """Loads problems to train on. The test sets are looked for now, and not after hours of training."""
+    data = load_arithmetic(str(source.task), source.data_dir, held_out=source.held_out, seed=source.seed)
+    if source.test_sets:
+        for name in _settings(source).sets:
+            load_problems(name, "test", source.data_dir)
     return GenerationTask(data.name, data)
 
 
 def reload(described: Mapping[str, Any], request: Request) -> GenerationTask:
-    """Test sets to solve: those asked for (comma-separated), else all six.
+    """Chooses the test sets to solve: those of the request (comma-separated), else all six.
 
     Raises:
-        ConfigError: A file instead of sets, an unknown set, or an option that there is not.
+        ConfigError: The request has a file instead of sets, an unknown set, or an unknown option.
     """
     if request.data is not None:
         raise ConfigError(
@@ -194,9 +205,9 @@ def reload(described: Mapping[str, Any], request: Request) -> GenerationTask:
     return GenerationTask(str(described["name"]), request=request)
 
 
-def _settings(config: TrainConfig) -> SolveSettings:
-    generation = GenerationSettings(max_new_tokens=config.max_new_tokens, batch_size=config.test_batch_size)
-    return SolveSettings(config.test_sets, config.data_dir, config.prompt, config.test_limit, generation=generation)
+def _settings(source: Source) -> SolveSettings:
+    generation = GenerationSettings(max_new_tokens=source.max_new_tokens, batch_size=source.test_batch_size)
+    return SolveSettings(source.test_sets, source.data_dir, source.prompt, source.test_limit, generation=generation)
 
 
 def _requested(described: Mapping[str, Any], request: Request, batch_size: int) -> SolveSettings:
@@ -208,7 +219,15 @@ def _requested(described: Mapping[str, Any], request: Request, batch_size: int) 
         raise ConfigError(
             f"unknown setting {unknown[0]!r}; word problems have {', '.join((*_SOLVE_OPTIONS, *_GENERATION_OPTIONS))}."
         )
-    generation = {key: _number(key, options.pop(key)) for key in _GENERATION_OPTIONS if key in options}
+    generation: dict[str, Any] = {}
+    for key in _GENERATION_OPTIONS:
+        if key not in options:
+            continue
+        value, kind = options.pop(key), type(getattr(GenerationSettings(), key))
+        try:
+            generation[key] = kind(value)
+        except ValueError as error:
+            raise ConfigError(f"{key} = {value!r} must be of type {kind.__name__}.") from error
     return SolveSettings(
         sets,
         request.data_dir,
@@ -218,47 +237,12 @@ def _requested(described: Mapping[str, Any], request: Request, batch_size: int) 
     )
 
 
-def _number(key: str, value: Any) -> Any:
-    kind = type(getattr(GenerationSettings(), key))
-    try:
-        return kind(value)
-    except ValueError as error:
-        raise ConfigError(f"{key} = {value!r} is no {kind.__name__}.") from error
-
-
-def _default_output(request: Request) -> Path:
-    if request.delta is not None:
-        return Path(request.delta).parent / SOLVED
-    return Path("runs") / SOLVED / Path(request.model).name
-
-
-def _file_digest(path: str | None) -> str | None:
-    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _trained(trainer: Trainer) -> str:
-    """A digest of what was trained."""
-    parameters: list[Tensor] = [p for group in trainer.optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
-    return hashlib.sha256(" ".join(digest(p.detach()) for p in parameters).encode()).hexdigest()
-
-
-def _fitting_notes(train: Completions, length: int) -> list[str]:
+def _overlap_notes(source: Source, data: ArithmeticData) -> list[str]:
+    """Names the test sets whose questions are in the training data; published Math10K holds some."""
     notes = []
-    if train.fitted.dropped:
-        notes.append(
-            f"{train.fitted.dropped:,} problems are left out: their prompts alone have {length} tokens or more."
-        )
-    if train.fitted.cut:
-        notes.append(f"{train.fitted.cut:,} of {len(train):,} solutions are cut at {length} tokens (max_length).")
-    return notes
-
-
-def _overlap_notes(config: TrainConfig, data: ArithmeticData) -> list[str]:
-    """Which test sets the training data give away; published Math10K holds test questions."""
-    notes = []
-    for name in TEST_SETS if config.data_dir else ():
+    for name in TEST_SETS if source.data_dir else ():
         try:
-            test = load_problems(name, "test", config.data_dir)
+            test = load_problems(name, "test", source.data_dir)
         except DataError:
             continue
         seen = seen_in_training([*data.train, *data.held_out], test)

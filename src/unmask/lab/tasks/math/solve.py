@@ -1,4 +1,4 @@
-"""Solving word problems by generation: per-item outputs on disk, a progress bar, and a run that a kill does not lose."""
+"""Solves word problems by generation, and keeps every output on disk, so that a killed run can be continued."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unmask.lab.tasks.math.answers import RULES, Rule, extract, is_right
 from unmask.lab.tasks.math.generate import Generated, GenerationSettings, generate
 from unmask.lab.tasks.math.outputs import OutputFile, claim
 from unmask.lab.tasks.math.problems import TEST_SETS, Problem, load_problems
-from unmask.lab.tasks.math.prompting import Prompter
+from unmask.lab.tasks.math.prompts import Prompter
 from unmask.reading import fields, plain, read_json, refusing, text
 
 SCORES = "scores.json"
@@ -26,18 +26,18 @@ SCORES = "scores.json"
 
 @dataclass(frozen=True)
 class SolveSettings:
-    """What to solve, and how.
+    """The test sets to solve, and the settings that decide how.
 
     Attributes:
-        sets: Names of test sets.
-        data_dir: Their folder; None for the hub (gsm8k alone).
-        prompt: ``"alpaca"``, ``"chat"``, or the path of a template.
-        limit: Only the first so many problems of each set.
-        rule: How answers are read: see `unmask.lab.tasks.math.answers`.
-        generation: How to generate.
+        sets: The names of the test sets.
+        data_dir: The folder of the sets; None for the hub (which has gsm8k only).
+        prompt: The prompt: ``"alpaca"``, ``"chat"``, or the path of a template.
+        limit: The number of problems of each set to solve; None for all.
+        rule: The rule by which answers are read (see `unmask.lab.tasks.math.answers`).
+        generation: The settings of generation.
 
     Raises:
-        ConfigError: An unknown set or rule, or a limit below 1.
+        ConfigError: A set or the rule is unknown, or the limit is below 1.
     """
 
     sets: tuple[str, ...]
@@ -57,7 +57,10 @@ class SolveSettings:
             raise ConfigError(f"limit = {self.limit}; it must be 1 or more, or none for all problems.")
 
     def identity(self, **model: Any) -> dict[str, Any]:
-        """What decides the outputs, as JSON values. Not the batch size: it changes them by rounding only."""
+        """Returns the settings that decide the outputs, as JSON values.
+
+        The batch size is not one of them, because it changes the outputs by rounding only.
+        """
         generation = self.generation.describe()
         del generation["batch_size"]
         return {**model, "prompt": self.prompt, "generation": generation}
@@ -68,11 +71,11 @@ class Solved:
     """The outcome on one test set.
 
     Attributes:
-        name: Of the set.
-        count: Problems.
-        right: Right answers.
-        unanswered: Outputs without any answer.
-        cut: Outputs that reached the most tokens.
+        name: The set's name.
+        count: The number of problems.
+        right: The number of right answers.
+        unanswered: The number of outputs without any answer.
+        cut: The number of outputs that reached ``max_new_tokens``.
     """
 
     name: str
@@ -83,11 +86,11 @@ class Solved:
 
     @property
     def accuracy(self) -> float:
-        """The share of right answers; an output without an answer is wrong."""
+        """The share of right answers. An output without an answer is wrong."""
         return self.right / self.count
 
     def metrics(self) -> dict[str, float]:
-        """As fractions."""
+        """Returns the accuracy and the shares of outputs without an answer and at full length, as fractions."""
         return {
             "accuracy": self.accuracy,
             "unanswered": self.unanswered / self.count,
@@ -105,25 +108,26 @@ def solve(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Iterator[Solved]:
-    """Solves test sets one after the other, keeping every output in ``output/SET.jsonl``, the outcomes in ``scores.json``.
+    """Solves test sets one after the other.
 
-    What is in these files already is not generated again, so a run that was killed goes on where it was.
+    Every output is kept in ``output/SET.jsonl``, and the outcomes in ``scores.json``. Outputs that are in these files already
+    are not generated again, so a run that was killed continues where it was.
 
     Args:
         model: A causal LM.
-        tokenizer: Its tokenizer.
-        settings: What to solve.
-        output: Folder of the outputs.
-        identity: What tells this model from others, as JSON values: outputs of another one are refused.
-        overwrite: Delete the outputs that are there.
-        console: Where the progress bar is drawn.
+        tokenizer: The model's tokenizer.
+        settings: The sets to solve, and the settings that decide how.
+        output: The folder of the outputs.
+        identity: The JSON values that tell this model from others. Outputs of another model are refused.
+        overwrite: Deletes the outputs that are there.
+        console: The console on which the progress bar is drawn; None for standard error.
 
     Yields:
         The outcome of each set, as soon as it is solved.
 
     Raises:
-        ConfigError: The folder holds outputs of another model or other settings.
-        DataError: A test set that cannot be read.
+        ConfigError: The folder holds outputs of another model or of other settings.
+        DataError: A test set cannot be read.
     """
     prompter = Prompter(tokenizer, settings.prompt)
     problems = {name: load_problems(name, "test", settings.data_dir)[: settings.limit] for name in settings.sets}
@@ -131,8 +135,14 @@ def solve(
     claim(output, settings.identity(**identity), files, overwrite)
     for name, wanted in problems.items():
         solved = _solve_set(model, prompter, name, wanted, settings, OutputFile(output / f"{name}.jsonl"), console)
-        _note(output / SCORES, solved)
+        with refusing(DataError, repr(str(output / SCORES)), "Delete it, or give another --output."):
+            scores = fields({})(read_json(output / SCORES), "the scores") if (output / SCORES).is_file() else {}
+        outcome = {solved.name: {**asdict(solved), "accuracy": solved.accuracy}}
+        write_json(output / SCORES, scores | outcome, indent=2)
         yield solved
+
+
+_WRITTEN = fields({**dict.fromkeys(("prompt", "generated", "finish", "kind"), text), "gold": plain})
 
 
 def _solve_set(
@@ -144,37 +154,46 @@ def _solve_set(
     file: OutputFile,
     console: Console | None,
 ) -> Solved:
-    prompts = [prompter.text(problem) for problem in problems]
+    prompts = [_digest(prompter.text(problem)) for problem in problems]
     with refusing(DataError, repr(str(file.path)), "Delete the file, or give another --output."):
         held = {number: _WRITTEN(row, f"row {number}") for number, row in file.read().items()}
     rows = {number: _scored(row, settings.rule) for number, row in held.items()}
-    _check(rows, prompts, file.path)
+    for number, prompt in enumerate(prompts):
+        if number in rows and rows[number].get("prompt") != prompt:
+            raise ConfigError(
+                f"{str(file.path)!r} holds an output for another prompt in row {number}: the data or the template have "
+                "changed; give another --output, or --overwrite."
+            )
     todo = [number for number in range(len(problems)) if number not in rows]
     with _Bar(name, len(problems), console) as bar:
         bar.show([rows[number] for number in range(len(problems)) if number in rows])
         ids = [prompter.prompt_ids(problems[number]) for number in todo]
         for places, written in generate(model, prompter.tokenizer, ids, settings.generation):
-            numbers = [todo[place] for place in places]
+            made = zip((todo[place] for place in places), written, strict=True)
             batch = file.append(
                 [
-                    _scored(_row(name, number, problems[number], prompts[number], made), settings.rule)
-                    for number, made in zip(numbers, written, strict=True)
+                    _scored(_row(name, number, problems[number], prompts[number], generated), settings.rule)
+                    for number, generated in made
                 ]
             )
             rows |= {row["row"]: row for row in batch}
             bar.show(batch)
-    file.rewrite(rows)  # in order, with the answers as they are read now
-    return _outcome(name, [rows[number] for number in range(len(problems))])
-
-
-_WRITTEN = fields({**dict.fromkeys(("prompt", "generated", "finish", "kind"), text), "gold": plain})
+    file.rewrite(rows)  # in order, and with the answers as they are read now
+    final = [rows[number] for number in range(len(problems))]
+    return Solved(
+        name,
+        len(final),
+        right=sum(row["right"] for row in final),
+        unanswered=sum(row["extracted"] is None for row in final),
+        cut=sum(row["finish"] == "length" for row in final),
+    )
 
 
 def _row(name: str, number: int, problem: Problem, prompt: str, generated: Generated) -> dict[str, Any]:
     return {
         "id": f"{name}-{number}",
         "row": number,
-        "prompt": _digest(prompt),
+        "prompt": prompt,
         "question": problem.question,
         "generated": generated.text,
         "tokens": generated.tokens,
@@ -185,36 +204,9 @@ def _row(name: str, number: int, problem: Problem, prompt: str, generated: Gener
 
 
 def _scored(row: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
-    """A row with its answer read anew: texts are costly, reading them is not."""
+    """Reads a row's answer again: generating a text is expensive, but reading it is not."""
     extracted = extract(row["generated"], row["kind"], rule)
     return {**row, "extracted": extracted, "right": is_right(extracted, row["gold"], row["kind"])}
-
-
-def _check(rows: Mapping[int, Mapping[str, Any]], prompts: Sequence[str], path: Path) -> None:
-    for number, prompt in enumerate(prompts):
-        if number in rows and rows[number].get("prompt") != _digest(prompt):
-            raise ConfigError(
-                f"{str(path)!r} holds an output for another prompt in row {number}: the data or the template have changed; give "
-                "another --output, or --overwrite."
-            )
-
-
-def _outcome(name: str, rows: Sequence[Mapping[str, Any]]) -> Solved:
-    return Solved(
-        name,
-        len(rows),
-        sum(row["right"] for row in rows),
-        sum(row["extracted"] is None for row in rows),
-        sum(row["finish"] == "length" for row in rows),
-    )
-
-
-def _note(path: Path, solved: Solved) -> None:
-    """Puts a set's outcome down beside those of other sets."""
-    with refusing(DataError, repr(str(path)), "Delete it, or give another --output."):
-        held = fields({})(read_json(path), "the scores") if path.is_file() else {}
-    scores = held | {solved.name: {**asdict(solved), "accuracy": solved.accuracy}}
-    write_json(path, scores, indent=2)
 
 
 def _digest(text: str) -> str:
@@ -244,7 +236,7 @@ class _Bar:
         self._bar.stop()
 
     def show(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Counts rows in."""
+        """Adds rows to the counts."""
         self._done += len(rows)
         self._right += sum(row["right"] for row in rows)
         share = f"{self._right / self._done:.1%}" if self._done else "-"

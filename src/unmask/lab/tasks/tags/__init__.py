@@ -1,1 +1,1 @@
-"""Tasks that give each word of a sentence a tag."""
+"""Tasks that assign a tag to each word of a sentence."""

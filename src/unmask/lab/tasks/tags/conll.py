@@ -1,4 +1,4 @@
-"""Reading the CoNLL shared tasks' column format: a word and its tag (and what stands between) per line."""
+"""Reads the column format of the CoNLL shared tasks, whose lines hold a word first and its tag last."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from pathlib import Path
 from unmask.errors import DataError
 from unmask.lab.tasks.tables import DAMAGED, listing, open_text
 from unmask.lab.tasks.tags.spans import is_tag
-from unmask.lab.tasks.tags.tagged import Sentences, normalised
+from unmask.lab.tasks.tags.spec import Sentences, normalised
 from unmask.reading import shown
 
 SUFFIXES = (".conll", ".txt", ".bio", ".iob", ".iob2", ".tsv")
 _DOCUMENT = "-DOCSTART-"
 _BLANK = " \t\r\n\ufeff"  # a byte-order mark may stand alone on a line, where files were joined
-_Line = tuple[str, str] | None  # word and tag; None between sentences
+_Line = tuple[str, str] | None  # a word and its tag; None stands between sentences
 
 
 def read_conll(path: Path) -> tuple[Sentences, tuple[str, ...]]:
-    """Reads words and tags: the first and the last column, of lines split at tabs if there are any, else at blanks.
+    """Reads words and tags from the first and the last column. Lines are split at tabs if there are any, else at blanks.
 
-    CoNLL-2003's four columns (word, part of speech, chunk, tag) and WNUT17's two are both this. A line without content ends
-    a sentence, as does a ``-DOCSTART-`` line, which is no word.
+    This covers the four columns of CoNLL-2003 (word, part of speech, chunk, tag) and the two of WNUT17. A line without
+    content ends a sentence, and so does a ``-DOCSTART-`` line, which is no word.
 
     Returns:
-        The sentences in IOB2, and notes where the file was not.
+        The sentences in IOB2, and a note if the file is not in IOB2.
 
     Raises:
-        DataError: No such file, not UTF-8, no words; a line with one column or another number than the first; a tag that is
-            none of ``O``, ``B-type``, ``I-type``.
+        DataError: The file is missing, is not UTF-8 or has no words; a line has one column or another number of columns
+            than the first; or a tag is none of ``O``, ``B-type``, ``I-type``.
     """
     if not path.is_file():
         raise DataError(f"there is no file {str(path)!r}; {listing(path.parent)}.")
@@ -61,29 +61,21 @@ def _lines(path: Path) -> Iterator[_Line]:
             if not text.strip(_BLANK) or text.startswith(_DOCUMENT):
                 yield None
                 continue
-            cells = _cells(text)
+            text = text.rstrip("\r\n")
+            # split() is not used, because a no-break space may be part of a word.
+            cells = text.split("\t") if "\t" in text else [cell for cell in text.split(" ") if cell]
             width = width or len(cells)
             if len(cells) != width or width < 2:
                 raise DataError(
                     f"{path}, line {number} has {len(cells)} columns where {max(width, 2)} are needed (the word first, the "
                     "tag last, split at tabs, or at blanks where there is no tab). Mend or drop the line."
                 )
-            yield _word_and_tag(cells, path, number)
-
-
-def _cells(text: str) -> list[str]:
-    """Not split(): a no-break space may be part of a word."""
-    text = text.rstrip("\r\n")
-    return text.split("\t") if "\t" in text else [cell for cell in text.split(" ") if cell]
-
-
-def _word_and_tag(cells: list[str], path: Path, number: int) -> tuple[str, str]:
-    word, tag = cells[0], cells[-1].strip()
-    if not word:
-        raise DataError(f"{path}, line {number}: the word is empty; mend or drop the line.")
-    if not is_tag(tag):
-        raise DataError(
-            f"{path}, line {number}: the tag {shown(tag)} is none; the last column must be O, B-type or I-type (IOB1 or IOB2). "
-            "Convert other schemes (BIOES, BILOU) first."
-        )
-    return word, tag
+            word, tag = cells[0], cells[-1].strip()
+            if not word:
+                raise DataError(f"{path}, line {number}: the word is empty; mend or drop the line.")
+            if not is_tag(tag):
+                raise DataError(
+                    f"{path}, line {number}: {shown(tag)} is not a tag; the last column must be O, B-type or I-type (IOB1 "
+                    "or IOB2). Convert other schemes (BIOES, BILOU) first."
+                )
+            yield word, tag

@@ -1,26 +1,37 @@
-"""Named entity recognition: CoNLL-2003, WNUT17, and the user's own files."""
+"""Loads tasks of named entity recognition: CoNLL-2003, WNUT17, and the user's own files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from unmask.errors import DataError
-from unmask.lab.tasks.split import hold_out, shared
-from unmask.lab.tasks.tables import listed, placed
-from unmask.lab.tasks.tags.ner_files import Loaded, from_hub, is_table, load_folder, load_source
-from unmask.lab.tasks.tags.tagged import Sentences, TagData, TagSpec
-from unmask.lab.tasks.text.data import Examples
-from unmask.lab.tasks.text.spec import HubSource
+from unmask.lab.tasks.hub import EVALUATION_SPLITS, HubSource, Origin, load_splits, origin_of, split_table
+from unmask.lab.tasks.split import hold_out_a_tenth, shared, unofficial
+from unmask.lab.tasks.tables import Table, listed, listing, only_file, placed, plain_name, read_table, suffix_of
+from unmask.lab.tasks.tags.conll import SUFFIXES, read_conll
+from unmask.lab.tasks.tags.spans import is_tag
+from unmask.lab.tasks.tags.spec import Sentences, TagData, TagSpec, normalised
 
-CUSTOM_NER = "ner"  # the name of every task that is made of the user's own files
-_HUB_EVALS = ("validation", "test")  # the first that there is
-_HELD_OUT = 0.1
+CUSTOM_NER = "ner"
+"""The name of every task that is made of the user's own files."""
+_Loaded = tuple[Sentences, tuple[str, ...]]  # the sentences of a split, and notes
+_TABLES = (".jsonl", ".json", ".parquet")  # the formats of tables whose cells can hold lists
+_FORMATS = (*SUFFIXES, *_TABLES)
+_ENDINGS = tuple(suffix + zipped for suffix in ("", *SUFFIXES) for zipped in ("", ".gz"))
+
+# The names of a split's file, without the suffix. The data sets' own names come first.
+_FILES: Mapping[str, tuple[str, ...]] = {
+    "train": ("eng.train", "wnut17train", "train"),
+    "dev": ("eng.testa", "emerging.dev", "dev", "valid", "validation", "testa"),
+    "test": ("eng.testb", "emerging.test.annotated", "emerging.test", "test", "testb"),
+}
 
 
 def _spec(name: str, hub: str, types: tuple[str, ...], sizes: tuple[int, int, int]) -> TagSpec:
-    """A task whose types are in the order of the hub's class ids."""
-    # the main branches hold loading scripts, which `datasets` runs no more
+    """Makes a task whose types are in the order of the hub's class ids."""
+    # The main branches hold loading scripts, which `datasets` no longer runs.
     evals, branch = (("validation", "dev"), ("test", "test")), "refs/convert/parquet"
     source = HubSource(hub, None, ("tokens",), "ner_tags", evals=evals, revision=branch)
     return TagSpec(name, types, source, dict(zip(("train", "dev", "test"), sizes, strict=True)))
@@ -46,19 +57,19 @@ def load_ner(
     """Loads a task's training, development and test splits.
 
     Args:
-        name: conll2003 or wnut17; or ner, for a folder of the user's own.
-        data_dir: The folder of the column files, named as the data sets name them (``eng.train``, ``emerging.dev.conll``), or
-            ``train``, ``dev`` (or ``valid``) and ``test`` with a suffix of ``.conll``, ``.txt``, ``.bio``, ``.iob``,
-            ``.iob2``, ``.tsv``; or the folder that holds it. None: the Hugging Face hub.
-        need_train: False, to evaluate: let the folder lack the training file, and the training split be empty.
-        spec: Of ner: the task, where a delta was trained on it; None: what training shows.
+        name: The task: conll2003 or wnut17, or ner for a folder of the user's own.
+        data_dir: The folder of the column files, or the folder that holds it. The files are named as the data sets name
+            them (``eng.train``, ``emerging.dev.conll``), or ``train``, ``dev`` (or ``valid``) and ``test`` with a suffix of
+            ``.conll``, ``.txt``, ``.bio``, ``.iob``, ``.iob2``, ``.tsv``. None means the Hugging Face hub.
+        need_train: False is for evaluation: the folder may lack the training file, and the training split is then empty.
+        spec: The task ner of a trained delta; None takes the entity types that training shows.
 
     Returns:
-        Evaluation splits ``dev`` and ``test``, or the one that there is. A note says where a split has not the official
-        number of sentences.
+        The task, with the evaluation splits ``dev`` and ``test``, or the one that there is. A note says if a split has not
+        the official number of sentences.
 
     Raises:
-        DataError: An unknown task, a missing folder or file, a bad line, or an entity type that the task has not.
+        DataError: The task is unknown, a folder or file is missing, a line is bad, or the task lacks an entity type.
     """
     if name != CUSTOM_NER and name not in NER:
         raise DataError(
@@ -66,9 +77,12 @@ def load_ner(
         )
     known = spec or NER.get(name)
     if data_dir is not None:
-        loaded = load_folder(name, Path(data_dir), need_train or known is None, NER)
+        loaded = _load_folder(name, Path(data_dir), need_train or known is None)
     elif known is not None and known.hub is not None:
-        loaded = from_hub(known.hub)
+        hub, instead = known.hub, "give the folder of the task's files with data_dir"
+        splits = load_splits(hub.path, hub.config, instead, hub.revision)
+        columns, ours = (hub.texts[0], hub.label), {"train": hub.train, **{ours: theirs for theirs, ours in hub.evals}}
+        loaded = {name: _of_table(split_table(splits, ours[name], hub.path, columns), *columns) for name in ours}
     else:
         raise DataError(f"task {name!r} is your own: give the folder of its files with data_dir, or a file with data.")
     return _task(known or TagSpec(CUSTOM_NER, loaded["train"][0].types), loaded)
@@ -87,44 +101,44 @@ def load_tagged(
     Args:
         train: A column file (``.conll``, ``.txt``, ``.bio``, ``.iob``, ``.iob2``, ``.tsv``), a table (jsonl, json, parquet)
             whose rows hold a list of words and a list of tags, or a hub id (``"user/name"``, ``"user/name:config"``).
-        evaluation: Likewise; None: the hub data set's validation (else test) split, else a tenth of ``train``, of which no
-            sentence is trained on.
+        evaluation: A file or hub id likewise. None means the hub data set's validation (else test) split if it has one.
+            Otherwise a tenth of ``train`` is held out, and none of its sentences is trained on.
         words: A table's column of words; None for tokens or words.
-        tags: Its column of tags; None for ner_tags or tags.
-        seed: Of the held-out tenth.
+        tags: A table's column of tags; None for ner_tags or tags.
+        seed: The seed of the held-out tenth.
 
     Raises:
-        DataError: A missing file, an unknown format or column, a bad row, or an entity type that training has not.
+        DataError: A file is missing, a format or column is unknown, a row is bad, or training lacks an entity type of the
+            evaluation data.
     """
-    columns = _columns(words, tags)
-    loaded = load_source(train, ("train",), *columns)
+    columns, origin = _columns(words, tags), origin_of(train, _FORMATS)
+    sentences, notes = _read(origin, ("train",), *columns)
     with placed(train):
-        spec = TagSpec(CUSTOM_NER, loaded[0].types)
-    if evaluation is not None or not is_table(train):
-        held = load_source(train if evaluation is None else evaluation, _HUB_EVALS, *columns)
-        return _task(spec, {"train": loaded, "eval": held})
-    with placed(train):
-        rest, tenth = _hold_out(loaded[0], seed)
-    note = f"no evaluation data given: {len(tenth):,} of {len(loaded[0]):,} sentences are held out (seed {seed})"
-    return _task(spec, {"train": (rest, (*loaded[1], note)), "eval": (tenth, ())})
+        spec = TagSpec(CUSTOM_NER, sentences.types)
+        if evaluation is None and not origin.evaluates:
+            rest, tenth, note = hold_out_a_tenth(sentences, "sentences", seed)
+            return _task(spec, {"train": (rest, (*notes, note)), "eval": (tenth, ())})
+    held = origin if evaluation is None else origin_of(evaluation, _FORMATS)
+    return _task(spec, {"train": (sentences, notes), "eval": _read(held, EVALUATION_SPLITS, *columns)})
 
 
 def load_tagged_evaluation(
     spec: TagSpec, path: str | Path, words: str | None = None, tags: str | None = None
 ) -> TagData:
-    """Loads one file (or hub data set) of sentences for a task that is already defined, by a trained delta, say.
+    """Loads one file (or hub data set) of sentences for a task that is already defined, for instance by a trained delta.
 
     Raises:
-        DataError: As `load_tagged`.
+        DataError: The reasons are those of `load_tagged`.
     """
-    return _task(spec, {"eval": load_source(path, _HUB_EVALS, *_columns(words, tags))})
+    return _task(spec, {"eval": _read(origin_of(path, _FORMATS), EVALUATION_SPLITS, *_columns(words, tags))})
 
 
 def _columns(words: str | None, tags: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the names that the columns of words and tags may have."""
     return (words,) if words else ("tokens", "words"), (tags,) if tags else ("ner_tags", "tags")
 
 
-def _task(spec: TagSpec, loaded: Mapping[str, Loaded]) -> TagData:
+def _task(spec: TagSpec, loaded: Mapping[str, _Loaded]) -> TagData:
     """Puts the splits together, and checks each against the task's types."""
     for split, (sentences, _) in loaded.items():
         unknown = sorted(set(sentences.types) - set(spec.types))
@@ -137,35 +151,85 @@ def _task(spec: TagSpec, loaded: Mapping[str, Loaded]) -> TagData:
     train = loaded["train"][0] if "train" in loaded else Sentences([], [])
     evals = {split: sentences for split, (sentences, _) in loaded.items() if split != "train"}
     notes = [note for _, notes in loaded.values() for note in notes]
-    return TagData(spec, train, evals, (*notes, *_overlap(train, evals), *_unofficial(spec, loaded)))
+    for split, sentences in evals.items():
+        count = shared(train.keys, sentences.keys)
+        if count:
+            notes.append(f"{count:,} of {len(sentences):,} {split} sentences are in the training data too")
+    sizes = {split: len(sentences) for split, (sentences, _) in loaded.items() if split in spec.sizes}
+    return TagData(spec, train, evals, (*notes, *unofficial(spec.name, "sentences", sizes, spec.sizes)))
 
 
-def _as_texts(sentences: Sentences) -> Examples:
-    """Sentences as texts, with their rows for labels."""
-    return Examples([" ".join(words) for words in sentences.words], None, list(range(len(sentences))))
+def _load_folder(name: str, given: Path, need_train: bool) -> dict[str, _Loaded]:
+    """Reads the splits that a folder, or the task's folder in it, has of train, dev and test.
+
+    Raises:
+        DataError: A folder or file is missing, there are two files for one split, or a line is bad.
+    """
+    if not given.is_dir():
+        raise DataError(f"there is no data folder {str(given)!r}; {listing(given.parent)}.")
+    inside = [path for path in sorted(given.iterdir()) if path.is_dir() and plain_name(path.resolve().name) == name]
+    folder = inside[0] if inside else given
+    other = plain_name(folder.resolve().name)
+    if other in NER and other != name:  # the tasks share one format, so the wrong one would load without complaint
+        raise DataError(f"{str(given)!r} is the folder of {other}, not of {name}.")
+    paths = {split: only_file(folder, stems, _ENDINGS) for split, stems in _FILES.items()}
+    lacking = ["train"] if need_train and paths["train"] is None else []
+    lacking += [] if paths["dev"] or paths["test"] else ["dev"]
+    if lacking:
+        raise DataError(
+            f"{name} needs a file {' and a file '.join(lacking)} ({', '.join(SUFFIXES)}); {listing(folder)}."
+        )
+    return {split: read_conll(path) for split, path in paths.items() if path is not None}
 
 
-def _hold_out(sentences: Sentences, seed: int) -> tuple[Sentences, Sentences]:
-    rest, held = hold_out(_as_texts(sentences), max(1, round(_HELD_OUT * len(sentences))), seed)
-    return sentences.take([int(row) for row in rest.labels]), sentences.take([int(row) for row in held.labels])
+def _read(origin: Origin, splits: Sequence[str], words: Sequence[str], tags: Sequence[str]) -> _Loaded:
+    """Reads sentences from a column file, a table, or the first of these splits that a hub data set has.
+
+    Args:
+        origin: The file or data set.
+        splits: The names of splits.
+        words: The names that the column of words may have, where columns have names.
+        tags: The names that the column of tags may have.
+    """
+    if origin.splits is not None:
+        split = origin.first_of(splits)
+        there = origin.splits[split].column_names if split in origin.splits else ()
+        columns = _pick(there, words), _pick(there, tags)
+        return _of_table(split_table(origin.splits, split, origin.name, columns), *columns)
+    path, suffix = Path(origin.name), suffix_of(Path(origin.name))
+    if suffix in SUFFIXES:
+        return read_conll(path)
+    if suffix not in _TABLES:
+        raise DataError(
+            f"{origin.name!r} is not a file of tagged sentences; the name of one ends in {', '.join(_FORMATS)}."
+        )
+    table = read_table(path)
+    return _of_table(table, _pick(table.columns, words), _pick(table.columns, tags))
 
 
-def _overlap(train: Sentences, evals: Mapping[str, Sentences]) -> list[str]:
-    counts = {split: shared(_as_texts(train), _as_texts(sentences)) for split, sentences in evals.items()}
-    return [
-        f"{count:,} of {len(evals[split]):,} {split} sentences are in the training data too"
-        for split, count in counts.items()
-        if count
+def _pick(columns: Collection[str], names: Sequence[str]) -> str:
+    return next((name for name in names if name in columns), names[0])
+
+
+def _of_table(table: Table, words: str, tags: str) -> _Loaded:
+    sentences = [
+        _row(table, row, cells) for row, cells in enumerate(zip(table.column(words), table.column(tags), strict=True))
     ]
+    kept = [pair for pair in sentences if pair[0]]  # the hub's WNUT17 has a sentence without words
+    found, notes = normalised([pair[0] for pair in kept], [pair[1] for pair in kept], table.source)
+    empty = len(sentences) - len(kept)
+    return found, (*notes, f"{table.source}: {empty} sentences without words are left out") if empty else notes
 
 
-def _unofficial(spec: TagSpec, loaded: Mapping[str, Loaded]) -> list[str]:
-    """A note where a loaded split is a sample, or another version, of the official one."""
-    other = [
-        f"{split} has {len(found):,} sentences (official: {spec.sizes[split]:,})"
-        for split, (found, _) in loaded.items()
-        if split in spec.sizes and len(found) != spec.sizes[split]
-    ]
-    if not other:
-        return []
-    return [f"not the official {spec.name} data: {'; '.join(other)}; do not report the score as the official one"]
+def _row(table: Table, row: int, cells: tuple[Any, Any]) -> tuple[list[str], list[str]]:
+    words, tags = cells
+    if not isinstance(words, list) or not isinstance(tags, list) or len(words) != len(tags):
+        raise DataError(
+            f"{table.where(row)}: there must be a list of words and a list of as many tags; there is {cells!r:.80}."
+        )
+    for word, tag in zip(words, tags, strict=True):
+        if not isinstance(word, str) or not word:
+            raise DataError(f"{table.where(row)}: {word!r:.60} is not a word.")
+        if not is_tag(str(tag)):
+            raise DataError(f"{table.where(row)}: {tag!r:.60} is not a tag; tags are O, B-type or I-type, as text.")
+    return list(words), list(tags)

@@ -1,4 +1,4 @@
-"""Words with a tag each: named entity recognition."""
+"""The kind of task whose words each have a tag: named entity recognition."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from transformers import (
 
 from unmask.errors import ConfigError, DataError
 from unmask.lab.models import longest_input
-from unmask.lab.tasks.protocol import Kind, Request, Scored, Stage
-from unmask.lab.tasks.splits import evaluate_splits, metric_key, named
+from unmask.lab.tasks.protocol import Kind, Request, Scored, Source, Stage
+from unmask.lab.tasks.split import evaluate_splits, metric_key, named
 from unmask.lab.tasks.tags.ner import CUSTOM_NER, load_ner, load_tagged, load_tagged_evaluation
 from unmask.lab.tasks.tags.spans import METRICS, score
-from unmask.lab.tasks.tags.tagged import Sentences, TagData, TagSpec
+from unmask.lab.tasks.tags.spec import Sentences, TagData, TagSpec
 from unmask.lab.tasks.tags.windows import Windows
-from unmask.lab.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class TokenPrepared:
-    """A `Prepared` of tagged words. Along the run the first evaluation split alone is scored, before and after it all are.
+    """A `Prepared` of tagged words. Along the run only the first evaluation split is scored; before and after it, all are.
 
-    Predictions are class ids, of windows; they are put together to sentences before they are scored.
+    Predictions are class ids of windows (see `unmask.lab.tasks.tags.windows`). They are put together to sentences before they
+    are scored.
     """
 
     spec: TagSpec
@@ -53,7 +53,7 @@ class TokenPrepared:
         return _scores(next(iter(self.eval_sets.values())), prediction.predictions)
 
     def reduce_logits(self, logits: Any, labels: Any) -> Tensor:
-        """Class ids (n, length), int64, of logits (n, length, classes)."""
+        """Reduces logits (n, length, classes) to class ids (n, length), int64."""
         return _best(logits[0] if isinstance(logits, tuple) else logits)
 
     @property
@@ -103,8 +103,8 @@ class TokenTask:
     def notes(self) -> tuple[str, ...]:
         return self.data.notes
 
-    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> TokenPrepared:
-        length = longest_input(model, tokenizer, config.max_length)
+    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> TokenPrepared:
+        length = longest_input(model, tokenizer, source.max_length)
 
         def windows(sentences: Sentences, training: bool) -> Windows:
             return Windows(sentences, tokenizer, self.label_names, length, training)
@@ -129,11 +129,10 @@ class TokenTask:
 def predict_tags(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Windows, batch_size: int = 64
 ) -> list[list[int]]:
-    """A class id for each token of each window; the model should be in evaluation mode."""
+    """Predicts a class id for each token of each window. The model should be in evaluation mode."""
     collate = DataCollatorForTokenClassification(tokenizer)
-    order = sorted(
-        range(len(windows)), key=lambda i: len(windows[i]["input_ids"])
-    )  # like lengths together: little padding
+    # Windows of similar lengths share a batch, because that needs little padding.
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i]["input_ids"]))
     result: list[list[int]] = [[] for _ in order]
     for low in range(0, len(order), batch_size):
         rows = order[low : low + batch_size]
@@ -156,19 +155,19 @@ def _scores(windows: Windows, ids: Any) -> dict[str, float]:
     return score(windows.sentences.tags, windows.tags_of(rows))
 
 
-def load(config: TrainConfig) -> TokenTask:
-    """A known task, or the user's own files."""
-    if config.data is None:
-        return TokenTask(load_ner(str(config.task), config.data_dir))
-    return TokenTask(load_tagged(config.data, config.eval, *_columns(config.text, config.label)))
+def load(source: Source) -> TokenTask:
+    """Loads a known task, or the user's own files."""
+    if source.data is None:
+        return TokenTask(load_ner(str(source.task), source.data_dir))
+    return TokenTask(load_tagged(source.data, source.eval, *_columns(source.text, source.label)))
 
 
 def reload(described: Mapping[str, Any], request: Request) -> TokenTask:
-    """The evaluation splits of a task, or a file of sentences of the task that the delta was trained on.
+    """Loads the evaluation splits of a task, or a file of sentences of the task that the delta was trained on.
 
     Raises:
-        ConfigError: A task with other entity types.
-        DataError: They cannot be loaded.
+        ConfigError: The task has other entity types.
+        DataError: The data cannot be loaded.
     """
     trained = TagSpec(described["name"], tuple(described["types"]))
     if request.data is not None:
@@ -185,7 +184,7 @@ def reload(described: Mapping[str, Any], request: Request) -> TokenTask:
 
 
 def _columns(text: str, label: str) -> tuple[str | None, str | None]:
-    """Of tables; the settings' defaults are those of texts, and stand for none here."""
+    """Returns a table's columns of words and tags. The settings' defaults are the columns of texts, so they mean None here."""
     return None if text == "text" else text, None if label == "label" else label
 
 

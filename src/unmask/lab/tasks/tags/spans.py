@@ -1,20 +1,20 @@
-"""Entities in IOB tags, and their F1, as the CoNLL shared tasks score them (Tjong Kim Sang & De Meulder, 2003)."""
+"""Finds entities in IOB tags, and scores them as the CoNLL shared tasks do (Tjong Kim Sang & De Meulder, 2003)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 from unmask.errors import DataError
 
 Span = tuple[str, int, int]  # entity type, first word, one past the last word
-Tags = Sequence[str]  # of one sentence
+Tags = Sequence[str]  # the tags of one sentence
 _TAG = re.compile(r"O|[BI]-\S.*")
 _OUTSIDE = "O"
 
 
 def is_tag(text: str) -> bool:
-    """Whether a text is an IOB tag: ``O``, ``B-type`` or ``I-type``.
+    """Returns True if a text is an IOB tag: ``O``, ``B-type`` or ``I-type``.
 
     Example:
         >>> [is_tag(text) for text in ("O", "B-creative-work", "I-", "E-LOC", "LOC")]
@@ -24,7 +24,7 @@ def is_tag(text: str) -> bool:
 
 
 def type_of(tag: str) -> str | None:
-    """The entity type of a tag; None outside entities.
+    """Returns the entity type of a tag, or None for ``O``.
 
     Example:
         >>> type_of("I-creative-work"), type_of("O")
@@ -34,12 +34,12 @@ def type_of(tag: str) -> str | None:
 
 
 def starts(tags: Tags, strict: bool = False) -> list[bool]:
-    """For each word, whether an entity begins there.
+    """Returns, for each word, True if an entity begins there.
 
     Args:
         tags: The sentence's tags.
-        strict: Only ``B-`` begins one. Otherwise also ``I-`` after another type or outside, as conlleval has it, so that
-            IOB1 and IOB2 are both read rightly.
+        strict: If True, only ``B-`` begins an entity. If False, ``I-`` after another type or outside an entity begins one
+            too. This is conlleval's rule, by which both IOB1 and IOB2 are read correctly.
 
     Example:
         >>> starts(["I-PER", "I-PER", "B-PER", "I-LOC", "O"])
@@ -53,11 +53,12 @@ def starts(tags: Tags, strict: bool = False) -> list[bool]:
 
 
 def spans(tags: Tags, strict: bool = False) -> list[Span]:
-    """The entities of a sentence, in order.
+    """Finds the entities of a sentence, in order.
 
     Args:
-        tags: Its tags.
-        strict: An ``I-`` that continues no entity of its type is none. Otherwise it begins one, as conlleval has it.
+        tags: The sentence's tags.
+        strict: If True, an ``I-`` that continues no entity of its type belongs to none. If False, it begins one, which is
+            conlleval's rule.
 
     Example:
         >>> spans(["B-PER", "I-PER", "I-LOC", "O"])
@@ -65,23 +66,23 @@ def spans(tags: Tags, strict: bool = False) -> list[Span]:
         >>> spans(["B-PER", "I-PER", "I-LOC", "O"], strict=True)
         [('PER', 0, 2)]
     """
-    return list(_spans(tags, strict))
-
-
-def _spans(tags: Tags, strict: bool) -> Iterator[Span]:
-    kind, first = None, 0  # of the entity that is open
+    found: list[Span] = []
+    kind, first = None, 0  # the type and the first word of the entity that is open
     for word, (tag, begins) in enumerate(zip(tags, starts(tags, strict), strict=True)):
         if kind is not None and (begins or type_of(tag) != kind):
-            yield kind, first, word
+            found.append((kind, first, word))
             kind = None
         if begins:
             kind, first = type_of(tag), word
     if kind is not None:
-        yield kind, first, len(tags)
+        found.append((kind, first, len(tags)))
+    return found
 
 
 def to_iob2(tags: Tags) -> list[str]:
-    """The same entities with ``B-`` on the first word of each: of IOB1, or of IOB2 with tags that continue nothing.
+    """Converts tags to IOB2, in which each entity begins with ``B-``.
+
+    The tags may be IOB1, or IOB2 in which some ``I-`` continue no entity.
 
     Example:
         >>> to_iob2(["I-PER", "I-PER", "B-PER", "O", "I-LOC"])
@@ -90,55 +91,52 @@ def to_iob2(tags: Tags) -> list[str]:
     return [f"B-{tag[2:]}" if begins else tag for tag, begins in zip(tags, starts(tags), strict=True)]
 
 
-METRICS = ("f1", "precision", "recall", "accuracy")  # of `score`
+METRICS = ("f1", "precision", "recall", "accuracy")
+"""The names of the metrics that `score` returns."""
 
 
 def score(gold: Sequence[Tags], guess: Sequence[Tags], strict: bool = False) -> dict[str, float]:
-    """Precision, recall and F1 of entities, micro-averaged, and the accuracy of tags.
+    """Computes the micro-averaged precision, recall and F1 of entities, and the accuracy of tags.
 
-    An entity is found if its type and both its ends are right. What is undefined (no entities to find, or none found) is 0.
+    An entity is found if its type and both its ends are right. An undefined metric (no entities to find, or none found) is 0.
 
     Args:
         gold: The right tags of every sentence.
-        guess: The predicted ones.
-        strict: As for `spans`, on both sides.
+        guess: The predicted tags of every sentence.
+        strict: The rule by which entities are read on both sides (see `spans`).
 
     Returns:
-        ``f1``, ``precision``, ``recall``, ``accuracy``, as fractions.
+        The values of ``f1``, ``precision``, ``recall`` and ``accuracy``, as fractions.
 
     Raises:
-        DataError: They are not of the same lengths, or there is no word.
+        DataError: The two sides differ in length, or there is no word.
 
     Example:
         >>> score([["B-PER", "I-PER", "O"]], [["B-PER", "O", "B-LOC"]])
         {'f1': 0.0, 'precision': 0.0, 'recall': 0.0, 'accuracy': 0.3333333333333333}
     """
-    _check(gold, guess)
-    wanted, found = (_entities(sentences, strict) for sentences in (gold, guess))
-    both = len(wanted & found)
-    precision, recall = _share(both, len(found)), _share(both, len(wanted))
-    same = sum(a == b for left, right in zip(gold, guess, strict=True) for a, b in zip(left, right, strict=True))
-    return {
-        "f1": _share(2 * both, len(wanted) + len(found)),
-        "precision": precision,
-        "recall": recall,
-        "accuracy": _share(same, sum(map(len, gold))),
-    }
-
-
-def _entities(sentences: Iterable[Tags], strict: bool) -> set[tuple[int, Span]]:
-    return {(number, span) for number, tags in enumerate(sentences) for span in spans(tags, strict)}
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
-
-
-def _check(gold: Sequence[Tags], guess: Sequence[Tags]) -> None:
     if len(gold) != len(guess):
-        raise DataError(f"{len(gold):,} sentences of tags and {len(guess):,} of predictions; there must be as many.")
+        raise DataError(
+            f"{len(gold):,} sentences of tags and {len(guess):,} of predictions; the numbers must be equal."
+        )
     if not any(gold):
         raise DataError("there is no word to score.")
     for number, (right, predicted) in enumerate(zip(gold, guess, strict=True), 1):
         if len(right) != len(predicted):
             raise DataError(f"sentence {number} has {len(right)} tags and {len(predicted)} predictions.")
+
+    def entities(sentences: Sequence[Tags]) -> set[tuple[int, Span]]:
+        return {(number, span) for number, tags in enumerate(sentences) for span in spans(tags, strict)}
+
+    def share(part: int, whole: int) -> float:
+        return part / whole if whole else 0.0
+
+    wanted, found = entities(gold), entities(guess)
+    both = len(wanted & found)
+    same = sum(a == b for left, right in zip(gold, guess, strict=True) for a, b in zip(left, right, strict=True))
+    return {
+        "f1": share(2 * both, len(wanted) + len(found)),
+        "precision": share(both, len(found)),
+        "recall": share(both, len(wanted)),
+        "accuracy": share(same, sum(map(len, gold))),
+    }

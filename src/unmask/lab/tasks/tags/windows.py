@@ -1,4 +1,4 @@
-"""Sentences as inputs of a model of limited length: word pieces, labels on first pieces, windows of long sentences."""
+"""Encodes tagged sentences for a model of limited length. A long sentence is cut into windows: runs of words that fit."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from unmask.errors import ConfigError
 from unmask.lab.tasks.tags.spans import spans
-from unmask.lab.tasks.tags.tagged import Sentences
+from unmask.lab.tasks.tags.spec import Sentences
 
-IGNORED = -100  # the label of what takes no part in the loss
+IGNORED = -100
+"""The label of tokens that take no part in the loss."""
 _PAUSES = frozenset(".,;:!?")
 
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a sentence that fits the model: its words from ``start`` to before ``stop``."""
+    """A part of a sentence that fits the model.
+
+    Attributes:
+        sentence: The number of the sentence, from 0.
+        start: The first word.
+        stop: One past the last word.
+    """
 
     sentence: int
     start: int
@@ -29,13 +36,13 @@ class Window:
 def cut(pieces: Sequence[int], limit: int, breaks: Sequence[bool], least: float = 0) -> list[tuple[int, int]]:
     """Cuts a sentence into runs of words that fit.
 
-    Each run is as long as fits, or ends at the last good place. A word longer than the limit is a run of its own.
+    Each run ends at the last good place, or is as long as possible. A word that is longer than the limit is a run by itself.
 
     Args:
-        pieces: Word pieces of each word.
-        limit: Most pieces of a run.
-        breaks: For each word, whether it is good to cut before it.
-        least: Fewest pieces of a run for the sake of a good place.
+        pieces: The number of word pieces of each word.
+        limit: The greatest number of pieces in a run.
+        breaks: For each word, True if a cut before it is good.
+        least: The fewest pieces that a run must have if it ends at a good place.
 
     Returns:
         Pairs (first word, one past the last word), without gaps or overlaps.
@@ -59,24 +66,24 @@ def cut(pieces: Sequence[int], limit: int, breaks: Sequence[bool], least: float 
 
 
 class Windows(Dataset):
-    """Tagged sentences, tokenized and cut into windows, unpadded; nothing is left out.
+    """Tagged sentences, tokenized and cut into windows, unpadded. No word is left out.
 
-    A word's label stands on its first piece, its other pieces are ignored. A word of which the tokenizer leaves nothing
-    (a variation selector, say) is read as the unknown token.
+    A word's label is on its first piece, and its other pieces are ignored. A word of which the tokenizer leaves nothing (such
+    as a variation selector) is read as the unknown token.
 
     Args:
-        sentences: What to encode.
-        tokenizer: A fast one.
+        sentences: The sentences to encode.
+        tokenizer: A fast tokenizer.
         label_names: The tags in the order of their ids.
-        max_length: Longest input in tokens.
-        training: Cut outside entities where that can be. Otherwise tags must not steer what the model sees: cut after
-            punctuation in the window's second half.
+        max_length: The longest input in tokens.
+        training: If True, sentences are cut outside entities where possible. If False, the tags must not influence what the
+            model sees, so sentences are cut after punctuation in the window's second half.
 
     Attributes:
-        windows: Which words of which sentence each item holds.
+        windows: The words that each item holds.
 
     Raises:
-        ConfigError: A tokenizer that cannot tell which word a piece is of, or no room for a word.
+        ConfigError: The tokenizer cannot tell which word a piece belongs to, or there is no room for a word.
     """
 
     def __init__(
@@ -89,21 +96,32 @@ class Windows(Dataset):
     ) -> None:
         self.sentences, self._names = sentences, tuple(label_names)
         limit = max_length - tokenizer.num_special_tokens_to_add(pair=False)
-        _check(tokenizer, limit, max_length)
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"{type(tokenizer).__name__} cannot tell which word a piece is of; tagging needs a model with a fast "
+                "tokenizer."
+            )
+        if limit < 1:
+            raise ConfigError(f"max_length = {max_length} leaves no room for a word; raise it.")
         words, pieces = _visible(sentences.words, tokenizer)
-        breaks = _outside_entities(sentences.tags) if training else _after_pauses(sentences.words)
-        least = 0 if training else limit / 2
+        if training:  # in IOB2, a cut before an I- is inside an entity
+            breaks = [[not tag.startswith("I-") for tag in sentence] for sentence in sentences.tags]
+        else:
+            breaks = [[False, *(word in _PAUSES for word in sentence[:-1])] for sentence in sentences.words]
         self.windows = [
             Window(number, start, stop)
             for number, counts in enumerate(pieces)
-            for start, stop in cut(counts, limit, breaks[number], least)
+            for start, stop in cut(counts, limit, breaks[number], 0 if training else limit / 2)
         ]
         parts = [words[w.sentence][w.start : w.stop] for w in self.windows]
-        # truncation reaches only a word that alone is longer than the limit
+        # Truncation reaches only a word that alone is longer than the limit.
         options = {"is_split_into_words": True, "truncation": True, "max_length": max_length}
         encoded = tokenizer(parts, **options) if parts else BatchEncoding()
         self._inputs = dict(encoded)
-        self._firsts = [_first_pieces(encoded.word_ids(row)) for row in range(len(parts))]
+        words_of = [encoded.word_ids(row) for row in range(len(parts))]  # the word of each piece
+        self._firsts = [
+            [i for i, word in enumerate(ids) if word is not None and (i == 0 or ids[i - 1] != word)] for ids in words_of
+        ]
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -118,13 +136,13 @@ class Windows(Dataset):
         return inputs | {"labels": labels}
 
     def tags_of(self, predictions: Iterable[Sequence[int]]) -> list[list[str]]:
-        """Puts the windows' predictions together again.
+        """Puts the windows' predictions together to sentences again.
 
         Args:
-            predictions: Of each window, a class id for each token (padding may follow).
+            predictions: For each window, a class id for each token (padding may follow).
 
         Returns:
-            Of each sentence, a tag for each word.
+            For each sentence, a tag for each word.
         """
         tags: list[list[str]] = [[] for _ in range(len(self.sentences))]
         for window, places, ids in zip(self.windows, self._firsts, predictions, strict=True):
@@ -132,7 +150,7 @@ class Windows(Dataset):
         return tags
 
     def note(self, split: str) -> str | None:
-        """What was cut, for the user; None for nothing."""
+        """Tells the user how many sentences were cut; None if none was."""
         starts = [window for window in self.windows if window.start > 0]
         if not starts:
             return None
@@ -146,17 +164,8 @@ class Windows(Dataset):
         )
 
 
-def _check(tokenizer: PreTrainedTokenizerBase, limit: int, max_length: int) -> None:
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"{type(tokenizer).__name__} cannot tell which word a piece is of; tagging needs a model with a fast tokenizer."
-        )
-    if limit < 1:
-        raise ConfigError(f"max_length = {max_length} leaves no room for a word; raise it.")
-
-
 def _visible(sentences: list[list[str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[str]], list[list[int]]]:
-    """The words as the tokenizer is to get them, and how many pieces each makes: 1 or more."""
+    """Returns the words as the tokenizer is to get them, and the number of pieces of each, which is 1 or more."""
     if not sentences:
         return [], []
     encoded = tokenizer(sentences, is_split_into_words=True, add_special_tokens=False, verbose=False)
@@ -170,16 +179,3 @@ def _visible(sentences: list[list[str]], tokenizer: PreTrainedTokenizerBase) -> 
         words.append([word if count else unknown for word, count in zip(sentence, counts, strict=True)])
         pieces.append([count or 1 for count in counts])
     return words, pieces
-
-
-def _first_pieces(word_ids: Sequence[int | None]) -> list[int]:
-    """Where each word's first piece stands."""
-    return [i for i, word in enumerate(word_ids) if word is not None and (i == 0 or word_ids[i - 1] != word)]
-
-
-def _outside_entities(tags: Iterable[Sequence[str]]) -> list[list[bool]]:
-    return [[not tag.startswith("I-") for tag in sentence] for sentence in tags]  # IOB2: before an I- is inside
-
-
-def _after_pauses(words: Iterable[Sequence[str]]) -> list[list[bool]]:
-    return [[False, *(word in _PAUSES for word in sentence[:-1])] for sentence in words]

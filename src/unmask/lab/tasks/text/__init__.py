@@ -1,1 +1,1 @@
-"""Tasks that give a text, or a pair of texts, a class or a number."""
+"""Tasks that assign a class or a number to a text, or to a pair of texts."""

@@ -1,4 +1,4 @@
-"""The GLUE tasks (Wang et al., 2018, arXiv 1804.07461): the table, and loading by name."""
+"""The GLUE tasks (Wang et al., 2018, arXiv 1804.07461): their table, and loading by name from the hub or a folder."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from unmask.errors import DataError
-from unmask.lab.tasks.hub import load_splits, split_table
-from unmask.lab.tasks.text.data import Examples, TaskData, TaskSpec, examples
+from unmask.lab.tasks.hub import HubSource, load_splits, split_table
+from unmask.lab.tasks.split import unofficial
 from unmask.lab.tasks.text.glue_files import load_folder
-from unmask.lab.tasks.text.spec import HubSource
+from unmask.lab.tasks.text.labels import examples
+from unmask.lab.tasks.text.spec import Examples, TaskData, TaskSpec
 
 _HUB = "nyu-mll/glue"
 _NLI2 = ("entailment", "not_entailment")
@@ -26,7 +27,7 @@ def _spec(
     metrics: tuple[str, ...],
     evals: tuple[tuple[str, str], ...] = (("validation", "dev"),),
 ) -> TaskSpec:
-    """A task whose main metric is the first, and whose columns are named as on the hub; without labels STS-B's range."""
+    """Makes a task whose main metric is the first, with the hub's column names; without labels it has STS-B's range."""
     source = HubSource(_HUB, name, texts, evals=evals)
     if labels is None:
         return TaskSpec(name, texts, 1, None, metrics, metrics[0], label_range=(0.0, 5.0), hub=source)
@@ -47,7 +48,7 @@ GLUE: Mapping[str, TaskSpec] = {
     )
 }
 
-# Training and development examples (MNLI: matched, mismatched), as the hub has them.
+# The numbers of training and development examples (for MNLI matched and mismatched) on the hub.
 _OFFICIAL: Mapping[str, Mapping[str, int]] = {
     "cola": {"train": 8_551, "dev": 1_043},
     "sst2": {"train": 67_349, "dev": 872},
@@ -64,24 +65,25 @@ def load_glue(name: str, data_dir: str | Path | None = None, *, need_train: bool
     """Loads a GLUE task's training and development splits.
 
     Args:
-        name: cola, mnli, mrpc, qnli, qqp, rte, sst2 or stsb.
-        data_dir: The folder that holds the tasks' folders (``CoLA``, ``SST-2``, ...), or the task's own: ``train.tsv`` and
-            ``dev.tsv`` (``dev_matched.tsv`` and ``dev_mismatched.tsv`` for MNLI), or ``.json`` files of
-            ``{"0": {"text_a", "text_b", "label"}}``. None: the Hugging Face hub.
-        need_train: False, to evaluate: let the folder lack the training file, and the training split be empty.
+        name: The task: cola, mnli, mrpc, qnli, qqp, rte, sst2 or stsb.
+        data_dir: The folder that holds the tasks' folders (``CoLA``, ``SST-2``, ...), or the task's own. It has ``train.tsv``
+            and ``dev.tsv`` (``dev_matched.tsv`` and ``dev_mismatched.tsv`` for MNLI), or ``.json`` files of
+            ``{"0": {"text_a", "text_b", "label"}}``. None means the Hugging Face hub.
+        need_train: False is for evaluation: the folder may lack the training file, and the training split is then empty.
 
     Returns:
-        Evaluation splits ``dev``, or ``dev_matched`` and ``dev_mismatched``. Labels have the hub's ids. A note says where a
-        split has not the official number of examples: its score is then not the task's official score.
+        The task, with the evaluation splits ``dev``, or ``dev_matched`` and ``dev_mismatched``. Labels have the hub's ids. A
+        note says if a split has not the official number of examples: its score is then not the task's official score.
 
     Raises:
-        DataError: An unknown task, a missing folder or file, or a bad row.
+        DataError: The task is unknown, a folder or file is missing, or a row is bad.
     """
     if name not in GLUE:
         raise DataError(f"unknown GLUE task {name!r}; there are {', '.join(sorted(GLUE))}.")
     spec = GLUE[name]
     train, evals, notes = _from_hub(spec) if data_dir is None else load_folder(spec, Path(data_dir), need_train)
-    return TaskData(spec, train, evals, (*notes, *_unofficial(name, {"train": train, **evals})))
+    sizes = {split: len(found) for split, found in {"train": train, **evals}.items() if len(found)}
+    return TaskData(spec, train, evals, (*notes, *unofficial(name, "examples", sizes, _OFFICIAL[name])))
 
 
 def _from_hub(spec: TaskSpec) -> tuple[Examples, dict[str, Examples], tuple[str, ...]]:
@@ -89,23 +91,9 @@ def _from_hub(spec: TaskSpec) -> tuple[Examples, dict[str, Examples], tuple[str,
     if hub is None:
         raise DataError(f"task {spec.name!r} is not on the hub; give its files with data_dir.")
     splits = load_splits(hub.path, hub.config, "give the folder of the task's files with data_dir")
-    source = f"{hub.path}:{hub.config}"
 
     def split(name: str) -> Examples:
-        table = split_table(splits, name, source, (*hub.texts, hub.label))
+        table = split_table(splits, name, f"{hub.path}:{hub.config}", (*hub.texts, hub.label))
         return examples(spec, table, hub.texts, hub.label, keep_empty=spec.name == "qqp")
 
     return split(hub.train), {ours: split(theirs) for theirs, ours in hub.evals}, ()
-
-
-def _unofficial(name: str, splits: Mapping[str, Examples]) -> tuple[str, ...]:
-    """A note where a loaded split is a sample, or another version, of the official one."""
-    official = _OFFICIAL[name]
-    other = [
-        f"{split} has {len(found):,} examples (official: {format(official[split], ',') if split in official else 'none'})"
-        for split, found in splits.items()
-        if len(found) and len(found) != official.get(split)
-    ]
-    if not other:
-        return ()
-    return (f"not the official {name} data: {'; '.join(other)}; do not report the score as the official one",)

@@ -1,4 +1,4 @@
-"""GLUE tasks from folders: the official layout, and samples as json."""
+"""Loads GLUE tasks from folders, in the official layout or as samples in json."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unmask.errors import DataError
-from unmask.lab.tasks.tables import SUFFIXES, Table, listed, listing, read_table, suffix_of
-from unmask.lab.tasks.text.data import Examples, examples
-from unmask.lab.tasks.text.spec import TaskSpec
+from unmask.lab.tasks.tables import SUFFIXES, Table, listed, listing, only_file, plain_name, read_table, suffix_of
+from unmask.lab.tasks.text.labels import examples
+from unmask.lab.tasks.text.spec import Examples, TaskSpec
 
 _TWO = (("sentence1", "#1 String", "text_a"), ("sentence2", "#2 String", "text_b"))
 _ENDINGS = tuple(suffix + zipped for suffix in SUFFIXES for zipped in ("", ".gz"))
@@ -18,16 +18,16 @@ _Loaded = tuple[Examples, dict[str, Examples], tuple[str, ...]]
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a task's files look.
+    """The layout of a task's files.
 
     Attributes:
-        folder: Official name of the task's folder.
-        texts: For each text the names its column may have; the first that is there is taken.
-        label: The same for the label.
-        header: Column names of files that have no header line.
-        evals: Names of the evaluation files; one of a group is enough.
-        defects: The official files have rows that are cut short (left out, as the hub does) or have an empty text
-            (kept, likewise).
+        folder: The official name of the task's folder.
+        texts: The names that the column of each text may have. The first one that the file has is taken.
+        label: The names that the label column may have, likewise.
+        header: The column names of files that have no header line.
+        evals: The names of the evaluation files, of which one is enough.
+        defects: True if the official files have rows that are cut short (which are left out, as on the hub) or have an
+            empty text (which are kept, as on the hub).
     """
 
     folder: str
@@ -61,29 +61,32 @@ def load_folder(spec: TaskSpec, data_dir: Path, need_train: bool) -> _Loaded:
     Args:
         spec: A task of the GLUE table.
         data_dir: The task's folder, or the one that holds it.
-        need_train: Whether a missing training file is an error; else the training split is empty.
+        need_train: True if a missing training file is an error; otherwise the training split is then empty.
 
     Returns:
-        Training split, evaluation splits by file name, notes.
+        The training split, the evaluation splits by file name, and notes.
 
     Raises:
-        DataError: A missing folder or file, two files for one split, or a bad row.
+        DataError: A folder or file is missing, there are two files for one split, or a row is bad.
     """
     layout = _LAYOUTS[spec.name]
     folder = _task_folder(data_dir, spec.name, layout)
-    paths = {split: _find(folder, split) for split in ("train", *layout.evals)}
+    paths = {split: only_file(folder, [split], _ENDINGS) for split in ("train", *layout.evals)}
     evals = [split for split in layout.evals if paths[split] is not None]
     lacking = [] if evals else [layout.evals[0]]
     lacking += ["train"] if need_train and paths["train"] is None else []
     if lacking:
         raise DataError(f"{spec.name} needs {' and '.join(f'{name}.tsv' for name in lacking)}; {listing(folder)}.")
-    loaded = {split: _split(spec, layout, path) for split, path in paths.items() if path is not None}
-    train = loaded["train"][0] if "train" in loaded else _empty(spec)
-    return (
-        train,
-        {split: loaded[split][0] for split in evals},
-        tuple(note for _, notes in loaded.values() for note in notes),
-    )
+    loaded, notes = {"train": Examples([], [] if len(spec.text_columns) > 1 else None, [])}, []
+    for split, path in paths.items():
+        if path is None:
+            continue
+        table = read_table(path, layout.header if suffix_of(path) == ".tsv" else None, skip_short=layout.defects)
+        columns = [_pick(table, names) for names in layout.texts]
+        loaded[split] = examples(spec, table, columns, _pick(table, layout.label), keep_empty=layout.defects)
+        if table.skipped:
+            notes.append(f"{path.name}: {table.skipped} rows that are cut short are left out, as on the hub")
+    return loaded["train"], {split: loaded[split] for split in evals}, tuple(notes)
 
 
 def _task_folder(given: Path, name: str, layout: _Layout) -> Path:
@@ -95,33 +98,15 @@ def _task_folder(given: Path, name: str, layout: _Layout) -> Path:
     if inside:
         return inside[0]
     other = _task_of(given)
-    if other in _LAYOUTS and other != name:  # many tasks share one format: the wrong one would load without complaint
+    if other in _LAYOUTS and other != name:  # many tasks share one format, so it would load without complaint
         raise DataError(f"{str(given)!r} is the folder of {other}, not of {name} ({layout.folder}).")
-    if any(_find(given, split) for split in ("train", *layout.evals)):
+    if any(only_file(given, [split], _ENDINGS) for split in ("train", *layout.evals)):
         return given
     raise DataError(f"there is neither a folder {layout.folder!r} nor train.tsv: {listing(given)}.")
 
 
 def _task_of(folder: Path) -> str:
-    """``SST-2``, ``sst2`` and the like all give ``sst2``."""
-    return folder.resolve().name.lower().replace("-", "").replace("_", "")
-
-
-def _find(folder: Path, split: str) -> Path | None:
-    there = [folder / (split + ending) for ending in _ENDINGS if (folder / (split + ending)).is_file()]
-    if len(there) > 1:
-        raise DataError(f"{str(folder)!r} holds both {there[0].name} and {there[1].name}; leave one.")
-    return there[0] if there else None
-
-
-def _split(spec: TaskSpec, layout: _Layout, path: Path) -> tuple[Examples, list[str]]:
-    table = read_table(path, layout.header if suffix_of(path) == ".tsv" else None, skip_short=layout.defects)
-    columns = [_pick(table, names) for names in layout.texts]
-    found = examples(spec, table, columns, _pick(table, layout.label), keep_empty=layout.defects)
-    notes = (
-        [f"{path.name}: {table.skipped} rows that are cut short are left out, as on the hub"] if table.skipped else []
-    )
-    return found, notes
+    return plain_name(folder.resolve().name)
 
 
 def _pick(table: Table, names: tuple[str, ...]) -> str:
@@ -131,7 +116,3 @@ def _pick(table: Table, names: tuple[str, ...]) -> str:
     raise DataError(
         f"{table.source} has no column {' or '.join(map(repr, names))}; its columns are {listed(table.columns)}."
     )
-
-
-def _empty(spec: TaskSpec) -> Examples:
-    return Examples([], [] if len(spec.text_columns) > 1 else None, [])

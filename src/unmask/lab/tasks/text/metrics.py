@@ -1,4 +1,4 @@
-"""Scores of predictions, by scikit-learn and scipy."""
+"""Scores predictions with the metrics of scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from unmask.errors import DataError, need
 from unmask.lab.tasks.text.spec import TaskSpec
 
-# Below this relative spread an array counts as constant: scipy's correlation is rounding noise there.
+# An array of a smaller relative spread counts as constant, because scipy's correlation is rounding noise there.
 _CONSTANT = 1e-12
 
 
 def compute(spec: TaskSpec, predictions: Any, labels: Any) -> dict[str, float]:
-    """The task's metrics, as fractions (not in percent).
+    """Computes the task's metrics, as fractions and not in percent.
 
     Args:
         spec: The task.
@@ -22,11 +22,11 @@ def compute(spec: TaskSpec, predictions: Any, labels: Any) -> dict[str, float]:
         labels: (n,) class ids or real numbers.
 
     Returns:
-        By metric name. F1 is that of class 1. Where a metric is undefined it is 0: Matthews' and the other correlations
-        of a constant, F1 where class 1 is neither labelled nor predicted.
+        The values by metric name. F1 is that of class 1. An undefined metric is 0: Matthews' and the other correlations
+        with a constant, and F1 if class 1 is neither labelled nor predicted.
 
     Raises:
-        DataError: Shapes that do not fit, no rows, a prediction that is not finite, or a label outside the task's.
+        DataError: The shapes do not fit, there are no rows, a prediction is not finite, or a label is none of the task's.
 
     Example:
         >>> spec = TaskSpec("t", ("text",), 2, None, ("accuracy",), "accuracy")
@@ -34,20 +34,13 @@ def compute(spec: TaskSpec, predictions: Any, labels: Any) -> dict[str, float]:
         {'accuracy': 0.5}
     """
     scores, gold = np.asarray(predictions, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    _check(spec, scores, gold)
-    if spec.regression:
-        return {name: _METRICS[name](gold, scores.reshape(-1)) for name in spec.metrics}
-    return {name: _METRICS[name](gold.astype(np.int64), scores.argmax(axis=-1)) for name in spec.metrics}
-
-
-def _check(spec: TaskSpec, scores: np.ndarray, gold: np.ndarray) -> None:
     rows = len(gold) if gold.ndim == 1 else -1
     fitting = [(rows,), (rows, 1)] if spec.regression else [(rows, spec.num_labels)]
     if rows < 1 or scores.shape not in fitting:
+        shapes = "(n,) or (n, 1)" if spec.regression else f"(n, {spec.num_labels})"
         raise DataError(
             f"task {spec.name!r}: predictions of shape {scores.shape} and labels of shape {gold.shape} do not fit; they "
-            f"must be {' or '.join('(n, ' + str(shape[1]) + ')' if len(shape) > 1 else '(n,)' for shape in fitting)} "
-            "and (n,), with n at least 1."
+            f"must be {shapes} and (n,), with n at least 1."
         )
     if not np.isfinite(scores).all():
         raise DataError("a prediction is NaN or infinite: the model has diverged. Lower the learning rate.")
@@ -56,54 +49,27 @@ def _check(spec: TaskSpec, scores: np.ndarray, gold: np.ndarray) -> None:
         row = int(wrong.argmax())
         allowed = "finite numbers" if spec.regression else f"0 to {spec.num_labels - 1}"
         raise DataError(f"task {spec.name!r}: label {gold[row]:g} of row {row} is not allowed; allowed: {allowed}.")
+    if spec.regression:
+        return {name: _metric(name, gold, scores.reshape(-1)) for name in spec.metrics}
+    return {name: _metric(name, gold.astype(np.int64), scores.argmax(axis=-1)) for name in spec.metrics}
 
 
-def _accuracy(gold: np.ndarray, guess: np.ndarray) -> float:
-    return float(need("sklearn.metrics", "eval").accuracy_score(gold, guess))
-
-
-def _f1(gold: np.ndarray, guess: np.ndarray) -> float:
-    return float(need("sklearn.metrics", "eval").f1_score(gold, guess, zero_division=0.0))
-
-
-def _matthews(gold: np.ndarray, guess: np.ndarray) -> float:
-    if _is_constant(gold) or _is_constant(guess):
+def _metric(name: str, gold: np.ndarray, guess: np.ndarray) -> float:
+    """Computes one metric of (n,) class ids, or of (n,) real numbers."""
+    if name == "mse":
+        return float(np.square(gold - guess).mean())
+    if name == "pearson_spearman":
+        return (_metric("pearson", gold, guess) + _metric("spearman", gold, guess)) / 2
+    if name not in ("accuracy", "f1") and (_is_constant(gold) or _is_constant(guess)):
         return 0.0
-    return float(need("sklearn.metrics", "eval").matthews_corrcoef(gold, guess))
-
-
-def _correlation(kind: str, gold: np.ndarray, guess: np.ndarray) -> float:
-    if _is_constant(gold) or _is_constant(guess):
-        return 0.0
-    return float(getattr(need("scipy.stats", "eval"), kind)(gold, guess).statistic)
+    if name in ("pearson", "spearman"):
+        stats = need("scipy.stats", "eval")
+        return float((stats.pearsonr if name == "pearson" else stats.spearmanr)(gold, guess).statistic)
+    metrics = need("sklearn.metrics", "eval")
+    if name == "f1":
+        return float(metrics.f1_score(gold, guess, zero_division=0.0))
+    return float((metrics.accuracy_score if name == "accuracy" else metrics.matthews_corrcoef)(gold, guess))
 
 
 def _is_constant(values: np.ndarray) -> bool:
     return bool(np.ptp(values) <= _CONSTANT * np.abs(values).max())
-
-
-def _pearson(gold: np.ndarray, guess: np.ndarray) -> float:
-    return _correlation("pearsonr", gold, guess)
-
-
-def _spearman(gold: np.ndarray, guess: np.ndarray) -> float:
-    return _correlation("spearmanr", gold, guess)
-
-
-def _pearson_spearman(gold: np.ndarray, guess: np.ndarray) -> float:
-    return (_pearson(gold, guess) + _spearman(gold, guess)) / 2
-
-
-def _mse(gold: np.ndarray, guess: np.ndarray) -> float:
-    return float(np.square(gold - guess).mean())
-
-
-_METRICS = {
-    "accuracy": _accuracy,
-    "f1": _f1,
-    "matthews": _matthews,
-    "pearson": _pearson,
-    "spearman": _spearman,
-    "pearson_spearman": _pearson_spearman,
-    "mse": _mse,
-}

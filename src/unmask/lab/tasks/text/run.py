@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts, with a class or a number each: GLUE, and the user's own tables."""
+"""The kind of task whose texts, or pairs of texts, each have a class or a number: GLUE, and the user's own tables."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from unmask.errors import ConfigError
-from unmask.lab.models import describe_task, longest_input
-from unmask.lab.tasks import GLUE, compute, load_evaluation, load_files, load_glue
-from unmask.lab.tasks.protocol import Kind, Request, Scored, Stage
-from unmask.lab.tasks.splits import evaluate_splits, metric_key, named
-from unmask.lab.tasks.text.data import Examples, TaskData, TaskSpec
-from unmask.lab.tasks.text.predicting import predict
-from unmask.lab.training.config import TrainConfig
+from unmask.lab.models import longest_input
+from unmask.lab.tasks.protocol import Kind, Request, Scored, Source, Stage
+from unmask.lab.tasks.split import evaluate_splits, metric_key, named
+from unmask.lab.tasks.text.files import load_evaluation, load_files
+from unmask.lab.tasks.text.glue import GLUE, load_glue
+from unmask.lab.tasks.text.metrics import compute
+from unmask.lab.tasks.text.spec import Examples, TaskData, TaskSpec, default_metrics
 
 
 class Encoded(Dataset):
-    """Tokenized examples: ``input_ids``, ``attention_mask`` ... and ``labels``, unpadded.
+    """Tokenized examples: ``input_ids``, ``attention_mask`` and so on, and ``labels``, unpadded.
 
-    An example is tokenized when it is asked for, a batch at a time: a short run does not wait for all of a large training set.
+    An example is tokenized when it is asked for, a batch at a time, so a short run does not wait for a large training set.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class Encoded(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """A batch, as PyTorch's loaders ask for it."""
+        """Returns the examples of a batch, as PyTorch's data loaders ask for them."""
         asked = self._examples.take(rows)
         inputs = self._tokenizer(asked.texts, asked.pairs, truncation=True, max_length=self._max_length)
         return [
@@ -47,9 +49,49 @@ class Encoded(Dataset):
         ]
 
 
+@torch.inference_mode()
+def predict(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    max_length: int,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Computes a model's scores for examples. The model should be in evaluation mode.
+
+    Returns:
+        The scores, float32 of shape (n, labels), in the examples' order.
+    """
+    # Examples of similar lengths share a batch, because that needs little padding.
+    order = sorted(range(len(examples)), key=lambda i: len(examples.texts[i]))
+    scores: torch.Tensor | None = None
+    for low in range(0, len(order), batch_size):
+        rows = order[low : low + batch_size]
+        texts = [examples.texts[i] for i in rows]
+        pairs = None if examples.pairs is None else [examples.pairs[i] for i in rows]
+        inputs = tokenizer(texts, pairs, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        logits = model(**inputs.to(model.device)).logits.float().cpu()
+        if scores is None:
+            scores = logits.new_empty(len(examples), logits.shape[1])
+        scores[rows] = logits
+    return np.empty((0, 0), dtype=np.float32) if scores is None else scores.numpy()
+
+
+def describe(spec: TaskSpec, max_length: int) -> dict[str, Any]:
+    """Describes a task for a delta's metadata, as JSON values. `reload` and `unmask.lab.models.load_tuned` read them."""
+    return {
+        "kind": "sequence",
+        "name": spec.name,
+        "text_columns": list(spec.text_columns),
+        "num_labels": spec.num_labels,
+        "label_names": list(spec.label_names) if spec.label_names else None,
+        "max_length": max_length,
+    }
+
+
 @dataclass(frozen=True)
 class SequencePrepared:
-    """A `Prepared` of texts with one label each; every evaluation split is cheap enough to be scored along the run."""
+    """A `Prepared` of texts with one label each. Every evaluation split is cheap enough to be scored along the run."""
 
     spec: TaskSpec
     max_length: int
@@ -81,7 +123,7 @@ class SequencePrepared:
         return evaluate_splits(trainer, self.step_sets, metrics, self.spec.metrics, stage)
 
     def describe(self) -> dict[str, Any]:
-        return describe_task(self.spec, self.max_length)
+        return describe(self.spec, self.max_length)
 
 
 @dataclass(frozen=True)
@@ -103,11 +145,9 @@ class SequenceTask:
     def notes(self) -> tuple[str, ...]:
         return self.data.notes
 
-    def prepare(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
-    ) -> SequencePrepared:
-        length = longest_input(model, tokenizer, config.max_length)
-        cut = f"inputs are cut at the {length} tokens that {config.model} has positions for."
+    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> SequencePrepared:
+        length = longest_input(model, tokenizer, source.max_length)
+        cut = f"inputs are cut at the {length} tokens that {source.model} has positions for."
 
         def encoded(examples: Examples) -> Encoded:
             return Encoded(examples, tokenizer, length, self.data.spec.regression)
@@ -118,7 +158,7 @@ class SequenceTask:
             encoded(self.data.train),
             named({split: encoded(examples.by_length()) for split, examples in self.data.evals.items()}),
             DataCollatorWithPadding(tokenizer),
-            (cut,) if length < config.max_length else (),
+            (cut,) if length < source.max_length else (),
         )
 
     def score(
@@ -129,59 +169,39 @@ class SequenceTask:
             yield Scored(split, len(examples), compute(self.data.spec, scores, examples.labels))
 
 
-def load(config: TrainConfig) -> SequenceTask:
-    """A GLUE task, the user's own files, or a hub data set."""
-    if config.task is not None:
-        return SequenceTask(load_glue(config.task, config.data_dir))
-    assert config.data is not None, "checked by TrainConfig"
-    return SequenceTask(load_files(config.data, config.eval, config.text, config.label, config.text_pair))
+def load(source: Source) -> SequenceTask:
+    """Loads a GLUE task, the user's own files, or a data set of the hub."""
+    if source.task is not None:
+        return SequenceTask(load_glue(source.task, source.data_dir))
+    assert source.data is not None, "a source without a task has data"
+    return SequenceTask(load_files(source.data, source.eval, source.text, source.label, source.text_pair))
 
 
 def reload(described: Mapping[str, Any], request: Request) -> SequenceTask:
-    """The evaluation splits of a GLUE task, or a file of examples of the task that the delta was trained on.
+    """Loads the evaluation splits of a GLUE task, or a file of examples of the task that the delta was trained on.
 
     Raises:
-        ConfigError: A task and a file, or a task with another number of labels.
-        DataError: They cannot be loaded.
+        ConfigError: The request has both a task and a file, or its task has another number of labels.
+        DataError: The data cannot be loaded.
     """
-    data = _glue(described, request) if request.data is None else _file(described, request)
-    spec = data.spec
-    if spec.num_labels != described["num_labels"]:
+    if request.data is None:
+        data = load_glue(request.task or described["name"], request.data_dir, need_train=False)
+    elif request.task is not None:
+        raise ConfigError("give either --task or --data, not both.")
+    else:
+        name, count, names = described["name"], described["num_labels"], described["label_names"]
+        trained = name in GLUE and GLUE[name].num_labels == count
+        metrics = GLUE[name].metrics if trained else default_metrics(count)
+        columns = tuple(described["text_columns"])
+        spec = TaskSpec(name, columns, count, tuple(names) if names else None, metrics, metrics[0])
+        examples = load_evaluation(spec, request.data, request.text, request.label, request.text_pair)
+        data = TaskData(spec, Examples([], None, []), {"eval": examples})
+    if data.spec.num_labels != described["num_labels"]:
         raise ConfigError(
-            f"task {spec.name!r} has {spec.num_labels} labels; the delta was trained with {described['num_labels']}."
+            f"task {data.spec.name!r} has {data.spec.num_labels} labels; the delta was trained with "
+            f"{described['num_labels']}."
         )
     return SequenceTask(data)
-
-
-def _glue(described: Mapping[str, Any], request: Request) -> TaskData:
-    return load_glue(request.task or described["name"], request.data_dir, need_train=False)
-
-
-def _file(described: Mapping[str, Any], request: Request) -> TaskData:
-    if request.task is not None:
-        raise ConfigError("give either --task or --data, not both.")
-    assert request.data is not None, "asked by `reload`"
-    names, metrics = described["label_names"], _metrics(described)
-    spec = TaskSpec(
-        described["name"],
-        tuple(described["text_columns"]),
-        described["num_labels"],
-        tuple(names) if names else None,
-        metrics,
-        metrics[0],
-    )
-    examples = load_evaluation(spec, request.data, request.text, request.label, request.text_pair)
-    return TaskData(spec, Examples([], None, []), {"eval": examples})
-
-
-def _metrics(described: Mapping[str, Any]) -> tuple[str, ...]:
-    """Those of training, the main one first."""
-    name, labels = described["name"], described["num_labels"]
-    if name in GLUE and GLUE[name].num_labels == labels:
-        return GLUE[name].metrics
-    if labels == 1:
-        return ("pearson_spearman", "pearson", "spearman", "mse")
-    return ("accuracy", "f1") if labels == 2 else ("accuracy",)
 
 
 SEQUENCE = Kind("sequence", load, reload)

@@ -1,37 +1,19 @@
-"""What a task is: its texts, its labels, its metrics, and where the hub keeps it."""
+"""The values that describe a task of classification or regression: the task itself, its examples and its splits."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from unmask.errors import DataError
+from unmask.lab.tasks.hub import HubSource
+from unmask.lab.tasks.split import text_key
 
-CUSTOM = "custom"  # the name of every task that is inferred from the user's own data
+CUSTOM = "custom"
+"""The name of every task that is inferred from the user's own data."""
 CLASS_METRICS = ("accuracy", "f1", "matthews")
-REAL_METRICS = ("pearson", "spearman", "pearson_spearman", "mse")
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """Where the Hugging Face hub keeps a task.
-
-    Attributes:
-        path: Data set id, e.g. ``"nyu-mll/glue"``.
-        config: Its configuration, e.g. ``"sst2"``.
-        texts: Its names of the text columns, in the order of `TaskSpec.text_columns`.
-        label: Its label column.
-        train: Its training split.
-        evals: Pairs (its split, our name) of the evaluation splits.
-        revision: A branch, where the main one cannot be loaded.
-    """
-
-    path: str
-    config: str | None
-    texts: tuple[str, ...]
-    label: str = "label"
-    train: str = "train"
-    evals: tuple[tuple[str, str], ...] = (("validation", "dev"),)
-    revision: str | None = None
+REAL_METRICS = ("pearson_spearman", "pearson", "spearman", "mse")
 
 
 @dataclass(frozen=True)
@@ -39,14 +21,14 @@ class TaskSpec:
     """A classification or regression task on one text or a pair of texts.
 
     Attributes:
-        name: E.g. ``"sst2"``.
+        name: The task's name, such as ``"sst2"``.
         text_columns: One or two column names.
-        num_labels: Classes; 1 for regression.
-        label_names: Names of the classes in the order of their ids; None for regression or plain ids.
-        metrics: What is reported, of accuracy, f1, matthews, or of pearson, spearman, pearson_spearman, mse.
-        main_metric: What runs are compared by; higher is better, but for mse.
-        label_range: Least and greatest label of a regression; None for no bound.
-        hub: Where the hub keeps it, if it does.
+        num_labels: The number of classes; 1 means regression.
+        label_names: The names of the classes in the order of their ids; None for regression or plain ids.
+        metrics: The metrics to report: accuracy, f1, matthews, or pearson, spearman, pearson_spearman, mse.
+        main_metric: The metric that runs are compared by. A higher one is better, except for mse.
+        label_range: The least and the greatest label of a regression; None for no bound.
+        hub: The task's place on the hub, if it has one.
 
     Raises:
         DataError: The parts do not fit together.
@@ -72,9 +54,6 @@ class TaskSpec:
             raise DataError(f"task {self.name!r}: num_labels = {self.num_labels}; it must be 1 (regression) or more.")
         if self.label_names is not None and len(self.label_names) != self.num_labels:
             raise DataError(f"task {self.name!r}: {len(self.label_names)} label_names for {self.num_labels} labels.")
-        self._check_metrics()
-
-    def _check_metrics(self) -> None:
         allowed = REAL_METRICS if self.regression else CLASS_METRICS
         for metric in self.metrics:
             if metric not in allowed or (metric == "f1" and self.num_labels != 2):
@@ -87,19 +66,104 @@ class TaskSpec:
 
     @property
     def regression(self) -> bool:
-        """Whether labels are real numbers."""
+        """True if labels are real numbers."""
         return self.num_labels == 1
 
     @property
     def greater_is_better(self) -> bool:
-        """Whether a greater main metric is a better one."""
+        """True if a greater main metric is a better one."""
         return self.main_metric != "mse"
 
     @property
     def takes_ids(self) -> bool:
-        """Whether labels may be written as ids: not where the user's own data names its classes by text.
+        """True if labels may be written as ids.
 
-        There the text "1" is a class that training has not seen, and not the second class.
+        They may not if the user's own data name the classes by text: there the text "1" is a class that training has not
+        seen, and not the second class.
         """
         plain = self.label_names in (None, tuple(str(i) for i in range(self.num_labels)))
         return plain or self.name != CUSTOM
+
+
+def default_metrics(num_labels: int) -> tuple[str, ...]:
+    """Returns the metrics of a task that names none, the main one first.
+
+    Example:
+        >>> default_metrics(2), default_metrics(3)
+        (('accuracy', 'f1'), ('accuracy',))
+    """
+    if num_labels == 1:
+        return REAL_METRICS
+    return ("accuracy", "f1") if num_labels == 2 else ("accuracy",)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts with labels.
+
+    Attributes:
+        texts: The first texts.
+        pairs: The second texts, or None.
+        labels: Class ids, or real numbers for regression.
+
+    Raises:
+        DataError: The lists differ in length.
+    """
+
+    texts: list[str]
+    pairs: list[str] | None
+    labels: list[int] | list[float]
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.texts), len(self.labels)} | ({len(self.pairs)} if self.pairs is not None else set())
+        if len(sizes) > 1:
+            raise DataError(f"texts, pairs and labels must be of one length; they are of {sorted(sizes)}.")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def keys(self) -> list[str]:
+        """The key of each text or pair, by which examples are told apart (see `unmask.lab.tasks.split.text_key`)."""
+        pairs = self.pairs if self.pairs is not None else [""] * len(self)
+        return [text_key(text, pair) for text, pair in zip(self.texts, pairs, strict=True)]
+
+    def take(self, rows: Sequence[int]) -> Examples:
+        """Returns the examples of the given rows, in that order.
+
+        Example:
+            >>> Examples(["a", "b", "c"], None, [0, 1, 0]).take([2, 1])
+            Examples(texts=['c', 'b'], pairs=None, labels=[0, 1])
+        """
+        pairs = None if self.pairs is None else [self.pairs[row] for row in rows]
+        labels: Any = [self.labels[row] for row in rows]
+        return Examples([self.texts[row] for row in rows], pairs, labels)
+
+    def by_length(self) -> Examples:
+        """Returns the examples sorted by length, because batches of similar lengths need little padding.
+
+        Example:
+            >>> Examples(["abc", "b", "cd"], ["", "", "efg"], [0, 1, 2]).by_length().labels
+            [1, 0, 2]
+        """
+        lengths = [len(text) for text in self.texts]
+        if self.pairs is not None:
+            lengths = [first + len(second) for first, second in zip(lengths, self.pairs, strict=True)]
+        return self.take(sorted(range(len(self)), key=lengths.__getitem__))
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A loaded task.
+
+    Attributes:
+        spec: The task.
+        train: The training split.
+        evals: The evaluation splits by name, the main one first.
+        notes: What the user should know of the loading: rows left out, rows held out, sizes that are not the official ones.
+    """
+
+    spec: TaskSpec
+    train: Examples
+    evals: Mapping[str, Examples]
+    notes: tuple[str, ...] = ()

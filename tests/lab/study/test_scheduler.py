@@ -17,7 +17,7 @@ from rich.console import Console
 
 from unmask.errors import ConfigError, DataError
 from unmask.lab.study import Store, expand, parse, run_sweep
-from unmask.lab.study.runner import SweepInterruptedError
+from unmask.lab.study.scheduler import SweepInterruptedError
 
 HERE = Path(__file__).parent
 
@@ -34,12 +34,12 @@ def sweep(lrs=("1e-4", "1e-3", "1e-2"), seeds=(0,), **more):
     )
 
 
-def run(plan, folder, runner, **more):
-    return run_sweep(plan, Store(folder), runner=f"sweep_runs:{runner}", console=Console(quiet=True), **more)
+def run(plan, folder, function, **more):
+    return run_sweep(plan, Store(folder), function=f"sweep_runs:{function}", console=Console(quiet=True), **more)
 
 
 def times(folder, run_id, what="starts"):
-    return sweep_runs.times(Store(folder).run_folder(run_id), what)
+    return sweep_runs.times(Store(folder).output_path(run_id), what)
 
 
 def test_every_run_is_done_once_and_skipped_afterwards(tmp_path):
@@ -90,7 +90,7 @@ def test_what_is_shown_while_it_runs(tmp_path, terminal):
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=terminal, width=120, color_system=None)
     plan = sweep(methods={"odd [bold]": {"grid": {"lr": ["1e-3", "1e-2"]}}})
-    run_sweep(plan, Store(tmp_path), runner="sweep_runs:failing", console=console)
+    run_sweep(plan, Store(tmp_path), function="sweep_runs:failing", console=console)
     text = shown.getvalue()
     assert "odd [bold], seed 0, lr 1e-3" in text
     assert "accuracy 0.5000, loss 0.5000" in text
@@ -122,14 +122,14 @@ def test_a_result_in_pieces_is_named(tmp_path):
     report = run(sweep(), tmp_path, "quick")
     path = Store(tmp_path).result_path(next(iter(report.results)))
     path.write_text('{"status": "do')
-    with pytest.raises(DataError, match="remove it"):
+    with pytest.raises(DataError, match="remove the file"):
         run(sweep(), tmp_path, "quick")
 
 
 COMMAND = """
 import sys
 from unmask.lab.study import Store, parse, run_sweep
-import test_sweep_runner as t
+import test_scheduler as t
 t.run(t.sweep(seeds=(0, 1)), sys.argv[1], "stepping", workers=int(sys.argv[2]))
 """
 

@@ -1,4 +1,4 @@
-"""What a worker does for one run: trains, going on from the last whole checkpoint, and gathers the run's record."""
+"""Makes one run of a sweep: trains, from the last whole checkpoint if there is one, and collects the entries of the result."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from unmask.lab.training.training import InterruptedRunError, train
 from unmask.version import __version__
 
 
-def run_cell(settings: Mapping[str, Any], output: Path) -> dict[str, Any]:
-    """Trains, unless the output holds the finished run; the entries of its result.
+def train_cell(settings: Mapping[str, Any], output: Path) -> dict[str, Any]:
+    """Trains, unless the output holds the finished run, and returns the entries of the run's result.
 
     Args:
-        settings: Of `unmask.lab.training.config.TrainConfig`, without ``output``.
+        settings: Settings of `unmask.lab.training.config.TrainConfig`, without ``output``.
         output: The run's folder. Its checkpoints are removed at the end, and so is the delta of full fine-tuning, which is as
-            large as the model. With ``keep_checkpoints`` none, the delta of each checkpoint is kept under ``series``, but not
-            those of full fine-tuning.
+            large as the model. Where ``keep_checkpoints`` is None, the delta of each checkpoint is kept under ``series``;
+            full fine-tuning has no such series.
 
     Returns:
         ``score`` (higher is better) and ``metric``, ``loss``, ``summary``, ``curve``, ``allocation``, ``versions``, and
-        ``resumed_at``: the step of the checkpoint that it went on from. Where the series is kept, ``series`` too: the
-        ``step``, ``used`` (weights unmasked by then), ``score`` (None if it was not evaluated then) and ``file`` (relative
-        to the run's folder) of each delta.
+        ``resumed_at``: the step of the checkpoint from which the run went on, None for a fresh run. Where the series is kept,
+        ``series`` holds of each delta the ``step``, ``used`` (weights unmasked by then), ``score`` (None if the model was not
+        evaluated then) and ``file`` (relative to the run's folder).
 
     Raises:
-        InterruptedRunError: Ctrl-C.
+        InterruptedRunError: Ctrl-C stopped the run.
         UnmaskError: The run cannot work.
     """
     config, folder = build({**settings, "output": str(output)}), RunFolder(output)
@@ -48,52 +48,51 @@ def run_cell(settings: Mapping[str, Any], output: Path) -> dict[str, Any]:
     if _summary(folder) is None:
         resumed_at = _train(config, folder)
     summary = _summary(folder)
-    assert summary is not None, "written by train"
+    assert summary is not None, "`train` has written it."
     points, whole_model = curve(read_metrics(folder.metrics), summary), config.method == "full" and config.into is None
-    series = {}
-    if config.keep_checkpoints is None and not whole_model:
-        series = {"series": _series(folder, {point["step"]: point["score"] for point in points})}
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    if whole_model:
-        folder.delta.unlink(missing_ok=True)
-    return {
+    entries = {
         **scores(summary),
         "resumed_at": resumed_at,
         "summary": summary,
         "curve": points,
-        **series,
         "allocation": read_allocation(folder.allocation),
         "versions": versions(),
     }
-
-
-def _series(folder: RunFolder, scored: Mapping[int, float]) -> list[dict[str, Any]]:
-    """Writes the deltas of the run's checkpoints, and returns what the result says of each."""
-    return [
-        {"step": step, "used": used, "score": scored.get(step), "file": str(file.relative_to(folder.path))}
-        for step, used, file in write_series(folder)
-    ]
+    if config.keep_checkpoints is None and not whole_model:
+        scored = {point["step"]: point["score"] for point in points}
+        entries["series"] = [
+            {"step": step, "used": used, "score": scored.get(step), "file": str(file.relative_to(folder.path))}
+            for step, used, file in write_series(folder)
+        ]
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    if whole_model:
+        folder.delta.unlink(missing_ok=True)
+    return entries
 
 
 def _train(config: TrainConfig, folder: RunFolder) -> int | None:
-    """Trains to the end; the step that it went on from, None for a fresh start."""
+    """Trains to the end; returns the step from which the run went on, None for a fresh run."""
     console = Console(file=sys.stdout, force_terminal=False, width=120)
     whole, _ = folder.newest()
     if whole is not None:
         try:
             train(config, resume=True, console=console)
             return whole.step
-        except (InterruptedRunError, KeyboardInterrupt, WriteError):  # on a full disk what is whole is not given up
+        except (
+            InterruptedRunError,
+            KeyboardInterrupt,
+            WriteError,
+        ):  # A full disk is no reason to give up a checkpoint.
             raise
-        except Exception:  # a damaged checkpoint must not end a run that can be made anew
+        except Exception:  # A damaged checkpoint must not end a run that can be made from its start.
             traceback.print_exc()
-            print("the run could not go on from its checkpoint, and is started anew", flush=True)
+            print("the run cannot go on from its checkpoint and starts from the beginning", flush=True)
     train(config, overwrite=True, console=console)
     return None
 
 
 def versions() -> dict[str, str]:
-    """What the run was made with."""
+    """Returns the versions of unmask, Python and the libraries, the device, and the number of CPU threads."""
     found = {"unmask": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("transformers", "peft"):
         try:
@@ -112,5 +111,5 @@ def versions() -> dict[str, str]:
 def _summary(folder: RunFolder) -> dict[str, Any] | None:
     try:
         return read_summary(folder.summary)
-    except DataError:  # not there yet, or a kill cut it short
+    except DataError:  # The run has not ended, or a kill cut the file short.
         return None

@@ -1,4 +1,4 @@
-"""Sentences whose words carry tags, and what a task of tagging is."""
+"""The values that describe a task of tagging words: the task itself, its sentences and its splits."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from unmask.errors import DataError
+from unmask.lab.tasks.hub import HubSource
+from unmask.lab.tasks.split import text_key
 from unmask.lab.tasks.tags.spans import to_iob2, type_of
-from unmask.lab.tasks.text.spec import HubSource
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,13 @@ class TagSpec:
     """A task of finding entities.
 
     Attributes:
-        name: E.g. ``"wnut17"``.
+        name: The task's name, such as ``"wnut17"``.
         types: The entity types.
-        hub: Where the Hugging Face hub keeps it, if it does.
-        sizes: Sentences of the official splits, by our name of the split.
+        hub: The task's place on the Hugging Face hub, if it has one.
+        sizes: The number of sentences of the official splits, by our name of the split.
+
+    Raises:
+        DataError: There are no types.
 
     Example:
         >>> TagSpec("t", ("LOC", "PER")).label_names
@@ -38,7 +42,7 @@ class TagSpec:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """The tags in the order of their class ids, as the hub has them."""
+        """The tags in the order of their class ids, which is the hub's."""
         return ("O", *(f"{place}-{kind}" for kind in self.types for place in "BI"))
 
 
@@ -47,11 +51,11 @@ class Sentences:
     """Words with tags.
 
     Attributes:
-        words: Of each sentence.
-        tags: Of each sentence, IOB2, a tag per word.
+        words: The words of each sentence.
+        tags: The tags of each sentence in IOB2, one per word.
 
     Raises:
-        DataError: A sentence has not as many tags as words, or no word.
+        DataError: A sentence has no word, or not as many tags as words.
     """
 
     words: list[list[str]]
@@ -68,17 +72,22 @@ class Sentences:
         return len(self.words)
 
     @property
+    def keys(self) -> list[str]:
+        """The key of each sentence, by which sentences are told apart (see `unmask.lab.tasks.split.text_key`)."""
+        return [text_key(" ".join(words), "") for words in self.words]
+
+    @property
     def types(self) -> tuple[str, ...]:
         """The entity types that occur, sorted."""
         found = {type_of(tag) for tags in self.tags for tag in tags}
         return tuple(sorted(kind for kind in found if kind is not None))
 
     def take(self, rows: Sequence[int]) -> Sentences:
-        """The sentences of the given rows, in that order."""
+        """Returns the sentences of the given rows, in that order."""
         return Sentences([self.words[row] for row in rows], [self.tags[row] for row in rows])
 
     def by_length(self) -> Sentences:
-        """Those of few words first: batches of like lengths need little padding."""
+        """Returns the sentences sorted by length, because batches of similar lengths need little padding."""
         return self.take(sorted(range(len(self)), key=lambda row: len(self.words[row])))
 
 
@@ -88,8 +97,8 @@ class TagData:
 
     Attributes:
         spec: The task.
-        train: Its training split; may be empty where only evaluation was asked for.
-        evals: Its evaluation splits by name, the main one first.
+        train: The training split, which may be empty if only evaluation was asked for.
+        evals: The evaluation splits by name, the main one first.
         notes: What the user should know of the loading.
     """
 
@@ -100,10 +109,15 @@ class TagData:
 
 
 def normalised(words: list[list[str]], tags: list[list[str]], source: str) -> tuple[Sentences, tuple[str, ...]]:
-    """Sentences in IOB2, and a note where they were not.
+    """Converts tags to IOB2, and makes a note if they were not.
 
-    Files in IOB1 have ``B-`` only where two entities of a type touch; in IOB2 every entity begins with ``B-``. A few tags
-    ``I-`` that continue nothing, in a file that is IOB2 otherwise, begin an entity, as conlleval reads them.
+    Files in IOB1 have ``B-`` only where two entities of one type touch; in IOB2 every entity begins with ``B-``. If a file in
+    IOB2 has a few tags ``I-`` that continue nothing, each of them begins an entity, as conlleval reads them.
+
+    Args:
+        words: The words of each sentence.
+        tags: The tags of each sentence.
+        source: The origin, as the note names it.
 
     Example:
         >>> normalised([["Ann", "ran"]], [["I-PER", "O"]], "a.txt")[1]
@@ -113,8 +127,7 @@ def normalised(words: list[list[str]], tags: list[list[str]], source: str) -> tu
     changed = _differ(tags, fixed)
     if not changed:
         return Sentences(words, fixed), ()
-    iob1 = [_to_iob1(sentence) for sentence in fixed]
-    if not _differ(tags, iob1):
+    if not _differ(tags, [_to_iob1(sentence) for sentence in fixed]):
         note = f"{source}: IOB1, read as IOB2"
     else:
         note = f"{source}: {changed:,} tags I- continue no entity of their type; each is taken as the beginning of one"
@@ -122,7 +135,7 @@ def normalised(words: list[list[str]], tags: list[list[str]], source: str) -> tu
 
 
 def _to_iob1(tags: Sequence[str]) -> list[str]:
-    """Of IOB2: ``B-`` only after an entity of the same type."""
+    """Converts IOB2 to IOB1, which has ``B-`` only after an entity of the same type."""
     before = ["O", *tags]
     return [
         f"I-{tag[2:]}" if tag.startswith("B-") and type_of(tag) != type_of(last) else tag

@@ -1,0 +1,170 @@
+"""Tells what a base checkpoint holds of a model, what it lacks, and what a PEFT library added to the model.
+
+Tensors that the base lacks (a new head, a LoRA's matrices, bottleneck adapters) mostly start at random: a delta must hold every
+value of them. PEFT libraries are known by their modules' own attributes (peft's ``adapter_layer_names``, ``get_adapter`` of
+`adapters`); neither is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unmask.errors import SelectionError
+from unmask.gradients.wrappers import bare, named_parameters, persistent_buffers, plain_names
+from unmask.quantised.layers import weights
+from unmask.reading import fields, mapping, parse_json, read_json, refusing, text
+
+_WRAPPED = frozenset({"base_layer", "original_module"})  # where peft keeps the module that it wraps
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns what a fingerprint covers: parameters (shared ones once) and persistent buffers, detached, by name.
+
+    The names are those of the plain model, without those that a wrapper adds (`unmask.gradients.wrappers`). A quantised
+    weight is a `QuantisedTensor`, which does not change its layer until `unmask.quantised.layers.settle` is called.
+    """
+    named = weights(model) | persistent_buffers(model)
+    with torch._C.DisableTorchFunctionSubclass():
+        return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def name_or_path(model: nn.Module) -> str | None:
+    """Returns the id or folder that a transformers model was loaded from; None if the model does not say."""
+    config = getattr(model, "config", None)
+    return getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None) or None
+
+
+def added_tensors(model: nn.Module) -> set[str]:
+    """Returns the names of the parameters and persistent buffers that peft or `adapters` put into a model.
+
+    Args:
+        model: A ``PeftModel``, a model after ``adapters.init``, a module that holds one, or any other module, which has none.
+
+    Example:
+        >>> added_tensors(nn.Linear(2, 2))
+        set()
+    """
+    model = bare(model)
+    prefixes = tuple(_peft_prefixes(model))
+    inserted = {id(p) for module in _adapter_modules(model) for p in module.parameters()}
+    by_id = {name for name, p in named_parameters(model).items() if id(p) in inserted}
+    return {name for name in base_tensors(model) if f"{name}.".startswith(prefixes)} | by_id
+
+
+def checkpoint_name(name: str) -> str:
+    """Returns a tensor's name before peft wrapped the module that holds it.
+
+    Example:
+        >>> checkpoint_name("base_model.model.bert.pooler.dense.base_layer.weight")
+        'bert.pooler.dense.weight'
+    """
+    parts = name.removeprefix("base_model.model.").split(".")
+    return ".".join(part for part in parts if part not in _WRAPPED)
+
+
+def missing_from_checkpoint(model: nn.Module) -> set[str]:
+    """Returns the names of parameters and buffers that a transformers model's safetensors checkpoint lacks, such as a new head.
+
+    The set is empty where this cannot be found out: there is no such checkpoint, or its names differ throughout from the
+    model's (a converted layout). Name such tensors with ``unmask.select(..., new=...)``. For a module that holds transformers
+    models, the set has the tensors that these lack. Tensors that a PEFT library added are left out: see `added_tensors`.
+    """
+    model = bare(model)
+    source = name_or_path(model)
+    if not source:
+        inside = _pretrained_inside(model)
+        return {f"{place}.{name}" for place, part in inside.items() for name in missing_from_checkpoint(part)}
+    stored = _stored_names(source)
+    if not stored:
+        return set()
+    prefix = str(getattr(model, "base_model_prefix", "") or "") + "."
+    added = added_tensors(model)
+    tensors = {name: tensor for name, tensor in base_tensors(model).items() if name not in added}
+
+    def is_stored(name: str) -> bool:
+        name = checkpoint_name(name)
+        return name in stored or name.removeprefix(prefix) in stored or prefix + name in stored
+
+    missing = {name for name in tensors if not is_stored(name)}
+    share = sum(tensors[name].numel() for name in missing) / max(1, sum(t.numel() for t in tensors.values()))
+    return missing if share < 0.5 else set()
+
+
+def _pretrained_inside(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the transformers models that another module holds (a LightningModule, say), by their place in it."""
+    found: dict[str, nn.Module] = {}
+    plain = plain_names(model)
+    for place, module in model.named_modules():
+        inner = bare(module)
+        outermost = not any(f"{plain(place)}.".startswith(f"{outer}.") for outer in found)
+        if outermost and hasattr(inner, "base_model_prefix") and name_or_path(inner):
+            found[plain(place)] = inner
+    return found
+
+
+def _stored_names(source: str) -> set[str]:
+    """Returns the names of the tensors in a checkpoint; none if no safetensors file of it is on this machine."""
+    names: set[str] = set()
+    for file in ("model.safetensors.index.json", "model.safetensors"):
+        path = _local_file(source, file)
+        if path is None:
+            continue
+        with refusing(SelectionError, f"the base's checkpoint {str(path)!r}", "Take another copy of the base."):
+            if path.suffix == ".json":
+                return set(fields({"weight_map": mapping(text)})(read_json(path), "the index")["weight_map"])
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                held = stream.read(min(length, path.stat().st_size))
+            names = set(fields({})(parse_json(held), "its header")) - {"__metadata__"}
+    return names
+
+
+def _local_file(source: str, file: str) -> Path | None:
+    """Returns a checkpoint's file in a folder or in the Hub's cache; None if it is in neither."""
+    if Path(source).is_dir():
+        path = Path(source, file)
+        return path if path.is_file() else None
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(source, file)
+    except HFValidationError:  # ``source`` is a folder that no longer exists
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _peft_prefixes(model: nn.Module) -> Iterator[str]:
+    plain = plain_names(model)
+    for place, module in model.named_modules():
+        layers = getattr(module, "adapter_layer_names", None)
+        if isinstance(layers, tuple):
+            for part in (*layers, *getattr(module, "other_param_names", ())):
+                yield plain(f"{place}.{part}.".removeprefix("."))
+
+
+def _adapter_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields the modules of the `adapters` library, from its own nested listing by layer and place."""
+    for module in model.modules():
+        adapters = getattr(getattr(module, "adapters_config", None), "adapters", None)
+        if adapters is None or not hasattr(module, "get_adapter"):
+            continue
+        for name in adapters:
+            yield from _leaves(module.get_adapter(name))  # type: ignore[operator]
+
+
+def _leaves(value: Any) -> Iterator[nn.Module]:
+    """Yields the modules in a nest of dictionaries; the listing of a model is one, that of a layer is a module or None."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _leaves(inner)

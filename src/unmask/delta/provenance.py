@@ -1,0 +1,152 @@
+"""Provenance: what a delta's metadata say of the training that made it. `unmask.select` and the PEFT method write the same."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from dataclasses import fields as fields_of
+from typing import Any
+
+import torch
+from torch import nn
+
+from unmask.errors import DeltaError
+from unmask.methods.method import Method
+from unmask.quantised.layers import weights
+from unmask.quantised.tensor import QuantisedTensor
+from unmask.ranking.ledger import Layout
+from unmask.reading import Form, count, fields, items, mapping, number, optional, plain, refusing, text
+from unmask.version import __version__
+
+_METHOD = {
+    "name": text,
+    "strategy": text,
+    "parameters": mapping(plain),
+    "leaving": text,
+    "steps": count,
+    "stride": count,
+}
+_INTO = {"r": count, "alpha": number, "dropout": number, "targets": items(text), "reduction": number, "seed": count}
+METADATA: Form = fields(
+    {},
+    {
+        "method": fields({}, _METHOD),
+        **dict.fromkeys(("budget", "used", "step", "parameters"), count),
+        "eligible": fields({"tensors": count, "weights": count}),
+        "dense": items(text),
+        "base_id": optional(text),
+        "versions": mapping(plain),
+        "quantised": items(text),
+        "into": optional(fields({"kind": text}, _INTO, closed=True)),
+        "after": mapping(number),
+        "checkpoint": text,
+    },
+)
+"""The form of the metadata: each known entry is checked if it is there. Any further entry is the user's."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a delta's metadata say. A delta of an earlier version, or a user's own, may lack any entry: it is None then.
+
+    Attributes:
+        method: The method that selected, as `unmask.Method.describe` gives it.
+        budget: B; for `unmask.full` the number of weights that it trained.
+        used: How many slots were in use.
+        step: How many optimizer steps were taken.
+        eligible: How many tensors and weights could be selected: ``{"tensors": 74, "weights": 85_000_000}``.
+        dense: Names of the tensors that were trained whole.
+        base_id: The base model's id or folder.
+        parameters: How many weights the model has in its parameters.
+        quantised: The kinds of quantised weights that the model has.
+        versions: The versions of unmask, torch and Python.
+        task: The task of ``unmask train``, as it describes itself.
+        into: What ``unmask train`` added to the base before it selected (a LoRA, adapters).
+        after: The run's evaluation at this step, by name.
+        checkpoint: The checkpoint that a delta in the course of a run belongs to.
+        more: All further entries, which are the user's.
+    """
+
+    method: Mapping[str, Any] | None = None
+    budget: int | None = None
+    used: int | None = None
+    step: int | None = None
+    eligible: Mapping[str, int] | None = None
+    dense: Sequence[str] | None = None
+    base_id: str | None = None
+    parameters: int | None = None
+    quantised: Sequence[str] | None = None
+    versions: Mapping[str, Any] | None = None
+    task: Any = None
+    into: Mapping[str, Any] | None = None
+    after: Mapping[str, float] | None = None
+    checkpoint: str | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, metadata: Mapping[str, Any]) -> Provenance:
+        """Reads the metadata of a delta.
+
+        Raises:
+            DeltaError: A known entry has another form than it is written with.
+
+        Example:
+            >>> Provenance.from_json({"budget": 3, "note": "mine"}).more
+            {'note': 'mine'}
+        """
+        with refusing(DeltaError, "the delta's metadata", "Give JSON values."):
+            METADATA(dict(metadata), "metadata")
+        known = {f.name for f in fields_of(cls)} - {"more"}
+        more = {key: value for key, value in metadata.items() if key not in known}
+        return cls(**{key: metadata[key] for key in known & metadata.keys()}, more=more)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the metadata as JSON values; entries that are None are left out, but ``base_id``.
+
+        Example:
+            >>> Provenance(budget=3, more={"note": "mine"}).to_json()
+            {'budget': 3, 'base_id': None, 'note': 'mine'}
+        """
+        named = {f.name: getattr(self, f.name) for f in fields_of(self) if f.name != "more"}
+        return {key: value for key, value in named.items() if value is not None or key == "base_id"} | dict(self.more)
+
+
+def provenance_of(
+    model: nn.Module,
+    method: Method,
+    layout: Layout,
+    *,
+    budget: int,
+    used: int,
+    step: int,
+    dense: Sequence[str],
+    base_id: str | None,
+    parameters: int,
+) -> Provenance:
+    """Returns what the metadata of a delta say that is recorded now.
+
+    Args:
+        model: The model that was trained.
+        method: The method that selected.
+        layout: The eligible tensors.
+        budget: B.
+        used: How many slots are in use.
+        step: How many optimizer steps were taken.
+        dense: Names of the tensors that are trained whole.
+        base_id: The base model's id or folder.
+        parameters: How many weights the base's parameters have.
+    """
+    kinds = sorted({t.sidecar.source.kind for t in weights(model).values() if isinstance(t, QuantisedTensor)})
+    return Provenance(
+        method.describe(),
+        budget,
+        used,
+        step,
+        {"tensors": len(layout.names), "weights": layout.total},
+        list(dense),
+        base_id,
+        parameters,
+        kinds or None,
+        {"unmask": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    )

@@ -1,0 +1,79 @@
+"""Runs an embedding so that its backward forms the gradient of the rows that were read, and of no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unmask.gradients.entries import take_gradient
+from unmask.gradients.tapped import StandIn, TappedParameter, stand_in_of
+
+
+def embedding(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Handles ``F.embedding`` if the table has more rows than there are tokens; leaves it to autograd otherwise."""
+
+    def run(
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Any:
+        if max_norm is not None or scale_grad_by_freq or not isinstance(weight, TappedParameter):
+            return NotImplemented
+        if weight.shape[0] <= input.numel():
+            return NotImplemented
+        stand_in = stand_in_of(weight)
+        if stand_in is None or stand_in.alias:
+            return NotImplemented
+        return SampledEmbedding.apply(input, weight, stand_in.proxy, stand_in, padding_idx)
+
+    return run(*args, **kwargs)
+
+
+class SampledEmbedding(torch.autograd.Function):
+    """Rows of a table; the backward makes the table's gradient in the rows that were read, or at its entries."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, ids: Tensor, weight: Tensor, placeholder: Tensor, stand_in: StandIn, padding_idx: int | None
+    ) -> Tensor:
+        ctx.stand_in, ctx.dtype, ctx.shape = stand_in, placeholder.dtype, weight.shape
+        ctx.padding = None if padding_idx is None else padding_idx % weight.shape[0]
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight.detach(), padding_idx)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        g = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)
+        rows = embedding_gradient(g, ids.reshape(-1), ctx.shape, ctx.padding)
+        if ctx.stand_in.pending is None:
+            return None, None, take_gradient(rows, ctx.stand_in.entries), None, None
+        ctx.stand_in.pending.put(rows.detach())
+        return None, None, g.new_zeros(1), None, None
+
+
+def embedding_gradient(g: Tensor, ids: Tensor, shape: torch.Size, padding: int | None) -> Tensor:
+    """Makes an embedding's gradient as a sparse tensor in whole rows.
+
+    Args:
+        g: The gradient of the output: (T, columns).
+        ids: The row that each token read: (T,) int64.
+        shape: The shape of the table.
+        padding: The row whose gradient is zero; None if there is none.
+
+    Returns:
+        A coalesced sparse tensor of the table's shape. The tokens of a row are summed in their order.
+    """
+    if padding is not None:
+        kept = (ids != padding).nonzero().squeeze(1)
+        g, ids = g[kept], ids[kept]
+    rows, inverse = ids.unique(return_inverse=True)
+    sums = torch.zeros(rows.numel(), g.shape[1], dtype=g.dtype, device=g.device).index_add_(0, inverse, g)
+    return torch.sparse_coo_tensor(rows[None], sums, shape, is_coalesced=True, check_invariants=False)

@@ -1,0 +1,242 @@
+"""The values of a study that the report's template shows. They are plain texts and numbers; the template escapes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from unmask.errors import UnmaskError
+from unmask.lab.figures.estimates import Estimate
+from unmask.lab.report.drawing import CAPTIONS, inline, worth_drawing
+from unmask.lab.report.reading import Study
+from unmask.lab.study.cells import Cell, distinct
+from unmask.lab.study.live import duration, remaining
+from unmask.lab.study.records import base_weights, records, trained_weights
+from unmask.lab.study.spec import Protocol
+from unmask.lab.study.store import Result
+from unmask.lab.study.tables import (
+    EDGES,
+    Entry,
+    Line,
+    Table,
+    average_text,
+    claim_text,
+    figure,
+    legend,
+    table,
+    tables,
+    trained_text,
+)
+
+_MARKS = "below; \N{WARNING SIGN}"
+"""The place of a chosen value and the mark of an edge, for `unmask.lab.study.tables.legend`."""
+_NUMBERS = ("score", "loss", "weights", "share", "time")
+
+
+def study_context(study: Study, anchor: str) -> dict[str, Any]:
+    """Returns everything that the template shows of one study.
+
+    Args:
+        study: The study.
+        anchor: The id of the study's section on the page.
+    """
+    results = [result for _, result in _ended(study)]
+    failed = [result for result in results if result["status"] == "failed"]
+    left = len(remaining(study.cells, study.protocol, study.choice, study.results))
+    facts = [f"{len(results) - len(failed)} runs done", f"{len(failed)} failed" if failed else ""]
+    facts += [f"{left} to go" if left else ""]
+    versions = sorted({json.dumps(r["versions"], sort_keys=True) for r in results if r.get("versions")})
+    first, *others = tables(study.cells, study.results, study.protocol, study.choice, study.claims)
+    return {
+        "anchor": anchor,
+        "title": study.title or study.name,
+        "facts": ", ".join(filter(None, facts)),
+        "notes": study.notes,
+        "command": study.command,
+        "made": "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(text).items()) for text in versions),
+        "table": score_table(first),
+        "other_tables": [score_table(found) for found in others],
+        "choice": _choice(study),
+        "figures": _figures(study, anchor),
+        "runs": runs_table(study),
+        "failures": failures(study),
+    }
+
+
+def score_table(found: Table) -> dict[str, Any]:
+    """Returns a table of scores; the best score of each column is marked, and the paper's figures stand next to ours."""
+    estimates = {
+        column: [figure(e, found.protocol) for line in found.lines if (e := line.entries.get(column))]
+        for column in found.columns
+    }
+    means = {column: [estimate.mean for estimate in found_ if estimate] for column, found_ in estimates.items()}
+    best = {column: max(values) if len(values) > 1 else None for column, values in means.items()}
+    names = list(dict.fromkeys(key for line in found.lines for key in line.labels))
+    return {
+        "title": found.title,
+        "names": names,
+        "columns": [(column, _metric(found, column)) for column in found.columns],
+        "paper": bool(found.model),
+        "averages": any(line.average is not None for line in found.lines),
+        "lines": [_line(line, names, found, best) for line in found.lines],
+        "legend": legend(found, _MARKS),
+    }
+
+
+def _line(line: Line, names: Sequence[str], found: Table, best: Mapping[str, float | None]) -> dict[str, Any]:
+    return {
+        "labels": [line.labels.get(name, "") for name in names],
+        "weights": trained_text(line),
+        "entries": [
+            (_entry(line.entries.get(column), found, best[column]), claim_text(line.claim, column))
+            for column in found.columns
+        ],
+        "average": f"{100 * line.average:.2f}" if line.average is not None else "-",
+        "paper_average": average_text(line.claim),
+        "claim": f"{found.model}, {line.claim.count}" if line.claim else "",
+    }
+
+
+def _entry(entry: Entry | None, found: Table, best: float | None) -> dict[str, Any]:
+    estimate = figure(entry, found.protocol) if entry else None
+    if entry is None or estimate is None:
+        return {"mean": None, "failed": entry is not None and entry.failed > 0 and not entry.missing}
+    counted = f"{estimate.n} of {estimate.of}" if found.protocol.kind == "paper" else f"{estimate.n}"
+    remarks = [f"{counted} run{'s' if estimate.of != 1 else ''}"]
+    remarks += [f"{entry.failed} failed"] if entry.failed else []
+    remarks += [f"{entry.missing} to go"] if entry.missing else []
+    remarks += [f"{found.choice.setting} {entry.value}"] if found.choice and entry.value is not None else []
+    remarks += ["no other tried"] if entry.edge == "alone" else []
+    return {
+        "mean": f"{100 * estimate.mean:.2f}",
+        "best": best is not None and estimate.mean >= best,
+        "spread": _spread(estimate, found.protocol),
+        "scores": ", ".join(f"seed {seed}: {100 * score:.2f}" for seed, score in entry.scores.items()),
+        "remarks": ", ".join(remarks),
+        "edge": EDGES.get(entry.edge or ""),
+    }
+
+
+def _spread(estimate: Estimate, protocol: Protocol) -> str | None:
+    """Returns half the interval, or the deviation, in percent; None for one run."""
+    if protocol.kind == "seeds" and estimate.high is not None:
+        return f"{100 * (estimate.high - estimate.mean):.2f}"
+    return f"{100 * estimate.deviation:.2f}" if estimate.deviation is not None else None
+
+
+def _metric(found: Table, column: str) -> str:
+    return next((e.metric for line in found.lines if (e := line.entries.get(column)) and e.scores), "")
+
+
+def _choice(study: Study) -> dict[str, Any] | None:
+    """Returns what each value of the swept setting gave; None where no setting was chosen."""
+    if study.choice is None or (study.protocol.kind == "paper" and study.protocol.pair):
+        return None
+    found = table(study.cells, study.results, replace(study.protocol, kind="seeds"), study.choice)
+    lines = [
+        {
+            "labels": ", ".join(line.labels.values()),
+            "task": task,
+            "value": entry.value,
+            "edge": EDGES.get(entry.edge or ""),
+            "tried": ", ".join(f"{value}: {figure:.4f}" for value, figure in entry.tried.items()),
+        }
+        for line in found.lines
+        for task, entry in line.entries.items()
+        if entry.tried
+    ]
+    return {"setting": study.choice.setting, "by": study.choice.by, "lines": lines} if lines else None
+
+
+def _figures(study: Study, anchor: str) -> list[dict[str, Any]]:
+    """Returns each figure as an ``<svg>`` element, which is the only value that the template does not escape."""
+    shown = records(study.cells, study.results, study.protocol, study.choice)
+    names = study.figures if study.figures is not None else worth_drawing(shown)
+    return [
+        {
+            "id": f"{anchor}-{name}",
+            "svg": None if isinstance(drawn, UnmaskError) else drawn,
+            "fault": str(drawn) if isinstance(drawn, UnmaskError) else "",
+            "caption": CAPTIONS.get(name, name),
+        }
+        for name, drawn in inline(names, shown, anchor).items()
+    ]
+
+
+def _ended(study: Study) -> list[tuple[Cell, Result]]:
+    return [(cell, study.results[cell.id]) for cell in distinct(study.cells) if cell.id in study.results]
+
+
+def runs_table(study: Study) -> dict[str, Any]:
+    """Returns every run that has ended, with all its labels."""
+    ended = _ended(study)
+    names = list(dict.fromkeys(key for cell, _ in ended for key, value in cell.labels.items() if value is not None))
+    lines = [
+        {
+            "id": cell.id,
+            "details": _details(cell, result),
+            "labels": [(_sort_key(cell.labels.get(name)), _text(cell.labels.get(name))) for name in names],
+            "failed": result["status"] == "failed",
+            "numbers": _numbers(result),
+        }
+        for cell, result in ended
+    ]
+    return {"names": names, "numbers": _NUMBERS, "lines": lines}
+
+
+def _numbers(result: Result) -> list[tuple[float | str, str]]:
+    """Returns (sort key, text) of a run's numbers, in the order of ``_NUMBERS``."""
+    seconds = result.get("seconds")
+    time = ("" if seconds is None else float(seconds), duration(seconds or 0))
+    if result["status"] == "failed":
+        return [*[("", "-")] * (len(_NUMBERS) - 1), time]
+    summary, score, loss = result.get("summary") or {}, result.get("score"), result.get("loss")
+    trained = trained_weights(summary) if summary.get("budget") is not None else None
+    share = trained / base_weights(summary) if trained is not None else None
+    shown = [
+        (score, f"{100 * score:.2f}" if score is not None else "-"),
+        (loss, f"{loss:.4f}" if loss is not None else "-"),
+        (trained, f"{trained:,}" if trained is not None else "-"),
+        (share, f"{share:.3%}" if share is not None else "-"),
+    ]
+    return [*[("" if value is None else float(value), text) for value, text in shown], time]
+
+
+def _details(cell: Cell, result: Result) -> list[tuple[str, dict[str, str]]]:
+    """Returns (heading, entries) of what a run's row unfolds."""
+    after = (result.get("summary") or {}).get("after", {})
+    made = {key: result[key] for key in ("started", "host", "resumed_at") if result.get(key) is not None}
+    parts = {
+        "configuration": {key: _text(value) for key, value in cell.settings.items()},
+        "after training": {k: f"{v:.4f}" if isinstance(v, float) else _text(v) for k, v in after.items()},
+        "made": {key: _text(value) for key, value in {**made, **(result.get("versions") or {})}.items()},
+    }
+    return [(heading, entries) for heading, entries in parts.items() if entries or heading == "configuration"]
+
+
+def failures(study: Study) -> list[dict[str, str]]:
+    """Returns the error of every failed run."""
+    found = []
+    for _, result in _ended(study):
+        if result["status"] == "failed":
+            error = result.get("error") or {}
+            labels = ", ".join(f"{k} {v}" for k, v in result.get("labels", {}).items() if v is not None)
+            summary = f"{result.get('id', '')} ({labels}): {error.get('type', '')}: {error.get('message', '')}"
+            found.append({"summary": summary, "traceback": str(error.get("traceback", ""))})
+    return found
+
+
+def _sort_key(value: Any) -> Any:
+    """Returns what a label is sorted by: a number where the label is one, also for ``0.17%``."""
+    try:
+        return float(str(value).removesuffix("%"))
+    except ValueError:
+        return "" if value is None else value
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,197 @@
+"""Turns the rows of a table into examples: labels become class ids or real numbers, or the task is inferred from them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from unmask.errors import DataError
+from unmask.lab.tasks.tables import Table, listed, placed
+from unmask.lab.tasks.text.spec import CUSTOM, Examples, TaskSpec, default_metrics
+from unmask.reading import shown
+
+# float() would also take "1_000", "nan" and "infinity"; none of these is a number in a data file.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_MOST_SHOWN = 12
+
+
+def examples(spec: TaskSpec, table: Table, columns: Sequence[str], label: str, keep_empty: bool = False) -> Examples:
+    """Builds examples from a table, and checks each.
+
+    Args:
+        spec: The task, which says what labels there are.
+        table: The rows.
+        columns: The text columns, one or two.
+        label: The label column.
+        keep_empty: Accepts a pair of which one text is empty.
+
+    Raises:
+        DataError: A column is missing, a text is empty, or a label is none of the task's.
+
+    Example:
+        >>> spec = TaskSpec("t", ("text",), 2, ("bad", "good"), ("accuracy",), "accuracy")
+        >>> examples(spec, Table("here", {"text": ["fine"], "y": ["good"]}, [1]), ["text"], "y").labels
+        [1]
+    """
+    texts = [list(table.column(column)) for column in columns]
+    labels: list[Any] = []
+    for row, value in enumerate(table.column(label)):
+        filled = [_is_text(table, row, column, cells[row]) for column, cells in zip(columns, texts, strict=True)]
+        if not (any(filled) if keep_empty else all(filled)):
+            column = columns[filled.index(False)]
+            raise DataError(f"{table.where(row)}: the text in column {column!r} is empty; mend or drop the row.")
+        with placed(f"{table.where(row)}, column {label!r}"):
+            labels.append(decode(spec, value))
+    kept = [[cell or "" for cell in cells] for cells in texts]  # an empty text of a pair may be None
+    return Examples(kept[0], kept[1] if len(kept) > 1 else None, labels)
+
+
+def _is_text(table: Table, row: int, column: str, value: object) -> bool:
+    """Returns True if a cell holds any text.
+
+    Raises:
+        DataError: The cell holds another type.
+    """
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{table.where(row)}: column {column!r} holds {value!r:.60}, which is not a text.")
+    return bool(value and value.strip())
+
+
+def decode(spec: TaskSpec, value: Any) -> int | float:
+    """Reads one label.
+
+    Args:
+        spec: The task, which says what labels there are.
+        value: A class name, a class id or a real number, as text or as a number.
+
+    Returns:
+        A class id in 0 to num_labels - 1, or a real number for regression.
+
+    Raises:
+        DataError: The value is none of the task's labels.
+
+    Example:
+        >>> spec = TaskSpec("t", ("text",), 2, ("bad", "good"), ("accuracy",), "accuracy")
+        >>> decode(spec, "good"), decode(spec, "0"), decode(spec, 1.0)
+        (1, 0, 1)
+    """
+    if is_missing(value):
+        raise DataError(f"the label is missing ({shown(value)}); mend or drop the row.")
+    if isinstance(value, list | dict):
+        raise DataError(f"label {shown(value)} is neither a text nor a number; mend or drop the row.")
+    number = number_of(value)
+    if spec.regression:
+        if number is None:
+            raise DataError(f"label {shown(value)} is not a finite number, and task {spec.name!r} is a regression.")
+        low, high = spec.label_range or (-math.inf, math.inf)
+        if not low <= number <= high:
+            raise DataError(f"label {shown(value)} is outside the range of task {spec.name!r}: {low:g} to {high:g}.")
+        return number
+    name = str(value).strip()
+    if spec.label_names is not None and name in spec.label_names:
+        return spec.label_names.index(name)
+    if isinstance(value, bool):
+        number = float(value)
+    if spec.takes_ids and number is not None and number in range(spec.num_labels):
+        return int(number)
+    ids = f"0 to {spec.num_labels - 1}" if spec.takes_ids else ""
+    names = listed(spec.label_names, _MOST_SHOWN) if spec.label_names else ""
+    allowed = " or ".join(part for part in (ids, names) if part)
+    raise DataError(f"label {shown(value)} is not a label of task {spec.name!r}; allowed: {allowed}.")
+
+
+def is_missing(value: Any) -> bool:
+    """Returns True if a cell is None, NaN or blank.
+
+    Example:
+        >>> [is_missing(value) for value in (None, float("nan"), " ", "NaN", 0, "none")]
+        [True, True, True, True, False, False]
+    """
+    return value is None or str(value).strip().lower() in ("", "nan", "<na>", "nat")
+
+
+def number_of(value: Any) -> float | None:
+    """Reads a cell as a finite number; any other cell gives None.
+
+    Example:
+        >>> number_of(" 2.50 "), number_of(3), number_of("1_000"), number_of(True)
+        (2.5, 3.0, None, None)
+    """
+    text = str(value).strip()
+    if not _NUMBER.fullmatch(text):
+        return None
+    return float(text) if math.isfinite(float(text)) else None
+
+
+def infer_spec(
+    table: Table,
+    columns: tuple[str, ...],
+    label: str,
+    num_labels: int | None = None,
+    names: Sequence[str] | None = None,
+) -> TaskSpec:
+    """Infers a task from the labels of a training table.
+
+    Text labels are class names (with ids in sorted order), and whole numbers are class ids. Numbers of which at least one
+    has a fraction make a regression.
+
+    Args:
+        table: The training rows.
+        columns: The text columns, one or two.
+        label: The label column.
+        num_labels: The number of classes, where training need not show them all; 1 for a regression on whole numbers.
+        names: The class names in the order of their ids, if the source tells them. The labels are then such names.
+
+    Raises:
+        DataError: A label is missing, a text is among numbers, the ids do not run from 0, or there are fewer than two
+            classes.
+    """
+    values = table.column(label)
+    for row, value in enumerate(values):
+        if is_missing(value):
+            raise DataError(
+                f"{table.where(row)}: the label is missing ({label!r} is {shown(value)}); mend or drop the row."
+            )
+    numbers = [number_of(value) for value in values]
+    what = f"{table.source}: column {label!r}"
+    if names is not None:
+        return _classes(what, columns, tuple(names), num_labels)
+    if all(number is None for number in numbers):
+        return _classes(what, columns, tuple(sorted({str(value).strip() for value in values})), num_labels)
+    if None in numbers:
+        odd = numbers.index(None)
+        raise DataError(
+            f"{table.where(odd)}: label {shown(values[odd])} in column {label!r} is not a number, but others are. Mend that "
+            "row, or, if these are names of classes, write every one as text."
+        )
+    return _numeric(what, columns, [number for number in numbers if number is not None], num_labels)
+
+
+def _numeric(what: str, columns: tuple[str, ...], numbers: list[float], num_labels: int | None) -> TaskSpec:
+    fractions = [number for number in numbers if not number.is_integer()]
+    if num_labels == 1 or (num_labels is None and fractions):
+        return TaskSpec(CUSTOM, columns, 1, None, default_metrics(1), default_metrics(1)[0])
+    if fractions:
+        raise DataError(f"{what} holds {fractions[0]!r}, which is not a class id; num_labels = {num_labels} needs ids.")
+    found = sorted({int(number) for number in numbers})
+    count = num_labels or len(found)
+    if found[0] < 0 or found[-1] >= count:
+        raise DataError(
+            f"{what} holds the whole numbers {listed([str(i) for i in found], _MOST_SHOWN)}; {count} classes have the ids 0 "
+            f"to {count - 1}. Renumber them, or write them as text, or, for a regression, with a fraction in some row (or "
+            "give num_labels=1)."
+        )
+    return _classes(what, columns, tuple(str(i) for i in range(count)), None)
+
+
+def _classes(what: str, columns: tuple[str, ...], names: tuple[str, ...], num_labels: int | None) -> TaskSpec:
+    if len(names) < 2:
+        raise DataError(f"{what} has only one class ({shown(names[0])}); there is nothing to learn.")
+    if num_labels not in (None, len(names)):
+        raise DataError(
+            f"{what} has {len(names)} classes ({listed(names, _MOST_SHOWN)}); num_labels = {num_labels} does not fit."
+        )
+    metrics = default_metrics(len(names))
+    return TaskSpec(CUSTOM, columns, len(names), names, metrics, metrics[0])

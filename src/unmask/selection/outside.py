@@ -1,0 +1,170 @@
+"""Brings writes into ``values`` from outside an optimizer's step to the model, and refuses those of stale copies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unmask.distributed.sharding import reshard
+from unmask.errors import SelectionError
+from unmask.gradients.entries import take
+from unmask.gradients.taps import TapSet
+from unmask.gradients.writes import copy_in, copying_optimizer, same, stale_write
+from unmask.methods.method import Method
+from unmask.ranking.ledger import Ledger
+from unmask.selection.dense import DenseTensor
+
+
+class OutsideWrites:
+    """Brings writes into ``values`` to the model. It refuses those that may put back a copy from before some weight was unmasked.
+
+    Args:
+        model: The selected model.
+        method: The selection's method.
+        ledger: The slots.
+        dense: The tensors that are trained whole.
+        taps: They call `take_in` before an operation reads a tensor.
+        sharded: True if the model is sharded over processes.
+
+    Attributes:
+        copied: True if an optimizer keeps a copy of ``values`` that it made when every weight had its slot.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        ledger: Ledger,
+        dense: Sequence[DenseTensor],
+        taps: TapSet,
+        sharded: bool,
+    ) -> None:
+        self._model, self._method, self._ledger, self._dense = model, method, ledger, dense
+        self._taps, self._sharded = taps, sharded
+        self._allowed = self.copied = False
+        taps.writes, taps.take_in = ledger.writes, self.take_in
+
+    @property
+    def known(self) -> bool:
+        """True if every weight has its slot from the start: then a copy of ``values`` cannot lack one."""
+        return self._method.whole or (self._ledger.ordered and self._method.strategy == "static")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Allows writes inside the block; see `unmask.Selection.writing`."""
+        if self._ledger.tentative is not None:
+            raise SelectionError(
+                "writing() between a backward that selects weights and its optimizer.step(): these weights have no slot yet. "
+                "Write before loss.backward(), or after optimizer.step()."
+            )
+        self._allowed = True
+        try:
+            yield
+            self.catch_up()
+        finally:
+            self._allowed = False
+
+    def catch_up(self) -> None:
+        """Brings new writes into ``values``, and into the masters of dense tensors, to the model.
+
+        Raises:
+            SelectionError: Gradients pick the weights, and the write was not made under `writing`.
+        """
+        self._taps.catch_up()
+        for tensor in self._dense:
+            tensor.catch_up()
+
+    @torch.no_grad()
+    def take_in(self) -> None:
+        """Writes new ``values`` into the tensors, or refuses them."""
+        if self.known or self._allowed or self.copied:
+            if self._sharded:
+                reshard(self._model)
+            self._ledger.scatter()
+        else:
+            moved = self._ledger.layout.names[0] if self._sharded else self.differing()
+            if moved is not None:
+                raise stale_write(self._method.name, moved)
+        self._ledger.writes.take()
+
+    def differing(self) -> str | None:
+        """Returns the name of a tensor that holds other weights than ``values``; None if there is none."""
+        ledger, layout = self._ledger, self._ledger.layout
+        tentative, trained = ledger.tentative, ledger.trained()
+        if tentative is not None and not same(ledger.values.detach()[tentative.slots], tentative.weights):
+            return layout.names[next(layout.split(tentative.positions))[0]]
+        for index in ledger.occupied():
+            entries = ledger.in_use(index)
+            if entries is None:
+                continue
+            weights = take(layout.plain(index), entries.flat)
+            if not same(trained[entries.slots].to(weights), weights):
+                return layout.names[index]
+        return None
+
+    @torch.no_grad()
+    def refuse_uncounted(self) -> None:
+        """Refuses writes that torch's version counters do not show, before anything is saved.
+
+        Raises:
+            SelectionError: ``values`` and the model's tensors hold different numbers.
+        """
+        if self._sharded:
+            return  # to compare shards is a call of all processes together
+        name = self.differing()
+        if name is not None:
+            raise SelectionError(
+                f"selection.values and the selected weights of {name!r} hold different numbers, and no counted write explains "
+                "it: either the model's tensor was written to, or the memory of values was, past torch (NumPy, a tensor that "
+                "shares its storage). Write into selection.values instead, through torch. If values are right as they are: "
+                "`with selection.writing(): selection.values.data = selection.values.detach().clone()`."
+            )
+
+    def refuse_stale(self) -> None:
+        """Refuses writes since the last forward that may be of a stale copy; an optimizer's step begins."""
+        if not self.known:
+            self._taps.catch_up()
+
+    def refuse_copies(self, optimizer: Optimizer, before: Tensor | None, used: int) -> None:
+        """Refuses an optimizer that has stepped and keeps a copy of slots whose weights are not known yet.
+
+        Args:
+            optimizer: It holds ``values``.
+            before: (slots,) what ``values`` held when the step began, if that is known.
+            used: How many slots the step has trained.
+
+        Raises:
+            SelectionError: It keeps such a copy, and the method unmasks weights later on.
+        """
+        ledger = self._ledger
+        name = None if self.known else copy_in(optimizer, ledger.values, before, used)
+        if name is None:
+            return
+        if self._method.strategy == "static" and optimizer.state[ledger.values][name][:used].any():
+            self.copied = True  # made when every weight had its slot
+            return
+        if before is not None:
+            with torch.no_grad(), ledger.writes.own():
+                ledger.values.copy_(before)
+        raise copying_optimizer(optimizer, name, self._method.name)
+
+
+@torch.no_grad()
+def weights_of(model: nn.Module, ledger: Ledger) -> Tensor:
+    """Returns what a copy of the model holds in the slots in use; see `unmask.Selection.weights_of`."""
+    parameters, held = dict(model.named_parameters()), torch.zeros_like(ledger.values)
+    for index, flat, slots in ledger.layout.split(ledger.positions[: ledger.used]):
+        name, tensor = ledger.layout.names[index], ledger.layout.tensors[index]
+        other = parameters.get(name)
+        if other is None or other.shape != tensor.shape:
+            given = "lacks it" if other is None else f"has it with shape {tuple(other.shape)}"
+            raise SelectionError(
+                f"{name!r} has selected weights and shape {tuple(tensor.shape)}; the given model {given}. Give a copy of the "
+                "model that was selected from (of an AveragedModel: its .module)."
+            )
+        held[slots] = take(other.detach(), flat).to(held)
+    return held
