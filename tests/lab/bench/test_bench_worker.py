@@ -10,7 +10,7 @@ import torch
 from bench_tiny import BUDGET, settings_for, write_config
 
 from unmask.errors import ConfigError
-from unmask.lab.bench.contenders import build, shira_rank, state_bytes
+from unmask.lab.bench.contenders import Clock, build, shira_rank, state_bytes
 from unmask.lab.bench.models import blueprint
 from unmask.lab.bench.rows import Row
 from unmask.lab.bench.run import measure_apart
@@ -102,6 +102,31 @@ def test_a_step_trains_and_leaves_no_gradient_behind(folder, tmp_path):
             contender.step(batch, autocast=False)
         assert all(p.grad is None for p in [*held, *contender.model.parameters()]), row.label
         assert not all(torch.equal(a, b) for a, b in zip(before, held, strict=True)), row.label
+
+
+def test_cuda_events_time_the_phases_and_the_cpu_waits_once(monkeypatch):
+    waits, clock = [], iter([10.0, 15.0, 45.0])  # milliseconds on the stream
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock)
+
+        def synchronize(self):
+            waits.append("the last event")
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: waits.append("earlier work"))
+    timer = Clock(torch.device("cuda"))
+    timer.mark()
+    timer.mark()
+    assert timer.seconds() == [0.005, 0.03]
+    assert waits == ["earlier work", "the last event"]
 
 
 @pytest.mark.parametrize("dtype", ["autocast", "bf16"])

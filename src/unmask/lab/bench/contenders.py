@@ -68,7 +68,7 @@ class Contender:
         """Runs one training step and times its phases: forward with the loss, backward, ``step`` and ``zero_grad``."""
         device = batch["input_ids"].device
         selecting = self.selecting
-        clock = _Clock(device)
+        clock = Clock(device)
         with torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
             loss = self.model(**batch).loss
         clock.mark()
@@ -82,7 +82,7 @@ class Contender:
         return StepTime(0, forward, backward, optimizer if self.optimizer else 0.0, selecting)
 
 
-class _Clock:
+class Clock:
     """Times the phases of a step: with CUDA events on the GPU's stream, otherwise by the wall clock.
 
     Events do not make the CPU wait between the phases, so the GPU is never idle only because it is timed.

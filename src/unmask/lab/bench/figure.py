@@ -22,7 +22,7 @@ _CURVES: dict[str, tuple[str, str, str, dict[str, str]]] = {
 }
 
 
-def draw(record: Mapping[str, Any], path: Path) -> Path | None:
+def save_figure(record: Mapping[str, Any], path: Path) -> Path | None:
     """Draws a record into a PNG file.
 
     Args:

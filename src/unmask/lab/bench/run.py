@@ -20,7 +20,7 @@ import torch
 
 from unmask.errors import MissingExtraError
 from unmask.files import write_json, write_text
-from unmask.lab.bench.figure import draw
+from unmask.lab.bench.figure import save_figure
 from unmask.lab.bench.models import blueprint, device_of
 from unmask.lab.bench.rows import Row
 from unmask.lab.bench.settings import BenchSettings
@@ -83,14 +83,8 @@ def measure_apart(settings: BenchSettings, row: Row) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
-        command = [
-            sys.executable,
-            "-m",
-            "unmask.lab.bench.worker",
-            json.dumps(asdict(settings)),
-            row.label,
-            str(report),
-        ]
+        words = [json.dumps(asdict(settings)), row.label, str(report)]
+        command = [sys.executable, "-m", "unmask.lab.bench.worker", *words]
         done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if report.is_file():
             return json.loads(report.read_text())
@@ -118,14 +112,14 @@ def run_rows(
             result.status, result.reason = "not installed", result.row.missing
     start, total = time.perf_counter(), settings.draws * len(results)
     for number in range(total):
-        draw_number, place = divmod(number, len(results))
-        result = results[(place + draw_number) % len(results)]
+        draw, place = divmod(number, len(results))
+        result = results[(place + draw) % len(results)]
         if result.reason:
             continue
-        result.add(measure(settings, result.row), draw_number)
+        result.add(measure(settings, result.row), draw)
         save()
         left = (time.perf_counter() - start) / (number + 1) * (total - number - 1)
-        say(f"draw {draw_number + 1} of {settings.draws}, {_progress(result)} (about {left:.0f} s to go)")
+        say(f"draw {draw + 1} of {settings.draws}, {_progress(result)} (about {left:.0f} s to go)")
 
 
 def _progress(result: RowResult) -> str:
@@ -214,7 +208,7 @@ def write_reports(record: Mapping[str, Any], settings: BenchSettings, name: str,
     folder = Path(settings.output)
     write_text(folder / f"{name}.md", markdown(record))
     try:
-        draw(record, folder / f"{name}.png")
+        save_figure(record, folder / f"{name}.png")
     except MissingExtraError as error:
         say(f"{name}.png was not drawn: {error}")
 

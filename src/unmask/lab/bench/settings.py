@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from unmask.errors import ConfigError
 from unmask.lab.bench.rows import Row, parse_rows
 from unmask.lab.bench.shapes import SHAPES, Shape
 
-DTYPES = ("float32", "autocast", "bf16")
-DEVICES = ("auto", "cpu", "cuda")
-CURVES = ("budget", "size", "selection")
+Dtype = Literal["float32", "autocast", "bf16"]
+Device = Literal["auto", "cpu", "cuda"]
+Curve = Literal["budget", "size", "selection"]
 
 
 def _option(default: Any, text: str) -> Any:
@@ -43,7 +43,7 @@ class BenchSettings:
     batch_size: int | None = _option(None, "Sequences per batch; by default the shape's own number.")
     seq_len: int | None = _option(None, "Tokens per sequence; by default the shape's own number.")
     budget: int = _option(320_000, "The budget B: how many scalar weights unmask trains.")
-    dtype: str = _option(
+    dtype: Dtype = _option(
         "float32", "float32; autocast (float32 weights, bfloat16 autocast); or bf16 (bfloat16 weights)."
     )
     methods: str = _option(
@@ -57,18 +57,18 @@ class BenchSettings:
         3, "Timed steps of each process. A row with a stride runs whole cycles, at least this many steps."
     )
     threads: int = _option(2, "CPU threads.")
-    device: str = _option("auto", "cpu, cuda, or auto, which takes CUDA if there is a CUDA device.")
+    device: Device = _option("auto", "cpu, cuda, or auto, which takes CUDA if there is a CUDA device.")
     dropout: float | None = _option(None, "Every dropout probability of the model; by default those of its config.")
     lora_r: int = _option(8, "The rank of LoRA.")
-    curve: str | None = _option(None, "A scaling curve to measure instead of the table: budget, size or selection.")
+    curve: Curve | None = _option(None, "A scaling curve to measure instead of the table: budget, size or selection.")
     output: str = _option("runs/bench", "The folder for the results.")
     seed: int = _option(0, "The seed of the weights, the batches and the random masks.")
 
     def __post_init__(self) -> None:
-        _need_one_of("dtype", self.dtype, DTYPES)
-        _need_one_of("device", self.device, DEVICES)
+        _need_one_of("dtype", self.dtype, get_args(Dtype))
+        _need_one_of("device", self.device, get_args(Device))
         if self.curve is not None:
-            _need_one_of("curve", self.curve, CURVES)
+            _need_one_of("curve", self.curve, get_args(Curve))
         for name in ("budget", "draws", "warmup", "steps", "threads", "lora_r"):
             _need_at_least(name, getattr(self, name), 1)
         for name, least in (("batch_size", 1), ("seq_len", 2)):
