@@ -16,11 +16,6 @@ Device = Literal["auto", "cpu", "cuda"]
 Curve = Literal["budget", "size", "selection"]
 
 
-def _option(default: Any, text: str) -> Any:
-    """Returns a field with a default and the help text that the command line shows."""
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class BenchSettings:
     """Everything that a benchmark run depends on. The run writes it into its record.
@@ -35,34 +30,52 @@ class BenchSettings:
         ['frozen', 'static@1000']
     """
 
-    model: str = _option(
-        "roberta-base",
-        f"The model: a shape ({', '.join(SHAPES)}), a folder with a config.json, or the id of a model in the local hub "
-        "cache. Only the config is read: the weights are random and nothing is downloaded.",
+    model: str = field(
+        default="roberta-base",
+        metadata={
+            "help": f"The model: a shape ({', '.join(SHAPES)}), a folder with a config.json, or the id of a model in the "
+            "local hub cache. Only the config is read: the weights are random and nothing is downloaded."
+        },
     )
-    batch_size: int | None = _option(None, "Sequences per batch; by default the shape's own number.")
-    seq_len: int | None = _option(None, "Tokens per sequence; by default the shape's own number.")
-    budget: int = _option(320_000, "The budget B: how many scalar weights unmask trains.")
-    dtype: Dtype = _option(
-        "float32", "float32; autocast (float32 weights, bfloat16 autocast); or bf16 (bfloat16 weights)."
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Sequences per batch; by default the shape's own number."}
     )
-    methods: str = _option(
-        "all",
-        "The rows to measure, separated by commas: frozen, full, full-fused, lora, shira, super, authors, static, "
-        "static-d3, id3, id3-10, id3-100 (id3-K for a stride of K), NAME@BUDGET for another budget, or all.",
+    seq_len: int | None = field(
+        default=None, metadata={"help": "Tokens per sequence; by default the shape's own number."}
     )
-    draws: int = _option(3, "How often each row is measured, every time in a fresh process.")
-    warmup: int = _option(2, "Training steps of each process before the timed ones.")
-    steps: int = _option(
-        3, "Timed steps of each process. A row with a stride runs whole cycles, at least this many steps."
+    budget: int = field(default=320_000, metadata={"help": "The budget B: how many scalar weights unmask trains."})
+    dtype: Dtype = field(
+        default="float32",
+        metadata={"help": "float32; autocast (float32 weights, bfloat16 autocast); or bf16 (bfloat16 weights)."},
     )
-    threads: int = _option(2, "CPU threads.")
-    device: Device = _option("auto", "cpu, cuda, or auto, which takes CUDA if there is a CUDA device.")
-    dropout: float | None = _option(None, "Every dropout probability of the model; by default those of its config.")
-    lora_r: int = _option(8, "The rank of LoRA.")
-    curve: Curve | None = _option(None, "A scaling curve to measure instead of the table: budget, size or selection.")
-    output: str = _option("runs/bench", "The folder for the results.")
-    seed: int = _option(0, "The seed of the weights, the batches and the random masks.")
+    methods: str = field(
+        default="all",
+        metadata={
+            "help": "The rows to measure, separated by commas: frozen, full, full-fused, lora, shira, super, authors, static, "
+            "static-d3, id3, id3-10, id3-100 (id3-K for a stride of K), NAME@BUDGET for another budget, or all."
+        },
+    )
+    draws: int = field(default=3, metadata={"help": "How often each row is measured, every time in a fresh process."})
+    warmup: int = field(default=2, metadata={"help": "Training steps of each process before the timed ones."})
+    steps: int = field(
+        default=3,
+        metadata={
+            "help": "Timed steps of each process. A row with a stride runs whole cycles, at least this many steps."
+        },
+    )
+    threads: int = field(default=2, metadata={"help": "CPU threads."})
+    device: Device = field(
+        default="auto", metadata={"help": "cpu, cuda, or auto, which takes CUDA if there is a CUDA device."}
+    )
+    dropout: float | None = field(
+        default=None, metadata={"help": "Every dropout probability of the model; by default those of its config."}
+    )
+    lora_r: int = field(default=8, metadata={"help": "The rank of LoRA."})
+    curve: Curve | None = field(
+        default=None, metadata={"help": "A scaling curve to measure instead of the table: budget, size or selection."}
+    )
+    output: str = field(default="runs/bench", metadata={"help": "The folder for the results."})
+    seed: int = field(default=0, metadata={"help": "The seed of the weights, the batches and the random masks."})
 
     def __post_init__(self) -> None:
         _need_one_of("dtype", self.dtype, get_args(Dtype))
