@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--model", default="roberta-base")
     parser.add_argument("--dtype", default="float32", help="float32, autocast or bf16")
     parser.add_argument("--steps", type=int, default=4, help="profiled steps of a row without a stride")
-    parser.add_argument("--most", type=int, default=14, help="operators with a line of their own")
+    parser.add_argument("--most", type=int, default=14, help="how many operators get a line each")
     given = parser.parse_args()
     settings = BenchSettings(
         model=given.model, methods=given.methods, dtype=given.dtype, steps=given.steps, device="cpu"

@@ -39,9 +39,11 @@ class MidRun:
         """Returns b(t), the weights that are unmasked by step t."""
         if t < RAMP:
             return max(1, self.start * (t + 1) // RAMP)
-        warm, timed = t - RAMP, t - RAMP - self.warmup
-        before = -(-self.warmup // self.cycle)
-        begun = 1 + (warm // self.cycle if timed < 0 else before + timed // self.cycle)
+        after = t - RAMP
+        if after < self.warmup:
+            begun = after // self.cycle + 1
+        else:
+            begun = -(-self.warmup // self.cycle) + (after - self.warmup) // self.cycle + 1
         return min(B, self.start + self.total * begun // self.cycles)
 
 
@@ -59,7 +61,6 @@ def mid_run(row: Row, warmup: int, steps: int) -> MidRun:
     """
     cycles = row.cycles(warmup) + row.cycles(steps)
     planned = row.budget * row.stride * cycles // PLANNED_STEPS
-    total = min(
-        int(_SHARE * row.budget), max(cycles, planned)
-    )  # Every cycle unmasks a weight, if the budget allows it.
+    # Every cycle unmasks a weight, if the budget allows it.
+    total = min(int(_SHARE * row.budget), max(cycles, planned))
     return MidRun(row.cycle, warmup, cycles, max(1, (row.budget - total) // 2), total)

@@ -33,9 +33,9 @@ _PEERS = ("transformers", "peft", "selective_optimizers.wrap")
 def measure(settings: BenchSettings, row: Row) -> dict[str, Any]:
     """Trains a row in this process.
 
-    An ID3 row first fills half of its budget, in one step per batch on the first quarter of each sequence, so that it is measured
-    in the middle of a run. Shorter sequences keep the memory of these steps below that of the others. The warm-up and the
-    timed steps follow, on whole batches.
+    An ID3 row first fills half of its budget, in one step per batch on the first quarter of each sequence, so that it is
+    measured in the middle of a run. Shorter sequences keep the memory of these steps below that of the others. The warm-up
+    and the timed steps follow, on whole batches.
 
     Args:
         settings: The run.
@@ -54,7 +54,7 @@ def measure(settings: BenchSettings, row: Row) -> dict[str, Any]:
     before = _allocated(plan.device) or resident_bytes()
     start(contender, batches, settings)
     gc.collect()
-    gc.disable()  # The garbage collector runs at times of its own choice, which would fall on some steps only.
+    gc.disable()  # Otherwise the garbage collector would run in some of the steps and not in others.
     try:
         count = row.cycle * row.cycles(settings.steps)
         steps = [contender.step(batches[i % len(batches)], autocast) for i in range(count)]
