@@ -1,4 +1,4 @@
-"""Where the dense product of a weight gradient beats the sampled one, and what `choose` makes of it.
+"""Measures where the dense product of a weight gradient beats the sampled one, and how well `choose` chooses.
 
     python benchmarks/crossover.py --threads 2 --output crossover.json
 
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from unmask.gradients.sampled import choose, sampled_product, triton_sampled
 from unmask.gradients.entries import Entries
+from unmask.gradients.sampled import choose, sampled_product, triton_sampled
 
 SHAPES = [(384, 384), (1536, 384), (768, 768), (3072, 768), (768, 3072), (2048, 2048)]
 DENSITIES = [0.0005, 0.002, 0.005, 0.02, 0.05, 0.1]
@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def entries(rows: int, columns: int, density: float, pattern: str, device: str) -> Entries:
-    """A pattern's entries."""
+    """Returns the entries of a pattern: random ones, or all in 16 rows."""
     count = max(1, int(density * rows * columns))
     room = rows * columns if pattern == "random" else max(min(rows, 16) * columns, count)
     flat = torch.randperm(room, generator=torch.Generator().manual_seed(0))[:count].sort().values.to(device)
@@ -35,7 +35,7 @@ def entries(rows: int, columns: int, density: float, pattern: str, device: str) 
 
 
 def seconds(call: Callable[[], object], device: str, repeats: int) -> float:
-    """The median of some calls."""
+    """Returns the median time of some calls, after one that does not count."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -47,7 +47,7 @@ def seconds(call: Callable[[], object], device: str, repeats: int) -> float:
 
 
 def measure(shape: tuple[int, int], tokens: int, dtype: str, device: str, repeats: int) -> list[dict]:
-    """One shape's rows."""
+    """Times the products of one shape, for each pattern and density."""
     rows, columns = shape
     g = torch.randn(tokens, rows, device=device).to(DTYPES[dtype])
     x = torch.randn(tokens, columns, device=device).to(DTYPES[dtype])
@@ -74,14 +74,14 @@ def measure(shape: tuple[int, int], tokens: int, dtype: str, device: str, repeat
 
 
 def show(row: dict) -> None:
-    """One line."""
+    """Prints a case as one line."""
     times = "  ".join(f"{how} {row[f'{how}_ms']:8.2f}" for how in ("dense", "compact", "sampled") if f"{how}_ms" in row)
     place = f"{row['rows']:5} x {row['columns']:5} T {row['tokens']:5} {row['dtype']:8} {row['pattern']:6} {row['density']:7.2%}"
     print(f"{place}  {times} ms  -> {row['chosen']:8} {row['loss']:5.2f} x the best", flush=True)
 
 
 def main() -> None:
-    """The command."""
+    """Measures every case that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])

@@ -3,5 +3,5 @@
 set -eu
 out=${1:?usage: bash benchmarks/curves.sh OUT}
 unmask bench --curve budget --model minilm --output "$out/curves"
-unmask bench --curve selection --rounds 3 --output "$out/curves"
-unmask bench --curve size --rounds 2 --steps 2 --output "$out/curves"
+unmask bench --curve selection --output "$out/curves"
+unmask bench --curve size --draws 2 --steps 2 --output "$out/curves"

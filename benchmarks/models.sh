@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The other shapes. Rows that do not fit into memory together run in groups.
+# The other shapes.
 set -eu
 out=${1:?usage: bash benchmarks/models.sh OUT}
 few=frozen,full,lora,static,id3,id3-10
-unmask bench --model minilm --rounds 2 --output "$out/minilm"
+unmask bench --model minilm --output "$out/minilm"
 for model in mpnet smollm2; do
-  unmask bench --model "$model" --methods $few --rounds 1 --output "$out/$model"
+  unmask bench --model "$model" --methods $few --output "$out/$model"
 done
-unmask bench --model llama-1b --dtype bf16 --budget 1000000 --methods $few --rounds 1 --steps 2 --output "$out/llama-1b"
+unmask bench --model llama-1b --dtype bf16 --budget 1000000 --methods $few --draws 2 --steps 2 --output "$out/llama-1b"

@@ -1,48 +1,59 @@
-"""Where a step's time goes: torch's profiler over some rows of the benchmark, operator by operator, side by side.
+"""Shows where a step's time goes: torch's profiler over some rows of the benchmark, operator by operator, side by side.
 
     python benchmarks/operators.py OUT --methods frozen,static,full --steps 4
     python benchmarks/operators.py OUT --methods frozen,lora,id3-10 --dtype autocast
 
-Each row runs in turn in this process, on the same model and batches; the heap keeps what was freed. Times are the operators' own
-(without the operators that they call), in milliseconds a step; "between operators" is the step's wall time less their sum:
-Python, autograd's bookkeeping, the optimizer's. Profiling itself costs a little, so the ratios of benchmark runs are the ones to
-quote. Writes OUT/operators.json (for another dtype than float32 OUT/operators-DTYPE.json) and prints the table.
+Each row runs in a fresh process, on the same model and batches. Times are the operators' own, without the operators that they
+call, in milliseconds a step. "between operators" is the step's wall time less their sum: Python, the bookkeeping of autograd
+and the optimizer. Profiling itself costs a little, so quote the ratios of benchmark runs and not these. The script writes
+OUT/operators.json (for another dtype than float32 OUT/operators-DTYPE.json) and prints the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
 import json
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from unmask.lab.bench.heap import keep_freed_memory
-from unmask.lab.bench.lanes import LocalLane
-from unmask.lab.bench.machine import describe_machine
+from unmask.lab.bench.contenders import build
 from unmask.lab.bench.models import blueprint
-from unmask.lab.bench.quiet import import_peers, quiet_torch
+from unmask.lab.bench.rows import Row
+from unmask.lab.bench.run import describe_machine
 from unmask.lab.bench.settings import BenchSettings
+from unmask.lab.bench.worker import start
 
 BETWEEN = "between operators"
 
 
-def profiled(lane: LocalLane) -> dict[str, float]:
-    """Milliseconds a step of each operator of one row, and of what lies between them."""
-    lane.stretch(0, 0)  # masks and the heap are in place after it
+def profiled(settings: BenchSettings, row: Row) -> dict[str, float]:
+    """Returns a row's milliseconds per step in each operator and between the operators."""
+    torch.set_num_threads(settings.threads)
+    plan = blueprint(settings)
+    contender, batches, autocast = build(row, plan, settings), plan.batches(), settings.dtype == "autocast"
+    start(contender, batches, settings)  # The masks are in place after it.
+    steps = row.cycle * row.cycles(settings.steps)
+    gc.collect()
+    gc.disable()
     with profile(activities=[ProfilerActivity.CPU]) as seen:
-        start = time.perf_counter()
-        steps = len(lane.stretch(0, 1))
-        wall = time.perf_counter() - start
+        begin = time.perf_counter()
+        for i in range(steps):
+            contender.step(batches[i % len(batches)], autocast)
+        wall = time.perf_counter() - begin
     own = {event.key: event.self_cpu_time_total / 1e3 / steps for event in seen.key_averages()}
     return {**own, BETWEEN: 1e3 * wall / steps - sum(own.values()), "step": 1e3 * wall / steps}
 
 
 def table(rows: dict[str, dict[str, float]], most: int) -> str:
-    """The operators that take most in any row, largest first, the rest summed."""
+    """Returns the operators that take most in any row, the largest first, and the sum of the others, as Markdown."""
     keys = {key for row in rows.values() for key in row} - {BETWEEN, "step"}
     ranked = sorted(keys, key=lambda key: -max(row.get(key, 0.0) for row in rows.values()))
     lines = [["operator, ms a step", *rows], ["---", *("---:" for _ in rows)]]
@@ -54,30 +65,26 @@ def table(rows: dict[str, dict[str, float]], most: int) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Profiles the rows that the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("output", metavar="OUT")
     parser.add_argument("--methods", default="frozen,static,full")
     parser.add_argument("--model", default="roberta-base")
     parser.add_argument("--dtype", default="float32", help="float32, autocast or bf16")
     parser.add_argument("--steps", type=int, default=4, help="profiled steps of a row without a stride")
-    parser.add_argument("--most", type=int, default=14, help="operators with a line of their own")
+    parser.add_argument("--most", type=int, default=14, help="how many operators get a line each")
     given = parser.parse_args()
     settings = BenchSettings(
-        model=given.model, methods=given.methods, dtype=given.dtype, steps=given.steps, rounds=1, device="cpu"
+        model=given.model, methods=given.methods, dtype=given.dtype, steps=given.steps, device="cpu"
     )
-    import_peers()
-    keep_freed_memory()
-    with quiet_torch(settings.threads):
-        plan = blueprint(settings)
-        batches = plan.batches()
-        rows = {row.label: profiled(LocalLane(row, plan, batches, settings)) for row in settings.rows()}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        rows = {row.label: pool.submit(profiled, settings, row).result() for row in settings.rows()}
     out = Path(given.output)
     out.mkdir(parents=True, exist_ok=True)
     record = {
         "command": f"python benchmarks/operators.py {' '.join(sys.argv[1:])}",
         "machine": describe_machine(torch.device("cpu"), settings.threads),
-        "settings": settings.as_json(),
+        "settings": dataclasses.asdict(settings),
         "rows": rows,
         "table": table(rows, given.most),
     }

@@ -13,13 +13,13 @@ LINEAR = [(16, 16)] * 4 * 2 + [(16, 32), (32, 16)] * 2 + [(16, 16), (16, 2)]  # 
 
 
 def write_config(path):
-    """A folder with nothing but a config."""
+    """Writes a folder with nothing but a config."""
     BertConfig(**DIMS, architectures=["BertModel"]).save_pretrained(path)
     return path
 
 
 def settings_for(folder, output, **more):
-    given = {"methods": "all", "rounds": 2, "steps": 2, "memory": False, "device": "cpu", "processes": False} | more
+    given = {"methods": "all", "draws": 2, "warmup": 1, "steps": 2, "device": "cpu"} | more
     return BenchSettings(
         model=str(folder), batch_size=2, seq_len=8, budget=BUDGET, threads=1, output=str(output), **given
     )

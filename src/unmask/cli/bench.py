@@ -33,7 +33,7 @@ def run(given: dict[str, Any], command: str) -> None:
 
         record = run_curve(settings, _say, command)
     else:
-        from unmask.lab.bench.runner import run_bench
+        from unmask.lab.bench.run import run_bench
 
         record = run_bench(settings, _say, command)
     _show(record)
@@ -52,11 +52,7 @@ def _show(record: dict[str, Any]) -> None:
     if "points" in record:
         _print_table(*tables.curve(record))
         return
-    for header, lines in (
-        (tables.TIMES, tables.times(record)),
-        (tables.COSTS, tables.costs(record)),
-        (tables.BARS, tables.verdicts(record)),
-    ):
+    for header, lines in ((tables.TIMES, tables.times(record)), (tables.COSTS, tables.costs(record))):
         if lines:
             _print_table(header, lines)
     for remark in tables.remarks(record):

@@ -1,4 +1,4 @@
-"""Scaling curves: a step's cost as the budget grows, as the model grows, and what selecting costs."""
+"""Measures scaling curves: how a step's cost grows with the budget and with the model, and what selecting costs."""
 
 from __future__ import annotations
 
@@ -9,68 +9,64 @@ from statistics import median
 from typing import Any
 
 from unmask.files import write_json
-from unmask.lab.bench.grouping import too_large
-from unmask.lab.bench.machine import available_bytes
-from unmask.lab.bench.models import Blueprint, blueprint
-from unmask.lab.bench.quiet import quiet_torch
-from unmask.lab.bench.record import derive
-from unmask.lab.bench.rounds import RowResult
-from unmask.lab.bench.runner import header, write_reports
+from unmask.lab.bench.models import blueprint
+from unmask.lab.bench.run import Measure, RowResult, Say, figures_of, header, measure_apart, run_rows, write_reports
 from unmask.lab.bench.settings import BenchSettings
-from unmask.lab.bench.shapes import SHAPES, SIZES, Shape
-from unmask.lab.bench.stats import StepTime
-from unmask.lab.bench.timed import Say, estimates, time_rows
+from unmask.lab.bench.shapes import SIZES
+from unmask.lab.bench.tables import StepTime, ratio
 
 BUDGETS = (10**3, 10**4, 10**5, 10**6, 10**7)
 SIZE_BUDGET = 100_000
-SELECTION_MODELS = tuple(SHAPES[name] for name in ("roberta-base", "minilm", "mpnet", "smollm2"))
+SIZE_MODELS = tuple(shape.name for shape in SIZES)
+SELECTION_MODELS = ("roberta-base", "minilm", "mpnet", "smollm2")
 
 
 def run_curve(
     settings: BenchSettings,
     say: Say = print,
     command: str | None = None,
+    measure: Measure = measure_apart,
     *,
     budgets: Sequence[int] = BUDGETS,
-    sizes: Sequence[Shape] = SIZES,
-    models: Sequence[Shape] = SELECTION_MODELS,
+    models: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Measures a curve and writes ``curve-NAME.json``, ``.md`` and ``.png``; the JSON grows point by point.
+    """Measures a curve and writes ``curve-NAME.json``, ``.md`` and ``.png``. The JSON grows while the run goes on.
 
     Args:
         settings: The run, with a curve.
         say: Takes lines of progress.
         command: The command line, for the record.
-        budgets: Of the curve over B.
-        sizes: Shapes of the curve over N, smallest first.
-        models: Shapes whose cost of selecting is measured.
+        measure: Measures a row; by default in a fresh process.
+        budgets: The budgets of the curve over the budget.
+        models: The models of the other two curves, the smallest first; by default those of the curve.
+
+    Returns:
+        The record, as the JSON file holds it.
     """
-    name = f"curve-{settings.curve}"
-    with quiet_torch(settings.threads):
-        record = header(settings, command)
-        record |= {"curve": settings.curve, "points": [], "notes": [], "rows": {}}
-        curve = _Curve(record, Path(settings.output, f"{name}.json"), say)
-        curve.save()
-        if settings.curve == "budget":
-            _over_budget(curve, settings, budgets)
-        elif settings.curve == "size":
-            _over_size(curve, settings, sizes)
-        else:
-            _selection(curve, settings, models)
-        record["complete"] = True
-        curve.save()
-        write_reports(record, settings, name, say)
-    return record
+    curve = _Curve(settings, say, command, measure)
+    curve.save()
+    if settings.curve == "budget":
+        _over_budget(curve, budgets)
+    elif settings.curve == "size":
+        _over_size(curve, models or SIZE_MODELS)
+    else:
+        _cost_of_selecting(curve, models or SELECTION_MODELS)
+    curve.record["complete"] = True
+    curve.save()
+    write_reports(curve.record, settings, curve.name, say)
+    return curve.record
 
 
 class _Curve:
-    """A curve's record as it grows."""
+    """The record of a curve, which grows row by row and point by point."""
 
-    def __init__(self, record: dict[str, Any], path: Path, say: Say) -> None:
-        self.record, self.path, self.say = record, path, say
+    def __init__(self, settings: BenchSettings, say: Say, command: str | None, measure: Measure) -> None:
+        self.settings, self.say, self.measure = settings, say, measure
+        self.name = f"curve-{settings.curve}"
+        self.record = header(settings, command) | {"curve": settings.curve, "points": [], "notes": []}
 
     def save(self) -> None:
-        write_json(self.path, self.record)
+        write_json(Path(self.settings.output, f"{self.name}.json"), self.record)
 
     def note(self, text: str) -> None:
         self.record["notes"].append(text)
@@ -80,111 +76,81 @@ class _Curve:
         self.record["points"].append(point)
         self.save()
 
-    def measure(self, settings: BenchSettings, plan: Blueprint, methods: str) -> dict[str, RowResult]:
-        """Times rows on a model; keeps their figures under the model's name."""
-        settings = dataclasses.replace(settings, methods=methods)
+    def run(self, model: str, methods: str) -> tuple[int, dict[str, RowResult]]:
+        """Measures rows of a model and keeps their figures under its name; returns its weights and the rows by label."""
+        settings = dataclasses.replace(self.settings, model=model, methods=methods)
+        described = blueprint(settings).describe()
+        name, weights = described["name"], described["parameters"]
+        self.say(f"{name}: {weights:,} weights")
         results = [RowResult(row) for row in settings.rows()]
 
         def save() -> None:
-            tokens = plan.shape.batch * plan.shape.length
-            self.record["rows"][plan.shape.name] = derive(results, tokens)
+            self.record["rows"][name] = figures_of(results, described["tokens"])
             self.save()
 
-        self.record["grouping"] = time_rows(results, plan, settings, self.say, save)
+        run_rows(results, settings, self.say, save, self.measure)
         for result in results:
             if result.reason:
-                self.note(f"{plan.shape.name}, {result.row.label}: {result.status}: {result.reason}")
-        return {result.row.label: result for result in results}
+                self.note(f"{name}, {result.row.label}: {result.status}: {result.reason}")
+        return weights, {result.row.label: result for result in results}
 
 
-def _over_budget(curve: _Curve, settings: BenchSettings, budgets: Sequence[int]) -> None:
-    plan = blueprint(settings)
-    curve.record["model"] = plan.describe()
+def _over_budget(curve: _Curve, budgets: Sequence[int]) -> None:
+    curve.record["model"] = blueprint(curve.settings).describe()
     total = curve.record["model"]["parameters"]
     fitting = [budget for budget in budgets if budget <= total]
     if len(fitting) < len(budgets):
-        curve.note(f"budgets above the model's {total:,} weights are left out")
+        curve.note(f"The budgets above the model's {total:,} weights are left out.")
     labels = [f"{kind}@{budget}" for budget in fitting for kind in ("static", "id3-10")]
-    results = curve.measure(settings, plan, ",".join(["frozen", *labels]))
+    _, rows = curve.run(curve.settings.model, ",".join(["frozen", *labels]))
     for budget in fitting:
-        floor = _floor(results["frozen"], results[f"static@{budget}"], results[f"id3-10@{budget}"])
-        figures = _figures(results[f"static@{budget}"], results[f"id3-10@{budget}"])
-        curve.add(budget=budget, **{key: value / floor if value and floor else None for key, value in figures.items()})
+        parts = _parts(rows[f"static@{budget}"], rows[f"id3-10@{budget}"])
+        ratios = {name: ratio(steps, rows["frozen"].steps) for name, steps in parts.items()}
+        curve.add(budget=budget, **{name: found["ratio"] if found else None for name, found in ratios.items()})
 
 
-def _over_size(curve: _Curve, settings: BenchSettings, sizes: Sequence[Shape]) -> None:
-    shorter = dataclasses.replace(settings, rounds=max(2, settings.rounds // 2))
+def _over_size(curve: _Curve, models: Sequence[str]) -> None:
+    """Goes from the smallest model to the largest, and stops where a row fails, because memory has run out."""
     static, strided = (f"{kind}@{SIZE_BUDGET}" for kind in ("static", "id3-10"))
-    for shape in sizes:
-        plan = blueprint(shorter, shape)
-        described = plan.describe()
-        large = _too_large(plan, f"frozen,{static}", shorter)
-        if large:
-            curve.note(f"stopped before {shape.name} ({described['parameters']:,} weights): it {large}")
+    for model in models:
+        weights, rows = curve.run(model, f"frozen,{static},{strided}")
+        parts = {"frozen": rows["frozen"].steps, **_parts(rows[static], rows[strided])}
+        seconds = {name: median(step.total for step in steps) if steps else None for name, steps in parts.items()}
+        curve.add(model=model, parameters=weights, **seconds)
+        if any(result.status == "failed" for result in rows.values()):
+            curve.note(f"The curve stops at {model}, where a row failed.")
             return
-        curve.say(f"{shape.name}: {described['parameters']:,} weights")
-        results = curve.measure(shorter, plan, f"frozen,{static},{strided}")
-        figures = _figures(results[static], results[strided])
-        curve.add(model=shape.name, parameters=described["parameters"], frozen=_median(results["frozen"]), **figures)
 
 
-def _selection(curve: _Curve, settings: BenchSettings, models: Sequence[Shape]) -> None:
-    for shape in models:
-        plan = blueprint(settings, shape)
-        curve.say(f"{shape.name}: exact ID3 against full fine-tuning")
-        results = curve.measure(settings, plan, "frozen,full,id3")
-        id3, full = results["id3"].steps, results["full"].steps
-        if id3 and full:
-            parameters = plan.describe()["parameters"]
-            curve.add(model=shape.name, parameters=parameters, **selection_cost(id3, full))
+def _cost_of_selecting(curve: _Curve, models: Sequence[str]) -> None:
+    for model in models:
+        weights, rows = curve.run(model, "full,id3")
+        if rows["full"].steps and rows["id3"].steps:
+            curve.add(model=model, parameters=weights, **selection_cost(rows["id3"].steps, rows["full"].steps))
 
 
 def selection_cost(id3: Sequence[StepTime], full: Sequence[StepTime]) -> dict[str, float]:
-    """What selecting adds to a backward pass that forms every dense gradient anyway.
+    """Returns what selecting adds to a backward pass that forms every dense gradient anyway.
 
     Args:
-        id3: Steps of exact ID3: the dense gradients are formed, ranked, gathered and dropped.
-        full: Steps of full fine-tuning in the same rounds: they are formed and kept.
+        id3: The steps of exact ID3, which ranks every gradient.
+        full: The steps of full fine-tuning in the same draws, which forms every gradient and keeps it.
 
     Returns:
-        Median backward of each, in seconds, and their difference as a ``share of backward``, the median over the rounds.
+        The median backward pass of each, in seconds, and as ``share of backward`` their ratio less one, which is the median
+        over the draws.
     """
-    ours, dense = _backwards(id3), _backwards(full)
-    shares = [ours[key] / dense[key] - 1 for key in sorted(ours.keys() & dense.keys())]
+    found = ratio(id3, full, "backward")
     return {
         "id3 backward": median(step.backward for step in id3),
         "full backward": median(step.backward for step in full),
-        "share of backward": median(shares) if shares else 0.0,
+        "share of backward": found["ratio"] - 1 if found else 0.0,
     }
 
 
-def _backwards(steps: Sequence[StepTime]) -> dict[tuple[int, int], float]:
-    keys = {(s.group, s.round) for s in steps}
-    return {key: median(s.backward for s in steps if (s.group, s.round) == key) for key in keys}
-
-
-def _figures(static: RowResult, strided: RowResult) -> dict[str, float | None]:
-    selecting = [step.total for step in strided.steps if step.selecting]
-    between = [step.total for step in strided.steps if not step.selecting]
+def _parts(static: RowResult, strided: RowResult) -> dict[str, list[StepTime]]:
     return {
-        "static": _median(static),
-        "id3-10 between": median(between) if between else None,
-        "id3-10 selecting": median(selecting) if selecting else None,
+        "static": static.steps,
+        "id3-10 between": [step for step in strided.steps if not step.selecting],
+        "id3-10 selecting": [step for step in strided.steps if step.selecting],
     }
-
-
-def _median(result: RowResult) -> float | None:
-    return median(step.total for step in result.steps) if result.steps else None
-
-
-def _floor(frozen: RowResult, *rows: RowResult) -> float | None:
-    """The frozen row's median in the groups that these rows ran in."""
-    groups = {step.group for row in rows for step in row.steps}
-    totals = [step.total for step in frozen.steps if step.group in groups]
-    return median(totals) if totals else None
-
-
-def _too_large(plan: Blueprint, methods: str, settings: BenchSettings) -> str | None:
-    rows = [RowResult(row) for row in dataclasses.replace(settings, methods=methods).rows()]
-    held, step = estimates(rows, plan)
-    return too_large(list(held), held, step, available_bytes(plan.device))

@@ -1,4 +1,4 @@
-"""From a shape to a model with random weights, and batches for it. Nothing here reaches a network."""
+"""Builds models with random weights, and batches for them. Nothing here reaches a network."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from unmask.errors import ConfigError, need
+from unmask.lab.bench.schedule import RAMP
 from unmask.lab.bench.settings import BenchSettings
 from unmask.lab.bench.shapes import SHAPES, Shape
 
 Batch = Mapping[str, Tensor]
-BATCHES = 4  # distinct batches, taken in turn
+BATCHES = RAMP  # The steps take these batches in turn; each batch serves one step of the ramp.
 _CLASSES = 2
-_SPECIAL = 5  # token ids below this are special in some vocabulary (padding shifts RoBERTa's positions)
+_SPECIAL = 5  # Token ids below this one are special in some vocabulary; RoBERTa's padding shifts its positions.
 _CLASS_NAMES = {
     "roberta": ("RobertaConfig", "RobertaForSequenceClassification"),
     "bert": ("BertConfig", "BertForSequenceClassification"),
@@ -28,12 +29,18 @@ _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_d
 
 
 class Blueprint:
-    """Builds the same model again and again: one config, one seed.
+    """Builds one model, every time with the same config and the same random weights.
 
     Attributes:
-        shape: Name, batch and length; no dimensions where the config was read from a folder.
+        shape: The name, batch and length. Its ``dims`` are empty if the config was read from a file.
         config: The transformers config.
-        causal: A causal language model; otherwise a classifier of two classes.
+        causal: True for a causal language model, False for a classifier of two classes.
+        device: The device of the run.
+        dtype: The dtype of the weights.
+        seed: The seed of the weights, the batches and the random masks.
+
+    Raises:
+        ConfigError: The sequences are longer than the model's position embeddings.
     """
 
     def __init__(self, shape: Shape, config: Any, model_class: Any, settings: BenchSettings) -> None:
@@ -50,13 +57,17 @@ class Blueprint:
             raise ConfigError(f"seq_len = {shape.length}; {shape.name} has room for at most {positions} positions.")
 
     def build(self) -> nn.Module:
-        """A fresh model in training mode, on the device and in the dtype of the run; always the same weights."""
+        """Returns a new model in training mode, on the run's device and in its dtype."""
         torch.manual_seed(self.seed)
         with _default_dtype(self.dtype), self.device:
             return self._model_class(self.config).train()
 
     def batches(self) -> list[Batch]:
-        """`BATCHES` fixed random batches: int64 ``input_ids`` and ``attention_mask`` (batch, length), and ``labels``."""
+        """Returns `BATCHES` fixed random batches.
+
+        Each holds int64 ``input_ids`` and ``attention_mask`` of shape (batch, length). ``labels`` are the ``input_ids`` of
+        a causal language model, otherwise int64 of shape (batch,).
+        """
         draw = torch.Generator().manual_seed(self.seed)
         size = (self.shape.batch, self.shape.length)
         batches: list[Batch] = []
@@ -68,7 +79,7 @@ class Blueprint:
         return batches
 
     def describe(self) -> dict[str, Any]:
-        """The model as JSON values: size, tokens per step, dropout."""
+        """Returns the model's size, its batch and its dropout as JSON values."""
         with torch.device("meta"):
             model = self._model_class(self.config)
         return {
@@ -84,15 +95,16 @@ class Blueprint:
         }
 
 
-def blueprint(settings: BenchSettings, shape: Shape | None = None) -> Blueprint:
-    """What a run's settings, or a given shape, stand for.
+def blueprint(settings: BenchSettings) -> Blueprint:
+    """Returns the blueprint of the model that the settings name.
 
     Raises:
-        ConfigError: A folder or cached model without a readable config, or of a kind that cannot be built.
+        ConfigError: A folder or a cached model has no readable config, or its model is neither a classifier nor a causal
+            language model.
         MissingExtraError: transformers is not installed.
     """
     transformers = need("transformers", "bench")
-    shape = shape or SHAPES.get(settings.model)
+    shape = SHAPES.get(settings.model)
     if shape is None:
         return _from_config(transformers, settings)
     config_class, model_class = (getattr(transformers, name) for name in _CLASS_NAMES[shape.family])
@@ -101,10 +113,10 @@ def blueprint(settings: BenchSettings, shape: Shape | None = None) -> Blueprint:
 
 
 def device_of(settings: BenchSettings) -> torch.device:
-    """The device of a run.
+    """Returns the device of a run.
 
     Raises:
-        ConfigError: ``cuda`` is asked for, and there is none.
+        ConfigError: The settings ask for ``cuda`` and there is no CUDA device.
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda', but torch sees no CUDA device; use --device cpu, or auto.")
@@ -121,9 +133,11 @@ def _from_config(transformers: Any, settings: BenchSettings) -> Blueprint:
     causal = any(name.endswith("CausalLM") for name in config.architectures or ())
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
     if type(config) not in auto._model_mapping:
-        raise ConfigError(f"model {settings.model!r} ({config.model_type}) is neither a causal LM nor a classifier.")
+        raise ConfigError(
+            f"model {settings.model!r} ({config.model_type}) is neither a causal LM nor a classifier; give another model."
+        )
     model_class = auto._model_mapping[type(config)]
-    config._name_or_path = ""  # the weights are not the checkpoint's
+    config._name_or_path = ""  # The weights are random, so the record must not name the checkpoint.
     if not causal:
         config.num_labels = _CLASSES
     return Blueprint(settings.sized(Shape(Path(settings.model).name, "config", {})), config, model_class, settings)

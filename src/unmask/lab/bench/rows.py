@@ -1,35 +1,30 @@
-"""The rows of a benchmark: which methods there are, and how they are named. No torch here."""
+"""The rows of a benchmark: which methods there are and how they are named. This module imports no torch."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import dataclass
 
 from unmask.errors import ConfigError
 
 KINDS: dict[str, str] = {
-    "frozen": "the floor: every weight frozen, the input embeddings' output requires grad; no optimizer",
-    "full": "full fine-tuning, AdamW as it comes",
-    "full-fused": "full fine-tuning, AdamW(fused=True)",
+    "frozen": "the floor: every weight is frozen, the output of the input embeddings requires grad, no optimizer",
+    "full": "full fine-tuning with torch's default AdamW",
+    "full-fused": "full fine-tuning with AdamW(fused=True)",
     "lora": "peft LoRA on every linear layer",
-    "shira": "peft SHiRA, the rank whose count of trained weights is nearest to the budget",
+    "shira": "peft SHiRA with the rank whose number of trained weights is nearest to the budget",
     "super": "peft Super-Tuning at the budget's share of the linear weights",
     "authors": "ID3 of the authors' selective-optimizers",
-    "static": "unmask, a static random mask",
-    "static-d3": "unmask, a static mask by D3 of the first step",
-    "id3": "unmask, exact ID3: selects at every step",
+    "static": "unmask with a static random mask",
+    "static-d3": "unmask with a static mask by D3 of the first step",
+    "id3": "unmask with exact ID3, which selects at every step",
     "id3-10": "unmask, ID3 with a stride of 10",
     "id3-100": "unmask, ID3 with a stride of 100",
 }
-EXTRA = {
-    "lora": "peft",
-    "shira": "peft",
-    "super": "peft",
-    "authors": "selective_optimizers",
-}  # the package that a row needs beside the core
-ADAPTED = ("lora", "shira", "super")  # rows with adapters of peft's
-DENSE = ("full", "full-fused", "authors")  # rows that hold a gradient and two moments for every weight
+_PACKAGES = {"lora": "peft", "shira": "peft", "super": "peft", "authors": "selective_optimizers"}
 _LONGEST_CYCLE = 10
+_SHORT_CYCLE = 4  # one step that selects and three that do not
 
 
 @dataclass(frozen=True)
@@ -37,9 +32,9 @@ class Row:
     """One method of a benchmark.
 
     Attributes:
-        label: As the user wrote it: ``"static"``, ``"static@10000"``.
-        kind: A key of `KINDS`, or ``"id3-K"`` for any stride K.
-        budget: B, in scalar weights; what it means for a peer is said in `KINDS`.
+        label: The name that the user wrote, for example ``"static"`` or ``"static@10000"``.
+        kind: The method: a key of `KINDS`, or ``"id3-K"`` for any stride K.
+        budget: The budget B in scalar weights. `KINDS` says what it means for a method that is not unmask's.
     """
 
     label: str
@@ -47,26 +42,47 @@ class Row:
     budget: int
 
     @property
+    def selects(self) -> bool:
+        """Returns True if the method selects weights while it trains."""
+        return self.kind.startswith("id3")
+
+    @property
     def stride(self) -> int:
-        """The stride of an ID3 row; 1 for every other."""
+        """The stride of an ID3 row; 1 for every other row."""
         return int(self.kind.removeprefix("id3-")) if self.kind.startswith("id3-") else 1
 
     @property
     def cycle(self) -> int:
-        """Steps of one timed cycle: the stride, or 4 (one that selects, three that do not) where that is above 10."""
-        return self.stride if self.stride <= _LONGEST_CYCLE else 4
+        """The number of steps of one timed cycle: the stride, or 4 if the stride is above 10."""
+        return self.stride if self.stride <= _LONGEST_CYCLE else _SHORT_CYCLE
+
+    def cycles(self, steps: int) -> int:
+        """Returns how many whole cycles hold at least so many steps."""
+        return -(-steps // self.cycle)
 
     @property
     def what(self) -> str:
-        """The row in one line."""
+        """The description of the row in one line."""
         return KINDS.get(self.kind, f"unmask, ID3 with a stride of {self.stride}")
+
+    @property
+    def missing(self) -> str | None:
+        """The reason why the row cannot run here, if a package that it needs is not installed; otherwise None."""
+        package = _PACKAGES.get(self.kind)
+        if package is None or importlib.util.find_spec(package) is not None:
+            return None
+        return f"{package} is not installed: pip install 'unmask[bench]'"
 
 
 def parse_rows(text: str, budget: int) -> list[Row]:
-    """Rows from a comma-separated list; ``all`` stands for every kind, ``NAME@BUDGET`` for a budget of its own.
+    """Reads rows from a list that is separated by commas.
+
+    Args:
+        text: The names. ``all`` stands for every key of `KINDS`, and ``NAME@BUDGET`` gives a row another budget.
+        budget: The budget of the rows that name none, in scalar weights.
 
     Raises:
-        ConfigError: An unknown method, a budget that is no count, or the same row twice.
+        ConfigError: A method is unknown, a budget is no count, or a row is named twice.
 
     Example:
         >>> [(row.label, row.budget) for row in parse_rows("frozen,static@100", 20)]
@@ -75,7 +91,7 @@ def parse_rows(text: str, budget: int) -> list[Row]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     labels = [name for word in words for name in (KINDS if word == "all" else (word,))]
     if not labels:
-        raise ConfigError("methods is empty; give names, comma-separated, or 'all'.")
+        raise ConfigError("methods is empty; give names, separated by commas, or 'all'.")
     repeated = sorted({label for label in labels if labels.count(label) > 1})
     if repeated:
         raise ConfigError(f"methods names {', '.join(repeated)} more than once; name each row once.")

@@ -1,119 +1,115 @@
-"""What a benchmark run is told: one frozen value, checked where it enters. No torch here."""
+"""The settings of a benchmark run, checked as soon as they are given. This module imports no torch."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from unmask.errors import ConfigError
-from unmask.lab.bench.grouping import SHARE
 from unmask.lab.bench.rows import Row, parse_rows
 from unmask.lab.bench.shapes import SHAPES, Shape
 
-DTYPES = ("float32", "autocast", "bf16")
-DEVICES = ("auto", "cpu", "cuda")
-CURVES = ("budget", "size", "selection")
+Dtype = Literal["float32", "autocast", "bf16"]
+Device = Literal["auto", "cpu", "cuda"]
+Curve = Literal["budget", "size", "selection"]
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Everything a benchmark depends on; it is written into the JSON.
+    """Everything that a benchmark run depends on. The run writes it into its record.
 
-    Attributes:
-        model: A shape's name, a folder with a ``config.json``, or the id of a model in the local hub cache. Only the
-            config is read: weights are random.
-        batch_size: Sequences per batch; None for the shape's own.
-        seq_len: Tokens per sequence; None for the shape's own.
-        budget: B.
-        dtype: ``"float32"``, ``"autocast"`` (float32 weights, bfloat16 autocast) or ``"bf16"`` (bfloat16 weights).
-        methods: Rows, comma-separated; see `unmask.lab.bench.rows.parse_rows`.
-        rounds: Timed rounds; in each, every row runs its steps.
-        warmup: Rounds before those, not counted.
-        draws: How often everything starts anew: every row is built again, in a new process if rows have one, warmed up and
-            timed for its rounds. A process keeps its memory layout, and with it its speed, for as long as it lives.
-        steps: Steps per round of a row without a stride; strided rows run whole cycles.
-        threads: CPU threads.
-        device: ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA where there is one.
-        dropout: Every dropout probability of the model's config; None for the config's own.
-        lora_r: LoRA's rank.
-        memory: Measure peak memory, each row in a process of its own.
-        timing: Measure step times.
-        processes: Time each row in a process of its own; None: on the CPU, but not for curves.
-        isolate: Never hold more than one row and the reference at a time.
-        memory_share: How much of the free memory the rows of a group may fill, by an estimate; above 0, at most 1.
-        curve: A scaling curve instead of the table: budget, size or selection.
-        output: Folder of the results.
-        seed: Of weights, batches and random masks.
+    The help text of each field says what the field means; the options of ``unmask bench`` are made from them.
+
+    Raises:
+        ConfigError: A value is not allowed; the message says which values are.
+
+    Example:
+        >>> [row.label for row in BenchSettings(methods="frozen,static@1000").rows()]
+        ['frozen', 'static@1000']
     """
 
-    model: str = "roberta-base"
-    batch_size: int | None = None
-    seq_len: int | None = None
-    budget: int = 320_000
-    dtype: str = "float32"
-    methods: str = "all"
-    rounds: int = 5
-    warmup: int = 1
-    draws: int = 1
-    steps: int = 3
-    threads: int = 2
-    device: str = "auto"
-    dropout: float | None = None
-    lora_r: int = 8
-    memory: bool = True
-    timing: bool = True
-    processes: bool | None = None
-    isolate: bool = False
-    memory_share: float = SHARE
-    curve: str | None = None
-    output: str = "runs/bench"
-    seed: int = 0
+    model: str = field(
+        default="roberta-base",
+        metadata={
+            "help": f"The model: a shape ({', '.join(SHAPES)}), a folder with a config.json, or the id of a model in the "
+            "local hub cache. Only the config is read: the weights are random and nothing is downloaded."
+        },
+    )
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Sequences per batch; by default the shape's own number."}
+    )
+    seq_len: int | None = field(
+        default=None, metadata={"help": "Tokens per sequence; by default the shape's own number."}
+    )
+    budget: int = field(default=320_000, metadata={"help": "The budget B: how many scalar weights unmask trains."})
+    dtype: Dtype = field(
+        default="float32",
+        metadata={"help": "float32; autocast (float32 weights, bfloat16 autocast); or bf16 (bfloat16 weights)."},
+    )
+    methods: str = field(
+        default="all",
+        metadata={
+            "help": "The rows to measure, separated by commas: frozen, full, full-fused, lora, shira, super, authors, static, "
+            "static-d3, id3, id3-10, id3-100 (id3-K for a stride of K), NAME@BUDGET for another budget, or all."
+        },
+    )
+    draws: int = field(default=3, metadata={"help": "How often each row is measured, every time in a fresh process."})
+    warmup: int = field(default=2, metadata={"help": "Training steps of each process before the timed ones."})
+    steps: int = field(
+        default=3,
+        metadata={
+            "help": "Timed steps of each process. A row with a stride runs whole cycles, at least this many steps."
+        },
+    )
+    threads: int = field(default=2, metadata={"help": "CPU threads."})
+    device: Device = field(
+        default="auto", metadata={"help": "cpu, cuda, or auto, which takes CUDA if there is a CUDA device."}
+    )
+    dropout: float | None = field(
+        default=None, metadata={"help": "Every dropout probability of the model; by default those of its config."}
+    )
+    lora_r: int = field(default=8, metadata={"help": "The rank of LoRA."})
+    curve: Curve | None = field(
+        default=None, metadata={"help": "A scaling curve to measure instead of the table: budget, size or selection."}
+    )
+    output: str = field(default="runs/bench", metadata={"help": "The folder for the results."})
+    seed: int = field(default=0, metadata={"help": "The seed of the weights, the batches and the random masks."})
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("device", self.device, DEVICES)
+        _need_one_of("dtype", self.dtype, get_args(Dtype))
+        _need_one_of("device", self.device, get_args(Device))
         if self.curve is not None:
-            _one_of("curve", self.curve, CURVES)
-            if self.processes:
-                raise ConfigError("processes = True with a curve; the rows of a curve share one process, leave it out.")
-        for name in ("budget", "rounds", "warmup", "draws", "steps", "threads", "lora_r"):
-            _at_least(name, getattr(self, name), 1)
+            _need_one_of("curve", self.curve, get_args(Curve))
+        for name in ("budget", "draws", "warmup", "steps", "threads", "lora_r"):
+            _need_at_least(name, getattr(self, name), 1)
         for name, least in (("batch_size", 1), ("seq_len", 2)):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), least)
+                _need_at_least(name, getattr(self, name), least)
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout = {self.dropout!r}; it must be at least 0 and below 1.")
-        if not 0 < self.memory_share <= 1:
-            raise ConfigError(f"memory_share = {self.memory_share!r}; it must be above 0 and at most 1.")
-        if not self.memory and not self.timing:
-            raise ConfigError("neither memory nor timing is to be measured; leave at least one of them on.")
         if self.model not in SHAPES and "/" not in self.model and not Path(self.model).is_dir():
             raise ConfigError(
-                f"model {self.model!r} is no folder and no shape; the shapes are {', '.join(SHAPES)}, or give a folder "
-                "with a config.json or the id of a cached model (owner/name)."
+                f"model {self.model!r} is neither a folder nor a shape; the shapes are {', '.join(SHAPES)}. Give one of "
+                "them, a folder with a config.json, or the id of a cached model (owner/name)."
             )
         self.rows()
 
     def rows(self) -> list[Row]:
-        """The rows, in order."""
+        """Returns the rows to measure, in the order in which they were named."""
         return parse_rows(self.methods, self.budget)
 
     def sized(self, shape: Shape) -> Shape:
-        """The shape with this run's batch size and sequence length."""
+        """Returns the shape with this run's batch size and sequence length, where these are given."""
         return dataclasses.replace(shape, batch=self.batch_size or shape.batch, length=self.seq_len or shape.length)
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return dataclasses.asdict(self)
 
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _need_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} = {value!r}; it must be one of {', '.join(allowed)}.")
 
 
-def _at_least(name: str, value: Any, least: int) -> None:
+def _need_at_least(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name} = {value!r}; it must be a whole number, at least {least}.")

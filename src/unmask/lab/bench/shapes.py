@@ -1,6 +1,6 @@
-"""Models by shape: the dimensions of well-known networks, built with random weights. No torch here.
+"""The dimensions of well-known networks. This module imports no torch.
 
-A shape is what a step's cost depends on. The weights are random, so nothing is downloaded; losses mean nothing.
+The cost of a step depends on these dimensions only. The weights are random: nothing is downloaded, and losses mean nothing.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ Family = Literal["roberta", "bert", "mpnet", "llama", "config"]
 
 @dataclass(frozen=True)
 class Shape:
-    """A network's dimensions, and the batch it is usually measured with.
+    """The dimensions of a network and the size of the batches that it is measured with.
 
     Attributes:
-        name: For reports.
-        family: Which transformers config to build. Encoders get a classification head of two classes, ``llama`` is a
-            causal language model; ``config``: whatever the config that was read says.
-        dims: The config's arguments.
-        batch: Default sequences per batch.
-        length: Default tokens per sequence.
+        name: The name, as reports show it.
+        family: The kind of transformers config. Encoders get a classification head of two classes, and ``llama`` is a
+            causal language model. ``config`` means that a config file decides.
+        dims: The arguments of the config.
+        batch: The default number of sequences per batch.
+        length: The default number of tokens per sequence.
     """
 
     name: str
@@ -48,24 +48,22 @@ def _llama(vocab: int, hidden: int, layers: int, heads: int, kv: int, inner: int
     return _dims(vocab, hidden, layers, heads, inner, max_position_embeddings=4096, **more)
 
 
+# BERT-like shapes by width and depth, from 11M to 957M weights, for the curve over the model's size.
+SIZES: tuple[Shape, ...] = tuple(
+    Shape(f"bert-{hidden}x{layers}", "bert", _dims(30522, hidden, layers, hidden // 64, 4 * hidden), 4, 128)
+    for hidden, layers in ((256, 4), (512, 4), (512, 12), (768, 12), (1024, 24), (1280, 30), (1536, 32))
+)
+
+_ROBERTA = _dims(50265, 768, 12, 12, 3072, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1)
 SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
-        Shape(
-            "roberta-base",
-            "roberta",
-            _dims(50265, 768, 12, 12, 3072, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1),
-        ),
+        Shape("roberta-base", "roberta", _ROBERTA),
         Shape("minilm", "bert", _dims(30522, 384, 6, 12, 1536)),  # all-MiniLM-L6
         Shape("mpnet", "mpnet", _dims(30527, 768, 12, 12, 3072, max_position_embeddings=514)),  # all-mpnet-base
         Shape("smollm2", "llama", _llama(49152, 576, 30, 9, 3, 1536, True, 1e5), 4, 256),  # SmolLM2-135M
         Shape("llama-1b", "llama", _llama(128256, 2048, 16, 32, 8, 8192, True, 5e5), 1, 256),  # Llama-3.2-1B
         Shape("llama-7b", "llama", _llama(32000, 4096, 32, 32, 32, 11008, False, 1e4), 4, 512),  # Llama-2-7B
+        *SIZES,
     )
 }
-
-# BERT-like shapes by width and depth, about 11M to 950M weights, for the curve over N: a fixed batch of 4 x 128.
-SIZES: tuple[Shape, ...] = tuple(
-    Shape(f"bert-{hidden}x{layers}", "bert", _dims(30522, hidden, layers, hidden // 64, 4 * hidden), 4, 128)
-    for hidden, layers in ((256, 4), (512, 4), (512, 12), (768, 12), (1024, 24), (1280, 30), (1536, 32))
-)

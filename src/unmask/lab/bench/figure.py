@@ -1,4 +1,4 @@
-"""A record as a figure: step time by phase and peak memory, or a curve on logarithmic axes."""
+"""Draws a record: the step time by phase and the peak memory of each row, or a curve on logarithmic axes."""
 
 from __future__ import annotations
 
@@ -10,31 +10,27 @@ from unmask.errors import need
 
 _PHASES = {"forward": "#4477aa", "backward": "#ee9944", "optimizer": "#55aa77"}
 _MEMORY = "#8877aa"
-_CURVES: dict[str, tuple[str, str, dict[str, str]]] = {
-    "budget": (
-        "budget B (scalar weights)",
-        "step, in units of the frozen backward",
-        {
-            "static": "static",
-            "id3-10 between": "ID3 stride 10, between",
-            "id3-10 selecting": "ID3 stride 10, selecting",
-        },
-    ),
-    "size": (
-        "weights N",
-        "step, s",
-        {
-            "frozen": "frozen backward",
-            "static": "static",
-            "id3-10 between": "ID3 stride 10, between",
-            "id3-10 selecting": "ID3 stride 10, selecting",
-        },
-    ),
+_STRIDED = {
+    "static": "static",
+    "id3-10 between": "ID3 stride 10, between",
+    "id3-10 selecting": "ID3 stride 10, selecting",
+}
+# For each curve the key and the label of the x axis, the label of the y axis, and the lines.
+_CURVES: dict[str, tuple[str, str, str, dict[str, str]]] = {
+    "budget": ("budget", "budget B (scalar weights)", "step, in units of the frozen backward", _STRIDED),
+    "size": ("parameters", "weights N", "step, s", {"frozen": "frozen backward", **_STRIDED}),
 }
 
 
-def draw(record: Mapping[str, Any], path: Path) -> Path | None:
-    """Draws a record; returns the path, or None if there is nothing to draw.
+def save_figure(record: Mapping[str, Any], path: Path) -> Path | None:
+    """Draws a record into a PNG file.
+
+    Args:
+        record: The record of a run or of a curve.
+        path: The file.
+
+    Returns:
+        The path, or None if there is nothing to draw.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -88,7 +84,7 @@ def _phases(axes: Any, timed: Mapping[str, Any]) -> None:
 def _peaks(axes: Any, peaks: Mapping[str, float]) -> None:
     bars = axes.barh(list(peaks), list(peaks.values()), color=_MEMORY)
     axes.bar_label(bars, labels=[f"{value:,.0f}" for value in peaks.values()], fontsize=8, padding=2)
-    axes.set_xlabel("peak memory, MB (a process per method)")
+    axes.set_xlabel("peak memory, MB")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * max(peaks.values()))
 
@@ -102,8 +98,7 @@ def _curve(figure: Any, record: Mapping[str, Any]) -> bool:
     if record["curve"] == "selection":
         _shares(axes, points)
         return True
-    x_label, y_label, lines = _CURVES[record["curve"]]
-    x = "budget" if record["curve"] == "budget" else "parameters"
+    x, x_label, y_label, lines = _CURVES[record["curve"]]
     for key, label in lines.items():
         known = [(point[x], point[key]) for point in points if point.get(key)]
         if known:
