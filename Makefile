@@ -45,7 +45,7 @@ soak: setup $(VENV)/.stamp-test
 	for each in tests/soak/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$each --seed $(SEED) --seconds $(SECONDS) || exit 1; done
 
 test-adapters: $(VENV)-adapters/.stamp
-	$(VENV)-adapters/bin/python -m pytest tests/environments/adapters tests/lab/training/test_lora.py tests/lab/training/test_into.py tests/calibration/test_sparse_adapter.py tests/lab/training/test_series.py tests/cli/test_cli.py "tests/test_resume.py::test_a_resumed_run_is_bitwise_the_uninterrupted_one[unmask-train-pfeiffer]"
+	$(VENV)-adapters/bin/python -m pytest tests/environments/adapters tests/lab/training/test_lora.py tests/lab/test_inside.py tests/calibration/test_sparse_adapter.py tests/lab/training/test_series.py tests/cli/test_cli.py "tests/test_resume.py::test_a_resumed_run_is_bitwise_the_uninterrupted_one[unmask-train-pfeiffer]"
 
 # The PEFT method with the newest PEFT 0.20 too, put beside the environment's own.
 test-peft: setup $(VENV)/.stamp-test
@@ -58,6 +58,7 @@ check: setup $(VENV)/.stamp-test
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m unmask.cli.reference --check docs/cli.md
 	$(BIN)/python -m pytest --doctest-modules src/unmask --ignore=src/unmask/cli -p no:cacheprovider
 
 clean:

@@ -1,4 +1,4 @@
-"""What merging a delta into a quantised model costs: the table of docs/quantised.md.
+"""Measures the cost of merging a delta into a quantised model, for the table of docs/quantised.md.
 
     python experiments/quantised_merge.py [--model FOLDER] [--steps 200] [--budget 20000] [--kinds int8 nf4 torchao]
 
@@ -72,7 +72,7 @@ def train(model: Any, tokenizer: Any, data: Any, arguments: argparse.Namespace) 
 
 
 def kept(model: Any, delta: unmask.SparseDelta, base: dict[str, torch.Tensor]) -> float:
-    """How much of the change of the quantised weights a model's weights hold."""
+    """Returns the share of the quantised weights' change that a model's weights hold."""
     lost = whole = 0.0
     named = weights(model)
     for name, before in base.items():

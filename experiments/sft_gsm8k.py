@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on GSM8K, ID3 in the base and ID3 in a LoRA of rank 32: the table of docs/results.md.
+"""Trains on GSM8K with TRL's SFTTrainer, ID3 in the base and in a LoRA of rank 32, for the table of docs/results.md.
 
     python experiments/sft_gsm8k.py --model SMOLLM2_FOLDER --data-dir GSM8K_FOLDER [--where base lora] [--steps 200]
 
@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import unmask
+from peft import LoraConfig, get_peft_model
 from unmask.integrations.trainer import STATE_FILE, SelectiveCallback
 
 RUNS = ("straight", "resumed")
@@ -34,7 +34,7 @@ LENGTH = 384
 
 
 def examples(file: Path, count: int | None = None) -> list[dict[str, Any]]:
-    """GSM8K's lines as conversations; the answers' calculator marks (<<48/2=24>>) stay, as they are in the data."""
+    """Returns GSM8K's lines as conversations; the calculator marks of the answers (<<48/2=24>>) stay in."""
     lines = file.read_text(encoding="utf-8").splitlines()[:count]
     return [
         {
@@ -47,7 +47,7 @@ def examples(file: Path, count: int | None = None) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def answer_loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
-    """Mean cross-entropy per token of the answers, given their questions."""
+    """Computes the mean cross-entropy per token of the answers, given their questions."""
     training = model.training
     model.eval()
     total, count = 0.0, 0
@@ -64,7 +64,7 @@ def answer_loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float
 
 
 def run(arguments: argparse.Namespace, where: str, name: str, output: Path) -> dict[str, Any]:
-    """One training run; a resumed one starts from the straight one's checkpoint in the middle."""
+    """Makes one training run; a resumed run starts from the middle checkpoint of the straight one."""
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace, where: str, name: str, output: Path) -> d
 
 
 def run_apart(arguments: argparse.Namespace, where: str, name: str) -> None:
-    """A run in a process of its own, unless it is done; with --kill the straight one ends by a signal in its middle."""
+    """Makes a run in a separate process, unless it is done; with --kill a signal ends the straight run in its middle."""
     output = Path(arguments.output, where, name)
     output.mkdir(parents=True, exist_ok=True)
     if (output / "result.json").is_file():
@@ -144,7 +144,7 @@ def run_apart(arguments: argparse.Namespace, where: str, name: str) -> None:
 
 
 def same_delta(folder: Path) -> str:
-    """Whether both runs ended with the same indices and the same values, bit for bit."""
+    """Returns True if both runs ended with the same indices and the same values, bit for bit."""
     if not (folder / "straight" / "delta.safetensors").is_file():
         return "killed in the middle, resumed"
     one, other = (unmask.SparseDelta.load(folder / name / "delta.safetensors") for name in RUNS)
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200, help="test items of the answer loss")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kill", action="store_true")
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # WHERE/RUN: what a process of its own does
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # The separate process makes this run, WHERE/RUN.
     arguments = parser.parse_args()
     if arguments.only:
         where, name = arguments.only.split("/")

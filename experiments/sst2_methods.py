@@ -1,10 +1,10 @@
-"""Every method on SST-2 with MiniLM at one budget: the table of docs/results.md.
+"""Trains with every method on SST-2 with MiniLM at one budget, for the table of docs/results.md.
 
     python experiments/sst2_methods.py --data-dir GLUE_FOLDER [--model FOLDER] [--output runs/sst2] [--steps 250]
 
 Each method runs at the learning rates of its row below (written down before any run), with the same steps, batches and
 seed, a dense classifier outside the budget, and is reported at the better rate by final dev loss. Finished runs are kept
-and skipped, so the command can be stopped and started again. The table is printed, and written beside the runs.
+and skipped, so the command can be stopped and started again. The table is printed, and written next to the runs.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from reference import DenseReference
 from torch import Tensor, nn
 
 import unmask
-from unmask.methods.presets import Method
+from unmask.methods.method import Method
 
 STEPS, BUDGET = 50, 100
 ADAMW = {"lr": 3e-3, "weight_decay": 0.1}
@@ -76,7 +76,7 @@ CASES = {
     "repeat_d3-kept-stride": Case(unmask.repeat_d3(BUDGET, stride=7, leaving="kept"), d3(2), repeat=7, kept=True),
     "pafi": Case(unmask.pafi(BUDGET), lambda w, g: -w.abs()),
     "pafi-increment": Case(
-        unmask.pafi(BUDGET).but(strategy="increment", schedule=unmask.schedule("uniform", STEPS)),
+        unmask.pafi(BUDGET).but(strategy="increment", schedule=unmask.Schedule.of("uniform", STEPS)),
         lambda w, g: -w.abs(),
         uniform,
     ),

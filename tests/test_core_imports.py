@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
+
+import unmask
 
 BLOCKED = (
     "transformers", "peft", "accelerate", "datasets", "huggingface_hub", "tokenizers", "sklearn", "scipy", "typer", "rich",
@@ -51,6 +56,30 @@ assert all(getattr(unmask, name) is not None for name in unmask.__all__)
 assert "torch" in sys.modules
 """
 
+PACKAGES = """
+import sys, unmask
+assert hasattr(unmask, "analysis") and unmask.analysis is sys.modules["unmask.analysis"]
+assert hasattr(unmask, "quantised") and hasattr(unmask, "methods") and not hasattr(unmask, "nothing")
+assert {"analysis", "peft", "quantised"} <= set(dir(unmask))
+"""
+
+STAR = """
+from unmask import *
+import unmask
+assert set(unmask.__all__) <= set(globals())
+assert id3(3, steps=5) == unmask.id3(3, steps=5)
+"""
+
+METHODS = """
+import importlib, pkgutil, sys
+import unmask.methods
+for module in pkgutil.iter_modules(unmask.methods.__path__):
+    importlib.import_module(f"unmask.methods.{module.name}")
+import unmask
+unmask.id3("0.17%", steps=9), unmask.sparse_adapter(5, "magnitude"), unmask.Scope.patterns("a"), unmask.PRESETS
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+"""
+
 
 def python(code):
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
@@ -63,6 +92,32 @@ def test_training_saving_and_applying_without_any_extra():
 
 def test_a_missing_extra_is_named():
     python(BLOCK + NEED)
+
+
+def test_packages_are_attributes_before_they_are_imported():
+    python(PACKAGES)
+
+
+def test_all_public_names_can_be_imported_at_once():
+    python(STAR)
+
+
+def test_methods_are_composed_without_torch():
+    python(METHODS)
+
+
+def test_type_checkers_see_the_public_names():
+    """The stub has the names of the table, and the presets of their module."""
+    tree = ast.parse((Path(unmask.__file__).with_name("__init__.pyi")).read_text())
+    lines = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    stars = [node.module for node in lines if node.names[0].name == "*"]
+    assert stars == ["unmask.methods.presets"]
+    named = {alias.asname: node.module for node in lines for alias in node.names if alias.name != "*"}
+    packages = {name for name, module in named.items() if module == "unmask"}
+    assert packages == set(dir(unmask)) - set(unmask.__all__)
+    assert set(named) - packages == set(unmask.__all__) - set(unmask.PRESETS) - {"PRESETS"}
+    for name, module in named.items():
+        assert getattr(import_module(module), name, None) is not None or name in packages
 
 
 def test_every_public_name_exists_and_torch_is_imported_on_first_use():

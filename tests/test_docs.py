@@ -81,6 +81,15 @@ def _(page: Names, printed: str) -> None:
     assert page["both"].expected == 60 * 60 / sum(tensor.numel() for tensor in page["base"].values())
 
 
+# cli.md
+
+
+@of(true_of, "cli.md")
+def _(page: Names, printed: str) -> None:
+    score = unmask.heuristic("gradient_over_weight").score(torch.tensor([2.0, 1.0]), torch.tensor([-4.0, 3.0]))
+    assert score.tolist() == [2.0, 3.0]
+
+
 # inside.md
 
 
@@ -258,7 +267,7 @@ def test_the_names_in_the_prose_of_a_page_exist(name):
             assert exists(dotted[1]), code
         if re.match(r"unmask [a-z]+( |$)", code):
             command, rest = command_of(code.split()[1:])
-            known = {option for parameter in command.params for option in parameter.opts}
+            known = {each for parameter in command.get_params(click.Context(command)) for each in parameter.opts}
             assert {each for each in rest if each.startswith("--")} <= known, code
         if FILE.fullmatch(code):
             assert (ROOT / code).is_file() or (ROOT / "src" / "unmask" / code).is_file(), code

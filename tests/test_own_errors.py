@@ -35,7 +35,7 @@ from unmask.lab.study.parsing import parse
 from unmask.lab.tasks.math.outputs import OutputFile
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.settings import build, read_yaml
-from unmask.methods.schedules import MOST_WALKED, Schedule, schedule, uniform
+from unmask.methods.schedules import MOST_WALKED, Schedule, uniform
 from unmask.peft.card import complete_card, section, write_card
 from unmask.reading import MOST_VALUES, Malformed, parse_json
 from unmask.selection.state import write_state
@@ -169,7 +169,7 @@ def test_an_absurd_number_of_steps_is_refused_at_once(steps):
 @pytest.mark.parametrize("name", ["uniform", "front-loaded", "at-once"])
 def test_a_schedule_that_cannot_go_down_is_not_walked(name):
     start = time.process_time()
-    plan = schedule(name, 10**12)
+    plan = Schedule.of(name, 10**12)
     plan.check(1000)
     assert time.process_time() - start < 0.1
     assert plan.cumulative(10**12 - 1, 1000) == 1000
@@ -177,10 +177,10 @@ def test_a_schedule_that_cannot_go_down_is_not_walked(name):
 
 def test_any_other_schedule_is_walked_as_far_as_that_is_soon():
     with pytest.raises(MethodError, match="selecting steps at most"):
-        schedule(lambda t, T, B: B, MOST_WALKED + 1).check(10)
+        Schedule.of(lambda t, T, B: B, MOST_WALKED + 1).check(10)
     with pytest.raises(MethodError, match="goes down"):
-        schedule(lambda t, T, B: 5 - (t == 70_000), 100_000).check(10)
-    schedule("cosine", MOST_WALKED * 10, stride=1000).check(10)
+        Schedule.of(lambda t, T, B: 5 - (t == 70_000), 100_000).check(10)
+    Schedule.of("cosine", MOST_WALKED * 10, stride=1000).check(10)
     with pytest.raises(MethodError, match="not callable"):
         Schedule(5, 10)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""``python -m unmask``: the command line."""
+"""Runs the command line for ``python -m unmask``."""
 
 from unmask.cli import main
 

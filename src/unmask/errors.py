@@ -1,20 +1,20 @@
-"""Every error that unmask raises on purpose.
+"""Defines every error that unmask raises on purpose.
 
 ```
 UnmaskError
-├── MethodError (ValueError)          a method, budget, schedule or pattern that cannot work
-├── SelectionError (RuntimeError)     a selection used in an order that cannot work
-│   ├── ScheduleNotRunError           an optimizer stepped, but the schedule could not run
-│   ├── NonFiniteGradientError        NaN or infinity reached the gradients
-│   └── ProcessesDifferError          processes that train together differ, are out of step, or one of them is lost
-├── DeltaError (ValueError)           a delta that is damaged, or that belongs to another base
-├── DataError (ValueError)            a data set, file, column or label that cannot be used
-├── ConfigError (ValueError)          a run configuration that cannot work
-├── WriteError (OSError)              a file that cannot be written: a full disk, no permission
-└── MissingExtraError (ImportError)   an optional dependency is not installed
+├── MethodError (ValueError)          A method, budget, schedule or pattern cannot work.
+├── SelectionError (RuntimeError)     A selection was used in an order that cannot work.
+│   ├── ScheduleNotRunError           An optimizer stepped, but the schedule could not run.
+│   ├── NonFiniteGradientError        NaN or infinity reached the gradients.
+│   └── ProcessesDifferError          Processes that train together differ, are out of step, or one is lost.
+├── DeltaError (ValueError)           A delta is damaged, or it belongs to another base.
+├── DataError (ValueError)            A data set, file, column or label cannot be used.
+├── ConfigError (ValueError)          A run's configuration cannot work.
+├── WriteError (OSError)              A file cannot be written: the disk is full, or permission is missing.
+└── MissingExtraError (ImportError)   An optional dependency is not installed.
 ```
 
-What it warns of is an `UnmaskWarning` (UserWarning).
+Warnings of unmask have the class `UnmaskWarning` (UserWarning).
 """
 
 from __future__ import annotations
@@ -28,63 +28,63 @@ from types import ModuleType
 
 
 class UnmaskError(Exception):
-    """Base of all errors that unmask raises on purpose."""
+    """The base class of all errors that unmask raises on purpose."""
 
 
 class MethodError(UnmaskError, ValueError):
-    """A method, budget, schedule, scope or pattern that cannot work on this model."""
+    """Says that a method, budget, schedule, scope or pattern cannot work on this model."""
 
 
 class SelectionError(UnmaskError, RuntimeError):
-    """A selection was used in an order, or on a model, that cannot work."""
+    """Says that a selection was used in an order, or on a model, that cannot work."""
 
 
 class ScheduleNotRunError(SelectionError):
-    """An optimizer stepped, but the unmasking schedule could not run."""
+    """Says that an optimizer stepped, but the unmasking schedule could not run."""
 
 
 class NonFiniteGradientError(SelectionError):
-    """NaN or infinity reached the gradients; nothing was changed."""
+    """Says that NaN or infinity reached the gradients. Nothing was changed."""
 
 
 class ProcessesDifferError(SelectionError):
-    """Processes that train together differ or are out of step, or one of them is lost; all of them raise it."""
+    """Says that processes that train together differ or are out of step, or that one is lost. All of them raise it."""
 
 
 class DeltaError(UnmaskError, ValueError):
-    """A delta is damaged, or does not belong to this model; nothing was changed."""
+    """Says that a delta is damaged, or does not belong to this model. Nothing was changed."""
 
 
 class DataError(UnmaskError, ValueError):
-    """A data set, file, column or label cannot be used."""
+    """Says that a data set, file, column or label cannot be used."""
 
 
 class ConfigError(UnmaskError, ValueError):
-    """A run configuration cannot work."""
+    """Says that a run's configuration cannot work."""
 
 
 class WriteError(UnmaskError, OSError):
-    """A file cannot be written: the disk is full, or may not be written to. What was whole before is still there."""
+    """Says that a file cannot be written. A file that was whole before is still there."""
 
 
 class UnmaskWarning(UserWarning):
-    """A run goes on and its result is right, but it is probably not what was meant."""
+    """Says that a run goes on and its result is right, but that the user probably meant something else."""
 
 
 class MissingExtraError(UnmaskError, ImportError):
-    """An optional dependency is not installed."""
+    """Says that an optional dependency is not installed."""
 
 
 _CANNOT_WRITE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 )
-# of libraries that write by themselves, and raise errors that are no OSError
+# Some libraries write files themselves and raise an error that is not an OSError. These words identify it.
 _SAID = ("No space left on device", "File too large", "Disk quota exceeded", "file write failed", "unexpected pos")
 
 
 def cannot_write(error: BaseException) -> str | None:
-    """Why nothing could be written, in a few words, if that is what an error says; None for any other error.
+    """Returns why a file could not be written if an error says so, in a few words; None for any other error.
 
     Example:
         >>> cannot_write(OSError(errno.ENOSPC, "No space left on device", "a/b"))
@@ -102,14 +102,14 @@ def cannot_write(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def writing_to(path: str | os.PathLike[str], kept: str = "what was there before is kept") -> Iterator[None]:
-    """Turns any library's error of a full disk, or of a place that cannot be written to, into a `WriteError`.
+    """Turns any library's error about a full disk or a read-only place into a `WriteError`.
 
     Args:
-        path: What is written, for the message.
-        kept: What the user still has, for the message.
+        path: The file or folder that the message names.
+        kept: The part of the message that says what the user still has.
 
     Raises:
-        WriteError: It cannot be written.
+        WriteError: The path cannot be written to.
 
     Example:
         >>> try:
@@ -131,11 +131,11 @@ def writing_to(path: str | os.PathLike[str], kept: str = "what was there before 
 
 
 def need(module: str, extra: str) -> ModuleType:
-    """Imports an optional dependency, or says which extra brings it.
+    """Imports an optional dependency, or says which extra installs it.
 
     Args:
-        module: Dotted module name, e.g. ``"sklearn.metrics"``.
-        extra: The extra of unmask that installs it, e.g. ``"eval"``.
+        module: The dotted name of the module, such as ``"sklearn.metrics"``.
+        extra: The extra of unmask that installs it, such as ``"eval"``.
 
     Raises:
         MissingExtraError: The module's package is not installed.
@@ -148,7 +148,9 @@ def need(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.split(".")[0]
-        if importlib.util.find_spec(package) is not None:  # it is there, and lacks something itself
+        if (
+            importlib.util.find_spec(package) is not None
+        ):  # The package is installed, but a module that it needs is not.
             raise
         raise MissingExtraError(
             f"{package!r} is not installed, and this needs it: pip install 'unmask[{extra}]'."

@@ -1,4 +1,7 @@
-"""Safetensors files with JSON in their metadata: written whole or not at all, read within bounds, signed by a checksum."""
+"""Writes files whole or not at all, reads and writes tensors with a JSON header, and checks output paths beforehand.
+
+torch is imported inside the functions that need it, because ``unmask --help`` must not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import os
 import secrets
 import shutil
 import sys
-import tempfile  # noqa: F401 (the example of `replacing`)
+import tempfile  # noqa: F401 (The example of `replacing` uses it.)
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,72 +25,17 @@ if TYPE_CHECKING:
 
 _KEY = "unmask"
 MOST_HEADER = 32 * 2**20
-"""The longest header that is read, in bytes: that of a delta of about 80,000 tensors."""
+"""The longest header that is read, in bytes. A delta of about 80,000 tensors has one as long."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
-    """Writes tensors and a JSON header to one file, by way of a temporary file beside it; returns the path.
-
-    Raises:
-        WriteError: The disk is full, or the file cannot be written there; what was there before is kept.
-    """
-    from safetensors.torch import save_file  # not above: this module is read before torch is needed
-
-    with writing_to(path), replacing(path) as part:
-        save_file(dict(tensors), part, metadata={_KEY: json.dumps(header, sort_keys=True)})
-    return path
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """Reads a file of `write_tensors`: its tensors and its header.
-
-    Raises:
-        Malformed: Not safetensors, truncated, larger than what is ever written, or without a readable header.
-    """
-    from safetensors import safe_open
-
-    try:
-        _check_size(path)
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except Malformed:
-        raise
-    except Exception as error:  # of the library, of many classes, and always of the file
-        raise Malformed(f"it cannot be read as safetensors ({error}), so it is truncated or damaged") from error
-    if text is None:
-        raise Malformed(f"it is a safetensors file of something else (it lacks the {_KEY!r} metadata)")
-    return tensors, parse_json(text, MOST_HEADER)
-
-
-def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over a header, but its own entry ``"checksum"``, and over the tensors' names, dtypes, shapes and bytes."""
-    sha = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "checksum"}, sort_keys=True).encode())
-    for key in sorted(tensors):
-        sha.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode())
-        sha.update(tensor_bytes(tensors[key]))
-    return sha.hexdigest()
-
-
-def _check_size(path: Path) -> None:
-    """Refuses a header that is larger than any of ours, before anything is made of it."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size - 8:
-            raise Malformed("it is shorter than its header says, so it is truncated or damaged")
-        if length > MOST_HEADER:
-            raise Malformed(f"its header has {length:,} bytes; at most {MOST_HEADER:,} are read")
-        header = file.read(length)
-    held = sum(header.count(sign) for sign in (b"[", b"{", b","))
-    if held > MOST_VALUES:
-        raise Malformed(f"its header has about {held:,} values; at most {MOST_VALUES:,} are read")
+# Files that are written whole or not at all.
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path``, to be written to, that takes its name at the end; dropped if anything is raised.
+    """Gives a temporary file that replaces ``path`` at the end, and that is removed if anything is raised.
 
-    Its content is on the disk before it takes the name, and its permissions are those of any new file (the umask's).
+    The content is on the disk before the file gets its name. The permissions are those of any new file (by the umask).
 
     Raises:
         WriteError: The disk is full, or the place cannot be written to.
@@ -103,55 +51,51 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}{secrets.token_hex(4)}.part")
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield from _replaced(path, part)
-
-
-def _replaced(path: Path, part: Path) -> Iterator[Path]:
-    try:
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        mode = part.stat().st_mode
-        yield part
-        part.chmod(mode)  # safetensors puts a file of its own there, which nobody else may read
-        to_disk(part)
-        os.replace(part, path)
-        to_disk(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+        try:
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            mode = part.stat().st_mode
+            yield part
+            part.chmod(mode)  # safetensors replaces the file by one that no other user may read.
+            to_disk(part)
+            os.replace(part, path)
+            to_disk(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def to_disk(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk (POSIX): it then outlives a power cut."""
+    """Waits until a file's content, or a folder's list of names, is on the disk (on POSIX systems only)."""
     if os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError:
-        if path.is_file():  # some file systems refuse it of folders
+        if path.is_file():  # Some file systems refuse this for folders.
             raise
     finally:
         os.close(handle)
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
-    """Replaces a file in one step, its content on the disk before it takes the name; returns the path."""
+    """Replaces a file in one step, and returns its path. The content is on the disk before the file gets its name."""
     with replacing(path) as part:
         part.write_bytes(content)
     return path
 
 
 def write_text(path: Path, text: str) -> Path:
-    """`write_bytes` of a text in UTF-8."""
+    """Writes a text in UTF-8 with `write_bytes`."""
     return write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any, indent: int = 1) -> Path:
-    """`write_text` of a JSON value and a line's end."""
+    """Writes a JSON value and an end of line with `write_text`."""
     return write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def append_json(path: Path, row: Any) -> None:
-    """Appends a line with a JSON value, on the disk when this returns; a last line that a kill cut short stays by itself.
+    """Appends a JSON value as a line, and returns when it is on the disk. A last line that a kill cut short is left as it is.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +113,7 @@ def append_json(path: Path, row: Any) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder with all that is in it: in one step it loses its name, so a kill leaves no half of it under that."""
+    """Removes a folder with all its content. The folder is renamed first, so a kill leaves no half of it under its name."""
     if not folder.exists():
         return
     gone = folder.with_name(f".{folder.name}{secrets.token_hex(4)}.removed")
@@ -178,7 +122,7 @@ def discard(folder: Path) -> None:
 
 
 def sweep_up(folder: Path) -> None:
-    """Removes what kills left in a folder in the midst of `replacing` and `discard`. No other process may write there."""
+    """Removes what killed calls of `replacing` and `discard` left in a folder. No other process may write there."""
     for left in (*folder.glob(".*.part"), *folder.glob(".*.removed")):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -187,70 +131,69 @@ def sweep_up(folder: Path) -> None:
                 left.unlink()
 
 
-def check_folder(path: str | os.PathLike[str], name: str = "output") -> Path:
-    """The path of a folder that is there and can be written to, or that can be made; makes nothing.
+# Tensors with a JSON header.
 
-    Args:
-        path: The folder.
-        name: What the user calls it, for the message.
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
+    """Writes tensors and a JSON header to one file, and returns its path.
 
     Raises:
-        ConfigError: It is a file, or lies below one, or cannot be written to.
-
-    Example:
-        >>> check_folder("/dev/null/run")
-        Traceback (most recent call last):
-        unmask.errors.ConfigError: output = '/dev/null/run': '/dev/null' is a file; give a folder.
+        WriteError: The disk is full, or the file cannot be written there. An earlier file of that name is kept.
     """
-    path = Path(path)
-    _check(path, _nearest(path, name, "folder"), name, "folder")
+    from safetensors.torch import save_file
+
+    with writing_to(path), replacing(path) as part:
+        save_file(dict(tensors), part, metadata={_KEY: json.dumps(header, sort_keys=True)})
     return path
 
 
-def check_file(path: str | os.PathLike[str], name: str = "output") -> Path:
-    """The path of a file that can be written, or written over; makes nothing.
-
-    Args:
-        path: The file. The folders above it need not be there.
-        name: What the user calls it, for the message.
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Reads a file of `write_tensors`, and returns its tensors and its header.
 
     Raises:
-        ConfigError: It is a folder, or lies below a file, or its folder cannot be written to.
-
-    Example:
-        >>> check_file("/dev/null/report.html", "--output")
-        Traceback (most recent call last):
-        unmask.errors.ConfigError: --output = '/dev/null/report.html': '/dev/null' is a file; give another file.
+        Malformed: The file is no safetensors file, is truncated, has a header that is too large, or has none of unmask's.
     """
-    path = Path(path)
-    there = _nearest(path, name, "file")
-    if path.is_dir():
-        raise ConfigError(f"{name} = {str(path)!r} is a folder; give the name of a file.")
-    _check(path, path.absolute().parent if there == path else there, name, "file")
-    return path
+    from safetensors import safe_open
 
-
-def _nearest(path: Path, name: str, what: str) -> Path:
-    """The path itself if it is there, else the nearest folder (or file) above it that is."""
-    if "\0" in str(path):
-        raise ConfigError(f"{name} = {str(path)!r} is no name of a {what}; give another.")
     try:
-        return next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
-    except OSError as error:  # a name that is too long, say
-        raise ConfigError(f"{name} = {str(path)!r:.200}: {error.strerror}; give another {what}.") from error
+        _check_size(path)
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except Malformed:
+        raise
+    except Exception as error:  # The library raises errors of many classes.
+        raise Malformed(f"it cannot be read as safetensors ({error}), so it is truncated or damaged") from error
+    if text is None:
+        raise Malformed(f"it is a safetensors file of something else (it lacks the {_KEY!r} metadata)")
+    return tensors, parse_json(text, MOST_HEADER)
 
 
-def _check(path: Path, there: Path, name: str, what: str) -> None:
-    """Refuses a path of which ``there`` is no folder that can be written to."""
-    if not there.is_dir():
-        article = "a" if what == "folder" else "another"
-        raise ConfigError(f"{name} = {str(path)!r}: {str(there)!r} is a file; give {article} {what}.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{name} = {str(path)!r}: {str(there)!r} cannot be written to; give another {what}.")
+def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Returns the SHA-256 over a header (without its entry ``"checksum"``) and the tensors' names, dtypes, shapes and bytes."""
+    sha = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "checksum"}, sort_keys=True).encode())
+    for key in sorted(tensors):
+        sha.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode())
+        sha.update(tensor_bytes(tensors[key]))
+    return sha.hexdigest()
+
+
+def _check_size(path: Path) -> None:
+    """Refuses a header that is too large before it is parsed."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size - 8:
+            raise Malformed("it is shorter than its header says, so it is truncated or damaged")
+        if length > MOST_HEADER:
+            raise Malformed(f"its header has {length:,} bytes; at most {MOST_HEADER:,} are read")
+        header = file.read(length)
+    held = sum(header.count(sign) for sign in (b"[", b"{", b","))
+    if held > MOST_VALUES:
+        raise Malformed(f"its header has about {held:,} values; at most {MOST_VALUES:,} are read")
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's raw bytes in row-major order, any dtype (bfloat16 too), each number's least significant byte first.
+    """Returns a tensor's bytes in row-major order, the least significant byte of each number first. Any dtype works.
 
     Example:
         >>> import torch
@@ -266,3 +209,68 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     if sys.byteorder == "big" and size > 1:
         data = np.ascontiguousarray(data.reshape(-1, size)[:, ::-1]).reshape(-1)
     return memoryview(data)  # type: ignore[arg-type]
+
+
+# Checks of an output path before work starts.
+
+
+def check_folder(path: str | os.PathLike[str], name: str = "output") -> Path:
+    """Returns the path of a folder that can be written to, or refuses it. It does not make the folder.
+
+    Args:
+        path: The folder. It need not exist.
+        name: The option or setting that the message names.
+
+    Raises:
+        ConfigError: The path is a file, or lies below one, or cannot be written to.
+
+    Example:
+        >>> check_folder("/dev/null/run")
+        Traceback (most recent call last):
+        unmask.errors.ConfigError: output = '/dev/null/run': '/dev/null' is a file; give a folder.
+    """
+    path = Path(path)
+    _check(path, _nearest(path, name, "folder"), name, "folder")
+    return path
+
+
+def check_file(path: str | os.PathLike[str], name: str = "output") -> Path:
+    """Returns the path of a file that can be written or overwritten, or refuses it. It does not make the file.
+
+    Args:
+        path: The file. The folders above it need not exist.
+        name: The option or setting that the message names.
+
+    Raises:
+        ConfigError: The path is a folder, or lies below a file, or its folder cannot be written to.
+
+    Example:
+        >>> check_file("/dev/null/report.html", "--output")
+        Traceback (most recent call last):
+        unmask.errors.ConfigError: --output = '/dev/null/report.html': '/dev/null' is a file; give another file.
+    """
+    path = Path(path)
+    there = _nearest(path, name, "file")
+    if path.is_dir():
+        raise ConfigError(f"{name} = {str(path)!r} is a folder; give the name of a file.")
+    _check(path, path.absolute().parent if there == path else there, name, "file")
+    return path
+
+
+def _nearest(path: Path, name: str, what: str) -> Path:
+    """Returns the path itself if it exists, else the nearest folder or file above it that does."""
+    if "\0" in str(path):
+        raise ConfigError(f"{name} = {str(path)!r} is no name of a {what}; give another.")
+    try:
+        return next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
+    except OSError as error:  # The name may be too long, for example.
+        raise ConfigError(f"{name} = {str(path)!r:.200}: {error.strerror}; give another {what}.") from error
+
+
+def _check(path: Path, there: Path, name: str, what: str) -> None:
+    """Refuses a path whose nearest existing parent ``there`` is not a folder that can be written to."""
+    if not there.is_dir():
+        article = "a" if what == "folder" else "another"
+        raise ConfigError(f"{name} = {str(path)!r}: {str(there)!r} is a file; give {article} {what}.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name} = {str(path)!r}: {str(there)!r} cannot be written to; give another {what}.")

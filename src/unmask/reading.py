@@ -1,8 +1,8 @@
-"""Plain values that somebody else may have written: each has the form that its place asks for, or is refused by name.
+"""Reads JSON and text within bounds, and checks that plain values have the form that is expected.
 
-A *form* is a function ``(value, where) -> value`` that returns the value, or raises `Malformed` with ``where`` in its text.
-Forms are put together: ``fields({"shapes": mapping(items(count))})``. A reader turns `Malformed` into its own error, which
-names the file: ``with refusing(DeltaError, path): ...``. No torch here.
+A *form* is a function ``(value, where) -> value``. It returns the value, or raises `Malformed` with ``where`` in its text.
+Forms can be combined: ``fields({"shapes": mapping(items(count))})``. A reader turns `Malformed` into its own error, which
+names the file: ``with refusing(DeltaError, path): ...``. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from unmask.errors import UnmaskError
 Form = Callable[[Any, str], Any]
 
 MOST_VALUES = 2_000_000
-"""The most values of one JSON text. Each costs up to 100 bytes of memory, however few it has in the file."""
+"""The most values that one JSON text may have. A value of two bytes in the file can cost 100 bytes of memory."""
 MOST_BYTES = 256 * 2**20
 """The longest JSON or YAML text that is read."""
 DEEPEST = 64
 """The deepest nesting that is read."""
-_LARGEST = 2**63  # of whole numbers
+_LARGEST = 2**63  # Whole numbers must be below it.
 
 
 class Malformed(ValueError):
-    """A value that has not the form that its place asks for; its text says which, and what is asked for."""
+    """Says that a value has another form than expected. Its text names the value and the form."""
 
 
 @contextlib.contextmanager
 def refusing(error: type[UnmaskError], source: str, advice: str = "") -> Iterator[None]:
-    """Turns `Malformed` into an error of ours that names the source.
+    """Turns `Malformed` into an error of unmask that names the source.
 
     Args:
-        error: The class to raise.
-        source: What was read, as the subject of the message.
-        advice: A last sentence: what to do.
+        error: The class of the error to raise.
+        source: The subject of the message: the name of what was read.
+        advice: The last sentence of the message, which says what to do.
 
     Example:
         >>> from unmask.errors import DataError
@@ -56,16 +56,19 @@ def refusing(error: type[UnmaskError], source: str, advice: str = "") -> Iterato
 def parse_json(
     text: str | bytes, most_bytes: int = MOST_BYTES, most_values: int = MOST_VALUES, large: bool = False
 ) -> Any:
-    """The value of a JSON text whose size, depth and numbers are bounded.
+    """Parses a JSON text whose size, depth and numbers are within bounds.
 
     Args:
         text: The JSON text.
-        most_bytes: Its longest length.
+        most_bytes: The greatest length of the text.
         most_values: The most values that it may have.
-        large: Whether whole numbers of more than 63 bits are let through.
+        large: True accepts whole numbers of more than 63 bits.
+
+    Returns:
+        The parsed value.
 
     Raises:
-        Malformed: It is not JSON in UTF-8, too large, too deep, or it holds a number or a character that nothing can use.
+        Malformed: The text is not JSON in UTF-8, is too large or too deep, or holds a number or character out of bounds.
 
     Example:
         >>> parse_json('{"a": [1, 2]}')
@@ -81,25 +84,25 @@ def parse_json(
         value = json.loads(text)
     except RecursionError as error:
         raise Malformed(f"it is nested deeper than {DEEPEST} levels") from error
-    except ValueError as error:  # no JSON, no UTF-8, a whole number of thousands of digits
+    except ValueError as error:  # Also for text that is not UTF-8, and for a whole number of thousands of digits.
         raise Malformed(f"it is no JSON ({error})") from error
     return bounded(value, 2 * most_values, large)
 
 
 def read_json(path: Path) -> Any:
-    """`parse_json` of a file.
+    """Reads a JSON file with `parse_json`.
 
     Raises:
-        Malformed: Also if the file cannot be read.
+        Malformed: `parse_json` refuses the text, or the file cannot be read.
     """
     return parse_json(read_bytes(path))
 
 
 def read_bytes(path: Path) -> bytes:
-    """A text file as bytes.
+    """Reads a file as bytes.
 
     Raises:
-        Malformed: It cannot be read, or it is larger than `MOST_BYTES`.
+        Malformed: The file cannot be read, or it is larger than `MOST_BYTES`.
     """
     try:
         size = path.stat().st_size
@@ -111,10 +114,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """`read_bytes` as text in UTF-8.
+    """Reads a file as text in UTF-8.
 
     Raises:
-        Malformed: Also if the file is not UTF-8.
+        Malformed: The file cannot be read, is larger than `MOST_BYTES`, or is not UTF-8.
     """
     try:
         return read_bytes(path).decode("utf-8")
@@ -123,17 +126,17 @@ def read_text(path: Path) -> str:
 
 
 def bounded(value: Any, most: int = 2 * MOST_VALUES, large: bool = False) -> Any:
-    """The value itself, which is neither too deep nor too large, and holds no number or character that nothing can use.
+    """Returns a value if its depth, its size, and its numbers and characters are within bounds.
 
-    Values that a file names again and again (aliases of YAML) count each time.
+    A value that a file repeats by reference (an alias in YAML) counts each time.
 
     Args:
-        value: Mappings, lists and plain values.
+        value: The value, made of mappings, lists and plain values.
         most: The most values that it may hold.
-        large: Whether whole numbers of more than 63 bits are let through.
+        large: True accepts whole numbers of more than 63 bits.
 
     Raises:
-        Malformed: The value is not bounded.
+        Malformed: The value is out of bounds.
     """
     level, held = [value], 0
     for _ in range(DEEPEST):
@@ -168,45 +171,45 @@ def _usable(value: Any, large: bool) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it, cut to a line."""
+    """Returns a value as an error message shows it, cut to 80 characters."""
     try:
         words = repr(value)
-    except Exception:  # of a value that cannot even be shown
+    except Exception:  # A value's own ``__repr__`` may fail.
         words = f"a {type(value).__name__}"
     return words if len(words) <= 80 else f"{words[:77]}..."
 
 
-# Forms.
+# Forms. Each returns the value, or raises Malformed.
 
 
 def plain(value: Any, where: str) -> Any:
-    """Any value."""
+    """Accepts any value."""
     return value
 
 
 def text(value: Any, where: str) -> str:
-    """A text."""
+    """Accepts a text."""
     if not isinstance(value, str):
         raise Malformed(f"{where} = {shown(value)} must be a text")
     return value
 
 
 def flag(value: Any, where: str) -> bool:
-    """True or false."""
+    """Accepts true or false."""
     if not isinstance(value, bool):
         raise Malformed(f"{where} = {shown(value)} must be true or false")
     return value
 
 
 def count(value: Any, where: str) -> int:
-    """A whole number from 0, of at most 63 bits."""
+    """Accepts a whole number from 0 of at most 63 bits."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _LARGEST:
         raise Malformed(f"{where} = {shown(value)} must be a whole number from 0")
     return value
 
 
 def number(value: Any, where: str) -> float:
-    """A number that a float holds; NaN and infinity too."""
+    """Accepts a number that fits into a float, NaN and infinity included."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Malformed(f"{where} = {shown(value)} must be a number")
     if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
@@ -215,21 +218,21 @@ def number(value: Any, where: str) -> float:
 
 
 def finite(value: Any, where: str) -> float:
-    """A number that is neither NaN nor infinite."""
+    """Accepts a number that is neither NaN nor infinite."""
     if not math.isfinite(number(value, where)):
         raise Malformed(f"{where} = {value} must be finite")
     return value
 
 
 def scalar(value: Any, where: str) -> Any:
-    """A text, a number, true, false or null."""
+    """Accepts a text, a number, true, false or null."""
     if value is not None and not isinstance(value, str | int | float | bool):
         raise Malformed(f"{where} = {shown(value)} must be a text or a number")
     return value
 
 
 def one_of(*words: Any) -> Form:
-    """One of some values, of just their type."""
+    """Makes a form that accepts some values, of exactly their type."""
 
     def form(value: Any, where: str) -> Any:
         if not any(type(value) is type(word) and value == word for word in words):
@@ -240,12 +243,12 @@ def one_of(*words: Any) -> Form:
 
 
 def optional(inner: Form) -> Form:
-    """A form, or null."""
+    """Makes a form that accepts null too."""
     return lambda value, where: None if value is None else inner(value, where)
 
 
 def items(inner: Form) -> Form:
-    """A list of things of one form."""
+    """Makes a form that accepts a list whose elements have one form."""
 
     def form(value: Any, where: str) -> list[Any]:
         if not isinstance(value, list | tuple):
@@ -258,7 +261,7 @@ def items(inner: Form) -> Form:
 
 
 def mapping(inner: Form) -> Form:
-    """A mapping from texts to things of one form."""
+    """Makes a form that accepts a mapping from texts to values of one form."""
 
     def form(value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, Mapping):
@@ -271,12 +274,12 @@ def mapping(inner: Form) -> Form:
 
 
 def fields(needed: Mapping[str, Form], further: Mapping[str, Form] | None = None, closed: bool = False) -> Form:
-    """A mapping with named entries.
+    """Makes a form that accepts a mapping with named entries.
 
     Args:
-        needed: The entries that must be there.
-        further: Those that may be there.
-        closed: Whether any other entry is refused; otherwise it is left as it is.
+        needed: The forms of the entries that must be there.
+        further: The forms of the entries that may be there.
+        closed: True refuses any other entry. False leaves it as it is.
 
     Example:
         >>> fields({"step": count}, {"loss": number})({"step": 3, "name": "a"}, "the row")

@@ -1,3 +1,3 @@
-"""The version, in one place."""
+"""Holds the version number."""
 
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ import unmask
 from unmask import MethodError, NonFiniteGradientError
 from unmask.calibration import fisher as fisher_module
 from unmask.calibration.fisher import estimate_fisher
-from unmask.methods.presets import Calibration
+from unmask.methods.method import Calibration
 from unmask.ranking.ledger import Layout
 
 T, CLASSES = 5, 3

@@ -15,7 +15,7 @@ from unmask import MethodError
 from unmask.calibration import synflow
 from unmask.calibration.pruning import connection_sensitivity, gradient_flow
 from unmask.calibration.synflow import synaptic_flow
-from unmask.methods.presets import Calibration
+from unmask.methods.method import Calibration
 from unmask.ranking.ledger import Layout
 
 INSIDE = r"^(one|two)\."

@@ -14,11 +14,8 @@ from tiny import tiny_world
 from transformers import AutoModelForSequenceClassification
 
 import unmask
-from unmask.lab.training.config import METHODS
 from unmask.lab.training.recipe import rate
 from unmask.lab.training.settings import read_yaml
-
-UNMASK = [sys.executable, "-c", "from unmask.cli import main; main()"]
 
 # the Trainer's own warnings are not what is tested here
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -50,8 +47,21 @@ def test_methods_lists_every_preset(world: Path) -> None:
     assert all(name in printed for name in unmask.PRESETS)
 
 
-def test_the_configuration_knows_every_preset() -> None:
-    assert set(METHODS) == set(unmask.PRESETS)
+@pytest.mark.parametrize("name", unmask.PRESETS)
+def test_train_makes_the_method_that_is_named(name: str, world: Path) -> None:
+    """The delta's metadata, the summary and the configuration all name it."""
+    more: list[object] = ["--method", name, "--max-steps", 1]
+    if name == "sparse_adapter":
+        more += ["--into", "lora", "--set", "criterion=random"]
+    words = train_words(f"named-{name}", *more)
+    if name == "full":
+        at = words.index("--budget")
+        words = (*words[:at], *words[at + 2 :])
+    run(*words, cwd=world)
+    folder = world / f"named-{name}"
+    assert unmask.SparseDelta.load(folder / "delta.safetensors").metadata["method"]["name"] == name
+    assert json.loads((folder / "summary.json").read_text())["method"]["name"] == name
+    assert read_yaml(folder / "config.yaml")["method"] == name
 
 
 def test_without_a_method_the_recipe_runs_and_the_config_says_so(world: Path) -> None:

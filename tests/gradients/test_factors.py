@@ -7,9 +7,8 @@ import copy
 import pytest
 import torch
 from helpers import as_lists
+from layer_nets import ALL_CASES, build, loss_of, run, weights
 from nets import loss, mixed, tokens
-from test_layers import loss_of
-from test_sampled_training import CASES, build, run, weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -188,7 +187,7 @@ METHODS = {
 
 @pytest.mark.filterwarnings("ignore:step .* was to select:unmask.UnmaskWarning")  # rows that no token has seen
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_selecting_at_every_step_is_as_with_dense_gradients(case, method):
     model, x = build(case, torch.float64)

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 from helpers import as_lists
+from layer_nets import assert_unselected, weights
 from nets import tokens
-from test_sampled_training import assert_unselected, weights
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import test_layers
 import torch
 from helpers import (
     as_lists,
@@ -13,10 +12,9 @@ from helpers import (
     dense_gradients,
     gradient_at_slots,
 )
+from layer_nets import ALL_CASES, X, assert_unselected, build, loss_of, run, weights
 from nets import loss, mixed, tokens
-from test_layers import IDS, X, loss_of
 from torch import nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import unmask
@@ -30,116 +28,16 @@ def how(request, monkeypatch):
     return request.param
 
 
-class Mixture(nn.Module):
-    """One weight in a Linear, in a plain product, and transposed in another Linear."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(6, 6)
-
-    def forward(self, x):
-        x = self.layer(x).tanh() @ self.layer.weight
-        return F.linear(x.tanh(), self.layer.weight.t()) * self.layer.weight.sum() + self.layer.bias
-
-
-class OneBias(nn.Module):
-    """Biases that are broadcast or scaled: one number for all, and one row per example."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.one = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(1))
-        self.many, self.row = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6))
-
-    def forward(self, x):
-        x = F.linear(x, self.weight, self.one).tanh() + F.linear(x, self.weight, self.many)
-        x = torch.addmm(self.one, x, self.weight) + torch.addmm(self.many, x, self.weight, beta=0.5, alpha=2.0)
-        return torch.addmm(self.row, x, self.weight, beta=0.5, alpha=2.0)
-
-
-class SharedBias(nn.Module):
-    """One bias in two linear layers, one of them a Conv1D, and alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 6), Conv1D(6, 6)
-        self.second.bias = self.first.bias
-
-    def forward(self, x):
-        return self.second(self.first(x).tanh()) * self.first.bias
-
-
-class Keywords(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.child, self.table = nn.Linear(6, 5, bias=False), nn.Embedding(11, 6)
-
-    def forward(self, x):
-        x = x + F.embedding(weight=self.table.weight, input=IDS.view(-1)[:4], padding_idx=-10)
-        return F.linear(bias=None, weight=self.child.weight, input=x)
-
-
-class Frozen(nn.Module):
-    """Stacked, so that most inputs require a gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(6, 7), nn.ReLU(inplace=True), Conv1D(8, 7), nn.GELU(), nn.Linear(8, 3))
-
-    def forward(self, x):
-        return self.layers(x.view(2, 2, 6))
-
-
-CASES = {
-    **test_layers.CASES,
-    "no_bias": (lambda: nn.Linear(6, 5, bias=False), X),
-    "conv1d_of_transformers": (lambda: Conv1D(5, 6), X),
-    "stacked": (Frozen, X),
-    "mixture": (Mixture, X),
-    "one_bias": (OneBias, X),
-    "shared_bias": (SharedBias, X),
-    "keywords": (Keywords, X),
-    "table_smaller_than_batch": (lambda: nn.Embedding(4, 6), IDS % 4),
-    "small_and_sparse": (lambda: nn.Embedding(4, 6, sparse=True), IDS % 4),
-    "scaled_by_frequency": (lambda: nn.Embedding(11, 6, scale_grad_by_freq=True), IDS),
-    "last_row_is_padding": (lambda: nn.Embedding(11, 6, padding_idx=-1), IDS + 1),
-    "sparse_bag": (lambda: nn.EmbeddingBag(11, 6, mode="sum", sparse=True), IDS),
-    "int32_ids": (lambda: nn.Embedding(11, 6), IDS.int()),
-}
 METHODS = {
     "random": unmask.random_mask("30%"),
     "static_d3": unmask.static_d3("20%"),
     "id3": unmask.id3("30%", steps=12, stride=4),
-    "pafi": unmask.pafi("30%").but(strategy="increment", schedule=unmask.schedule("uniform", 12)),
+    "pafi": unmask.pafi("30%").but(strategy="increment", schedule=unmask.Schedule.of("uniform", 12)),
     "repeat_d3": unmask.repeat_d3("20%", stride=5),
 }
 
 
-def build(case, dtype=torch.float32):
-    make, x = CASES[case]
-    torch.manual_seed(0)
-    return make().to(dtype), x.to(dtype) if x.is_floating_point() else x
-
-
-def batch(x, step):
-    return x * (1 + 0.1 * step) if x.is_floating_point() else (x * (step + 1)) % (x.max() + 1)
-
-
-def weights(model):
-    """Every parameter once, also where it is tied."""
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_unselected(model, base, selection):
-    """Every weight outside the selection is bitwise the base's."""
-    now = weights(model)
-    for name, flat in selection.indices.items():
-        kept = now[name].reshape(-1).clone()
-        kept[flat] = base[name].reshape(-1)[flat]
-        now[name] = kept.view(base[name].shape)
-    assert_same_tensors(now, base)
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 @pytest.mark.parametrize("budget", ["100%", "25%"])
 def test_the_gradient_at_the_slots_is_the_dense_gradient(case, budget, how):
     model, x = build(case)
@@ -150,20 +48,8 @@ def test_the_gradient_at_the_slots_is_the_dense_gradient(case, budget, how):
     assert all(p.grad is None for p in model.parameters())
 
 
-def run(model, x, method, gradients, steps=20):
-    base = weights(model)
-    selection = unmask.select(model, method, gradients=gradients)
-    optimizer = torch.optim.AdamW(selection.parameters(), lr=0.02, weight_decay=0.1, eps=1e-4)  # noise is no signal
-    for step in range(steps):
-        loss_of(model, batch(x, step)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert_unselected(model, base, selection)
-    return selection, weights(model)
-
-
 @pytest.mark.filterwarnings("ignore:step .* was to select:unmask.UnmaskWarning")  # rows that no token has seen
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_twenty_steps_are_those_of_dense_gradients(case, method, monkeypatch):
     product = ("compact", "sampled")[len(case + method) % 2]

@@ -10,7 +10,7 @@ from helpers import as_lists, assert_same_tensors, batches, dense_gradients, fir
 from torch import nn
 
 import unmask
-from unmask import MethodError, NonFiniteGradientError
+from unmask import Budget, MethodError, NonFiniteGradientError
 from unmask.methods.heuristics import Heuristic
 from unmask.ranking import ranker as streamed
 
@@ -90,10 +90,10 @@ def test_a_share_may_be_of_the_eligible_weights(budget, count):
 
 
 def test_a_ratio_is_exact_and_a_share_of_what_is_not_known_is_refused():
-    assert unmask.methods.presets.parse_budget("320K of 184M", 184_000_000) == 320_000
-    assert unmask.methods.presets.parse_budget("320K of 1.33M eligible", None) == 1  # the form alone
+    assert Budget.parse("320K of 184M").of(184_000_000) == 320_000
+    assert Budget.parse("320K") == Budget.parse(320_000) != Budget.parse("320K of 1.33M eligible")
     with pytest.raises(MethodError, match="not known here"):
-        unmask.methods.presets.parse_budget("4% of eligible", 1000)
+        Budget.parse("4% of eligible").of(1000)
 
 
 @pytest.mark.parametrize(("budget", "patterns"), [(127, {}), (43, {"include": "^0"}), ("100%", {"exclude": "bias"})])
@@ -154,7 +154,7 @@ def test_an_eps_that_lets_zero_weights_divide_by_zero_is_refused(preset, eps):
 
 @pytest.mark.parametrize("argument", ["include", "exclude", "dense", "new"])
 @pytest.mark.parametrize(
-    ("pattern", "why"), [("nothing_here", "found in no parameter name"), ("(", "no regular expression")]
+    ("pattern", "why"), [("nothing_here", "found in no parameter name"), ("(", "not a regular expression")]
 )
 def test_a_pattern_that_finds_nothing_or_is_invalid_is_refused(argument, pattern, why):
     with pytest.raises(MethodError, match=f"{argument}: .* {why}" if why[0] == "n" else why):
@@ -278,7 +278,7 @@ def test_a_heuristic_that_looks_at_whole_tensors_gets_them(registry, monkeypatch
 
 # Any heuristic, any strategy, any allocation.
 
-HEURISTICS = ["d3", "gradient", "snip", "magnitude", "random", "constant"]
+HEURISTICS = ["d3", "gradient", "snip", "small_magnitude", "random", "constant"]
 
 
 @pytest.mark.parametrize("block", [5, 1 << 20])
@@ -291,7 +291,7 @@ def test_any_composition_meets_the_schedule_and_the_caps(heuristic, strategy, al
     B, N = 47, 99
     method = unmask.Method(
         *("any", B, unmask.heuristic(heuristic), strategy),
-        schedule=unmask.schedule("uniform", 4, stride=1 if strategy == "repeat" else 2),
+        schedule=unmask.Schedule.of("uniform", 4, stride=1 if strategy == "repeat" else 2),
         allocation=allocation,
     )
     base, selection = snapshot(model), unmask.select(model, method)
@@ -328,3 +328,67 @@ def test_a_method_is_frozen_and_describes_itself_in_json_values():
     }  # fmt: skip
     assert isinstance(method.but(heuristic=unmask.heuristic("snip")).heuristic, Heuristic)
     assert method.heuristic.name == "d3"
+
+
+def _score(w, g):
+    return w.abs()
+
+
+def _other_score(w, g):
+    return -w.abs()
+
+
+def test_a_heuristic_is_replaced_only_when_asked_or_by_a_cell_that_is_run_again(registry, monkeypatch):
+    unmask.register_heuristic("mine", _score)
+    with pytest.raises(MethodError, match="already registered; give overwrite=True"):
+        unmask.register_heuristic("mine", _other_score)
+    assert unmask.heuristic("mine").function is _score
+    assert unmask.register_heuristic("mine", _other_score, overwrite=True).function is _other_score
+    monkeypatch.setattr(_score, "__module__", "__main__")
+    with pytest.raises(MethodError, match="already registered"):
+        unmask.register_heuristic("mine", _score)  # the other one is not of the notebook
+    monkeypatch.setattr(_other_score, "__module__", "__main__")
+    assert unmask.register_heuristic("mine", _score).function is _score
+
+
+@pytest.mark.parametrize("name", ["d3", "fisher", "magnitude"])
+def test_the_librarys_own_heuristics_cannot_be_replaced(registry, name):
+    with pytest.raises(MethodError, match=f"heuristic '{name}' is the library's own"):
+        unmask.register_heuristic(name, _score, overwrite=True)
+
+
+def test_the_old_name_of_small_magnitude_is_refused_with_the_new_one():
+    with pytest.raises(MethodError, match="heuristic 'magnitude' is called 'small_magnitude' here"):
+        unmask.heuristic("magnitude")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        unmask.id3("0.17%", steps=10, schedule=lambda t, T, B: B),
+        unmask.fish(3, [{"x": torch.ones(2)}], loss=lambda m, b: m(b)),
+        unmask.full().but(scope=unmask.Scope.patterns("a", "b")),
+        unmask.repeat_d3(5, leaving="kept"),
+    ],
+    ids=lambda method: method.name,
+)
+def test_a_method_is_shown_in_one_line_without_addresses(method):
+    shown = repr(method)
+    assert shown.startswith(f"{method.name}(")
+    assert "\n" not in shown
+    assert " at 0x" not in shown
+    assert len(shown) < 250
+    for value in method.describe().values():
+        assert str(value) in shown or value in ({}, [])
+
+
+def test_a_scope_is_refused_if_it_cannot_be():
+    for wrong in (
+        lambda: unmask.Scope("lines"),
+        lambda: unmask.Scope("patterns"),
+        lambda: unmask.Scope("linear", ("a",)),
+    ):
+        with pytest.raises(MethodError, match="scope = "):
+            wrong()
+    with pytest.raises(MethodError, match=r"scope = 'linear'; build one, for example with unmask\.Scope"):
+        unmask.pafi(3).but(scope="linear")

@@ -41,7 +41,7 @@ def test_bitfit_with_a_budget_takes_the_first_names():
 def test_scopes_and_patterns_compose():
     linear = unmask.select(Zoo(), unmask.pafi(8).but(scope=unmask.Scope("linear")))
     assert set(linear.indices) == {"linear.weight", "attention.out_proj.weight"}
-    named = unmask.pafi("100%").but(budget=None, scope=unmask.patterns(r"^lstm", "scale"))
+    named = unmask.pafi("100%").but(budget=None, scope=unmask.Scope.patterns(r"^lstm", "scale"))
     selection = unmask.select(Zoo(), named, include=["weight", "bias"], exclude="_hh_")
     assert set(selection.indices) == {"lstm.weight_ih_l0", "lstm.bias_ih_l0"}
     everything = unmask.select(Zoo(), unmask.pafi(1).but(budget=None))

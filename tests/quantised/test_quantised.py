@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import unmask
 from unmask import MethodError
-from unmask.methods.scopes import patterns
+from unmask.methods.scopes import Scope
 from unmask.quantised.layers import hook_of
 from unmask.ranking import ranker as streamed
 
-MATRICES = patterns(r"(up|down)\.weight")
+MATRICES = Scope.patterns(r"(up|down)\.weight")
 METHODS = {
     "random": lambda: unmask.random_mask(400),
     "id3": lambda: unmask.id3(400, steps=15),

@@ -120,7 +120,7 @@ def test_the_tensor_reads_in_pieces_and_refuses_the_whole():
 def test_a_matrix_of_one_row():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     layer = bitsandbytes.nn.Linear4bit(WIDTH, 1, quant_type="nf4").to("cpu")
-    selection = unmask.select(layer, unmask.id3(5, steps=1).but(scope=unmask.patterns("weight")))
+    selection = unmask.select(layer, unmask.id3(5, steps=1).but(scope=unmask.Scope.patterns("weight")))
     layer(data(0)).sum().backward()
     torch.optim.SGD(selection.parameters(), lr=0.1).step()
     assert selection.used == 5

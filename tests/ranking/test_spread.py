@@ -90,7 +90,7 @@ def test_caps_under_one_ranking(allocation, name, block, monkeypatch):
 
 
 @pytest.mark.parametrize("allocation", ["tensor", "row", "column"])
-@pytest.mark.parametrize("heuristic", ["random", "d3", "magnitude"])
+@pytest.mark.parametrize("heuristic", ["random", "d3", "small_magnitude"])
 @pytest.mark.parametrize("strategy", ["increment", "repeat"])
 def test_caps_hold_while_the_selection_grows_or_is_exchanged(strategy, heuristic, allocation):
     torch.manual_seed(0)
@@ -185,7 +185,7 @@ def test_lift_of_every_kind_of_tensor(lift):
 def test_lift_refreshed_ranks_the_trained_weights(lift):
     model = net()
     method = lift.method(20, rank=2).but(
-        strategy="repeat", schedule=unmask.schedule("uniform", 1, stride=2), allocation="global"
+        strategy="repeat", schedule=unmask.Schedule.of("uniform", 1, stride=2), allocation="global"
     )
     selection = unmask.select(model, method)
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.3)

@@ -70,6 +70,19 @@ def test_merging_streams_equals_one_stream():
     assert merged.result().positions.tolist() == plain_sort(scores, 11)
 
 
+def test_a_tie_that_is_merged_later_still_goes_to_the_smaller_position():
+    shuffle = random.Random(0)
+    for k in (1, 3, 10, 25):
+        scores = torch.tensor([shuffle.randrange(3) for _ in range(60)]).double()
+        merged = StreamingTopK(k)
+        places = list(range(60))
+        shuffle.shuffle(places)
+        for low in range(0, 60, 12):
+            at = torch.tensor(places[low : low + 12])
+            merged.merge(Ranked(scores[at], at, scores[at]))
+        assert merged.result().positions.tolist() == plain_sort(scores, k)
+
+
 def test_nothing_offered_gives_nothing():
     top = StreamingTopK(3)
     top.merge(StreamingTopK(3).result())

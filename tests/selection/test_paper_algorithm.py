@@ -17,7 +17,6 @@ from unmask import ConfigError, MethodError, SelectionError, SelectiveAdamW, Spa
 from unmask.analysis import densities, gradient_updates, mask_of, tensor_sparsity
 from unmask.analysis import snapshot as shot_of
 from unmask.lab.training.config import TrainConfig
-from unmask.lab.training.presets import method_from
 from unmask.selection.state import read_state, write_state
 
 BUDGET, STEPS = 100, 15  # 15 does not divide 100
@@ -428,7 +427,7 @@ def test_kept_is_refused_where_nothing_leaves():
 def test_the_setting_goes_with_repeat_d3_alone():
     base = {"model": "m", "output": "o", "task": "rte", "budget": "30"}
     for leaving in ("restored", "kept"):
-        method = method_from(TrainConfig(**base, method="repeat_d3", stride=2, leaving=leaving), steps=9)
+        method = TrainConfig(**base, method="repeat_d3", stride=2, leaving=leaving).build_method(9)
         assert method == unmask.repeat_d3("30", stride=2, leaving=leaving)
     with pytest.raises(ConfigError, match="goes with method repeat_d3"):
         TrainConfig(**base, leaving="kept")

@@ -11,15 +11,15 @@ import torch
 from helpers import batches, mean_square
 from peft_nets import optimizer_of, run, wrapped
 from quantised_nets import as_float, data, quantised
-from test_values_reach import Free, ScheduleFree
 from trainers import bert, frozen_garbage, selective  # noqa: F401  # a fixture
+from value_wrappers import Free, ScheduleFree
 
 import peft
 import unmask
 import unmask.peft
 from unmask.errors import SelectionError
 from unmask.integrations.trainer import STATE_FILE
-from unmask.methods.scopes import patterns
+from unmask.methods.scopes import Scope
 from unmask.peft.model import tuner_of
 from unmask.selection.state import read_state
 
@@ -137,7 +137,7 @@ def test_a_trainers_checkpoint_and_model_hold_the_average_that_was_evaluated(tmp
 
 def test_a_quantised_layer_computes_with_what_was_written():
     net = quantised("int8")
-    selection = unmask.select(net, unmask.random_mask(100).but(scope=patterns(r"up\.weight")))
+    selection = unmask.select(net, unmask.random_mask(100).but(scope=Scope.patterns(r"up\.weight")))
     selection.values.data.copy_(torch.randn(100))
     with torch.no_grad():
         out = net(data(0))

@@ -234,7 +234,7 @@ def test_ages_count_from_the_step_that_selected():
     delta.apply(mixed())
 
 
-@pytest.mark.parametrize("heuristic", ["magnitude", "large_magnitude", "constant", "random", "own"])
+@pytest.mark.parametrize("heuristic", ["small_magnitude", "large_magnitude", "constant", "random", "own"])
 def test_a_score_that_does_not_come_from_the_gradient_is_ranked_as_before(heuristic, registry):
     if heuristic == "own":
         unmask.register_heuristic("own", lambda w, g: g.abs())

@@ -67,7 +67,7 @@ def saved(steps: int = 2) -> tuple[dict[str, Any], dict[str, Any]]:
 def another_schedule() -> None:
     """Two lambdas, of which a name says nothing."""
     curve = (lambda t, T, B: t) if odd() else (lambda t, T, B: min(B, 2 * t))
-    start(unmask.id3(12, steps=STEPS).but(schedule=unmask.schedule(curve, STEPS)))
+    start(unmask.id3(12, steps=STEPS).but(schedule=unmask.Schedule.of(curve, STEPS)))
 
 
 def another_rank_count() -> None:

@@ -47,7 +47,7 @@ METHODS: dict[str, Callable[[], unmask.Method]] = {
     "static_d3": lambda: unmask.static_d3(60),
     "most": lambda: unmask.id3(1_400, steps=3),  # of 1,440, more than have a gradient
     "random_mask": lambda: unmask.random_mask(60, seed=3),
-    "random_increment": lambda: unmask.random_mask(60).but(strategy="increment", schedule=unmask.schedule("uniform", 6)),
+    "random_increment": lambda: unmask.random_mask(60).but(strategy="increment", schedule=unmask.Schedule.of("uniform", 6)),
     "random_repeat": lambda: unmask.random_mask(60).but(strategy="repeat"),
     "pafi": lambda: unmask.pafi(60),
     "bitfit": lambda: unmask.bitfit(),

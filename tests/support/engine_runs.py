@@ -130,6 +130,7 @@ def config_alone(folder: str, head: bool = True, resume: bool = False) -> None:
     settings = TrainingArguments(
         "out", use_cpu=True, max_steps=12, per_device_train_batch_size=8 // count, gradient_accumulation_steps=2,
         save_steps=4, learning_rate=1e-2, lr_scheduler_type="constant", report_to="none", disable_tqdm=True, seed=5,
+        average_tokens_across_devices=False,  # it would multiply the loss, which counts no tokens, by the processes
     )  # fmt: skip
     runner = Trainer(model=model, args=settings, train_dataset=data)
     runner.train(resume_from_checkpoint="out/checkpoint-4" if resume else None)

@@ -42,7 +42,7 @@ PRESETS = {
     "bitfit": lambda: unmask.bitfit(),
     "random_mask": lambda: unmask.random_mask(17, seed=3),
     "random_increment": lambda: unmask.random_mask(17).but(
-        strategy="increment", schedule=unmask.schedule("uniform", 5)
+        strategy="increment", schedule=unmask.Schedule.of("uniform", 5)
     ),
     "random_repeat": lambda: unmask.random_mask(17).but(strategy="repeat"),
     "full": lambda: unmask.full(),

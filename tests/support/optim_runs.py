@@ -20,7 +20,7 @@ METHODS = {
     "repeat_d3_strided": lambda: unmask.repeat_d3(101, stride=3),
     "repeat_d3_kept": lambda: unmask.repeat_d3(40, stride=3, leaving="kept"),
     "random_increment": lambda: unmask.random_mask(101).but(
-        strategy="increment", schedule=unmask.schedule("uniform", 20)
+        strategy="increment", schedule=unmask.Schedule.of("uniform", 20)
     ),
     "pafi": lambda: unmask.pafi(101),
     "full": lambda: unmask.full(),

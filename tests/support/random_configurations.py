@@ -14,7 +14,7 @@ import unmask
 from unmask import UnmaskError, UnmaskWarning
 
 STEPS = 4
-HEURISTICS = ("d3", "gradient", "snip", "magnitude", "large_magnitude", "random", "constant")
+HEURISTICS = ("d3", "gradient", "snip", "small_magnitude", "large_magnitude", "random", "constant")
 
 
 def run_case(seed: int) -> str:

@@ -149,7 +149,7 @@ def _plain(delta: SparseDelta) -> dict[str, Any]:
 METHODS = {
     "id3": lambda: unmask.id3(17, steps=5),
     "kept": lambda: unmask.repeat_d3(9, leaving="kept"),
-    "random": lambda: unmask.random_mask(17).but(strategy="increment", schedule=unmask.schedule("uniform", 5)),
+    "random": lambda: unmask.random_mask(17).but(strategy="increment", schedule=unmask.Schedule.of("uniform", 5)),
 }
 
 

@@ -1,4 +1,4 @@
-"""A made-up study, with everything that a report can show, and with names that would break a careless page."""
+"""A made-up study with everything that a report can show, and with names that need escaping."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ VALUES: dict[str, Any] = {
 
 
 def result(cell: Any, draw: random.Random) -> dict[str, Any]:
-    """A finished run's result, the better the nearer its rate is to 1e-3."""
+    """Returns a finished run's result; the score is better, the nearer the rate is to 1e-3."""
     settings = cell.settings
     loss = 0.4 + abs(settings.get("lr", 1e-3) - 1e-3) * 10 + draw.random() / 50
     budget = 20_000_000 if settings["method" if "method" in settings else "task"] == "full" else 10_000
@@ -96,7 +96,7 @@ def result(cell: Any, draw: random.Random) -> dict[str, Any]:
 
 
 def write_study(folder: Any, values: dict[str, Any] = VALUES, failing: int = 5) -> Store:
-    """Writes the study's folder; the run of that number has failed, the last is still to come."""
+    """Writes the study's folder; the run with the number ``failing`` has failed, and the last run has not ended."""
     sweep, store, draw = parse(values), Store(folder), random.Random(0)
     cells = expand(sweep)
     store.write_plan(plan(sweep, cells, f"unmask sweep {EVIL}"))

@@ -1,4 +1,4 @@
-"""Made-up runs for the tests of sweeps: what a runner function does, in worker processes of their own."""
+"""Functions that make runs of sweeps in worker processes, for tests: some fail, some die, some take many steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOSSES = {1e-4: 0.7, 1e-3: 0.5, 1e-2: 0.6}
 
 
 def count(folder: Path, what: str) -> int:
-    """Notes in the run's folder that something happened; how often it did."""
+    """Notes in the run's folder that something happened, and returns how often it has happened."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / what).open("a") as file:
         file.write(f"{os.getpid()}\n")
@@ -21,7 +21,7 @@ def count(folder: Path, what: str) -> int:
 
 
 def times(folder: Path, what: str) -> int:
-    """How often it has happened in the run's folder."""
+    """Returns how often something has happened, by the run's folder."""
     path = folder / what
     return len(path.read_text().split()) if path.is_file() else 0
 
@@ -48,7 +48,7 @@ def failing(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def dying(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Killed in its first attempt at 1e-4, in every one at 1e-2."""
+    """Kills its process in the first attempt at 1e-4, and in every attempt at 1e-2."""
     attempt = count(folder, "starts")
     if settings.get("lr") == 1e-2 or (settings.get("lr") == 1e-4 and attempt == 1):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -56,13 +56,12 @@ def dying(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def stepping(settings: Mapping[str, Any], folder: Path, steps: int = 20, each: float = 0.03) -> dict[str, Any]:
-    """Counts its steps into a file, goes on where it was cut off, and stops for Ctrl-C after a whole step."""
+    """Counts its steps in a file, goes on from the last step after a kill, and stops after a whole step on Ctrl-C."""
     stop: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: stop.append(number))
     try:
-        while (
-            times(folder, "steps") < steps
-        ):  # all may be there: killed after the last one, before the result was written
+        # All steps may be there already, if the run was killed after the last one and before its result was written.
+        while times(folder, "steps") < steps:
             count(folder, "steps")
             time.sleep(each)
             if stop:

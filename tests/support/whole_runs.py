@@ -29,6 +29,7 @@ def small_world(root: Path) -> TrainConfig:
         eval=str(root / "dev.csv"),
         text="review",
         label="verdict",
+        method="id3",
         budget="60",
         lr=0.05,
         max_steps=6,

@@ -1,4 +1,4 @@
-"""Analyses where the budget went, in a selection, a delta or between two checkpoints; see docs/analysis.md."""
+"""Measures a selection, a delta or two checkpoints: how many tensors changed, where, and how two masks agree."""
 
 from unmask.analysis.allocation import allocation, grouped, snapshot, snapshots
 from unmask.analysis.checkpoints import changed

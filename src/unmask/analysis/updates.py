@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unmask.errors import MethodError
-from unmask.methods.presets import Method
+from unmask.methods.method import Method
 from unmask.methods.schedules import Schedule
 
 

@@ -1,9 +1,10 @@
-"""The command line. Commands import what they need when they run: ``unmask --help`` waits for no torch."""
+"""The command line. A command imports what it needs when it runs, so that ``unmask --help`` does not wait for torch."""
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 from unmask.errors import UnmaskError, cannot_write
 
@@ -11,17 +12,25 @@ _STOPPED = ("InterruptedRunError", "InterruptedCommandError", "SweepInterruptedE
 
 
 def main() -> None:
-    """Entry point of ``unmask`` and ``python -m unmask``: refusals are one message on standard error, and exit status 1.
+    """Runs ``unmask`` and ``python -m unmask``. A refusal ends with one message on standard error and exit status 1.
 
-    Ctrl-C, at any moment, ends with a message too, and exit status 130.
+    Ctrl-C, at any moment, ends with a message and exit status 130.
     """
     try:
-        _run()
+        try:
+            from unmask.cli.app import app
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] not in ("typer", "rich", "click", "yaml"):
+                raise
+            sys.exit(
+                f"unmask: {error.name!r} is not installed; the command line needs: pip install 'unmask[cli,hf,eval]'."
+            )
+        app(prog_name="unmask")
     except UnmaskError as error:
         _end(str(error), 130 if type(error).__name__ in _STOPPED else 1)
     except KeyboardInterrupt:  # before a command began
         _end("interrupted before anything was done.", 130)
-    except BrokenPipeError:  # what read the output has ended, as `head` does
+    except BrokenPipeError:  # the program that reads the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
@@ -31,31 +40,18 @@ def main() -> None:
         _end(f"a file cannot be written ({why}). Free some space, or give another place.", 1)
 
 
-def _run() -> None:
-    try:
-        from unmask.cli.app import app
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("typer", "rich", "click", "yaml"):
-            raise
-        sys.exit(f"unmask: {error.name!r} is not installed; the command line needs: pip install 'unmask[cli,hf,eval]'.")
-    app(prog_name="unmask")
-
-
-def _end(message: str, status: int) -> None:
-    _say(message)
-    sys.exit(status)
-
-
-def _say(text: str) -> None:
-    """Prints an error; under torchrun only the first process that has it does, and says which one it is."""
-    rank = "0"
+def _end(message: str, status: int) -> NoReturn:
+    """Prints an error and ends. Under torchrun only the first process that has the error prints it, with its rank."""
+    rank, printing = "0", True
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from unmask.distributed.processes import first_to_say
 
-        if not first_to_say(text):
-            return
-        rank = os.environ.get("RANK", "0")
-    print(f"unmask: {text}" if rank == "0" else f"unmask, process {rank}: {text}", file=sys.stderr, flush=True)
+        rank, printing = os.environ.get("RANK", "0"), first_to_say(message)
+    if printing:
+        print(
+            f"unmask: {message}" if rank == "0" else f"unmask, process {rank}: {message}", file=sys.stderr, flush=True
+        )
+    sys.exit(status)
 
 
 __all__ = ["main"]

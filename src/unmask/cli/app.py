@@ -1,4 +1,4 @@
-"""The commands, and what each takes."""
+"""The commands of ``unmask`` and their options."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import typer.core
 
 from unmask.cli import sweeps
 from unmask.cli.interrupted import InterruptedCommandError
+from unmask.cli.options import SettingsCommand
 from unmask.version import __version__
 
 
 class _Commands(typer.core.TyperGroup):
-    """The commands; Ctrl-C in one becomes an error of ours, which typer leaves to `unmask.cli.main`."""
+    """The group of commands. Ctrl-C becomes an error of this project, which typer leaves to `unmask.cli.main`."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -33,12 +34,6 @@ app = typer.Typer(
 )
 
 
-TASK_HELP = (
-    "sst2, cola, mrpc, rte, stsb, qnli, qqp, mnli (GLUE); conll2003, wnut17, or ner for tagged sentences of "
-    "your own; gsm8k, math10k."
-)
-
-
 def _version(show: bool) -> None:
     if show:
         typer.echo(f"unmask {__version__}")
@@ -52,10 +47,10 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
 
 @app.command()
 def demo(
-    budget: Annotated[str, typer.Option(help="Scalar weights to unmask: a count or a share.")] = "20000",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 200,
+    budget: Annotated[str, typer.Option(help="The number of scalar weights to unmask: a count or a share.")] = "20000",
+    steps: Annotated[int, typer.Option(help="The number of optimizer steps.", min=1)] = 200,
     output: Annotated[
-        Path | None, typer.Option(help="Where to keep the delta; default: a folder in the cache.")
+        Path | None, typer.Option(help="The folder for the delta; without it, a folder in the cache.")
     ] = None,
 ) -> None:
     """Fine-tune a real encoder on real reviews with ID3, on this CPU, in under three minutes."""
@@ -64,40 +59,23 @@ def demo(
     run_demo(budget, steps, output)
 
 
-@app.command()
+class _TrainCommand(SettingsCommand):
+    settings = ("unmask.lab.training.config", "TrainConfig")
+
+
+@app.command(cls=_TrainCommand)
 def train(
-    model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub id.")] = None,
-    task: Annotated[str | None, typer.Option(help=TASK_HELP)] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Folder with the task's files; without it, the hub.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Your training data: csv, tsv, jsonl, parquet, conll, or a hub id.")
-    ] = None,
-    eval: Annotated[str | None, typer.Option("--eval", help="Your evaluation data; default: a tenth held out.")] = None,
-    text: Annotated[str | None, typer.Option(help="Text column.")] = None,
-    text_pair: Annotated[str | None, typer.Option(help="Second text column.")] = None,
-    label: Annotated[str | None, typer.Option(help="Label column.")] = None,
-    into: Annotated[
-        str | None, typer.Option(help="Select inside an added lora, dora, pfeiffer or houlsby; default: in the base.")
-    ] = None,
-    lora_r: Annotated[int | None, typer.Option(help="Rank of the LoRA; default 8.")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="The LoRA's scale is alpha / r; default 8.")] = None,
-    method: Annotated[str | None, typer.Option(help="See `unmask methods`; default: the recommended recipe.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Scalar weights to unmask: 20000, or a share: 0.17%.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per forward.")] = None,
-    bf16: Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Autocast to bfloat16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the head's init, the data order, random masks.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder for the delta, metrics and checkpoints.")] = None,
+    context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings; options and --set go over it.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting as key=value; see docs/cli.md.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting as key=value, as in the YAML file.")
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
-            help="recommended: the default where no method is named. paper: the paper's settings for the task (its Table 7), "
-            "as the second of its four runs: lr 3e-4, of full 7e-6, and seed 7; on word problems lr 3e-4 and seed 42. tuned: "
-            "this project's settings for the task. What you give goes over a preset."
+            help="recommended: the recipe, which is the default where no method is named. paper: the paper's settings for the "
+            "task (its Table 7), as the second of its four runs: lr 3e-4, of full 7e-6, and seed 7; on word problems lr 3e-4 "
+            "and seed 42. tuned: this project's settings for the task. What you give goes over a preset."
         ),
     ] = None,
     resume: Annotated[
@@ -112,18 +90,14 @@ def train(
     ] = False,
 ) -> None:
     """Train a delta on a known task or on your own data."""
-    run_options = ("config", "set_", "preset", "resume", "overwrite")
-    given: dict[str, Any] = {
-        k: v for k, v in locals().items() if k not in (*run_options, "run_options") and v is not None
-    }
     from unmask.files import check_folder
-    from unmask.lab.training.recipe import under_preset
+    from unmask.lab.training.paper import under_preset
     from unmask.lab.training.settings import build, parse_assignments, read_yaml
 
-    settings = (read_yaml(config) if config else {}) | given | parse_assignments(set_ or [])
-    resolved = build(under_preset(preset, settings))  # refuse a bad setting before torch is imported
-    if output is not None:
-        check_folder(output, "--output")
+    settings = (read_yaml(config) if config else {}) | context.obj | parse_assignments(set_ or [])
+    resolved = build(under_preset(preset, settings))  # a bad setting is refused before torch is imported
+    if "output" in context.obj:
+        check_folder(resolved.output, "--output")
     from unmask.lab.training.training import train as run
 
     run(resolved, resume=resume, overwrite=overwrite)
@@ -133,28 +107,38 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
     delta: Annotated[
-        Path | None, typer.Argument(help="The delta; left out, the base alone solves word problems.")
+        Path | None, typer.Argument(help="The delta file; without it the base alone solves word problems.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="A task; default: the one that it was trained on. Word problems: gsm8k,svamp,...")
+        str | None,
+        typer.Option(help="The task; without it, the delta's own. Word problems: gsm8k,svamp,..."),
     ] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Folder with the task's files; without it, the hub.")] = None,
-    data: Annotated[str | None, typer.Option(help="Your evaluation data: csv, tsv, jsonl, parquet, conll.")] = None,
-    text: Annotated[str, typer.Option(help="Text column.")] = "text",
-    text_pair: Annotated[str | None, typer.Option(help="Second text column.")] = None,
-    label: Annotated[str, typer.Option(help="Label column.")] = "label",
-    batch_size: Annotated[int, typer.Option(help="Examples per forward.", min=1)] = 64,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many word problems of each set.", min=1)] = None,
+    data_dir: Annotated[str | None, typer.Option(help="The folder with the task's files; without it, the hub.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Your evaluation data: csv, tsv, jsonl, json, parquet, conll.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="The text column.")] = "text",
+    text_pair: Annotated[str | None, typer.Option(help="The second text column.")] = None,
+    label: Annotated[str, typer.Option(help="The label column.")] = "label",
+    batch_size: Annotated[int, typer.Option(help="The number of examples per forward pass.", min=1)] = 64,
+    limit: Annotated[
+        int | None, typer.Option(help="Solve only the first so many word problems of each set.", min=1)
+    ] = None,
     output: Annotated[
-        str | None, typer.Option(help="Folder of what is generated; default: beside the delta, or under runs.")
+        str | None,
+        typer.Option(help="The folder for generated texts; without it, one next to the delta, or under runs."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what was generated there before.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the texts that were generated there before.")
+    ] = False,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Of word problems: prompt, max_new_tokens, rule, ...; see docs/tasks.md."),
+        typer.Option(
+            "--set", help="A setting of word problems as key=value: prompt, max_new_tokens, rule, ... (docs/tasks.md)."
+        ),
     ] = None,
 ) -> None:
-    """Evaluate base + delta on a task; outputs of word problems are kept, and a killed evaluation goes on."""
+    """Evaluate base + delta on a task. Outputs of word problems are kept, so that a killed evaluation can go on."""
     from unmask.cli.evaluate import run_eval
     from unmask.lab.tasks.protocol import Request
     from unmask.lab.training.settings import parse_assignments
@@ -176,11 +160,12 @@ def evaluate(
 
 @app.command()
 def inspect(
-    delta: Annotated[Path, typer.Argument(help="The delta.")],
-    top: Annotated[int, typer.Option(help="Rows to show per table.", min=1)] = 20,
+    delta: Annotated[Path, typer.Argument(help="The delta file.")],
+    top: Annotated[int, typer.Option(help="The number of rows to show per table.", min=1)] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the allocation too: a .png or .svg file, or no ending for both.")
+        Path | None,
+        typer.Option(help="Draw the allocation too: into a .png or .svg file, or without an ending into both."),
     ] = None,
 ) -> None:
     """Show what a delta changes: per layer and module kind, sizes, provenance."""
@@ -192,10 +177,14 @@ def inspect(
 @app.command()
 def apply(
     model: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
-    delta: Annotated[Path, typer.Argument(help="The delta.")],
-    output: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
+    delta: Annotated[Path, typer.Argument(help="The delta file.")],
+    output: Annotated[Path, typer.Option(help="The folder for the merged checkpoint.")],
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Of a run inside a LoRA or adapters: its own library's folder instead.")
+        bool,
+        typer.Option(
+            "--adapter",
+            help="Write an ordinary LoRA or adapter folder (of a run inside one).",
+        ),
     ] = False,
 ) -> None:
     """Write base + delta as an ordinary checkpoint, or as an ordinary LoRA or adapter."""
@@ -207,12 +196,17 @@ def apply(
 @app.command()
 def delta(
     checkpoint: Annotated[
-        Path, typer.Argument(help="RUN/checkpoints/checkpoint-N, or RUN, the output folder of `unmask train`.")
+        Path,
+        typer.Argument(help="The folder RUN/checkpoints/checkpoint-N, or RUN, the output folder of `unmask train`."),
     ],
-    step: Annotated[int | None, typer.Option(help="Which checkpoint of RUN; default: the last one.", min=1)] = None,
-    output: Annotated[Path | None, typer.Option(help="The file; default: RUN/series/step-N.safetensors.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="The step of the checkpoint of RUN; without it, the last one.", min=1)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The file to write; without it, RUN/series/step-N.safetensors.")
+    ] = None,
     base: Annotated[
-        str | None, typer.Option(help="The run's base model: a folder or a hub id; default: where the run found it.")
+        str | None, typer.Option(help="The run's base model: a folder or a hub id; without it, where the run found it.")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the checkpoints, and write nothing.")] = False,
 ) -> None:
@@ -233,61 +227,19 @@ def methods() -> None:
     run_methods()
 
 
-@app.command()
-def bench(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="roberta-base (default), minilm, mpnet, smollm2, llama-1b, llama-7b, a folder or a cached id. Only the "
-            "shape counts: weights are random, nothing is downloaded."
-        ),
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per batch; default: the model's own.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence; default: the model's own.")] = None,
-    budget: Annotated[int | None, typer.Option(help="Scalar weights to unmask; default 320000.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32 (default), autocast (to bfloat16), bf16 (weights).")
-    ] = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            help="Rows, comma-separated: frozen, full, full-fused, lora, shira, super, authors, static, static-d3, id3, "
-            "id3-10, id3-100 (id3-K: a stride of K), NAME@BUDGET, or all (default)."
-        ),
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Timed rounds; default 5.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Rounds before those; default 1.")] = None,
-    draws: Annotated[
-        int | None, typer.Option(help="How often every method starts anew, rounds and all; default 1.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps per round, where there is no stride; default 3.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default 2.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, or auto (default).")] = None,
-    dropout: Annotated[
-        float | None, typer.Option(help="Every dropout probability of the model; default: its config's own.")
-    ] = None,
-    lora_r: Annotated[int | None, typer.Option(help="LoRA's rank; default 8.")] = None,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory, a process per method.")] = True,
-    timing: Annotated[bool, typer.Option("--timing/--no-timing", help="Step times, interleaved.")] = True,
-    processes: Annotated[
-        bool | None,
-        typer.Option("--processes/--no-processes", help="A process per method while timed; default: on the CPU."),
-    ] = None,
-    isolate: Annotated[bool, typer.Option("--isolate", help="One method at a time beside the frozen one.")] = False,
-    memory_share: Annotated[
-        float | None, typer.Option(help="Share of the free memory that methods may fill together; default 0.7.")
-    ] = None,
-    curve: Annotated[str | None, typer.Option(help="A curve instead: budget, size or selection.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the results; default runs/bench.")] = None,
-) -> None:
+class _BenchCommand(SettingsCommand):
+    settings = ("unmask.lab.bench.settings", "BenchSettings")
+
+
+@app.command(cls=_BenchCommand)
+def bench(context: typer.Context) -> None:
     """Measure step time, memory and size on disk against other ways to fine-tune."""
-    given = dict(locals())
     import shlex
     import sys
 
     from unmask.cli.bench import run
 
-    run(given, shlex.join(["unmask", *sys.argv[1:]]))
+    run(context.obj, shlex.join(["unmask", *sys.argv[1:]]))
 
 
 sweeps.register(app)

@@ -1,4 +1,4 @@
-"""``unmask apply``: base + delta as an ordinary checkpoint."""
+"""``unmask apply``: writes base + delta as an ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from unmask.quantised.layers import has_sidecars
 
 
 def run_apply(source: str, delta_path: Path, output: Path, adapter: bool = False) -> None:
-    """Writes the merged model, or the LoRA or adapter alone, and the tokenizer to a new folder."""
+    """Writes the merged model, or the LoRA or adapter alone, and the tokenizer to a new folder.
+
+    Raises:
+        ConfigError: The folder is not empty, or the base or the delta does not allow it.
+    """
     check_folder(output, "--output")
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"{str(output)!r} is not empty; give a new folder.")
@@ -24,7 +28,7 @@ def run_apply(source: str, delta_path: Path, output: Path, adapter: bool = False
     model, tokenizer = load_tuned(source, delta)
     if has_sidecars(model):
         raise ConfigError(
-            f"{source!r} is quantised, so the delta stands beside its weights and cannot be written into its checkpoint. Keep "
+            f"{source!r} is quantised, so the delta is kept next to its weights and cannot be written into its checkpoint. Keep "
             "base and delta apart, or merge in Python: unmask.quantised.dequantise_and_merge(model)."
         )
     with quiet():

@@ -10,19 +10,20 @@ from typing import Any
 from unmask.errors import ConfigError
 from unmask.files import check_folder
 from unmask.lab.bench.settings import BenchSettings
+from unmask.lab.training.fields import converted
 
 
 def run(given: dict[str, Any], command: str) -> None:
-    """Checks the options, measures, prints.
+    """Checks the options, measures, and prints the tables.
 
     Args:
-        given: Options as typed; None for those that were not.
+        given: The options that were typed, as texts.
         command: The command line, for the record.
 
     Raises:
         ConfigError: An option that cannot work, or an output folder that cannot be written to.
     """
-    settings = BenchSettings(**{name: value for name, value in given.items() if value is not None})
+    settings = BenchSettings(**converted(BenchSettings, given))
     if settings.curve in ("size", "selection") and given.get("model"):
         raise ConfigError(f"--curve {settings.curve} goes over models of its own; leave --model out.")
     check_folder(settings.output, "--output")
@@ -63,7 +64,7 @@ def _show(record: dict[str, Any]) -> None:
 
 
 def _print_table(header: Sequence[str], lines: list[list[str]]) -> None:
-    """With rich in a terminal that is wide enough, else as aligned text."""
+    """Prints a table: with rich in a terminal that is wide enough, else as aligned text."""
     from unmask.lab.bench import tables
 
     text = tables.plain(header, lines)

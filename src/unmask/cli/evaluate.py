@@ -17,7 +17,11 @@ from unmask.lab.tasks.registry import kind_of
 
 
 def run_eval(source: str, delta_path: Path | None, request: Request, batch_size: int) -> None:
-    """Prints the metrics of each evaluation split."""
+    """Prints the metrics of each evaluation split.
+
+    Raises:
+        ConfigError: An option does not go with the task, or a delta is missing.
+    """
     if request.output is not None:
         check_folder(request.output, "--output")
     delta = None if delta_path is None else SparseDelta.load(delta_path)
@@ -47,7 +51,7 @@ def _refuse_generations_own(described: Mapping[str, Any], request: Request) -> N
 
 
 def _untrained(request: Request) -> Mapping[str, Any]:
-    """What takes the place of a delta's metadata where there is no delta."""
+    """Returns what stands in for a delta's metadata where there is no delta."""
     name = (request.task or "").split(",")[0].strip()
     if TASKS.get(name) != "generation":
         able = ", ".join(task for task, kind in TASKS.items() if kind == "generation")

@@ -1,4 +1,4 @@
-"""``unmask inspect``: what a delta holds."""
+"""``unmask inspect``: shows what a delta holds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ _POINTS = 10
 
 
 def run_inspect(path: Path, top: int, as_json: bool, plot: Path | None = None) -> None:
-    """Prints a delta's tables, or everything as JSON; draws it too, if there is a path for that."""
+    """Prints a delta's tables, or all of it as JSON, and draws it if there is a path for that.
+
+    Raises:
+        DeltaError: The delta holds no single weights to draw.
+    """
     if plot is not None:
         from unmask.lab.figures import figure_files
 
@@ -75,7 +79,7 @@ def _print(facts: dict[str, Any], top: int) -> None:
 
 
 def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:
-    """A delta as JSON values: counts by layer, kind and tensor, sizes, provenance."""
+    """Returns a delta as JSON values: counts by layer, kind and tensor, sizes, and provenance."""
     size = path.stat().st_size
     mask = mask_of(delta) if len(delta) else Mask({}, {}, None, None)
     return {
@@ -114,7 +118,7 @@ def _header(facts: dict[str, Any]) -> str:
 
 
 def _used(said: Provenance) -> str:
-    """Says how much of the budget is used; of repeat-S that keeps what leaves, how much was ever tuned."""
+    """Returns words on how much of the budget is used; for repeat-S that keeps what leaves, on how much was ever tuned."""
     used, budget = ("?" if count is None else count for count in (said.used, said.budget))
     if (said.method or {}).get("leaving") == "kept":
         return f"{used} tuned at a budget of {budget} a step"
@@ -122,7 +126,7 @@ def _used(said: Provenance) -> str:
 
 
 def _spread(facts: dict[str, Any]) -> str:
-    """How the weights spread over tensors, in words."""
+    """Returns words on how the weights spread over tensors."""
     held = len(facts["tensors"])
     eligible = facts["eligible"]
     of = "" if eligible is None else f" of {eligible['tensors']}"

@@ -1,4 +1,4 @@
-"""Ctrl-C in a command."""
+"""The error that Ctrl-C in a command becomes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from unmask.errors import UnmaskError
 
 
 class InterruptedCommandError(UnmaskError):
-    """Ctrl-C ended a command before it was done."""
+    """Ctrl-C has ended a command before it was done."""
 
     def __init__(self) -> None:
         super().__init__("interrupted before it was done; files that were whole before are kept.")

@@ -1,4 +1,4 @@
-"""``unmask methods``: the presets, from their own docstrings."""
+"""``unmask methods``: lists the presets with their docstrings, and the parts of methods."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unmask.methods.scopes import Kind
 
 
 def run_methods() -> None:
-    """Prints each preset's name, arguments and one line on what it does, and what methods are composed of."""
+    """Prints each preset's name, arguments and one line on what it does, then the parts that methods are composed of."""
     table = Table(show_lines=False)
     for column in ("method", "arguments (defaults)", "what it does"):
         table.add_column(column)
@@ -24,18 +24,14 @@ def run_methods() -> None:
         table.add_row(name, _arguments(preset), (inspect.getdoc(preset) or "").split("\n")[0])
     console = Console()
     console.print(table)
-    for part, values in _parts().items():
-        console.print(f"{part}: {', '.join(values)}", highlight=False)
-
-
-def _parts() -> dict[str, tuple[str, ...]]:
-    """What a method may be composed of (docs/methods.md)."""
-    return {
-        "heuristics": tuple(heuristic_names()),
-        "schedules": tuple(SCHEDULES),
+    parts = {
+        "heuristics": heuristic_names(),
+        "schedules": SCHEDULES,
         "allocations": get_args(Allocation),
         "scopes": get_args(Kind),
     }
+    for part, values in parts.items():
+        console.print(f"{part}: {', '.join(values)}", highlight=False)
 
 
 def _arguments(preset: object) -> str:

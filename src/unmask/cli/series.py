@@ -1,4 +1,4 @@
-"""``unmask delta``: the checkpoints of a run, and the delta of one of them."""
+"""``unmask delta``: lists the checkpoints of a run, and writes the delta of one of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from unmask.lab.training.series import checkpoint_state, deltas, find_run
 
 
 def write_delta(path: Path, step: int | None, output: Path | None, base: str | None) -> None:
-    """Writes the delta of one checkpoint, and prints what it holds."""
+    """Writes the delta of one checkpoint, and prints what the delta holds.
+
+    Raises:
+        ConfigError: There is no such checkpoint, or the file exists already.
+    """
     if output is not None:
         if output.is_file():
             raise ConfigError(f"{str(output)!r} exists already; give another --output.")
@@ -40,7 +44,7 @@ def write_delta(path: Path, step: int | None, output: Path | None, base: str | N
 
 
 def list_checkpoints(path: Path, given: Mapping[str, Any]) -> None:
-    """Prints the step of each checkpoint of a run, the weights unmasked by then, and the evaluation of that step."""
+    """Prints the step of each checkpoint of a run, the number of weights unmasked by then, and the evaluation of that step."""
     named = [option for option, value in given.items() if value is not None]
     if named:
         raise ConfigError(f"--list writes nothing, and goes without {' and '.join(named)}.")
@@ -57,7 +61,7 @@ def list_checkpoints(path: Path, given: Mapping[str, Any]) -> None:
 
 
 def _used(folder: RunFolder, step: int) -> int | None:
-    """The weights unmasked by then; None for a checkpoint that cannot be read."""
+    """Returns the number of weights unmasked by then; None for a checkpoint that cannot be read."""
     try:
         return int(checkpoint_state(folder, step)["used"])
     except ConfigError:

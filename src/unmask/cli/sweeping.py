@@ -1,4 +1,4 @@
-"""``unmask sweep``, ``reproduce`` and ``report``: what they do."""
+"""``unmask sweep``, ``reproduce`` and ``report``: run grids of trainings and write their tables and pages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from unmask.lab.training.settings import parse_assignments
 
 @dataclass(frozen=True)
 class Options:
-    """What `unmask sweep` and `unmask reproduce` share; see `unmask.cli.sweeps`."""
+    """The options that ``unmask sweep`` and ``unmask reproduce`` share; `unmask.cli.sweeps` describes them."""
 
     model: str | None
     data_dir: str | None
@@ -45,7 +45,7 @@ class Options:
 
 
 def go(sweep: Sweep, output: Path, options: Options) -> None:
-    """Runs a sweep, or lists its runs, and prints and writes its table.
+    """Runs a sweep and prints and writes its table, or lists its runs.
 
     Raises:
         Exit: With status 1, if runs failed.
@@ -72,7 +72,7 @@ def go(sweep: Sweep, output: Path, options: Options) -> None:
 
 
 def changed(sweep: Sweep, options: Options) -> Sweep:
-    """The sweep with what the command line says: axes, then filters, then settings."""
+    """Returns the sweep with the changes of the command line: axes, then filters, then settings."""
     for axis, values in _pairs("--axis", options.axis).items():
         sweep = sweep.with_axis(axis, values)
     sweep = sweep.only(_pairs("--only", options.only))
@@ -82,7 +82,7 @@ def changed(sweep: Sweep, options: Options) -> Sweep:
 
 
 def with_protocol(sweep: Sweep, kind: str | None) -> Sweep:
-    """The sweep under another protocol.
+    """Returns the sweep under another protocol.
 
     Raises:
         ConfigError: There is none of that name.
@@ -103,7 +103,7 @@ def _pairs(option: str, texts: Sequence[str] | None) -> dict[str, list[str]]:
 
 
 def listing(sweep: Sweep, cells: Sequence[Cell], results: dict[str, Result]) -> Table:
-    """The runs in order, and what is known of each."""
+    """Returns a table of the runs in order, with the state of each."""
     now = {cell.id for cell in due(cells, sweep.protocol, sweep.choice, results)}
     pairs_alone = sweep.protocol.kind == "paper" and sweep.protocol.pair is not None
     listed = [cell for cell in distinct(cells) if cell.id in now or not pairs_alone]
@@ -152,7 +152,7 @@ def _figures(sweep: Sweep, store: Store, made: SweepReport, console: Console) ->
 
 
 def run_report(folders: Sequence[Path], output: Path) -> None:
-    """Writes the report."""
+    """Writes the HTML report of sweeps or runs."""
     check_file(output, "--output")
     from unmask.lab.report import write_report
 

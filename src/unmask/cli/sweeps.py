@@ -1,4 +1,4 @@
-"""``unmask sweep``, ``reproduce`` and ``report``: what they take. What they do is imported when they run."""
+"""The options of ``unmask sweep``, ``reproduce`` and ``report``. Their work is imported when they run."""
 
 from __future__ import annotations
 
@@ -7,24 +7,33 @@ from typing import Annotated, Any
 
 import typer
 
-Workers = Annotated[int, typer.Option(help="Worker processes; several can share a GPU.", min=1)]
-Threads = Annotated[int | None, typer.Option(help="CPU threads of each worker; default: the cores shared out.", min=1)]
-Devices = Annotated[str | None, typer.Option(help="GPUs for the workers in turn, as CUDA numbers: 0,1.")]
+Workers = Annotated[int, typer.Option(help="The number of worker processes; several can share a GPU.", min=1)]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads of each worker; without it the cores are shared out.", min=1),
+]
+Devices = Annotated[str | None, typer.Option(help="The GPUs for the workers in turn, as CUDA numbers: 0,1.")]
 Engine = Annotated[
     str, typer.Option(help="local: worker processes on this machine; ray: tasks on a Ray cluster (extra ray).")
 ]
-Axis = Annotated[list[str] | None, typer.Option(help="Other values on an axis: --axis task=mrpc,rte --axis seed=0,1.")]
-Only = Annotated[list[str] | None, typer.Option(help="Some methods or values only: --only method=id3,pafi.")]
+Axis = Annotated[
+    list[str] | None, typer.Option(help="Set other values on an axis: --axis task=mrpc,rte --axis seed=0,1.")
+]
+Only = Annotated[list[str] | None, typer.Option(help="Run some methods or values only: --only method=id3,pafi.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of every run: --set max_steps=100.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs in order, and run nothing.")]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Do failed runs again.")]
-DataDir = Annotated[str | None, typer.Option(help="Folder with the tasks' files; without it, the hub.")]
+DataDir = Annotated[
+    str | None, typer.Option(help="The folder with the tasks' files; without it they come from the hub.")
+]
 
 
 def sweep(
     file: Annotated[Path, typer.Argument(help="The sweep's YAML file; see docs/reproduce.md.")],
-    output: Annotated[Path, typer.Option(help="Folder for the results; what is done there is not done again.")],
-    model: Annotated[str | None, typer.Option(help="Base model: a folder or a hub id.")] = None,
+    output: Annotated[
+        Path, typer.Option(help="The folder for the results; runs that are done there are not done again.")
+    ],
+    model: Annotated[str | None, typer.Option(help="The base model: a folder or a hub id.")] = None,
     data_dir: DataDir = None,
     workers: Workers = 1,
     threads: Threads = None,
@@ -45,7 +54,7 @@ def sweep(
 
 def reproduce(
     name: Annotated[str, typer.Argument(help="table1 to table5, fig1, fig4 to fig9.")],
-    model: Annotated[str, typer.Option(help="Base model: a folder or a hub id.")],
+    model: Annotated[str, typer.Option(help="The base model: a folder or a hub id.")],
     data_dir: DataDir = None,
     scale: Annotated[
         str, typer.Option(help="full: the paper's runs; small: real runs of a few steps, to see it work.")

@@ -1,1 +1,1 @@
-"""The result of training: the changed weights as exact values."""
+"""Holds the result of training: the changed weights as exact values, their file format, and the fingerprint of the base."""

@@ -142,7 +142,7 @@ def facts_of_method(method: Method, budget: int) -> dict[str, Any]:
 
     Example:
         >>> import unmask
-        >>> method = unmask.id3(8, steps=4).but(schedule=unmask.schedule(lambda t, T, B: t, 4))
+        >>> method = unmask.id3(8, steps=4).but(schedule=unmask.Schedule.of(lambda t, T, B: t, 4))
         >>> {key: value for key, value in facts_of_method(method, 8).items() if key.startswith("b(")}
         {'b(0)': 0, 'b(1)': 1, 'b(2)': 2, 'b(3)': 8}
     """

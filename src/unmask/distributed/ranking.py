@@ -39,15 +39,15 @@ class ExactRanking:
         self._rounds = Rounds(processes, _sizes(table), table.base.device, self._use)
 
     def rank(self, index: int, gradient: Tensor | Factors) -> None:
-        """See `Ranking.rank`. If the gradient of some process is not finite, all processes raise."""
+        """Implements `Ranking.rank`. If the gradient of some process is not finite, all processes raise."""
         self._rounds.offer(index, as_dense(gradient))
 
     def rank_zero(self, index: int) -> None:
-        """See `Ranking.rank_zero`."""
+        """Implements `Ranking.rank_zero`."""
         self._rounds.offer(index, None)
 
     def result(self) -> Ranked:
-        """See `Ranking.result`."""
+        """Implements `Ranking.result`."""
         self._rounds.finish()
         return self._ranking.result()
 
@@ -88,15 +88,15 @@ class CandidateRanking:
         self._rounds = Rounds(processes, _sizes(table), table.base.device, self._use)
 
     def rank(self, index: int, gradient: Tensor | Factors) -> None:
-        """See `Ranking.rank`. If the gradient of some process is not finite, all processes raise."""
+        """Implements `Ranking.rank`. If the gradient of some process is not finite, all processes raise."""
         self._rounds.offer(index, gradient)
 
     def rank_zero(self, index: int) -> None:
-        """See `Ranking.rank_zero`."""
+        """Implements `Ranking.rank_zero`."""
         self._rounds.offer(index, None)
 
     def result(self) -> Ranked:
-        """See `Ranking.result`."""
+        """Implements `Ranking.result`."""
         self._rounds.finish()
         return self._top.result()
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,11 +22,11 @@ from unmask.distributed.processes import Processes
 from unmask.distributed.ranking import CandidateRanking, ExactRanking
 from unmask.distributed.sharding import ShardedLayout, ShardRanking, ShardTable, group_of, reshard
 from unmask.errors import ProcessesDifferError, SelectionError
+from unmask.methods.method import Exchange
 from unmask.ranking.exchange import NewRanker, Ranking
 from unmask.ranking.ledger import Layout, Ledger
 from unmask.ranking.plan import Plan
 
-Exchange = Literal["exact", "candidates", "none"]
 F = TypeVar("F", bound=Callable[..., Any])
 _CPU = torch.device("cpu")
 _SAME = "Give all processes the same"
@@ -75,7 +75,7 @@ class ProcessReducer:
 
     @property
     def several(self) -> bool:
-        """True if this process trains with others."""
+        """Returns True if this process trains with others."""
         return self.processes is not None
 
     def share_weights(self, model: nn.Module) -> None:
@@ -186,7 +186,7 @@ class ProcessReducer:
         self._optimizer = None
 
     def begin(self, plan: Plan, fresh: bool) -> None:
-        """See `Reducer.begin`.
+        """Implements `Reducer.begin`.
 
         Raises:
             SelectionError: DeepSpeed's ZeRO has taken over ``values``. Its inner optimizer steps partitions of a copy instead,
@@ -247,7 +247,7 @@ class ProcessReducer:
         return processes if processes.size > 1 else None
 
     def ranking(self, new: NewRanker, table: Ledger) -> Ranking:
-        """See `Reducer.ranking`."""
+        """Implements `Reducer.ranking`."""
         if self.processes is None:
             return new(table)
         self._meet()
@@ -259,7 +259,7 @@ class ProcessReducer:
         return ExactRanking(self.processes, new(table), table)
 
     def mean(self, tensor: Tensor) -> None:
-        """See `Reducer.mean`."""
+        """Implements `Reducer.mean`."""
         if self.processes is not None:
             self._meet()
             self.processes.mean(tensor)

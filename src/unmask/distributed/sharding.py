@@ -162,7 +162,7 @@ class ShardRanking:
         self._error: NonFiniteGradientError | None = None
 
     def rank(self, index: int, gradient: Tensor | Factors) -> None:
-        """See `Ranking.rank`. If a gradient is not finite, `result` raises in all processes."""
+        """Implements `Ranking.rank`. If a gradient is not finite, `result` raises in all processes."""
         rows = self._layout.shard(index).shape[0]
         if rows and self._error is None:
             try:
@@ -171,12 +171,12 @@ class ShardRanking:
                 self._error = error
 
     def rank_zero(self, index: int) -> None:
-        """See `Ranking.rank_zero`."""
+        """Implements `Ranking.rank_zero`."""
         if self._layout.shard(index).shape[0]:
             self._ranker.rank_zero(index)
 
     def result(self) -> Ranked:
-        """See `Ranking.result`."""
+        """Implements `Ranking.result`."""
         own, processes, base = self._ranker.result(), self._layout.processes, self._ranker.table.base
         count = torch.tensor([-1 if self._error else own.positions.numel()], device=base.device)
         counts: list[int] = processes.gather(count).squeeze(1).tolist()

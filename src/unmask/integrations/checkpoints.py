@@ -54,7 +54,7 @@ class Checkpoint:
 
     @property
     def whole(self) -> bool:
-        """True if a run can go on from it."""
+        """Returns True if a run can go on from it."""
         return self.fault is None
 
 

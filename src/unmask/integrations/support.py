@@ -59,7 +59,7 @@ def planned_steps(trainer: Trainer | None) -> int | None:
 
 
 class Attempt(Generic[Held]):
-    """One attempt of a Trainer to complete a run, and what the run started from, so that the attempt can be undone.
+    """An attempt of a Trainer to complete a run. It remembers the start of the run, so that the attempt can be undone.
 
     With ``auto_find_batch_size`` a Trainer that runs out of memory starts again with a smaller batch, and so with another
     number of steps. The Trainer leaves the model and the optimizer as the failed attempt has changed them.
@@ -67,7 +67,7 @@ class Attempt(Generic[Held]):
     Args:
         trainer: The Trainer, at the start of the attempt. Its optimizer and its schedule are remembered, if it has them yet.
         tensors: The parameters and buffers that `undo` sets back.
-        held: What the caller needs besides; `undo` returns it.
+        held: A value that `undo` returns: the state that the caller itself sets back.
     """
 
     def __init__(self, trainer: Trainer, tensors: Iterable[Tensor], held: Held) -> None:
@@ -79,13 +79,13 @@ class Attempt(Generic[Held]):
 
     @property
     def running(self) -> bool:
-        """True while the Trainer still makes this attempt."""
+        """Returns True while the Trainer still makes this attempt."""
         trainer, state = self._trainer(), self._state
         return trainer is not None and trainer.state is state and state.global_step < state.max_steps
 
     @property
     def failed(self) -> bool:
-        """True if the Trainer has begun another attempt at the same run."""
+        """Returns True if the Trainer has begun another attempt at the same run."""
         trainer = self._trainer()
         if trainer is None or not trainer.args.auto_find_batch_size:
             return False

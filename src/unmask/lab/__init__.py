@@ -1,1 +1,1 @@
-"""The workbench: tasks, training runs, studies, figures, reports and benchmarks. Only the command line imports it."""
+"""Holds what runs experiments: tasks, training runs, studies, figures, reports and benchmarks. Only ``unmask.cli`` imports it."""

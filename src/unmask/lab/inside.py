@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -20,11 +20,12 @@ from torch import nn
 from unmask.delta.base import added_tensors, checkpoint_name
 from unmask.delta.delta import SparseDelta
 from unmask.errors import ConfigError, DeltaError, MissingExtraError, need
+from unmask.methods.method import Inside
 from unmask.methods.naming import layer_of
 from unmask.methods.scopes import is_linear
 
-Kind = Literal["lora", "dora", "shira", "pfeiffer", "houlsby"]
-KINDS: tuple[Kind, ...] = ("lora", "dora", "shira", "pfeiffer", "houlsby")
+Kind = Inside
+KINDS: tuple[Kind, ...] = get_args(Kind)
 NAME = "unmask"
 """The name of the adapter in the `adapters` library. The name of a LoRA is peft's "default"."""
 _BOTTLENECKS = {"pfeiffer": "seq_bn", "houlsby": "double_seq_bn"}  # the names in the `adapters` library since version 3
@@ -90,7 +91,7 @@ def into_of(delta: SparseDelta) -> Into | None:
     """Reads from a delta's metadata which modules it was trained inside; None for the base itself.
 
     Raises:
-        DeltaError: This version of unmask cannot add the modules.
+        DeltaError: This version of unmask cannot add the modules, or the metadata are damaged.
     """
     described = delta.provenance.into
     if described is None:

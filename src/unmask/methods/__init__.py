@@ -1,1 +1,1 @@
-"""The values that say what to unmask, when and where. Importing them needs no torch."""
+"""Holds the values that say which weights are unmasked, when and where. Importing them needs no torch."""

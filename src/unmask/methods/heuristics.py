@@ -1,27 +1,28 @@
-"""Heuristics: what makes a scalar weight worth unmasking. Pure functions (weight, gradient) -> score.
+"""Heuristics: functions (weight, gradient) -> score that say which scalar weights are unmasked first.
 
-A higher score is unmasked first. Scores are float32 (float64 for float64 weights), of the weight's shape. A heuristic
-says what it ``needs``: ``"gradient"`` (of the very step), ``"weight"`` alone, ``"calibration"`` (an estimate made at
-``unmask.select``, see `unmask.calibration.estimates`), or ``"nothing"`` but a seed.
+The weights with the highest scores are unmasked. Scores are float32 (float64 for float64 weights) and have the weight's
+shape. A heuristic says what it ``needs``: ``"gradient"``, the gradient of the current step; ``"weight"``, the weight alone;
+``"calibration"``, an estimate that ``unmask.select`` makes before training (`unmask.calibration.estimates`); or
+``"nothing"``, a seed alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from unmask.errors import MethodError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 Needs = Literal["gradient", "weight", "calibration", "nothing"]
-Score = Callable[..., Tensor]
+Score = Callable[..., "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,15 @@ class Heuristic:
     """A named score function with its parameters.
 
     Attributes:
-        name: Name in the registry, e.g. ``"d3"``.
-        function: ``function(weight, gradient, **parameters) -> score``; tensors of one shape, any number of dimensions.
-        needs: What the score depends on; see the module's text.
-        parameters: Keyword arguments bound to the function, e.g. ``{"eps": 1.0, "exp": 2.0}``.
-        elementwise: Whether an entry's score depends on that entry alone. If not, the function sees whole tensors.
+        name: The name in the registry, e.g. ``"d3"``.
+        function: ``function(weight, gradient, **parameters) -> score``. All three tensors have one shape, with any number of
+            dimensions.
+        needs: What the score depends on; the module's text lists the values.
+        parameters: The keyword arguments that are bound to the function, e.g. ``{"eps": 1.0, "exp": 2.0}``.
+        elementwise: True if an entry's score depends on that entry alone. If False, the function sees whole tensors.
         ceiling: ``ceiling(weight, **parameters) -> f`` with ``0 <= score <= f |g|`` for every entry of that block of
-            weights, rounding aside; None if there is no such bound. It lets most entries be passed over by ``|g|`` alone,
-            and says that a score of 0 tells nothing: such entries are not selected (see `floor`).
+            weights, up to rounding; None if there is no such bound. With it most entries can be skipped by ``|g|`` alone. It
+            also says that entries with a score of 0 are not selected (see `floor`).
     """
 
     name: str
@@ -48,16 +50,16 @@ class Heuristic:
 
     @property
     def floor(self) -> float:
-        """The score that an entry must exceed to be selected: 0 where a zero gradient makes the score 0, else -inf.
+        """Returns the score that an entry must exceed to be selected: 0 where a zero gradient makes the score 0, else -inf.
 
         Example:
-            >>> heuristic("d3").floor, heuristic("magnitude").floor
+            >>> heuristic("d3").floor, heuristic("small_magnitude").floor
             (0.0, -inf)
         """
         return 0.0 if self.ceiling is not None and self.elementwise and self.needs == "gradient" else -math.inf
 
     def bound(self, weight: Tensor) -> float | None:
-        """``f`` of ``0 <= score <= f |g|`` over a block of weights; None if there is none, or it is no finite number."""
+        """Returns ``f`` of ``0 <= score <= f |g|`` over a block of weights; None if no positive finite ``f`` is known."""
         if self.ceiling is None or not self.elementwise:
             return None
         factor = self.ceiling(weight, **self.parameters)
@@ -67,12 +69,12 @@ class Heuristic:
         """Scores one block of a tensor.
 
         Args:
-            weight: Any shape and float dtype; bfloat16 and float16 are scored in float32.
-            gradient: Of the weight's shape; None for a heuristic that needs none.
-            place: Where the block stands (step, tensor, first position): seeds a random heuristic.
+            weight: The weights, of any shape and float dtype; bfloat16 and float16 are scored in float32.
+            gradient: The gradient, of the weight's shape; None for a heuristic that needs none.
+            place: The step, the tensor's number and the block's first position. They seed a random heuristic.
 
         Returns:
-            Scores of shape ``weight.shape``, float32 (float64 for float64 weights).
+            The scores, of shape ``weight.shape``, in float32 (float64 for float64 weights).
         """
         if self.needs == "nothing":
             return self.function(weight, _generator(self.parameters.get("seed", 0), *place))
@@ -81,22 +83,29 @@ class Heuristic:
 
 
 def _generator(*seeds: int) -> torch.Generator:
+    import hashlib
+
+    import torch
+
     digest = hashlib.blake2b(repr(seeds).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
+    import torch
+
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def d3(weight: Tensor, gradient: Tensor, eps: float = 1.0, exp: float = 2.0) -> Tensor:
-    """D3, eq. 1 of arXiv 2408.14470: ``|g| / (|w| + eps) ** exp``.
+    """Computes D3, eq. 1 of arXiv 2408.14470: ``|g| / (|w| + eps) ** exp``.
 
-    ``exp=0`` is the gradient's magnitude. The paper's Table 7a uses ``exp=2`` for NLU and NER and ``exp=0`` for
+    With ``exp=0`` it is the gradient's magnitude. The paper's Table 7a uses ``exp=2`` for NLU and NER and ``exp=0`` for
     generation, with ``eps=1``; its Fig. 4 finds ``eps=0.5`` and ``exp=-1`` best. Theorem 1, that the root of the Fisher
     information is at least the mean score, holds for ``eps >= 1`` and ``exp >= 0`` (docs/methods.md).
 
     Example:
+        >>> import torch
         >>> d3(torch.tensor([0.0, 1.0]), torch.tensor([-1.0, 1.0])).tolist()
         [1.0, 0.25]
     """
@@ -119,38 +128,40 @@ def _d3_ceiling(weight: Tensor, eps: float = 1.0, exp: float = 2.0) -> float:
 
 
 def gradient_magnitude(weight: Tensor, gradient: Tensor) -> Tensor:
-    """``|g|``."""
+    """Computes the gradient's magnitude, ``|g|``."""
     return gradient.abs()
 
 
 def snip(weight: Tensor, gradient: Tensor) -> Tensor:
-    """SNIP's connection sensitivity ``|g * w|`` (arXiv 1810.02340)."""
+    """Computes SNIP's connection sensitivity, ``|g * w|`` (arXiv 1810.02340)."""
     return (gradient * weight).abs()
 
 
 def small_magnitude(weight: Tensor, gradient: Tensor | None) -> Tensor:
-    """PaFi: the smallest weights first, ``-|w|`` (arXiv 2305.16742)."""
+    """Computes ``-|w|``, which puts the smallest weights first, as PaFi does (arXiv 2305.16742)."""
     return -weight.abs()
 
 
 def large_magnitude(weight: Tensor, gradient: Tensor | None) -> Tensor:
-    """Magnitude pruning's order: the largest weights first, ``|w|``."""
+    """Computes ``|w|``, which puts the largest weights first, as magnitude pruning does."""
     return weight.abs()
 
 
 def calibrated(weight: Tensor, estimate: Tensor) -> Tensor:
-    """A score that was estimated before training, and arrives in the gradient's place."""
+    """Returns a score that was estimated before training. It is passed in the place of the gradient."""
     return estimate
 
 
 def random_score(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform scores in [0, 1), drawn on the CPU so that a seed means the same on every device."""
+    """Draws uniform scores in [0, 1). They are drawn on the CPU, so that a seed means the same on every device."""
+    import torch
+
     return torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)
 
 
 def constant(weight: Tensor, gradient: Tensor | None) -> Tensor:
-    """Every weight alike: ties then fall to tensor name order and flat index (BitFit under a budget)."""
-    return torch.zeros_like(weight)
+    """Returns zeros. All weights then tie, and the order of tensor names and flat indices decides (BitFit under a budget)."""
+    return weight.new_zeros(weight.shape)
 
 
 _REGISTRY: dict[str, Heuristic] = {
@@ -159,7 +170,7 @@ _REGISTRY: dict[str, Heuristic] = {
         Heuristic("d3", d3, ceiling=_d3_ceiling),
         Heuristic("gradient", gradient_magnitude, ceiling=lambda weight: 1.0),
         Heuristic("snip", snip, ceiling=_largest),
-        Heuristic("magnitude", small_magnitude, needs="weight"),
+        Heuristic("small_magnitude", small_magnitude, needs="weight"),
         Heuristic("large_magnitude", large_magnitude, needs="weight"),
         Heuristic("fisher", calibrated, needs="calibration"),  # arXiv 2111.09839
         Heuristic("initial_snip", calibrated, needs="calibration"),  # arXiv 1810.02340
@@ -171,14 +182,22 @@ _REGISTRY: dict[str, Heuristic] = {
 }
 
 
-def register_heuristic(name: str, function: Score, *, needs: Needs = "gradient", elementwise: bool = True) -> Heuristic:
-    """Registers your own heuristic under a name; returns it.
+_BUILT_IN = frozenset(_REGISTRY)
+_RENAMED = {"magnitude": "small_magnitude"}
+
+
+def register_heuristic(
+    name: str, function: Score, *, needs: Needs = "gradient", elementwise: bool = True, overwrite: bool = False
+) -> Heuristic:
+    """Registers your own heuristic under a name, and returns it.
 
     Args:
-        name: A new name; names in use are refused.
-        function: ``function(weight, gradient) -> score``, of the weight's shape, higher is unmasked first.
+        name: A new name. A name in use is refused, except where both functions are defined in ``__main__``: a cell of a
+            notebook can be run again.
+        function: ``function(weight, gradient) -> score``. The score has the weight's shape; the highest are unmasked first.
         needs: ``"gradient"`` or ``"weight"``.
-        elementwise: False if a score depends on other entries of the tensor (row norms, say).
+        elementwise: False if a score depends on other entries of the tensor (on row norms, say).
+        overwrite: Replace a heuristic that was registered under this name before. The library's own cannot be replaced.
 
     Raises:
         MethodError: The name is taken, or ``needs`` is neither.
@@ -188,9 +207,15 @@ def register_heuristic(name: str, function: Score, *, needs: Needs = "gradient",
         >>> heuristic("gradient_over_weight") is wanda
         True
     """
-    if name in _REGISTRY:
+    if name in _BUILT_IN or name in _RENAMED:
         raise MethodError(
-            f"heuristic {name!r} is already registered; take another name than {', '.join(heuristic_names())}."
+            f"heuristic {name!r} is the library's own; take another name than {', '.join(sorted({*_REGISTRY, *_RENAMED}))}."
+        )
+    again = name in _REGISTRY and _REGISTRY[name].function.__module__ == function.__module__ == "__main__"
+    if name in _REGISTRY and not (overwrite or again):
+        raise MethodError(
+            f"heuristic {name!r} is already registered; give overwrite=True, or take another name than "
+            f"{', '.join(heuristic_names())}."
         )
     if needs not in ("gradient", "weight"):
         raise MethodError(f"needs = {needs!r}; a registered heuristic needs 'gradient' or 'weight'.")
@@ -199,16 +224,24 @@ def register_heuristic(name: str, function: Score, *, needs: Needs = "gradient",
 
 
 def heuristic(which: str | Heuristic, **parameters: Any) -> Heuristic:
-    """Looks a heuristic up by name and binds parameters.
+    """Looks a heuristic up by its name and binds parameters to it.
+
+    Args:
+        which: The name, or a heuristic to bind further parameters to.
+        **parameters: Finite numbers, e.g. ``eps=0.5`` for ``"d3"`` or ``seed=1`` for ``"random"``.
 
     Raises:
-        MethodError: No such heuristic, or no such parameter of it.
+        MethodError: There is no such heuristic, or it has no such parameter.
 
     Example:
         >>> heuristic("d3", exp=0.0).parameters
         {'exp': 0.0}
     """
     if isinstance(which, str):
+        if which in _RENAMED:
+            raise MethodError(
+                f"heuristic {which!r} is called {_RENAMED[which]!r} here: the smallest weights come first."
+            )
         if which not in _REGISTRY:
             raise MethodError(f"unknown heuristic {which!r}; there are {', '.join(heuristic_names())}.")
         which = _REGISTRY[which]
@@ -227,5 +260,5 @@ def heuristic(which: str | Heuristic, **parameters: Any) -> Heuristic:
 
 
 def heuristic_names() -> list[str]:
-    """Names of all registered heuristics, sorted."""
+    """Returns the names of all registered heuristics, sorted."""
     return sorted(_REGISTRY)

@@ -1,9 +1,9 @@
-"""What a tensor's name says: its layer, and the kind of its module. No torch here.
+"""Reads from a tensor's name its layer and the kind of its module.
 
 The kinds are those of a transformer layer: key, query, value, attention output, and the two halves of the feed-forward
-network. Known are the names of BERT, RoBERTa, MPNet, DeBERTa, DistilBERT, ModernBERT, T5, BART, OPT, Llama and GPT-2, and of
-what descends from them. Everything else (embeddings, normalisations, heads, projections that hold queries, keys and
-values in an order of their own) is ``"other"``, so that counts by kind add up.
+network. The names of BERT, RoBERTa, MPNet, DeBERTa, DistilBERT, ModernBERT, T5, BART, OPT, Llama and GPT-2 are known, and
+those of models that descend from them. Everything else is ``"other"``, so that counts by kind add up: embeddings, normalisations,
+heads, and projections that hold queries, keys and values in another order.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _THREE = ("query", "key", "value")
 
 
 def layer_of(name: str) -> str | None:
-    """The number of the layer that a tensor belongs to, as text; None outside the layers.
+    """Returns the number of the layer that a tensor belongs to, as text; None outside the layers.
 
     Example:
         >>> layer_of("bert.encoder.layer.11.output.dense.weight"), layer_of("bert.pooler.dense.weight")
@@ -45,7 +45,7 @@ def layer_of(name: str) -> str | None:
 
 
 def without_layer(name: str) -> str:
-    """A tensor's name after its layer's number; the whole name outside the layers.
+    """Returns a tensor's name after its layer's number; the whole name outside the layers.
 
     Example:
         >>> without_layer("encoder.layer.3.attention.self.query.weight")
@@ -56,7 +56,7 @@ def without_layer(name: str) -> str:
 
 
 def kind_of(name: str) -> str:
-    """The kind of a tensor's module: one of `KINDS`, or ``"other"``.
+    """Returns the kind of a tensor's module: one of `KINDS`, or ``"other"``.
 
     Example:
         >>> kind_of("model.layers.0.mlp.down_proj.weight"), kind_of("model.embed_tokens.weight")
@@ -69,12 +69,12 @@ def kind_of(name: str) -> str:
 
 
 def kinds_of(name: str, shape: Sequence[int], weight: Sequence[int] | None = None) -> tuple[str, ...]:
-    """The kinds of equal parts along a tensor's last dimension: one, or GPT-2's query, key and value in one tensor.
+    """Returns the kinds of equal parts along a tensor's last dimension: one, or GPT-2's query, key and value in one tensor.
 
     Args:
         name: The tensor's name.
-        shape: Its shape.
-        weight: Shape of the weight that a bias belongs to, where it is known.
+        shape: The tensor's shape.
+        weight: The shape of the weight that a bias belongs to, where it is known.
 
     Example:
         >>> kinds_of("transformer.h.0.attn.c_attn.weight", (4, 12))
@@ -85,12 +85,12 @@ def kinds_of(name: str, shape: Sequence[int], weight: Sequence[int] | None = Non
     if not _FUSED.search(f".{name}") or layer_of(name) is None:
         return (kind_of(name),)
     matrix = shape if len(shape) == 2 else weight or (shape[-1] // 3, shape[-1])
-    three = len(matrix) == 2 and matrix[1] == 3 * matrix[0]  # else a linear layer with an order of its own
+    three = len(matrix) == 2 and matrix[1] == 3 * matrix[0]  # otherwise it is a linear layer with another order
     return _THREE if three else (OTHER,)
 
 
 def layer_labels(names: Iterable[str]) -> dict[str, str]:
-    """A label for each tensor's layer: its number, ``"other"`` outside; with the stack's name where there are several.
+    """Returns a label for each tensor's layer: its number, or ``"other"``; with the stack's name where there are several stacks.
 
     Example:
         >>> layer_labels(["encoder.block.0.a.weight", "decoder.block.0.a.weight", "shared.weight"])
@@ -110,6 +110,6 @@ def _label(name: str, stack: str | None) -> str:
 
 
 def _stack(name: str) -> str | None:
-    """What the layers are part of: the path before ``layer.N``, its last piece."""
+    """Returns the name of the stack that a layer is part of: the last piece of the path before ``layer.N``."""
     match = _LAYER.search(f".{name}")
     return f".{name}"[: match.start()].rpartition(".")[2] if match else None

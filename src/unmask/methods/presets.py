@@ -1,6 +1,6 @@
-"""The methods by name: presets, functions that return a `Method`.
+"""Presets: functions that return a `Method` by its name, and `build`, which every front door uses.
 
-``unmask.id3(budget=1000, steps=100)`` is the paper's; ``.but(...)`` changes a part of it.
+``unmask.id3(budget=1000, steps=100)`` is the paper's method; ``.but(...)`` changes a part of it.
 """
 
 from __future__ import annotations
@@ -8,120 +8,134 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
-
-from torch import Tensor, nn
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from unmask.errors import MethodError
+from unmask.methods.budget import Budget, BudgetLike
 from unmask.methods.heuristics import Heuristic, heuristic
-from unmask.methods.method import Budget, Calibration, Leaving, Method, Unselected, parse_budget
-from unmask.methods.schedules import Cumulative, uniform
-from unmask.methods.schedules import schedule as _schedule
+from unmask.methods.method import (
+    Calibration,
+    Criterion,
+    GradType,
+    Leaving,
+    Method,
+    SampleType,
+    Unselected,
+    check_word,
+)
+from unmask.methods.schedules import Cumulative, Schedule, uniform
 from unmask.methods.scopes import Scope
 
-__all__ = [
-    "PRESETS",
-    "Calibration",
-    "Method",
-    "bitfit",
-    "build",
-    "fish",
-    "full",
-    "id3",
-    "pafi",
-    "parse_budget",
-    "random_mask",
-    "repeat_d3",
-    "sparse_adapter",
-    "static_d3",
-]
-
-Criterion = Literal["random", "magnitude", "snip", "grasp", "synflow"]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def id3(
-    budget: Budget,
+    budget: BudgetLike,
     steps: int,
     eps: float = 1.0,
     exp: float = 2.0,
     stride: int = 1,
     schedule: str | Cumulative = "uniform",
 ) -> Method:
-    """ID3: increment-S selection by D3 (arXiv 2408.14470, Algorithm 1, which prints theta + eta * grad for a descent).
+    """Builds ID3: it unmasks step by step, by D3 (arXiv 2408.14470, Algorithm 1, which prints theta + eta * grad for a descent).
 
     Args:
-        budget: B, a count or a share.
-        steps: T, the planned number of optimizer steps; b(T - 1) = B. Fewer steps leave budget unused, more are fine.
-        eps: Added to |w| in D3; the paper's Table 7a has 1, its Fig. 4a finds 0.5 best.
-        exp: Exponent of D3; Table 7a has 2 for NLU and NER, 0 for generation; Fig. 4b finds -1 best.
-        stride: Unmask ``stride`` steps' worth every ``stride``-th step, and nothing in between.
-        schedule: ``"uniform"`` (the paper), ``"cosine"``, ``"front-loaded"``, or a callable b(t, T, B).
+        budget: B, a count or a share of the model's weights.
+        steps: T, the planned number of optimizer steps; b(T - 1) = B. Fewer steps leave budget unused; more steps go on with
+            the whole budget.
+        eps: The number added to |w| in D3. The paper's Table 7a has 1; its Fig. 4a finds 0.5 best.
+        exp: The exponent of D3. Table 7a has 2 for NLU and NER, 0 for generation; Fig. 4b finds -1 best.
+        stride: Every ``stride``-th step unmasks as much as ``stride`` steps would, and the steps in between nothing.
+        schedule: ``"uniform"`` (the paper), ``"cosine"``, ``"front-loaded"``, ``"at-once"``, or a callable b(t, T, B).
+
+    Raises:
+        MethodError: A value is not allowed.
+
+    Example:
+        >>> id3("0.17%", steps=1_000).schedule.name
+        'uniform'
     """
-    return Method("id3", budget, _d3(eps, exp), "increment", _schedule(schedule, steps, stride))
+    return Method("id3", Budget.parse(budget), _d3(eps, exp), "increment", Schedule.of(schedule, steps, stride))
 
 
-def static_d3(budget: Budget, eps: float = 1.0, exp: float = 2.0) -> Method:
-    """Static-S selection by D3: all of the budget from the first step's gradient."""
-    return Method("static_d3", budget, _d3(eps, exp), "static")
+def static_d3(budget: BudgetLike, eps: float = 1.0, exp: float = 2.0) -> Method:
+    """Builds static-S by D3: it selects all of the budget by the first step's gradient.
+
+    Args:
+        budget: B, a count or a share of the model's weights.
+        eps: The number added to |w| in D3.
+        exp: The exponent of D3.
+    """
+    return Method("static_d3", Budget.parse(budget), _d3(eps, exp), "static")
 
 
 def repeat_d3(
-    budget: Budget, eps: float = 1.0, exp: float = 2.0, stride: int = 1, leaving: Leaving = "restored"
+    budget: BudgetLike, eps: float = 1.0, exp: float = 2.0, stride: int = 1, leaving: Leaving = "restored"
 ) -> Method:
     """Builds repeat-S by D3: it picks the best B of all weights, at their current values, at every ``stride``-th step.
 
     Args:
-        budget: B, a count or a share.
-        eps: Of D3.
-        exp: Of D3.
-        stride: Steps from one selection to the next; the B stay the same in between.
+        budget: B, a count or a share of the model's weights.
+        eps: The number added to |w| in D3.
+        exp: The exponent of D3.
+        stride: The number of steps from one selection to the next; the B stay the same in between.
         leaving: ``"restored"``: a weight that leaves goes back to its base value, and one that enters starts with fresh
             optimizer state, so that the budget is exact at every step. ``"kept"``: the paper's repeat-S
             (arXiv 2408.14470, Sect. 3 and 6). The B picked have a gradient, it is zero elsewhere (Eq. 3), and nothing goes
-            back, so that the weights ever tuned grow past B. Needs the memory of full fine-tuning: ``values``, its gradient
+            back, so that the weights ever tuned grow past B. It needs the memory of full fine-tuning: ``values``, its gradient
             and the optimizer's state have an entry for every eligible weight.
     """
-    return Method("repeat_d3", budget, _d3(eps, exp), "repeat", _schedule(uniform, 1, stride), leaving=leaving)
+    schedule = Schedule(uniform, 1, stride)
+    return Method("repeat_d3", Budget.parse(budget), _d3(eps, exp), "repeat", schedule, leaving=leaving)
 
 
-def pafi(budget: Budget) -> Method:
-    """PaFi: the B smallest weights by magnitude, static (arXiv 2305.16742)."""
-    return Method("pafi", budget, heuristic("magnitude"), "static")
+def pafi(budget: BudgetLike) -> Method:
+    """Builds PaFi: it selects the B smallest weights by magnitude, before training (arXiv 2305.16742)."""
+    return Method("pafi", Budget.parse(budget), heuristic("small_magnitude"), "static")
 
 
 def fish(
-    budget: Budget,
+    budget: BudgetLike,
     loader: Iterable[Any],
     num_samples: int = 1024,
-    sample_type: Literal["label", "expect"] = "label",
-    grad_type: Literal["square", "abs"] = "square",
+    sample_type: SampleType = "label",
+    grad_type: GradType = "square",
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> Method:
-    """Fish mask: the B weights of largest diagonal Fisher information, static (arXiv 2111.09839).
+    """Builds the Fish mask: it selects the B weights of largest diagonal Fisher information (arXiv 2111.09839).
 
-    The estimate runs inside ``unmask.select``, in one pass over per-sample gradients; see `Calibration` for arguments.
+    ``unmask.select`` makes the estimate before training, in one pass over per-sample gradients. `Calibration` describes the
+    arguments.
     """
     calibration = Calibration(loader, num_samples, sample_type, grad_type, loss)
-    return Method("fish", budget, heuristic("fisher"), "static", calibration=calibration)
+    return Method("fish", Budget.parse(budget), heuristic("fisher"), "static", calibration=calibration)
 
 
-def bitfit(budget: Budget | None = None, ndim1: bool = False) -> Method:
-    """BitFit: the biases (arXiv 2106.10199).
+def bitfit(budget: BudgetLike | None = None, ndim1: bool = False) -> Method:
+    """Builds BitFit: it selects the biases (arXiv 2106.10199).
 
     Args:
-        budget: None for all of them; otherwise the first B in the order of tensor names.
-        ndim1: Take every one-dimensional tensor for a bias, as the authors' toolkit does (norm weights too).
+        budget: None for all biases; otherwise the first B in the order of tensor names.
+        ndim1: True to take every one-dimensional tensor for a bias, as the authors' toolkit does (norm weights too).
     """
-    return Method("bitfit", budget, heuristic("constant"), "static", scope=Scope("vector" if ndim1 else "bias"))
+    count = None if budget is None else Budget.parse(budget)
+    return Method("bitfit", count, heuristic("constant"), "static", scope=Scope("vector" if ndim1 else "bias"))
 
 
-def random_mask(budget: Budget, seed: int = 0) -> Method:
-    """B weights drawn uniformly without replacement, static."""
-    return Method("random_mask", budget, heuristic("random", seed=seed), "static")
+def random_mask(budget: BudgetLike, seed: int = 0) -> Method:
+    """Builds a random mask: it selects B weights, drawn uniformly without replacement, before training.
+
+    Args:
+        budget: B, a count or a share of the model's weights.
+        seed: The seed of the draw.
+    """
+    return Method("random_mask", Budget.parse(budget), heuristic("random", seed=seed), "static")
 
 
 def sparse_adapter(
-    budget: Budget,
+    budget: BudgetLike,
     criterion: Criterion = "snip",
     loader: Iterable[Any] = (),
     *,
@@ -130,64 +144,86 @@ def sparse_adapter(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     seed: int = 0,
 ) -> Method:
-    """SparseAdapter: prunes added modules at their initialisation and trains the B weights that stay (arXiv 2210.04284).
+    """Builds SparseAdapter: it prunes added modules before training and trains the B weights that stay (arXiv 2210.04284).
 
     Args:
-        budget: B, the weights that stay.
-        criterion: What stays: ``"random"``; ``"magnitude"``, the largest; ``"snip"``, the largest |w dL/dw|; ``"grasp"``,
-            the largest w (H dL/dw); ``"synflow"``, the largest synaptic flow, in 100 rounds and without data.
-        loader: Batches for snip and grasp; see `Calibration`.
-        pruned: ``"zero"`` as published, or ``"kept"``: what is pruned stays, frozen, at its initial value.
-        num_samples: Examples for snip and grasp.
+        budget: B, the number or the share of weights that stay.
+        criterion: Which weights stay: ``"random"`` ones; those of the largest ``"magnitude"``; by ``"snip"`` the largest
+            |w dL/dw|; by ``"grasp"`` the largest w (H dL/dw); by ``"synflow"`` those of the largest synaptic flow, which is
+            found in 100 rounds and without data.
+        loader: Batches for snip and grasp, as of `Calibration`.
+        pruned: ``"zero"`` sets the pruned weights to zero, as published; ``"kept"`` freezes them at their initial values.
+        num_samples: The number of examples for snip and grasp.
         loss: ``loss(model, batch) -> scalar``; None for ``model(**batch).loss``.
-        seed: For random pruning.
+        seed: The seed of random pruning.
+
+    Raises:
+        MethodError: There is no such criterion, or another value is not allowed.
     """
-    heuristics = {
-        "random": heuristic("random", seed=seed),
-        "magnitude": heuristic("large_magnitude"),
-        "snip": heuristic("initial_snip"),
-    } | {name: heuristic(name) for name in ("grasp", "synflow")}
-    if criterion not in heuristics:
-        raise MethodError(f"criterion = {criterion!r}; it must be one of {', '.join(heuristics)}.")
+    check_word("criterion", criterion, Criterion)
+    names = {
+        "magnitude": "large_magnitude",
+        "snip": "initial_snip",
+    }  # the other criteria are called as their heuristics
+    by = heuristic("random", seed=seed) if criterion == "random" else heuristic(names.get(criterion, criterion))
     calibration = Calibration(loader, num_samples, loss=loss)
-    return Method("sparse_adapter", budget, heuristics[criterion], "static", calibration=calibration, unselected=pruned)
+    return Method("sparse_adapter", Budget.parse(budget), by, "static", calibration=calibration, unselected=pruned)
 
 
 def full() -> Method:
-    """Full fine-tuning, for comparison: every tensor of the scope is trained as an ordinary dense parameter."""
+    """Builds full fine-tuning, for comparison: every tensor of the scope is trained as an ordinary dense parameter."""
     return Method("full", None, heuristic("constant"), "static", whole=True)
 
 
-PRESETS: Mapping[str, Callable[..., Method]] = {
-    preset.__name__: preset
-    for preset in (id3, repeat_d3, static_d3, pafi, fish, bitfit, random_mask, sparse_adapter, full)
-}
+PRESETS: Mapping[str, Callable[..., Method]] = MappingProxyType(
+    {
+        preset.__name__: preset
+        for preset in (id3, repeat_d3, static_d3, pafi, fish, bitfit, random_mask, sparse_adapter, full)
+    }
+)
+"""Every preset by its name. Front doors know a method only from here."""
 
 
 def build(name: str, settings: Mapping[str, Any]) -> Method:
     """Builds a preset from settings that may be meant for other presets too.
 
     Args:
-        name: One of `PRESETS`.
-        settings: Arguments by name. The preset takes those that its signature names; a setting of None is left to the
-            preset's own default, and every other setting is ignored.
+        name: A key of `PRESETS`.
+        settings: Values by name. The preset takes those that its signature names. ``allocation`` and ``scope`` (a `Scope` or
+            its kind) go with every preset; ``heuristic`` (a `Heuristic` or its name) goes with those that rank by D3, and
+            replaces D3 there. A setting of None is left to its default. Every other setting is ignored.
 
     Raises:
         MethodError: There is no such preset, a setting that it needs is missing, or a setting cannot work.
 
     Example:
-        >>> build("pafi", {"budget": 10, "steps": 100, "eps": 0.5}).name
-        'pafi'
+        >>> build("pafi", {"budget": 10, "steps": 100, "eps": 0.5, "scope": "linear"}).scope.kind
+        'linear'
+        >>> build("static_d3", {"budget": 10, "heuristic": "snip"}).heuristic.name
+        'snip'
     """
     preset = PRESETS.get(name) if isinstance(name, str) else None
     if preset is None:
         raise MethodError(f"unknown method {name!r}; there are {', '.join(PRESETS)}.")
+    given = {key: value for key, value in settings.items() if value is not None}
     arguments = inspect.signature(preset).parameters
-    taken = {key: settings[key] for key in arguments if settings.get(key) is not None}
-    missing = [key for key, a in arguments.items() if a.default is inspect.Parameter.empty and key not in taken]
+    missing = [key for key, a in arguments.items() if a.default is inspect.Parameter.empty and key not in given]
     if missing:
         raise MethodError(f"method {name!r} needs a value for {', '.join(missing)}.")
-    return preset(**taken)
+    method = preset(**{key: given[key] for key in arguments if key in given})
+    if "allocation" in given:
+        method = method.but(allocation=given["allocation"])
+    if "scope" in given:
+        scope = given["scope"]
+        method = method.but(scope=scope if isinstance(scope, Scope) else Scope(scope))
+    if "heuristic" in given:
+        if method.heuristic.name != "d3":
+            ranked = [key for key, each in PRESETS.items() if "exp" in inspect.signature(each).parameters]
+            raise MethodError(f"heuristic goes with method {', '.join(ranked)}; method {name!r} has its own.")
+        if given["heuristic"] != "d3":  # the preset has bound eps and exp to D3
+            seed = {"seed": given["seed"]} if given["heuristic"] == "random" and "seed" in given else {}
+            method = method.but(heuristic=heuristic(given["heuristic"], **seed))
+    return method
 
 
 def _d3(eps: float, exp: float) -> Heuristic:

@@ -1,8 +1,8 @@
-"""Unmasking schedules: step -> cumulative budget b(t), exact by construction.
+"""Unmasking schedules: how many weights are unmasked by each step.
 
-A schedule is a function ``b(t, T, B)``: how many scalar weights are unmasked once step t (from 0) has selected, out of a
-budget B planned over T steps. ``u_t = b(t) - b(t - 1)`` are unmasked at step t. Whatever the function returns, the
-budget is met exactly: ``b(t) = B`` from step ``T - 1`` on, so nothing can drift in a resumed or prolonged run.
+A schedule is a function ``b(t, T, B)``. It gives the number of scalar weights that are unmasked once step t (counted from 0)
+has selected, out of a budget B that is planned over T steps. So step t unmasks ``u_t = b(t) - b(t - 1)`` weights. From step
+``T - 1`` on the budget is always exact, ``b(t) = B``, also if the function returns less there.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Cumulative = Callable[[int, int, int], int]
 MOST_STEPS = 10**12
 """The largest T that is planned for."""
 MOST_WALKED = 10**7
-"""The most selecting steps of a schedule that has to be walked through before training, which takes some seconds."""
+"""The largest number of selecting steps for a schedule that is checked step by step before training (some seconds)."""
 
 
 def uniform(t: int, T: int, B: int) -> int:
-    """``b(t) = B (t + 1) // T``: the paper's schedule. With B < T some steps unmask nothing.
+    """Returns ``b(t) = B (t + 1) // T``, the paper's schedule. With B < T some steps unmask nothing.
 
     Example:
         >>> [uniform(t, 4, 10) for t in range(4)]
@@ -32,7 +32,7 @@ def uniform(t: int, T: int, B: int) -> int:
 
 
 def cosine(t: int, T: int, B: int) -> int:
-    """Half a cosine: slow, fast, slow. ``b(t) = B (1 - cos(pi s)) / 2`` with ``s = (t + 1) / T``.
+    """Returns ``b(t) = B (1 - cos(pi s)) / 2`` with ``s = (t + 1) / T``: slow, then fast, then slow.
 
     Example:
         >>> [cosine(t, 4, 100) for t in range(4)]
@@ -42,9 +42,9 @@ def cosine(t: int, T: int, B: int) -> int:
 
 
 def front_loaded(t: int, T: int, B: int) -> int:
-    """Most of the budget early: ``b(t) = B (1 - (1 - s)^3)`` with ``s = (t + 1) / T``, in integers.
+    """Returns ``b(t) = B (1 - (1 - s)^3)`` with ``s = (t + 1) / T``, in integers: most of the budget comes early.
 
-    The cubic is that of gradual pruning (arXiv 1710.01878).
+    The cubic curve is that of gradual pruning (arXiv 1710.01878).
 
     Example:
         >>> [front_loaded(t, 4, 64) for t in range(4)]
@@ -54,7 +54,7 @@ def front_loaded(t: int, T: int, B: int) -> int:
 
 
 def at_once(t: int, T: int, B: int) -> int:
-    """``b(t) = B``: the whole budget at the first step, as a static selection."""
+    """Returns ``b(t) = B``: the whole budget at the first step, as in a static selection."""
     return B
 
 
@@ -66,7 +66,8 @@ SCHEDULES: dict[str, Cumulative] = {
 }
 
 
-_NEVER_DOWN = (uniform, front_loaded, at_once)  # in integers: b(t) grows with t, and lies in 0..B
+# These compute in integers, so that b(t) cannot decrease and lies in 0..B; `Schedule.check` need not walk through them.
+_NEVER_DOWN = (uniform, front_loaded, at_once)
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,12 @@ class Schedule:
     """A schedule bound to its number of steps and its stride.
 
     Attributes:
-        function: ``b(t, T, B)``; one of this module's or any callable.
+        function: The function ``b(t, T, B)``, from this module or your own.
         steps: T, the planned number of optimizer steps, at least 1.
-        stride: k: unmask k steps' worth every k-th step, at t = 0, k, 2k, ..., and nothing in between.
+        stride: k. Every k-th step (t = 0, k, 2k, ...) unmasks as much as k steps would, and the steps in between nothing.
+
+    Raises:
+        MethodError: The function is not callable, or steps or stride are below 1 or above `MOST_STEPS`.
     """
 
     function: Cumulative
@@ -94,11 +98,45 @@ class Schedule:
                     f"{name} = {value!r:.80}; it must be at most {MOST_STEPS:,}. Give T, the number of optimizer steps."
                 )
 
-    def cumulative(self, t: int, budget: int) -> int:
-        """b(t): how many weights are unmasked after step t has selected; ``b(-1) = 0``, ``b(t) = B`` for t >= T - 1.
+    @classmethod
+    def of(cls, which: str | Cumulative, steps: int, stride: int = 1) -> Schedule:
+        """Builds a schedule from a name or a callable.
+
+        Args:
+            which: A key of `SCHEDULES`, or a callable b(t, T, B).
+            steps: T.
+            stride: The stride.
 
         Raises:
-            MethodError: The function returned something that is no count in 0..B.
+            MethodError: The name is not known, or a number is not allowed.
+
+        Example:
+            >>> Schedule.of(lambda t, T, B: B // 2, steps=3).cumulative(0, 10)
+            5
+        """
+        if isinstance(which, str):
+            if which not in SCHEDULES:
+                raise MethodError(
+                    f"unknown schedule {which!r:.80}; there are {', '.join(SCHEDULES)}, or give a callable b(t, T, B)."
+                )
+            which = SCHEDULES[which]
+        return cls(which, steps, stride)
+
+    @property
+    def name(self) -> str:
+        """The function's name, or its type's where it has none.
+
+        Example:
+            >>> Schedule(uniform, 3).name
+            'uniform'
+        """
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def cumulative(self, t: int, budget: int) -> int:
+        """Returns b(t), the number of weights unmasked after step t has selected; ``b(-1) = 0``, ``b(t) = B`` for t >= T - 1.
+
+        Raises:
+            MethodError: The function returned something other than a whole number in 0..B.
 
         Example:
             >>> [Schedule(uniform, steps=6, stride=3).cumulative(t, 12) for t in range(-1, 7)]
@@ -122,7 +160,7 @@ class Schedule:
         return whole
 
     def check(self, budget: int) -> None:
-        """Walks the whole schedule once and refuses one that goes down; one in integers that cannot is not walked.
+        """Walks through the schedule once and refuses one that decreases. The integer ones of this module cannot decrease.
 
         Raises:
             MethodError: b(t) < b(t - 1) for some t, a value out of range, or too many steps to walk.
@@ -132,7 +170,7 @@ class Schedule:
         if self.steps // self.stride > MOST_WALKED:
             raise MethodError(
                 f"steps = {self.steps:,} with stride = {self.stride:,}; this schedule is checked step by step before training, "
-                f"and that goes for {MOST_WALKED:,} selecting steps at most. Take a larger stride, or 'uniform' or "
+                f"for {MOST_WALKED:,} selecting steps at most. Take a larger stride, or 'uniform' or "
                 "'front-loaded'."
             )
         previous = 0
@@ -141,22 +179,3 @@ class Schedule:
             if count < previous:
                 raise MethodError(f"the schedule goes down: b({t}) = {count} after {previous}; b(t) must not decrease.")
             previous = count
-
-
-def schedule(which: str | Cumulative, steps: int, stride: int = 1) -> Schedule:
-    """Builds a schedule from a name or a callable.
-
-    Raises:
-        MethodError: Unknown name, or steps or stride below 1 or above `MOST_STEPS`.
-
-    Example:
-        >>> schedule(lambda t, T, B: B // 2, steps=3).cumulative(0, 10)
-        5
-    """
-    if isinstance(which, str):
-        if which not in SCHEDULES:
-            raise MethodError(
-                f"unknown schedule {which!r:.80}; there are {', '.join(SCHEDULES)}, or give a callable b(t, T, B)."
-            )
-        which = SCHEDULES[which]
-    return Schedule(which, steps, stride)

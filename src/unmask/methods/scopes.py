@@ -1,18 +1,20 @@
-"""Scopes: which tensor parameters a method may touch. A scope is a frozen value; `resolve` applies it to a model."""
+"""Scopes: which tensor parameters a method may select from. A scope is a frozen value; `Scope.names` applies it to a model."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Literal, get_args
 
 from unmask.errors import MethodError
-from unmask.gradients.wrappers import named_parameters
 
-Kind = Literal["all", "linear", "bias", "vector", "patterns"]
+if TYPE_CHECKING:
+    from torch import nn
+
+NamedKind = Literal["all", "linear", "bias", "vector"]
+"""The kinds of scope that need no patterns."""
+Kind = Literal[NamedKind, "patterns"]
 Patterns = str | Iterable[str] | None
 
 _BIAS = re.compile(r"(^|_)bias(_|$)")  # bias, in_proj_bias, bias_ih_l0; not relative_attention_bias.weight
@@ -26,14 +28,44 @@ class Scope:
         kind: ``"all"``; ``"linear"``: weight matrices of linear layers; ``"bias"``: true biases, those of normalisation
             layers included; ``"vector"``: every one-dimensional tensor (what the authors' toolkit calls a bias);
             ``"patterns"``: names in which one of the patterns is found.
-        patterns: Regular expressions, searched (not matched from the start) in parameter names.
+        expressions: Regular expressions for ``"patterns"``. They are searched (not matched from the start) in parameter names.
+
+    Raises:
+        MethodError: There is no such kind, or the expressions do not go with it.
     """
 
     kind: Kind = "all"
-    patterns: tuple[str, ...] = ()
+    expressions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise MethodError(f"scope = {self.kind!r:.80}; it must be one of {', '.join(get_args(Kind))}.")
+        if (self.kind == "patterns") != bool(self.expressions):
+            raise MethodError(
+                f"scope = {self.kind!r} with expressions = {self.expressions!r:.80}; build a scope of regular expressions with "
+                "unmask.Scope.patterns('query', 'value')."
+            )
+
+    @classmethod
+    def patterns(cls, *expressions: str) -> Scope:
+        """Builds a scope of the tensors in whose names one of the regular expressions is found.
+
+        Example:
+            >>> from torch import nn
+            >>> attention = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("query", "key", "value")})
+            >>> Scope.patterns("query", "value").names(attention)
+            ['query.weight', 'value.weight']
+        """
+        return cls("patterns", expressions)
 
     def names(self, model: nn.Module) -> list[str]:
-        """Names of the eligible tensors of a model, in the order of ``named_parameters()``."""
+        """Returns the names of the eligible tensors of a model, in the order of ``named_parameters()``.
+
+        Raises:
+            MethodError: An expression is invalid, or it finds no tensor.
+        """
+        from unmask.gradients.wrappers import named_parameters  # it imports torch
+
         parameters = named_parameters(model)
         if self.kind == "all":
             return list(parameters)
@@ -42,47 +74,35 @@ class Scope:
         if self.kind == "bias":
             return [name for name in parameters if _BIAS.search(name.rpartition(".")[2])]
         if self.kind == "linear":
-            weights = {id(weight) for weight in _linear_weights(model)}
+            weights = {id(getattr(module, "weight", None)) for module in model.modules() if is_linear(module)}
             return [name for name, p in parameters.items() if id(p) in weights]
-        return matching(parameters, self.patterns, "scope")
-
-
-def patterns(*expressions: str) -> Scope:
-    """A scope of the tensors in whose names one of the regular expressions is found.
-
-    Example:
-        >>> attention = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("query", "key", "value")})
-        >>> patterns("query", "value").names(attention)
-        ['query.weight', 'value.weight']
-    """
-    return Scope("patterns", expressions)
-
-
-def _linear_weights(model: nn.Module) -> Iterable[nn.Parameter]:
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if is_linear(module) and isinstance(weight, nn.Parameter):
-            yield weight
+        return matching(parameters, self.expressions, "scope")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: transformers' Conv1D is one with a transposed weight."""
+    """Returns True for a linear layer. The Conv1D of transformers counts too: it is one with a transposed weight."""
+    from torch import nn
+
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # the core does not import transformers
 
 
 def as_patterns(given: Patterns) -> tuple[str, ...]:
-    """A pattern, several or none, as a tuple."""
+    """Returns one pattern, several or none as a tuple.
+
+    Raises:
+        MethodError: One of them is not a text.
+    """
     if given is None:
         return ()
     found = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
     for each in found:
         if not isinstance(each, str):
-            raise MethodError(f"{each!r:.80} is no pattern; give regular expressions as texts.")
+            raise MethodError(f"{each!r:.80} is not a pattern; give regular expressions as texts.")
     return found
 
 
 def exactly(names: Iterable[str]) -> list[str]:
-    """Patterns that find these names and no others.
+    """Returns patterns that find these names and no others.
 
     Example:
         >>> matching(["head.bias", "head_bias"], exactly(["head.bias"]), "dense")
@@ -92,15 +112,15 @@ def exactly(names: Iterable[str]) -> list[str]:
 
 
 def matching(names: Iterable[str], expressions: Iterable[str], what: str) -> list[str]:
-    """Names in which one of the regular expressions is found; each expression must find something.
+    """Returns the names in which one of the regular expressions is found. Each expression must find at least one.
 
     Args:
-        names: Parameter names.
-        expressions: Regular expressions.
-        what: The argument's name, for the error text.
+        names: The names of parameters.
+        expressions: The regular expressions.
+        what: The argument's name. The error text begins with it.
 
     Raises:
-        MethodError: An expression is invalid or finds nothing.
+        MethodError: An expression is invalid, or it finds nothing.
 
     Example:
         >>> matching(["a.weight", "a.bias", "b.bias"], [r"bias$"], "include")
@@ -113,7 +133,7 @@ def matching(names: Iterable[str], expressions: Iterable[str], what: str) -> lis
             hits = {name for name in names if re.search(expression, name)}
         except re.error as error:
             raise MethodError(
-                f"{what}: {expression!r} is no regular expression ({error}); '.*' stands for anything."
+                f"{what}: {expression!r} is not a regular expression ({error}); '.*' stands for any text."
             ) from error
         if not hits:
             some = ", ".join([*names[:3], "...", *names[-2:]]) if len(names) > 5 else ", ".join(names)

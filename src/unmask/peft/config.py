@@ -1,18 +1,19 @@
-"""SelectiveConfig: an adapter's method and budget, as PEFT stores it in ``adapter_config.json``."""
+"""SelectiveConfig: an adapter's method and budget, as PEFT stores them in ``adapter_config.json``."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from peft.utils import PeftType, register_peft_method
 
 from peft import PeftConfig
-from unmask.distributed.reducer import Exchange
 from unmask.errors import MethodError
 from unmask.methods import presets as methods
-from unmask.methods.method import Budget, Method
+from unmask.methods.budget import Budget
+from unmask.methods.method import Accumulation, ClipScope, Exchange, Gradients, Method, check_word
 from unmask.peft.card import write_card
 from unmask.reading import (
     Malformed,
@@ -28,19 +29,16 @@ from unmask.reading import (
     shown,
     text,
 )
-from unmask.selection.refusals import ClipScope, check_exchange
+from unmask.selection.refusals import check_exchange
 
-METHODS = ("id3", "repeat_d3", "static_d3", "pafi", "bitfit", "random_mask")
-_ALLOWED = {
-    "accumulation": ("candidates", "exact"),
-    "gradients": ("auto", "sampled", "dense"),
-    "exchange": get_args(Exchange),
-    "clip_scope": get_args(ClipScope),
-}
-_ELSEWHERE = {
+_WORDS = {"accumulation": Accumulation, "gradients": Gradients, "exchange": Exchange, "clip_scope": ClipScope}
+_REFUSED = {
     "fish": "it needs a loader, which no adapter_config.json can hold: use unmask.select(model, unmask.fish(...))",
     "full": "it has no budget: use modules_to_save",
+    "sparse_adapter": "it prunes modules that are added to the base, and this adapter selects in the base itself: use "
+    "unmask.select(model, unmask.sparse_adapter(...))",
 }
+"""The presets that an adapter cannot have, and why."""
 
 
 @dataclass
@@ -48,44 +46,54 @@ class SelectiveConfig(PeftConfig):
     """What `peft.get_peft_model` needs to train a budget of single weights of a base model.
 
     Attributes:
-        budget: B: a count, or a share of the base's parameters (``"0.17%"``); None (only for ``bitfit``) takes all biases.
-        method: ``"id3"``, ``"repeat_d3"``, ``"static_d3"``, ``"pafi"``, ``"bitfit"`` or ``"random_mask"``.
-        eps: Added to ``|w|`` in D3.
-        exp: Exponent of D3.
-        stride: Select every ``stride``-th step (``id3``, ``repeat_d3``).
-        schedule: ``"uniform"``, ``"cosine"`` or ``"front-loaded"`` (``id3``).
-        seed: For ``random_mask``.
-        allocation: ``"global"``, ``"tensor"``, ``"row"`` or ``"column"``.
-        accumulation: ``"candidates"`` or ``"exact"``: the selection that gradient accumulation makes.
-        gradients: ``"auto"``, ``"sampled"`` or ``"dense"``.
-        exchange: How several processes select together: ``"exact"``, ``"candidates"`` or ``"none"``; see `unmask.select`.
-        clip_scope: Which norm a ``transformers.Trainer`` (by ``max_grad_norm``) and `unmask.peft.clip_grad_norm_` clip by:
-            ``"selected"``, of what is trained; or ``"all"``, of every eligible weight too; see `unmask.select`.
-        target_modules: Modules whose parameters (those of modules inside them too) are eligible: names or name endings,
-            one regular expression that matches whole names, or ``"all-linear"``. None: the whole model.
-        exclude_modules: Modules whose parameters are not; names or name endings, or one regular expression.
-        modules_to_save: Modules trained and saved whole, outside the budget: a new head, say.
-        total_steps: T, the planned number of optimizer steps, over which ``id3`` spreads its budget. None: taken from
+        budget: B, a count or a share of the base's parameters (``"0.17%"``); None (only for ``bitfit``) takes all biases.
+        method: The name of a preset: ``"id3"``, ``"repeat_d3"``, ``"static_d3"``, ``"pafi"``, ``"bitfit"`` or
+            ``"random_mask"``. ``"fish"``, ``"sparse_adapter"`` and ``"full"`` are refused.
+        eps: The number that D3 adds to ``|w|``.
+        exp: The exponent of D3.
+        stride: The method selects at every ``stride``-th step (``id3``, ``repeat_d3``).
+        schedule: How ``id3`` spreads the budget over the steps: ``"uniform"``, ``"cosine"``, ``"front-loaded"`` or
+            ``"at-once"``.
+        heuristic: The heuristic that ranks weights in place of D3 (``id3``, ``repeat_d3``, ``static_d3``), such as
+            ``"snip"``, or one of your own (`unmask.register_heuristic`); None for D3.
+        scope: Which tensors are eligible, among those of the target modules: ``"all"``, ``"linear"``, ``"bias"`` or
+            ``"vector"``; None for the method's own scope.
+        seed: The seed of ``random_mask``, and of the heuristic ``"random"``.
+        allocation: How the budget spreads over the eligible tensors: ``"global"``, ``"tensor"``, ``"row"`` or ``"column"``.
+        accumulation: The selection under gradient accumulation, ``"candidates"`` or ``"exact"``, as of `unmask.select`.
+        gradients: How gradients are formed: ``"auto"``, ``"sampled"`` or ``"dense"``, as of `unmask.select`.
+        exchange: How several processes select together: ``"exact"``, ``"candidates"`` or ``"none"``, as of `unmask.select`.
+        clip_scope: The norm that a ``transformers.Trainer`` (by ``max_grad_norm``) and `unmask.peft.clip_grad_norm_` clip by:
+            ``"selected"`` for that of what is trained, ``"all"`` for that of every eligible weight, as of `unmask.select`.
+        target_modules: The modules whose parameters (those of modules inside them too) are eligible: names or name endings,
+            one regular expression that matches whole names, or ``"all-linear"``; None for the whole model.
+        exclude_modules: The modules whose parameters are not eligible: names or name endings, or one regular expression.
+        modules_to_save: The modules that are trained and saved whole, outside the budget, such as a new head.
+        total_steps: T, the planned number of optimizer steps, over which ``id3`` spreads its budget. None takes it from
             the ``transformers.Trainer`` that runs the first step.
-        training_state: Whether a saved adapter also holds what training needs to go on bit for bit (the order of
-            unmasking, and float32 masters in half precision): 4 bytes a weight, 8 in half precision. False: values alone.
-        record: What the adapter holds, filled when it is saved: the delta's metadata, and the base's fingerprint.
+        training_state: True if a saved adapter also holds what training needs to go on bit for bit (the order of unmasking,
+            and float32 masters in half precision): 4 bytes a weight, 8 in half precision. With False it holds values alone.
+        record: What the adapter holds: the delta's metadata and the base's fingerprint. It is filled when it is saved.
 
     Raises:
-        MethodError: A method, budget, schedule or number that cannot work.
+        MethodError: A method, budget, schedule or number cannot work, or an adapter cannot have the method.
 
     Example:
         >>> SelectiveConfig(budget=320_000, total_steps=1_000).build(320_000).name
         'id3'
     """
 
-    budget: Budget | None = field(default=None, metadata={"help": "A count of weights, or a share such as '0.17%'."})
+    budget: int | str | None = field(default=None, metadata={"help": "A count of weights, or a share such as '0.17%'."})
     method: str = field(default="id3", metadata={"help": "Which weights are unmasked, and when."})
     eps: float = field(default=1.0, metadata={"help": "Added to |w| in D3."})
     exp: float = field(default=2.0, metadata={"help": "Exponent of D3."})
     stride: int = field(default=1, metadata={"help": "Select every stride-th step."})
     schedule: str = field(default="uniform", metadata={"help": "How the budget is spread over the steps."})
-    seed: int = field(default=0, metadata={"help": "Seed of random_mask."})
+    heuristic: str | None = field(default=None, metadata={"help": "The heuristic that ranks weights in place of D3."})
+    scope: str | None = field(
+        default=None, metadata={"help": "all, linear, bias or vector; without it the method's own."}
+    )
+    seed: int = field(default=0, metadata={"help": "The seed of random_mask."})
     allocation: str = field(default="global", metadata={"help": "global, tensor, row or column."})
     accumulation: str = field(default="candidates", metadata={"help": "candidates or exact."})
     gradients: str = field(default="auto", metadata={"help": "auto, sampled or dense."})
@@ -108,38 +116,43 @@ class SelectiveConfig(PeftConfig):
         ):
             _FORM(vars(self), "config")
             _check_expressions(self)
-        if self.method not in METHODS:
-            why = _ELSEWHERE.get(self.method, "there are " + ", ".join(METHODS))
-            raise MethodError(f"method = {self.method!r}; {why}.")
-        for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise MethodError(f"{name} = {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+        if self.method in _REFUSED:
+            raise MethodError(f"method = {self.method!r}; {_REFUSED[self.method]}.")
+        if self.method not in methods.PRESETS:
+            known = [name for name in methods.PRESETS if name not in _REFUSED]
+            raise MethodError(f"method = {self.method!r}; there are {', '.join(known)}.")
+        for name, words in _WORDS.items():
+            check_word(name, getattr(self, name), words)
         if self.budget is None and self.method != "bitfit":
             raise MethodError("budget is missing; give a count (320_000) or a share of the parameters ('0.17%').")
         if self.clip_scope == "all" and self.gradients == "sampled":
             raise MethodError("clip_scope='all' needs the whole gradient at every step; leave gradients='auto'.")
-        check_exchange(self.exchange, self.build(self.budget))  # refuses what cannot work now, not at the first step
+        check_exchange(self.exchange, self.build(self.budget))  # what cannot work is refused now, not at the first step
 
     @property
     def needs_total_steps(self) -> bool:
-        """Whether the method cannot start before T is known."""
-        return self.method == "id3" and self.total_steps is None
+        """True if the method cannot start before T is known."""
+        takes_steps = "steps" in inspect.signature(methods.PRESETS[self.method]).parameters
+        return takes_steps and self.total_steps is None
 
-    def build(self, budget: Budget | None) -> Method:
-        """The method with this budget; with one step, while T is not known."""
+    def build(self, budget: Budget | int | str | None) -> Method:
+        """Builds the method with this budget. While T is not known, it is planned over one step.
+
+        Raises:
+            MethodError: The method cannot work with these settings.
+        """
         steps = 1 if self.total_steps is None else self.total_steps
-        method = methods.build(self.method, {**vars(self), "budget": budget, "steps": steps})
-        return method.but(allocation=self.allocation)
+        return methods.build(self.method, {**vars(self), "budget": budget, "steps": steps})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; and once an adapter is saved, its figures into the model card beside it."""
+        """Saves the configuration as PEFT does. If an adapter was saved, it also writes its figures into the model card there."""
         super().save_pretrained(save_directory, **kwargs)
         if self.record is not None:
             write_card(save_directory, self.record)
 
 
 def _names(value: Any, where: str) -> Any:
-    """One regular expression, or some names."""
+    """Reads one regular expression, or some names."""
     if isinstance(value, str):
         return value
     return items(text)(list(value) if isinstance(value, set) else value, where)
@@ -147,7 +160,8 @@ def _names(value: Any, where: str) -> Any:
 
 _FORM = fields(
     {
-        **dict.fromkeys(("method", "schedule", "allocation", *_ALLOWED), text),
+        **dict.fromkeys(("method", "schedule", "allocation", *_WORDS), text),
+        **dict.fromkeys(("heuristic", "scope"), optional(text)),
         **dict.fromkeys(("eps", "exp"), finite),
         **dict.fromkeys(("stride", "seed"), count),
         **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), optional(_names)),
@@ -166,18 +180,17 @@ def _check_expressions(config: SelectiveConfig) -> None:
             try:
                 re.compile(given)
             except (re.error, RecursionError, OverflowError) as error:
-                raise Malformed(f"{name} = {shown(given)} is no regular expression ({error})") from error
+                raise Malformed(f"{name} = {shown(given)} is not a regular expression ({error})") from error
 
 
 NAME = "UNMASK"
-PREFIX = "unmask_"  # part of every key of an adapter in a state dict
+PREFIX = "unmask_"  # every key of an adapter in a state dict has it
 
 
 def peft_type() -> PeftType:
-    """``PeftType.UNMASK``.
+    """Returns ``PeftType.UNMASK``, and adds it to the enum first if it is not there.
 
-    PEFT looks method names up in a closed enum, in some versions by going through its members, so nothing less than a
-    member will do.
+    PEFT looks method names up in a closed enum, in some versions by going through its members. So the method must be a member.
     """
     if NAME not in PeftType.__members__:
         member: Any = str.__new__(PeftType, NAME)
@@ -190,7 +203,7 @@ def peft_type() -> PeftType:
 
 
 def register(config: type, tuner: type) -> None:
-    """Makes PEFT know the method: `get_peft_model`, `PeftModel.from_pretrained` and the rest then find it."""
+    """Registers the method with PEFT, so that `get_peft_model`, `PeftModel.from_pretrained` and the rest find it."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:

@@ -19,7 +19,7 @@ from unmask.errors import DeltaError, MethodError
 from unmask.gradients.unreached import unwatch_forwards
 from unmask.gradients.wrappers import named_parameters
 from unmask.integrations.support import calling, running_trainer
-from unmask.methods.method import parse_budget
+from unmask.methods.budget import Budget
 from unmask.peft.adapter import Adapter
 from unmask.peft.card import complete_card
 from unmask.peft.combine import combine_whole, combined_config, combined_slots, refuse_combination, union
@@ -56,7 +56,7 @@ class SelectiveModel(BaseTuner):
         if has_selection(model) or any(isinstance(getattr(hook, "__self__", None), SelectiveModel) for hook in hooks):
             raise MethodError(
                 "this base model has a selection or selective adapters already. To add an adapter: "
-                "peft_model.add_adapter(name, config); to start anew: base = peft_model.unload(), or selection.release()."
+                "peft_model.add_adapter(name, config); to start again: base = peft_model.unload(), or selection.release()."
             )
         try:
             super().__init__(model, peft_config, *args, **kwargs)
@@ -107,7 +107,7 @@ class SelectiveModel(BaseTuner):
         if twin is not None:  # each adapter records what it holds in its config
             config = self.peft_config[adapter_name] = copy.copy(config)
         total = sum(parameter.numel() for parameter in Base(model).parameters.values())
-        budget = None if config.budget is None else parse_budget(config.budget, total)
+        budget = None if config.budget is None else Budget.parse(config.budget).of(total)
         method = config.build(budget)
         parameters = eligible(model, config, method)
         names = {id(p): name for name, p in named_parameters(model).items()}

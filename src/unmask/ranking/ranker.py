@@ -180,6 +180,8 @@ class Ranker:
     def _rank_rows(self, index: int, gradient: Tensor) -> None:
         """Offers the rows that a sparse gradient holds."""
         rows, values = gradient.indices()[0], gradient.values()
+        if not rows.numel():  # All tokens of an embedding were padding.
+            return
         columns = values.shape[1]
         weight = self.table.layout.plain(index)
         factor = None if self.top.least is None else self.heuristic.bound(weight[rows])

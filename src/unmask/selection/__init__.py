@@ -1,1 +1,1 @@
-"""A selection: a budget of scalar weights as one trainable vector, and all that keeps it right while training runs."""
+"""Selects a budget of scalar weights as one trainable vector, and keeps the model right while it trains."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unmask.delta.base import added_tensors, missing_from_checkpoint
 from unmask.errors import MethodError
 from unmask.gradients.wrappers import named_parameters, persistent_buffers
-from unmask.methods.method import Method, parse_budget
+from unmask.methods.method import Method
 from unmask.methods.scopes import Patterns, Scope, as_patterns, matching
 from unmask.quantised.layers import weights
 from unmask.quantised.sources import Unsupported, sources
@@ -158,10 +158,10 @@ def count_budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
         )
     if method.budget is None:
         return available
-    budget = parse_budget(method.budget, sum(p.numel() for p in parameters.values()), available)
+    budget = method.budget.of(sum(p.numel() for p in parameters.values()), available)
     if budget > available:
         raise MethodError(
-            f"budget = {method.budget!r} asks for {budget:,} weights, but only {available:,} are eligible under scope "
+            f"budget = {method.budget} asks for {budget:,} weights, but only {available:,} are eligible under scope "
             f"{method.scope.kind!r} and the patterns; lower the budget or widen the scope."
         )
     return budget

@@ -13,9 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from unmask.errors import ConfigError, SelectionError
+from unmask.methods.method import BiasCorrection
 from unmask.selection.stepping import slots_in_use
-
-BiasCorrection = Literal["global", "entry"]
 
 # Settings that earlier versions wrote into their states, with the values under which they had no effect.
 _RETIRED = {"lr_scale": "none", "slot_warmup": 0}

@@ -8,21 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from torch import nn
 
-from unmask.distributed.reducer import Exchange
 from unmask.distributed.sharding import is_sharded
 from unmask.errors import MethodError
 from unmask.gradients.wrappers import named_parameters
-from unmask.methods.method import Method
+from unmask.methods.method import Accumulation, ClipScope, Exchange, Gradients, Method, check_word
 from unmask.selection.eligible import ModelFacts
 from unmask.selection.storage import refuse_overlaps
-
-Accumulation = Literal["candidates", "exact"]
-Gradients = Literal["auto", "sampled", "dense"]
-ClipScope = Literal["selected", "all"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +33,8 @@ class Options:
     clip_scope: ClipScope
 
     def __post_init__(self) -> None:
-        words = {"accumulation": Accumulation, "gradients": Gradients, "clip_scope": ClipScope}
-        for name, allowed in words.items():
-            value = getattr(self, name)
-            if value not in get_args(allowed):
-                *some, last = (repr(word) for word in get_args(allowed))
-                raise MethodError(f"{name} = {value!r}; it must be {', '.join(some)} or {last}.")
+        for name, words in (("accumulation", Accumulation), ("gradients", Gradients), ("clip_scope", ClipScope)):
+            check_word(name, getattr(self, name), words)
         if self.clip_scope == "all" and self.gradients == "sampled":
             raise MethodError("clip_scope='all' needs the whole gradient at every step; leave gradients='auto'.")
 
@@ -76,8 +66,7 @@ def check_exchange(exchange: str, method: Method) -> None:
     Raises:
         MethodError: It is one of these.
     """
-    if exchange not in get_args(Exchange):
-        raise MethodError(f"exchange = {exchange!r}; it must be 'exact', 'candidates' or 'none'.")
+    check_word("exchange", exchange, Exchange)
     heuristic = method.heuristic
     ranks = heuristic.needs == "gradient" or method.strategy == "repeat"
     if exchange == "candidates" and ranks and not method.by_entry:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from unmask.calibration.estimates import estimates
 from unmask.delta.live import has_selection
 from unmask.distributed.facts import facts_of_method
-from unmask.distributed.reducer import Exchange, ProcessReducer, refused_by_all
+from unmask.distributed.reducer import ProcessReducer, refused_by_all
 from unmask.distributed.sharding import catch_up_before_gather
 from unmask.errors import MethodError
 from unmask.gradients.linear import handlers
 from unmask.gradients.taps import TapSet
 from unmask.gradients.unreached import watch_forwards
 from unmask.gradients.wrappers import bare, named_parameters, refuse_wrappers
-from unmask.methods.method import Method
+from unmask.methods.method import Accumulation, ClipScope, Exchange, Gradients, Method
 from unmask.methods.scopes import Patterns
 from unmask.quantised.layers import reach_biases, settle, weights
 from unmask.ranking.ledger import Ledger
@@ -29,9 +29,6 @@ from unmask.selection.identity import Identity
 from unmask.selection.outside import OutsideWrites
 from unmask.selection.parts import Parts
 from unmask.selection.refusals import (
-    Accumulation,
-    ClipScope,
-    Gradients,
     Options,
     check_exchange,
     refuse,

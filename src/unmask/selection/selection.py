@@ -21,11 +21,10 @@ from unmask.gradients.factors import total_norm
 from unmask.gradients.tapped import owner_of
 from unmask.gradients.unreached import unwatch_forwards
 from unmask.gradients.wrappers import named_parameters
-from unmask.methods.method import Method
+from unmask.methods.method import ClipScope, Method
 from unmask.quantised.layers import settle, stored_in, weights
 from unmask.selection.outside import weights_of
 from unmask.selection.parts import Parts
-from unmask.selection.refusals import ClipScope
 from unmask.selection.state import StateKeeper
 from unmask.selection.stepping import unwatch, watch
 from unmask.selection.steps import Steps

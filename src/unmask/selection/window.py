@@ -27,13 +27,12 @@ from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at, total_norm
 from unmask.gradients.taps import in_pieces, stale
-from unmask.methods.method import Method
+from unmask.methods.method import Accumulation, Method
 from unmask.ranking.exchange import Ranking, Reducer
 from unmask.ranking.ledger import Ledger
 from unmask.ranking.plan import Plan
 from unmask.ranking.ranker import Ranker
 from unmask.ranking.topk import Ranked, in_order
-from unmask.selection.refusals import Accumulation
 
 OVERSAMPLE = 4  # candidates kept per entry to be unmasked
 

@@ -1,4 +1,4 @@
-"""Figures: what is drawn is what the records say; what cannot be drawn is refused; legible on both pages."""
+"""Tests the figures: they draw what the records say, refuse what cannot be drawn, and are legible on both pages."""
 
 from __future__ import annotations
 

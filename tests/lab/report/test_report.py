@@ -1,4 +1,4 @@
-"""The report of sweeps: what stands in its tables, that nothing in it comes from elsewhere, that nothing in it runs."""
+"""Tests the report of sweeps: its tables are right, it loads nothing from elsewhere, and no text from runs is executed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps on a local Ray of two CPUs: the same results as with worker processes, and the same care for what dies."""
+"""Tests sweeps on a local Ray of two CPUs: results, retries and resumption are those of local workers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def times(folder, run_id, what="starts"):
 def wait_for(condition, seconds=30.0):
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < until, "the condition did not come true in time"
         time.sleep(0.02)
 
 

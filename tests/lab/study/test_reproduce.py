@@ -163,6 +163,10 @@ def test_the_command_lists_the_papers_runs(tmp_path):
     assert "table4: 120 runs" in run(*words, "--preset", "tuned", cwd=tmp_path).stdout
     refused = run(*words, "--preset", "ours", cwd=tmp_path, check=False)
     assert (refused.returncode, "it must be paper or tuned" in refused.stderr) == (1, True)
+    words = ("reproduce", "table4", "--model", "m", "--engine", "dask")
+    refused = run(*words, cwd=tmp_path, check=False)
+    assert (refused.returncode, "engine = 'dask'; it must be local or ray" in refused.stderr) == (1, True)
+    assert not list(tmp_path.rglob("sweep.json"))
 
 
 def test_small_settings_leave_a_methods_own_alone():

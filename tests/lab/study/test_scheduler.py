@@ -1,4 +1,4 @@
-"""The runner on made-up runs in real worker processes: what is done once, what survives a kill."""
+"""Tests sweeps of made-up runs in real worker processes: each run is made once, and a kill loses little."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_run_is_done_once_and_skipped_afterwards(tmp_path):
     assert run(plan, tmp_path, "quick").results == report.results
     assert [times(tmp_path, i) for i in ids] == [1] * 6
     result = json.loads(Store(tmp_path).result_path(ids[0]).read_text())
-    assert result["settings"] == {"model": "m", "task": "rte", "budget": "1%", "lr": 1e-4}
+    assert result["settings"] == {"model": "m", "task": "rte", "method": "id3", "budget": "1%", "lr": 1e-4}
     assert (result["status"], result["loss"], result["labels"]["lr"]) == ("done", 0.7, "1e-4")
     assert "printed by the run 0" in Store(tmp_path).log_path(ids[0]).read_text()
 
@@ -141,14 +141,14 @@ def start(folder, workers):
         env=os.environ | {"PYTHONPATH": paths},
         stderr=subprocess.PIPE,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # A job in the background ignores SIGINT.
     )
 
 
 def wait_for(condition, seconds=20.0):
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < until, "the condition did not come true in time"
         time.sleep(0.01)
 
 
@@ -174,7 +174,7 @@ def test_killed_at_any_point_it_goes_on_where_it_was(tmp_path):
         pids = {int(pid) for path in steps_files(tmp_path) for pid in path.read_text().split()}
         parent.kill()
         parent.communicate()
-        wait_for(lambda pids=pids: not any(alive(pid) for pid in pids))  # the workers go with their parent
+        wait_for(lambda pids=pids: not any(alive(pid) for pid in pids))  # The workers end with their parent.
     report = run(sweep(seeds=(0, 1)), tmp_path, "stepping", workers=2)
     assert not list(tmp_path.glob("results/.*"))
     assert [r["status"] for r in report.results.values()] == ["done"] * 6
@@ -201,7 +201,7 @@ def test_two_sweeps_over_one_folder_share_the_work(tmp_path):
     assert len(report.results) == 6
     assert {times(tmp_path, i, "steps") for i in report.results} == {20}
     pids = {path.read_text().split()[0] for path in tmp_path.glob("runs/*/steps")}
-    assert len(pids) == 2  # both have done some
+    assert len(pids) == 2  # Both commands have made some of the runs.
 
 
 def test_interrupted_it_lets_the_runs_save_and_says_how_to_go_on(tmp_path):

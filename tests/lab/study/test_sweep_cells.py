@@ -10,7 +10,7 @@ from unmask.errors import ConfigError
 from unmask.lab.study import expand, parse, read_sweep
 from unmask.lab.study.cells import canonical, distinct
 
-BASE = {"model": "m", "task": "rte", "budget": "1%"}
+BASE = {"model": "m", "task": "rte", "method": "id3", "budget": "1%"}
 
 
 def sweep(**values):
@@ -85,7 +85,7 @@ def test_a_lora_takes_the_rank_that_matches_and_loses_its_budget():
 
 def test_ids_depend_on_the_settings_alone():
     (cell,) = expand(sweep())
-    (spelled,) = expand(sweep(settings={**BASE, "lr": "1e-3", "stride": 1, "dense": ["new"]}, name="other"))
+    (spelled,) = expand(sweep(settings={**BASE, "lr": "auto", "stride": 1, "dense": ["new"]}, name="other"))
     assert cell.id == spelled.id == "rte-id3-" + cell.id[-10:]
     (other,) = expand(sweep(settings={**BASE, "lr": "2e-3"}))
     assert other.id != cell.id
@@ -94,7 +94,14 @@ def test_ids_depend_on_the_settings_alone():
 
 def test_ids_stay_the_same():
     """A change here would run every finished sweep again."""
-    assert expand(sweep())[0].id == "rte-id3-457fb54896"
+    assert expand(sweep())[0].id == "rte-id3-a89b917321"
+
+
+def test_a_row_that_has_the_name_of_a_method_and_names_none_has_that_method():
+    plain = {key: value for key, value in BASE.items() if key != "method"}
+    rows = {"pafi": {}, "mine": {}, "id3": {"settings": {"method": "static_d3"}}}
+    cells = expand(parse({"settings": plain, "methods": rows}))
+    assert [c.settings["method"] for c in cells] == ["pafi", "random_mask", "static_d3"]
 
 
 def test_filters_and_given_settings():

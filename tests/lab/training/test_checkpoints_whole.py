@@ -24,6 +24,7 @@ from unmask.files import append_json, discard, replacing, sweep_up, write_text
 from unmask.integrations import checkpoints
 from unmask.integrations.checkpoints import MANIFEST, differences, examine, newest
 from unmask.integrations.trainer_checkpoints import WholeCheckpoints
+from unmask.lab.training import locking
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.run_folder import RunFolder
 from unmask.lab.training.training import train
@@ -132,7 +133,7 @@ def test_overwriting_that_was_killed_never_resumes_the_old_run(
 
 def test_after_a_killed_overwrite_it_says_what_to_do(config: TrainConfig, copied: Path) -> None:
     write_text(copied / ".overwriting", "")
-    with pytest.raises(ConfigError, match=r"was being overwritten .* Start again with --overwrite"):
+    with pytest.raises(ConfigError, match=r"an earlier --overwrite .* Start again with --overwrite"):
         go(config, copied, resume=True)
     with pytest.raises(ConfigError, match="already holds a run"):
         go(config, copied)
@@ -471,6 +472,29 @@ def test_a_second_process_is_refused_until_the_first_is_gone(config: TrainConfig
     with folder.held():
         pass
     assert not list(tmp_path.iterdir())
+
+
+FORK = """
+import os, sys
+from pathlib import Path
+from unmask.lab.training import locking
+with locking.holding(Path(sys.argv[1])) as mine:
+    child = os.fork()
+    if child == 0:  # as a DataLoader's worker, which a kill of its parent alone leaves behind
+        sys.stdin.read()
+        os._exit(0)
+    print(mine, flush=True)
+    os._exit(0)
+"""
+
+
+def test_a_forked_child_does_not_keep_the_lock_of_a_dead_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FORK, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "True\n"
+        assert process.wait() == 0
+        with locking.holding(tmp_path / ".lock") as mine:  # the child lives, until its input is closed
+            assert mine
 
 
 def test_an_output_that_is_no_folder_is_refused(config: TrainConfig, tmp_path: Path) -> None:

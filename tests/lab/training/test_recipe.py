@@ -6,8 +6,9 @@ from helpers import mlp
 import unmask
 from unmask.errors import ConfigError
 from unmask.lab.training.config import TrainConfig
-from unmask.lab.training.presets import method_from, with_rates
-from unmask.lab.training.recipe import RECIPE, head_rate, rate, under_preset
+from unmask.lab.training.paper import under_preset
+from unmask.lab.training.parts import with_rates
+from unmask.lab.training.recipe import RECIPE, head_rate, rate
 from unmask.lab.training.settings import build
 
 RUN = {"model": "m", "output": "o", "task": "rte", "budget": "1%"}
@@ -19,31 +20,39 @@ def test_without_a_method_the_recipe_lies_under_what_is_given():
 
 
 def test_a_named_method_comes_with_its_own_defaults():
-    config = build(under_preset(None, {**RUN, "method": "id3"}))
+    config = build({**RUN, "method": "id3"})
     assert config == TrainConfig(**RUN, method="id3")
-    assert (config.scope, config.lr) == (None, 1e-3)
+    assert (config.scope, config.lr, config.dense_lr) == (None, "auto", None)
+    found = with_rates(config, unmask.select(mlp(), unmask.id3(5, 10)), total=1000)
+    assert (found.lr, found.dense_lr) == (1e-3, None)
+
+
+def test_every_front_door_has_the_same_recipe():
+    """The library's configuration, plain values, the command line's presets, and none as a text."""
+    config = TrainConfig(**RUN)
+    assert config == build(RUN) == build(under_preset(None, RUN)) == build({**RUN, "method": "none"})
+    assert config == build(under_preset("recommended", RUN)) == TrainConfig(**RUN, **RECIPE)
 
 
 def test_inside_a_lora_the_random_mask_lies_in_all_of_it():
     for preset in (None, "recommended"):
         config = build(under_preset(preset, {**RUN, "into": "lora"}))
         assert config == TrainConfig(**RUN, into="lora", method="random_mask", lr="auto", dense_lr="auto")
-    selection = unmask.select(mlp(), method_from(build({**RUN, "method": "random_mask", "budget": 1}), 10))
+    selection = unmask.select(mlp(), build({**RUN, "method": "random_mask", "budget": 1}).build_method(10))
     assert with_rates(config, selection, total=1_000).lr == pytest.approx(rate(1e-3, inside=True)) == 1e-2 < rate(1e-3)
 
 
 @pytest.mark.parametrize("into", ["none", "lora"])
 def test_on_word_problems_id3_stays_the_default(into):
     config = build(under_preset(None, {**RUN, "task": "gsm8k", "into": into}))
-    assert (config.method, config.scope, config.lr) == ("id3", None, 1e-3)
+    assert (config.method, config.scope, config.lr, config.dense_lr) == ("id3", None, "auto", None)
     asked = build(under_preset("recommended", {**RUN, "task": "gsm8k", "into": into}))
     assert (asked.method, asked.lr) == ("random_mask", "auto")
 
 
 def test_inside_other_added_modules_id3_stays_the_default():
     config = build(under_preset(None, {**RUN, "into": "dora"}))
-    assert config == TrainConfig(**RUN, into="dora")
-    assert config.method == "id3"
+    assert config == TrainConfig(**RUN, into="dora", method="id3")
     assert build(under_preset(None, {**RUN, "into": "none"})).method == RECIPE["method"]
 
 
@@ -98,7 +107,7 @@ def test_the_rate_falls_with_the_root_of_the_budgets_share():
 
 def test_a_head_with_a_hidden_layer_has_a_lower_rate():
     config = build(under_preset(None, {**RUN, "budget": 5, "lr": "0.5"}))
-    method = method_from(config, steps=10)
+    method = config.build_method(10)
 
     def rates(**more):
         found = with_rates(config, unmask.select(mlp(), method, **more), total=1000)
@@ -108,7 +117,8 @@ def test_a_head_with_a_hidden_layer_has_a_lower_rate():
     assert rates(dense="^[24]") == (0.5, 1e-3)
     assert rates() == (0.5, 0.5)
     assert head_rate(3e-4, 2) == 3e-4, "never above the mask's"
-    auto = with_rates(build({**RUN, "lr": "auto"}), unmask.select(mlp(), method), total=1000)
+    named = build({**RUN, "method": "random_mask"})
+    auto = with_rates(named, unmask.select(mlp(), method), total=1000)
     assert (auto.lr, auto.dense_lr) == (rate(0.005), None)
 
 
@@ -128,5 +138,5 @@ def test_an_unknown_preset_and_a_task_without_one_are_refused():
 
 
 def test_what_the_recipe_selects():
-    method = method_from(build(under_preset(None, {**RUN, "seed": 3})), steps=100)
+    method = build(under_preset(None, {**RUN, "seed": 3})).build_method(100)
     assert method == unmask.random_mask("1%", seed=3).but(scope=unmask.Scope("linear"))

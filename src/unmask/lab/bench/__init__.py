@@ -1,1 +1,1 @@
-"""`unmask bench`: a step's time, memory and size on disk, against what a user would pick instead."""
+"""Measures a step's time, memory and size on disk for ``unmask bench``, for unmask and for other methods."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from unmask.lab.bench.contender import Contender, adamw
 from unmask.lab.bench.models import Blueprint
 from unmask.lab.bench.rows import Row
-from unmask.methods.presets import Method, id3, random_mask, static_d3
+from unmask.methods.method import Method
+from unmask.methods.presets import id3, random_mask, static_d3
 from unmask.selection.select import select
 from unmask.selection.selection import Selection
 

@@ -1,4 +1,4 @@
-"""Figures of runs, drawn from plain records. Drawing needs matplotlib (extra ``plot``); nothing here imports torch."""
+"""Draws figures of runs from plain records. Drawing needs matplotlib (extra ``plot``); nothing here imports torch."""
 
 from collections.abc import Callable
 from typing import Any

@@ -30,8 +30,8 @@ class Point:
     Attributes:
         x: The place.
         mean: The mean score of the runs that count.
-        half: Half the length of the vertical line: half the 95% interval of the mean over seeds, or the standard deviation
-            of the best runs; None for one run.
+        half: Half the length of the vertical line: half the 95% interval of the mean over seeds, or the standard
+            deviation of the best runs; None for one run.
     """
 
     x: float
@@ -45,11 +45,11 @@ def main_score(run: RunRecord) -> float:
 
 
 def counting(runs: Sequence[RunRecord], score: Callable[[RunRecord], float] = main_score) -> list[RunRecord]:
-    """Returns the runs of one place that count: all runs, or the ``best`` highest scores where the records have that entry.
+    """Returns the runs of one place that count: all, or those with the ``best`` highest scores if there is that entry.
 
     Raises:
-        DataError: The runs cannot be averaged: they disagree on ``best``, two have the same seed (with ``best``: the same
-            seed and rate), or they differ in the learning rate without ``best``.
+        DataError: The runs cannot be averaged: they disagree on ``best``, two have the same seed (with ``best``: the
+            same seed and rate), or they differ in the learning rate without ``best``.
     """
     best, rates = {run.get("best") for run in runs}, sorted({run["lr"] for run in runs})
     keys = {(run["seed"], run["lr"]) for run in runs} if None not in best else {run["seed"] for run in runs}
@@ -70,7 +70,7 @@ def counting(runs: Sequence[RunRecord], score: Callable[[RunRecord], float] = ma
 
 
 def point(x: float, runs: Sequence[RunRecord], score: Callable[[RunRecord], float] = main_score) -> Point:
-    """Returns the mean of the runs that count at one place, with Student's interval, or the deviation of the best runs."""
+    """Returns the mean of the runs that count at one place, with an interval or the deviation of the best runs."""
     kept = counting(runs, score)
     values = [score(run) for run in kept]
     if kept[0].get("best") is not None:

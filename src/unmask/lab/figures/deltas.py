@@ -1,4 +1,4 @@
-"""Draws the figure of one delta: the places of its weights, the densities of its tensors, and their course over the slots."""
+"""Draws the figure of one delta: the places of its weights, and the densities of its tensors over the slots."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _BARS = 24
 
 
 def delta_figure(facts: Mapping[str, Any], style: Style = LIGHT) -> Any:
-    """Draws what ``unmask inspect --json`` prints: allocation, tensor densities, and their course over the slots if known.
+    """Draws what ``unmask inspect --json`` prints: the allocation, tensor densities, and their course over the slots.
 
     Args:
-        facts: ``allocation`` (rows), ``tensors`` (name -> changed, of, density), ``weights``, and ``along``: snapshots of
-            rising budgets, which is empty if the delta does not hold the order of unmasking.
+        facts: ``allocation`` (rows), ``tensors`` (name -> changed, of, density), ``weights``, and ``along``: snapshots
+            of rising budgets, which is empty if the delta does not hold the order of unmasking.
         style: The colours of the page.
 
     Returns:

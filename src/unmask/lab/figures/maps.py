@@ -24,11 +24,11 @@ Block = tuple[str, str, int]
 def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
     """Draws Figure 7: the share of the budget in each module kind of each layer, at the start and the end of a run.
 
-    Each method has a row of two panels, its first and its last snapshot, so increment-S and repeat-S make the paper's four
-    panels; further tasks, models and budgets follow below. The rows of a panel are module kinds, the columns are layers,
-    counted from 1. A cell shows unmasked weights divided by the budget B. For repeat-S these are the weights that the step
-    picked, at most B, even if it keeps more. The panel's title gives the share outside the cells (embeddings, normalisations,
-    heads). Several runs of one setting are averaged.
+    Each method has a row of two panels, its first and its last snapshot, so increment-S and repeat-S make the paper's
+    four panels; further tasks, models and budgets follow below. The rows of a panel are module kinds, the columns are
+    layers, counted from 1. A cell shows unmasked weights divided by the budget B. For repeat-S these are the weights
+    that the step picked, at most B, even if it keeps more. The panel's title gives the share outside the cells
+    (embeddings, normalisations, heads). Several runs of one setting are averaged.
 
     Args:
         records: The runs, with ``allocation``.
@@ -38,7 +38,8 @@ def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
         A matplotlib figure.
 
     Raises:
-        DataError: There are no records, one has no snapshot with an unmasked weight or no layers, or runs cannot be averaged.
+        DataError: There are no records, one has no snapshot with an unmasked weight or no layers, or runs cannot be
+            averaged.
         MissingExtraError: matplotlib is not installed.
     """
     runs = check_records(records, "allocation")

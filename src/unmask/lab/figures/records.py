@@ -1,4 +1,4 @@
-"""The records from which figures are drawn: plain JSON values, one record for each finished run. It imports no torch."""
+"""The records from which figures are drawn: plain JSON values, one record for each finished run. No torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class Snapshot(TypedDict):
         sparsity_entropy: The entropy of the tensors' densities, in nats, 0 to ln(``tensors``).
         sparsity_entropy_share: The entropy of the tensors' shares of the unmasked weights, in nats.
         tensors: The number of tensors that these figures cover.
-        rows: The allocation; ``unmasked`` sums to ``used``. If repeat-S keeps what it tuned, it covers all weights ever tuned.
+        rows: The allocation; ``unmasked`` sums to ``used``. If repeat-S keeps what it tuned, it covers all weights
+            ever tuned.
         picked: The allocation of the B weights that this step picked, if ``rows`` covers more.
     """
 
@@ -73,16 +74,16 @@ class RunRecord(TypedDict):
         task: The task, such as ``"sst2"``.
         model: The name of the base model.
         budget: The number of trained weights that count: B, or a peer's trainable weights (without the dense head).
-        trained: The number of weights that the run changed. It is more than ``budget`` if repeat-S keeps what it tuned. If the
-            entry is absent, it is B.
+        trained: The number of weights that the run changed. It is more than ``budget`` if repeat-S keeps what it
+            tuned. If the entry is absent, it is B.
         share: ``trained`` divided by the number of the base model's weights, 0 to 1.
         seed: The seed of the run; runs that differ in nothing else are averaged.
         lr: The peak learning rate.
-        best: How many runs at one place count, the highest scores first; they may differ in seed and learning rate. If the
-            entry is absent, all runs count, and they differ in the seed alone.
+        best: How many runs at one place count, the highest scores first; they may differ in seed and learning rate. If
+            the entry is absent, all runs count, and they differ in the seed alone.
         score: The final main metric, 0 to 1; higher is better.
-        columns: The scores by column of a table, 0 to 1: ``{"mnli-m": .., "mnli-mm": ..}``. If the entry is absent, the task
-            is the only column.
+        columns: The scores by column of a table, 0 to 1: ``{"mnli-m": .., "mnli-mm": ..}``. If the entry is absent,
+            the task is the only column.
         loss: The final mean loss on the evaluation split.
         metric: The name of the main metric, for the axis.
         strategy: ``"static"``, ``"repeat"``, ``"increment"``, or ``"none"`` for peers.
@@ -160,8 +161,8 @@ def trained(run: RunRecord) -> int:
 def labels(records: Sequence[RunRecord]) -> dict[str, str]:
     """Returns the label of each method in a figure of strategies.
 
-    If a single method uses increment-S and a single one repeat-S, these two are labelled by their strategies. Otherwise every
-    method is labelled by its name.
+    If a single method uses increment-S and a single one repeat-S, these two are labelled by their strategies.
+    Otherwise every method is labelled by its name.
 
     Example:
         >>> labels([{"method": "id3", "strategy": "increment"}, {"method": "repeat_d3", "strategy": "repeat"}])

@@ -34,8 +34,8 @@ def parameter_sweep(
 ) -> Any:
     """Draws Figure 4, two sweeps of one parameter each: (a) the score over eps, at one exp; (b) over exp, at one eps.
 
-    A row of panels is a sweep, a column is a task; a row with a single value is left out. Both axes are linear. The methods'
-    names do not count, because they may tell the values apart.
+    A row of panels is a sweep, a column is a task; a row with a single value is left out. Both axes are linear. The
+    methods' names do not count, because they may tell the values apart.
 
     Args:
         records: Runs of one method whose ``parameters`` hold ``eps`` and ``exp``.
@@ -47,8 +47,8 @@ def parameter_sweep(
         A matplotlib figure.
 
     Raises:
-        DataError: There are no records, one lacks a parameter, neither parameter has several values, or runs of one place
-            cannot be averaged.
+        DataError: There are no records, one lacks a parameter, neither parameter has several values, or runs of one
+            place cannot be averaged.
         MissingExtraError: matplotlib is not installed.
     """
     runs = check_records(records, "parameters")
@@ -103,12 +103,12 @@ def _value(run: RunRecord, parameter: str) -> float:
 
 
 def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
-    """Draws Figure 5: the score along a run of increment-S over the number of updated weights, and repeat-S as a red line.
+    """Draws Figure 5: the score along a run of increment-S over its updated weights, and repeat-S as a red line.
 
-    Every checkpoint of an increment-S run is a model of a smaller budget, so the run is a curve: thin for each seed and thick
-    for their mean, or with ``best`` the curve of the run with the highest score. Repeat-S changes more weights than its budget,
-    so it is a line across; its label says how many weights it changes. A static method is a point at its budget. The axis is
-    linear.
+    Every checkpoint of an increment-S run is a model of a smaller budget, so the run is a curve: thin for each seed
+    and thick for their mean, or with ``best`` the curve of the run with the highest score. Repeat-S changes more
+    weights than its budget, so it is a line across; its label says how many weights it changes. A static method is a
+    point at its budget. The axis is linear.
 
     Args:
         records: The runs; those with ``strategy`` ``"increment"`` need a ``curve``.
@@ -234,16 +234,13 @@ def _curves(axes: Any, name: str, runs: Sequence[RunRecord], look: Look) -> None
             kept = kept[:1]
         curves = [[at for at in run["curve"] if at["used"]] for run in kept]
         for curve in curves if len(curves) > 1 else []:
-            axes.plot(*_xy(curve), color=colour, linewidth=0.8, alpha=0.45, zorder=2)
+            xs, ys = [at["used"] for at in curve], [at["score"] for at in curve]
+            axes.plot(xs, ys, color=colour, linewidth=0.8, alpha=0.45, zorder=2)
         mean = _mean_curve(curves)
         marks = {"marker": look.marker, "markersize": 3.5, "markevery": math.ceil(len(mean) / 12)}
         label = name + (f", B = {short(budget)}" if len(budgets) > 1 else "")
         line = {"color": colour, "linestyle": LINES[i % len(LINES)], "linewidth": 1.6, "zorder": 3}
         axes.plot(*zip(*mean, strict=True), label=label, **line, **marks)
-
-
-def _xy(curve: Sequence[CurvePoint]) -> tuple[list[int], list[float]]:
-    return [at["used"] for at in curve], [at["score"] for at in curve]
 
 
 def _mean_curve(curves: Sequence[Sequence[CurvePoint]]) -> list[tuple[float, float]]:

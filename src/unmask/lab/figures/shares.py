@@ -44,23 +44,27 @@ class Place:
 
 
 def score_against_share(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
-    """Draws Figure 1: the average over all columns of all tasks against the share of trained weights, a panel for each model.
+    """Draws Figure 1: the average over all columns of all tasks against the share of trained weights.
 
-    Both axes are linear and in percent. A marker is a method at a budget; its size stands for the number of trained weights.
-    A method that trains more than half of the model (full fine-tuning) is a line across. A method is drawn at the budgets
-    where it has every column that any method has; a note names what is left out. With one column the markers have vertical
-    lines; the average of several columns has none, because different runs may count in each column.
+    Each model has a panel.
+
+    Both axes are linear and in percent. A marker is a method at a budget; its size stands for the number of trained
+    weights. A method that trains more than half of the model (full fine-tuning) is a line across. A method is drawn at
+    the budgets where it has every column that any method has; a note names what is left out. With one column the
+    markers have vertical lines; the average of several columns has none, because different runs may count in each
+    column.
 
     Args:
-        records: The runs (`unmask.lab.figures.RunRecord`): of each method those of the chosen learning rate, or with ``best``
-            all. Runs without any column do not count.
+        records: The runs (`unmask.lab.figures.RunRecord`): of each method those of the chosen learning rate, or with
+            ``best`` all. Runs without any column do not count.
         style: The colours of the page.
 
     Returns:
         A matplotlib figure.
 
     Raises:
-        DataError: There are no records, one lacks an entry, runs of one place cannot be averaged, or no method has all columns.
+        DataError: There are no records, one lacks an entry, runs of one place cannot be averaged, or no method has all
+            columns.
         MissingExtraError: matplotlib is not installed.
     """
     runs = check_records(record for record in records if record.get("columns") != {})

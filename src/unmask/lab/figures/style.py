@@ -1,7 +1,7 @@
-"""The look of figures: colours for a light page, a dark page and adaptive SVG, and one colour for each family of methods.
+"""The look of figures: colours for a light page, a dark page and adaptive SVG, one colour for a family of methods.
 
-Every series colour has a contrast of 3 or more against both pages. Any two colours also differ for readers without red or
-green cones (a test simulates them), and marker shapes differ with the colours.
+Every series colour has a contrast of 3 or more against both pages. Any two colours also differ for readers without red
+or green cones (a test simulates them), and marker shapes differ with the colours.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Look:
 
 
 def look_of(methods: list[str]) -> dict[str, Look]:
-    """Returns a look for each method. Known families have the same colour in every figure; within one, markers and dashes differ.
+    """Returns a look for each method.
+
+    Known families have the same colour in every figure. Within a family, markers and dashes differ.
 
     Example:
         >>> looks = look_of(["id3", "id3 exp=0", "lora"])

@@ -34,9 +34,9 @@ def tensor_sparsity(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
 def sparsity_entropy(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
     """Draws Figure 9: the sparsity entropy divided by the logarithm of the number of tensors, along the run.
 
-    The paper takes the entropy of the tensors' densities and shows it between 0.1 and 0.7, but does not say how it is scaled.
-    Here it is divided by its largest possible value, ln(tensors). Then 0 means that all unmasked weights lie in one tensor,
-    and 1 that every tensor is equally dense.
+    The paper takes the entropy of the tensors' densities and shows it between 0.1 and 0.7, but does not say how it is
+    scaled. Here it is divided by its largest possible value, ln(tensors). Then 0 means that all unmasked weights lie
+    in one tensor, and 1 that every tensor is equally dense.
 
     Args:
         records: Runs with ``allocation``, as for `tensor_sparsity`.

@@ -14,7 +14,7 @@ Draw = Callable[[Style], Any]
 
 
 def figure_files(path: Path) -> list[Path]:
-    """Returns the files of a figure: ``NAME.png``, ``NAME-dark.png`` and ``NAME.svg``, or the one file that the path names.
+    """Returns a figure's files: ``NAME.png``, ``NAME-dark.png`` and ``NAME.svg``, or the one file that the path names.
 
     Raises:
         DataError: The path has another ending, or no name.
@@ -34,7 +34,8 @@ def write_figure(draw: Draw, path: Path) -> list[Path]:
     """Writes a figure as the files of `figure_files`.
 
     Args:
-        draw: The function that draws the figure in a style, such as ``lambda style: score_against_share(records, style)``.
+        draw: The function that draws the figure in a style, such as ``lambda style: score_against_share(records,
+            style)``.
         path: The path without an ending for all three files, or with ``.png`` or ``.svg`` for one.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The report of sweeps: one HTML page that needs no network. This package imports no torch."""
+"""Writes the report of sweeps: one HTML page that needs no network. It imports no torch."""
 
 from unmask.lab.report.page import page, write_report
 from unmask.lab.report.reading import Study, read_study

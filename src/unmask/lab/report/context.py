@@ -1,4 +1,4 @@
-"""The values of a study that the report's template shows. They are plain texts and numbers; the template escapes them."""
+"""Collects the values of a study that the report's template shows. The template escapes them."""
 
 from __future__ import annotations
 
@@ -66,18 +66,22 @@ def study_context(study: Study, anchor: str) -> dict[str, Any]:
 
 
 def score_table(found: Table) -> dict[str, Any]:
-    """Returns a table of scores; the best score of each column is marked, and the paper's figures stand next to ours."""
+    """Returns a table of scores with a mark at the best of each column, and the paper's figures next to ours."""
     estimates = {
         column: [figure(e, found.protocol) for line in found.lines if (e := line.entries.get(column))]
         for column in found.columns
     }
     means = {column: [estimate.mean for estimate in found_ if estimate] for column, found_ in estimates.items()}
     best = {column: max(values) if len(values) > 1 else None for column, values in means.items()}
+    metrics = {
+        column: next((e.metric for line in found.lines if (e := line.entries.get(column)) and e.scores), "")
+        for column in found.columns
+    }
     names = list(dict.fromkeys(key for line in found.lines for key in line.labels))
     return {
         "title": found.title,
         "names": names,
-        "columns": [(column, _metric(found, column)) for column in found.columns],
+        "columns": list(metrics.items()),
         "paper": bool(found.model),
         "averages": any(line.average is not None for line in found.lines),
         "lines": [_line(line, names, found, best) for line in found.lines],
@@ -124,10 +128,6 @@ def _spread(estimate: Estimate, protocol: Protocol) -> str | None:
     if protocol.kind == "seeds" and estimate.high is not None:
         return f"{100 * (estimate.high - estimate.mean):.2f}"
     return f"{100 * estimate.deviation:.2f}" if estimate.deviation is not None else None
-
-
-def _metric(found: Table, column: str) -> str:
-    return next((e.metric for line in found.lines if (e := line.entries.get(column)) and e.scores), "")
 
 
 def _choice(study: Study) -> dict[str, Any] | None:

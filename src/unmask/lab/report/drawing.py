@@ -16,9 +16,9 @@ CAPTIONS = {
     "linear; a larger marker trains more weights; full fine-tuning is a line across.",
     "fig4": "The score over eps of D3 at one exp (a), and over exp at one eps (b), on linear axes.",
     "fig5": "The score along the run over the number of updated weights, on a linear axis: every checkpoint of an increment-S "
-    "run is a model of a smaller budget. Repeat-S is a line across, labelled with the count of weights that it really tuned.",
+    "run is a model of a smaller budget. Repeat-S is a line across, labelled with the number of weights that it tuned.",
     "fig6": "The score over the budget B, on a linear axis.",
-    "fig7": "Where the budget went, at the start and at the end of the run: module kinds by layers. A cell is its share of "
+    "fig7": "The places of the budget, at the start and at the end of the run: module kinds by layers. A cell is its share of "
     "the budget, and each panel has a colour scale of its own.",
     "fig8": "The share of tensors without any unmasked weight, 0 to 1, over the optimizer steps.",
     "fig9": "The entropy of the tensors' densities over the optimizer steps, divided by its largest value, ln(tensors). The "
@@ -29,8 +29,8 @@ CAPTIONS = {
 def fitting(name: str, records: Sequence[RunRecord]) -> list[RunRecord]:
     """Returns the records that a figure can show: those that have its data.
 
-    The figures of an allocation show increment-S and repeat-S. They show static masks, whose allocation does not change, only
-    if there is neither.
+    The figures of an allocation show increment-S and repeat-S. They show static masks, whose allocation does not
+    change, only if there is neither.
     """
     if name == "fig4":
         return [r for r in records if {"eps", "exp"} <= r.get("parameters", {}).keys()]
@@ -98,7 +98,7 @@ def _draw(name: str, records: Sequence[RunRecord]) -> Callable[[Style], Any]:
 
 
 def _prefixed(element: str, prefix: str) -> str:
-    """Puts a prefix before every id of an SVG element and every reference to one, and leaves out ids without a reference."""
+    """Puts a prefix before the ids of an SVG element and references to them; ids without a reference are left out."""
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', element))
     element = re.sub(r' id="([^"]+)"', lambda match: f' id="{prefix}{match[1]}"' if match[1] in used else "", element)
     return re.sub(r'(href="#|url\(#)', rf"\1{prefix}", element)

@@ -1,4 +1,4 @@
-"""Sweeps: grids of runs from one YAML file, run by several worker processes, kept as one JSON per run. No torch here."""
+"""Runs sweeps: grids of runs from one YAML file, made by workers here or on a Ray cluster, with one JSON file per run."""
 
 from unmask.lab.figures.estimates import Estimate, best_of, interval
 from unmask.lab.study.cells import Cell, expand

@@ -15,6 +15,7 @@ from unmask.errors import ConfigError
 from unmask.lab.study.spec import Row, Sweep
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.settings import build
+from unmask.methods.presets import PRESETS
 
 Rank = Callable[[Mapping[str, Any]], int]
 MATCH = "match"
@@ -60,8 +61,8 @@ def expand(sweep: Sweep, rank: Rank | None = None) -> list[Cell]:
     """
     rank = rank or _matching_rank
     cells: dict[tuple[Any, ...], Cell] = {}
-    for row, place in _places(sweep):
-        for labels, settings in _tried(sweep, row, place):
+    for row, values in itertools.product(sweep.rows, itertools.product(*sweep.axes.values())):
+        for labels, settings in _tried(sweep, row, dict(zip(sweep.axes, values, strict=True))):
             cell = _cell(labels, settings, rank)
             cells.setdefault((cell.id, cell.group()), cell)
     _check_pairs(sweep, cells.values())
@@ -87,12 +88,6 @@ def _check_pairs(sweep: Sweep, cells: Iterable[Cell]) -> None:
             )
 
 
-def _places(sweep: Sweep) -> Iterator[tuple[Row, dict[str, Any]]]:
-    for row in sweep.rows:
-        for values in itertools.product(*sweep.axes.values()):
-            yield row, dict(zip(sweep.axes, values, strict=True))
-
-
 def _tried(sweep: Sweep, row: Row, place: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yields (labels, settings) for every value of the place's grid."""
     labels = {"method": row.name, **place}
@@ -103,6 +98,8 @@ def _tried(sweep: Sweep, row: Row, place: Mapping[str, Any]) -> Iterator[tuple[d
         settings |= rule.settings
         grid |= {key: values for key, values in rule.grid.items() if key not in row.settings}
     settings |= {**place, **row.settings}
+    if row.name in PRESETS:  # a row that is called pafi and names no method means PaFi
+        settings.setdefault("method", row.name)
     labels |= {axis: settings[axis] for axis in place if axis in row.settings}
     for values in itertools.product(*grid.values()):
         given = dict(zip(grid, values, strict=True))
@@ -144,8 +141,8 @@ def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a run's settings as JSON values, converted as for a training, without defaults and without ``output``.
 
     Example:
-        >>> canonical({"model": "m", "task": "rte", "budget": 100, "lr": "3e-4", "seed": 0})
-        {'model': 'm', 'task': 'rte', 'budget': '100', 'lr': 0.0003}
+        >>> canonical({"model": "m", "task": "rte", "method": "pafi", "budget": 100, "lr": "3e-4", "seed": 0})
+        {'model': 'm', 'task': 'rte', 'method': 'pafi', 'budget': '100', 'lr': 0.0003}
     """
     config = build({**settings, "output": "-"})
     defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}

@@ -21,8 +21,8 @@ class Chosen:
 
     Attributes:
         value: The value as it stands in the grid; None if every run failed, or none has ended.
-        edge: ``"low"`` or ``"high"`` if the value is the least or the greatest of the grid, so that the best may lie outside;
-            ``"alone"`` if the grid has one value; None otherwise.
+        edge: ``"low"`` or ``"high"`` if the value is the least or the greatest of the grid, so that the best may lie
+            outside; ``"alone"`` if the grid has one value; None otherwise.
         final: True if all runs that the choice depends on have ended.
         tried: Value, as text -> the mean figure that it is compared by. Only values with all their runs done are here.
     """
@@ -79,8 +79,8 @@ def paired(cells: Iterable[Cell], setting: str) -> list[Cell]:
 def due(cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
     """Returns the cells that the protocol needs and that can be run with what is known.
 
-    Under ``"paper"`` with a paired setting these are the pairs. Otherwise they are all cells; with a choice, they are all
-    cells of the choosing seeds, and the cells with the chosen value of the other seeds.
+    Under ``"paper"`` with a paired setting these are the pairs. Otherwise they are all cells; with a choice, they are
+    all cells of the choosing seeds, and the cells with the chosen value of the other seeds.
     """
     if protocol.pair and protocol.kind != "seeds":
         pairs = paired(cells, protocol.pair)
@@ -111,7 +111,7 @@ def choosing(cell: Cell, choice: Choice) -> bool:
 
 
 def criterion(result: Result, by: str) -> float:
-    """Returns the figure by which runs are compared; higher is better, and -inf stands for a run without a finite figure."""
+    """Returns the figure by which runs are compared; higher is better, and -inf means that there is no finite figure."""
     if result.get("status") != "done":
         return -math.inf
     value = result.get(by) if by in ("loss", "score") else (result.get("summary") or {}).get("after", {}).get(by)

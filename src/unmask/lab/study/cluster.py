@@ -20,9 +20,9 @@ from unmask.lab.study.worker import load_function, make_run
 class RayEngine:
     """Makes every run as one Ray task. Ray chooses the node and keeps its worker processes alive between runs.
 
-    If ``ray.init`` has not been called, the engine calls it: it joins the cluster of ``RAY_ADDRESS`` or of this machine, or
-    starts a Ray here. All nodes must see the sweep's folder and the working directory under the same paths, and must have
-    unmask installed. Ray repeats no run itself (``max_retries=0``).
+    If ``ray.init`` has not been called, the engine calls it: it joins the cluster of ``RAY_ADDRESS`` or of this
+    machine, or starts a Ray here. All nodes must see the sweep's folder and the working directory under the same
+    paths, and must have unmask installed. Ray repeats no run itself (``max_retries=0``).
 
     Args:
         store: The sweep's folder.
@@ -61,7 +61,7 @@ class RayEngine:
         return [self._outcome(task) for task in ended]
 
     def close(self, patience: float = 0.0) -> None:
-        """Cancels the tasks under way; see `unmask.lab.study.engine.Engine.close`. Ends Ray if the engine started it."""
+        """Cancels the tasks under way, and ends Ray if the engine started it; see `Engine.close`."""
         tasks = list(self._runs)
         if patience and tasks:
             for task in tasks:
@@ -111,7 +111,7 @@ def _make_run_on_node(directory: str, folder: str, function: str, order: Order) 
         os.chdir(directory)
     if os.getcwd() != directory or not Path(folder, "sweep.json").is_file():
         raise ConfigError(
-            f"the node {platform.node()} does not see the folder {folder!r} from {directory!r}; put the sweep's folder and the "
-            "working directory where every node sees them under the same path."
+            f"the node {platform.node()} does not see the folder {folder!r} from {directory!r}; put the sweep's folder and "
+            "the working directory where every node sees them under the same path."
         )
     return make_run(Store(folder), order, load_function(function))

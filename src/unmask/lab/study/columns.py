@@ -43,8 +43,8 @@ def task_of(cell: Cell) -> str:
 def columns_of(cells: Iterable[Cell], results: Mapping[str, Result], protocol: Protocol) -> list[Column]:
     """Returns the columns of a table; the tasks stand in the cells' order.
 
-    MNLI has a column for each of its two validation sets, as in the paper, and one column if the data has another set. Runs
-    that solve several sets of word problems have a column for each set. Every other task has one column.
+    MNLI has a column for each of its two validation sets, as in the paper, and one column if the data has another set.
+    Runs that solve several sets of word problems have a column for each set. Every other task has one column.
 
     Args:
         cells: The cells of the table.

@@ -39,8 +39,9 @@ class Outcome:
 
     Attributes:
         id: The run's id.
-        status: ``"done"`` or ``"failed"``: the run's result is in the store. ``"busy"``: another command is making the run.
-            ``"interrupted"``: the run saved a checkpoint and stopped. ``"died"``: the worker process ended during the run.
+        status: ``"done"`` or ``"failed"``: the run's result is in the store. ``"busy"``: another command is making the
+            run. ``"interrupted"``: the run saved a checkpoint and stopped. ``"died"``: the worker process ended during
+            the run.
         cause: How the worker died, such as ``"SIGKILL"``; empty otherwise.
     """
 

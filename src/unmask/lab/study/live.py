@@ -139,8 +139,8 @@ def time_left(
 ) -> float | None:
     """Estimates how many seconds the remaining runs take; None while nothing has ended.
 
-    The estimate of a run is the mean of the ended runs that are most like it: those of the same task, method and steps, else
-    those of the same task and steps, else all.
+    The estimate of a run is the mean of the ended runs that are most like it: those of the same task, method and
+    steps, else those of the same task and steps, else all.
 
     Args:
         left: The runs that have not ended; those under way are among them.

@@ -49,8 +49,8 @@ class LocalEngine:
         store: The sweep's folder.
         function: ``package.module:function`` that makes a run.
         threads: CPU threads of each worker.
-        devices: CUDA device numbers. Each worker gets one in turn as ``CUDA_VISIBLE_DEVICES``, so several workers can share
-            one. Without any, all workers see all devices.
+        devices: CUDA device numbers. Each worker gets one in turn as ``CUDA_VISIBLE_DEVICES``, so several workers can
+            share one. Without any, all workers see all devices.
     """
 
     def __init__(self, store: Store, function: str, threads: int, devices: Sequence[str] = ()) -> None:

@@ -12,11 +12,13 @@ from unmask.errors import ConfigError
 from unmask.lab.models import HEADS, Head, quiet
 from unmask.lab.tasks.registry import kind_for
 from unmask.lab.training.settings import build
-from unmask.methods.presets import parse_budget
+from unmask.methods.budget import Budget
 
 
 def matching_rank(settings: Mapping[str, Any]) -> int:
-    """Returns the rank, at least 1, whose number of trained weights is nearest to the budget. It reads the model's shape alone.
+    """Returns the rank, at least 1, whose number of trained weights is nearest to the budget.
+
+    It reads the model's configuration alone, and no weights.
 
     Args:
         settings: The settings of a run, with ``budget`` and ``into``; their ``lora_r`` is ignored.
@@ -35,12 +37,12 @@ def matching_rank(settings: Mapping[str, Any]) -> int:
     # SHiRA has as many weights as a LoRA of the same rank, and peft cannot build SHiRA on the meta device.
     kind = "lora" if config.into == "shira" else config.into
     total, one, two = _counts(config.model, kind_for(config.task).head, kind, config.lora_targets)
-    return max(1, round((parse_budget(budget, total) - one) / (two - one)) + 1)
+    return max(1, round((Budget.parse(budget).of(total) - one) / (two - one)) + 1)
 
 
 @functools.lru_cache(maxsize=64)
 def _counts(model: str, head: Head, into: str, targets: tuple[str, ...]) -> tuple[int, int, int]:
-    """Returns the numbers of weights of the base and of what ranks 1 and 2 add; two ranks, for DoRA also adds a fixed number."""
+    """Returns the numbers of weights of the base, and of what ranks 1 and 2 add to it; DoRA adds a fixed number too."""
     from transformers import AutoConfig
 
     from unmask.lab.inside import Into, Kind, insert

@@ -1,4 +1,4 @@
-"""Reads the sweep of a table or figure of the paper, full or small, under the paper's settings or this project's own."""
+"""Reads the sweep of a table or figure of the paper, full or small, under the paper's settings or our own."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ def load(name: str, scale: Scale = "full", preset: str = "paper") -> Sweep:
 
     Args:
         name: One of `NAMES`.
-        scale: ``"full"``: the paper's runs. ``"small"``: real runs of a few steps, on few tasks and seeds, to see it work.
-        preset: ``"paper"``: the paper's settings, learning rates, seeds and protocol. ``"tuned"``: this project's own instead.
+        scale: ``"full"``: the paper's runs. ``"small"``: real runs of a few steps, on few tasks and seeds, to see it
+            work.
+        preset: ``"paper"``: the paper's settings, learning rates, seeds and protocol. ``"tuned"``: this project's own
+            instead.
 
     Raises:
         ConfigError: There is no such name, scale or preset.
@@ -71,7 +73,7 @@ def _silences(unsaid: Sequence[str], usual: Preset, into: str | None) -> list[st
 
 
 def _with_preset(sweep: Sweep, known: Mapping[str, Preset], usual: Preset) -> Sweep:
-    """Returns the sweep with the preset's settings of each task and rates of each row; those of the sweep's file win."""
+    """Returns the sweep with the preset's settings and rates, which the settings of the sweep's file override."""
     into = sweep.settings.get("into")
     rules = []
     for task, found in known.items():
@@ -84,7 +86,7 @@ def _with_preset(sweep: Sweep, known: Mapping[str, Preset], usual: Preset) -> Sw
 
 
 def shrunk(sweep: Sweep, small: Mapping[str, Any]) -> Sweep:
-    """Returns the sweep with shorter runs, other axes, some of the rows, and fewer values in each grid (the middle ones).
+    """Returns the sweep with shorter runs, other axes, some of the rows, and the middle values of each grid.
 
     The settings override those of the sweep and its tasks, but not those of a method, which make it that method.
     """

@@ -31,7 +31,7 @@ def parse(values: Mapping[str, Any]) -> Sweep:
         ConfigError: A key is unknown, or a value has the wrong form.
 
     Example:
-        >>> sweep = parse({"name": "s", "axes": {"seed": [0, 1]}, "methods": {"full": {"settings": {"method": "full"}}}})
+        >>> sweep = parse({"axes": {"seed": [0, 1]}, "methods": {"full": {"settings": {"method": "full"}}}})
         >>> sweep.nesting
         ('seed', 'method', 'grid')
     """

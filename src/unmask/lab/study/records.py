@@ -25,7 +25,7 @@ def record(cell: Cell, result: Result) -> RunRecord | None:
         return None
     summary, settings = result.get("summary") or {}, result["settings"]
     method, trained = summary.get("method") or {}, trained_weights(summary)
-    whole = settings.get("method") == "full"
+    whole, rate = settings.get("method") == "full", settings.get("lr", 1e-3)
     found: dict[str, Any] = {
         "name": cell.id,
         "method": str(cell.labels.get("method", "id3")),
@@ -35,7 +35,7 @@ def record(cell: Cell, result: Result) -> RunRecord | None:
         "trained": trained,
         "share": trained / base_weights(summary),
         "seed": int(settings.get("seed", 0)),
-        "lr": float(summary.get("lr") or _rate(settings)),
+        "lr": float(summary.get("lr") or (0.0 if rate in ("auto", None) else rate)),
         "score": score,
         "loss": result.get("loss"),
         "metric": str(result.get("metric", "score")),
@@ -47,19 +47,14 @@ def record(cell: Cell, result: Result) -> RunRecord | None:
     return cast(RunRecord, {key: value for key, value in found.items() if value not in (None, [])})
 
 
-def _rate(settings: Mapping[str, Any]) -> float:
-    given = settings.get("lr", 1e-3)
-    return 0.0 if given in ("auto", None) else float(given)
-
-
 def records(
     cells: Iterable[Cell], results: Mapping[str, Result], protocol: Protocol, choice: Choice | None
 ) -> list[RunRecord]:
     """Returns a record for each run that counts under a sweep's protocol.
 
-    Under the paper's protocol with a paired setting these are the pairs, and the entry ``best`` of each record says how many
-    of them count. Otherwise they are the runs at the chosen value of the swept setting. Labels for which a record has no entry
-    become part of the method's name.
+    Under the paper's protocol with a paired setting these are the pairs, and the entry ``best`` of each record says
+    how many of them count. Otherwise they are the runs at the chosen value of the swept setting. Labels for which a
+    record has no entry become part of the method's name.
 
     Args:
         cells: The cells of the full grid.
@@ -95,8 +90,8 @@ def records(
 def trained_weights(summary: Mapping[str, Any]) -> int:
     """Returns the number of weights that a run trains, which is its budget for most methods.
 
-    For full fine-tuning and a LoRA that is trained whole it is the number of all trained weights except the new head. For a
-    repeat-S that keeps what leaves the selection, it is the number of all weights that were ever selected.
+    For full fine-tuning and a LoRA that is trained whole it is the number of all trained weights except the new head.
+    For a repeat-S that keeps what leaves the selection, it is the number of all weights that were ever selected.
 
     Example:
         >>> trained_weights({"budget": 290, "head": 34, "method": {"name": "full"}})

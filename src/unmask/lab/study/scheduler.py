@@ -24,7 +24,7 @@ from unmask.lab.study.store import Result, Store
 from unmask.lab.study.worker import FUNCTION
 
 ATTEMPTS = 2
-"""How often a run is started whose worker dies: the second time from its last checkpoint, then it counts as failed."""
+"""A run whose worker dies is started so many times in all, each time from its last checkpoint; then it has failed."""
 BUSY_SECONDS = 2.0
 """Seconds after which the sweep asks again for a run that another command is making."""
 SAVE_SECONDS = 300.0
@@ -71,10 +71,10 @@ def run_sweep(
 ) -> SweepReport:
     """Makes all runs of a sweep that are not done yet.
 
-    Several commands may work on one folder at the same time: each run is made once. A run whose worker dies is started once
-    more and goes on from its last checkpoint; when that worker dies too, the run is recorded as failed. A run that raises an
-    error is recorded as failed at once. The rules are the same for both engines. Workers of the local engine are spawned, so
-    a script that calls this function needs ``if __name__ == "__main__":``.
+    Several commands may work on one folder at the same time: each run is made once. A run whose worker dies is started
+    once more and goes on from its last checkpoint; when that worker dies too, the run is recorded as failed. A run
+    that raises an error is recorded as failed at once. The rules are the same for both engines. Workers of the local
+    engine are spawned, so a script that calls this function needs ``if __name__ == "__main__":``.
 
     Args:
         sweep: The sweep.
@@ -103,15 +103,14 @@ def run_sweep(
         raise ConfigError(f"devices = {','.join(devices)}; Ray assigns GPUs itself, so leave devices out.")
     store.need_locks()
     cells = list(expand(sweep) if cells is None else cells)
+    scheduler = _Scheduler(sweep, store, cells, workers, retry_failed, console or Console())
     store.write_plan(plan(sweep, cells, command))
-    made: Engine
     if engine == "ray":
         from unmask.lab.study.cluster import RayEngine
 
-        made = RayEngine(store, function, workers, threads)
-    else:
-        made = LocalEngine(store, function, threads or max(1, (os.cpu_count() or 1) // workers), devices)
-    return _Scheduler(sweep, store, cells, made, workers, retry_failed, console or Console()).run()
+        return scheduler.run(RayEngine(store, function, workers, threads))
+    shared_out = max(1, (os.cpu_count() or 1) // workers)
+    return scheduler.run(LocalEngine(store, function, threads or shared_out, devices))
 
 
 def plan(sweep: Sweep, cells: Sequence[Cell], command: str = "") -> dict[str, Any]:
@@ -139,12 +138,11 @@ class _Scheduler:
         sweep: Sweep,
         store: Store,
         cells: list[Cell],
-        engine: Engine,
         workers: int,
         retry_failed: bool,
         console: Console,
     ) -> None:
-        self._sweep, self._store, self._cells, self._engine = sweep, store, cells, engine
+        self._sweep, self._store, self._cells = sweep, store, cells
         self._workers, self._retry_failed = workers, retry_failed
         ids = {cell.id for cell in cells}
         self._results = {
@@ -157,25 +155,30 @@ class _Scheduler:
         self._ask_again: dict[str, float] = {}  # id of a run that another command is making -> when to ask again
         self._live = LiveTable(cells, sweep.protocol, sweep.choice, console, workers)
 
-    def run(self) -> SweepReport:
+    def run(self, engine: Engine) -> SweepReport:
+        """Makes all runs with an engine, and closes the engine.
+
+        Raises:
+            SweepInterruptedError: Ctrl-C stopped the sweep.
+        """
         try:
             with self._live:
-                while self._submit_due():
-                    for outcome in self._engine.wait(0.5):
+                while self._submit_due(engine):
+                    for outcome in engine.wait(0.5):
                         self._on_outcome(outcome)
         except KeyboardInterrupt:
             self._live.say("stopping: workers finish their step and save a checkpoint (Ctrl-C again: at once)")
             with contextlib.suppress(KeyboardInterrupt):
-                self._engine.close(patience=SAVE_SECONDS)
+                engine.close(patience=SAVE_SECONDS)
             raise SweepInterruptedError(
                 f"interrupted; {len(self._results)} runs are done, and those under way keep their last checkpoint. "
                 "The same command goes on."
             ) from None
         finally:
-            self._engine.close()
+            engine.close()
         return SweepReport(tuple(self._cells), dict(self._results))
 
-    def _submit_due(self) -> bool:
+    def _submit_due(self, engine: Engine) -> bool:
         """Submits due runs as long as workers are free; returns False when nothing is left to do."""
         wanted = distinct(due(self._cells, self._sweep.protocol, self._sweep.choice, self._results))
         waiting = [cell for cell in wanted if cell.id not in self._results and cell.id not in self._under_way]
@@ -184,7 +187,7 @@ class _Scheduler:
             if len(self._under_way) == self._workers:
                 break
             self._under_way[cell.id] = cell, now
-            self._engine.submit(Order.of(cell, self._retry_failed))
+            engine.submit(Order.of(cell, self._retry_failed))
         self._live.update(self._results, self._under_way.values())
         return bool(waiting or self._under_way)
 

@@ -23,7 +23,8 @@ class Row:
 
     Attributes:
         name: The name in tables, rules and filters.
-        settings: Settings of `unmask.lab.training.config.TrainConfig`. They override those of the sweep, the rules and the axes.
+        settings: Settings of `unmask.lab.training.config.TrainConfig`. They override those of the sweep, the rules and
+            the axes.
         grid: Settings with several values, each of which is tried: ``{"lr": (1e-4, 3e-4)}``.
     """
 
@@ -60,7 +61,8 @@ class Choice:
     Attributes:
         setting: A setting of the grids.
         seeds: The seeds on which the value is chosen; the values are compared by their means over these seeds.
-        by: ``"loss"`` (lowest) or a metric's name (highest) on the evaluation split; ``"score"`` is the task's main metric.
+        by: ``"loss"`` (lowest) or a metric's name (highest) on the evaluation split; ``"score"`` is the task's main
+            metric.
         report: The seeds whose runs count: ``"all"``, or ``"others"`` than those of the choice.
     """
 
@@ -82,15 +84,15 @@ class Protocol:
     """The rule by which the runs of a table's cell become one figure.
 
     Attributes:
-        kind: ``"seeds"``: the mean over all seeds, with a confidence interval. ``"paper"``: mean and deviation of the best
-            ``best`` runs. ``"both"``: the runs that each of the two needs are made, and both figures are shown.
+        kind: ``"seeds"``: the mean over all seeds, with a confidence interval. ``"paper"``: mean and deviation of the
+            best ``best`` runs. ``"both"``: the runs that each of the two needs are made, and both figures are shown.
         interval: The kind of the interval, ``"t"`` or ``"bootstrap"``.
         level: The level of the interval.
         best: How many runs count under ``"paper"``.
-        pair: A setting of the grids, such as ``"lr"``. Under ``"paper"`` its i-th value is run with the i-th seed alone, and
-            these are the runs of a cell. With None every value is run with every seed.
-        score: The figure that is reported: ``"score"``, the task's main metric on its first evaluation split, or the name of a
-            metric after training (``test_f1``: a metric on another split than the one of the choice).
+        pair: A setting of the grids, such as ``"lr"``. Under ``"paper"`` its i-th value is run with the i-th seed
+            alone, and these are the runs of a cell. With None every value is run with every seed.
+        score: The figure that is reported: ``"score"``, the task's main metric on its first evaluation split, or the
+            name of a metric after training (``test_f1``: a metric on another split than the one of the choice).
     """
 
     kind: Literal["seeds", "paper", "both"] = "seeds"
@@ -123,9 +125,11 @@ class Claim:
 
     Attributes:
         method: The row of the sweep that the claim stands next to.
-        budget: The value of the axis ``budget`` that the claim stands next to, as text; None for a row without a budget.
+        budget: The value of the axis ``budget`` that the claim stands next to, as text; None for a row without a
+            budget.
         count: The budget as it is printed.
-        scores: The text of each column as it is printed, in percent: the mean, and after a space the deviation if there is one.
+        scores: The text of each column as it is printed, in percent: the mean, and after a space the deviation if
+            there is one.
         average: The average as it is printed; None if none is printed.
     """
 

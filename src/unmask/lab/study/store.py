@@ -1,4 +1,4 @@
-"""The folder of a sweep: one JSON file for each run, written in one step, so that a kill leaves no half file. No torch."""
+"""The folder of a sweep: one JSON file for each run, written in one step, so that a kill leaves no half file."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ _PLAN: Form = fields(
 class Store:
     """A sweep's folder.
 
-    ``results/ID.json`` is a run's result, ``runs/ID`` its output folder, ``logs/ID.log`` its printed output. The process that
-    makes the run holds the lock ``locks/ID.lock``. ``sweep.json`` lists the runs of the sweep.
+    ``results/ID.json`` is a run's result, ``runs/ID`` its output folder, ``logs/ID.log`` its printed output. The
+    process that makes the run holds the lock ``locks/ID.lock``. ``sweep.json`` lists the runs of the sweep.
 
     Args:
         folder: The folder; it need not exist.
@@ -159,7 +159,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, run: str) -> Iterator[bool]:
-        """Yields True if this process holds the run's lock inside the block. The system frees the lock when a process ends."""
+        """Yields True if this process holds the run's lock in the block. The system frees the lock when the process ends."""
         self.need_locks()
         path = self.folder / "locks" / f"{run}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)

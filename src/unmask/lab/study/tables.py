@@ -118,10 +118,13 @@ def tables(
         shown = [by_choice]
     else:
         pairs = paired(cells, protocol.pair)
-        title = f"The paper's protocol: a run for each {protocol.pair}, with a seed of its own, and the best of them"
+        title = f"The paper's protocol: a run for each {protocol.pair} with its own seed, and the best of them"
         every = table(pairs, results, seeds, None, "The same runs, all of them: mean with a confidence interval")
         shown = [table(pairs, results, paper, None, title), *([by_choice] if protocol.kind == "both" else []), every]
-    return [_with_claims(shown[0], claims), *shown[1:]]
+    if claims is not None:
+        lines = tuple(replace(line, claim=claims.of(line.labels)) for line in shown[0].lines)
+        shown[0] = replace(shown[0], lines=lines, model=claims.model)
+    return shown
 
 
 def table(
@@ -156,16 +159,11 @@ def table(
             for column in columns
             if column.task in by_task
         }
-        average = _average([entries.get(column.label) for column in columns], protocol)
+        figures = [figure(entry, protocol) for entry in entries.values()]
+        means = [estimate.mean for estimate in figures if estimate is not None]
+        average = fmean(means) if len(means) == len(columns) and len(means) > 1 else None
         lines.append(Line(dict(labels), entries, average))
     return Table(tuple(column.label for column in columns), tuple(lines), protocol, choice, title)
-
-
-def _with_claims(found: Table, claims: Claims | None) -> Table:
-    if claims is None:
-        return found
-    lines = tuple(replace(line, claim=claims.of(line.labels)) for line in found.lines)
-    return replace(found, lines=lines, model=claims.model)
 
 
 def figure(entry: Entry, protocol: Protocol) -> Estimate | None:
@@ -212,18 +210,12 @@ def _entry(
     )
 
 
-def _average(entries: Sequence[Entry | None], protocol: Protocol) -> float | None:
-    figures = [figure(entry, protocol) if entry else None for entry in entries]
-    means = [estimate.mean for estimate in figures if estimate is not None]
-    return fmean(means) if len(means) == len(entries) and len(means) > 1 else None
-
-
 def markdown(found: Table) -> str:
     """Returns the table as Markdown, under its title.
 
-    A cell has the mean, half the interval (or the deviation) and the chosen value, with a mark at an edge. If the table has
-    the paper's figures, each column of ours has the paper's at its right, and the last column names the paper's model and
-    budget.
+    A cell has the mean, half the interval (or the deviation) and the chosen value, with a mark at an edge. If the
+    table has the paper's figures, each column of ours has the paper's at its right, and the last column names the
+    paper's model and budget.
     """
     names = list(dict.fromkeys(key for line in found.lines for key in line.labels))
     claimed, averages = bool(found.model), any(line.average is not None for line in found.lines)
@@ -247,7 +239,7 @@ def markdown(found: Table) -> str:
 
 
 def trained_text(line: Line) -> str:
-    """Returns the least and the greatest number of weights that the runs of a line train; empty while no run is done."""
+    """Returns the least and the greatest number of weights that a line's runs train; empty while no run is done."""
     counts = sorted({entry.trained for entry in line.entries.values() if entry.trained})
     return " to ".join(f"{count:,}" for count in (counts[:1] + counts[-1:])[: len(counts)])
 

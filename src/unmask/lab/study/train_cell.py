@@ -1,4 +1,4 @@
-"""Makes one run of a sweep: trains, from the last whole checkpoint if there is one, and collects the entries of the result."""
+"""Makes one run of a sweep: trains, from the last whole checkpoint if there is one, and collects the result."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def train_cell(settings: Mapping[str, Any], output: Path) -> dict[str, Any]:
 
     Args:
         settings: Settings of `unmask.lab.training.config.TrainConfig`, without ``output``.
-        output: The run's folder. Its checkpoints are removed at the end, and so is the delta of full fine-tuning, which is as
-            large as the model. Where ``keep_checkpoints`` is None, the delta of each checkpoint is kept under ``series``;
-            full fine-tuning has no such series.
+        output: The run's folder. Its checkpoints are removed at the end, and so is the delta of full fine-tuning,
+            which is as large as the model. Where ``keep_checkpoints`` is None, the delta of each checkpoint is kept
+            under ``series``; full fine-tuning has no such series.
 
     Returns:
         ``score`` (higher is better) and ``metric``, ``loss``, ``summary``, ``curve``, ``allocation``, ``versions``, and
-        ``resumed_at``: the step of the checkpoint from which the run went on, None for a fresh run. Where the series is kept,
-        ``series`` holds of each delta the ``step``, ``used`` (weights unmasked by then), ``score`` (None if the model was not
-        evaluated then) and ``file`` (relative to the run's folder).
+        ``resumed_at``: the step of the checkpoint from which the run went on, None for a fresh run. Where the series
+        is kept, ``series`` holds of each delta the ``step``, ``used`` (weights unmasked by then), ``score`` (None if
+        the model was not evaluated then) and ``file`` (relative to the run's folder).
 
     Raises:
         InterruptedRunError: Ctrl-C stopped the run.

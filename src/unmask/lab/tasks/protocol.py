@@ -125,7 +125,7 @@ class Prepared(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What the user should know of the encoding: inputs that are cut, sentences that are split."""
+        """The facts that the user should know about the encoding: inputs that are cut, sentences that are split."""
 
     @property
     def train_set(self) -> Dataset:
@@ -195,7 +195,7 @@ class Task(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What the user should know of the loading."""
+        """The facts that the user should know about the loading."""
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> Prepared:
         """Encodes the data.

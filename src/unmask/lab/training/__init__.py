@@ -1,1 +1,1 @@
-"""One run of ``unmask train``."""
+"""Makes one run of ``unmask train``: its settings, its training, its folder."""

@@ -1,4 +1,4 @@
-"""A lock file that at most one process holds, and that no dead process does. The standard library only."""
+"""Locks a file, so that at most one process holds it. The system frees the lock when its process ends."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # no POSIX system
+except ImportError:  # the system is not POSIX
     fcntl = None  # type: ignore[assignment]
 
 POSSIBLE = fcntl is not None
-_held: set[Path] = set()  # by this process, whom the system would let have a lock twice
+_held: set[Path] = set()  # the locks of this process: the system would grant each of them to it a second time
 
 
 @contextlib.contextmanager
 def holding(path: Path, keep: bool = True) -> Iterator[bool]:
-    """Whether this process alone has the lock now. The lock is the system's, and goes with the process, however it ends.
+    """Tries to take a lock for the time of the context; yields True if this process has it now, and False if another has.
 
     Args:
-        path: The lock's file; its folder is there. While it is held, the file names the process.
-        keep: Leave the file there afterwards; otherwise it is removed.
+        path: The lock's file, in a folder that exists. While the lock is held, the file names the process.
+        keep: If True, the file stays afterwards; otherwise it is removed.
 
     Raises:
         OSError: The file cannot be made, or its file system has no locks.
@@ -37,7 +37,7 @@ def holding(path: Path, keep: bool = True) -> Iterator[bool]:
     """
     assert fcntl is not None, "see POSSIBLE"
     path = path.resolve()
-    if path in _held:  # closing another handle on the file would let the lock go
+    if path in _held:  # to close a second handle on the file would free the lock
         yield False
         return
     handle = _locked(path)
@@ -46,7 +46,7 @@ def holding(path: Path, keep: bool = True) -> Iterator[bool]:
         return
     _held.add(path)
     try:
-        with contextlib.suppress(OSError):  # a full disk: the lock itself needs no room
+        with contextlib.suppress(OSError):  # the disk may be full; the lock itself needs no space
             os.truncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {platform.node()}\n".encode())
         yield True
@@ -58,7 +58,7 @@ def holding(path: Path, keep: bool = True) -> Iterator[bool]:
 
 
 def holder(path: Path) -> str:
-    """The process that has the lock, as its file names it: ``process 71 on HOST``."""
+    """Names the process that holds the lock, as its file does: ``process 71 on HOST``."""
     if path.resolve() in _held:
         return "this process"
     try:
@@ -68,13 +68,12 @@ def holder(path: Path) -> str:
 
 
 def _locked(path: Path) -> int | None:
-    """An open handle that holds the lock; None if another process has it."""
+    """Returns an open handle that holds the lock; None if another process has it."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.lockf(
-                handle, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # of the process, and not shared with children as flock's
+            # Forked children share a lock by flock, which then outlives its process. A lock by lockf is the process's alone.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), os.stat(path)):
                     return handle
@@ -84,4 +83,4 @@ def _locked(path: Path) -> int | None:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # its holder removed the file in between
+        os.close(handle)  # the last holder removed the file in between: try again

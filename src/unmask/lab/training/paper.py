@@ -1,4 +1,4 @@
-"""Reads the settings of a task from a preset: the paper's, or this project's own."""
+"""Reads the settings of a task from a preset: those of the paper, or those of this project."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from unmask.errors import ConfigError, need
+from unmask.lab.training.fields import is_none
+from unmask.lab.training.recipe import INSIDE_LORA, RECIPE
 
 PRESETS = ("paper", "tuned")
 
@@ -19,21 +21,21 @@ class Preset:
     """The settings of a task's runs.
 
     Attributes:
-        name: ``"paper"`` or ``"tuned"``.
+        name: The preset's name, ``"paper"`` or ``"tuned"``.
         task: The task's name.
-        family: ``"nlu"``, ``"ner"`` or ``"arithmetic"``.
-        source: Where the settings are from; for a task that the paper does not have, it says so.
-        settings: What every run of the task has; see `unmask.lab.training.config.TrainConfig`.
-        lora: What a run inside a LoRA has too.
-        by_method: What a run of one method has too, by the method.
-        rates: The learning rates to run a method with, as text.
-        full_rates: Those of full fine-tuning; empty where it has the same.
-        own_rates: Those of methods with a grid of their own, by what they are inside of (``"base"`` for the model itself) and
-            then by the method.
+        family: The task's family: ``"nlu"``, ``"ner"`` or ``"arithmetic"``.
+        source: The source of the settings. It says so where the paper does not have the task.
+        settings: The settings of every run of the task, by the names of `unmask.lab.training.config.TrainConfig`.
+        lora: Further settings of a run inside a LoRA.
+        by_method: Further settings of a run of one method, by the method's name.
+        rates: The learning rates to run a method with, as texts.
+        full_rates: The learning rates of full fine-tuning; empty where they are the same.
+        own_rates: The learning rates of methods that have their own, by what they select inside of (``"base"`` for the model
+            itself) and then by the method's name.
         seeds: The seeds. In the paper's preset the first rate is run with the first seed, and so on.
         metric: The name of the score, as in `unmask.lab.tasks`; empty where the preset names none.
-        unsaid: What the paper leaves open and what the runs do, in sentences; their settings are among ``settings``.
-        unsaid_inside: The same, of runs inside of something alone, by that (``"lora"``, ``"pfeiffer"``).
+        unsaid: Sentences on what the paper leaves open and what the runs do there. ``settings`` holds the values.
+        unsaid_inside: The same for runs inside added modules alone, by their kind (``"lora"``, ``"pfeiffer"``).
     """
 
     name: str
@@ -52,11 +54,11 @@ class Preset:
     unsaid_inside: Mapping[str, tuple[str, ...]]
 
     def grid(self, method: str, into: str | None = None) -> tuple[str, ...]:
-        """Gives the learning rates that a method is run with.
+        """Returns the learning rates that a method is run with.
 
         Args:
-            method: As in `unmask.lab.training.config.TrainConfig`.
-            into: What the method is inside of (``"lora"``, ...); None for the model itself.
+            method: The method's name, as in `unmask.lab.training.config.TrainConfig`.
+            into: What the method selects inside of (``"lora"``, ...); None for the model itself.
 
         Example:
             >>> preset("cola").grid("id3")
@@ -70,11 +72,11 @@ class Preset:
         return self.full_rates if self.full_rates and method == "full" and into is None else self.rates
 
     def run(self, method: str = "id3", into: str | None = None) -> dict[str, Any]:
-        """Gives the settings of one run, for `unmask.lab.training.settings.build`: the second rate and seed, or the only ones.
+        """Returns the settings of one run, for `unmask.lab.training.settings.build`: by the second rate and seed.
 
         Args:
-            method: As of `grid`.
-            into: As of `grid`.
+            method: The method's name, as of `grid`.
+            into: What the method selects inside of, as of `grid`.
 
         Example:
             >>> run = preset("cola").run("full")
@@ -94,8 +96,8 @@ def presets(name: str = "paper") -> Mapping[str, Preset]:
     """Reads the settings of every task that a preset has, by the task's name.
 
     Args:
-        name: ``"paper"``: the paper's settings, and an explicit one of this project's where the paper names none.
-            ``"tuned"``: this project's own. The two are never mixed.
+        name: ``"paper"`` for the paper's settings, with an explicit one of this project's where the paper names none;
+            ``"tuned"`` for this project's own. The two are never mixed.
 
     Raises:
         ConfigError: There is no such preset.
@@ -134,14 +136,14 @@ _NO_SETTINGS = ("source", "metric")
 
 
 def preset(task: str, name: str = "paper") -> Preset:
-    """Gives the settings of a task.
+    """Returns the settings of a task.
 
     Args:
         task: The task's name.
-        name: As of `presets`.
+        name: The preset's name, as of `presets`.
 
     Raises:
-        ConfigError: There is no such preset, or it has none for this task.
+        ConfigError: There is no such preset, or it has no settings for this task.
 
     Example:
         >>> cola = preset("cola")
@@ -157,7 +159,39 @@ def preset(task: str, name: str = "paper") -> Preset:
 
 
 def read(name: str, package: str = "unmask.lab.training") -> dict[str, Any]:
-    """Reads a YAML file of a package's folder ``data``: here a preset's, in `unmask.lab.study` that of a table or figure."""
+    """Reads a YAML file of a package's folder ``data``. Here it holds a preset, in `unmask.lab.study` a table or a figure."""
     text = files(package).joinpath("data", f"{name}.yaml").read_text(encoding="utf-8")
     values: dict[str, Any] = need("yaml", "cli").safe_load(text)
     return values
+
+
+def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts a run's settings over those of a preset.
+
+    Args:
+        name: ``"recommended"``: the recipe of `unmask.lab.training.recipe`, also where it is not the default. ``"paper"``: the
+            paper's settings for the task (its Table 7), with ID3. The paper has four runs; a single one has the rate and the
+            seed of the second, 3e-4 and 7 (under method full 7e-6 and 7; on word problems, where the paper has one run, 3e-4
+            and 42). ``"tuned"``: this project's settings for the task, with ID3, the second rate of the method's grid and
+            seed 1. None: the settings as they are; without a method they get the recipe when the configuration is built.
+        settings: The run's settings as plain values, with ``task`` under paper and tuned.
+
+    Raises:
+        ConfigError: There is no such preset, or it has no settings for the task.
+
+    Example:
+        >>> under_preset("recommended", {"task": "cola", "lr": 3e-3})
+        {'method': 'random_mask', 'scope': 'linear', 'lr': 0.003, 'dense_lr': 'auto', 'task': 'cola'}
+        >>> run = under_preset("paper", {"task": "cola", "epochs": 1})
+        >>> run["method"], run["lr"], run["seed"], run["batch_size"], run["epochs"]
+        ('id3', '3e-4', 7, 16, 1)
+    """
+    into = None if is_none(settings.get("into")) else str(settings["into"])
+    if name is None:
+        return dict(settings)
+    if name == "recommended":
+        return {**(INSIDE_LORA if into == "lora" else RECIPE), **settings}
+    if name in PRESETS:
+        method = str(settings.get("method", "id3"))
+        return {"method": method, **preset(str(settings.get("task")), name).run(method, into), **settings}
+    raise ConfigError(f"preset = {name!r}; there are recommended, paper and tuned.")

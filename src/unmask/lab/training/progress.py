@@ -1,4 +1,4 @@
-"""What a run shows while it trains: one live line, and a file of metrics."""
+"""Callbacks of a run: a live line, the files of metrics and of the allocation, and the reaction to Ctrl-C."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LiveProgress(TrainerCallback):
     Args:
         selection: The run's selection.
         metric: Name of the main metric, without the Trainer's ``eval_`` prefix.
-        console: Where to draw.
+        console: The console on which the line is drawn.
     """
 
     def __init__(self, selection: Selection, metric: str, console: Console) -> None:
@@ -46,7 +46,7 @@ class LiveProgress(TrainerCallback):
         self._bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        kept = self._selection.method.leaving == "kept"  # what was ever tuned grows past the budget
+        kept = self._selection.method.leaving == "kept"  # the number of weights ever trained exceeds the budget
         used = (
             f"{self._selection.used:,} {'at' if kept else 'of'} {self._selection.budget:,}{' a step' if kept else ''}"
         )
@@ -72,16 +72,16 @@ class LiveProgress(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        """Ends the live line, if it is still up."""
+        """Ends the live line, if it is still shown."""
         self._bar.stop()
 
 
 class MetricsFile(TrainerCallback):
     """Appends every log of the Trainer to ``metrics.jsonl``, with the selection's state at that step.
 
-    The rows with keys that begin with ``eval_`` are the run's curve: ``step``, ``used`` (weights unmasked by then), and the
-    loss and metrics of the evaluation as ``eval_loss``, ``eval_accuracy`` ..., or with the split's name, where there are
-    several, as ``eval_dev_loss`` ... (a row for each split, but one for all at step 0).
+    The rows with keys that begin with ``eval_`` form the run's curve. They hold ``step``, ``used`` (the number of weights
+    unmasked by then), and the loss and metrics of the evaluation as ``eval_loss``, ``eval_accuracy`` and so on. With several
+    splits, the keys contain the split's name (``eval_dev_loss``), and each split has a row; step 0 has one row for all.
     """
 
     def __init__(self, path: Path, selection: Selection) -> None:
@@ -106,9 +106,9 @@ class MetricsFile(TrainerCallback):
 
 
 class AllocationFile(TrainerCallback):
-    """Appends where the unmasked weights are (`unmask.analysis.snapshot`) to ``allocation.jsonl``.
+    """Appends the places of the unmasked weights (`unmask.analysis.snapshot`) to ``allocation.jsonl``.
 
-    After the first step, with every evaluation, and at the end: a line a step at most.
+    It does so after the first step, with every evaluation, and at the end. A step has one line at most.
     """
 
     def __init__(self, path: Path, selection: Selection) -> None:
@@ -118,7 +118,7 @@ class AllocationFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._path.is_file():  # a run that goes on: its checkpoint's step may have a line
+        if self._path.is_file():  # the run is resumed, and its checkpoint's step may have a line already
             lines = self._path.read_text(encoding="utf-8").splitlines()
             self._written = json.loads(lines[-1])["step"] if lines else -1
 
@@ -137,10 +137,10 @@ class AllocationFile(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C finishes the step, saves a checkpoint and stops; a second one stops at once.
+    """Stops a run at Ctrl-C: the first one finishes the step and saves a checkpoint, and a second one stops at once.
 
     Attributes:
-        interrupted: Whether that happened.
+        interrupted: True after the first Ctrl-C.
     """
 
     def __init__(self) -> None:
@@ -163,7 +163,7 @@ class StopOnInterrupt(TrainerCallback):
         self.restore()
 
     def restore(self) -> None:
-        """Gives Ctrl-C back to whoever had it."""
+        """Restores the handler of Ctrl-C that was there before."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
             self._before = None

@@ -1,6 +1,6 @@
-"""The recommended recipe: what ``unmask train`` does where no method is named. No torch here.
+"""The recommended recipe: the settings of a run that names no method.
 
-Chosen in experiments/study; docs/results.md has the figures, and where it loses.
+The recipe was chosen in experiments/study. docs/results.md has the figures, and says where the recipe loses.
 """
 
 from __future__ import annotations
@@ -10,26 +10,45 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from unmask.errors import ConfigError
 from unmask.lab.tasks.names import TASKS
-from unmask.lab.training.settings import is_none
 
-# lr: rate(); dense_lr: head_rate()
 RECIPE: Mapping[str, Any] = MappingProxyType(
     {"method": "random_mask", "scope": "linear", "lr": "auto", "dense_lr": "auto"}
 )
+"""The recipe in the base itself. `rate` gives the number for ``lr``, `head_rate` that for ``dense_lr``."""
 INSIDE_LORA: Mapping[str, Any] = MappingProxyType({"method": "random_mask", "lr": "auto", "dense_lr": "auto"})
+"""The recipe inside a LoRA."""
+
+
+def recommended(task: str | None, into: str | None) -> Mapping[str, Any]:
+    """Returns the settings of a run that names no method.
+
+    They are the recipe, except where it was not studied or was behind: inside added modules other than a LoRA, and on word
+    problems, the method is ID3 as published.
+
+    Args:
+        task: The task's name; None for texts of your own.
+        into: What the run selects inside of; None for the base itself.
+
+    Example:
+        >>> recommended("cola", None)["method"], recommended("gsm8k", None)["method"], recommended("cola", "dora")["method"]
+        ('random_mask', 'id3', 'id3')
+    """
+    if into not in (None, "lora") or (task is not None and TASKS.get(task) == "generation"):
+        return {"method": "id3"}
+    return RECIPE if into is None else INSIDE_LORA
 
 
 def rate(share: float, inside: bool = False) -> float:
-    """The recipe's peak learning rate: 1e-2 for 0.2% of the weights, else in inverse proportion to the share's root.
+    """Returns the recipe's peak learning rate: 1e-2 for 0.2% of the weights, in inverse proportion to the share's root.
 
-    Adam moves each weight about as far in a step; so what a layer computes moves about as far whatever the budget. At most
-    3e-2, the largest rate that was at its best in the study (at 0.05%); inside a LoRA, where 3e-2 diverged, 1e-2.
+    Adam moves each weight about as far in a step, so with this rate a layer's output moves about as far at every budget. The
+    rate is at most 3e-2, the largest that was best in the study (at 0.05%). Inside a LoRA, where 3e-2 diverged, it is at most
+    1e-2.
 
     Args:
         share: The budget as a share of the model's weights, above 0.
-        inside: Whether the budget lies inside added modules.
+        inside: True if the budget lies inside added modules.
 
     Example:
         >>> rate(0.002), round(rate(0.01), 5), rate(1e-5)
@@ -39,14 +58,14 @@ def rate(share: float, inside: bool = False) -> float:
 
 
 def head_rate(lr: float, matrices: int) -> float:
-    """The recipe's peak learning rate for what is trained whole beside the budget: a new head.
+    """Returns the recipe's peak learning rate for what is trained whole outside the budget, such as a new head.
 
-    A head of one layer is at its best at the mask's own rate. In one with a hidden layer all inputs of a unit move together, and
-    then all units; it does not stand the rates at which a sparse mask is at its best.
+    A head of one layer is best at the mask's own rate. A head with a hidden layer diverges at the high learning rates that
+    suit a sparse mask, because whole rows move at once. It is therefore trained at 1e-3 or less.
 
     Args:
-        lr: The mask's rate.
-        matrices: How many weight matrices are trained whole.
+        lr: The mask's learning rate.
+        matrices: The number of weight matrices that are trained whole.
 
     Example:
         >>> head_rate(1e-2, 1), head_rate(1e-2, 2), head_rate(3e-4, 2)
@@ -55,41 +74,16 @@ def head_rate(lr: float, matrices: int) -> float:
     return lr if matrices < 2 else min(lr, 1e-3)
 
 
-def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Puts a run's settings over those of a preset.
+def usual_rate(method: str, share: float, inside: bool = False) -> float:
+    """Returns the peak learning rate that ``lr: auto`` stands for: the recipe's for a random mask, else 1e-3.
 
     Args:
-        name: ``"recommended"``: the recipe above. ``"paper"``: the paper's settings for the task (its Table 7), with ID3. The
-            paper has four runs; a single one has the rate and the seed of the second, 3e-4 and 7 (under method full 7e-6
-            and 7; on word problems, where the paper has one run, 3e-4 and 42). ``"tuned"``: this project's settings for the
-            task, with ID3, the second rate of the method's grid and seed 1. None: recommended, unless ``settings`` name a
-            method, which then comes with its own defaults. ID3 as published is the default inside added modules (``into``)
-            other than a LoRA, which were not studied, and on word problems, where it was ahead.
-        settings: The run's settings, with ``task`` under paper and tuned.
-
-    Raises:
-        ConfigError: There is no such preset, or it has no settings for the task.
+        method: The method's name.
+        share: The budget as a share of the model's weights, above 0.
+        inside: True if the budget lies inside added modules.
 
     Example:
-        >>> under_preset(None, {"task": "cola", "lr": 3e-3})
-        {'method': 'random_mask', 'scope': 'linear', 'lr': 0.003, 'dense_lr': 'auto', 'task': 'cola'}
-        >>> under_preset(None, {"task": "cola", "method": "pafi"})
-        {'task': 'cola', 'method': 'pafi'}
-        >>> run = under_preset("paper", {"task": "cola", "epochs": 1})
-        >>> run["method"], run["lr"], run["seed"], run["batch_size"], run["epochs"]
-        ('id3', '3e-4', 7, 16, 1)
+        >>> usual_rate("random_mask", 0.002), usual_rate("id3", 0.002)
+        (0.01, 0.001)
     """
-    into = settings.get("into")
-    recipe = INSIDE_LORA if into == "lora" else RECIPE
-    if name is None:
-        studied = (is_none(into) or into == "lora") and TASKS.get(str(settings.get("task"))) != "generation"
-        return {**(recipe if studied and is_none(settings.get("method")) else {}), **settings}
-    if name == "recommended":
-        return {**recipe, **settings}
-    if name in ("paper", "tuned"):
-        from unmask.lab.training.paper import preset
-
-        method = str(settings.get("method", "id3"))
-        run = preset(str(settings.get("task")), name).run(method, None if is_none(into) else str(into))
-        return {"method": method, **run, **settings}
-    raise ConfigError(f"preset = {name!r}; there are recommended, paper and tuned.")
+    return rate(share, inside) if method == RECIPE["method"] else 1e-3

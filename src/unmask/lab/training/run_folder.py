@@ -1,4 +1,4 @@
-"""The output folder of a run of ``unmask train``: what is in it, when it may be written, and going on after a stop."""
+"""Manages the output folder of a run of ``unmask train``: its files, its lock, and how a stopped run goes on."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from unmask.lab.training import locking
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.settings import build, read_yaml, write_yaml
 
-_CLOCKS = ("runtime", "per_second", "preparation_time")  # endings of what the Trainer times in an evaluation
-# what may be another in a run that goes on: the delta does not depend on it
+_CLOCKS = ("runtime", "per_second", "preparation_time")  # endings of the clock times that an evaluation reports
+# A resumed run may change these settings: the delta does not depend on them.
 FREE = (
     *("output", "eval_steps", "save_steps", "keep_checkpoints", "logging_steps", "report_to"),
     *("test_sets", "test_limit", "test_batch_size", "max_new_tokens"),
 )
 _LENGTH = ("epochs", "max_steps", "batch_size", "accumulation", "data", "data_dir", "task")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of some network file systems
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some network file systems report these
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts.
+    """The place at which a run starts.
 
     Attributes:
-        checkpoint: The checkpoint that it goes on from; None for a run that starts anew, or is finished.
-        passed: Newer checkpoints that are not whole.
-        summary: The summary of a run that is finished already.
+        checkpoint: The checkpoint from which it goes on; None if it starts from the beginning, or is finished.
+        passed: The newer checkpoints that are not whole.
+        summary: The summary of a finished run; None if the run is not finished.
     """
 
     checkpoint: Checkpoint | None = None
@@ -48,16 +48,16 @@ class Start:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of it."""
+        """Remarks for the user about the start."""
         notes = [f"{str(found.path)!r} is passed over: {found.fault}" for found in self.passed]
         return notes + ([] if self.checkpoint is None or self.checkpoint.note is None else [self.checkpoint.note])
 
 
 class RunFolder:
-    """Paths of a run's files.
+    """The output folder of a run, with the paths of its files.
 
     Args:
-        path: The folder; need not exist.
+        path: The folder; it need not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,13 +69,13 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps every other process out of the folder, and names what the disk refuses; makes the folder.
+        """Makes the folder, and keeps every other process out of it for the time of the context.
 
-        Processes that train together (torchrun) hold it as one: the first of them does.
+        Of processes that train together (torchrun), the first one holds the lock for all.
 
         Raises:
-            ConfigError: Another process writes there, or no folder can be made there.
-            WriteError: A file could not be written in the meantime.
+            ConfigError: Another process trains there, or the folder cannot be made.
+            WriteError: A file in the folder could not be written during the context.
         """
         new = not self.path.exists()
         try:
@@ -90,7 +90,7 @@ class RunFolder:
             ) from error
         finally:
             if new:
-                with contextlib.suppress(OSError):  # what was refused leaves no empty folder
+                with contextlib.suppress(OSError):  # a refused run leaves no empty folder
                     self.path.rmdir()
 
     @contextlib.contextmanager
@@ -114,26 +114,26 @@ class RunFolder:
             yield
 
     def checkpoint(self, step: int) -> Path:
-        """The folder of a step's checkpoint."""
+        """Returns the folder of a step's checkpoint."""
         return self.checkpoints / f"checkpoint-{step}"
 
     def series_file(self, step: int) -> Path:
-        """The file of the delta that a step's checkpoint gives."""
+        """Returns the file of the delta of a step's checkpoint."""
         return self.series / f"step-{step}.safetensors"
 
     def steps(self) -> dict[int, Checkpoint]:
-        """The steps that have a checkpoint, ascending, and whether each is whole; see `unmask.integrations.checkpoints`."""
+        """Examines all checkpoints, by step in ascending order; see `unmask.integrations.checkpoints`."""
         return {step: examine(path) for step, path in folders(self.checkpoints).items()}
 
     def newest(self) -> tuple[Checkpoint | None, list[Checkpoint]]:
-        """The newest whole checkpoint, None for none, and the newer ones, which are not whole."""
+        """Finds the newest whole checkpoint (None if there is none), and the newer ones, which are not whole."""
         return newest(self.checkpoints)
 
     def whole_step(self, step: int | None) -> int:
-        """The step itself, if its checkpoint is whole; for None, the last step that has a whole one.
+        """Returns the step, if its checkpoint is whole; for None, it returns the last step with a whole checkpoint.
 
         Raises:
-            ConfigError: There is no such checkpoint, or a kill left it incomplete.
+            ConfigError: There is no such checkpoint, or it is not whole.
         """
         steps = self.steps()
         whole = [at for at, found in steps.items() if found.whole]
@@ -150,26 +150,26 @@ class RunFolder:
         )
 
     def evaluated(self) -> dict[int, dict[str, float]]:
-        """The loss and the metrics by name of each evaluation along the run, by step; clock times are left out."""
+        """Reads the loss and the metrics of each evaluation of the run, by step and name, without clock times."""
         found: dict[int, dict[str, float]] = {}
         lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
         for row in (json.loads(line) for line in lines if math.isfinite(_step(line))):
             metrics = {key.removeprefix("eval_"): value for key, value in row.items() if key.startswith("eval_")}
             metrics = {key: value for key, value in metrics.items() if not key.endswith(_CLOCKS)}
-            if metrics:  # several splits have a row each
+            if metrics:  # each of several splits has a row
                 found.setdefault(row["step"], {}).update(metrics)
         return found
 
     def check(self, config: TrainConfig, resume: bool, overwrite: bool) -> Start:
-        """Whether a run may start here, and where; touches nothing.
+        """Finds the place at which a run may start, and changes nothing in the folder.
 
         Raises:
-            ConfigError: The folder holds a run already, or none to resume, or one of other settings.
+            ConfigError: The folder holds a run already, or no run to resume, or a run with other settings.
         """
         if resume and self._overwriting.exists():
             raise ConfigError(
-                f"the earlier run in {str(self.path)!r} was being overwritten when that was stopped, so there is nothing to "
-                "resume. Start again with --overwrite."
+                f"an earlier --overwrite of the run in {str(self.path)!r} was stopped before it was complete, so there is "
+                "nothing to resume. Start again with --overwrite."
             )
         if resume:
             start = self._where_it_stopped()
@@ -201,20 +201,20 @@ class RunFolder:
         )
 
     def _finished(self) -> Mapping[str, Any] | None:
-        """The summary, which a run writes last, if it and the delta are whole."""
+        """Reads the summary, which a run writes last; None if it or the delta is missing or damaged."""
         try:
             summary = json.loads(self.summary.read_text(encoding="utf-8"))
             SparseDelta.load(self.delta)
-        except (OSError, ValueError, RecursionError):  # not there, or damaged: made again from the last checkpoint
+        except (OSError, ValueError, RecursionError):  # the run goes on from its last checkpoint and writes them again
             return None
         whole = isinstance(summary, dict) and isinstance(summary.get("steps"), int)
         scored = whole and all(_are_numbers(summary.get(key)) for key in ("before", "after"))
         return summary if scored else None
 
     def refuse_other_settings(self, config: TrainConfig, start: Start) -> None:
-        """Refuses to go on with other settings than the run's own, each of which is named.
+        """Refuses to resume a run with other settings than its own, and names each of them.
 
-        Settings that are ``auto`` yet are not compared.
+        Settings that are still ``auto`` are not compared.
 
         Raises:
             ConfigError: Settings differ on which the delta depends.
@@ -235,18 +235,18 @@ class RunFolder:
             f"the run in {str(self.path)!r} was started with other settings than those given now (its own -> given now):\n  "
             + "\n  ".join(lines)
             + f"\nTo go on with it as it is: unmask train --config {self.config} --resume. To train with the new settings, start "
-            "a run of its own: another --output."
+            "another run, with another --output."
             + (longer if any(line.split(":")[0] in _LENGTH for line in lines) else "")
         )
 
     def open(self, start: Start, config: TrainConfig) -> None:
-        """Makes the folder ready: without what an earlier run left, or without metrics from after the checkpoint.
+        """Prepares the folder: removes the files of an earlier run, or the metrics of steps after the checkpoint.
 
         Otherwise a new run that is stopped early would be resumed from the earlier run's checkpoint, and a killed run that
         is resumed would have some steps twice in its metrics.
         """
         if start.checkpoint is None:
-            if self._holds_a_run():  # from here on none of it is resumed
+            if self._holds_a_run():  # from here on the earlier run cannot be resumed
                 write_text(self._overwriting, "The earlier run here is being removed.\n")
             for made in (self.checkpoints, self.series):
                 discard(made)
@@ -255,7 +255,7 @@ class RunFolder:
         else:
             for found in start.passed:
                 discard(found.path)
-            for file in (self.delta, self.summary):  # of the run when it was finished, and then lost one of them
+            for file in (self.delta, self.summary):  # the run was finished, and one of the two was lost since
                 file.unlink(missing_ok=True)
             for file in (self.metrics, self.allocation):
                 if file.is_file():
@@ -267,7 +267,7 @@ class RunFolder:
         self._overwriting.unlink(missing_ok=True)
 
     def how_to_go_on(self) -> str:
-        """What to tell the user of a run that stopped."""
+        """Tells the user of a stopped run how to go on."""
         whole, _ = self.newest()
         if whole is None:
             return "Nothing was saved before the first checkpoint. Start again with the same command."
@@ -279,9 +279,9 @@ def _are_numbers(metrics: Any) -> bool:
 
 
 def _step(row: str) -> float:
-    """The step of a line of ``metrics.jsonl`` or ``allocation.jsonl``.
+    """Returns the step of a line of ``metrics.jsonl`` or ``allocation.jsonl``.
 
-    Infinite for a line that a kill cut short, and for the one that ends a run, which comes again when it goes on.
+    The step is infinite for a line that a kill cut short, and for the last line of a run, which a resumed run writes again.
     """
     try:
         held = json.loads(row)

@@ -1,6 +1,6 @@
-"""The series of models that one run of ``unmask train`` gives: the delta of each of its checkpoints.
+"""Makes a series of models from one run of ``unmask train``: the delta of each of its checkpoints.
 
-While the budget is unmasked step by step, the checkpoint of step t is the model of the smaller budget b(t - 1).
+While the budget is unmasked step by step, the checkpoint of step t is a model with the smaller budget b(t - 1).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from unmask.errors import ConfigError, DataError, DeltaError, SelectionError
 from unmask.integrations.checkpoints import STATE_FILE
 from unmask.lab.training.run_folder import RunFolder
 from unmask.lab.training.settings import build, read_yaml
-from unmask.lab.training.training import Setup, set_up
+from unmask.lab.training.setup import Setup, set_up
 from unmask.reading import fields, plain, refusing
 from unmask.selection.state import read_state
 
 
 def find_run(path: Path) -> tuple[RunFolder, int | None]:
-    """The run that a path names, and the step, if the path names one of its checkpoints.
+    """Finds the run that a path names, and the step, if the path names one of the run's checkpoints.
 
     Args:
         path: The output folder of a run, or ``RUN/checkpoints/checkpoint-N``.
 
     Raises:
-        ConfigError: The path is neither.
+        ConfigError: The path is neither of them.
 
     Example:
         >>> import tempfile
@@ -50,26 +50,26 @@ def find_run(path: Path) -> tuple[RunFolder, int | None]:
 
 
 def deltas(folder: RunFolder, steps: Sequence[int], base: str | None = None) -> Iterator[tuple[int, SparseDelta]]:
-    """The deltas of some checkpoints of a run: bit for bit what ``selection.delta()`` gave at those steps.
+    """Makes the deltas of some checkpoints of a run, bit for bit as ``selection.delta()`` was at those steps.
 
-    The model and the selection are built as the run built them, once, and then hold one checkpoint after the other.
+    The model and the selection are built once, as the run built them, and then load one checkpoint after the other.
 
     Args:
-        folder: The run.
+        folder: The run's folder.
         steps: Steps that have a whole checkpoint.
-        base: The run's base, if it is elsewhere than the run's configuration says.
+        base: The place of the run's base, if it is not the place that the run's configuration names.
 
     Yields:
-        The step, and its delta. Its metadata name the checkpoint (``checkpoint``), and hold the evaluation of that step, if
-        there was one (``after``).
+        The step, and its delta. The delta's metadata names the checkpoint (``checkpoint``), and holds the evaluation at that
+        step (``after``), if there was one.
 
     Raises:
-        ConfigError: A checkpoint is damaged, or the data or the base are not those that the run started from.
-        DeltaError: The base, or the random init of what it lacks, is not that of the run's own delta.
+        ConfigError: A checkpoint is damaged, or the run started from other data or from another base.
+        DeltaError: The run's own delta was made on another base, or with another random init of the tensors it lacks.
         UnmaskError: The run's data or base cannot be loaded.
     """
     for step in steps:
-        checkpoint_state(folder, step)  # what cannot be read is refused before the model is loaded
+        checkpoint_state(folder, step)  # refuses unreadable checkpoints before the model is loaded
     if not steps:
         return
     setup = _set_up(folder, base)
@@ -88,29 +88,29 @@ def deltas(folder: RunFolder, steps: Sequence[int], base: str | None = None) -> 
 
 
 def write_series(folder: RunFolder) -> list[tuple[int, int, Path]]:
-    """Writes the delta of every whole checkpoint of a run that has none yet, under ``series`` in its folder.
+    """Writes the delta of each whole checkpoint of a run, if it is not written yet, under ``series`` in the run's folder.
 
     Returns:
-        Of each delta there, by step: the step, the weights unmasked by then, the file.
+        The step, the number of weights unmasked by then, and the file of each delta, in the order of steps.
 
     Raises:
-        UnmaskError: As `deltas`.
+        UnmaskError: `deltas` cannot make one of them.
     """
     missing = [step for step, found in folder.steps().items() if found.whole and not folder.series_file(step).is_file()]
     for step, delta in deltas(folder, missing):
         delta.save(folder.series_file(step))
     loaded = [(SparseDelta.load(file).metadata, file) for file in folder.series.glob("step-*.safetensors")]
     for metadata, file in loaded:
-        with refusing(DeltaError, repr(str(file)), "It is none of this run's; move it elsewhere."):
+        with refusing(DeltaError, repr(str(file)), "It does not belong to this run; move it elsewhere."):
             fields({"step": plain, "used": plain})(metadata, "its metadata")
     return sorted((metadata["step"], metadata["used"], file) for metadata, file in loaded)
 
 
 def checkpoint_state(folder: RunFolder, step: int) -> dict[str, Any]:
-    """The selection's state in a checkpoint.
+    """Reads the selection's state from a checkpoint.
 
     Raises:
-        ConfigError: The state is not there, or damaged.
+        ConfigError: The state is missing or damaged.
     """
     try:
         return read_state(folder.checkpoint(step) / STATE_FILE)
@@ -144,8 +144,8 @@ def _load(setup: Setup, folder: RunFolder, step: int) -> None:
 
 
 def _check_start(delta: SparseDelta, own: SparseDelta, model: str, folder: RunFolder) -> None:
-    """Refuses another start than that of the run's own delta, where the checkpoint's state cannot tell."""
-    comparable = delta.whole.keys() == own.whole.keys()  # a buffer may have changed since
+    """Refuses a base that differs from that of the run's own delta, where the checkpoint's state does not show it."""
+    comparable = delta.whole.keys() == own.whole.keys()  # otherwise a buffer has changed in between
     initial = [name for name in own.overlaid if name in delta.whole]
     same = all(same_bits(delta.whole[name], own.whole[name]) for name in initial)
     if not same or (comparable and delta.base != own.base):

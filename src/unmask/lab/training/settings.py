@@ -1,98 +1,62 @@
-"""A run's configuration from plain values, of a YAML file or of the command line, and back. No torch here."""
+"""Reads a run's configuration from a YAML file or from texts of the command line, and writes it back."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import math
-import types
-import typing
+import functools
+import runpy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from unmask.errors import ConfigError, need
 from unmask.files import write_text
 from unmask.lab.tasks.names import TASKS
 from unmask.lab.training.config import TrainConfig
+from unmask.lab.training.fields import converted
 from unmask.reading import DEEPEST, Malformed, bounded, read_text, refusing, shown
 
-_HINTS = typing.get_type_hints(TrainConfig)
-# where a kind of task wants another default than the rest: a solution is longer than a sentence
+# On word problems a solution is longer than a sentence.
 _KIND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"generation": {"max_length": 512}}
 
 
 def build(values: Mapping[str, Any]) -> TrainConfig:
-    """A configuration from plain values (of a YAML file, or texts of the command line).
+    """Builds a configuration from plain values: those of a YAML file, or texts of the command line.
+
+    The files of ``plugin`` are run first, once in a process.
 
     Raises:
-        ConfigError: An unknown key, a missing one, or a value of the wrong type.
+        ConfigError: A setting is not known, one is missing, or a value is not allowed.
 
     Example:
         >>> build({"model": "m", "output": "o", "task": "sst2", "budget": "1%", "lr": "3e-4"}).lr
         0.0003
     """
-    unknown = [key for key in values if key not in _HINTS]
-    if unknown:
-        raise ConfigError(f"unknown setting {shown(unknown[0])}; there are {', '.join(sorted(_HINTS))}.")
-    required = {f.name for f in dataclasses.fields(TrainConfig) if f.default is dataclasses.MISSING}
-    absent = sorted(required - {key for key, value in values.items() if value is not None})
-    if absent:
-        raise ConfigError(f"{' and '.join(absent)} must be given.")
     task = values.get("task")
     defaults = _KIND_DEFAULTS.get(TASKS.get(task, "") if isinstance(task, str) else "", {})
-    return TrainConfig(**{key: _convert(key, value) for key, value in {**defaults, **values}.items()})
+    settings = converted(TrainConfig, {**defaults, **values})
+    for path in settings.get("plugin", ()):
+        _run_plugin(str(Path(path).resolve()))
+    return TrainConfig(**settings)
 
 
-def _convert(key: str, value: Any) -> Any:
-    hint = _HINTS[key]
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    words = [word for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)]
-    kind = next(option for option in options if option is not type(None))
-    if is_none(value):
-        if type(None) in options:
-            return None
-        return () if typing.get_origin(hint) is tuple else _bad(key, value, kind, words)
-    if isinstance(value, str) and value in words:
-        return value
-    if typing.get_origin(kind) is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        listed = isinstance(parts, list | tuple) and all(isinstance(part, str | int | float) for part in parts)
-        return tuple(str(part).strip() for part in parts) if listed else _bad(key, value, list)
-    if not isinstance(value, str | int | float | datetime.date):  # YAML reads 2024-01-01 as a date
-        return _bad(key, value, kind, words)
-    if kind is bool:
-        return _as_bool(key, value)
-    if isinstance(value, bool) and kind is not str:
-        return _bad(key, value, kind, words)
+@functools.cache
+def _run_plugin(path: str) -> None:
+    """Runs a Python file of the user's. The cache keeps a second configuration in this process from running it again."""
+    name = f"unmask_plugin_{Path(path).stem}"
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise ConfigError(f"plugin = {path!r} is not a Python file; give the path of a .py file.")
     try:
-        number = kind(value)
-        exact = kind is str or (math.isfinite(number) and number == float(typing.cast(Any, value)))
-    except (TypeError, ValueError, OverflowError):
-        return _bad(key, value, kind, words)
-    return number if exact else _bad(key, value, kind, words)
-
-
-def is_none(value: Any) -> bool:
-    """Whether a setting is none, also as a text of the command line."""
-    return value is None or (isinstance(value, str) and value.lower() in ("none", "null", ""))
-
-
-def _as_bool(key: str, value: Any) -> bool:
-    texts = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    return texts[str(value).lower()] if str(value).lower() in texts else _bad(key, value, bool)
-
-
-def _bad(key: str, value: Any, kind: Any, words: Iterable[str] = ()) -> Any:
-    name = getattr(kind, "__name__", str(kind))
-    raise ConfigError(f"{key} = {shown(value)} is no {name}{''.join(f', nor {word}' for word in words)}.")
+        runpy.run_path(path, run_name=name)
+    except Exception as error:
+        raise ConfigError(f"the plugin {path!r} failed: {type(error).__name__}: {error}") from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Settings from a YAML file: a mapping whose keys are texts.
+    """Reads settings from a YAML file: a mapping whose keys are texts.
 
     Raises:
-        ConfigError: No such file, not a mapping, or larger or deeper than any file of settings is.
+        ConfigError: There is no such file, it is not a mapping, or it is too large or nested too deeply for settings.
     """
     path = Path(path)
     if not path.is_file():
@@ -108,15 +72,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 MOST_YAML = 2**20
-"""The longest YAML text that is read, in bytes."""
+"""The largest number of characters in a YAML text that is read."""
 _MOST_MERGED = 10_000
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text whose size and depth are bounded, also after aliases and merge keys are resolved.
+    """Returns the value of a YAML text. Its size and depth are bounded, also after aliases and merge keys are resolved.
 
     Raises:
-        Malformed: It is no YAML, or larger or deeper than any text of settings is.
+        Malformed: The text is not YAML, or it is too large or nested too deeply for settings.
 
     Example:
         >>> parse_yaml("lr: 0.001")
@@ -129,7 +93,7 @@ def parse_yaml(text: str) -> Any:
     plain: Any = yaml.SafeLoader
 
     class Loader(plain):
-        """Stops at what would take long: deep nesting, and merge keys (``<<``), which can multiply level by level."""
+        """A loader that refuses deep nesting, and merge keys (``<<``) that multiply from level to level: both take very long."""
 
         def fetch_flow_collection_start(self, kind: Any) -> None:
             if self.flow_level >= DEEPEST:
@@ -154,8 +118,8 @@ def parse_yaml(text: str) -> Any:
         raise
     except RecursionError as error:
         raise Malformed("it is nested too deeply") from error
-    except Exception as error:  # of the library, of many classes, and always of the text
-        raise Malformed(f"it is no valid YAML: {error}") from error
+    except Exception as error:  # the library raises many classes, and always because of the text
+        raise Malformed(f"it is not valid YAML: {error}") from error
 
 
 def write_yaml(config: TrainConfig, path: Path) -> None:
@@ -167,7 +131,10 @@ def write_yaml(config: TrainConfig, path: Path) -> None:
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
-    """``--set key=value`` texts as a mapping.
+    """Returns ``--set key=value`` texts as a mapping.
+
+    Raises:
+        ConfigError: A text has no equals sign.
 
     Example:
         >>> parse_assignments(["lr=1e-3", "include=query,value"])

@@ -1,4 +1,4 @@
-"""The run that a command-line user gets: a task, a base model, a selection, transformers' Trainer underneath."""
+"""Runs ``unmask train``: it trains a selection with transformers' Trainer, evaluates it, and writes the output folder."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from rich.console import Console
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
 
 from unmask.delta.delta import SparseDelta
 from unmask.distributed.processes import is_main, launched
@@ -22,17 +21,13 @@ from unmask.errors import ConfigError, UnmaskError
 from unmask.files import check_folder, write_json
 from unmask.integrations.checkpoints import Checkpoint, differences
 from unmask.integrations.trainer import SelectiveTrainer
-from unmask.lab.inside import Inserted, insert, require
-from unmask.lab.models import load_base, quiet
-from unmask.lab.tasks.protocol import Prepared, Source
+from unmask.lab.models import quiet
 from unmask.lab.tasks.registry import kind_for
 from unmask.lab.training.config import TrainConfig
-from unmask.lab.training.presets import into_from, method_from, optimizer_from, with_rates
+from unmask.lab.training.parts import optimizer_from, with_rates
 from unmask.lab.training.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.lab.training.run_folder import RunFolder
-from unmask.methods.scopes import exactly
-from unmask.selection.select import select
-from unmask.selection.selection import Selection
+from unmask.lab.training.setup import Setup, print_notes, set_up
 
 
 class InterruptedRunError(UnmaskError):
@@ -41,13 +36,13 @@ class InterruptedRunError(UnmaskError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left behind; also written to ``summary.json``.
+    """The results of a run.
 
     Attributes:
-        before: Metrics of each evaluation split before training.
-        after: The same afterwards.
-        delta: Path of the delta.
-        summary: Everything reported, as JSON values.
+        before: The metrics of each evaluation split before training.
+        after: The same metrics after training.
+        delta: The path of the delta.
+        summary: All results, as JSON values; ``summary.json`` holds them too.
     """
 
     before: dict[str, float]
@@ -56,41 +51,26 @@ class Outcome:
     summary: dict[str, Any]
 
 
-def planned_steps(config: TrainConfig, examples: int, processes: int = 1) -> int:
-    """T, the number of optimizer steps: ``max_steps``, or what the epochs make (an epoch's rest is a step of its own).
-
-    Each of several processes takes ``batch_size`` examples per forward, and others than the rest.
-
-    Example:
-        >>> planned_steps(TrainConfig(model="m", output="o", task="rte", budget="1%", epochs=2, batch_size=8), 100)
-        26
-    """
-    if config.max_steps is not None:
-        return config.max_steps
-    batches = math.ceil(examples / (config.batch_size * processes))
-    return math.ceil(config.epochs * math.ceil(batches / config.accumulation))
-
-
 def train(
     config: TrainConfig, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> Outcome:
     """Trains, and writes the delta, the resolved configuration, the metrics and a summary into ``config.output``.
 
     Args:
-        config: The run.
-        resume: Continue from the last whole checkpoint in ``config.output``. A finished run is left as it is.
-        overwrite: Start anew although ``config.output`` holds a run.
-        console: Where to report; None for standard output (of several processes, that of the first).
+        config: The run's configuration.
+        resume: If True, the run continues from the last whole checkpoint in ``config.output``. A finished run is left as it is.
+        overwrite: If True, the run starts from the beginning although ``config.output`` holds a run.
+        console: The console on which the run reports; None is standard output. Of several processes, the first reports.
 
     Returns:
-        What the run left behind. Of several processes the first alone writes and has a summary; ``{}`` in the others.
+        The run's results. Of several processes only the first one writes files; the summary of the others is ``{}``.
 
     Raises:
-        ConfigError: The output folder holds a run already, or none to resume, or one of other settings, or another process
-            trains there.
-        InterruptedRunError: Ctrl-C; the last checkpoint is kept.
-        WriteError: The disk is full, or refuses a file; the last checkpoint is kept.
-        UnmaskError: Any other refusal, with what to do.
+        ConfigError: The output folder holds a run already, or no run to resume, or a run with other settings; or another
+            process trains there.
+        InterruptedRunError: The user pressed Ctrl-C; the last checkpoint is kept.
+        WriteError: The disk is full, or a file cannot be written; the last checkpoint is kept.
+        UnmaskError: The run cannot work for another reason; the message says what to do.
     """
     console = console or Console(quiet=not is_main())
     folder = RunFolder(check_folder(config.output))
@@ -98,7 +78,7 @@ def train(
         start = folder.check(config, resume, overwrite)
         if start.summary is not None:
             return _finished(folder, start.summary, console)
-        _note(console, start.notes)
+        print_notes(console, start.notes)
         try:
             run = _Run(set_up(config, console), folder, console)
         except KeyboardInterrupt:
@@ -112,7 +92,7 @@ def train(
             if is_main():
                 folder.open(start, run.config)
             return run.go(start.checkpoint)
-        except KeyboardInterrupt:  # outside the steps, where it does not end the run at once
+        except KeyboardInterrupt:  # `StopOnInterrupt` handles it during the steps
             raise InterruptedRunError(f"interrupted. {folder.how_to_go_on()}") from None
 
 
@@ -132,103 +112,20 @@ def _refuse_other_data(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> N
     if lines:
         raise ConfigError(
             f"the training data are not those that {str(checkpoint.path)!r} was trained on (then -> now): {'; '.join(lines)}. "
-            "Bring the data back, or start a run of its own with another --output."
+            "Bring the data back, or start another run with another --output."
         )
 
 
 def _sample(examples: Any, most: int = 64) -> str:
-    """A digest of up to ``most`` examples, evenly spaced: whether training data are the same."""
+    """Returns a digest of up to ``most`` evenly spaced examples, which tells whether training data are the same."""
     count = len(examples)
     places = range(0, count, max(1, -(-count // most)))
     text = json.dumps([examples[i] for i in places], default=lambda value: value.tolist(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Setup:
-    """The parts of a run before its first step.
-
-    Attributes:
-        config: The run, as it was asked for.
-        task: The task's name.
-        prepared: The task, made ready for the model.
-        base: The model, with what the run adds to it.
-        steps: T, the number of optimizer steps.
-        selection: The selection, live.
-    """
-
-    config: TrainConfig
-    task: str
-    prepared: Prepared
-    base: Inserted
-    steps: int
-    selection: Selection
-
-    def delta(self, **more: Any) -> SparseDelta:
-        """Records what the selection has changed by now, with the metadata that ``unmask eval`` and ``unmask apply`` need.
-
-        Args:
-            **more: Further metadata, as JSON values.
-        """
-        into = into_from(self.config)
-        inside = {} if into is None else {"into": into.describe()}
-        delta = self.selection.delta(self.config.model, order=self.config.order)
-        return delta.with_metadata(task=self.prepared.describe(), **inside, **more)
-
-
-def set_up(config: TrainConfig, console: Console) -> Setup:
-    """Loads the data and the base of a run and selects from it: the same from the same configuration, each time.
-
-    Args:
-        config: The run.
-        console: Where to report what the user should know of the data.
-
-    Raises:
-        UnmaskError: The run cannot work.
-    """
-    into, kind, source = into_from(config), kind_for(config.task), Source.of(config)
-    if into is not None:
-        require(into)
-    task = kind.load(source)
-    _note(console, task.notes)
-    model, tokenizer, missing = load_base(config.model, task.num_labels, config.seed, kind.head, task.label_names)
-    prepared = task.prepare(model, tokenizer, source)
-    _note(console, prepared.notes)
-    # the base itself: the budget's scope is the method's, and all that the checkpoint lacks is a head
-    base = Inserted(model, [], missing, missing) if into is None else insert(model, into, missing, config.seed)
-    steps = planned_steps(config, len(prepared.train_set), launched())  # type: ignore[arg-type]
-    if launched() > 1:  # the run's configuration means as many steps, however many processes go on with it
-        config = replace(config, max_steps=steps)
-    set_seed(config.seed)
-    if config.gradient_checkpointing:
-        # transformers 5.23 renamed it; 4.57 has the old name alone
-        enable = (
-            getattr(base.model, "activation_checkpointing_enable", None) or base.model.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})
-    return Setup(config, task.name, prepared, base, steps, _select(config, prepared, base, steps))
-
-
-def _select(config: TrainConfig, prepared: Prepared, base: Inserted, steps: int) -> Selection:
-    head = exactly(base.head)
-    loader = DataLoader(prepared.train_set, config.batch_size, shuffle=True, collate_fn=prepared.collate)
-    return select(
-        base.model,
-        method_from(config, steps, loader),
-        include=config.include or exactly(base.added) or None,
-        exclude=config.exclude or None,
-        dense=[p for given in config.dense for p in (head if given == "new" else [given])] or None,
-        new=exactly(base.new),
-    )
-
-
-def _note(console: Console, notes: Iterable[str]) -> None:
-    for note in notes:
-        console.print(f"note: {note}")
-
-
 class _Run:
-    """One training run in the making: everything that `train` composes."""
+    """A run: the Trainer, its callbacks, and the steps from the first evaluation to the summary."""
 
     def __init__(self, setup: Setup, folder: RunFolder, console: Console) -> None:
         model: PreTrainedModel = setup.base.model
@@ -353,7 +250,7 @@ def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bo
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=kind_for(config.task).eval_batches * config.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        learning_rate=cast(float, config.lr),  # auto no more
+        learning_rate=cast(float, config.lr),  # `with_rates` has replaced "auto"
         warmup_steps=math.ceil(config.warmup * steps),
         max_grad_norm=config.max_grad_norm,
         bf16=config.bf16,
@@ -366,7 +263,7 @@ def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bo
         save_total_limit=config.keep_checkpoints,
         logging_steps=config.logging_steps,
         report_to=list(config.report_to) or "none",
-        # otherwise the Trainer multiplies the loss by the number of processes, for losses that count tokens: no other head's do
+        # If True, the Trainer multiplies the loss by the number of processes. Only the loss of generation counts tokens.
         average_tokens_across_devices=kind_for(config.task).head == "generation",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -375,6 +272,3 @@ def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bo
 
 def _line(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-
-
-__all__ = ["InterruptedRunError", "Outcome", "Setup", "planned_steps", "set_up", "train"]

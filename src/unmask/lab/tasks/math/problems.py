@@ -87,7 +87,7 @@ class ArithmeticData:
         name: The set's name.
         train: The problems to train on.
         held_out: The problems for the loss along the run. No question is on both sides.
-        notes: What the user should know of the loading.
+        notes: The facts that the user should know about the loading.
     """
 
     name: str

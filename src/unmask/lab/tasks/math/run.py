@@ -34,12 +34,6 @@ _GENERATION_OPTIONS = tuple(
 )
 
 
-def predicted(logits: Any, labels: Tensor) -> Tensor:
-    """Reduces logits to the most likely token at each place, int64 of shape (rows, length)."""
-    scores: Tensor = logits[0] if isinstance(logits, tuple) else logits
-    return scores.argmax(-1)
-
-
 def token_accuracy(guesses: Any, labels: Any) -> float:
     """Computes the share of the completions' tokens that the model finds most likely, given the tokens before them.
 
@@ -74,7 +68,9 @@ class GenerationPrepared:
         return {"": self.held_out}
 
     def reduce_logits(self, logits: Any, labels: Any) -> Tensor:
-        return predicted(logits, labels)
+        """Reduces logits to the most likely token at each place, int64 of shape (rows, length)."""
+        scores: Tensor = logits[0] if isinstance(logits, tuple) else logits
+        return scores.argmax(-1)
 
     def step_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         return {"token_accuracy": token_accuracy(prediction.predictions, prediction.label_ids)}

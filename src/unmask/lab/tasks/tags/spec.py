@@ -99,7 +99,7 @@ class TagData:
         spec: The task.
         train: The training split, which may be empty if only evaluation was asked for.
         evals: The evaluation splits by name, the main one first.
-        notes: What the user should know of the loading.
+        notes: The facts that the user should know about the loading.
     """
 
     spec: TagSpec

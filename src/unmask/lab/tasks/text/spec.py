@@ -160,7 +160,8 @@ class TaskData:
         spec: The task.
         train: The training split.
         evals: The evaluation splits by name, the main one first.
-        notes: What the user should know of the loading: rows left out, rows held out, sizes that are not the official ones.
+        notes: The facts that the user should know about the loading: rows left out or held out, and sizes that are not the
+            official ones.
     """
 
     spec: TaskSpec

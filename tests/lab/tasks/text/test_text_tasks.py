@@ -1,4 +1,4 @@
-"""Loading tasks from every format, what is refused and how it says so, and metrics against scikit-learn and scipy."""
+"""Tests loading of texts with labels in every format, the refusals, and the metrics against scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from unmask.lab.tasks import GLUE, Examples, TaskSpec, compute, load_evaluation,
 from unmask.lab.tasks.split import hold_out
 
 REAL = ROOT.parent / "shared" / "data"
-real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data folder is not beside the checkout")
+real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data folder is not next to the checkout")
 TSV = {
     "cola": 'gj04\t1\t\tThe sailors rode.\nks08\t0\t*\t"Him left.\n',
     "sst2": "sentence\tlabel\na fine film \t1\nno good\t0\n",
@@ -71,7 +71,7 @@ def test_official_files_give_the_texts_and_the_hubs_ids(tmp_path, name):
 
 
 def test_the_ids_of_the_class_names_are_the_hubs():
-    """As GLUE's dataset card gives them; each id stands for the name that means 1 (mnli: 2)."""
+    """The ids are those of GLUE's dataset card. Each name here is the one with id 1."""
     named = {
         "cola": "acceptable",
         "sst2": "positive",
@@ -176,7 +176,7 @@ def test_wrong_names_and_folders_are_refused(tmp_path):
     ],
 )
 def test_the_real_sets_have_their_known_sizes(folder, name, train, dev, labels):
-    """Sizes and class counts of the development sets as GLUE's own (for the samples: as counted with the json module)."""
+    """The sizes and class counts of the development sets are GLUE's. Those of the samples were counted with the json module."""
     data = load_glue(name, REAL / folder, need_train=train > 0)
     assert (len(data.train), len(data.evals["dev"])) == (train, dev)
     assert Counter(data.evals["dev"].labels) == labels
@@ -284,7 +284,7 @@ def test_labels_that_make_no_task_are_refused(tmp_path, case):
 
 @pytest.mark.parametrize("unseen", ["maybe", "0", "1"])
 def test_an_evaluation_label_that_training_has_not_is_refused(tmp_path, unseen):
-    """An id is none of the classes "no" and "yes" either: it would be scored as one of them at random."""
+    """An id is not one of the classes "no" and "yes" either: it would be scored as one of them at random."""
     train = write_as(tmp_path / "train.csv", ROWS)
     dev = write_as(tmp_path / "dev.csv", [("a", "no"), ("b", unseen)])
     with pytest.raises(DataError, match=rf"dev\.csv, line 3, column 'label'.*'{unseen}'.*allowed: no, yes"):
@@ -379,7 +379,7 @@ def test_what_cannot_be_split_is_refused():
 
 @pytest.fixture
 def fake_hub(monkeypatch):
-    """`datasets.load_dataset` gives real data sets, made here; other ids are refused as offline."""
+    """Makes `datasets.load_dataset` return real data sets made here. It refuses other ids as if it were offline."""
     datasets = pytest.importorskip("datasets")
     known = {}
 
@@ -461,7 +461,7 @@ def test_class_metrics_are_those_of_scikit_learn(name):
 
 
 def test_worked_f1_and_matthews():
-    """Two true positives, one false negative, one false positive, one true negative."""
+    """There are two true positives, one false negative, one false positive and one true negative."""
     scores, gold = scores_of(np.array([1, 1, 0, 1, 0]), 2), np.array([1, 1, 1, 0, 0])
     assert compute(GLUE["mrpc"], scores, gold) == pytest.approx({"accuracy": 3 / 5, "f1": 4 / 6})
     assert compute(GLUE["cola"], scores, gold) == pytest.approx({"matthews": (2 * 1 - 1 * 1) / 6})
@@ -538,7 +538,8 @@ def test_specs_that_do_not_fit_together_are_refused(changes, message):
 
 def test_importing_tasks_loads_no_heavy_library():
     heavy = ("torch", "transformers", "datasets", "sklearn", "scipy", "pandas", "pyarrow")
-    code = f"import sys, unmask.lab.tasks; print([m for m in {heavy} if m in sys.modules])"
+    modules = "unmask.lab.tasks, unmask.lab.tasks.protocol, unmask.lab.tasks.names"
+    code = f"import sys, {modules}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -559,7 +560,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, module, extra, call):
         monkeypatch.delitem(sys.modules, name)
 
     class Without:
-        """An import finder that does not know the module, as where it is not installed."""
+        """An import finder that does not know the module, so that it seems not to be installed."""
 
         def __init__(self, finder):
             self.finder = finder

@@ -1,4 +1,4 @@
-"""Tagging words: pieces, windows, and whole runs on a tiny model that spells words letter by letter."""
+"""Tests tagging of words: pieces, windows, and whole runs on a tiny model that spells words letter by letter."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_label_stands_on_the_first_piece_and_the_rest_is_ignored() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("length", [4, 7, 12, 40])
 def test_windows_lose_no_word_and_no_tag(length: int, training: bool) -> None:
-    """Put together again, the labels are the sentences' tags; no window is longer than allowed."""
+    """The labels, put together again, are the sentences' tags, and no window is longer than allowed."""
     sentences = toy(60, seed=1, longest=12)
     for odd in (["x" * 50, "pa", "y" * 50], ["\u200d", "p\ufe0f", "\ufe0f", "l"], ["a.b-c", "l'x"]):
         sentences.words.append(odd)
@@ -64,7 +64,7 @@ def test_windows_lose_no_word_and_no_tag(length: int, training: bool) -> None:
 
 
 def test_predictions_of_windows_are_put_together_before_they_are_scored() -> None:
-    """An entity that lies across a cut is found whole, where both windows say so."""
+    """An entity that lies across a cut is found whole if both windows predict its part."""
     sentence = Sentences([["pxyz", "qxyz", "qxyz", "a"]], [["B-PER", "I-PER", "I-PER", "O"]])
     windows = Windows(sentence, letters_tokenizer(), SPEC.label_names, 10, training=False)
     assert [(w.start, w.stop) for w in windows.windows] == [(0, 2), (2, 4)]
@@ -119,7 +119,7 @@ def test_what_cannot_be_encoded_is_refused() -> None:
 
 
 def test_a_byte_level_vocabulary_gets_the_blank_before_each_word(tmp_path: Path) -> None:
-    """RoBERTa's: a word's usual piece begins with the blank."""
+    """In RoBERTa's vocabulary a word's usual piece begins with the blank."""
     alphabet = sorted(ByteLevel.alphabet())
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     vocabulary = {piece: i for i, piece in enumerate([*special, *alphabet, "ab", "Ġab"])}

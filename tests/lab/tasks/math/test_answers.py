@@ -1,4 +1,4 @@
-"""Numbers and answers read out of what models write: hard cases, and the published data sets' own solutions."""
+"""Tests reading of numbers and answers from generated texts: hard cases, and the solutions of published data sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unmask.lab.tasks.math.answers import extract, gold_answer, is_right, soluti
 from unmask.lab.tasks.math.numerals import find_numbers, read_number, tidied, written
 
 REAL = ROOT.parent / "shared" / "data" / "math"
-real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data folder is not beside the checkout")
+real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data folder is not next to the checkout")
 
 # ---------------------------------------------------------------- numbers
 
@@ -194,7 +194,7 @@ def test_every_gold_solution_of_gsm8k_gives_its_answer():
 @real
 @pytest.mark.parametrize("name", ["SVAMP", "MultiArith", "AddSub", "SingleEq", "AQuA"])
 def test_samples_of_another_model_nearly_all_give_an_answer(name):
-    """The files' ``output`` is a model's sample; its published form ends in "The answer is ..."."""
+    """The files' ``output`` is a model's sample. Its published form ends in "The answer is ..."."""
     rows = json.loads((REAL / name / "test.json").read_text(encoding="utf-8"))
     kind = "choice" if name == "AQuA" else "number"
     found = [extract(row["output"], kind) for row in rows]

@@ -1,4 +1,4 @@
-"""Batched generation against a plain loop, one prompt at a time and without padding."""
+"""Compares batched generation with a plain loop, which takes one prompt at a time without padding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTS = [list(TOKENIZER(text)["input_ids"]) for text in TEXTS]
 
 
 def greedy(model, prompt, count):
-    """The plain loop: the whole sequence anew for each token."""
+    """Generates by a plain loop, which computes the whole sequence again for each token."""
     ids = list(prompt)
     for _ in range(count):
         with torch.no_grad():
@@ -29,7 +29,7 @@ def greedy(model, prompt, count):
 
 
 def run(model, prompts=PROMPTS, **settings):
-    """What was generated, in the prompts' order."""
+    """Returns the generated texts in the prompts' order."""
     found = {}
     for rows, written in generate(model, TOKENIZER, prompts, GenerationSettings(**{"max_new_tokens": 12, **settings})):
         found |= dict(zip(rows, written, strict=True))

@@ -1,4 +1,4 @@
-"""`unmask train --into lora`: from a base on disk to predictions in a fresh process, and to an ordinary LoRA."""
+"""Tests `unmask train --into lora`, from a base on disk to predictions in a fresh process and to an ordinary LoRA."""
 
 from __future__ import annotations
 

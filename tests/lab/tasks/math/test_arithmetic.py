@@ -1,4 +1,4 @@
-"""Word problems from files, and prompts: formats, what is held out, what is refused, which tokens carry loss."""
+"""Tests word problems from files, and prompts: formats, held-out problems, refusals, and the tokens that carry loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from unmask.lab.tasks.math.prompts import (
 )
 
 REAL = ROOT.parent / "shared" / "data" / "math"
-real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data folder is not beside the checkout")
+real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data folder is not next to the checkout")
 PROBLEM = Problem("What is 2 and 3?", "", "The answer is 5.", "5", "number")
 
 
@@ -153,7 +153,7 @@ def test_templates_come_from_files(tmp_path):
 
 
 def test_one_begin_token_whatever_the_template(tmp_path):
-    """Llama's tokenizer adds one, some add none, a chat template brings its own."""
+    """Llama's tokenizer adds a begin token, some add none, and a chat template brings its own."""
     adds, adds_not = byte_tokenizer(), byte_tokenizer(begin=False)
     for tokenizer, prompt, count in (
         (adds, "alpaca", 1),

@@ -1,4 +1,4 @@
-"""`unmask train` and `unmask eval` on word problems, as a user types them, with a tiny model that can learn a little."""
+"""Tests `unmask train` and `unmask eval` on word problems with a tiny model that can learn a little."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_test_questions_in_the_training_data_are_told(world, tmp_path):
 
 
 def test_token_accuracy_counts_the_completions_tokens_only(world):
-    """Against a loop over single tokens."""
+    """The accuracy equals that of a loop over single tokens."""
     tokenizer, model = byte_tokenizer(), llama()
     problems = load_problems("gsm8k", "train", world / "math")[:3]
     batch = PadRight(0)([Completions(problems, Prompter(tokenizer), 512)[i] for i in range(3)])
@@ -160,7 +160,7 @@ def test_token_accuracy_counts_the_completions_tokens_only(world):
 
 
 def test_the_loss_is_that_of_the_completion():
-    """Completion-only loss, by hand: the mean negative log-likelihood of the completion's tokens."""
+    """The loss is the mean negative log-likelihood of the completion's tokens, computed by hand."""
     tokenizer, model = byte_tokenizer(), llama(torch.float64)
     rows = [Problem(row["instruction"], "", row["output"], row["answer"], "number") for row in addition(2)]
     prompter = Prompter(tokenizer)

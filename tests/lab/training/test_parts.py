@@ -6,21 +6,24 @@ import pytest
 from helpers import mlp
 
 import unmask
-from unmask import ConfigError, MethodError
-from unmask.lab.training.config import HEURISTICS
-from unmask.lab.training.presets import method_from, optimizer_from
+from unmask import ConfigError
+from unmask.lab.training.parts import optimizer_from
 from unmask.lab.training.settings import build
-from unmask.methods.heuristics import _REGISTRY
 
-RUN = {"model": "m", "output": "o", "task": "sst2", "budget": "30"}
+RUN = {"model": "m", "output": "o", "task": "sst2", "budget": "30", "method": "id3"}
 
 
 def method(**settings):
-    return method_from(build(RUN | settings), steps=40)
+    return build(RUN | settings).build_method(40)
 
 
-def test_the_configuration_knows_every_heuristic_that_needs_no_calibration():
-    assert set(HEURISTICS) == {name for name, h in _REGISTRY.items() if h.needs != "calibration"}
+@pytest.mark.parametrize("name", unmask.heuristic_names())
+def test_a_run_knows_every_heuristic_that_needs_no_calibration(name):
+    if unmask.heuristic(name).needs == "calibration":
+        with pytest.raises(ConfigError, match=f"the {name} heuristic needs a calibration"):
+            method(method="id3", heuristic=name)
+    else:
+        assert method(method="id3", heuristic=name).heuristic.name == name
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,7 @@ def test_what_the_study_left_behind_is_refused_by_name(settings):
 
 
 def test_what_only_the_method_knows_is_refused_by_it():
-    with pytest.raises(MethodError, match="synflow"):
+    with pytest.raises(ConfigError, match="synflow"):
         method(method="sparse_adapter", into="lora", criterion="synflow", allocation="column")
 
 

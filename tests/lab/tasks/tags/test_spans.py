@@ -1,4 +1,4 @@
-"""Spans in IOB tags and their F1 against seqeval, a definition by enumeration, and cases worked by hand."""
+"""Compares spans in IOB tags and their F1 with seqeval, with a definition by enumeration, and with cases worked by hand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_spans_worked_by_hand(tags):
 
 
 def by_definition(tags):
-    """Every run of words that is an entity: it begins where one begins, goes on with I- of its type, and no further."""
+    """Lists every run of words that is an entity: it begins where one begins, and ends with the last I- of its type."""
     found = []
     for first, stop in itertools.combinations(range(len(tags) + 1), 2):
         kind = tags[first][2:]
@@ -60,7 +60,7 @@ def test_strict_and_lenient_agree_on_iob2_and_conversion_keeps_the_entities():
 
 
 def test_score_worked_by_hand():
-    """3 entities to find, 4 found, 2 of them right; 6 of 8 tags right."""
+    """There are 3 entities to find and 4 found ones, of which 2 are right; 6 of 8 tags are right."""
     gold = [["B-A", "I-A", "O", "B-B"], ["O", "B-A", "O", "O"]]
     guess = [["B-A", "I-A", "O", "B-A"], ["B-B", "B-A", "O", "O"]]
     expected = {"f1": 4 / 7, "precision": 2 / 4, "recall": 2 / 3, "accuracy": 6 / 8}
@@ -85,7 +85,7 @@ def test_scores_of_what_does_not_fit_are_refused(gold, guess, message):
 
 
 def corpus(draw, sentences, noise):
-    """Random tags, and a copy with some tags changed."""
+    """Makes random tags, and a copy with some tags changed."""
     gold = [draw.choices(TAGS, weights=(6, 2, 2, 1, 1), k=draw.randint(1, 12)) for _ in range(sentences)]
     guess = [[draw.choice(TAGS) if draw.random() < noise else tag for tag in tags] for tags in gold]
     return gold, guess

@@ -1,4 +1,4 @@
-"""Solving test sets: what is kept, and that a kill at any moment costs at most the batch in hand and changes nothing."""
+"""Tests solving of test sets: the outputs are kept, and a kill at any moment costs at most one batch and changes nothing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(model, wanted, output, **more):
 
 @pytest.fixture(scope="module")
 def whole(model, problems, tmp_path_factory):
-    """The outputs of an uninterrupted run, as bytes."""
+    """Returns the outputs of an uninterrupted run, as bytes."""
     output = tmp_path_factory.mktemp("whole")
     run(model, settings(problems), output)
     return (output / "svamp.jsonl").read_bytes()
@@ -93,7 +93,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_alike(model, problems, whole, t
 
 
 def test_a_file_that_is_cut_anywhere_is_mended(model, problems, whole, tmp_path, counted):
-    """As a kill in the middle of a write leaves it: batches in the order of generation, the last cut at some byte."""
+    """A kill in the middle of a write leaves batches in the order of generation, the last one cut at some byte."""
     counted.stop = 2
     with pytest.raises(KeyboardInterrupt):
         run(model, settings(problems), tmp_path)

@@ -1,4 +1,4 @@
-"""Tagged sentences of every format, and what is refused and how it says so."""
+"""Tests loading of tagged sentences in every format, and the refusals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unmask.lab.tasks.tags.spans import spans
 from unmask.lab.tasks.tags.spec import Sentences
 
 REAL = ROOT.parent / "shared" / "data" / "wnut17"
-real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data folder is not beside the checkout")
+real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data folder is not next to the checkout")
 
 
 # ---------------------------------------------------------------- the column format
@@ -54,7 +54,7 @@ def test_conll_2003_columns_in_iob1_and_in_iob2(tmp_path):
 
 
 def test_tabs_byte_order_marks_windows_line_ends_and_no_last_line_end(tmp_path):
-    """As WNUT17's files are: blank lines that hold a tab, and a line that holds a byte-order mark alone."""
+    """WNUT17's files have blank lines that hold a tab, and a line that holds only a byte-order mark."""
     plain, _ = read_conll(write(tmp_path / "a.conll", "@a\tO\nNew\u00a0York\tB-location\n\nb\u2028c\tO"))
     assert plain.words == [["@a", "New\u00a0York"], ["b\u2028c"]]
     odd = "\ufeff@a\tO\r\nNew\u00a0York\tB-location\r\n\t\r\n\n\ufeff\nb\u2028c\tO\n\n\n"
@@ -163,7 +163,7 @@ def test_a_sentence_of_training_in_the_evaluation_is_told(tmp_path):
 
 @real
 def test_the_real_wnut17_is_whole():
-    """Sentences as its paper counts them; entities as their B- tags, counted by hand of grep, and one stray I- of dev."""
+    """The sentences are those of its paper. The entities are the B- tags that grep counts, and one stray I- of dev."""
     data = load_ner("wnut17", REAL)
     assert [len(split) for split in (data.train, *data.evals.values())] == [3_394, 1_009, 1_287]
     entities = [sum(len(spans(tags)) for tags in split.tags) for split in (data.train, *data.evals.values())]
@@ -251,7 +251,7 @@ def test_a_tenth_is_held_out_and_no_sentence_is_on_both_sides(tmp_path):
 
 @pytest.fixture
 def fake_hub(monkeypatch):
-    """`datasets.load_dataset` gives real data sets, made here."""
+    """Makes `datasets.load_dataset` return real data sets made here."""
     datasets = pytest.importorskip("datasets")
     known = {}
 

@@ -1,0 +1,94 @@
+"""Makes the options of a command from the fields of a settings class."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import typer.core
+import typer.main
+
+if TYPE_CHECKING:
+    from unmask.lab.training.fields import Setting
+
+_METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", tuple: "TEXT,TEXT"}
+
+
+class SettingsCommand(typer.core.TyperCommand):
+    """A command that has one option for each field of a settings class, in front of its own options.
+
+    The settings class is imported when the options are needed, so that ``unmask --help`` does not wait for it. The command's
+    function finds the options that were typed in ``context.obj``, as texts (booleans for flags);
+    `unmask.lab.training.fields.converted` reads them.
+
+    Attributes:
+        settings: The module and the name of the settings class, a dataclass whose fields have a help text.
+    """
+
+    settings: tuple[str, str]
+    _made: tuple[str, ...] = ()
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Returns the command's parameters, those of the settings among them."""
+        if not self._made:
+            from unmask.lab.training.fields import settings_of
+
+            module, name = self.settings
+            known = settings_of(getattr(import_module(module), name))
+            self._made = tuple(known)
+            self.params = [*_options(known), *self.params]
+        return super().get_params(ctx)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command's function, with the options of the settings in ``ctx.obj``."""
+        given = {name: ctx.params.pop(name) for name in self._made}
+        ctx.obj = {name: value for name, value in given.items() if value is not None}
+        return super().invoke(ctx)
+
+
+def _options(known: Mapping[str, Setting]) -> list[Any]:
+    """Returns typer's options for settings: those of a function whose parameters are the settings."""
+
+    def carrier() -> None: ...
+
+    parameters = [_parameter(each) for each in known.values()]
+    carrier.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    carrier.__annotations__ = {p.name: p.annotation for p in parameters}
+    app = typer.Typer(add_completion=False)
+    app.command()(carrier)
+    return list(typer.main.get_command(app).params)
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
+    flag, name = bool in setting.types, setting.name.replace("_", "-")
+    without = setting.default in (
+        dataclasses.MISSING,
+        None,
+        (),
+    )  # the help text then says what happens without the option
+    option = typer.Option(
+        f"--{name}/--no-{name}" if flag else f"--{name}",
+        metavar=None if flag else "|".join([*(_METAVARS[kind] for kind in setting.types), *setting.words]),
+        help=setting.help + ("" if without else f" [default: {plain(setting.default)}]"),
+        show_default=False,
+    )
+    annotation: Any = Annotated[bool | None, option] if flag else Annotated[str | None, option]
+    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def plain(value: Any) -> str:
+    """Returns a setting's value as it is typed on the command line.
+
+    Example:
+        >>> plain(("a", "b")), plain(16.0), plain(False), plain(None)
+        ('a,b', '16', 'no', 'none')
+    """
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, tuple):
+        return ",".join(value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

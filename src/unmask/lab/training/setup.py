@@ -1,0 +1,125 @@
+"""Sets up a run of ``unmask train``: its data, its base model and its selection, the same from the same configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from torch.utils.data import DataLoader
+from transformers import set_seed
+
+from unmask.delta.delta import SparseDelta
+from unmask.distributed.processes import launched
+from unmask.lab.inside import Inserted, insert, require
+from unmask.lab.models import load_base
+from unmask.lab.tasks.protocol import Prepared, Source
+from unmask.lab.tasks.registry import kind_for
+from unmask.lab.training.config import TrainConfig
+from unmask.lab.training.parts import into_from
+from unmask.methods.scopes import exactly
+from unmask.selection.select import select
+from unmask.selection.selection import Selection
+
+
+def planned_steps(config: TrainConfig, examples: int, processes: int = 1) -> int:
+    """Returns T, the number of optimizer steps: ``max_steps``, or the number that the epochs make.
+
+    The last step of an epoch may have fewer examples than the others.
+
+    Args:
+        config: The run.
+        examples: The number of training examples.
+        processes: The number of processes. Each takes ``batch_size`` examples per forward, which no other process takes.
+
+    Example:
+        >>> planned_steps(TrainConfig(model="m", output="o", task="rte", budget="1%", epochs=2, batch_size=8), 100)
+        26
+    """
+    if config.max_steps is not None:
+        return config.max_steps
+    batches = math.ceil(examples / (config.batch_size * processes))
+    return math.ceil(config.epochs * math.ceil(batches / config.accumulation))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The parts of a run before its first step.
+
+    Attributes:
+        config: The run's configuration, as the user gave it.
+        task: The task's name.
+        prepared: The task, prepared for the model.
+        base: The model, with the LoRA or the adapters that the run adds to it.
+        steps: T, the number of optimizer steps.
+        selection: The live selection.
+    """
+
+    config: TrainConfig
+    task: str
+    prepared: Prepared
+    base: Inserted
+    steps: int
+    selection: Selection
+
+    def delta(self, **more: Any) -> SparseDelta:
+        """Records the weights that the selection has changed by now, with the metadata that ``unmask eval`` and ``apply`` need.
+
+        Args:
+            **more: Further metadata, as JSON values.
+        """
+        into = into_from(self.config)
+        inside = {} if into is None else {"into": into.describe()}
+        delta = self.selection.delta(self.config.model, order=self.config.order)
+        return delta.with_metadata(task=self.prepared.describe(), **inside, **more)
+
+
+def set_up(config: TrainConfig, console: Console) -> Setup:
+    """Loads the data and the base of a run, and makes its selection. Equal configurations give equal setups.
+
+    Args:
+        config: The run's configuration.
+        console: The console on which notes about the data are printed.
+
+    Raises:
+        UnmaskError: The run cannot work.
+    """
+    into, kind, source = into_from(config), kind_for(config.task), Source.of(config)
+    if into is not None:
+        require(into)
+    task = kind.load(source)
+    print_notes(console, task.notes)
+    model, tokenizer, missing = load_base(config.model, task.num_labels, config.seed, kind.head, task.label_names)
+    prepared = task.prepare(model, tokenizer, source)
+    print_notes(console, prepared.notes)
+    # Without `into` the method's scope holds, and all tensors that the checkpoint lacks are the head.
+    base = Inserted(model, [], missing, missing) if into is None else insert(model, into, missing, config.seed)
+    steps = planned_steps(config, len(prepared.train_set), launched())  # type: ignore[arg-type]
+    if launched() > 1:  # a resumed run keeps its number of steps, with any number of processes
+        config = replace(config, max_steps=steps)
+    set_seed(config.seed)
+    if config.gradient_checkpointing:
+        # transformers 5.23 has renamed the method; 4.57 has only the old name.
+        enable = (
+            getattr(base.model, "activation_checkpointing_enable", None) or base.model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    head = exactly(base.head)
+    loader = DataLoader(prepared.train_set, config.batch_size, shuffle=True, collate_fn=prepared.collate)
+    selection = select(
+        base.model,
+        config.build_method(steps, loader),
+        include=config.include or exactly(base.added) or None,
+        exclude=config.exclude or None,
+        dense=[p for given in config.dense for p in (head if given == "new" else [given])] or None,
+        new=exactly(base.new),
+    )
+    return Setup(config, task.name, prepared, base, steps, selection)
+
+
+def print_notes(console: Console, notes: Iterable[str]) -> None:
+    """Prints each note on a line that begins with ``note:``."""
+    for note in notes:
+        console.print(f"note: {note}")
