@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import unmask
-from unmask.gradients import linear as operations
-from unmask.gradients import linear as recompute
+from unmask.gradients import linear
 from unmask.gradients.linear import again, origin
 
 X = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
@@ -36,11 +35,11 @@ class Block(nn.Module):
 
 @pytest.fixture(params=["compact", "sampled"])
 def how(request, monkeypatch):
-    monkeypatch.setattr(operations, "choose", lambda *args, **options: request.param)
+    monkeypatch.setattr(linear, "choose", lambda *args, **options: request.param)
 
 
 def gradient(model, backward, recomputes, monkeypatch, method=None):
-    monkeypatch.setattr(operations, "origin", recompute.origin if recomputes else lambda x: None)
+    monkeypatch.setattr(linear, "origin", origin if recomputes else lambda x: None)
     selection = unmask.select(copy.deepcopy(model), method or unmask.random_mask("50%", seed=1), gradients="sampled")
     backward(selection.model)
     return selection.values.grad
@@ -54,7 +53,7 @@ def test_the_gradient_is_bitwise_that_of_a_saved_input(name, method, dtype, monk
     torch.manual_seed(0)
     model = Block(ACTIVATIONS[name]).to(dtype)
     found = []
-    monkeypatch.setattr(operations, "again", lambda node: found.append(node.name()) or again(node))
+    monkeypatch.setattr(linear, "again", lambda node: found.append(node.name()) or again(node))
     method = unmask.id3(100, steps=4) if method == "id3" else None
 
     def backward(model):

@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import unmask
-from unmask.gradients import linear as operations
-from unmask.gradients import linear as rows
+from unmask.gradients import linear
 from unmask.gradients.linear import LEAST, live_rows, spread_rows
 
 
@@ -107,7 +106,7 @@ def trained(method, gradients, autocast):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_leaves_tokens_out_is_the_run_that_does_not(method, autocast, monkeypatch):
-    monkeypatch.setattr(operations, "choose", lambda *args, **options: "sampled")
+    monkeypatch.setattr(linear, "choose", lambda *args, **options: "sampled")
     left_out = []
 
     def seen(g):
@@ -115,10 +114,10 @@ def test_a_run_that_leaves_tokens_out_is_the_run_that_does_not(method, autocast,
         left_out.append(0 if live is None else len(g) - len(live))
         return live
 
-    monkeypatch.setattr(operations, "live_rows", seen)
+    monkeypatch.setattr(linear, "live_rows", seen)
     short = trained(METHODS[method], "auto", autocast)
     assert max(left_out) == 8 * 31
-    monkeypatch.setattr(operations, "live_rows", lambda g: None)
+    monkeypatch.setattr(linear, "live_rows", lambda g: None)
     whole = trained(METHODS[method], "auto", autocast)
     dense = trained(METHODS[method], "dense", autocast)
     rtol, atol = (2e-2, 1e-3) if autocast else (1e-9, 1e-12)
@@ -132,8 +131,8 @@ def test_a_run_that_leaves_tokens_out_is_the_run_that_does_not(method, autocast,
 def test_second_derivatives_through_a_weight_of_which_nothing_is_wanted(monkeypatch):
     torch.manual_seed(0)
     model, calls = Pooled().double(), []
-    twice = operations._differentiable
-    monkeypatch.setattr(operations, "_differentiable", lambda *args: calls.append(args[4]) or twice(*args))
+    twice = linear._differentiable
+    monkeypatch.setattr(linear, "_differentiable", lambda *args: calls.append(args[4]) or twice(*args))
     with torch.no_grad():
         model.first.weight.mul_(1e3)  # its D3 scores are small, those of the other weight large
     selection = unmask.select(model, unmask.id3(8, steps=8, stride=4))
@@ -155,4 +154,4 @@ def test_second_derivatives_through_a_weight_of_which_nothing_is_wanted(monkeypa
 
 
 def test_the_share_and_the_least_are_what_the_docs_say():
-    assert (rows.LEAST, rows.SHARE) == (64, 0.85)
+    assert (linear.LEAST, linear.SHARE) == (64, 0.85)

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import unmask
-from unmask.gradients import factors
-from unmask.gradients import linear as operations
+from unmask.gradients import factors, linear
 
 # Dynamo looks at the .grad of every tensor that it meets in a frame.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -65,7 +64,7 @@ MODES = {
 @pytest.fixture(params=["compact", "sampled"])
 def how(request, monkeypatch):
     """Every product that is not dense, where there is one."""
-    monkeypatch.setattr(operations, "choose", lambda *args, **options: request.param)
+    monkeypatch.setattr(linear, "choose", lambda *args, **options: request.param)
     monkeypatch.setattr(factors, "choose", lambda *args, **options: request.param)
     monkeypatch.setattr(factors, "_MOST", 2.0)
     monkeypatch.setattr(factors, "BAND", 64)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import unmask
-from unmask.gradients import linear as operations
+from unmask.gradients import linear
 
 HALF = [torch.bfloat16, torch.float16]
 SHAPES = [(20,), (9, 20), (3, 5, 20), (2, 3, 4, 20), (2, 0, 20), (1, 1, 20), (300, 20)]
@@ -22,7 +22,7 @@ SHAPES = [(20,), (9, 20), (3, 5, 20), (2, 3, 4, 20), (2, 0, 20), (1, 1, 20), (30
 
 @pytest.fixture(params=["compact", "sampled"], autouse=True)
 def how(request, monkeypatch):
-    monkeypatch.setattr(operations, "choose", lambda *args, **options: request.param)
+    monkeypatch.setattr(linear, "choose", lambda *args, **options: request.param)
     return request.param
 
 

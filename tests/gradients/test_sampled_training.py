@@ -18,13 +18,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import unmask
-from unmask.gradients import linear as operations
+from unmask.gradients import linear
 
 
 @pytest.fixture(params=["compact", "sampled"])
 def how(request, monkeypatch):
     """Which product every linear operation takes; tests are too small for the cost model to take the second one."""
-    monkeypatch.setattr(operations, "choose", lambda *args, **options: request.param)
+    monkeypatch.setattr(linear, "choose", lambda *args, **options: request.param)
     return request.param
 
 
@@ -53,7 +53,7 @@ def test_the_gradient_at_the_slots_is_the_dense_gradient(case, budget, how):
 @pytest.mark.parametrize("method", METHODS)
 def test_twenty_steps_are_those_of_dense_gradients(case, method, monkeypatch):
     product = ("compact", "sampled")[len(case + method) % 2]
-    monkeypatch.setattr(operations, "choose", lambda *args, **options: product)
+    monkeypatch.setattr(linear, "choose", lambda *args, **options: product)
     model, x = build(case, torch.float64)
     base = weights(model)
     results = [run(copy.deepcopy(model), x, METHODS[method], gradients) for gradients in ("dense", "sampled")]
