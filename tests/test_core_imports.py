@@ -115,7 +115,11 @@ def test_type_checkers_see_the_public_names():
     named = {alias.asname: node.module for node in lines for alias in node.names if alias.name != "*"}
     packages = {name for name, module in named.items() if module == "unmask"}
     assert packages == set(dir(unmask)) - set(unmask.__all__)
-    assert set(named) - packages == set(unmask.__all__) - set(unmask.PRESETS) - {"PRESETS"}
+    defined = {
+        node.target.id for node in tree.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    assert defined == {"__version__"}
+    assert (set(named) | defined) - packages == set(unmask.__all__) - set(unmask.PRESETS) - {"PRESETS"}
     for name, module in named.items():
         assert getattr(import_module(module), name, None) is not None or name in packages
 

@@ -7,7 +7,7 @@ same names for type checkers. The presets are those of `unmask.methods.presets.P
 from importlib import import_module
 from typing import Any
 
-from unmask.version import __version__ as __version__
+__version__ = "0.1.0"
 
 _NAMES = {
     "errors": (

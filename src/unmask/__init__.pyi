@@ -33,4 +33,5 @@ from unmask.selection.clipping import clip_grad_norm_ as clip_grad_norm_
 from unmask.selection.optim import SelectiveAdamW as SelectiveAdamW
 from unmask.selection.select import select as select
 from unmask.selection.selection import Selection as Selection
-from unmask.version import __version__ as __version__
+
+__version__: str

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from unmask import __version__
 from unmask.cli import sweeps
 from unmask.cli.interrupted import InterruptedCommandError
 from unmask.cli.options import SettingsCommand
-from unmask.version import __version__
 
 
 class _Commands(typer.core.TyperGroup):

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from unmask import __version__
 from unmask.errors import DeltaError
 from unmask.methods.method import Method
 from unmask.quantised.layers import weights
 from unmask.quantised.tensor import QuantisedTensor
 from unmask.ranking.ledger import Layout
 from unmask.reading import Form, count, fields, items, mapping, number, optional, plain, refusing, text
-from unmask.version import __version__
 
 _METHOD = {
     "name": text,

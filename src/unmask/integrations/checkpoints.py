@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from unmask import __version__
 from unmask.errors import SelectionError
 from unmask.files import discard, sweep_up, to_disk, write_json
 from unmask.selection.state import read_state
-from unmask.version import __version__
 
 MANIFEST, STATE_FILE, TRAINER_STATE = "manifest.json", "selection.safetensors", "trainer_state.json"
 VERSION = 1

@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 
+from unmask import __version__
 from unmask.errors import ConfigError, need
 from unmask.files import write_text
 from unmask.lab.report.context import study_context
 from unmask.lab.report.reading import Study, read_study
-from unmask.version import __version__
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from unmask import __version__
 from unmask.errors import DataError, WriteError
 from unmask.lab.study.curves import curve, read_allocation, read_metrics, read_summary, scores
 from unmask.lab.training.config import TrainConfig
@@ -21,7 +22,6 @@ from unmask.lab.training.run_folder import RunFolder
 from unmask.lab.training.series import write_series
 from unmask.lab.training.settings import build
 from unmask.lab.training.training import InterruptedRunError, train
-from unmask.version import __version__
 
 
 def train_cell(settings: Mapping[str, Any], output: Path) -> dict[str, Any]:

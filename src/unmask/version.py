@@ -1,3 +1,0 @@
-"""Holds the version number."""
-
-__version__ = "0.1.0"
