@@ -272,8 +272,7 @@ def adapter_weights(folder: Path) -> Case:
 
     def held(peft_model: Any) -> dict[str, Any]:
         adapter = peft_model.base_model.deltas.adapters["default"]
-        found = {name: vars(entry) for name, entry in adapter.entries().items()}
-        return {"entries": found, "whole": dict(adapter.whole), "used": adapter.used}
+        return {"slots": adapter.slots().entries(), "whole": dict(adapter.whole), "used": adapter.used}
 
     before = held(fresh)
     peft.set_peft_model_state_dict(fresh, dict(entries))
