@@ -76,23 +76,13 @@ def origin_of(source: str | Path, suffixes: Sequence[str]) -> Origin:
     path = Path(source)
     if path.exists() or suffix_of(path) in suffixes:
         return Origin(str(source), None)
-    if not is_hub_id(str(source)):
+    if not _ID.fullmatch(str(source)):
         raise DataError(
             f"there is no file {str(path)!r} ({listing(path.parent)}), and it is not a hub id of the form 'user/name' or "
             f"'user/name:config'. A file's name must end in {', '.join(suffixes)}."
         )
     name, _, config = str(source).partition(":")
     return Origin(str(source), load_splits(name, config or None, f"give a file ({', '.join(suffixes)})"))
-
-
-def is_hub_id(source: str) -> bool:
-    """Returns True if a string has the form ``user/name`` or ``user/name:config``.
-
-    Example:
-        >>> is_hub_id("nyu-mll/glue:sst2"), is_hub_id("train.csv"), is_hub_id("../a/b")
-        (True, False, False)
-    """
-    return _ID.fullmatch(source) is not None and not source.startswith(".")
 
 
 def load_splits(path: str, config: str | None, instead: str, revision: str | None = None) -> Mapping[str, Any]:

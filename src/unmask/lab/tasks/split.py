@@ -171,11 +171,8 @@ def metric_key(splits: Mapping[str, object], metric: str) -> str:
         >>> metric_key({"": 1}, "f1"), metric_key({"dev": 1, "test": 2}, "f1")
         ('f1', 'dev_f1')
     """
-    return _prefix(next(iter(splits))) + metric
-
-
-def _prefix(split: str) -> str:
-    return f"{split}_" if split else ""
+    split = next(iter(splits))
+    return f"{split}_{metric}" if split else metric
 
 
 def evaluate_splits(
@@ -199,26 +196,21 @@ def evaluate_splits(
         The values by name, each preceded by the split's name.
     """
     result: dict[str, float] = {}
+    state = trainer.state
+    logged = {key: row[key] for row in state.log_history if row.get("step") == state.global_step for key in row}
     # The Trainer's own function, for evaluations along the run, may know one split only.
     along, trainer.compute_metrics = trainer.compute_metrics, None
     try:
         for name, examples in splits.items():
-            found = _logged(trainer, _prefix(name), (*names, "loss")) if stage == "after" else None
-            if found is not None:
-                result |= found
+            prefix = f"{name}_" if name else ""
+            keys = [prefix + metric for metric in (*names, "loss")]
+            if stage == "after" and all(logged.get(f"eval_{key}") is not None for key in keys):
+                result |= {key: logged[f"eval_{key}"] for key in keys}
                 continue
             prediction = trainer.predict(examples, metric_key_prefix="x")
             scores = metrics(name, prediction.predictions, prediction.label_ids)
-            result |= {_prefix(name) + key: value for key, value in scores.items()}
-            result[f"{_prefix(name)}loss"] = float((prediction.metrics or {})["x_loss"])
+            result |= {prefix + key: value for key, value in scores.items()}
+            result[f"{prefix}loss"] = float((prediction.metrics or {})["x_loss"])
     finally:
         trainer.compute_metrics = along
     return result
-
-
-def _logged(trainer: Trainer, prefix: str, names: Sequence[str]) -> dict[str, float] | None:
-    """Looks a split's evaluation at the last step of training up in the Trainer's log; None if there was none."""
-    state = trainer.state
-    logged = {key: row[key] for row in state.log_history if row.get("step") == state.global_step for key in row}
-    found = {prefix + name: logged.get(f"eval_{prefix}{name}") for name in names}
-    return None if None in found.values() else found  # type: ignore[return-value]

@@ -18,7 +18,6 @@ takes the last number, or letter, of the solution, which is how many published f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Literal
 
@@ -76,8 +75,9 @@ def extract(text: str, kind: AnswerKind, rule: Rule = "marked") -> str | None:
     text = tidied(solution(text))
     found = _number if kind == "number" else _choice
     if rule == "marked":
-        for statement in _marked(text):
-            answer = found(statement, True)
+        for mark in reversed(list(_MARK.finditer(text))):
+            behind = text[mark.end() :].lstrip(" *:$\n\t")  # the rest of the line, or the next line that is not blank
+            answer = found(behind.split("\n", 1)[0], True)
             if answer is not None:
                 return answer
     return found(text, False)
@@ -116,13 +116,6 @@ def gold_answer(given: object, kind: AnswerKind) -> str:
     if value is None:
         raise DataError(f"the answer {shown(given)} is not a number.")
     return written(value)
-
-
-def _marked(text: str) -> Iterator[str]:
-    """Yields the text behind each mark, the last mark first: the rest of its line, or the next line that is not blank."""
-    for mark in reversed(list(_MARK.finditer(text))):
-        behind = text[mark.end() :].lstrip(" *:$\n\t")
-        yield behind.split("\n", 1)[0]
 
 
 def _number(text: str, marked: bool) -> str | None:

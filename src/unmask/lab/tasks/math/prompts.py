@@ -130,19 +130,6 @@ class Prompter:
         return [*self.tokenizer(solution, add_special_tokens=False)["input_ids"], end]
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """The numbers of problems that did not fit into a length.
-
-    Attributes:
-        cut: The number of completions that were cut, so that they teach no end.
-        dropped: The number of problems that were left out because their prompt left no room for a completion.
-    """
-
-    cut: int
-    dropped: int
-
-
 class Completions(Dataset):
     """Prompts with their completions: ``input_ids``, ``attention_mask``, and ``labels`` that ignore the prompt, unpadded.
 
@@ -153,7 +140,8 @@ class Completions(Dataset):
         train_on_prompt: True if the prompt carries loss too.
 
     Attributes:
-        fitted: The numbers of problems that ``max_length`` cut or left out.
+        cut: The number of completions that were cut, so that they teach no end.
+        dropped: The number of problems that were left out because their prompt left no room for a completion.
 
     Raises:
         ConfigError: No prompt leaves room for a completion.
@@ -162,17 +150,18 @@ class Completions(Dataset):
     def __init__(
         self, problems: Sequence[Problem], prompter: Prompter, max_length: int, train_on_prompt: bool = False
     ) -> None:
-        rows, cut = [], 0
+        self._rows: list[tuple[list[int], list[int]]] = []
+        self.cut = 0
         for problem in problems:
             prompt, completion = prompter.prompt_ids(problem), prompter.completion_ids(problem.solution)
             if len(prompt) >= max_length:
                 continue
-            cut += len(prompt) + len(completion) > max_length
+            self.cut += len(prompt) + len(completion) > max_length
             ids = (prompt + completion)[:max_length]
-            rows.append((ids, ids if train_on_prompt else [IGNORED] * len(prompt) + ids[len(prompt) :]))
-        if not rows:
+            self._rows.append((ids, ids if train_on_prompt else [IGNORED] * len(prompt) + ids[len(prompt) :]))
+        if not self._rows:
             raise ConfigError(f"every prompt has {max_length} tokens or more; raise max_length.")
-        self._rows, self.fitted = rows, Fitted(cut, len(problems) - len(rows))
+        self.dropped = len(problems) - len(self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
