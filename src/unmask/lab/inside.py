@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
@@ -116,7 +117,7 @@ def require(into: Into) -> None:
         )
 
 
-def insert(model: nn.Module, into: Into, missing: Collection[str], seed: int) -> Inserted:
+def insert(model: Any, into: Into, missing: Collection[str], seed: int) -> Inserted:
     """Adds a LoRA or adapters to a base model, in place.
 
     Args:
@@ -133,17 +134,25 @@ def insert(model: nn.Module, into: Into, missing: Collection[str], seed: int) ->
     torch.manual_seed(seed)
     with _quiet():
         try:
-            tuned = _with_lora(model, into, missing) if into.is_lora else _with_bottlenecks(model, into)
+            if into.is_lora:
+                tuned = _with_lora(model, into, missing)
+            else:
+                adapters, tuned = need("adapters", "adapters"), model
+                adapters.init(tuned)
+                config = adapters.AdapterConfig.load(_BOTTLENECKS[into.kind], reduction_factor=into.reduction)
+                tuned.add_adapter(NAME, config=config)
+                tuned.set_active_adapters(NAME)
         except (ValueError, KeyError, NotImplementedError) as error:
             raise ConfigError(
                 f"{into.kind} cannot be added to this {type(model).__name__}: {error}"
                 + (" Name the modules with lora_targets, or take lora_targets=all-linear." if into.is_lora else "")
             ) from error
     names, everything = dict(tuned.named_parameters()), added_tensors(tuned)
-    # The trained copy of a head has the wrapped module's name, with one more name in it.
+    # The trained copy of a head is called X.modules_to_save.default.weight where the base has X.weight.
     copies = {name for name in everything if ".modules_to_save." in name}
     lacking = {name for name in tuned.state_dict() if checkpoint_name(name) in missing}
-    head = {name for name in copies if _original(name) in missing} if into.is_lora else lacking
+    originals = {name: re.sub(r"\.modules_to_save\.[^.]+", "", checkpoint_name(name)) for name in copies}
+    head = {name for name, original in originals.items() if original in missing} if into.is_lora else lacking
     return Inserted(
         tuned,
         added=[name for name in names if name in everything - copies],
@@ -204,11 +213,7 @@ def _with_lora(model: nn.Module, into: Into, missing: Collection[str]) -> nn.Mod
 
 
 def _targets(model: nn.Module, into: Into, whole: Collection[str]) -> list[str] | str | None:
-    """Returns the modules that get a LoRA, as peft takes them. Its "all-linear" would take a token classifier's head too.
-
-    Raises:
-        ConfigError: The targets are "layer-linear", and no numbered layer of the model has a linear one in it.
-    """
+    """Returns the modules that get a LoRA, as peft takes them. Its "all-linear" would take a token classifier's head too."""
     import peft
 
     linear = [name for name, module in model.named_modules() if is_linear(module)]
@@ -240,15 +245,6 @@ def _task_type(model: nn.Module) -> Any:
     return next((kind for ending, kind in endings.items() if name.endswith(ending)), None)
 
 
-def _with_bottlenecks(model: Any, into: Into) -> nn.Module:
-    adapters = need("adapters", "adapters")
-    adapters.init(model)
-    config = adapters.AdapterConfig.load(_BOTTLENECKS[into.kind], reduction_factor=into.reduction)
-    model.add_adapter(NAME, config=config)
-    model.set_active_adapters(NAME)
-    return model
-
-
 def _whole_modules(model: nn.Module, missing: Collection[str]) -> list[str]:
     """Returns the outermost modules of which the checkpoint has nothing, such as a new head or a new pooler."""
     found: list[str] = []
@@ -258,12 +254,6 @@ def _whole_modules(model: nn.Module, missing: Collection[str]) -> list[str]:
         if place and inside and not nested and all(name in missing for name in inside):
             found.append(place)
     return found
-
-
-def _original(name: str) -> str:
-    """Returns a trained copy's name in the base: ``X.modules_to_save.default.weight`` gives ``X.weight``."""
-    before, _, after = checkpoint_name(name).partition(".modules_to_save.")
-    return f"{before}.{after.partition('.')[2]}"
 
 
 def _has_adapters() -> bool:

@@ -18,7 +18,7 @@ from unmask.errors import ConfigError, DataError, DeltaError, SelectionError
 from unmask.integrations.checkpoints import STATE_FILE
 from unmask.lab.training.run_folder import RunFolder
 from unmask.lab.training.settings import build, read_yaml
-from unmask.lab.training.setup import Setup, set_up
+from unmask.lab.training.setup import set_up
 from unmask.reading import fields, plain, refusing
 from unmask.selection.state import read_state
 
@@ -72,12 +72,27 @@ def deltas(folder: RunFolder, steps: Sequence[int], base: str | None = None) -> 
         checkpoint_state(folder, step)  # refuses unreadable checkpoints before the model is loaded
     if not steps:
         return
-    setup = _set_up(folder, base)
+    changes = {"output": str(folder.path)} | ({} if base is None else {"model": base})
+    try:
+        setup = set_up(build(read_yaml(folder.config) | changes), Console(quiet=True))
+    except (ConfigError, DataError) as error:
+        raise type(error)(
+            f"the run in {str(folder.path)!r} cannot be set up again: {error} A relative path in {str(folder.config)!r} counts "
+            "from the folder where the run was started: go there, or give the base with --base."
+        ) from error
     own = SparseDelta.load(folder.delta) if folder.delta.is_file() else None
     evaluated = folder.evaluated()
     try:
         for step in steps:
-            _load(setup, folder, step)
+            state = checkpoint_state(folder, step)
+            try:
+                setup.selection.load_state_dict(state)
+            except SelectionError as error:
+                raise ConfigError(
+                    f"{str(folder.checkpoint(step))!r} does not fit the selection that {str(folder.config)!r} makes now, so "
+                    f"the base {setup.config.model!r}, the data or the configuration are not those that the run started from. "
+                    f"Give the run's base with --base. {error}"
+                ) from error
             after = {"after": evaluated[step]} if step in evaluated else {}
             delta = setup.delta(checkpoint=folder.checkpoint(step).name, **after)
             if own is not None:
@@ -118,28 +133,6 @@ def checkpoint_state(folder: RunFolder, step: int) -> dict[str, Any]:
         raise ConfigError(
             f"the checkpoint {str(folder.checkpoint(step))!r} cannot be used: {error} Take another one; "
             f"unmask delta {folder.path} --list shows them."
-        ) from error
-
-
-def _set_up(folder: RunFolder, base: str | None) -> Setup:
-    changes = {"output": str(folder.path)} | ({} if base is None else {"model": base})
-    try:
-        return set_up(build(read_yaml(folder.config) | changes), Console(quiet=True))
-    except (ConfigError, DataError) as error:
-        raise type(error)(
-            f"the run in {str(folder.path)!r} cannot be set up again: {error} A relative path in {str(folder.config)!r} counts "
-            "from the folder where the run was started: go there, or give the base with --base."
-        ) from error
-
-
-def _load(setup: Setup, folder: RunFolder, step: int) -> None:
-    try:
-        setup.selection.load_state_dict(checkpoint_state(folder, step))
-    except SelectionError as error:
-        raise ConfigError(
-            f"{str(folder.checkpoint(step))!r} does not fit the selection that {str(folder.config)!r} makes now, so the "
-            f"base {setup.config.model!r}, the data or the configuration are not those that the run started from. Give the "
-            f"run's base with --base. {error}"
         ) from error
 
 

@@ -127,20 +127,18 @@ def normalised(words: list[list[str]], tags: list[list[str]], source: str) -> tu
     changed = _differ(tags, fixed)
     if not changed:
         return Sentences(words, fixed), ()
-    if not _differ(tags, [_to_iob1(sentence) for sentence in fixed]):
+    iob1 = [  # which has B- only after an entity of the same type
+        [
+            f"I-{tag[2:]}" if tag.startswith("B-") and type_of(tag) != type_of(last) else tag
+            for last, tag in zip(["O", *sentence], sentence, strict=False)
+        ]
+        for sentence in fixed
+    ]
+    if not _differ(tags, iob1):
         note = f"{source}: IOB1, read as IOB2"
     else:
         note = f"{source}: {changed:,} tags I- continue no entity of their type; each is taken as the beginning of one"
     return Sentences(words, fixed), (note,)
-
-
-def _to_iob1(tags: Sequence[str]) -> list[str]:
-    """Converts IOB2 to IOB1, which has ``B-`` only after an entity of the same type."""
-    before = ["O", *tags]
-    return [
-        f"I-{tag[2:]}" if tag.startswith("B-") and type_of(tag) != type_of(last) else tag
-        for last, tag in zip(before, tags, strict=False)
-    ]
 
 
 def _differ(left: Iterable[Sequence[str]], right: Iterable[Sequence[str]]) -> int:
