@@ -120,11 +120,7 @@ def require(into: Into) -> None:
 def insert(model: Any, into: Into, missing: Collection[str], seed: int) -> Inserted:
     """Adds a LoRA or adapters to a base model, in place.
 
-    Args:
-        model: A transformers model with the head of its task.
-        into: The modules to add.
-        missing: The names of the tensors that the base checkpoint lacks (a new head).
-        seed: The seed of the added modules' random init.
+    ``missing`` names the tensors that the base checkpoint lacks (a new head). The seed is that of the modules' random init.
 
     Raises:
         MissingExtraError: The library that adds them is not installed.
@@ -192,23 +188,23 @@ def merged(model: Any, into: Into) -> Any:
 def _with_lora(model: nn.Module, into: Into, missing: Collection[str]) -> nn.Module:
     import peft
 
-    whole = _whole_modules(model, missing)
-    shared: dict[str, Any] = {
-        "task_type": _task_type(model),
-        "r": into.r,
-        "target_modules": _targets(model, into, whole),
-        "modules_to_save": whole or None,
-    }
-    config = (
-        peft.ShiraConfig(random_seed=into.seed, **shared)
-        if into.kind == "shira"
-        else peft.LoraConfig(
-            lora_alpha=into.alpha,  # type: ignore[arg-type]  # a fraction works too
-            lora_dropout=into.dropout,
-            use_dora=into.kind == "dora",
-            **shared,
-        )
-    )
+    make: Any
+    own: dict[str, Any]
+    whole: list[
+        str
+    ] = []  # the outermost modules of which the checkpoint has nothing, such as a new head or a new pooler
+    for place, module in model.named_modules():
+        inside = [f"{place}.{name}" for name, _ in module.named_parameters()]
+        nested = any(place.startswith(f"{outer}.") for outer in whole)
+        if place and inside and not nested and all(name in missing for name in inside):
+            whole.append(place)
+    if into.kind == "shira":
+        make, own = peft.ShiraConfig, {"random_seed": into.seed}
+    else:
+        own = {"lora_alpha": into.alpha, "lora_dropout": into.dropout, "use_dora": into.kind == "dora"}
+        make = peft.LoraConfig
+    targets = _targets(model, into, whole)
+    config = make(task_type=_task_type(model), r=into.r, target_modules=targets, modules_to_save=whole or None, **own)
     return peft.get_peft_model(model, config)  # type: ignore[arg-type, return-value]
 
 
@@ -243,17 +239,6 @@ def _task_type(model: nn.Module) -> Any:
     }
     name = type(model).__name__
     return next((kind for ending, kind in endings.items() if name.endswith(ending)), None)
-
-
-def _whole_modules(model: nn.Module, missing: Collection[str]) -> list[str]:
-    """Returns the outermost modules of which the checkpoint has nothing, such as a new head or a new pooler."""
-    found: list[str] = []
-    for place, module in model.named_modules():
-        inside = [f"{place}.{name}" for name, _ in module.named_parameters()]
-        nested = any(place.startswith(f"{outer}.") for outer in found)
-        if place and inside and not nested and all(name in missing for name in inside):
-            found.append(place)
-    return found
 
 
 def _has_adapters() -> bool:

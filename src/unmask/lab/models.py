@@ -159,12 +159,7 @@ def head_of(task: Mapping[str, Any]) -> Head:
 def load_tuned(source: str, delta: SparseDelta) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the base of a delta, adds what the run added to it, and applies the delta.
 
-    Args:
-        source: The base model: a folder or a hub id.
-        delta: A delta of ``unmask train``.
-
-    Returns:
-        The model in evaluation mode, and its tokenizer.
+    The model is in evaluation mode.
 
     Raises:
         ConfigError: The base cannot be loaded.

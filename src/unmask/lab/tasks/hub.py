@@ -66,10 +66,6 @@ def origin_of(source: str | Path, suffixes: Sequence[str]) -> Origin:
 
     A source is a file if it exists or ends in a known suffix, so that a missing file is refused under its own name.
 
-    Args:
-        source: A path, or a hub id of the form ``user/name`` or ``user/name:config``.
-        suffixes: The endings of the files that can be read (without ``.gz``).
-
     Raises:
         DataError: The source is neither, or the hub data set cannot be loaded.
     """
@@ -86,13 +82,7 @@ def origin_of(source: str | Path, suffixes: Sequence[str]) -> Origin:
 
 
 def load_splits(path: str, config: str | None, instead: str, revision: str | None = None) -> Mapping[str, Any]:
-    """Loads all splits of a data set.
-
-    Args:
-        path: The id ``user/name``.
-        config: The configuration, if the data set has several.
-        instead: What the user can do without the hub, for the error.
-        revision: A branch other than the main one.
+    """Loads all splits of a data set. The error says ``instead``: what the user can do without the hub.
 
     Raises:
         DataError: There is no network, no such data set or configuration, or the cache is damaged.

@@ -65,11 +65,7 @@ class Setup:
     selection: Selection
 
     def delta(self, **more: Any) -> SparseDelta:
-        """Records the weights that the selection has changed by now, with the metadata that ``unmask eval`` and ``apply`` need.
-
-        Args:
-            **more: Further metadata, as JSON values.
-        """
+        """Records the weights changed by now, with the metadata that ``unmask eval`` and ``apply`` need, and ``more``."""
         into = into_from(self.config)
         inside = {} if into is None else {"into": into.describe()}
         delta = self.selection.delta(self.config.model, order=self.config.order)
@@ -78,10 +74,6 @@ class Setup:
 
 def set_up(config: TrainConfig, console: Console) -> Setup:
     """Loads the data and the base of a run, and makes its selection. Equal configurations give equal setups.
-
-    Args:
-        config: The run's configuration.
-        console: The console on which notes about the data are printed.
 
     Raises:
         UnmaskError: The run cannot work.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -60,10 +60,6 @@ class GenerationSettings:
                 f"temperature = {self.temperature}, top_p = {self.top_p}; a temperature is 0 (greedy) or more, top_p above 0 and "
                 "at most 1."
             )
-
-    def describe(self) -> dict[str, Any]:
-        """Returns the settings as JSON values."""
-        return asdict(self) | {"stop": list(self.stop)}
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,7 @@ class OutputFile:
 def claim(folder: Path, settings: Mapping[str, Any], files: Iterable[str], overwrite: bool = False) -> None:
     """Reserves a folder for one evaluation by writing the evaluation's settings there.
 
-    Args:
-        folder: The folder, which is created if it is missing.
-        settings: The JSON values that decide what is generated.
-        files: The names of all files that an evaluation may leave there.
-        overwrite: Deletes these files, also those of another evaluation.
+    If ``overwrite`` is True, the ``files`` that an evaluation may leave there are deleted, also those of another one.
 
     Raises:
         ConfigError: The folder holds the outputs of another evaluation.

@@ -61,7 +61,7 @@ class SolveSettings:
 
         The batch size is not one of them, because it changes the outputs by rounding only.
         """
-        generation = self.generation.describe()
+        generation = asdict(self.generation) | {"stop": list(self.generation.stop)}
         del generation["batch_size"]
         return {**model, "prompt": self.prompt, "generation": generation}
 

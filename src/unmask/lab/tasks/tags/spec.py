@@ -114,11 +114,6 @@ def normalised(words: list[list[str]], tags: list[list[str]], source: str) -> tu
     Files in IOB1 have ``B-`` only where two entities of one type touch; in IOB2 every entity begins with ``B-``. If a file in
     IOB2 has a few tags ``I-`` that continue nothing, each of them begins an entity, as conlleval reads them.
 
-    Args:
-        words: The words of each sentence.
-        tags: The tags of each sentence.
-        source: The origin, as the note names it.
-
     Example:
         >>> normalised([["Ann", "ran"]], [["I-PER", "O"]], "a.txt")[1]
         ('a.txt: IOB1, read as IOB2',)

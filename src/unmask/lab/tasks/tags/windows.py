@@ -136,14 +136,7 @@ class Windows(Dataset):
         return inputs | {"labels": labels}
 
     def tags_of(self, predictions: Iterable[Sequence[int]]) -> list[list[str]]:
-        """Puts the windows' predictions together to sentences again.
-
-        Args:
-            predictions: For each window, a class id for each token (padding may follow).
-
-        Returns:
-            For each sentence, a tag for each word.
-        """
+        """Puts the windows' class ids for each token (padding may follow) together to the tags of each sentence's words."""
         tags: list[list[str]] = [[] for _ in range(len(self.sentences))]
         for window, places, ids in zip(self.windows, self._firsts, predictions, strict=True):
             tags[window.sentence] += [self._names[int(ids[place])] for place in places]

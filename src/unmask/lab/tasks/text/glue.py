@@ -29,9 +29,8 @@ def _spec(
 ) -> TaskSpec:
     """Makes a task whose main metric is the first, with the hub's column names; without labels it has STS-B's range."""
     source = HubSource(_HUB, name, texts, evals=evals)
-    if labels is None:
-        return TaskSpec(name, texts, 1, None, metrics, metrics[0], label_range=(0.0, 5.0), hub=source)
-    return TaskSpec(name, texts, len(labels), labels, metrics, metrics[0], hub=source)
+    count, bounds = (1, (0.0, 5.0)) if labels is None else (len(labels), None)
+    return TaskSpec(name, texts, count, labels, metrics, metrics[0], bounds, source)
 
 
 GLUE: Mapping[str, TaskSpec] = {

@@ -129,12 +129,7 @@ def infer_spec(
     Text labels are class names (with ids in sorted order), and whole numbers are class ids. Numbers of which at least one
     has a fraction make a regression.
 
-    Args:
-        table: The training rows.
-        columns: The text columns, one or two.
-        label: The label column.
-        num_labels: The number of classes, where training need not show them all; 1 for a regression on whole numbers.
-        names: The class names in the order of their ids, if the source tells them. The labels are then such names.
+    If ``names`` are given (in the order of their ids), the labels are such names. `load_files` explains ``num_labels``.
 
     Raises:
         DataError: A label is missing, a text is among numbers, the ids do not run from 0, or there are fewer than two

@@ -67,9 +67,10 @@ def predict(
     scores: torch.Tensor | None = None
     for low in range(0, len(order), batch_size):
         rows = order[low : low + batch_size]
-        texts = [examples.texts[i] for i in rows]
-        pairs = None if examples.pairs is None else [examples.pairs[i] for i in rows]
-        inputs = tokenizer(texts, pairs, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        asked = examples.take(rows)
+        inputs = tokenizer(
+            asked.texts, asked.pairs, truncation=True, max_length=max_length, padding=True, return_tensors="pt"
+        )
         logits = model(**inputs.to(model.device)).logits.float().cpu()
         if scores is None:
             scores = logits.new_empty(len(examples), logits.shape[1])
