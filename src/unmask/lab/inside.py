@@ -188,23 +188,19 @@ def merged(model: Any, into: Into) -> Any:
 def _with_lora(model: nn.Module, into: Into, missing: Collection[str]) -> nn.Module:
     import peft
 
-    make: Any
-    own: dict[str, Any]
-    whole: list[
-        str
-    ] = []  # the outermost modules of which the checkpoint has nothing, such as a new head or a new pooler
+    # The outermost modules of which the checkpoint has nothing, such as a new head or a new pooler, are trained whole.
+    whole: list[str] = []
     for place, module in model.named_modules():
         inside = [f"{place}.{name}" for name, _ in module.named_parameters()]
         nested = any(place.startswith(f"{outer}.") for outer in whole)
         if place and inside and not nested and all(name in missing for name in inside):
             whole.append(place)
-    if into.kind == "shira":
-        make, own = peft.ShiraConfig, {"random_seed": into.seed}
-    else:
-        own = {"lora_alpha": into.alpha, "lora_dropout": into.dropout, "use_dora": into.kind == "dora"}
-        make = peft.LoraConfig
-    targets = _targets(model, into, whole)
-    config = make(task_type=_task_type(model), r=into.r, target_modules=targets, modules_to_save=whole or None, **own)
+    shared: dict[str, Any] = {"task_type": _task_type(model), "r": into.r, "modules_to_save": whole or None}
+    shared["target_modules"] = _targets(model, into, whole)
+    lora: dict[str, Any] = {"lora_alpha": into.alpha, "lora_dropout": into.dropout, "use_dora": into.kind == "dora"}
+    config = (
+        peft.ShiraConfig(random_seed=into.seed, **shared) if into.kind == "shira" else peft.LoraConfig(**lora, **shared)
+    )
     return peft.get_peft_model(model, config)  # type: ignore[arg-type, return-value]
 
 

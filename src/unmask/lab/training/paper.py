@@ -74,9 +74,7 @@ class Preset:
     def run(self, method: str = "id3", into: str | None = None) -> dict[str, Any]:
         """Returns the settings of one run, for `unmask.lab.training.settings.build`: by the second rate and seed.
 
-        Args:
-            method: The method's name, as of `grid`.
-            into: What the method selects inside of, as of `grid`.
+        The method and ``into`` are those of `grid`.
 
         Example:
             >>> run = preset("cola").run("full")
@@ -137,10 +135,6 @@ _NO_SETTINGS = ("source", "metric")
 
 def preset(task: str, name: str = "paper") -> Preset:
     """Returns the settings of a task.
-
-    Args:
-        task: The task's name.
-        name: The preset's name, as of `presets`.
 
     Raises:
         ConfigError: There is no such preset, or it has no settings for this task.

@@ -19,13 +19,7 @@ from unmask.selection.selection import Selection
 
 
 class LiveProgress(TrainerCallback):
-    """A progress bar with the loss, the unmasked share of the budget, and the last metric.
-
-    Args:
-        selection: The run's selection.
-        metric: Name of the main metric, without the Trainer's ``eval_`` prefix.
-        console: The console on which the line is drawn.
-    """
+    """A progress bar with the loss, the unmasked share of the budget, and the last metric."""
 
     def __init__(self, selection: Selection, metric: str, console: Console) -> None:
         self._selection, self._metric = selection, metric

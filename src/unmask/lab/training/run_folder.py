@@ -56,8 +56,7 @@ class Start:
 class RunFolder:
     """The output folder of a run, with the paths of its files.
 
-    Args:
-        path: The folder; it need not exist.
+    The folder need not exist.
     """
 
     def __init__(self, path: Path) -> None:

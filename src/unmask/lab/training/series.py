@@ -26,8 +26,7 @@ from unmask.selection.state import read_state
 def find_run(path: Path) -> tuple[RunFolder, int | None]:
     """Finds the run that a path names, and the step, if the path names one of the run's checkpoints.
 
-    Args:
-        path: The output folder of a run, or ``RUN/checkpoints/checkpoint-N``.
+    The path is the output folder of a run, or ``RUN/checkpoints/checkpoint-N``.
 
     Raises:
         ConfigError: The path is neither of them.
@@ -54,10 +53,7 @@ def deltas(folder: RunFolder, steps: Sequence[int], base: str | None = None) -> 
 
     The model and the selection are built once, as the run built them, and then load one checkpoint after the other.
 
-    Args:
-        folder: The run's folder.
-        steps: Steps that have a whole checkpoint.
-        base: The place of the run's base, if it is not the place that the run's configuration names.
+    Each step must have a whole checkpoint. ``base`` is where the run's base is now, if it was moved.
 
     Yields:
         The step, and its delta. The delta's metadata names the checkpoint (``checkpoint``), and holds the evaluation at that

@@ -29,10 +29,7 @@ def planned_steps(config: TrainConfig, examples: int, processes: int = 1) -> int
 
     The last step of an epoch may have fewer examples than the others.
 
-    Args:
-        config: The run.
-        examples: The number of training examples.
-        processes: The number of processes. Each takes ``batch_size`` examples per forward, which no other process takes.
+    Each process takes ``batch_size`` examples per forward, which no other process takes.
 
     Example:
         >>> planned_steps(TrainConfig(model="m", output="o", task="rte", budget="1%", epochs=2, batch_size=8), 100)

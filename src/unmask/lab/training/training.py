@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -76,7 +75,13 @@ def train(
     with folder.held():
         start = folder.check(config, resume, overwrite)
         if start.summary is not None:
-            return _finished(folder, start.summary, console)
+            summary = dict(start.summary)
+            console.print(
+                f"the run in {str(folder.path)!r} is finished: {summary['steps']:,} steps, nothing is left to do\n"
+                f"after:  {_line(summary['after'])}\n"
+                f"delta:  {folder.delta} ({folder.delta.stat().st_size:,} bytes)"
+            )
+            return Outcome(summary["before"], summary["after"], folder.delta, summary)
         print_notes(console, start.notes)
         try:
             run = _Run(set_up(config, console), folder, console)
@@ -100,15 +105,6 @@ def train(
             return run.go(start.checkpoint)
         except KeyboardInterrupt:  # `StopOnInterrupt` handles it during the steps
             raise InterruptedRunError(f"interrupted. {folder.how_to_go_on()}") from None
-
-
-def _finished(folder: RunFolder, summary: Mapping[str, Any], console: Console) -> Outcome:
-    console.print(
-        f"the run in {str(folder.path)!r} is finished: {summary['steps']:,} steps, nothing is left to do\n"
-        f"after:  {_line(summary['after'])}\n"
-        f"delta:  {folder.delta} ({folder.delta.stat().st_size:,} bytes)"
-    )
-    return Outcome(summary["before"], summary["after"], folder.delta, dict(summary))
 
 
 def _sample(examples: Any, most: int = 64) -> str:

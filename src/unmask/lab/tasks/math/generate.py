@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -103,11 +102,7 @@ def generate(
     differently, which can change the choice between two tokens of nearly equal probability. With equal prompts, batch size,
     dtype and machine it is reproducible. Sampling is seeded per batch, from the seed and the batch's prompts.
 
-    Args:
-        model: A causal LM, which is in evaluation mode meanwhile.
-        tokenizer: The tokenizer that decodes.
-        prompts: The token ids of each prompt, special tokens included.
-        settings: The settings of generation.
+    The prompts are token ids, special tokens included. The model, a causal LM, is in evaluation mode meanwhile.
 
     Yields:
         The batch's rows in ``prompts``, and the text of each.
@@ -126,6 +121,7 @@ def generate(
         )
     config = _config(inner, tokenizer, settings)
     stops = settings.stop if settings.num_beams == 1 else ()
+    sampling, devices = settings.temperature > 0, [inner.device] if inner.device.type == "cuda" else []
     for rows in plan_batches([len(prompt) for prompt in prompts], settings.batch_size):
         batch = [list(prompts[row]) for row in rows]
         ids = pad(batch, config.pad_token_id, left=True).to(inner.device)
@@ -137,7 +133,10 @@ def generate(
         inner.generation_config = config
         try:
             # inference_mode is not possible, because the model may have a live selection.
-            with torch.no_grad(), quiet(), _seeded(settings, batch, inner.device):
+            with torch.no_grad(), quiet(), torch.random.fork_rng(devices, enabled=sampling):
+                if sampling:
+                    seed = hashlib.sha256(f"{settings.seed} {batch}".encode()).digest()[:7]
+                    torch.manual_seed(int.from_bytes(seed, "big"))
                 written = inner.generate(
                     input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
                 )
@@ -191,14 +190,3 @@ def _config(
         pad_token_id=int(pad_id),
         **sampled,
     )
-
-
-@contextlib.contextmanager
-def _seeded(settings: GenerationSettings, prompts: Sequence[Sequence[int]], device: torch.device) -> Iterator[None]:
-    """Seeds the random generator by the batch for sampling, and restores its state afterwards."""
-    sampling = settings.temperature > 0
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=sampling):
-        if sampling:
-            digest = hashlib.sha256(f"{settings.seed} {prompts}".encode()).digest()
-            torch.manual_seed(int.from_bytes(digest[:7], "big"))
-        yield

@@ -23,8 +23,7 @@ class OutputFile:
     A batch is written at once, and each of its rows holds the batch's size. So a batch that a kill cut short is recognised,
     and is generated again as a whole: in the same batch, a row is the same as in an uninterrupted run, to the last bit.
 
-    Args:
-        path: A jsonl file, which need not exist yet.
+    The path is that of a jsonl file, which need not exist yet.
     """
 
     def __init__(self, path: Path) -> None:

@@ -31,13 +31,7 @@ ALPACA = (
 
 
 def load_template(prompt: str) -> str | None:
-    """Loads the template that a ``prompt`` setting names.
-
-    Args:
-        prompt: The setting: ``"alpaca"``, ``"chat"``, or a file's path.
-
-    Returns:
-        The template; None for ``"chat"``, which is the tokenizer's own.
+    """Loads the template that a ``prompt`` setting names; None for ``"chat"``, which is the tokenizer's own.
 
     Raises:
         ConfigError: There is no such file, or the file has no ``{instruction}``.
@@ -62,10 +56,7 @@ def load_template(prompt: str) -> str | None:
 def render(template: str, instruction: str, context: str = "") -> str:
     """Fills a template.
 
-    Args:
-        template: The template, which holds ``{instruction}`` and may hold ``{input}``.
-        instruction: The question.
-        context: The further input. If the template has no place for it, it follows the instruction.
+    The template holds ``{instruction}`` and may hold ``{input}``. Without a place for the context, it follows the instruction.
 
     Example:
         >>> render("Q: {instruction}\\n\\nGiven: {input}\\n\\nA:", "What is x?")
@@ -133,11 +124,7 @@ class Prompter:
 class Completions(Dataset):
     """Prompts with their completions: ``input_ids``, ``attention_mask``, and ``labels`` that ignore the prompt, unpadded.
 
-    Args:
-        problems: The problems, with solutions.
-        prompter: The prompter that makes the ids.
-        max_length: The longest input in tokens.
-        train_on_prompt: True if the prompt carries loss too.
+    If ``train_on_prompt`` is True, the prompt carries loss too.
 
     Attributes:
         cut: The number of completions that were cut, so that they teach no end.

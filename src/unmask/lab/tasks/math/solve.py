@@ -109,14 +109,8 @@ def solve(
     Every output is kept in ``output/SET.jsonl``, and the outcomes in ``scores.json``. Outputs that are in these files already
     are not generated again, so a run that was killed continues where it was.
 
-    Args:
-        model: A causal LM.
-        tokenizer: The model's tokenizer.
-        settings: The sets to solve, and the settings that decide how.
-        output: The folder of the outputs.
-        identity: The JSON values that tell this model from others. Outputs of another model are refused.
-        overwrite: Deletes the outputs that are there.
-        console: The console on which the progress bar is drawn; None for standard error.
+    ``identity`` holds the JSON values that tell this model from others: outputs of another model are refused, unless
+    ``overwrite`` deletes them. Without a console, the progress bar is drawn on standard error.
 
     Yields:
         The outcome of each set, as soon as it is solved.
