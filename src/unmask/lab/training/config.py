@@ -258,9 +258,7 @@ class TrainConfig:
     def build_method(self, steps: int, loader: Any = ()) -> Method:
         """Builds the method, planned over some optimizer steps.
 
-        Args:
-            steps: T, the number of optimizer steps.
-            loader: Batches for the calibration of fish and sparse_adapter; the other methods need none.
+        ``steps`` is T, and ``loader`` has the batches for the calibration of fish and sparse_adapter.
 
         Raises:
             MethodError: The method cannot work with these settings.

@@ -93,9 +93,8 @@ class Preset:
 def presets(name: str = "paper") -> Mapping[str, Preset]:
     """Reads the settings of every task that a preset has, by the task's name.
 
-    Args:
-        name: ``"paper"`` for the paper's settings, with an explicit one of this project's where the paper names none;
-            ``"tuned"`` for this project's own. The two are never mixed.
+    ``"paper"`` has the paper's settings, with an explicit one of this project's where the paper names none. ``"tuned"`` has this
+    project's own. The two are never mixed.
 
     Raises:
         ConfigError: There is no such preset.

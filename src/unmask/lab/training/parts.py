@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unmask.lab.inside import Into
 from unmask.lab.training.config import TrainConfig
-from unmask.lab.training.recipe import head_rate, usual_rate
+from unmask.lab.training.recipe import RECIPE, head_rate, rate
 from unmask.selection.optim import SelectiveAdamW
 from unmask.selection.selection import Selection
 
@@ -19,7 +19,8 @@ def with_rates(config: TrainConfig, selection: Selection, total: int, head: Coll
     """Returns the configuration with numbers in place of rates that are ``auto``; ``total`` counts the model's weights."""
     lr, dense_lr = config.lr, config.dense_lr
     if lr == "auto":
-        lr = usual_rate(selection.method.name, selection.budget / total, config.into is not None)
+        recipe = selection.method.name == RECIPE["method"]
+        lr = rate(selection.budget / total, config.into is not None) if recipe else 1e-3
     if dense_lr == "auto":
         dense_lr = head_rate(lr, sum(p.dim() > 1 for p in _dense_parameters(selection, head)))
     return dataclasses.replace(config, lr=lr, dense_lr=dense_lr)

@@ -66,15 +66,3 @@ def head_rate(lr: float, matrices: int) -> float:
         (0.01, 0.001, 0.0003)
     """
     return lr if matrices < 2 else min(lr, 1e-3)
-
-
-def usual_rate(method: str, share: float, inside: bool = False) -> float:
-    """Returns the peak learning rate that ``lr: auto`` stands for: the recipe's for a random mask, else 1e-3.
-
-    ``share`` and ``inside`` are those of `rate`.
-
-    Example:
-        >>> usual_rate("random_mask", 0.002), usual_rate("id3", 0.002)
-        (0.01, 0.001)
-    """
-    return rate(share, inside) if method == RECIPE["method"] else 1e-3

@@ -58,10 +58,7 @@ def solution(text: str) -> str:
 def extract(text: str, kind: AnswerKind, rule: Rule = "marked") -> str | None:
     """Reads the answer from a generated text.
 
-    Args:
-        text: The text that the model wrote after the prompt.
-        kind: The kind of the answer: ``"number"``, or ``"choice"`` for a letter from A to E.
-        rule: The rule: ``"marked"``, or ``"last"`` for the last number (or letter) without regard to marks.
+    The kind ``"choice"`` is a letter from A to E. The rule ``"last"`` reads the last number (or letter) without regard to marks.
 
     Returns:
         The number in its shortest exact form ("1234.5", "17/3"), or the letter; None if there is none.

@@ -79,9 +79,7 @@ class Prompter:
     is added once, if the tokenizer adds it by itself. It is not added if it is a mark of the tokenizer's chat template, as in
     some converted tokenizers. An end token is never added to a prompt. A completion ends in the tokenizer's end token.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        prompt: The prompt: ``"alpaca"``, ``"chat"``, or the path of a template.
+    The prompt is ``"alpaca"``, ``"chat"``, or the path of a template.
 
     Raises:
         ConfigError: There is no such template, the tokenizer has no end token, or ``"chat"`` is given for a tokenizer without

@@ -57,11 +57,7 @@ def predict(
     max_length: int,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Computes a model's scores for examples. The model should be in evaluation mode.
-
-    Returns:
-        The scores, float32 of shape (n, labels), in the examples' order.
-    """
+    """Computes a model's scores for examples, float32 of shape (n, labels). The model should be in evaluation mode."""
     # Examples of similar lengths share a batch, because that needs little padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples.texts[i]))
     scores: torch.Tensor | None = None
