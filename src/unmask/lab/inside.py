@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
@@ -116,14 +117,10 @@ def require(into: Into) -> None:
         )
 
 
-def insert(model: nn.Module, into: Into, missing: Collection[str], seed: int) -> Inserted:
+def insert(model: Any, into: Into, missing: Collection[str], seed: int) -> Inserted:
     """Adds a LoRA or adapters to a base model, in place.
 
-    Args:
-        model: A transformers model with the head of its task.
-        into: The modules to add.
-        missing: The names of the tensors that the base checkpoint lacks (a new head).
-        seed: The seed of the added modules' random init.
+    ``missing`` names the tensors that the base checkpoint lacks (a new head). The seed is that of the modules' random init.
 
     Raises:
         MissingExtraError: The library that adds them is not installed.
@@ -133,17 +130,25 @@ def insert(model: nn.Module, into: Into, missing: Collection[str], seed: int) ->
     torch.manual_seed(seed)
     with _quiet():
         try:
-            tuned = _with_lora(model, into, missing) if into.is_lora else _with_bottlenecks(model, into)
+            if into.is_lora:
+                tuned = _with_lora(model, into, missing)
+            else:
+                adapters, tuned = need("adapters", "adapters"), model
+                adapters.init(tuned)
+                config = adapters.AdapterConfig.load(_BOTTLENECKS[into.kind], reduction_factor=into.reduction)
+                tuned.add_adapter(NAME, config=config)
+                tuned.set_active_adapters(NAME)
         except (ValueError, KeyError, NotImplementedError) as error:
             raise ConfigError(
                 f"{into.kind} cannot be added to this {type(model).__name__}: {error}"
                 + (" Name the modules with lora_targets, or take lora_targets=all-linear." if into.is_lora else "")
             ) from error
     names, everything = dict(tuned.named_parameters()), added_tensors(tuned)
-    # The trained copy of a head has the wrapped module's name, with one more name in it.
+    # The trained copy of a head is called X.modules_to_save.default.weight where the base has X.weight.
     copies = {name for name in everything if ".modules_to_save." in name}
     lacking = {name for name in tuned.state_dict() if checkpoint_name(name) in missing}
-    head = {name for name in copies if _original(name) in missing} if into.is_lora else lacking
+    originals = {name: re.sub(r"\.modules_to_save\.[^.]+", "", checkpoint_name(name)) for name in copies}
+    head = {name for name, original in originals.items() if original in missing} if into.is_lora else lacking
     return Inserted(
         tuned,
         added=[name for name in names if name in everything - copies],
@@ -183,32 +188,24 @@ def merged(model: Any, into: Into) -> Any:
 def _with_lora(model: nn.Module, into: Into, missing: Collection[str]) -> nn.Module:
     import peft
 
-    whole = _whole_modules(model, missing)
-    shared: dict[str, Any] = {
-        "task_type": _task_type(model),
-        "r": into.r,
-        "target_modules": _targets(model, into, whole),
-        "modules_to_save": whole or None,
-    }
+    # The outermost modules of which the checkpoint has nothing, such as a new head or a new pooler, are trained whole.
+    whole: list[str] = []
+    for place, module in model.named_modules():
+        inside = [f"{place}.{name}" for name, _ in module.named_parameters()]
+        nested = any(place.startswith(f"{outer}.") for outer in whole)
+        if place and inside and not nested and all(name in missing for name in inside):
+            whole.append(place)
+    shared: dict[str, Any] = {"task_type": _task_type(model), "r": into.r, "modules_to_save": whole or None}
+    shared["target_modules"] = _targets(model, into, whole)
+    lora: dict[str, Any] = {"lora_alpha": into.alpha, "lora_dropout": into.dropout, "use_dora": into.kind == "dora"}
     config = (
-        peft.ShiraConfig(random_seed=into.seed, **shared)
-        if into.kind == "shira"
-        else peft.LoraConfig(
-            lora_alpha=into.alpha,  # type: ignore[arg-type]  # a fraction works too
-            lora_dropout=into.dropout,
-            use_dora=into.kind == "dora",
-            **shared,
-        )
+        peft.ShiraConfig(random_seed=into.seed, **shared) if into.kind == "shira" else peft.LoraConfig(**lora, **shared)
     )
     return peft.get_peft_model(model, config)  # type: ignore[arg-type, return-value]
 
 
 def _targets(model: nn.Module, into: Into, whole: Collection[str]) -> list[str] | str | None:
-    """Returns the modules that get a LoRA, as peft takes them. Its "all-linear" would take a token classifier's head too.
-
-    Raises:
-        ConfigError: The targets are "layer-linear", and no numbered layer of the model has a linear one in it.
-    """
+    """Returns the modules that get a LoRA, as peft takes them. Its "all-linear" would take a token classifier's head too."""
     import peft
 
     linear = [name for name, module in model.named_modules() if is_linear(module)]
@@ -238,32 +235,6 @@ def _task_type(model: nn.Module) -> Any:
     }
     name = type(model).__name__
     return next((kind for ending, kind in endings.items() if name.endswith(ending)), None)
-
-
-def _with_bottlenecks(model: Any, into: Into) -> nn.Module:
-    adapters = need("adapters", "adapters")
-    adapters.init(model)
-    config = adapters.AdapterConfig.load(_BOTTLENECKS[into.kind], reduction_factor=into.reduction)
-    model.add_adapter(NAME, config=config)
-    model.set_active_adapters(NAME)
-    return model
-
-
-def _whole_modules(model: nn.Module, missing: Collection[str]) -> list[str]:
-    """Returns the outermost modules of which the checkpoint has nothing, such as a new head or a new pooler."""
-    found: list[str] = []
-    for place, module in model.named_modules():
-        inside = [f"{place}.{name}" for name, _ in module.named_parameters()]
-        nested = any(place.startswith(f"{outer}.") for outer in found)
-        if place and inside and not nested and all(name in missing for name in inside):
-            found.append(place)
-    return found
-
-
-def _original(name: str) -> str:
-    """Returns a trained copy's name in the base: ``X.modules_to_save.default.weight`` gives ``X.weight``."""
-    before, _, after = checkpoint_name(name).partition(".modules_to_save.")
-    return f"{before}.{after.partition('.')[2]}"
 
 
 def _has_adapters() -> bool:

@@ -83,22 +83,7 @@ def load_base(
                 tokenizer = AutoTokenizer.from_pretrained(source, add_prefix_space=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the model {source!r} cannot be loaded: {error}") from error
-    _check_vocabulary(source, model, tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer, sorted(info["missing_keys"])
-
-
-def _check_vocabulary(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer that makes token ids for which the model has no embedding.
-
-    Raises:
-        ConfigError: The tokenizer has such tokens.
-    """
-    embedding = model.get_input_embeddings()
-    rows = getattr(embedding, "num_embeddings", None)
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
     beyond = {} if rows is None else {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
     if beyond:
         named = ", ".join(repr(token) for token in sorted(beyond, key=beyond.__getitem__)[:3])
@@ -107,6 +92,11 @@ def _check_vocabulary(source: str, model: PreTrainedModel, tokenizer: PreTrained
             f"{rows:,} rows of the model's embedding. Enlarge it and save both: model.resize_token_embeddings(len(tokenizer)); "
             "model.save_pretrained(folder); tokenizer.save_pretrained(folder). Then give that folder."
         )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer, sorted(info["missing_keys"])
 
 
 def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:
@@ -169,12 +159,7 @@ def head_of(task: Mapping[str, Any]) -> Head:
 def load_tuned(source: str, delta: SparseDelta) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the base of a delta, adds what the run added to it, and applies the delta.
 
-    Args:
-        source: The base model: a folder or a hub id.
-        delta: A delta of ``unmask train``.
-
-    Returns:
-        The model in evaluation mode, and its tokenizer.
+    The model is in evaluation mode.
 
     Raises:
         ConfigError: The base cannot be loaded.

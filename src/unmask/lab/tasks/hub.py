@@ -66,17 +66,13 @@ def origin_of(source: str | Path, suffixes: Sequence[str]) -> Origin:
 
     A source is a file if it exists or ends in a known suffix, so that a missing file is refused under its own name.
 
-    Args:
-        source: A path, or a hub id of the form ``user/name`` or ``user/name:config``.
-        suffixes: The endings of the files that can be read (without ``.gz``).
-
     Raises:
         DataError: The source is neither, or the hub data set cannot be loaded.
     """
     path = Path(source)
     if path.exists() or suffix_of(path) in suffixes:
         return Origin(str(source), None)
-    if not is_hub_id(str(source)):
+    if not _ID.fullmatch(str(source)):
         raise DataError(
             f"there is no file {str(path)!r} ({listing(path.parent)}), and it is not a hub id of the form 'user/name' or "
             f"'user/name:config'. A file's name must end in {', '.join(suffixes)}."
@@ -85,24 +81,8 @@ def origin_of(source: str | Path, suffixes: Sequence[str]) -> Origin:
     return Origin(str(source), load_splits(name, config or None, f"give a file ({', '.join(suffixes)})"))
 
 
-def is_hub_id(source: str) -> bool:
-    """Returns True if a string has the form ``user/name`` or ``user/name:config``.
-
-    Example:
-        >>> is_hub_id("nyu-mll/glue:sst2"), is_hub_id("train.csv"), is_hub_id("../a/b")
-        (True, False, False)
-    """
-    return _ID.fullmatch(source) is not None and not source.startswith(".")
-
-
 def load_splits(path: str, config: str | None, instead: str, revision: str | None = None) -> Mapping[str, Any]:
-    """Loads all splits of a data set.
-
-    Args:
-        path: The id ``user/name``.
-        config: The configuration, if the data set has several.
-        instead: What the user can do without the hub, for the error.
-        revision: A branch other than the main one.
+    """Loads all splits of a data set. The error says ``instead``: what the user can do without the hub.
 
     Raises:
         DataError: There is no network, no such data set or configuration, or the cache is damaged.

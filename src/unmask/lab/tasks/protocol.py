@@ -24,27 +24,7 @@ Stage = Literal["before", "after"]
 class Source:
     """The examples that a run is to load, and how it makes inputs of them.
 
-    The attributes have the names and the defaults of the settings of ``unmask train``.
-
-    Attributes:
-        task: A task's name; None for texts to classify in ``data``.
-        data_dir: The folder of the task's files; None for the hub.
-        data: A training file, or a hub id, instead of a task's own data.
-        eval: An evaluation file; None holds out a tenth of ``data``.
-        text: The text column of ``data``.
-        text_pair: The second text column of ``data``.
-        label: The label column of ``data``.
-        seed: The seed that chooses the word problems to hold out.
-        held_out: The number of word problems to hold out.
-        max_length: The longest input in tokens.
-        model: The base model, as the user gave it.
-        output: The folder of the run.
-        prompt: The prompt of word problems: alpaca, chat, or a template's path.
-        train_on_prompt: True if the prompt's tokens carry loss too.
-        test_sets: The sets of word problems to solve after training.
-        test_limit: The number of problems of each set to solve; None for all.
-        test_batch_size: The number of prompts per batch.
-        max_new_tokens: The number of tokens to generate per problem, at most.
+    The attributes have the names, the meaning and the defaults of the settings of ``unmask train`` (docs/cli.md lists them).
     """
 
     task: str | None = None
@@ -198,24 +178,14 @@ class Task(Protocol):
         """The facts that the user should know about the loading."""
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> Prepared:
-        """Encodes the data.
-
-        Args:
-            model: The base as loaded, which is only asked for its limits: a run may still wrap it.
-            tokenizer: The base's tokenizer.
-            source: The source that the task was loaded from.
-        """
+        """Encodes the data. The model is only asked for its limits: a run may still wrap it."""
 
     def score(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any], batch_size: int
     ) -> Iterable[Scored]:
-        """Scores a tuned model on every evaluation split, one after the other (``unmask eval``).
+        """Scores a tuned model, in evaluation mode, on every evaluation split, one after the other (``unmask eval``).
 
-        Args:
-            model: The base with the delta applied, in evaluation mode.
-            tokenizer: The base's tokenizer.
-            described: The task as the delta's metadata describe it.
-            batch_size: The number of examples per forward.
+        ``described`` is the task as the delta's metadata describe it.
         """
 
 

@@ -36,51 +36,27 @@ _Rows = TypeVar("_Rows", bound=Rows)
 _T = TypeVar("_T")
 
 
-def hold_out(examples: _Rows, count: int, seed: int) -> tuple[_Rows, _Rows]:
-    """Splits examples so that no text (up to case and blanks) is on both sides. Both sides keep the given order.
+def hold_out_a_tenth(examples: _Rows, noun: str, seed: int) -> tuple[_Rows, _Rows, str]:
+    """Splits training data for a user who gives no evaluation data; returns both sides and a note that says so.
 
-    Args:
-        examples: The examples to split.
-        count: The number of examples to hold out; fewer are held out if only larger groups of equal texts are left.
-        seed: The seed of the choice.
-
-    Returns:
-        The examples to train on, and those that are held out.
+    No text (up to case and blanks) is on both sides, and both keep the given order.
 
     Raises:
         DataError: One side would be empty.
 
     Example:
         >>> from unmask.lab.tasks import Examples
-        >>> train, held = hold_out(Examples(["a", "b", "A ", "c"], None, [0, 1, 0, 1]), 1, seed=0)
-        >>> len(train), len(held)
-        (3, 1)
+        >>> train, held, note = hold_out_a_tenth(Examples(["a", "b", "A ", "c"], None, [0, 1, 0, 1]), "texts", seed=0)
+        >>> len(train), len(held), note
+        (3, 1, 'no evaluation data given: 1 of 4 texts are held out (seed 0)')
     """
-    held = held_rows(examples.keys, count, seed)
-    return examples.take([row for row in range(len(examples)) if row not in held]), examples.take(sorted(held))
-
-
-def hold_out_a_tenth(examples: _Rows, noun: str, seed: int) -> tuple[_Rows, _Rows, str]:
-    """Splits training data for a user who gives no evaluation data.
-
-    Args:
-        examples: The training data.
-        noun: What the examples are called in the note.
-        seed: The seed of the choice.
-
-    Returns:
-        The examples to train on, those that are held out, and a note that says so.
-
-    Raises:
-        DataError: One side would be empty.
-    """
-    rest, tenth = hold_out(examples, max(1, round(HELD_OUT * len(examples))), seed)
-    note = f"no evaluation data given: {len(tenth):,} of {len(examples):,} {noun} are held out (seed {seed})"
-    return rest, tenth, note
+    held = held_rows(examples.keys, max(1, round(HELD_OUT * len(examples))), seed)
+    note = f"no evaluation data given: {len(held):,} of {len(examples):,} {noun} are held out (seed {seed})"
+    return examples.take([row for row in range(len(examples)) if row not in held]), examples.take(sorted(held)), note
 
 
 def held_rows(keys: Sequence[str], count: int, seed: int) -> set[int]:
-    """Chooses the rows that `hold_out` holds out, from the rows' keys. Rows of equal keys stay together.
+    """Chooses up to ``count`` rows to hold out, by the rows' keys. Rows of equal keys stay together.
 
     The choice goes by the SHA-256 of seed and key, so it depends neither on the order of the rows nor on the version of
     a random generator.
@@ -131,15 +107,6 @@ def text_key(*texts: str) -> str:
 def unofficial(name: str, noun: str, found: Mapping[str, int], official: Mapping[str, int]) -> tuple[str, ...]:
     """Makes a note if a loaded split has another size than the official one: it is a sample, or another version.
 
-    Args:
-        name: The task's name.
-        noun: What the examples are called in the note.
-        found: The sizes of the loaded splits.
-        official: The official sizes.
-
-    Returns:
-        One note, or none.
-
     Example:
         >>> unofficial("rte", "examples", {"dev": 100}, {"dev": 277})
         ('not the official rte data: dev has 100 examples (official: 277); do not report the score as the official one',)
@@ -171,11 +138,8 @@ def metric_key(splits: Mapping[str, object], metric: str) -> str:
         >>> metric_key({"": 1}, "f1"), metric_key({"dev": 1, "test": 2}, "f1")
         ('f1', 'dev_f1')
     """
-    return _prefix(next(iter(splits))) + metric
-
-
-def _prefix(split: str) -> str:
-    return f"{split}_" if split else ""
+    split = next(iter(splits))
+    return f"{split}_{metric}" if split else metric
 
 
 def evaluate_splits(
@@ -187,38 +151,31 @@ def evaluate_splits(
 ) -> dict[str, float]:
     """Computes the metrics and the loss of every split with the Trainer's own prediction loop.
 
+    After training, what the Trainer found at its last step is not computed again.
+
     Args:
         trainer: The Trainer of the model.
         splits: The data sets, `named`.
         metrics: A function from a split's name, its predictions and its labels to metrics.
         names: The names of those metrics.
-        stage: ``"before"`` or ``"after"`` training. After training, what the Trainer found at its last step is not
-            computed again.
-
-    Returns:
-        The values by name, each preceded by the split's name.
+        stage: ``"before"`` or ``"after"`` training.
     """
     result: dict[str, float] = {}
+    state = trainer.state
+    logged = {key: row[key] for row in state.log_history if row.get("step") == state.global_step for key in row}
     # The Trainer's own function, for evaluations along the run, may know one split only.
     along, trainer.compute_metrics = trainer.compute_metrics, None
     try:
         for name, examples in splits.items():
-            found = _logged(trainer, _prefix(name), (*names, "loss")) if stage == "after" else None
-            if found is not None:
-                result |= found
+            prefix = f"{name}_" if name else ""
+            keys = [prefix + metric for metric in (*names, "loss")]
+            if stage == "after" and all(logged.get(f"eval_{key}") is not None for key in keys):
+                result |= {key: logged[f"eval_{key}"] for key in keys}
                 continue
             prediction = trainer.predict(examples, metric_key_prefix="x")
             scores = metrics(name, prediction.predictions, prediction.label_ids)
-            result |= {_prefix(name) + key: value for key, value in scores.items()}
-            result[f"{_prefix(name)}loss"] = float((prediction.metrics or {})["x_loss"])
+            result |= {prefix + key: value for key, value in scores.items()}
+            result[f"{prefix}loss"] = float((prediction.metrics or {})["x_loss"])
     finally:
         trainer.compute_metrics = along
     return result
-
-
-def _logged(trainer: Trainer, prefix: str, names: Sequence[str]) -> dict[str, float] | None:
-    """Looks a split's evaluation at the last step of training up in the Trainer's log; None if there was none."""
-    state = trainer.state
-    logged = {key: row[key] for row in state.log_history if row.get("step") == state.global_step for key in row}
-    found = {prefix + name: logged.get(f"eval_{prefix}{name}") for name in names}
-    return None if None in found.values() else found  # type: ignore[return-value]

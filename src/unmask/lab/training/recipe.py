@@ -26,9 +26,7 @@ def recommended(task: str | None, into: str | None) -> Mapping[str, Any]:
     They are the recipe, except where it was not studied or was behind: inside added modules other than a LoRA, and on word
     problems, the method is ID3 as published.
 
-    Args:
-        task: The task's name; None for texts of your own.
-        into: What the run selects inside of; None for the base itself.
+    ``task`` None stands for texts of your own, and ``into`` None for the base itself.
 
     Example:
         >>> recommended("cola", None)["method"], recommended("gsm8k", None)["method"], recommended("cola", "dora")["method"]
@@ -46,9 +44,7 @@ def rate(share: float, inside: bool = False) -> float:
     rate is at most 3e-2, the largest that was best in the study (at 0.05%). Inside a LoRA, where 3e-2 diverged, it is at most
     1e-2.
 
-    Args:
-        share: The budget as a share of the model's weights, above 0.
-        inside: True if the budget lies inside added modules.
+    ``share`` is the budget as a share of the model's weights, above 0. ``inside`` is True if it lies inside added modules.
 
     Example:
         >>> rate(0.002), round(rate(0.01), 5), rate(1e-5)
@@ -63,27 +59,10 @@ def head_rate(lr: float, matrices: int) -> float:
     A head of one layer is best at the mask's own rate. A head with a hidden layer diverges at the high learning rates that
     suit a sparse mask, because whole rows move at once. It is therefore trained at 1e-3 or less.
 
-    Args:
-        lr: The mask's learning rate.
-        matrices: The number of weight matrices that are trained whole.
+    ``lr`` is the mask's rate, and ``matrices`` counts the weight matrices that are trained whole.
 
     Example:
         >>> head_rate(1e-2, 1), head_rate(1e-2, 2), head_rate(3e-4, 2)
         (0.01, 0.001, 0.0003)
     """
     return lr if matrices < 2 else min(lr, 1e-3)
-
-
-def usual_rate(method: str, share: float, inside: bool = False) -> float:
-    """Returns the peak learning rate that ``lr: auto`` stands for: the recipe's for a random mask, else 1e-3.
-
-    Args:
-        method: The method's name.
-        share: The budget as a share of the model's weights, above 0.
-        inside: True if the budget lies inside added modules.
-
-    Example:
-        >>> usual_rate("random_mask", 0.002), usual_rate("id3", 0.002)
-        (0.01, 0.001)
-    """
-    return rate(share, inside) if method == RECIPE["method"] else 1e-3

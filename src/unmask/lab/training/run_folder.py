@@ -56,8 +56,7 @@ class Start:
 class RunFolder:
     """The output folder of a run, with the paths of its files.
 
-    Args:
-        path: The folder; it need not exist.
+    The folder need not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -172,7 +171,18 @@ class RunFolder:
                 "nothing to resume. Start again with --overwrite."
             )
         if resume:
-            start = self._where_it_stopped()
+            summary = self._finished()
+            whole, passed = (None, []) if summary is not None else self.newest()
+            if summary is None and whole is None:
+                faults = "; ".join(f"{str(found.path)!r}: {found.fault}" for found in passed)
+                if passed:
+                    raise ConfigError(
+                        f"there is no whole checkpoint to resume from ({faults}). Start again with --overwrite."
+                    )
+                raise ConfigError(
+                    f"there is no checkpoint under {str(self.checkpoints)!r} to resume from; start without --resume."
+                )
+            start = Start(whole, tuple(passed), summary)
             self.refuse_other_settings(config, start)
             return start
         if not overwrite and self._holds_a_run():
@@ -186,20 +196,6 @@ class RunFolder:
         made = (self.delta, self.summary, self._overwriting, *folders(self.checkpoints).values())
         return any(path.exists() for path in made)
 
-    def _where_it_stopped(self) -> Start:
-        summary = self._finished()
-        if summary is not None:
-            return Start(summary=summary)
-        whole, passed = self.newest()
-        if whole is not None:
-            return Start(whole, tuple(passed))
-        if passed:
-            faults = "; ".join(f"{str(found.path)!r}: {found.fault}" for found in passed)
-            raise ConfigError(f"there is no whole checkpoint to resume from ({faults}). Start again with --overwrite.")
-        raise ConfigError(
-            f"there is no checkpoint under {str(self.checkpoints)!r} to resume from; start without --resume."
-        )
-
     def _finished(self) -> Mapping[str, Any] | None:
         """Reads the summary, which a run writes last; None if it or the delta is missing or damaged."""
         try:
@@ -207,9 +203,11 @@ class RunFolder:
             SparseDelta.load(self.delta)
         except (OSError, ValueError, RecursionError):  # the run goes on from its last checkpoint and writes them again
             return None
-        whole = isinstance(summary, dict) and isinstance(summary.get("steps"), int)
-        scored = whole and all(_are_numbers(summary.get(key)) for key in ("before", "after"))
-        return summary if scored else None
+        if not isinstance(summary, dict) or not isinstance(summary.get("steps"), int):
+            return None
+        metrics = [summary.get(key) for key in ("before", "after")]
+        numbers = (isinstance(m, dict) and all(isinstance(n, int | float) for n in m.values()) for m in metrics)
+        return summary if all(numbers) else None
 
     def refuse_other_settings(self, config: TrainConfig, start: Start) -> None:
         """Refuses to resume a run with other settings than its own, and names each of them.
@@ -272,10 +270,6 @@ class RunFolder:
         if whole is None:
             return "Nothing was saved before the first checkpoint. Start again with the same command."
         return f"{whole.path} is kept. Go on with: unmask train --config {self.config} --resume"
-
-
-def _are_numbers(metrics: Any) -> bool:
-    return isinstance(metrics, dict) and all(isinstance(value, int | float) for value in metrics.values())
 
 
 def _step(row: str) -> float:

@@ -18,7 +18,7 @@ from unmask.errors import ConfigError, DataError, DeltaError, SelectionError
 from unmask.integrations.checkpoints import STATE_FILE
 from unmask.lab.training.run_folder import RunFolder
 from unmask.lab.training.settings import build, read_yaml
-from unmask.lab.training.setup import Setup, set_up
+from unmask.lab.training.setup import set_up
 from unmask.reading import fields, plain, refusing
 from unmask.selection.state import read_state
 
@@ -26,8 +26,7 @@ from unmask.selection.state import read_state
 def find_run(path: Path) -> tuple[RunFolder, int | None]:
     """Finds the run that a path names, and the step, if the path names one of the run's checkpoints.
 
-    Args:
-        path: The output folder of a run, or ``RUN/checkpoints/checkpoint-N``.
+    The path is the output folder of a run, or ``RUN/checkpoints/checkpoint-N``.
 
     Raises:
         ConfigError: The path is neither of them.
@@ -54,10 +53,7 @@ def deltas(folder: RunFolder, steps: Sequence[int], base: str | None = None) -> 
 
     The model and the selection are built once, as the run built them, and then load one checkpoint after the other.
 
-    Args:
-        folder: The run's folder.
-        steps: Steps that have a whole checkpoint.
-        base: The place of the run's base, if it is not the place that the run's configuration names.
+    Each step must have a whole checkpoint. ``base`` is where the run's base is now, if it was moved.
 
     Yields:
         The step, and its delta. The delta's metadata names the checkpoint (``checkpoint``), and holds the evaluation at that
@@ -72,12 +68,27 @@ def deltas(folder: RunFolder, steps: Sequence[int], base: str | None = None) -> 
         checkpoint_state(folder, step)  # refuses unreadable checkpoints before the model is loaded
     if not steps:
         return
-    setup = _set_up(folder, base)
+    changes = {"output": str(folder.path)} | ({} if base is None else {"model": base})
+    try:
+        setup = set_up(build(read_yaml(folder.config) | changes), Console(quiet=True))
+    except (ConfigError, DataError) as error:
+        raise type(error)(
+            f"the run in {str(folder.path)!r} cannot be set up again: {error} A relative path in {str(folder.config)!r} counts "
+            "from the folder where the run was started: go there, or give the base with --base."
+        ) from error
     own = SparseDelta.load(folder.delta) if folder.delta.is_file() else None
     evaluated = folder.evaluated()
     try:
         for step in steps:
-            _load(setup, folder, step)
+            state = checkpoint_state(folder, step)
+            try:
+                setup.selection.load_state_dict(state)
+            except SelectionError as error:
+                raise ConfigError(
+                    f"{str(folder.checkpoint(step))!r} does not fit the selection that {str(folder.config)!r} makes now, so "
+                    f"the base {setup.config.model!r}, the data or the configuration are not those that the run started from. "
+                    f"Give the run's base with --base. {error}"
+                ) from error
             after = {"after": evaluated[step]} if step in evaluated else {}
             delta = setup.delta(checkpoint=folder.checkpoint(step).name, **after)
             if own is not None:
@@ -118,28 +129,6 @@ def checkpoint_state(folder: RunFolder, step: int) -> dict[str, Any]:
         raise ConfigError(
             f"the checkpoint {str(folder.checkpoint(step))!r} cannot be used: {error} Take another one; "
             f"unmask delta {folder.path} --list shows them."
-        ) from error
-
-
-def _set_up(folder: RunFolder, base: str | None) -> Setup:
-    changes = {"output": str(folder.path)} | ({} if base is None else {"model": base})
-    try:
-        return set_up(build(read_yaml(folder.config) | changes), Console(quiet=True))
-    except (ConfigError, DataError) as error:
-        raise type(error)(
-            f"the run in {str(folder.path)!r} cannot be set up again: {error} A relative path in {str(folder.config)!r} counts "
-            "from the folder where the run was started: go there, or give the base with --base."
-        ) from error
-
-
-def _load(setup: Setup, folder: RunFolder, step: int) -> None:
-    try:
-        setup.selection.load_state_dict(checkpoint_state(folder, step))
-    except SelectionError as error:
-        raise ConfigError(
-            f"{str(folder.checkpoint(step))!r} does not fit the selection that {str(folder.config)!r} makes now, so the "
-            f"base {setup.config.model!r}, the data or the configuration are not those that the run started from. Give the "
-            f"run's base with --base. {error}"
         ) from error
 
 

@@ -29,10 +29,7 @@ def planned_steps(config: TrainConfig, examples: int, processes: int = 1) -> int
 
     The last step of an epoch may have fewer examples than the others.
 
-    Args:
-        config: The run.
-        examples: The number of training examples.
-        processes: The number of processes. Each takes ``batch_size`` examples per forward, which no other process takes.
+    Each process takes ``batch_size`` examples per forward, which no other process takes.
 
     Example:
         >>> planned_steps(TrainConfig(model="m", output="o", task="rte", budget="1%", epochs=2, batch_size=8), 100)
@@ -65,11 +62,7 @@ class Setup:
     selection: Selection
 
     def delta(self, **more: Any) -> SparseDelta:
-        """Records the weights that the selection has changed by now, with the metadata that ``unmask eval`` and ``apply`` need.
-
-        Args:
-            **more: Further metadata, as JSON values.
-        """
+        """Records the weights changed by now, with the metadata that ``unmask eval`` and ``apply`` need, and ``more``."""
         into = into_from(self.config)
         inside = {} if into is None else {"into": into.describe()}
         delta = self.selection.delta(self.config.model, order=self.config.order)
@@ -78,10 +71,6 @@ class Setup:
 
 def set_up(config: TrainConfig, console: Console) -> Setup:
     """Loads the data and the base of a run, and makes its selection. Equal configurations give equal setups.
-
-    Args:
-        config: The run's configuration.
-        console: The console on which notes about the data are printed.
 
     Raises:
         UnmaskError: The run cannot work.

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,6 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
 
-from unmask.delta.delta import SparseDelta
 from unmask.distributed.processes import is_main, launched
 from unmask.errors import ConfigError, UnmaskError
 from unmask.files import check_folder, write_json
@@ -77,7 +75,13 @@ def train(
     with folder.held():
         start = folder.check(config, resume, overwrite)
         if start.summary is not None:
-            return _finished(folder, start.summary, console)
+            summary = dict(start.summary)
+            console.print(
+                f"the run in {str(folder.path)!r} is finished: {summary['steps']:,} steps, nothing is left to do\n"
+                f"after:  {_line(summary['after'])}\n"
+                f"delta:  {folder.delta} ({folder.delta.stat().st_size:,} bytes)"
+            )
+            return Outcome(summary["before"], summary["after"], folder.delta, summary)
         print_notes(console, start.notes)
         try:
             run = _Run(set_up(config, console), folder, console)
@@ -87,33 +91,20 @@ def train(
             ) from None
         if start.checkpoint is not None:
             folder.refuse_other_settings(run.config, start)
-            _refuse_other_data(start.checkpoint, run.settings)
+            sealed = start.checkpoint.settings or {}
+            names = [name for name in ("steps", "examples", "data") if name in sealed]
+            lines = differences({name: sealed[name] for name in names}, {name: run.settings[name] for name in names})
+            if lines:
+                raise ConfigError(
+                    f"the training data are not those that {str(start.checkpoint.path)!r} was trained on (then -> now): "
+                    f"{'; '.join(lines)}. Bring the data back, or start another run with another --output."
+                )
         try:
             if is_main():
                 folder.open(start, run.config)
             return run.go(start.checkpoint)
         except KeyboardInterrupt:  # `StopOnInterrupt` handles it during the steps
             raise InterruptedRunError(f"interrupted. {folder.how_to_go_on()}") from None
-
-
-def _finished(folder: RunFolder, summary: Mapping[str, Any], console: Console) -> Outcome:
-    console.print(
-        f"the run in {str(folder.path)!r} is finished: {summary['steps']:,} steps, nothing is left to do\n"
-        f"after:  {_line(summary['after'])}\n"
-        f"delta:  {folder.delta} ({folder.delta.stat().st_size:,} bytes)"
-    )
-    return Outcome(summary["before"], summary["after"], folder.delta, dict(summary))
-
-
-def _refuse_other_data(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
-    sealed = checkpoint.settings or {}
-    names = [name for name in ("steps", "examples", "data") if name in sealed]
-    lines = differences({name: sealed[name] for name in names}, {name: settings[name] for name in names})
-    if lines:
-        raise ConfigError(
-            f"the training data are not those that {str(checkpoint.path)!r} was trained on (then -> now): {'; '.join(lines)}. "
-            "Bring the data back, or start another run with another --output."
-        )
 
 
 def _sample(examples: Any, most: int = 64) -> str:
@@ -133,7 +124,8 @@ class _Run:
         self.folder, self.console = folder, console
         self.head_names = set(setup.base.head)
         self.head = sum(p.numel() for name, p in model.named_parameters() if name in self.head_names)
-        self.config = with_rates(setup.config, self.selection, self._weights(), self.head_names)
+        self.total = sum(p.numel() for p in model.parameters())
+        self.config = with_rates(setup.config, self.selection, self.total, self.head_names)
         self.interrupt = StopOnInterrupt()
         self.progress = LiveProgress(self.selection, self.prepared.step_metric, console)
         self.metrics = MetricsFile(folder.metrics, self.selection)
@@ -188,11 +180,8 @@ class _Run:
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    def _weights(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
-
     def _report_start(self, before: dict[str, float]) -> None:
-        selection, total, config = self.selection, self._weights(), self.config
+        selection, total, config = self.selection, self.total, self.config
         extra = f", and {selection.dense_numel:,} outside the budget (dense)" if selection.dense_numel else ""
         apart = f" (dense {config.dense_lr:.3g})" if extra and config.dense_lr not in (None, config.lr) else ""
         self.console.print(
@@ -207,18 +196,8 @@ class _Run:
             return Outcome(before, after, self.folder.delta, {})
         delta = self.setup.delta(after=after)
         path = delta.save(self.folder.delta)
-        summary = self._summary(before, after, seconds, delta, path)
-        write_json(self.folder.summary, summary, indent=2)
-        self.console.print("after:  " + _line(after))
-        self.console.print(f"delta:  {path} ({path.stat().st_size:,} bytes)")
-        self.selection.release()
-        return Outcome(before, after, path, summary)
-
-    def _summary(
-        self, before: dict[str, float], after: dict[str, float], seconds: float, delta: SparseDelta, path: Path
-    ) -> dict[str, Any]:
         main = self.prepared.main_metric
-        return {
+        summary = {
             "task": self.setup.task,
             "main_metric": main,
             "main": after[main],
@@ -228,7 +207,7 @@ class _Run:
             "used": self.selection.used,
             "dense": self.selection.dense_numel,
             "head": self.head,
-            "parameters": self._weights(),
+            "parameters": self.total,
             "steps": self.selection.step,
             "seconds": round(seconds, 2),
             "before": before,
@@ -240,6 +219,11 @@ class _Run:
             "lr": self.config.lr,
             "bias_correction": self.config.bias_correction,
         }
+        write_json(self.folder.summary, summary, indent=2)
+        self.console.print("after:  " + _line(after))
+        self.console.print(f"delta:  {path} ({path.stat().st_size:,} bytes)")
+        self.selection.release()
+        return Outcome(before, after, path, summary)
 
 
 def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bool) -> TrainingArguments:

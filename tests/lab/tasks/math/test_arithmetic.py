@@ -16,7 +16,6 @@ from unmask.lab.tasks.math.prompts import (
     ALPACA,
     IGNORED,
     Completions,
-    Fitted,
     PadRight,
     Prompter,
     load_template,
@@ -206,7 +205,7 @@ def test_what_a_short_max_length_costs():
     length = len(prompter.prompt_ids(PROBLEM))
     longer = Problem(PROBLEM.question + " Well?", "", "5", "5", "number")
     cut = Completions([PROBLEM, longer], prompter, length + 3)
-    assert (len(cut), cut.fitted) == (1, Fitted(cut=1, dropped=1))
+    assert (len(cut), cut.cut, cut.dropped) == (1, 1, 1)
     assert len(cut[0]["input_ids"]) == length + 3
     with pytest.raises(ConfigError, match=rf"every prompt has {length} tokens or more; raise max_length"):
         Completions([PROBLEM, longer], prompter, length)

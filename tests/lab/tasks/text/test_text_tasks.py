@@ -16,7 +16,7 @@ from helpers import ROOT
 
 from unmask.errors import DataError, MissingExtraError
 from unmask.lab.tasks import GLUE, Examples, TaskSpec, compute, load_evaluation, load_files, load_glue
-from unmask.lab.tasks.split import hold_out
+from unmask.lab.tasks.split import hold_out_a_tenth
 
 REAL = ROOT.parent / "shared" / "data"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the shared data folder is not next to the checkout")
@@ -371,7 +371,7 @@ def test_a_tenth_is_held_out_the_same_each_time_and_no_text_is_on_both_sides(tmp
 
 def test_what_cannot_be_split_is_refused():
     with pytest.raises(DataError, match="2 examples with 1 distinct texts cannot be split"):
-        hold_out(Examples(["a", "A"], None, [0, 1]), 1, seed=0)
+        hold_out_a_tenth(Examples(["a", "A"], None, [0, 1]), "texts", seed=0)
 
 
 # ---------------------------------------------------------------- the hub, without a network

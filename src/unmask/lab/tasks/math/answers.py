@@ -18,7 +18,6 @@ takes the last number, or letter, of the solution, which is how many published f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Literal
 
@@ -59,10 +58,7 @@ def solution(text: str) -> str:
 def extract(text: str, kind: AnswerKind, rule: Rule = "marked") -> str | None:
     """Reads the answer from a generated text.
 
-    Args:
-        text: The text that the model wrote after the prompt.
-        kind: The kind of the answer: ``"number"``, or ``"choice"`` for a letter from A to E.
-        rule: The rule: ``"marked"``, or ``"last"`` for the last number (or letter) without regard to marks.
+    The kind ``"choice"`` is a letter from A to E. The rule ``"last"`` reads the last number (or letter) without regard to marks.
 
     Returns:
         The number in its shortest exact form ("1234.5", "17/3"), or the letter; None if there is none.
@@ -76,8 +72,9 @@ def extract(text: str, kind: AnswerKind, rule: Rule = "marked") -> str | None:
     text = tidied(solution(text))
     found = _number if kind == "number" else _choice
     if rule == "marked":
-        for statement in _marked(text):
-            answer = found(statement, True)
+        for mark in reversed(list(_MARK.finditer(text))):
+            behind = text[mark.end() :].lstrip(" *:$\n\t")  # the rest of the line, or the next line that is not blank
+            answer = found(behind.split("\n", 1)[0], True)
             if answer is not None:
                 return answer
     return found(text, False)
@@ -116,13 +113,6 @@ def gold_answer(given: object, kind: AnswerKind) -> str:
     if value is None:
         raise DataError(f"the answer {shown(given)} is not a number.")
     return written(value)
-
-
-def _marked(text: str) -> Iterator[str]:
-    """Yields the text behind each mark, the last mark first: the rest of its line, or the next line that is not blank."""
-    for mark in reversed(list(_MARK.finditer(text))):
-        behind = text[mark.end() :].lstrip(" *:$\n\t")
-        yield behind.split("\n", 1)[0]
 
 
 def _number(text: str, marked: bool) -> str | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -61,10 +60,6 @@ class GenerationSettings:
                 "at most 1."
             )
 
-    def describe(self) -> dict[str, Any]:
-        """Returns the settings as JSON values."""
-        return asdict(self) | {"stop": list(self.stop)}
-
 
 @dataclass(frozen=True)
 class Generated:
@@ -107,11 +102,7 @@ def generate(
     differently, which can change the choice between two tokens of nearly equal probability. With equal prompts, batch size,
     dtype and machine it is reproducible. Sampling is seeded per batch, from the seed and the batch's prompts.
 
-    Args:
-        model: A causal LM, which is in evaluation mode meanwhile.
-        tokenizer: The tokenizer that decodes.
-        prompts: The token ids of each prompt, special tokens included.
-        settings: The settings of generation.
+    The prompts are token ids, special tokens included. The model, a causal LM, is in evaluation mode meanwhile.
 
     Yields:
         The batch's rows in ``prompts``, and the text of each.
@@ -129,10 +120,30 @@ def generate(
             f"model; lower max_new_tokens to {max(1, limit - longest)} or less."
         )
     config = _config(inner, tokenizer, settings)
+    stops = settings.stop if settings.num_beams == 1 else ()
+    sampling, devices = settings.temperature > 0, [inner.device] if inner.device.type == "cuda" else []
     for rows in plan_batches([len(prompt) for prompt in prompts], settings.batch_size):
-        with _generates_as(inner, config):
-            written = _batch(inner, tokenizer, [prompts[row] for row in rows], settings, config)
-        yield rows, written
+        batch = [list(prompts[row]) for row in rows]
+        ids = pad(batch, config.pad_token_id, left=True).to(inner.device)
+        mask = pad([[1] * len(prompt) for prompt in batch], 0, left=True).to(inner.device)
+        criteria = StoppingCriteriaList([_StopAt(tokenizer, stops, ids.shape[1])] if stops else [])
+        # The model's own settings (such as a repetition penalty) are set aside.
+        training, own = inner.training, inner.generation_config
+        inner.eval()
+        inner.generation_config = config
+        try:
+            # inference_mode is not possible, because the model may have a live selection.
+            with torch.no_grad(), quiet(), torch.random.fork_rng(devices, enabled=sampling):
+                if sampling:
+                    seed = hashlib.sha256(f"{settings.seed} {batch}".encode()).digest()[:7]
+                    torch.manual_seed(int.from_bytes(seed, "big"))
+                written = inner.generate(
+                    input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
+                )
+        finally:
+            inner.generation_config = own
+            inner.train(training)
+        yield rows, [_generated(tokenizer, row, settings, config) for row in written[:, ids.shape[1] :].tolist()]
 
 
 class _StopAt(StoppingCriteria):
@@ -145,25 +156,6 @@ class _StopAt(StoppingCriteria):
         tails = self._tokenizer.batch_decode(input_ids[:, self._width :][:, -_TAIL:], skip_special_tokens=True)
         found = [any(text in tail for text in self._texts) for tail in tails]
         return torch.tensor(found, device=input_ids.device)
-
-
-@torch.no_grad()  # inference_mode is not possible, because the model may have a live selection
-def _batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    settings: GenerationSettings,
-    config: GenerationConfig,
-) -> list[Generated]:
-    ids = pad(prompts, _pad_id(tokenizer), left=True).to(model.device)
-    mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(model.device)
-    stops = settings.stop if settings.num_beams == 1 else ()
-    criteria = StoppingCriteriaList([_StopAt(tokenizer, stops, ids.shape[1])] if stops else [])
-    with quiet(), _seeded(settings, prompts, model.device):
-        written = model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria
-        )
-    return [_generated(tokenizer, row, settings, config) for row in written[:, ids.shape[1] :].tolist()]
 
 
 def _generated(
@@ -186,44 +178,15 @@ def _config(
 ) -> GenerationConfig:
     ends = getattr(model.generation_config, "eos_token_id", None)
     known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    pad_id: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad_id is None:
+        raise ConfigError("the tokenizer has neither a padding nor an end token; give it one (tokenizer.pad_token).")
     sampled = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=settings.temperature > 0,
         num_beams=settings.num_beams,
         eos_token_id=sorted({end for end in known if end is not None}),
-        pad_token_id=_pad_id(tokenizer),
+        pad_token_id=int(pad_id),
         **sampled,
     )
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    pad_id: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if pad_id is None:
-        raise ConfigError("the tokenizer has neither a padding nor an end token; give it one (tokenizer.pad_token).")
-    return int(pad_id)
-
-
-@contextlib.contextmanager
-def _generates_as(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Puts the model into evaluation mode, and sets its own generation settings (such as a repetition penalty) aside."""
-    training, own = model.training, model.generation_config
-    model.eval()
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-        model.train(training)
-
-
-@contextlib.contextmanager
-def _seeded(settings: GenerationSettings, prompts: Sequence[Sequence[int]], device: torch.device) -> Iterator[None]:
-    """Seeds the random generator by the batch for sampling, and restores its state afterwards."""
-    if settings.temperature == 0:
-        yield
-        return
-    digest = hashlib.sha256(f"{settings.seed} {[list(prompt) for prompt in prompts]}".encode()).digest()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(digest[:7], "big"))
-        yield

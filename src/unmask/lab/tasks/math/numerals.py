@@ -67,7 +67,9 @@ def find_numbers(text: str) -> list[Found]:
             continue
         value = _value(match)
         if value is not None:
-            negative = bool(match["inner"]) or (bool(match["sign"]) and _is_sign(text, match.start()))
+            before = text[: match.start()].rstrip(" ")
+            subtracts = before and (before[-1].isdigit() or before[-1] in ")]}%" or text[match.start() - 1].isalpha())
+            negative = match["inner"] or (match["sign"] and not subtracts)
             found.append(Found(-value if negative else value, match.start(), match.end()))
     return found
 
@@ -123,8 +125,3 @@ def _hangs_on_a_word(text: str, match: re.Match[str]) -> bool:
         return False
     part_of_a_number = re.fullmatch(r"\d\.", before) or (before[-1].isdigit() and match[0].startswith("."))
     return before[-1].isalpha() or before[-1] == "_" or bool(part_of_a_number)
-
-
-def _is_sign(text: str, start: int) -> bool:
-    before = text[:start].rstrip(" ")
-    return not before or not (before[-1].isdigit() or before[-1] in ")]}%" or text[start - 1].isalpha())

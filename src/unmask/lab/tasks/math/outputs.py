@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ class OutputFile:
     A batch is written at once, and each of its rows holds the batch's size. So a batch that a kill cut short is recognised,
     and is generated again as a whole: in the same batch, a row is the same as in an uninterrupted run, to the last bit.
 
-    Args:
-        path: A jsonl file, which need not exist yet.
+    The path is that of a jsonl file, which need not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,10 +40,15 @@ class OutputFile:
         if not self.path.is_file():
             return {}
         *lines, torn = self.path.read_bytes().split(b"\n")
-        rows = [self._parse(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        sizes: dict[tuple[int, int], int] = {}
-        for row in rows:
-            sizes[tuple(row["batch"])] = sizes.get(tuple(row["batch"]), 0) + 1
+        rows = []
+        for number, line in enumerate(lines, 1):
+            where = f"{self.path}, line {number} is not a row of an evaluation: it"
+            with refusing(DataError, where, "Delete the line, or the file."):
+                if line.strip():
+                    rows.append(dict(_ROW(parse_json(line), "the row")))
+                    if len(rows[-1]["batch"]) != 2:
+                        raise Malformed("the row's batch must have two numbers")
+        sizes = Counter(tuple(row["batch"]) for row in rows)
         whole = [row for row in rows if sizes[tuple(row["batch"])] == row["batch"][1]]
         if torn.strip() or len(whole) < len(rows):
             write_bytes(self.path, _lines(whole))
@@ -63,24 +68,11 @@ class OutputFile:
         """Replaces the file by all rows, in order. A kill leaves either the old file or the new one."""
         write_bytes(self.path, _lines([rows[row] for row in sorted(rows)]))
 
-    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
-        with refusing(
-            DataError, f"{self.path}, line {number} is not a row of an evaluation: it", "Delete the line, or the file."
-        ):
-            row = dict(_ROW(parse_json(line), "the row"))
-            if len(row["batch"]) != 2:
-                raise Malformed("the row's batch must have two numbers")
-            return row
-
 
 def claim(folder: Path, settings: Mapping[str, Any], files: Iterable[str], overwrite: bool = False) -> None:
     """Reserves a folder for one evaluation by writing the evaluation's settings there.
 
-    Args:
-        folder: The folder, which is created if it is missing.
-        settings: The JSON values that decide what is generated.
-        files: The names of all files that an evaluation may leave there.
-        overwrite: Deletes these files, also those of another evaluation.
+    If ``overwrite`` is True, the ``files`` that an evaluation may leave there are deleted, also those of another one.
 
     Raises:
         ConfigError: The folder holds the outputs of another evaluation.

@@ -133,11 +133,7 @@ def load_arithmetic(
 ) -> ArithmeticData:
     """Loads a set to train on, and holds some problems out.
 
-    Args:
-        name: The set, ``"gsm8k"`` or ``"math10k"``.
-        data_dir: The folder of the data (see `load_problems`).
-        held_out: The number of problems to hold out. At most a tenth of them is held out.
-        seed: The seed of the choice.
+    At most ``held_out`` problems, and at most a tenth of them, are held out. The other arguments are those of `load_problems`.
 
     Raises:
         DataError: The reasons are those of `load_problems`, or there are too few problems to hold any out.

@@ -31,13 +31,7 @@ ALPACA = (
 
 
 def load_template(prompt: str) -> str | None:
-    """Loads the template that a ``prompt`` setting names.
-
-    Args:
-        prompt: The setting: ``"alpaca"``, ``"chat"``, or a file's path.
-
-    Returns:
-        The template; None for ``"chat"``, which is the tokenizer's own.
+    """Loads the template that a ``prompt`` setting names; None for ``"chat"``, which is the tokenizer's own.
 
     Raises:
         ConfigError: There is no such file, or the file has no ``{instruction}``.
@@ -62,10 +56,7 @@ def load_template(prompt: str) -> str | None:
 def render(template: str, instruction: str, context: str = "") -> str:
     """Fills a template.
 
-    Args:
-        template: The template, which holds ``{instruction}`` and may hold ``{input}``.
-        instruction: The question.
-        context: The further input. If the template has no place for it, it follows the instruction.
+    The template holds ``{instruction}`` and may hold ``{input}``. Without a place for the context, it follows the instruction.
 
     Example:
         >>> render("Q: {instruction}\\n\\nGiven: {input}\\n\\nA:", "What is x?")
@@ -88,9 +79,7 @@ class Prompter:
     is added once, if the tokenizer adds it by itself. It is not added if it is a mark of the tokenizer's chat template, as in
     some converted tokenizers. An end token is never added to a prompt. A completion ends in the tokenizer's end token.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        prompt: The prompt: ``"alpaca"``, ``"chat"``, or the path of a template.
+    The prompt is ``"alpaca"``, ``"chat"``, or the path of a template.
 
     Raises:
         ConfigError: There is no such template, the tokenizer has no end token, or ``"chat"`` is given for a tokenizer without
@@ -130,30 +119,14 @@ class Prompter:
         return [*self.tokenizer(solution, add_special_tokens=False)["input_ids"], end]
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """The numbers of problems that did not fit into a length.
+class Completions(Dataset):
+    """Prompts with their completions: ``input_ids``, ``attention_mask``, and ``labels`` that ignore the prompt, unpadded.
+
+    If ``train_on_prompt`` is True, the prompt carries loss too.
 
     Attributes:
         cut: The number of completions that were cut, so that they teach no end.
         dropped: The number of problems that were left out because their prompt left no room for a completion.
-    """
-
-    cut: int
-    dropped: int
-
-
-class Completions(Dataset):
-    """Prompts with their completions: ``input_ids``, ``attention_mask``, and ``labels`` that ignore the prompt, unpadded.
-
-    Args:
-        problems: The problems, with solutions.
-        prompter: The prompter that makes the ids.
-        max_length: The longest input in tokens.
-        train_on_prompt: True if the prompt carries loss too.
-
-    Attributes:
-        fitted: The numbers of problems that ``max_length`` cut or left out.
 
     Raises:
         ConfigError: No prompt leaves room for a completion.
@@ -162,17 +135,18 @@ class Completions(Dataset):
     def __init__(
         self, problems: Sequence[Problem], prompter: Prompter, max_length: int, train_on_prompt: bool = False
     ) -> None:
-        rows, cut = [], 0
+        self._rows: list[tuple[list[int], list[int]]] = []
+        self.cut = 0
         for problem in problems:
             prompt, completion = prompter.prompt_ids(problem), prompter.completion_ids(problem.solution)
             if len(prompt) >= max_length:
                 continue
-            cut += len(prompt) + len(completion) > max_length
+            self.cut += len(prompt) + len(completion) > max_length
             ids = (prompt + completion)[:max_length]
-            rows.append((ids, ids if train_on_prompt else [IGNORED] * len(prompt) + ids[len(prompt) :]))
-        if not rows:
+            self._rows.append((ids, ids if train_on_prompt else [IGNORED] * len(prompt) + ids[len(prompt) :]))
+        if not self._rows:
             raise ConfigError(f"every prompt has {max_length} tokens or more; raise max_length.")
-        self._rows, self.fitted = rows, Fitted(cut, len(problems) - len(rows))
+        self.dropped = len(problems) - len(self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -95,7 +95,12 @@ class GenerationPrepared:
         metrics = evaluate_splits(trainer, self.step_sets, scored, ("token_accuracy",), stage)
         if stage == "before" or not self.source.test_sets or not is_main():  # one process writes the outputs
             return metrics
-        solved = list(self._solve(trainer))
+        parameters: list[Tensor] = [p for group in trainer.optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
+        trained = hashlib.sha256(" ".join(digest(p.detach()) for p in parameters).encode()).hexdigest()
+        folder, settings = Path(self.source.output) / SOLVED, _settings(self.source)
+        identity = {"model": self.source.model, "trained": trained}
+        fresh = not is_of(folder, settings.identity(**identity))  # an earlier run may have left outputs in the folder
+        solved = list(solve(trainer.model, self.tokenizer, settings, folder, identity, overwrite=fresh))  # type: ignore[arg-type]
         metrics |= {f"{one.name}_{key}": value for one in solved for key, value in one.metrics().items()}
         return metrics | {"accuracy": mean_accuracy(solved)}
 
@@ -107,14 +112,6 @@ class GenerationPrepared:
             "max_length": self.max_length,
             "max_new_tokens": self.source.max_new_tokens,
         }
-
-    def _solve(self, trainer: Trainer) -> Iterator[Solved]:
-        folder, settings = Path(self.source.output) / SOLVED, _settings(self.source)
-        parameters: list[Tensor] = [p for group in trainer.optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
-        trained = hashlib.sha256(" ".join(digest(p.detach()) for p in parameters).encode()).hexdigest()
-        identity = {"model": self.source.model, "trained": trained}
-        fresh = not is_of(folder, settings.identity(**identity))  # an earlier run may have left outputs in the folder
-        return solve(trainer.model, self.tokenizer, settings, folder, identity, overwrite=fresh)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -137,13 +134,20 @@ class GenerationTask:
         train = Completions(self.data.train, prompter, length, source.train_on_prompt)
         held_out = Completions(self.data.held_out, prompter, length)
         notes = []
-        if train.fitted.dropped:
-            notes.append(
-                f"{train.fitted.dropped:,} problems are left out: their prompts alone have {length} tokens or more."
-            )
-        if train.fitted.cut:
-            notes.append(f"{train.fitted.cut:,} of {len(train):,} solutions are cut at {length} tokens (max_length).")
-        notes += _overlap_notes(source, self.data)
+        if train.dropped:
+            notes.append(f"{train.dropped:,} problems are left out: their prompts alone have {length} tokens or more.")
+        if train.cut:
+            notes.append(f"{train.cut:,} of {len(train):,} solutions are cut at {length} tokens (max_length).")
+        for name in TEST_SETS if source.data_dir else ():
+            try:
+                test = load_problems(name, "test", source.data_dir)
+            except DataError:
+                continue
+            seen = seen_in_training([*self.data.train, *self.data.held_out], test)  # published Math10K holds some
+            if seen:
+                notes.append(
+                    f"{seen:,} of {len(test):,} questions of {name} are in the training data: its score is too good."
+                )
         collate = PadRight(int(tokenizer.pad_token_id))  # type: ignore[arg-type]  # `load_base` sets it
         return GenerationPrepared(source, tokenizer, length, train, held_out, collate, tuple(notes))
 
@@ -231,22 +235,6 @@ def _requested(described: Mapping[str, Any], request: Request, batch_size: int) 
         generation=GenerationSettings(batch_size=batch_size, **generation),
         **options,
     )
-
-
-def _overlap_notes(source: Source, data: ArithmeticData) -> list[str]:
-    """Names the test sets whose questions are in the training data; published Math10K holds some."""
-    notes = []
-    for name in TEST_SETS if source.data_dir else ():
-        try:
-            test = load_problems(name, "test", source.data_dir)
-        except DataError:
-            continue
-        seen = seen_in_training([*data.train, *data.held_out], test)
-        if seen:
-            notes.append(
-                f"{seen:,} of {len(test):,} questions of {name} are in the training data: its score is too good."
-            )
-    return notes
 
 
 GENERATION = Kind("generation", load, reload, eval_batches=1)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unmask.errors import ConfigError, DataError
 from unmask.files import write_json
 from unmask.lab.tasks.math.answers import RULES, Rule, extract, is_right
-from unmask.lab.tasks.math.generate import Generated, GenerationSettings, generate
+from unmask.lab.tasks.math.generate import GenerationSettings, generate
 from unmask.lab.tasks.math.outputs import OutputFile, claim
 from unmask.lab.tasks.math.problems import TEST_SETS, Problem, load_problems
 from unmask.lab.tasks.math.prompts import Prompter
@@ -61,7 +61,7 @@ class SolveSettings:
 
         The batch size is not one of them, because it changes the outputs by rounding only.
         """
-        generation = self.generation.describe()
+        generation = asdict(self.generation) | {"stop": list(self.generation.stop)}
         del generation["batch_size"]
         return {**model, "prompt": self.prompt, "generation": generation}
 
@@ -91,11 +91,7 @@ class Solved:
 
     def metrics(self) -> dict[str, float]:
         """Returns the accuracy and the shares of outputs without an answer and at full length, as fractions."""
-        return {
-            "accuracy": self.accuracy,
-            "unanswered": self.unanswered / self.count,
-            "cut": self.cut / self.count,
-        }
+        return {"accuracy": self.accuracy, "unanswered": self.unanswered / self.count, "cut": self.cut / self.count}
 
 
 def solve(
@@ -113,14 +109,8 @@ def solve(
     Every output is kept in ``output/SET.jsonl``, and the outcomes in ``scores.json``. Outputs that are in these files already
     are not generated again, so a run that was killed continues where it was.
 
-    Args:
-        model: A causal LM.
-        tokenizer: The model's tokenizer.
-        settings: The sets to solve, and the settings that decide how.
-        output: The folder of the outputs.
-        identity: The JSON values that tell this model from others. Outputs of another model are refused.
-        overwrite: Deletes the outputs that are there.
-        console: The console on which the progress bar is drawn; None for standard error.
+    ``identity`` holds the JSON values that tell this model from others: outputs of another model are refused, unless
+    ``overwrite`` deletes them. Without a console, the progress bar is drawn on standard error.
 
     Yields:
         The outcome of each set, as soon as it is solved.
@@ -154,7 +144,7 @@ def _solve_set(
     file: OutputFile,
     console: Console | None,
 ) -> Solved:
-    prompts = [_digest(prompter.text(problem)) for problem in problems]
+    prompts = [hashlib.sha256(prompter.text(problem).encode()).hexdigest()[:16] for problem in problems]
     with refusing(DataError, repr(str(file.path)), "Delete the file, or give another --output."):
         held = {number: _WRITTEN(row, f"row {number}") for number, row in file.read().items()}
     rows = {number: _scored(row, settings.rule) for number, row in held.items()}
@@ -165,19 +155,39 @@ def _solve_set(
                 "changed; give another --output, or --overwrite."
             )
     todo = [number for number in range(len(problems)) if number not in rows]
-    with _Bar(name, len(problems), console) as bar:
-        bar.show([rows[number] for number in range(len(problems)) if number in rows])
-        ids = [prompter.prompt_ids(problems[number]) for number in todo]
+    ids = [prompter.prompt_ids(problems[number]) for number in todo]
+    columns = (
+        TextColumn(name),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("right {task.fields[right]}"),
+    )
+    with Progress(*columns, TimeRemainingColumn(), console=console or Console(stderr=True)) as bar:
+        shown = bar.add_task(name, total=len(problems), right="-")
+
+        def show() -> None:
+            done = [rows[number]["right"] for number in range(len(problems)) if number in rows]
+            bar.update(shown, completed=len(done), right=f"{sum(done) / len(done):.1%}" if done else "-")
+
+        show()
         for places, written in generate(model, prompter.tokenizer, ids, settings.generation):
-            made = zip((todo[place] for place in places), written, strict=True)
-            batch = file.append(
-                [
-                    _scored(_row(name, number, problems[number], prompts[number], generated), settings.rule)
-                    for number, generated in made
-                ]
-            )
-            rows |= {row["row"]: row for row in batch}
-            bar.show(batch)
+            batch = []
+            for number, generated in zip((todo[place] for place in places), written, strict=True):
+                problem = problems[number]
+                row = {
+                    "id": f"{name}-{number}",
+                    "row": number,
+                    "prompt": prompts[number],
+                    "question": problem.question,
+                    "generated": generated.text,
+                    "tokens": generated.tokens,
+                    "finish": generated.finish,
+                    "gold": problem.answer,
+                    "kind": problem.kind,
+                }
+                batch.append(_scored(row, settings.rule))
+            rows |= {row["row"]: row for row in file.append(batch)}
+            show()
     file.rewrite(rows)  # in order, and with the answers as they are read now
     final = [rows[number] for number in range(len(problems))]
     return Solved(
@@ -189,55 +199,7 @@ def _solve_set(
     )
 
 
-def _row(name: str, number: int, problem: Problem, prompt: str, generated: Generated) -> dict[str, Any]:
-    return {
-        "id": f"{name}-{number}",
-        "row": number,
-        "prompt": prompt,
-        "question": problem.question,
-        "generated": generated.text,
-        "tokens": generated.tokens,
-        "finish": generated.finish,
-        "gold": problem.answer,
-        "kind": problem.kind,
-    }
-
-
 def _scored(row: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
     """Reads a row's answer again: generating a text is expensive, but reading it is not."""
     extracted = extract(row["generated"], row["kind"], rule)
     return {**row, "extracted": extracted, "right": is_right(extracted, row["gold"], row["kind"])}
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class _Bar:
-    """A progress bar of problems, with the share of right answers so far."""
-
-    def __init__(self, name: str, total: int, console: Console | None) -> None:
-        self._done = self._right = 0
-        self._bar = Progress(
-            TextColumn(name),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TextColumn("right {task.fields[right]}"),
-            TimeRemainingColumn(),
-            console=console or Console(stderr=True),
-        )
-        self._task = self._bar.add_task(name, total=total, right="-")
-
-    def __enter__(self) -> _Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def show(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds rows to the counts."""
-        self._done += len(rows)
-        self._right += sum(row["right"] for row in rows)
-        share = f"{self._right / self._done:.1%}" if self._done else "-"
-        self._bar.update(self._task, completed=self._done, right=share)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from unmask.errors import DataError
 from unmask.lab.tasks.hub import EVALUATION_SPLITS, HubSource, Origin, load_splits, origin_of, split_table
@@ -160,11 +159,7 @@ def _task(spec: TagSpec, loaded: Mapping[str, _Loaded]) -> TagData:
 
 
 def _load_folder(name: str, given: Path, need_train: bool) -> dict[str, _Loaded]:
-    """Reads the splits that a folder, or the task's folder in it, has of train, dev and test.
-
-    Raises:
-        DataError: A folder or file is missing, there are two files for one split, or a line is bad.
-    """
+    """Reads the splits that a folder, or the task's folder in it, has of train, dev and test."""
     if not given.is_dir():
         raise DataError(f"there is no data folder {str(given)!r}; {listing(given.parent)}.")
     inside = [path for path in sorted(given.iterdir()) if path.is_dir() and plain_name(path.resolve().name) == name]
@@ -183,14 +178,7 @@ def _load_folder(name: str, given: Path, need_train: bool) -> dict[str, _Loaded]
 
 
 def _read(origin: Origin, splits: Sequence[str], words: Sequence[str], tags: Sequence[str]) -> _Loaded:
-    """Reads sentences from a column file, a table, or the first of these splits that a hub data set has.
-
-    Args:
-        origin: The file or data set.
-        splits: The names of splits.
-        words: The names that the column of words may have, where columns have names.
-        tags: The names that the column of tags may have.
-    """
+    """Reads sentences from a column file, a table with such columns, or the first of these splits that a hub data set has."""
     if origin.splits is not None:
         split = origin.first_of(splits)
         there = origin.splits[split].column_names if split in origin.splits else ()
@@ -212,24 +200,19 @@ def _pick(columns: Collection[str], names: Sequence[str]) -> str:
 
 
 def _of_table(table: Table, words: str, tags: str) -> _Loaded:
-    sentences = [
-        _row(table, row, cells) for row, cells in enumerate(zip(table.column(words), table.column(tags), strict=True))
-    ]
-    kept = [pair for pair in sentences if pair[0]]  # the hub's WNUT17 has a sentence without words
-    found, notes = normalised([pair[0] for pair in kept], [pair[1] for pair in kept], table.source)
-    empty = len(sentences) - len(kept)
+    kept: list[tuple[list[str], list[str]]] = []
+    for row, cells in enumerate(zip(table.column(words), table.column(tags), strict=True)):
+        if not isinstance(cells[0], list) or not isinstance(cells[1], list) or len(cells[0]) != len(cells[1]):
+            raise DataError(
+                f"{table.where(row)}: there must be a list of words and a list of as many tags; there is {cells!r:.80}."
+            )
+        for word, tag in zip(*cells, strict=True):
+            if not isinstance(word, str) or not word:
+                raise DataError(f"{table.where(row)}: {word!r:.60} is not a word.")
+            if not is_tag(str(tag)):
+                raise DataError(f"{table.where(row)}: {tag!r:.60} is not a tag; tags are O, B-type or I-type, as text.")
+        if cells[0]:  # the hub's WNUT17 has a sentence without words
+            kept.append((list(cells[0]), list(cells[1])))
+    found, notes = normalised([words for words, _ in kept], [tags for _, tags in kept], table.source)
+    empty = len(table) - len(kept)
     return found, (*notes, f"{table.source}: {empty} sentences without words are left out") if empty else notes
-
-
-def _row(table: Table, row: int, cells: tuple[Any, Any]) -> tuple[list[str], list[str]]:
-    words, tags = cells
-    if not isinstance(words, list) or not isinstance(tags, list) or len(words) != len(tags):
-        raise DataError(
-            f"{table.where(row)}: there must be a list of words and a list of as many tags; there is {cells!r:.80}."
-        )
-    for word, tag in zip(words, tags, strict=True):
-        if not isinstance(word, str) or not word:
-            raise DataError(f"{table.where(row)}: {word!r:.60} is not a word.")
-        if not is_tag(str(tag)):
-            raise DataError(f"{table.where(row)}: {tag!r:.60} is not a tag; tags are O, B-type or I-type, as text.")
-    return list(words), list(tags)

@@ -55,10 +55,7 @@ def starts(tags: Tags, strict: bool = False) -> list[bool]:
 def spans(tags: Tags, strict: bool = False) -> list[Span]:
     """Finds the entities of a sentence, in order.
 
-    Args:
-        tags: The sentence's tags.
-        strict: If True, an ``I-`` that continues no entity of its type belongs to none. If False, it begins one, which is
-            conlleval's rule.
+    ``strict`` is that of `starts`: an ``I-`` that continues no entity of its type then belongs to none.
 
     Example:
         >>> spans(["B-PER", "I-PER", "I-LOC", "O"])

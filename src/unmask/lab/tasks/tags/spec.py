@@ -114,11 +114,6 @@ def normalised(words: list[list[str]], tags: list[list[str]], source: str) -> tu
     Files in IOB1 have ``B-`` only where two entities of one type touch; in IOB2 every entity begins with ``B-``. If a file in
     IOB2 has a few tags ``I-`` that continue nothing, each of them begins an entity, as conlleval reads them.
 
-    Args:
-        words: The words of each sentence.
-        tags: The tags of each sentence.
-        source: The origin, as the note names it.
-
     Example:
         >>> normalised([["Ann", "ran"]], [["I-PER", "O"]], "a.txt")[1]
         ('a.txt: IOB1, read as IOB2',)
@@ -127,20 +122,18 @@ def normalised(words: list[list[str]], tags: list[list[str]], source: str) -> tu
     changed = _differ(tags, fixed)
     if not changed:
         return Sentences(words, fixed), ()
-    if not _differ(tags, [_to_iob1(sentence) for sentence in fixed]):
+    iob1 = [  # which has B- only after an entity of the same type
+        [
+            f"I-{tag[2:]}" if tag.startswith("B-") and type_of(tag) != type_of(last) else tag
+            for last, tag in zip(["O", *sentence], sentence, strict=False)
+        ]
+        for sentence in fixed
+    ]
+    if not _differ(tags, iob1):
         note = f"{source}: IOB1, read as IOB2"
     else:
         note = f"{source}: {changed:,} tags I- continue no entity of their type; each is taken as the beginning of one"
     return Sentences(words, fixed), (note,)
-
-
-def _to_iob1(tags: Sequence[str]) -> list[str]:
-    """Converts IOB2 to IOB1, which has ``B-`` only after an entity of the same type."""
-    before = ["O", *tags]
-    return [
-        f"I-{tag[2:]}" if tag.startswith("B-") and type_of(tag) != type_of(last) else tag
-        for last, tag in zip(before, tags, strict=False)
-    ]
 
 
 def _differ(left: Iterable[Sequence[str]], right: Iterable[Sequence[str]]) -> int:

@@ -71,13 +71,8 @@ class Windows(Dataset):
     A word's label is on its first piece, and its other pieces are ignored. A word of which the tokenizer leaves nothing (such
     as a variation selector) is read as the unknown token.
 
-    Args:
-        sentences: The sentences to encode.
-        tokenizer: A fast tokenizer.
-        label_names: The tags in the order of their ids.
-        max_length: The longest input in tokens.
-        training: If True, sentences are cut outside entities where possible. If False, the tags must not influence what the
-            model sees, so sentences are cut after punctuation in the window's second half.
+    The tokenizer must be a fast one. In training, sentences are cut outside entities where possible. Otherwise the tags must not
+    influence what the model sees, so sentences are cut after punctuation in the window's second half.
 
     Attributes:
         windows: The words that each item holds.
@@ -136,14 +131,7 @@ class Windows(Dataset):
         return inputs | {"labels": labels}
 
     def tags_of(self, predictions: Iterable[Sequence[int]]) -> list[list[str]]:
-        """Puts the windows' predictions together to sentences again.
-
-        Args:
-            predictions: For each window, a class id for each token (padding may follow).
-
-        Returns:
-            For each sentence, a tag for each word.
-        """
+        """Puts the windows' class ids for each token (padding may follow) together to the tags of each sentence's words."""
         tags: list[list[str]] = [[] for _ in range(len(self.sentences))]
         for window, places, ids in zip(self.windows, self._firsts, predictions, strict=True):
             tags[window.sentence] += [self._names[int(ids[place])] for place in places]

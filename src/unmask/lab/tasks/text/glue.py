@@ -29,9 +29,8 @@ def _spec(
 ) -> TaskSpec:
     """Makes a task whose main metric is the first, with the hub's column names; without labels it has STS-B's range."""
     source = HubSource(_HUB, name, texts, evals=evals)
-    if labels is None:
-        return TaskSpec(name, texts, 1, None, metrics, metrics[0], label_range=(0.0, 5.0), hub=source)
-    return TaskSpec(name, texts, len(labels), labels, metrics, metrics[0], hub=source)
+    count, bounds = (1, (0.0, 5.0)) if labels is None else (len(labels), None)
+    return TaskSpec(name, texts, count, labels, metrics, metrics[0], bounds, source)
 
 
 GLUE: Mapping[str, TaskSpec] = {
@@ -81,19 +80,17 @@ def load_glue(name: str, data_dir: str | Path | None = None, *, need_train: bool
     if name not in GLUE:
         raise DataError(f"unknown GLUE task {name!r}; there are {', '.join(sorted(GLUE))}.")
     spec = GLUE[name]
-    train, evals, notes = _from_hub(spec) if data_dir is None else load_folder(spec, Path(data_dir), need_train)
+    if data_dir is not None:
+        train, evals, notes = load_folder(spec, Path(data_dir), need_train)
+    else:
+        hub = spec.hub
+        assert hub is not None, "each task of the table is on the hub"
+        splits = load_splits(hub.path, hub.config, "give the folder of the task's files with data_dir")
+
+        def split(name: str) -> Examples:
+            table = split_table(splits, name, f"{hub.path}:{hub.config}", (*hub.texts, hub.label))
+            return examples(spec, table, hub.texts, hub.label, keep_empty=spec.name == "qqp")
+
+        train, evals, notes = split(hub.train), {ours: split(theirs) for theirs, ours in hub.evals}, ()
     sizes = {split: len(found) for split, found in {"train": train, **evals}.items() if len(found)}
     return TaskData(spec, train, evals, (*notes, *unofficial(name, "examples", sizes, _OFFICIAL[name])))
-
-
-def _from_hub(spec: TaskSpec) -> tuple[Examples, dict[str, Examples], tuple[str, ...]]:
-    hub = spec.hub
-    if hub is None:
-        raise DataError(f"task {spec.name!r} is not on the hub; give its files with data_dir.")
-    splits = load_splits(hub.path, hub.config, "give the folder of the task's files with data_dir")
-
-    def split(name: str) -> Examples:
-        table = split_table(splits, name, f"{hub.path}:{hub.config}", (*hub.texts, hub.label))
-        return examples(spec, table, hub.texts, hub.label, keep_empty=spec.name == "qqp")
-
-    return split(hub.train), {ours: split(theirs) for theirs, ours in hub.evals}, ()

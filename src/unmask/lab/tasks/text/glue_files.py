@@ -13,7 +13,6 @@ from unmask.lab.tasks.text.spec import Examples, TaskSpec
 
 _TWO = (("sentence1", "#1 String", "text_a"), ("sentence2", "#2 String", "text_b"))
 _ENDINGS = tuple(suffix + zipped for suffix in SUFFIXES for zipped in ("", ".gz"))
-_Loaded = tuple[Examples, dict[str, Examples], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,10 @@ _LAYOUTS: Mapping[str, _Layout] = {
 }
 
 
-def load_folder(spec: TaskSpec, data_dir: Path, need_train: bool) -> _Loaded:
-    """Loads a task's splits from a folder.
-
-    Args:
-        spec: A task of the GLUE table.
-        data_dir: The task's folder, or the one that holds it.
-        need_train: True if a missing training file is an error; otherwise the training split is then empty.
-
-    Returns:
-        The training split, the evaluation splits by file name, and notes.
+def load_folder(
+    spec: TaskSpec, data_dir: Path, need_train: bool
+) -> tuple[Examples, dict[str, Examples], tuple[str, ...]]:
+    """Loads the training split, the evaluation splits by file name, and notes, from a task's folder or the one that holds it.
 
     Raises:
         DataError: A folder or file is missing, there are two files for one split, or a row is bad.

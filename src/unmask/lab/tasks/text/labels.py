@@ -38,7 +38,10 @@ def examples(spec: TaskSpec, table: Table, columns: Sequence[str], label: str, k
     texts = [list(table.column(column)) for column in columns]
     labels: list[Any] = []
     for row, value in enumerate(table.column(label)):
-        filled = [_is_text(table, row, column, cells[row]) for column, cells in zip(columns, texts, strict=True)]
+        for column, cells in zip(columns, texts, strict=True):
+            if not isinstance(cells[row], str | None):
+                raise DataError(f"{table.where(row)}: column {column!r} holds {cells[row]!r:.60}, which is not a text.")
+        filled = [bool(cells[row] and cells[row].strip()) for cells in texts]
         if not (any(filled) if keep_empty else all(filled)):
             column = columns[filled.index(False)]
             raise DataError(f"{table.where(row)}: the text in column {column!r} is empty; mend or drop the row.")
@@ -46,17 +49,6 @@ def examples(spec: TaskSpec, table: Table, columns: Sequence[str], label: str, k
             labels.append(decode(spec, value))
     kept = [[cell or "" for cell in cells] for cells in texts]  # an empty text of a pair may be None
     return Examples(kept[0], kept[1] if len(kept) > 1 else None, labels)
-
-
-def _is_text(table: Table, row: int, column: str, value: object) -> bool:
-    """Returns True if a cell holds any text.
-
-    Raises:
-        DataError: The cell holds another type.
-    """
-    if value is not None and not isinstance(value, str):
-        raise DataError(f"{table.where(row)}: column {column!r} holds {value!r:.60}, which is not a text.")
-    return bool(value and value.strip())
 
 
 def decode(spec: TaskSpec, value: Any) -> int | float:
@@ -137,12 +129,7 @@ def infer_spec(
     Text labels are class names (with ids in sorted order), and whole numbers are class ids. Numbers of which at least one
     has a fraction make a regression.
 
-    Args:
-        table: The training rows.
-        columns: The text columns, one or two.
-        label: The label column.
-        num_labels: The number of classes, where training need not show them all; 1 for a regression on whole numbers.
-        names: The class names in the order of their ids, if the source tells them. The labels are then such names.
+    If ``names`` are given (in the order of their ids), the labels are such names. `load_files` explains ``num_labels``.
 
     Raises:
         DataError: A label is missing, a text is among numbers, the ids do not run from 0, or there are fewer than two
@@ -166,16 +153,13 @@ def infer_spec(
             f"{table.where(odd)}: label {shown(values[odd])} in column {label!r} is not a number, but others are. Mend that "
             "row, or, if these are names of classes, write every one as text."
         )
-    return _numeric(what, columns, [number for number in numbers if number is not None], num_labels)
-
-
-def _numeric(what: str, columns: tuple[str, ...], numbers: list[float], num_labels: int | None) -> TaskSpec:
-    fractions = [number for number in numbers if not number.is_integer()]
+    known = [number for number in numbers if number is not None]
+    fractions = [number for number in known if not number.is_integer()]
     if num_labels == 1 or (num_labels is None and fractions):
         return TaskSpec(CUSTOM, columns, 1, None, default_metrics(1), default_metrics(1)[0])
     if fractions:
         raise DataError(f"{what} holds {fractions[0]!r}, which is not a class id; num_labels = {num_labels} needs ids.")
-    found = sorted({int(number) for number in numbers})
+    found = sorted({int(number) for number in known})
     count = num_labels or len(found)
     if found[0] < 0 or found[-1] >= count:
         raise DataError(

@@ -60,7 +60,8 @@ def _metric(name: str, gold: np.ndarray, guess: np.ndarray) -> float:
         return float(np.square(gold - guess).mean())
     if name == "pearson_spearman":
         return (_metric("pearson", gold, guess) + _metric("spearman", gold, guess)) / 2
-    if name not in ("accuracy", "f1") and (_is_constant(gold) or _is_constant(guess)):
+    constant = any(np.ptp(values) <= _CONSTANT * np.abs(values).max() for values in (gold, guess))
+    if constant and name not in ("accuracy", "f1"):
         return 0.0
     if name in ("pearson", "spearman"):
         stats = need("scipy.stats", "eval")
@@ -69,7 +70,3 @@ def _metric(name: str, gold: np.ndarray, guess: np.ndarray) -> float:
     if name == "f1":
         return float(metrics.f1_score(gold, guess, zero_division=0.0))
     return float((metrics.accuracy_score if name == "accuracy" else metrics.matthews_corrcoef)(gold, guess))
-
-
-def _is_constant(values: np.ndarray) -> bool:
-    return bool(np.ptp(values) <= _CONSTANT * np.abs(values).max())

@@ -57,19 +57,16 @@ def predict(
     max_length: int,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Computes a model's scores for examples. The model should be in evaluation mode.
-
-    Returns:
-        The scores, float32 of shape (n, labels), in the examples' order.
-    """
+    """Computes a model's scores for examples, float32 of shape (n, labels). The model should be in evaluation mode."""
     # Examples of similar lengths share a batch, because that needs little padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples.texts[i]))
     scores: torch.Tensor | None = None
     for low in range(0, len(order), batch_size):
         rows = order[low : low + batch_size]
-        texts = [examples.texts[i] for i in rows]
-        pairs = None if examples.pairs is None else [examples.pairs[i] for i in rows]
-        inputs = tokenizer(texts, pairs, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        asked = examples.take(rows)
+        inputs = tokenizer(
+            asked.texts, asked.pairs, truncation=True, max_length=max_length, padding=True, return_tensors="pt"
+        )
         logits = model(**inputs.to(model.device)).logits.float().cpu()
         if scores is None:
             scores = logits.new_empty(len(examples), logits.shape[1])
