@@ -58,7 +58,18 @@ class RayEngine:
             time.sleep(timeout)
             return []
         ended, _ = self._ray.wait(list(self._runs), timeout=timeout)
-        return [self._outcome(task) for task in ended]
+        outcomes = []
+        for task in ended:
+            run = self._runs.pop(task)
+            try:
+                outcomes.append(self._ray.get(task))
+            except ConfigError as error:  # Ray raises an error of the task as one that is of its class too.
+                raise ConfigError(f"a worker cannot make runs: {error.cause}") from error  # type: ignore[attr-defined]
+            except self._ray.exceptions.TaskCancelledError:
+                outcomes.append(Outcome(run, "interrupted"))
+            except self._ray.exceptions.RayError as error:
+                outcomes.append(Outcome(run, "died", " ".join(str(error).split())[:300]))
+        return outcomes
 
     def close(self, patience: float = 0.0) -> None:
         """Cancels the tasks under way, and ends Ray if the engine started it; see `Engine.close`."""
@@ -88,25 +99,9 @@ class RayEngine:
             "runtime_env": {"env_vars": environment},
         }
 
-    def _outcome(self, task: Any) -> Outcome:
-        run = self._runs.pop(task)
-        try:
-            outcome: Outcome = self._ray.get(task)
-        except ConfigError as error:  # Ray raises an error of the task as one that is of its class too.
-            raise ConfigError(f"a worker cannot make runs: {error.cause}") from error  # type: ignore[attr-defined]
-        except self._ray.exceptions.TaskCancelledError:
-            return Outcome(run, "interrupted")
-        except self._ray.exceptions.RayError as error:
-            return Outcome(run, "died", " ".join(str(error).split())[:300])
-        return outcome
-
 
 def _make_run_on_node(directory: str, folder: str, function: str, order: Order) -> Outcome:
-    """Runs in a process on one of the cluster's nodes.
-
-    Raises:
-        ConfigError: The node does not see the sweep's folder, or it cannot import the function.
-    """
+    """Makes a run in a process on one of the cluster's nodes, which must see the sweep's folder."""
     with contextlib.suppress(OSError):
         os.chdir(directory)
     if os.getcwd() != directory or not Path(folder, "sweep.json").is_file():

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from unmask.lab.study.cells import Cell
-
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -26,11 +24,6 @@ class Order:
     labels: Mapping[str, Any]
     settings: Mapping[str, Any]
     retry_failed: bool = False
-
-    @classmethod
-    def of(cls, cell: Cell, retry_failed: bool = False) -> Order:
-        """Returns the order for a cell's run."""
-        return cls(cell.id, dict(cell.labels), dict(cell.settings), retry_failed)
 
 
 @dataclass(frozen=True)
