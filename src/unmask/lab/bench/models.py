@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +58,13 @@ class Blueprint:
     def build(self) -> nn.Module:
         """Returns a new model in training mode, on the run's device and in its dtype."""
         torch.manual_seed(self.seed)
-        with _default_dtype(self.dtype), self.device:
-            return self._model_class(self.config).train()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with self.device:
+                return self._model_class(self.config).train()
+        finally:
+            torch.set_default_dtype(before)
 
     def batches(self) -> list[Batch]:
         """Returns `BATCHES` fixed random batches.
@@ -141,13 +145,3 @@ def _from_config(transformers: Any, settings: BenchSettings) -> Blueprint:
     if not causal:
         config.num_labels = _CLASSES
     return Blueprint(settings.sized(Shape(Path(settings.model).name, "config", {})), config, model_class, settings)
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
