@@ -37,10 +37,6 @@ def measure(settings: BenchSettings, row: Row) -> dict[str, Any]:
     measured in the middle of a run. Shorter sequences keep the memory of these steps below that of the others. The warm-up
     and the timed steps follow, on whole batches.
 
-    Args:
-        settings: The run.
-        row: The row.
-
     Returns:
         A report of JSON values. ``steps``: the timed steps. ``weights``: the counts of weights and other facts of the row.
         ``memory``: ``peak_mb`` (the largest resident size of this process; on CUDA the largest allocation on the device),

@@ -198,12 +198,11 @@ def _details(cell: Cell, result: Result) -> list[tuple[str, dict[str, str]]]:
 def failures(study: Study) -> list[dict[str, str]]:
     """Returns the error of every failed run."""
     found = []
-    for _, result in _ended(study):
-        if result["status"] == "failed":
-            error = result.get("error") or {}
-            labels = ", ".join(f"{k} {v}" for k, v in result.get("labels", {}).items() if v is not None)
-            summary = f"{result.get('id', '')} ({labels}): {error.get('type', '')}: {error.get('message', '')}"
-            found.append({"summary": summary, "traceback": str(error.get("traceback", ""))})
+    for result in [result for _, result in _ended(study) if result["status"] == "failed"]:
+        error = result.get("error") or {}
+        labels = ", ".join(f"{k} {v}" for k, v in result.get("labels", {}).items() if v is not None)
+        summary = f"{result.get('id', '')} ({labels}): {error.get('type', '')}: {error.get('message', '')}"
+        found.append({"summary": summary, "traceback": str(error.get("traceback", ""))})
     return found
 
 

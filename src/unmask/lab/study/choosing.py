@@ -60,12 +60,13 @@ def paired(cells: Iterable[Cell], setting: str) -> list[Cell]:
             if text not in known:
                 known.append(text)
 
-    def is_paired(cell: Cell) -> bool:
+    found = []
+    for cell in cells:
         values, seeds = places[cell.group(setting, "seed")]
         value, seed = str(cell.labels.get(setting)), str(cell.labels.get("seed"))
-        return len(values) == 1 or values.index(value) == seeds.index(seed)
-
-    return [cell for cell in cells if is_paired(cell)]
+        if len(values) == 1 or values.index(value) == seeds.index(seed):
+            found.append(cell)
+    return found
 
 
 def due(cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
@@ -86,15 +87,12 @@ def due(cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, result
 def _due_by_choice(cells: Sequence[Cell], choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
     if choice is None:
         return list(cells)
-    chosen = choose(cells, choice, results)
-
-    def is_due(cell: Cell) -> bool:
-        if choosing(cell, choice):
-            return True
+    chosen, found = choose(cells, choice, results), []
+    for cell in cells:
         best = chosen[cell.group(choice.setting, "seed")]
-        return best.final and str(cell.labels.get(choice.setting)) == str(best.value)
-
-    return [cell for cell in cells if is_due(cell)]
+        if choosing(cell, choice) or (best.final and str(cell.labels.get(choice.setting)) == str(best.value)):
+            found.append(cell)
+    return found
 
 
 def choosing(cell: Cell, choice: Choice) -> bool:
@@ -114,7 +112,9 @@ def criterion(result: Result, by: str) -> float:
 
 def _chosen(members: Sequence[Cell], choice: Choice, results: Mapping[str, Result]) -> Chosen:
     """Returns the chosen value of one group."""
-    values = list({str(c.labels.get(choice.setting)): c.labels.get(choice.setting) for c in members}.values())
+    values: list[Any] = list(
+        {str(c.labels.get(choice.setting)): c.labels.get(choice.setting) for c in members}.values()
+    )
     if len(values) == 1:
         return Chosen(values[0], "alone", True, {})
     figures: dict[str, float] = {}

@@ -22,13 +22,8 @@ class RayEngine:
 
     If ``ray.init`` has not been called, the engine calls it: it joins the cluster of ``RAY_ADDRESS`` or of this
     machine, or starts a Ray here. All nodes must see the sweep's folder and the working directory under the same
-    paths, and must have unmask installed. Ray repeats no run itself (``max_retries=0``).
-
-    Args:
-        store: The sweep's folder.
-        function: ``package.module:function`` that makes a run.
-        workers: How many runs are made at a time. The cluster's GPUs are shared out to them, at most one to each.
-        threads: CPU threads of each run, which Ray reserves; None shares out the cluster's CPUs.
+    paths, and must have unmask installed. Ray repeats no run itself (``max_retries=0``). It reserves the threads of
+    each run; None shares out the cluster's CPUs. The GPUs are shared out to the workers, at most one to each.
 
     Raises:
         MissingExtraError: Ray is not installed.

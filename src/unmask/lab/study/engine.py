@@ -60,8 +60,4 @@ class Engine(Protocol):
         """
 
     def close(self, patience: float = 0.0) -> None:
-        """Ends all workers. It may be called again.
-
-        Args:
-            patience: Seconds that the runs under way get to save a checkpoint; with 0 they are killed.
-        """
+        """Ends all workers; the runs under way get so many seconds to save a checkpoint. It may be called again."""

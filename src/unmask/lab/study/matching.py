@@ -18,10 +18,7 @@ from unmask.methods.budget import Budget
 def matching_rank(settings: Mapping[str, Any]) -> int:
     """Returns the rank, at least 1, whose number of trained weights is nearest to the budget.
 
-    It reads the model's configuration alone, and no weights.
-
-    Args:
-        settings: The settings of a run, with ``budget`` and ``into``; their ``lora_r`` is ignored.
+    It reads the model's configuration alone, and no weights. It ignores the settings' ``lora_r``.
 
     Raises:
         ConfigError: ``into`` has no rank, or nothing can be added to this model.

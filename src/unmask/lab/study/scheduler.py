@@ -188,20 +188,16 @@ class _Scheduler:
             self._deaths[cell.id] = self._deaths.get(cell.id, 0) + 1
             if self._deaths[cell.id] < ATTEMPTS:
                 return
-            self._record_death(cell, outcome.cause, time.monotonic() - since)
+            error = {
+                "type": "WorkerDied",
+                "message": f"its worker died {ATTEMPTS} times ({outcome.cause}); perhaps there was too little memory",
+                "traceback": tail(self._store.log_path(cell.id), 30),
+            }
+            died = {"status": "failed", "labels": cell.labels, "settings": cell.settings, "error": error}
+            with self._store.lock(cell.id) as locked:
+                if locked and self._store.result(cell.id) is None:
+                    self._store.write_result(cell.id, died | {"seconds": round(time.monotonic() - since, 2)})
         result = self._store.result(cell.id)
         if result is not None and (outcome.status != "busy" or result["status"] == "done"):
             self._results[cell.id] = result
             self._live.ended(cell, result)
-
-    def _record_death(self, cell: Cell, cause: str, seconds: float) -> None:
-        error = {
-            "type": "WorkerDied",
-            "message": f"its worker died {ATTEMPTS} times ({cause}); perhaps there was too little memory",
-            "traceback": tail(self._store.log_path(cell.id), 30),
-        }
-        result = {"status": "failed", "labels": cell.labels, "settings": cell.settings, "error": error}
-        result["seconds"] = round(seconds, 2)
-        with self._store.lock(cell.id) as locked:
-            if locked and self._store.result(cell.id) is None:
-                self._store.write_result(cell.id, result)

@@ -83,10 +83,8 @@ class Store:
     """A sweep's folder.
 
     ``results/ID.json`` is a run's result, ``runs/ID`` its output folder, ``logs/ID.log`` its printed output. The
-    process that makes the run holds the lock ``locks/ID.lock``. ``sweep.json`` lists the runs of the sweep.
-
-    Args:
-        folder: The folder; it need not exist.
+    process that makes the run holds the lock ``locks/ID.lock``. ``sweep.json`` lists the runs of the sweep. The folder
+    need not exist.
     """
 
     def __init__(self, folder: str | Path) -> None:
