@@ -105,19 +105,15 @@ class Clock:
 
     def seconds(self) -> list[float]:
         """Returns the length of each phase."""
+        phases = itertools.pairwise(self._marks)
         if not self._cuda:
-            return [end - start for start, end in itertools.pairwise(self._marks)]
+            return [end - start for start, end in phases]
         self._marks[-1].synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(self._marks)]
+        return [start.elapsed_time(end) / 1e3 for start, end in phases]
 
 
 def build(row: Row, plan: Blueprint, settings: BenchSettings) -> Contender:
     """Builds a row's model and optimizer.
-
-    Args:
-        row: The row.
-        plan: The model.
-        settings: The run.
 
     Raises:
         MissingExtraError: The row's package is not installed. `Row.missing` tells this beforehand.
@@ -200,15 +196,9 @@ def _authors(row: Row, plan: Blueprint, settings: BenchSettings) -> Contender:
     store = need("selective_optimizers.load_store", "bench")
     model = plan.build()
     parameters = list(model.parameters())
-    options = {
-        "budget": row.budget,
-        "max_steps": min(PLANNED_STEPS, row.budget),
-        "eps": 1.0,
-        "exp": 2.0,
-        "verify": False,
-    }
+    options = {"budget": row.budget, "max_steps": min(PLANNED_STEPS, row.budget), "eps": 1.0, "exp": 2.0}
     wrapped = wrap.get_selective_optimizer(torch.optim.AdamW, "id3")
-    optimizer = wrapped([{"params": parameters}], lr=_RATE, **options)
+    optimizer = wrapped([{"params": parameters}], lr=_RATE, verify=False, **options)
 
     def save(folder: Path) -> int:
         store.write_summary_to_disk(str(folder / "summary.pt"), optimizer.get_summary(model))
@@ -288,8 +278,6 @@ def state_bytes(optimizer: Optimizer | None) -> int:
     if optimizer is None:
         return 0
     kept = [value for state in optimizer.state.values() for value in state.values()]
-    for group in optimizer.param_groups:
-        for key, value in group.items():
-            if key != "params":
-                kept.extend(value if isinstance(value, (list, tuple)) else [value])
+    for value in [group[key] for group in optimizer.param_groups for key in group if key != "params"]:
+        kept.extend(value if isinstance(value, (list, tuple)) else [value])
     return sum(t.numel() * t.element_size() for t in kept if isinstance(t, torch.Tensor))

@@ -132,13 +132,8 @@ def _cost_of_selecting(curve: _Curve, models: Sequence[str]) -> None:
 def selection_cost(id3: Sequence[StepTime], full: Sequence[StepTime]) -> dict[str, float]:
     """Returns what selecting adds to a backward pass that forms every dense gradient anyway.
 
-    Args:
-        id3: The steps of exact ID3, which ranks every gradient.
-        full: The steps of full fine-tuning in the same draws, which forms every gradient and keeps it.
-
-    Returns:
-        The median backward pass of each, in seconds, and as ``share of backward`` their ratio less one, which is the median
-        over the draws.
+    Exact ID3 ranks every gradient; full fine-tuning in the same draws forms every gradient and keeps it. The result has
+    the median backward pass of each, in seconds, and their ratio less one, the median over the draws.
     """
     found = ratio(id3, full, "backward")
     return {

@@ -23,14 +23,7 @@ _CURVES: dict[str, tuple[str, str, str, dict[str, str]]] = {
 
 
 def save_figure(record: Mapping[str, Any], path: Path) -> Path | None:
-    """Draws a record into a PNG file.
-
-    Args:
-        record: The record of a run or of a curve.
-        path: The file.
-
-    Returns:
-        The path, or None if there is nothing to draw.
+    """Draws the record of a run or of a curve into a PNG file; returns None if there is nothing to draw.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -55,7 +48,11 @@ def _table(figure: Any, record: Mapping[str, Any]) -> bool:
     if timed:
         _phases(axes[0], timed)
     if peaks:
-        _peaks(axes[-1], peaks)
+        bars = axes[-1].barh(list(peaks), list(peaks.values()), color=_MEMORY)
+        axes[-1].bar_label(bars, labels=[f"{value:,.0f}" for value in peaks.values()], fontsize=8, padding=2)
+        axes[-1].set_xlabel("peak memory, MB")
+        axes[-1].invert_yaxis()
+        axes[-1].set_xlim(0, 1.15 * max(peaks.values()))
     model, settings = record["model"], record["settings"]
     figure.suptitle(
         f"{model['name']}, {model['batch_size']} x {model['seq_len']} tokens, {settings['dtype']}, "
@@ -81,14 +78,6 @@ def _phases(axes: Any, timed: Mapping[str, Any]) -> None:
     axes.set_xlim(0, 1.05 * max([*left, *(value for value, _ in marked)]))
 
 
-def _peaks(axes: Any, peaks: Mapping[str, float]) -> None:
-    bars = axes.barh(list(peaks), list(peaks.values()), color=_MEMORY)
-    axes.bar_label(bars, labels=[f"{value:,.0f}" for value in peaks.values()], fontsize=8, padding=2)
-    axes.set_xlabel("peak memory, MB")
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(peaks.values()))
-
-
 def _curve(figure: Any, record: Mapping[str, Any]) -> bool:
     points = record["points"]
     if not points:
@@ -96,7 +85,11 @@ def _curve(figure: Any, record: Mapping[str, Any]) -> bool:
     figure.set_size_inches(7, 4.5)
     axes = figure.subplots()
     if record["curve"] == "selection":
-        _shares(axes, points)
+        labels = [f"{point['model']}\n{point['parameters'] / 1e6:.0f}M" for point in points]
+        bars = axes.bar(labels, [100 * point["share of backward"] for point in points], color=_PHASES["backward"])
+        axes.bar_label(bars, fmt="%.1f%%", fontsize=8)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_ylabel("cost of selecting, % of a dense backward pass")
         return True
     x, x_label, y_label, lines = _CURVES[record["curve"]]
     for key, label in lines.items():
@@ -110,11 +103,3 @@ def _curve(figure: Any, record: Mapping[str, Any]) -> bool:
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=8)
     return True
-
-
-def _shares(axes: Any, points: list[dict[str, Any]]) -> None:
-    labels = [f"{point['model']}\n{point['parameters'] / 1e6:.0f}M" for point in points]
-    bars = axes.bar(labels, [100 * point["share of backward"] for point in points], color=_PHASES["backward"])
-    axes.bar_label(bars, fmt="%.1f%%", fontsize=8)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_ylabel("cost of selecting, % of a dense backward pass")

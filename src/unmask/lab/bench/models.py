@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +58,13 @@ class Blueprint:
     def build(self) -> nn.Module:
         """Returns a new model in training mode, on the run's device and in its dtype."""
         torch.manual_seed(self.seed)
-        with _default_dtype(self.dtype), self.device:
-            return self._model_class(self.config).train()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with self.device:
+                return self._model_class(self.config).train()
+        finally:
+            torch.set_default_dtype(before)
 
     def batches(self) -> list[Batch]:
         """Returns `BATCHES` fixed random batches.
@@ -105,11 +109,26 @@ def blueprint(settings: BenchSettings) -> Blueprint:
     """
     transformers = need("transformers", "bench")
     shape = SHAPES.get(settings.model)
-    if shape is None:
-        return _from_config(transformers, settings)
-    config_class, model_class = (getattr(transformers, name) for name in _CLASS_NAMES[shape.family])
-    labels = {} if shape.family == "llama" else {"num_labels": _CLASSES}
-    return Blueprint(settings.sized(shape), config_class(**shape.dims, **labels), model_class, settings)
+    if shape is not None:
+        config_class, model_class = (getattr(transformers, name) for name in _CLASS_NAMES[shape.family])
+        labels = {} if shape.family == "llama" else {"num_labels": _CLASSES}
+        return Blueprint(settings.sized(shape), config_class(**shape.dims, **labels), model_class, settings)
+    try:
+        config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        hint = "" if Path(settings.model).is_dir() else " and it is not in the local hub cache (nothing is downloaded)"
+        raise ConfigError(f"model {settings.model!r} has no readable config{hint}: {error}") from error
+    causal = any(name.endswith("CausalLM") for name in config.architectures or ())
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
+    if type(config) not in auto._model_mapping:
+        raise ConfigError(
+            f"model {settings.model!r} ({config.model_type}) is neither a causal LM nor a classifier; give another model."
+        )
+    config._name_or_path = ""  # The weights are random, so the record must not name the checkpoint.
+    if not causal:
+        config.num_labels = _CLASSES
+    shape = settings.sized(Shape(Path(settings.model).name, "config", {}))
+    return Blueprint(shape, config, auto._model_mapping[type(config)], settings)
 
 
 def device_of(settings: BenchSettings) -> torch.device:
@@ -122,32 +141,3 @@ def device_of(settings: BenchSettings) -> torch.device:
         raise ConfigError("device = 'cuda', but torch sees no CUDA device; use --device cpu, or auto.")
     cuda = settings.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu")
-
-
-def _from_config(transformers: Any, settings: BenchSettings) -> Blueprint:
-    try:
-        config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        hint = "" if Path(settings.model).is_dir() else " and it is not in the local hub cache (nothing is downloaded)"
-        raise ConfigError(f"model {settings.model!r} has no readable config{hint}: {error}") from error
-    causal = any(name.endswith("CausalLM") for name in config.architectures or ())
-    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
-    if type(config) not in auto._model_mapping:
-        raise ConfigError(
-            f"model {settings.model!r} ({config.model_type}) is neither a causal LM nor a classifier; give another model."
-        )
-    model_class = auto._model_mapping[type(config)]
-    config._name_or_path = ""  # The weights are random, so the record must not name the checkpoint.
-    if not causal:
-        config.num_labels = _CLASSES
-    return Blueprint(settings.sized(Shape(Path(settings.model).name, "config", {})), config, model_class, settings)
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

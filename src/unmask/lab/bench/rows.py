@@ -75,11 +75,9 @@ class Row:
 
 
 def parse_rows(text: str, budget: int) -> list[Row]:
-    """Reads rows from a list that is separated by commas.
+    """Reads rows from a list of names that is separated by commas.
 
-    Args:
-        text: The names. ``all`` stands for every key of `KINDS`, and ``NAME@BUDGET`` gives a row another budget.
-        budget: The budget of the rows that name none, in scalar weights.
+    ``all`` stands for every key of `KINDS`. ``NAME@BUDGET`` gives a row its budget; the other rows have ``budget``.
 
     Raises:
         ConfigError: A method is unknown, a budget is no count, or a row is named twice.
@@ -95,13 +93,13 @@ def parse_rows(text: str, budget: int) -> list[Row]:
     repeated = sorted({label for label in labels if labels.count(label) > 1})
     if repeated:
         raise ConfigError(f"methods names {', '.join(repeated)} more than once; name each row once.")
-    return [_row(label, budget) for label in labels]
-
-
-def _row(label: str, budget: int) -> Row:
-    kind, at, own = label.partition("@")
-    if kind not in KINDS and not re.fullmatch(r"id3-([2-9]|[1-9]\d+)", kind):
-        raise ConfigError(f"unknown method {kind!r}; there are {', '.join(KINDS)}, id3-K for a stride of K, and all.")
-    if at and not (own.isdigit() and int(own) > 0):
-        raise ConfigError(f"method {label!r}: the budget after @ must be a count of weights, e.g. {kind}@10000.")
-    return Row(label, kind, int(own) if at else budget)
+    rows = []
+    for label in labels:
+        kind, at, own = label.partition("@")
+        if kind not in KINDS and not re.fullmatch(r"id3-([2-9]|[1-9]\d+)", kind):
+            known = ", ".join(KINDS)
+            raise ConfigError(f"unknown method {kind!r}; there are {known}, id3-K for a stride of K, and all.")
+        if at and not (own.isdigit() and int(own) > 0):
+            raise ConfigError(f"method {label!r}: the budget after @ must be a count of weights, e.g. {kind}@10000.")
+        rows.append(Row(label, kind, int(own) if at else budget))
+    return rows

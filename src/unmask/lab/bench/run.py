@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -98,14 +99,8 @@ def run_rows(
 ) -> None:
     """Measures every row in every draw. The first row of a draw is another one each time.
 
-    A row whose package is not installed is not tried. A row that fails is left out from then on; the others go on.
-
-    Args:
-        results: The results, which are filled in place.
-        settings: The run.
-        say: Takes a line of progress after every process.
-        save: Is called after every process, so that a run that is stopped leaves the results that it has.
-        measure: Measures a row; see `measure_apart`.
+    A row whose package is not installed is not tried. A row that fails is left out from then on; the others go on. The
+    results are filled in place, and ``save`` is called after every process, so that a run that is stopped leaves them.
     """
     for result in results:
         if result.row.missing:
@@ -118,24 +113,17 @@ def run_rows(
             continue
         result.add(measure(settings, result.row), draw)
         save()
+        if result.reason:
+            progress = f"{result.status}: {result.reason}"
+        else:
+            step, peak = list(by_draw(result.steps).values())[-1], result.memories[-1]["peak_mb"]
+            progress = f"{step:.4g} s a step, peak {peak:,.0f} MB"
         left = (time.perf_counter() - start) / (number + 1) * (total - number - 1)
-        say(f"draw {draw + 1} of {settings.draws}, {_progress(result)} (about {left:.0f} s to go)")
-
-
-def _progress(result: RowResult) -> str:
-    if result.reason:
-        return f"{result.row.label}: {result.status}: {result.reason}"
-    step, peak = list(by_draw(result.steps).values())[-1], result.memories[-1]["peak_mb"]
-    return f"{result.row.label}: {step:.4g} s a step, peak {peak:,.0f} MB"
+        say(f"draw {draw + 1} of {settings.draws}, {result.row.label}: {progress} (about {left:.0f} s to go)")
 
 
 def figures_of(results: Sequence[RowResult], tokens: int) -> dict[str, Any]:
-    """Returns every row's figures by label, as JSON values.
-
-    Args:
-        results: The rows.
-        tokens: The tokens of a step.
-    """
+    """Returns every row's figures by label, as JSON values; a step has so many tokens."""
     steps = {result.row.label: result.steps for result in results if result.steps}
     return {
         result.row.label: {
@@ -216,6 +204,10 @@ def write_reports(record: Mapping[str, Any], settings: BenchSettings, name: str,
 def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
     """Returns the hardware, the versions, and the commit if unmask runs from a git checkout, as JSON values."""
     cpu, total = _proc("cpuinfo", r"^model name\s*:\s*(.+)$"), _proc("meminfo", r"^MemTotal:\s+(\d+) kB")
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
+    for name in versions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "cpu": cpu or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -224,7 +216,7 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": versions,
         "commit": _commit(),
         "allocator": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_ALLOCATOR)},
     }
@@ -234,13 +226,6 @@ def _proc(name: str, pattern: str) -> str | None:
     path = Path("/proc", name)
     found = re.search(pattern, path.read_text(), re.MULTILINE) if path.is_file() else None
     return found.group(1) if found else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

@@ -48,12 +48,7 @@ class MidRun:
 
 
 def mid_run(row: Row, warmup: int, steps: int) -> MidRun:
-    """Returns the schedule of an ID3 row.
-
-    Args:
-        row: The row.
-        warmup: The steps of the warm-up.
-        steps: The least number of timed steps.
+    """Returns the schedule of an ID3 row, with so many steps of warm-up and at least so many timed steps.
 
     Example:
         >>> mid_run(Row("id3-10", "id3-10", 320_000), warmup=2, steps=3)

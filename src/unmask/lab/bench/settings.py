@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from unmask.errors import ConfigError
 from unmask.lab.bench.rows import Row, parse_rows
 from unmask.lab.bench.shapes import SHAPES, Shape
+from unmask.lab.training.fields import setting
 
 Dtype = Literal["float32", "autocast", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -30,63 +31,45 @@ class BenchSettings:
         ['frozen', 'static@1000']
     """
 
-    model: str = field(
-        default="roberta-base",
-        metadata={
-            "help": f"The model: a shape ({', '.join(SHAPES)}), a folder with a config.json, or the id of a model in the "
-            "local hub cache. Only the config is read: the weights are random and nothing is downloaded."
-        },
+    model: str = setting(
+        "roberta-base",
+        f"The model: a shape ({', '.join(SHAPES)}), a folder with a config.json, or the id of a model in the local hub "
+        "cache. Only the config is read: the weights are random and nothing is downloaded.",
     )
-    batch_size: int | None = field(
-        default=None, metadata={"help": "Sequences per batch; by default the shape's own number."}
+    batch_size: int | None = setting(None, "Sequences per batch; by default the shape's own number.")
+    seq_len: int | None = setting(None, "Tokens per sequence; by default the shape's own number.")
+    budget: int = setting(320_000, "The budget B: how many scalar weights unmask trains.")
+    dtype: Dtype = setting(
+        "float32", "float32; autocast (float32 weights, bfloat16 autocast); or bf16 (bfloat16 weights)."
     )
-    seq_len: int | None = field(
-        default=None, metadata={"help": "Tokens per sequence; by default the shape's own number."}
+    methods: str = setting(
+        "all",
+        "The rows to measure, separated by commas: frozen, full, full-fused, lora, shira, super, authors, static, "
+        "static-d3, id3, id3-10, id3-100 (id3-K for a stride of K), NAME@BUDGET for another budget, or all.",
     )
-    budget: int = field(default=320_000, metadata={"help": "The budget B: how many scalar weights unmask trains."})
-    dtype: Dtype = field(
-        default="float32",
-        metadata={"help": "float32; autocast (float32 weights, bfloat16 autocast); or bf16 (bfloat16 weights)."},
+    draws: int = setting(3, "How often each row is measured, every time in a fresh process.")
+    warmup: int = setting(2, "Training steps of each process before the timed ones.")
+    steps: int = setting(
+        3, "Timed steps of each process. A row with a stride runs whole cycles, at least this many steps."
     )
-    methods: str = field(
-        default="all",
-        metadata={
-            "help": "The rows to measure, separated by commas: frozen, full, full-fused, lora, shira, super, authors, static, "
-            "static-d3, id3, id3-10, id3-100 (id3-K for a stride of K), NAME@BUDGET for another budget, or all."
-        },
-    )
-    draws: int = field(default=3, metadata={"help": "How often each row is measured, every time in a fresh process."})
-    warmup: int = field(default=2, metadata={"help": "Training steps of each process before the timed ones."})
-    steps: int = field(
-        default=3,
-        metadata={
-            "help": "Timed steps of each process. A row with a stride runs whole cycles, at least this many steps."
-        },
-    )
-    threads: int = field(default=2, metadata={"help": "CPU threads."})
-    device: Device = field(
-        default="auto", metadata={"help": "cpu, cuda, or auto, which takes CUDA if there is a CUDA device."}
-    )
-    dropout: float | None = field(
-        default=None, metadata={"help": "Every dropout probability of the model; by default those of its config."}
-    )
-    lora_r: int = field(default=8, metadata={"help": "The rank of LoRA."})
-    curve: Curve | None = field(
-        default=None, metadata={"help": "A scaling curve to measure instead of the table: budget, size or selection."}
-    )
-    output: str = field(default="runs/bench", metadata={"help": "The folder for the results."})
-    seed: int = field(default=0, metadata={"help": "The seed of the weights, the batches and the random masks."})
+    threads: int = setting(2, "CPU threads.")
+    device: Device = setting("auto", "cpu, cuda, or auto, which takes CUDA if there is a CUDA device.")
+    dropout: float | None = setting(None, "Every dropout probability of the model; by default those of its config.")
+    lora_r: int = setting(8, "The rank of LoRA.")
+    curve: Curve | None = setting(None, "A scaling curve to measure instead of the table: budget, size or selection.")
+    output: str = setting("runs/bench", "The folder for the results.")
+    seed: int = setting(0, "The seed of the weights, the batches and the random masks.")
 
     def __post_init__(self) -> None:
-        _need_one_of("dtype", self.dtype, get_args(Dtype))
-        _need_one_of("device", self.device, get_args(Device))
-        if self.curve is not None:
-            _need_one_of("curve", self.curve, get_args(Curve))
-        for name in ("budget", "draws", "warmup", "steps", "threads", "lora_r"):
-            _need_at_least(name, getattr(self, name), 1)
-        for name, least in (("batch_size", 1), ("seq_len", 2)):
-            if getattr(self, name) is not None:
-                _need_at_least(name, getattr(self, name), least)
+        for name, words in (("dtype", Dtype), ("device", Device), ("curve", Curve)):
+            value, allowed = getattr(self, name), get_args(words)
+            if value not in allowed and not (name == "curve" and value is None):
+                raise ConfigError(f"{name} = {value!r}; it must be one of {', '.join(allowed)}.")
+        for name in ("budget", "draws", "warmup", "steps", "threads", "lora_r", "batch_size", "seq_len"):
+            value, least = getattr(self, name), 2 if name == "seq_len" else 1
+            given = value is not None or name not in ("batch_size", "seq_len")
+            if given and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name} = {value!r}; it must be a whole number, at least {least}.")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout = {self.dropout!r}; it must be at least 0 and below 1.")
         if self.model not in SHAPES and "/" not in self.model and not Path(self.model).is_dir():
@@ -103,13 +86,3 @@ class BenchSettings:
     def sized(self, shape: Shape) -> Shape:
         """Returns the shape with this run's batch size and sequence length, where these are given."""
         return dataclasses.replace(shape, batch=self.batch_size or shape.batch, length=self.seq_len or shape.length)
-
-
-def _need_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} = {value!r}; it must be one of {', '.join(allowed)}.")
-
-
-def _need_at_least(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} = {value!r}; it must be a whole number, at least {least}.")

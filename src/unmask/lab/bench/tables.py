@@ -56,12 +56,8 @@ def timing(steps: Sequence[StepTime], stride: int, tokens: int) -> dict[str, Any
 
     A stride above 1 adds the medians of the steps that select and of those between them, and the amortised step, which a
     whole run pays on average: ``(selecting + (stride - 1) between) / stride`` of the two means. This is the mean step if the
-    cycle is the stride, and tells what a longer stride costs if the cycle is shorter.
-
-    Args:
-        steps: The timed steps, in whole cycles if the row has a stride.
-        stride: The row's stride.
-        tokens: The tokens of a step.
+    cycle is the stride, and tells what a longer stride costs if the cycle is shorter. A row with a stride has its steps in
+    whole cycles.
     """
     figures: dict[str, Any] = {phase: spread(getattr(step, phase) for step in steps) for phase in PHASES}
     figures["steps"] = len(steps)
@@ -91,11 +87,6 @@ def ratio(above: Sequence[StepTime], below: Sequence[StepTime], phase: str = "to
     The ratio is the median of the draws' own ratios, so that a machine that grows slower from one draw to the next does not
     change it.
 
-    Args:
-        above: The timed steps of the numerator.
-        below: The timed steps of the denominator.
-        phase: The phase to compare.
-
     Returns:
         ``ratio``, and ``draws``: the spread of the draws' own ratios of medians, with ``each`` of them. None if the rows
         have no draw in common.
@@ -115,12 +106,44 @@ def ratio(above: Sequence[StepTime], below: Sequence[StepTime], phase: str = "to
 
 def times(record: Mapping[str, Any]) -> list[Cells]:
     """Returns a line for each row with its times, or with the reason why it has none."""
-    return [_time_cells(label, row) for label, row in record["rows"].items() if row["timing"] or row["reason"]]
+    lines = []
+    for label, row in record["rows"].items():
+        figures = row["timing"]
+        if figures:
+            total = figures["total"]
+            lines.append(
+                [
+                    label,
+                    f"{total['median']:.4g} ({total['q1']:.4g}-{total['q3']:.4g})",
+                    *(f"{figures[phase]['median']:.4g}" for phase in ("forward", "backward", "optimizer")),
+                    number(figures.get("amortised"), 4),
+                    *(number((row["ratios"].get(name) or {}).get("ratio"), 3) for name in ("frozen", "full")),
+                    f"{figures['tokens_per_second']:,.0f}",
+                ]
+            )
+        elif row["reason"]:
+            lines.append([label, row["status"], *[_NONE] * (len(TIMES) - 2)])
+    return lines
 
 
 def costs(record: Mapping[str, Any]) -> list[Cells]:
     """Returns a line for each row with its memory and its bytes on disk."""
-    return [_cost_cells(label, row) for label, row in record["rows"].items() if row["memory"]]
+    lines = []
+    for label, row in record["rows"].items():
+        memory, weights = row["memory"], row["weights"]
+        if memory:
+            lines.append(
+                [
+                    label,
+                    f"{weights['trainable']:,}",
+                    f"{weights['trained']:,}",
+                    f"{memory['peak_mb']:,.0f}",
+                    f"{memory['before_mb']:,.0f}" if memory["before_mb"] is not None else _NONE,
+                    f"{memory['state_bytes'] / 1e6:,.1f}",
+                    number(memory.get("bytes_per_weight"), 2),
+                ]
+            )
+    return lines
 
 
 def curve(record: Mapping[str, Any]) -> tuple[Cells, list[Cells]]:
@@ -196,34 +219,6 @@ def _heading(record: Mapping[str, Any]) -> str:
             f"{settings['dtype']}, budget {settings['budget']:,}, draws {settings['draws']}; training mode, {dropout}."
         )
     return "\n\n".join(lines)
-
-
-def _time_cells(label: str, row: Mapping[str, Any]) -> Cells:
-    figures = row["timing"]
-    if not figures:
-        return [label, row["status"], *[_NONE] * (len(TIMES) - 2)]
-    total = figures["total"]
-    return [
-        label,
-        f"{total['median']:.4g} ({total['q1']:.4g}-{total['q3']:.4g})",
-        *(f"{figures[phase]['median']:.4g}" for phase in ("forward", "backward", "optimizer")),
-        number(figures.get("amortised"), 4),
-        *(number((row["ratios"].get(name) or {}).get("ratio"), 3) for name in ("frozen", "full")),
-        f"{figures['tokens_per_second']:,.0f}",
-    ]
-
-
-def _cost_cells(label: str, row: Mapping[str, Any]) -> Cells:
-    memory, weights = row["memory"], row["weights"]
-    return [
-        label,
-        f"{weights['trainable']:,}",
-        f"{weights['trained']:,}",
-        f"{memory['peak_mb']:,.0f}",
-        f"{memory['before_mb']:,.0f}" if memory["before_mb"] is not None else _NONE,
-        f"{memory['state_bytes'] / 1e6:,.1f}",
-        number(memory.get("bytes_per_weight"), 2),
-    ]
 
 
 def _cell(value: Any) -> str:

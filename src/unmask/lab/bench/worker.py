@@ -37,10 +37,6 @@ def measure(settings: BenchSettings, row: Row) -> dict[str, Any]:
     measured in the middle of a run. Shorter sequences keep the memory of these steps below that of the others. The warm-up
     and the timed steps follow, on whole batches.
 
-    Args:
-        settings: The run.
-        row: The row.
-
     Returns:
         A report of JSON values. ``steps``: the timed steps. ``weights``: the counts of weights and other facts of the row.
         ``memory``: ``peak_mb`` (the largest resident size of this process; on CUDA the largest allocation on the device),
@@ -51,7 +47,8 @@ def measure(settings: BenchSettings, row: Row) -> dict[str, Any]:
     contender = build(row, plan, settings)
     batches = plan.batches()
     autocast = settings.dtype == "autocast"
-    before = _allocated(plan.device) or resident_bytes()
+    on_cuda = plan.device.type == "cuda"
+    before = torch.cuda.memory_allocated(plan.device) if on_cuda else _status("VmRSS")
     start(contender, batches, settings)
     gc.collect()
     gc.disable()  # Otherwise the garbage collector would run in some of the steps and not in others.
@@ -61,31 +58,29 @@ def measure(settings: BenchSettings, row: Row) -> dict[str, Any]:
     finally:
         gc.enable()
     # Linux counts both sizes to within some pages, so the peak may seem to be below the size from which it rose.
-    peak = _allocated(plan.device, peak=True) or max(peak_bytes(), before or 0)
-    memory = {
+    peak = torch.cuda.max_memory_allocated(plan.device) if on_cuda else max(peak_bytes(), before or 0)
+    memory: dict[str, Any] = {
         "peak_mb": peak / 1e6,
         "before_mb": before / 1e6 if before else None,
         "host_peak_mb": peak_bytes() / 1e6,
         "state_bytes": state_bytes(contender.optimizer),
-        **_saved(contender),  # Saving is not part of training, so it comes after the peak has been read.
+        "saved_bytes": None,
     }
+    with tempfile.TemporaryDirectory() as folder:  # Saving is not part of training, so it comes after the peak is read.
+        try:
+            memory["saved_bytes"] = contender.save(Path(folder)) if contender.save else None
+        except Exception as error:  # The step of a method that cannot save has been measured all the same.
+            memory["saved_error"] = short(error)
     return {"steps": [dataclasses.asdict(step) for step in steps], "weights": contender.weights(), "memory": memory}
 
 
 def start(contender: Contender, batches: Sequence[Batch], settings: BenchSettings) -> None:
-    """Runs the ramp of an ID3 row and the warm-up, so that the next step is the first of a timed cycle.
-
-    Args:
-        contender: The row.
-        batches: The batches of `Blueprint.batches`.
-        settings: The run.
-    """
+    """Runs the ramp of an ID3 row and the warm-up, so that the next step is the first of a timed cycle."""
     autocast = settings.dtype == "autocast"
     for batch in batches if contender.row.selects else ():
         length = max(2, batch["input_ids"].shape[1] // 4)
-        contender.step(
-            {name: tensor[:, :length] if tensor.dim() == 2 else tensor for name, tensor in batch.items()}, autocast
-        )
+        short_batch = {name: tensor[:, :length] if tensor.dim() == 2 else tensor for name, tensor in batch.items()}
+        contender.step(short_batch, autocast)
     for i in range(settings.warmup):
         contender.step(batches[i % len(batches)], autocast)
 
@@ -95,8 +90,7 @@ def peak_bytes() -> int:
 
     On Linux this is ``VmHWM``. Unlike ``ru_maxrss`` it does not inherit the size of the process that started this one.
     """
-    peak = _status("VmHWM")
-    if peak is not None:
+    if (peak := _status("VmHWM")) is not None:
         return peak
     import resource
 
@@ -104,31 +98,11 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def resident_bytes() -> int | None:
-    """Returns the resident size of this process now; None where it is not known."""
-    return _status("VmRSS")
-
-
 def _status(key: str) -> int | None:
+    """Returns a size of this process in bytes, as Linux counts it; None where it is not known."""
     path = Path("/proc/self/status")
     found = re.search(rf"^{key}:\s+(\d+) kB", path.read_text(), re.MULTILINE) if path.is_file() else None
     return int(found.group(1)) * 1024 if found else None
-
-
-def _allocated(device: torch.device, peak: bool = False) -> int | None:
-    if device.type != "cuda":
-        return None
-    return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
-
-
-def _saved(contender: Contender) -> dict[str, Any]:
-    if contender.save is None:
-        return {"saved_bytes": None}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return {"saved_bytes": contender.save(Path(folder))}
-        except Exception as error:  # The step of a method that cannot save has been measured all the same.
-            return {"saved_bytes": None, "saved_error": short(error)}
 
 
 def short(error: BaseException) -> str:

@@ -128,12 +128,7 @@ def metric_name(run: RunRecord) -> str:
 def draw_points(axes: Any, points: Sequence[Point], look: Look, label: str = "", aside: float = 0) -> None:
     """Draws a line through means, with intervals where there are several runs.
 
-    Args:
-        axes: The axes to draw on.
-        points: The points, by rising x.
-        look: Colour, marker and line style.
-        label: The label in the legend; an empty one is left out of the legend.
-        aside: How far the points move to the right, in printer's points, so that intervals of several lines stay apart.
+    The points move ``aside`` to the right, in printer's points, so that intervals of several lines stay apart.
     """
     shift = need("matplotlib.transforms", "plot").ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
     place = axes.transData + shift
@@ -210,9 +205,8 @@ def count_axis(axes: Any, at: Iterable[float] = ()) -> None:
             kept.append(value)
     kept.sort()
     axes.xaxis.set_major_locator(ticker.FixedLocator(kept) if kept else ticker.MaxNLocator(5))
-    near = {
-        b for a, b in pairwise(kept) if b - a < 0.16 * (values[-1] - values[0])
-    }  # Their labels stand a line lower, so that they do not touch.
+    # Labels that would touch stand a line lower.
+    near = {b for a, b in pairwise(kept) if b - a < 0.16 * (values[-1] - values[0])}
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda count, place: "\n" * (count in near) + short(count)))
 
 

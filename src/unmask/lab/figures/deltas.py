@@ -55,9 +55,8 @@ def delta_figure(facts: Mapping[str, Any], style: Style = LIGHT) -> Any:
 def _densest(axes: Any, tensors: Mapping[str, Mapping[str, float]], style: Style) -> None:
     ordered = sorted(tensors.items(), key=lambda item: -item[1]["density"])
     shown = ordered[:_BARS]
-    bars = axes.barh(
-        [_tail(name) for name, _ in shown], [100 * row["density"] for _, row in shown], color=SERIES[1], height=0.7
-    )
+    names = [name if len(name) <= 44 else f"...{name[-41:]}" for name, _ in shown]
+    bars = axes.barh(names, [100 * row["density"] for _, row in shown], color=SERIES[1], height=0.7)
     axes.bar_label(bars, [f"{100 * row['density']:.2g}%" for _, row in shown], fontsize=7, padding=2, color=style.ink)
     axes.invert_yaxis()
     axes.margins(x=0.15, y=0.02)
@@ -87,7 +86,3 @@ def _along(axes: Any, along: Sequence[Snapshot], style: Style) -> None:
     other.spines["right"].set(visible=True, color=style.muted)
     other.spines["left"].set_visible(False)
     other.yaxis.label.set_color(SERIES[1])
-
-
-def _tail(name: str, length: int = 44) -> str:
-    return name if len(name) <= length else f"...{name[3 - length :]}"

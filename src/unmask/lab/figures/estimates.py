@@ -88,11 +88,10 @@ def interval(scores: Sequence[float], level: float = 0.95, how: Literal["t", "bo
         stats = need("scipy.stats", "plot")
         if how == "bootstrap":
             settings = {"confidence_level": level, "n_resamples": 10_000, "method": "percentile", "random_state": 0}
-            low, high = map(
-                float, stats.bootstrap((scores,), need("numpy", "plot").mean, **settings).confidence_interval
-            )
+            found = stats.bootstrap((scores,), need("numpy", "plot").mean, **settings).confidence_interval
         else:
-            low, high = map(float, stats.t.interval(level, n - 1, loc=mean, scale=deviation / math.sqrt(n)))
+            found = stats.t.interval(level, n - 1, loc=mean, scale=deviation / math.sqrt(n))
+        low, high = map(float, found)
     return Estimate(mean, deviation, low, high, n, n)
 
 

@@ -14,7 +14,7 @@ from unmask.methods.naming import KINDS, OTHER
 _KINDS = ("Key", "Query", "Value", "Attn Out", "FFN1", "FFN2", "other")
 _CELL = 0.34, 0.25
 """The width and height of a cell in inches."""
-_STRATEGIES = ("increment", "repeat")
+_RANKS = {"increment": 0, "repeat": 1}
 """The order of a figure's rows; other strategies follow."""
 
 Block = tuple[str, str, int]
@@ -45,7 +45,7 @@ def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
     runs = check_records(records, "allocation")
     names = labels(runs)
     blocks: dict[Block, dict[str, list[RunRecord]]] = {}
-    for run in sorted(runs, key=_strategy):
+    for run in sorted(runs, key=lambda run: _RANKS.get(run.get("strategy", ""), len(_RANKS))):
         block = blocks.setdefault((run["model"], run["task"], run["budget"]), {})
         block.setdefault(run["method"], []).append(run)
     layers = max(len(_inner(shot["rows"])) for run in runs for shot in run["allocation"])
@@ -67,11 +67,6 @@ def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
     text = "a cell is its share of the budget B; elsewhere: embeddings, normalisations, heads and what has no such name"
     note(figure, style, text, which_runs(runs, spread=False))
     return figure
-
-
-def _strategy(run: RunRecord) -> int:
-    strategy = run.get("strategy")
-    return _STRATEGIES.index(strategy) if strategy in _STRATEGIES else len(_STRATEGIES)
 
 
 def _ordered(run: RunRecord) -> list[Snapshot]:
@@ -105,13 +100,8 @@ def _moment(shots: Sequence[Snapshot], budget: int) -> str:
     """Says how many weights a panel shows, and how many a repeat-S that keeps them has ever tuned."""
     steps = {shot["step"] for shot in shots if "step" in shot}
     step = f"step {steps.pop():,}: " if len(steps) == 1 else ""
-    shown, used = (
-        sum(counts) / len(shots)
-        for counts in (
-            [row["unmasked"] for shot in shots for row in _picked(shot)],
-            [shot["used"] for shot in shots],
-        )
-    )
+    shown = sum(row["unmasked"] for shot in shots for row in _picked(shot)) / len(shots)
+    used = sum(shot["used"] for shot in shots) / len(shots)
     more = f", {short(used)} ever tuned" if used > shown else ""
     return f"{step}{short(shown)} of B = {short(budget)}{more}"
 
@@ -124,20 +114,11 @@ def heat_map(
     text: Callable[[float], str],
     outside: bool = False,
 ) -> Any:
-    """Draws one allocation, module kinds from top to bottom and layers from left to right.
+    """Draws one allocation, module kinds from top to bottom and layers from left to right; returns the image.
 
-    The colour is strongest at the largest cell within the layers, so that an embedding matrix does not outshine them.
-
-    Args:
-        axes: The axes to draw on.
-        rows: The allocation.
-        of: The number by which each count is divided.
-        style: The colours of the page.
-        text: The function that writes a cell's value.
-        outside: True to add a row for other modules and a column for tensors outside the layers, if there are any.
-
-    Returns:
-        The matplotlib image.
+    Each count is divided by ``of`` and written by ``text``. The colour is strongest at the largest cell within the
+    layers, so that an embedding matrix does not outshine them. With ``outside`` there is a row for other modules and a
+    column for tensors outside the layers, if there are any.
 
     Raises:
         DataError: There is no layer to draw, or with ``outside`` no row.

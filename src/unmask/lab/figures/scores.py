@@ -25,7 +25,7 @@ from unmask.lab.figures.charts import (
     short,
     which_runs,
 )
-from unmask.lab.figures.records import CurvePoint, RunRecord, by_method, check_records, labels, trained
+from unmask.lab.figures.records import RunRecord, by_method, check_records, labels, trained
 from unmask.lab.figures.style import LIGHT, LINES, RED, Look, Style, dress, look_of, new_figure
 
 
@@ -71,13 +71,9 @@ def parameter_sweep(
         _finish(axes, style)
     endless = any(math.isinf(_value(run, name)) for name, swept in sweeps.items() for run in swept)
     beyond = len(runs) - len({run["name"] for swept in sweeps.values() for run in swept})
-    note(
-        figure,
-        style,
-        which_runs(runs),
-        "infinite values have no place on a linear axis" if endless else "",
-        f"{beyond} runs at other values of both are not shown" if beyond else "",
-    )
+    texts = ["infinite values have no place on a linear axis"] if endless else []
+    texts += [f"{beyond} runs at other values of both are not shown"] if beyond else []
+    note(figure, style, which_runs(runs), *texts)
     return figure
 
 
@@ -170,29 +166,22 @@ def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> 
     looks, names = look_of(list(by_method(runs))), labels(runs)
 
     def draw(axes: Any, group: list[RunRecord]) -> None:
-        shown = {}
-        for method, of_method in by_method(group).items():
-            more = " (tunes more than B)" if any(trained(run) > run["budget"] for run in of_method) else ""
-            shown[method] = f"{names[method]}{more}"
+        more = {run["method"]: " (tunes more than B)" for run in group if trained(run) > run["budget"]}
+        shown = {run["method"]: names[run["method"]] + more.get(run["method"], "") for run in group}
         _lines(axes, group, looks, shown)
         count_axis(axes, [run["budget"] for run in group])
         axes.set_xlabel("budget B, weights")
         _finish(axes, style)
 
-    figure = panels(runs, style, draw)
-    note(figure, style, *_tuned_beyond(runs, names), which_runs(runs))
-    return figure
-
-
-def _tuned_beyond(runs: Sequence[RunRecord], names: Mapping[str, str]) -> list[str]:
-    """Returns a text for each method that changes more weights than its budget, with their number."""
     texts = []
     for method, group in by_method(runs).items():
         counts = [trained(run) for run in group if trained(run) > run["budget"]]
         if counts:
             span = " to ".join(dict.fromkeys((short(min(counts)), short(max(counts)))))
             texts.append(f"{names[method]} changes {span} weights in all, more than its budget B")
-    return texts
+    figure = panels(runs, style, draw)
+    note(figure, style, *texts, which_runs(runs))
+    return figure
 
 
 def _lines(axes: Any, runs: Sequence[RunRecord], looks: Mapping[str, Look], names: Mapping[str, str]) -> None:
@@ -226,7 +215,6 @@ def _finish(axes: Any, style: Style) -> None:
 
 def _curves(axes: Any, name: str, runs: Sequence[RunRecord], look: Look) -> None:
     """Draws a line for each budget: the mean over seeds in front of each seed's own line, or the best run's line."""
-    colour = look.colour
     budgets = sorted({run["budget"] for run in runs})
     for i, budget in enumerate(budgets):
         kept = counting([run for run in runs if run["budget"] == budget])
@@ -235,20 +223,15 @@ def _curves(axes: Any, name: str, runs: Sequence[RunRecord], look: Look) -> None
         curves = [[at for at in run["curve"] if at["used"]] for run in kept]
         for curve in curves if len(curves) > 1 else []:
             xs, ys = [at["used"] for at in curve], [at["score"] for at in curve]
-            axes.plot(xs, ys, color=colour, linewidth=0.8, alpha=0.45, zorder=2)
-        mean = _mean_curve(curves)
+            axes.plot(xs, ys, color=look.colour, linewidth=0.8, alpha=0.45, zorder=2)
+        shared = sorted(set.intersection(*({at["used"] for at in curve} for curve in curves)))
+        if not shared:
+            raise DataError(
+                "the seeds of one run have no point of their curves in common; evaluate them at the same steps."
+            )
+        scores = {used: [at["score"] for curve in curves for at in curve if at["used"] == used] for used in shared}
+        mean = [(float(used), fmean(each)) for used, each in scores.items()]
         marks = {"marker": look.marker, "markersize": 3.5, "markevery": math.ceil(len(mean) / 12)}
         label = name + (f", B = {short(budget)}" if len(budgets) > 1 else "")
-        line = {"color": colour, "linestyle": LINES[i % len(LINES)], "linewidth": 1.6, "zorder": 3}
+        line = {"color": look.colour, "linestyle": LINES[i % len(LINES)], "linewidth": 1.6, "zorder": 3}
         axes.plot(*zip(*mean, strict=True), label=label, **line, **marks)
-
-
-def _mean_curve(curves: Sequence[Sequence[CurvePoint]]) -> list[tuple[float, float]]:
-    """Returns the mean score wherever every seed has a point."""
-    shared = set.intersection(*({at["used"] for at in curve} for curve in curves))
-    if not shared:
-        raise DataError(
-            "the seeds of one run have no point of their curves in common; evaluate them at the same steps."
-        )
-    scores = {used: [at["score"] for curve in curves for at in curve if at["used"] == used] for used in shared}
-    return [(float(used), fmean(scores[used])) for used in sorted(shared)]

@@ -105,29 +105,27 @@ def _scores(run: RunRecord) -> dict[str, float]:
 
 def _places(runs: Sequence[RunRecord]) -> list[Place]:
     """Returns every method at every budget: methods in the order of their first runs, budgets rising."""
-    columns, places = _columns(runs), []
+    columns = _columns(runs)
+    places: list[Place] = []
     for method, group in by_method(runs).items():
         budgets: list[list[RunRecord]] = []
         for run in sorted(group, key=lambda run: run["budget"]):
             if not budgets or run["budget"] > _SAME * budgets[-1][0]["budget"]:
                 budgets.append([])
             budgets[-1].append(run)
-        places += [_place(method, at_budget, columns) for at_budget in budgets]
+        for at_budget in budgets:
+            share = 100 * fmean(run["share"] for run in at_budget)
+            points, left = [], []
+            for task, label in columns:
+                having = [run for run in at_budget if run["task"] == task and label in _scores(run)]
+                if having:
+                    points.append(point(share, having, lambda run, label=label: 100 * _scores(run)[label]))  # type: ignore[misc]
+                else:
+                    left.append((task, label))
+            half = points[0].half if len(columns) == 1 else None
+            average = Point(share, fmean(p.mean for p in points), half)
+            places.append(Place(method, fmean(trained(run) for run in at_budget), average, tuple(left)))
     return places
-
-
-def _place(method: str, runs: Sequence[RunRecord], columns: Sequence[Column]) -> Place:
-    share = 100 * fmean(run["share"] for run in runs)
-    points, left = [], []
-    for task, label in columns:
-        having = [run for run in runs if run["task"] == task and label in _scores(run)]
-        if having:
-            points.append(point(share, having, lambda run, label=label: 100 * _scores(run)[label]))  # type: ignore[misc]
-        else:
-            left.append((task, label))
-    half = points[0].half if len(columns) == 1 else None
-    average = Point(share, fmean(p.mean for p in points), half)
-    return Place(method, fmean(trained(run) for run in runs), average, tuple(left))
 
 
 def _average(runs: Sequence[RunRecord], columns: Sequence[Column]) -> tuple[str, str]:

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from unmask.errors import UnmaskError
-from unmask.lab.figures.estimates import Estimate
 from unmask.lab.report.drawing import CAPTIONS, inline, worth_drawing
 from unmask.lab.report.reading import Study
 from unmask.lab.study.cells import Cell, distinct
 from unmask.lab.study.live import duration, remaining
 from unmask.lab.study.records import base_weights, records, trained_weights
-from unmask.lab.study.spec import Protocol
 from unmask.lab.study.store import Result
 from unmask.lab.study.tables import (
     EDGES,
     Entry,
-    Line,
     Table,
     average_text,
     claim_text,
     figure,
     legend,
+    spread,
     table,
     tables,
     trained_text,
@@ -36,12 +33,7 @@ _NUMBERS = ("score", "loss", "weights", "share", "time")
 
 
 def study_context(study: Study, anchor: str) -> dict[str, Any]:
-    """Returns everything that the template shows of one study.
-
-    Args:
-        study: The study.
-        anchor: The id of the study's section on the page.
-    """
+    """Returns everything that the template shows of one study, whose section on the page has the id ``anchor``."""
     results = [result for _, result in _ended(study)]
     failed = [result for result in results if result["status"] == "failed"]
     left = len(remaining(study.cells, study.protocol, study.choice, study.results))
@@ -67,39 +59,36 @@ def study_context(study: Study, anchor: str) -> dict[str, Any]:
 
 def score_table(found: Table) -> dict[str, Any]:
     """Returns a table of scores with a mark at the best of each column, and the paper's figures next to ours."""
-    estimates = {
-        column: [figure(e, found.protocol) for line in found.lines if (e := line.entries.get(column))]
-        for column in found.columns
-    }
-    means = {column: [estimate.mean for estimate in found_ if estimate] for column, found_ in estimates.items()}
-    best = {column: max(values) if len(values) > 1 else None for column, values in means.items()}
-    metrics = {
-        column: next((e.metric for line in found.lines if (e := line.entries.get(column)) and e.scores), "")
-        for column in found.columns
-    }
+    best: dict[str, float | None] = {}
+    metrics: dict[str, str] = {}
+    for column in found.columns:
+        entries = [line.entries[column] for line in found.lines if column in line.entries]
+        means = [shown.mean for entry in entries if (shown := figure(entry, found.protocol))]
+        best[column] = max(means) if len(means) > 1 else None
+        metrics[column] = next((entry.metric for entry in entries if entry.scores), "")
     names = list(dict.fromkeys(key for line in found.lines for key in line.labels))
+    lines = [
+        {
+            "labels": [line.labels.get(name, "") for name in names],
+            "weights": trained_text(line),
+            "entries": [
+                (_entry(line.entries.get(column), found, best[column]), claim_text(line.claim, column))
+                for column in found.columns
+            ],
+            "average": f"{100 * line.average:.2f}" if line.average is not None else "-",
+            "paper_average": average_text(line.claim),
+            "claim": f"{found.model}, {line.claim.count}" if line.claim else "",
+        }
+        for line in found.lines
+    ]
     return {
         "title": found.title,
         "names": names,
         "columns": list(metrics.items()),
         "paper": bool(found.model),
         "averages": any(line.average is not None for line in found.lines),
-        "lines": [_line(line, names, found, best) for line in found.lines],
+        "lines": lines,
         "legend": legend(found, _MARKS),
-    }
-
-
-def _line(line: Line, names: Sequence[str], found: Table, best: Mapping[str, float | None]) -> dict[str, Any]:
-    return {
-        "labels": [line.labels.get(name, "") for name in names],
-        "weights": trained_text(line),
-        "entries": [
-            (_entry(line.entries.get(column), found, best[column]), claim_text(line.claim, column))
-            for column in found.columns
-        ],
-        "average": f"{100 * line.average:.2f}" if line.average is not None else "-",
-        "paper_average": average_text(line.claim),
-        "claim": f"{found.model}, {line.claim.count}" if line.claim else "",
     }
 
 
@@ -116,18 +105,11 @@ def _entry(entry: Entry | None, found: Table, best: float | None) -> dict[str, A
     return {
         "mean": f"{100 * estimate.mean:.2f}",
         "best": best is not None and estimate.mean >= best,
-        "spread": _spread(estimate, found.protocol),
+        "spread": spread(estimate, found.protocol),
         "scores": ", ".join(f"seed {seed}: {100 * score:.2f}" for seed, score in entry.scores.items()),
         "remarks": ", ".join(remarks),
         "edge": EDGES.get(entry.edge or ""),
     }
-
-
-def _spread(estimate: Estimate, protocol: Protocol) -> str | None:
-    """Returns half the interval, or the deviation, in percent; None for one run."""
-    if protocol.kind == "seeds" and estimate.high is not None:
-        return f"{100 * (estimate.high - estimate.mean):.2f}"
-    return f"{100 * estimate.deviation:.2f}" if estimate.deviation is not None else None
 
 
 def _choice(study: Study) -> dict[str, Any] | None:
@@ -154,15 +136,12 @@ def _figures(study: Study, anchor: str) -> list[dict[str, Any]]:
     """Returns each figure as an ``<svg>`` element, which is the only value that the template does not escape."""
     shown = records(study.cells, study.results, study.protocol, study.choice)
     names = study.figures if study.figures is not None else worth_drawing(shown)
-    return [
-        {
-            "id": f"{anchor}-{name}",
-            "svg": None if isinstance(drawn, UnmaskError) else drawn,
-            "fault": str(drawn) if isinstance(drawn, UnmaskError) else "",
-            "caption": CAPTIONS.get(name, name),
-        }
-        for name, drawn in inline(names, shown, anchor).items()
-    ]
+    figures = []
+    for name, drawn in inline(names, shown, anchor).items():
+        failed = isinstance(drawn, UnmaskError)
+        svg, fault = (None, str(drawn)) if failed else (drawn, "")
+        figures.append({"id": f"{anchor}-{name}", "svg": svg, "fault": fault, "caption": CAPTIONS.get(name, name)})
+    return figures
 
 
 def _ended(study: Study) -> list[tuple[Cell, Result]]:
@@ -219,12 +198,11 @@ def _details(cell: Cell, result: Result) -> list[tuple[str, dict[str, str]]]:
 def failures(study: Study) -> list[dict[str, str]]:
     """Returns the error of every failed run."""
     found = []
-    for _, result in _ended(study):
-        if result["status"] == "failed":
-            error = result.get("error") or {}
-            labels = ", ".join(f"{k} {v}" for k, v in result.get("labels", {}).items() if v is not None)
-            summary = f"{result.get('id', '')} ({labels}): {error.get('type', '')}: {error.get('message', '')}"
-            found.append({"summary": summary, "traceback": str(error.get("traceback", ""))})
+    for result in [result for _, result in _ended(study) if result["status"] == "failed"]:
+        error = result.get("error") or {}
+        labels = ", ".join(f"{k} {v}" for k, v in result.get("labels", {}).items() if v is not None)
+        summary = f"{result.get('id', '')} ({labels}): {error.get('type', '')}: {error.get('message', '')}"
+        found.append({"summary": summary, "traceback": str(error.get("traceback", ""))})
     return found
 
 

@@ -57,10 +57,7 @@ def worth_drawing(records: Sequence[RunRecord]) -> tuple[str, ...]:
 def inline(names: Iterable[str], records: Sequence[RunRecord], salt: str = "") -> dict[str, str | UnmaskError]:
     """Returns each figure as an ``<svg>`` element, or the reason why it cannot be drawn.
 
-    Args:
-        names: Keys of `unmask.lab.figures.FIGURES`.
-        records: The records of the runs that count.
-        salt: A text with which every id begins, so that the ids of a page differ.
+    Every id in an element begins with the salt, so that the ids of a page differ.
     """
     drawn: dict[str, str | UnmaskError] = {}
     for name in names:
@@ -74,11 +71,7 @@ def inline(names: Iterable[str], records: Sequence[RunRecord], salt: str = "") -
 
 
 def draw_files(names: Iterable[str], records: Sequence[RunRecord], folder: Path) -> list[Path]:
-    """Writes each figure as PNG (light and dark) and SVG.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Writes each figure as PNG (light and dark) and SVG, and returns the files; it leaves out what cannot be drawn."""
     written: list[Path] = []
     for name in names:
         try:

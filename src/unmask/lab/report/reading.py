@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from unmask.errors import ConfigError, DataError
 from unmask.lab.study.cells import Cell, canonical, run_id
@@ -93,21 +92,15 @@ def _of_runs(folder: Path) -> Study:
         }
         cell = Cell(f"{run_id(labels, settings)}-{len(cells)}", labels, settings)
         cells.append(cell)
-        results[cell.id] = _result(path.parent, summary, cell)
+        results[cell.id] = {
+            **vars(cell),
+            "status": "done",
+            "seconds": summary.get("seconds"),
+            **scores(summary),
+            "summary": summary,
+            "curve": curve(read_metrics(path.parent / "metrics.jsonl"), summary),
+            "allocation": read_allocation(path.parent / "allocation.jsonl"),
+        }
     if not cells:
         raise DataError(f"{str(folder)!r} holds no sweep and no finished run of `unmask train` (no summary.json).")
     return Study(folder.resolve().name, "", tuple(cells), results)
-
-
-def _result(folder: Path, summary: dict[str, Any], cell: Cell) -> Result:
-    return {
-        "id": cell.id,
-        "status": "done",
-        "labels": dict(cell.labels),
-        "settings": dict(cell.settings),
-        "seconds": summary.get("seconds"),
-        **scores(summary),
-        "summary": summary,
-        "curve": curve(read_metrics(folder / "metrics.jsonl"), summary),
-        "allocation": read_allocation(folder / "allocation.jsonl"),
-    }

@@ -59,11 +59,15 @@ def expand(sweep: Sweep, rank: Rank | None = None) -> list[Cell]:
         >>> [(cell.labels["seed"], cell.labels["lr"]) for cell in expand(sweep)]
         [(0, '1e-3'), (0, '3e-3'), (1, '1e-3'), (1, '3e-3')]
     """
-    rank = rank or _matching_rank
     cells: dict[tuple[Any, ...], Cell] = {}
     for row, values in itertools.product(sweep.rows, itertools.product(*sweep.axes.values())):
         for labels, settings in _tried(sweep, row, dict(zip(sweep.axes, values, strict=True))):
-            cell = _cell(labels, settings, rank)
+            try:
+                resolved = canonical(_matched(settings, rank))
+            except ConfigError as error:
+                where = ", ".join(f"{key} {value}" for key, value in labels.items())
+                raise ConfigError(f"the run of {where}: {error}") from error
+            cell = Cell(run_id(labels, resolved), labels, resolved)
             cells.setdefault((cell.id, cell.group()), cell)
     _check_pairs(sweep, cells.values())
     return _ordered(sweep, list(cells.values()))
@@ -91,10 +95,8 @@ def _check_pairs(sweep: Sweep, cells: Iterable[Cell]) -> None:
 def _tried(sweep: Sweep, row: Row, place: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yields (labels, settings) for every value of the place's grid."""
     labels = {"method": row.name, **place}
-    rules = [rule for rule in sweep.rules if rule.holds(labels)]
-    settings = dict(sweep.settings)
-    grid = dict(row.grid)
-    for rule in rules:
+    settings, grid = dict(sweep.settings), dict(row.grid)
+    for rule in [rule for rule in sweep.rules if rule.holds(labels)]:
         settings |= rule.settings
         grid |= {key: values for key, values in rule.grid.items() if key not in row.settings}
     settings |= {**place, **row.settings}
@@ -106,35 +108,22 @@ def _tried(sweep: Sweep, row: Row, place: Mapping[str, Any]) -> Iterator[tuple[d
         yield labels | given, settings | given
 
 
-def _cell(labels: Mapping[str, Any], settings: Mapping[str, Any], rank: Rank) -> Cell:
-    try:
-        resolved = canonical(_matched(settings, rank))
-    except ConfigError as error:
-        where = ", ".join(f"{key} {value}" for key, value in labels.items())
-        raise ConfigError(f"the run of {where}: {error}") from error
-    return Cell(run_id(labels, resolved), labels, resolved)
-
-
-def _matched(settings: Mapping[str, Any], rank: Rank) -> Mapping[str, Any]:
+def _matched(settings: Mapping[str, Any], rank: Rank | None) -> Mapping[str, Any]:
     """Replaces ``match`` by numbers, and drops the budget of a LoRA that is trained whole."""
     if settings.get("lora_r") != MATCH:
         return settings
     if settings.get("budget") is None or settings.get("into") is None:
         raise ConfigError("lora_r = 'match' needs a budget to match, and into (lora, dora or shira).")
-    r = rank(settings)
-    alpha = {"lora_alpha": r} if settings.get("lora_alpha") == MATCH else {}
-    return {
-        **settings,
-        "lora_r": r,
-        **alpha,
-        "budget": None if settings.get("method") == "full" else settings["budget"],
-    }
+    if rank is None:
+        from unmask.lab.study.matching import matching_rank  # It imports torch.
 
-
-def _matching_rank(settings: Mapping[str, Any]) -> int:
-    from unmask.lab.study.matching import matching_rank  # It imports torch.
-
-    return matching_rank(settings)
+        rank = matching_rank
+    matched: dict[str, Any] = {"lora_r": rank(settings)}
+    if settings.get("lora_alpha") == MATCH:
+        matched["lora_alpha"] = matched["lora_r"]
+    if settings.get("method") == "full":
+        matched["budget"] = None
+    return {**settings, **matched}
 
 
 def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,18 +143,15 @@ def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
 def run_id(labels: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Returns the task, the method and a digest of the settings: ``sst2-id3-1f2e3d4c5b``."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-    words = (str(settings.get("task") or "data"), str(settings.get("method", "id3")), digest)
-    if settings.get("into"):
-        words = (words[0], f"{settings['into']}_{words[1]}", digest)
+    method = f"{settings['into']}_" if settings.get("into") else ""
+    words = (str(settings.get("task") or "data"), f"{method}{settings.get('method', 'id3')}", digest)
     return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", word) for word in words)
 
 
 def _ordered(sweep: Sweep, cells: list[Cell]) -> list[Cell]:
     """Sorts cells by the sweep's nesting; within a grid they keep the order of its values."""
-    ranks: dict[str, dict[str, int]] = {key: {} for key in (*sweep.axes, "method")}
-    for key in ranks:
-        values: Iterable[Any] = [r.name for r in sweep.rows] if key == "method" else sweep.axes[key]
-        ranks[key] = {str(value): index for index, value in enumerate(values)}
+    values = {**sweep.axes, "method": tuple(row.name for row in sweep.rows)}
+    ranks = {key: {str(value): index for index, value in enumerate(each)} for key, each in values.items()}
     place = {id(cell): index for index, cell in enumerate(cells)}
 
     def key_of(cell: Cell) -> tuple[int, ...]:

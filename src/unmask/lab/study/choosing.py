@@ -34,13 +34,7 @@ class Chosen:
 
 
 def choose(cells: Iterable[Cell], choice: Choice, results: Mapping[str, Result]) -> dict[Group, Chosen]:
-    """Returns the chosen value of every group.
-
-    Args:
-        cells: The cells of the full grid.
-        choice: The setting, the seeds and the criterion.
-        results: The results, by run id.
-    """
+    """Returns the chosen value of every group of the full grid."""
     groups: dict[Group, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.group(choice.setting, "seed"), []).append(cell)
@@ -50,9 +44,7 @@ def choose(cells: Iterable[Cell], choice: Choice, results: Mapping[str, Result])
 def paired(cells: Iterable[Cell], setting: str) -> list[Cell]:
     """Returns the cells whose value of a setting has the same place in its grid as their seed has among the seeds.
 
-    Args:
-        cells: The cells of the full grid.
-        setting: A setting of the grids. Where a group of cells has one value of it, all its seeds count.
+    Where a group of cells has one value of the setting, all its seeds count.
 
     Example:
         >>> cells = [Cell(f"{lr}{seed}", {"lr": lr, "seed": seed}, {}) for seed in (6, 7) for lr in ("1e-4", "3e-4")]
@@ -68,12 +60,13 @@ def paired(cells: Iterable[Cell], setting: str) -> list[Cell]:
             if text not in known:
                 known.append(text)
 
-    def is_paired(cell: Cell) -> bool:
+    found = []
+    for cell in cells:
         values, seeds = places[cell.group(setting, "seed")]
         value, seed = str(cell.labels.get(setting)), str(cell.labels.get("seed"))
-        return len(values) == 1 or values.index(value) == seeds.index(seed)
-
-    return [cell for cell in cells if is_paired(cell)]
+        if len(values) == 1 or values.index(value) == seeds.index(seed):
+            found.append(cell)
+    return found
 
 
 def due(cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
@@ -94,15 +87,12 @@ def due(cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, result
 def _due_by_choice(cells: Sequence[Cell], choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
     if choice is None:
         return list(cells)
-    chosen = choose(cells, choice, results)
-
-    def is_due(cell: Cell) -> bool:
-        if choosing(cell, choice):
-            return True
+    chosen, found = choose(cells, choice, results), []
+    for cell in cells:
         best = chosen[cell.group(choice.setting, "seed")]
-        return best.final and str(cell.labels.get(choice.setting)) == str(best.value)
-
-    return [cell for cell in cells if is_due(cell)]
+        if choosing(cell, choice) or (best.final and str(cell.labels.get(choice.setting)) == str(best.value)):
+            found.append(cell)
+    return found
 
 
 def choosing(cell: Cell, choice: Choice) -> bool:
@@ -121,30 +111,27 @@ def criterion(result: Result, by: str) -> float:
 
 
 def _chosen(members: Sequence[Cell], choice: Choice, results: Mapping[str, Result]) -> Chosen:
-    values = list({str(c.labels.get(choice.setting)): c.labels.get(choice.setting) for c in members}.values())
+    """Returns the chosen value of one group."""
+    values: list[Any] = list(
+        {str(c.labels.get(choice.setting)): c.labels.get(choice.setting) for c in members}.values()
+    )
     if len(values) == 1:
         return Chosen(values[0], "alone", True, {})
-    first = [cell for cell in members if choosing(cell, choice)]
-    ended = {str(v): [c for c in first if str(c.labels.get(choice.setting)) == str(v)] for v in values}
-    figures = {
-        value: fmean(criterion(results[cell.id], choice.by) for cell in tried)
-        for value, tried in ended.items()
-        if tried and all(cell.id in results for cell in tried)
-    }
+    figures: dict[str, float] = {}
+    for value in map(str, values):
+        runs = [c.id for c in members if choosing(c, choice) and str(c.labels.get(choice.setting)) == value]
+        if runs and all(run in results for run in runs):
+            figures[value] = fmean(criterion(results[run], choice.by) for run in runs)
     tried = {value: figure for value, figure in figures.items() if math.isfinite(figure)}
     final = len(figures) == len(values)
     if not tried:
         return Chosen(None, None, final, {})
-    best = max(tried, key=lambda value: tried[value])
-    sign = -1 if choice.by.endswith("loss") else 1
-    shown = {value: sign * figure for value, figure in tried.items()}
-    return Chosen(next(v for v in values if str(v) == best), _edge(best, values), final, shown)
-
-
-def _edge(best: str, values: Sequence[Any]) -> str | None:
+    highest = max(tried, key=lambda value: tried[value])
+    best = next(value for value in values if str(value) == highest)
     try:
         numbers = [float(value) for value in values]
-        mine = float(best)
+        edge = {max(numbers): "high", min(numbers): "low"}.get(float(best))
     except (TypeError, ValueError):  # A setting that is no number has no edge.
-        return None
-    return "low" if mine == min(numbers) else "high" if mine == max(numbers) else None
+        edge = None
+    sign = -1 if choice.by.endswith("loss") else 1
+    return Chosen(best, edge, final, {value: sign * figure for value, figure in tried.items()})

@@ -22,13 +22,8 @@ class RayEngine:
 
     If ``ray.init`` has not been called, the engine calls it: it joins the cluster of ``RAY_ADDRESS`` or of this
     machine, or starts a Ray here. All nodes must see the sweep's folder and the working directory under the same
-    paths, and must have unmask installed. Ray repeats no run itself (``max_retries=0``).
-
-    Args:
-        store: The sweep's folder.
-        function: ``package.module:function`` that makes a run.
-        workers: How many runs are made at a time. The cluster's GPUs are shared out to them, at most one to each.
-        threads: CPU threads of each run, which Ray reserves; None shares out the cluster's CPUs.
+    paths, and must have unmask installed. Ray repeats no run itself (``max_retries=0``). It reserves the threads of
+    each run; None shares out the cluster's CPUs. The GPUs are shared out to the workers, at most one to each.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -58,7 +53,18 @@ class RayEngine:
             time.sleep(timeout)
             return []
         ended, _ = self._ray.wait(list(self._runs), timeout=timeout)
-        return [self._outcome(task) for task in ended]
+        outcomes = []
+        for task in ended:
+            run = self._runs.pop(task)
+            try:
+                outcomes.append(self._ray.get(task))
+            except ConfigError as error:  # Ray raises an error of the task as one that is of its class too.
+                raise ConfigError(f"a worker cannot make runs: {error.cause}") from error  # type: ignore[attr-defined]
+            except self._ray.exceptions.TaskCancelledError:
+                outcomes.append(Outcome(run, "interrupted"))
+            except self._ray.exceptions.RayError as error:
+                outcomes.append(Outcome(run, "died", " ".join(str(error).split())[:300]))
+        return outcomes
 
     def close(self, patience: float = 0.0) -> None:
         """Cancels the tasks under way, and ends Ray if the engine started it; see `Engine.close`."""
@@ -88,25 +94,9 @@ class RayEngine:
             "runtime_env": {"env_vars": environment},
         }
 
-    def _outcome(self, task: Any) -> Outcome:
-        run = self._runs.pop(task)
-        try:
-            outcome: Outcome = self._ray.get(task)
-        except ConfigError as error:  # Ray raises an error of the task as one that is of its class too.
-            raise ConfigError(f"a worker cannot make runs: {error.cause}") from error  # type: ignore[attr-defined]
-        except self._ray.exceptions.TaskCancelledError:
-            return Outcome(run, "interrupted")
-        except self._ray.exceptions.RayError as error:
-            return Outcome(run, "died", " ".join(str(error).split())[:300])
-        return outcome
-
 
 def _make_run_on_node(directory: str, folder: str, function: str, order: Order) -> Outcome:
-    """Runs in a process on one of the cluster's nodes.
-
-    Raises:
-        ConfigError: The node does not see the sweep's folder, or it cannot import the function.
-    """
+    """Makes a run in a process on one of the cluster's nodes, which must see the sweep's folder."""
     with contextlib.suppress(OSError):
         os.chdir(directory)
     if os.getcwd() != directory or not Path(folder, "sweep.json").is_file():

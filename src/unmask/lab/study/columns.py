@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from unmask.lab.study.cells import Cell
@@ -46,10 +46,7 @@ def columns_of(cells: Iterable[Cell], results: Mapping[str, Result], protocol: P
     MNLI has a column for each of its two validation sets, as in the paper, and one column if the data has another set.
     Runs that solve several sets of word problems have a column for each set. Every other task has one column.
 
-    Args:
-        cells: The cells of the table.
-        results: The results of runs, by id.
-        protocol: The sweep's protocol. If it names a metric, every task has one column, which shows that metric.
+    If the protocol names a metric, every task has one column, which shows that metric.
 
     Example:
         >>> cells = [Cell("1", {}, {"task": "mnli"}), Cell("2", {}, {"task": "rte"})]
@@ -59,17 +56,17 @@ def columns_of(cells: Iterable[Cell], results: Mapping[str, Result], protocol: P
     tasks: dict[str, list[Cell]] = {}
     for cell in cells:
         tasks.setdefault(task_of(cell), []).append(cell)
-    return [column for task, members in tasks.items() for column in _of_task(task, members, results, protocol)]
-
-
-def _of_task(task: str, cells: Sequence[Cell], results: Mapping[str, Result], protocol: Protocol) -> list[Column]:
-    if protocol.score != "score":
-        return [Column(task, task, protocol.score)]
-    sets = list(dict.fromkeys(name for cell in cells for name in cell.settings.get("test_sets", ())))
-    if len(sets) > 1:
-        return [Column(name, task, f"{name}_accuracy") for name in sets]
-    done = [results[cell.id] for cell in cells if cell.id in results and results[cell.id]["status"] == "done"]
-    after = [(result.get("summary") or {}).get("after", {}) for result in done]
-    if task == "mnli" and all(metric in found for found in after for metric in _MNLI.values()):
-        return [Column(label, task, metric) for label, metric in _MNLI.items()]
-    return [Column(task, task)]
+    columns: list[Column] = []
+    for task, members in tasks.items():
+        sets = list(dict.fromkeys(name for cell in members for name in cell.settings.get("test_sets", ())))
+        ended = [results[cell.id] for cell in members if cell.id in results]
+        after = [(result.get("summary") or {}).get("after", {}) for result in ended if result["status"] == "done"]
+        if protocol.score != "score":
+            columns.append(Column(task, task, protocol.score))
+        elif len(sets) > 1:
+            columns += [Column(name, task, f"{name}_accuracy") for name in sets]
+        elif task == "mnli" and all(metric in found for found in after for metric in _MNLI.values()):
+            columns += [Column(label, task, metric) for label, metric in _MNLI.items()]
+        else:
+            columns.append(Column(task, task))
+    return columns

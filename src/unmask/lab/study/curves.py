@@ -65,18 +65,15 @@ def read_summary(path: Path) -> dict[str, Any] | None:
         summary = fields({})(read_json(path), "the summary")
         if "main_metric" not in summary:
             return None
-        return dict(_OWN(_consistent(summary, "the summary"), "the summary"))
+        return dict(_OWN(consistent(summary, "the summary"), "the summary"))
 
 
-def _consistent(value: Any, where: str) -> dict[str, Any]:
+def consistent(value: Any, where: str) -> dict[str, Any]:
+    """Checks a summary's form, and that its entries fit each other."""
     summary = dict(SUMMARY(value, where))
     if (summary.get("method") or {}).get("leaving") == "kept" and summary.get("used") is None:
         raise Malformed(f"{where} lacks used, which a method that keeps what leaves has")
     return summary
-
-
-CONSISTENT: Form = _consistent
-"""`SUMMARY`, and a check that the entries fit each other."""
 
 
 def scores(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,9 +85,12 @@ def scores(summary: Mapping[str, Any]) -> dict[str, Any]:
     """
     better = summary["greater_is_better"]
     losses = [value for key, value in summary["after"].items() if key == "loss" or key.endswith("_loss")]
-    score = summary["main"] if better else -summary["main"]
-    metric = summary["main_metric"] if better else f"-{summary['main_metric']}"
-    return {"score": _finite(score), "metric": metric, "loss": _finite(losses[0]) if losses else None}
+    score, loss = summary["main"] if better else -summary["main"], losses[0] if losses else math.nan
+    return {
+        "score": score if math.isfinite(score) else None,
+        "metric": summary["main_metric"] if better else f"-{summary['main_metric']}",
+        "loss": loss if math.isfinite(loss) else None,
+    }
 
 
 def curve(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -117,7 +117,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: A line is damaged.
     """
-    return _read_rows(path, _metrics)
+
+    def form(value: Any, where: str) -> dict[str, Any]:
+        row = dict(fields({"step": count, "used": count})(value, where))
+        for name, figure in row.items():
+            if name.startswith("eval_"):
+                optional(number)(figure, f"{where}.{name}")
+        return row
+
+    return _read_rows(path, form)
 
 
 def read_allocation(path: Path) -> list[dict[str, Any]]:
@@ -129,21 +137,9 @@ def read_allocation(path: Path) -> list[dict[str, Any]]:
     return _read_rows(path, SNAPSHOT)
 
 
-def _metrics(value: Any, where: str) -> dict[str, Any]:
-    row = dict(fields({"step": count, "used": count})(value, where))
-    for name, figure in row.items():
-        if name.startswith("eval_"):
-            optional(number)(figure, f"{where}.{name}")
-    return row
-
-
 def _read_rows(path: Path, form: Form) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     with refusing(DataError, repr(str(path)), "Remove the line, or run that run again."):
         lines = read_text(path).splitlines()
         return [form(parse_json(line), f"line {place}") for place, line in enumerate(lines, 1)]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from unmask.lab.study.cells import Cell
-
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -26,11 +24,6 @@ class Order:
     labels: Mapping[str, Any]
     settings: Mapping[str, Any]
     retry_failed: bool = False
-
-    @classmethod
-    def of(cls, cell: Cell, retry_failed: bool = False) -> Order:
-        """Returns the order for a cell's run."""
-        return cls(cell.id, dict(cell.labels), dict(cell.settings), retry_failed)
 
 
 @dataclass(frozen=True)
@@ -67,8 +60,4 @@ class Engine(Protocol):
         """
 
     def close(self, patience: float = 0.0) -> None:
-        """Ends all workers. It may be called again.
-
-        Args:
-            patience: Seconds that the runs under way get to save a checkpoint; with 0 they are killed.
-        """
+        """Ends all workers; the runs under way get so many seconds to save a checkpoint. It may be called again."""

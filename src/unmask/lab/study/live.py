@@ -24,27 +24,18 @@ SHOWN = 12
 
 
 class LiveTable:
-    """A live table in a terminal; elsewhere a line for each run that ends.
-
-    Args:
-        cells: The cells of the whole grid.
-        protocol: The sweep's protocol.
-        choice: How the sweep chooses a setting.
-        console: The console to draw on.
-        workers: How many runs are made at a time.
-    """
+    """A live table in a terminal; elsewhere a line for each run that ends."""
 
     def __init__(
         self, cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, console: Console, workers: int
     ) -> None:
-        self._cells, self._console, self._workers = list(cells), console, workers
-        self._protocol, self._choice = protocol, choice
+        self._cells, self._protocol, self._choice = list(cells), protocol, choice
+        self._console, self._workers = console, workers
         self._ended: deque[tuple[Cell, Result]] = deque(maxlen=SHOWN)
         self._results: Mapping[str, Result] = {}
         self._under_way: list[tuple[Cell, float]] = []
-        self._live = (
-            Live(console=console, get_renderable=self._draw, refresh_per_second=2) if console.is_terminal else None
-        )
+        live = Live(console=console, get_renderable=self._draw, refresh_per_second=2)
+        self._live = live if console.is_terminal else None
 
     def __enter__(self) -> LiveTable:
         if self._live:
@@ -58,12 +49,7 @@ class LiveTable:
             self._live.stop()
 
     def update(self, results: Mapping[str, Result], under_way: Iterable[tuple[Cell, float]]) -> None:
-        """Records the state of the sweep.
-
-        Args:
-            results: The results of the ended runs, by run id.
-            under_way: The cells of the other submitted runs, each with the monotonic time of its start in seconds.
-        """
+        """Records the results of the ended runs, and the runs under way with the monotonic time of their start."""
         self._results, self._under_way = results, list(under_way)
 
     def ended(self, cell: Cell, result: Result) -> None:
@@ -140,13 +126,8 @@ def time_left(
     """Estimates how many seconds the remaining runs take; None while nothing has ended.
 
     The estimate of a run is the mean of the ended runs that are most like it: those of the same task, method and
-    steps, else those of the same task and steps, else all.
-
-    Args:
-        left: The runs that have not ended; those under way are among them.
-        results: The results of the ended runs, by id.
-        spent: The seconds that the runs under way have taken so far, by id.
-        workers: How many runs are made at a time.
+    steps, else those of the same task and steps, else all. The runs under way are among ``left``, and ``spent`` holds
+    the seconds that they have taken so far.
 
     Example:
         >>> cells = [Cell(str(i), {}, {"task": "rte"}) for i in range(4)]

@@ -45,12 +45,8 @@ class Worker:
 class LocalEngine:
     """Starts a worker process when an order finds none free. A worker stays alive for further runs.
 
-    Args:
-        store: The sweep's folder.
-        function: ``package.module:function`` that makes a run.
-        threads: CPU threads of each worker.
-        devices: CUDA device numbers. Each worker gets one in turn as ``CUDA_VISIBLE_DEVICES``, so several workers can
-            share one. Without any, all workers see all devices.
+    Each worker gets one of the CUDA device numbers in turn as ``CUDA_VISIBLE_DEVICES``, so several workers can share
+    one. Without any, all workers see all devices.
     """
 
     def __init__(self, store: Store, function: str, threads: int, devices: Sequence[str] = ()) -> None:
@@ -70,8 +66,20 @@ class LocalEngine:
         found = wait([end for worker in self._workers for end in (worker.connection, worker.process.sentinel)], timeout)
         outcomes = []
         for worker in list(self._workers):
-            if worker.connection in found:
-                outcomes += self._on_message(worker)
+            try:
+                message = worker.connection.recv() if worker.connection in found else None
+            except (EOFError, ConnectionResetError):
+                outcomes += self._on_worker_death(worker)
+                continue
+            if isinstance(message, ConfigError):
+                raise ConfigError(f"a worker cannot make runs: {message}")
+            if message == _READY:
+                worker.ready = True
+            elif message is not None:
+                worker.order = None
+                outcomes.append(message)
+                if message.status == "interrupted":  # Such a worker ends itself.
+                    self._on_worker_death(worker)
             elif worker.process.sentinel in found:
                 outcomes += self._on_worker_death(worker)
         return outcomes
@@ -109,21 +117,6 @@ class LocalEngine:
         worker = Worker(number, process, ours)
         self._workers.append(worker)
         return worker
-
-    def _on_message(self, worker: Worker) -> list[Outcome]:
-        try:
-            message = worker.connection.recv()
-        except (EOFError, ConnectionResetError):
-            return self._on_worker_death(worker)
-        if message == _READY:
-            worker.ready = True
-            return []
-        if isinstance(message, ConfigError):
-            raise ConfigError(f"a worker cannot make runs: {message}")
-        worker.order = None
-        if message.status == "interrupted":  # Such a worker ends itself.
-            self._on_worker_death(worker)
-        return [message]
 
     def _on_worker_death(self, worker: Worker) -> list[Outcome]:
         worker.process.join()

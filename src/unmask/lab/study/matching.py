@@ -18,20 +18,14 @@ from unmask.methods.budget import Budget
 def matching_rank(settings: Mapping[str, Any]) -> int:
     """Returns the rank, at least 1, whose number of trained weights is nearest to the budget.
 
-    It reads the model's configuration alone, and no weights.
-
-    Args:
-        settings: The settings of a run, with ``budget`` and ``into``; their ``lora_r`` is ignored.
+    It reads the model's configuration alone, and no weights. It ignores the settings' ``lora_r``.
 
     Raises:
         ConfigError: ``into`` has no rank, or nothing can be added to this model.
     """
     budget = str(settings["budget"])
-    given = {
-        **settings,
-        "budget": None if settings.get("method") == "full" else budget,
-    }  # A LoRA that is trained whole has no budget.
-    config = build({**given, "lora_r": 1, "lora_alpha": 1, "output": "-"})
+    given = None if settings.get("method") == "full" else budget  # A LoRA that is trained whole has no budget.
+    config = build({**settings, "budget": given, "lora_r": 1, "lora_alpha": 1, "output": "-"})
     if config.into not in ("lora", "dora", "shira"):
         raise ConfigError(f"lora_r = 'match' goes with into = lora, dora or shira, not {config.into!r}.")
     # SHiRA has as many weights as a LoRA of the same rank, and peft cannot build SHiRA on the meta device.

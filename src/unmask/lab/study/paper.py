@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -44,32 +44,21 @@ def load(name: str, scale: Scale = "full", preset: str = "paper") -> Sweep:
     small, unsaid = values.pop("small"), values.pop("unsaid")
     usual = known[values["axes"]["task"][0]]  # All tasks of a file are of one family.
     if preset == "tuned":
-        _leave_out_the_papers(values, small, usual)
+        own = read("tuned")
+        values |= {"protocol": own["protocol"], "choose": own["choose"]}
+        values["axes"].pop("seed", None)
+        for row in values["methods"].values():
+            row.get("grid", {}).pop("lr", None)
+        small["axes"]["seed"] = list(usual.seeds[: len(small["axes"]["seed"])])
+        small["tries"] = 1
+        note = "The learning rates, seeds and all other settings of the tasks are this project's own, not the paper's."
+    else:
+        inside = usual.unsaid_inside.get(values.get("settings", {}).get("into") or "", ())
+        note = "What the paper leaves open: " + " ".join([*unsaid, *inside, *usual.unsaid])
     values["axes"].setdefault("seed", list(usual.seeds))
-    values["notes"] = [*values["notes"], *_silences(unsaid, usual, values.get("settings", {}).get("into"))]
+    values["notes"] = [*values["notes"], note]
     sweep = _with_preset(parse({"name": name, **values}), known, usual)
     return shrunk(sweep, small) if scale == "small" else sweep
-
-
-def _leave_out_the_papers(values: dict[str, Any], small: dict[str, Any], tuned: Preset) -> None:
-    """Replaces the paper's seeds, learning rates and protocol in a file's values, in place."""
-    own = read("tuned")
-    values |= {"protocol": own["protocol"], "choose": own["choose"]}
-    values["axes"].pop("seed", None)
-    for row in values["methods"].values():
-        row.get("grid", {}).pop("lr", None)
-    small["axes"]["seed"] = list(tuned.seeds[: len(small["axes"]["seed"])])
-    small["tries"] = 1
-
-
-def _silences(unsaid: Sequence[str], usual: Preset, into: str | None) -> list[str]:
-    """Returns the note that says what the paper leaves open, or whose settings these are."""
-    if usual.name == "tuned":
-        return [
-            "The learning rates, seeds and all other settings of the tasks are this project's own, not the paper's."
-        ]
-    inside = usual.unsaid_inside.get(into or "", ())
-    return ["What the paper leaves open: " + " ".join([*unsaid, *inside, *usual.unsaid])]
 
 
 def _with_preset(sweep: Sweep, known: Mapping[str, Preset], usual: Preset) -> Sweep:
@@ -79,9 +68,10 @@ def _with_preset(sweep: Sweep, known: Mapping[str, Preset], usual: Preset) -> Sw
     for task, found in known.items():
         settings = {**found.settings, **(found.lora if into == "lora" else {})}
         rules.append(Rule({"task": (task,)}, {k: v for k, v in settings.items() if k not in sweep.settings}))
-    rows = [
-        replace(row, grid={"lr": usual.grid(row.settings.get("method", "id3"), into), **row.grid}) for row in sweep.rows
-    ]
+    rows = []
+    for row in sweep.rows:
+        rates = usual.grid(row.settings.get("method", "id3"), into)
+        rows.append(replace(row, grid={"lr": rates, **row.grid}))
     return replace(sweep, rules=(*rules, *sweep.rules), rows=tuple(rows))
 
 
@@ -97,9 +87,9 @@ def shrunk(sweep: Sweep, small: Mapping[str, Any]) -> Sweep:
     tries = small.get("tries")
     if tries is None:
         return sweep
-    return replace(sweep, rows=tuple(replace(row, grid=_middle(row.grid, tries)) for row in sweep.rows))
-
-
-def _middle(grid: Mapping[str, tuple[Any, ...]], count: int) -> dict[str, tuple[Any, ...]]:
-    starts = {key: max(0, (len(values) - count) // 2) for key, values in grid.items()}
-    return {key: values[starts[key] : starts[key] + count] for key, values in grid.items()}
+    rows = []
+    for row in sweep.rows:
+        starts = {key: max(0, (len(values) - tries) // 2) for key, values in row.grid.items()}
+        middle = {key: values[starts[key] : starts[key] + tries] for key, values in row.grid.items()}
+        rows.append(replace(row, grid=middle))
+    return replace(sweep, rows=tuple(rows))

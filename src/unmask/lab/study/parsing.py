@@ -40,29 +40,17 @@ def parse(values: Mapping[str, Any]) -> Sweep:
 
 
 def read_choice(values: Any, where: str = "choose") -> Choice | None:
-    """Makes a `Choice` from plain values; None stays None.
-
-    Raises:
-        ConfigError: A key is unknown, or a value cannot work.
-    """
+    """Makes a `Choice` from plain values; None stays None. It raises what `parse` raises."""
     return None if values is None else Choice(**_entries(values, where, _CHOICE))
 
 
 def read_protocol(values: Any, where: str = "protocol") -> Protocol:
-    """Makes a `Protocol` from plain values.
-
-    Raises:
-        ConfigError: A key is unknown, or a value cannot work.
-    """
+    """Makes a `Protocol` from plain values. It raises what `parse` raises."""
     return Protocol(**_entries(values, where, _PROTOCOL))
 
 
 def read_claims(values: Any, where: str = "claims") -> Claims | None:
-    """Makes the figures of a published table from plain values; None if there are none.
-
-    Raises:
-        ConfigError: A key is unknown, or a score is no printed number.
-    """
+    """Makes the figures of a published table from plain values; None if there are none. It raises what `parse` raises."""
     return Claims(**_entries(values, where, _CLAIMS)) if values else None
 
 
@@ -120,9 +108,8 @@ def _grid(value: Any, where: str) -> dict[str, tuple[Any, ...]]:
 
 
 def _when(value: Any, where: str) -> dict[str, tuple[str, ...]]:
-    return {
-        key: _words(each if isinstance(each, list) else [each], where) for key, each in _mapping(value, where).items()
-    }
+    given = _mapping(value, where)
+    return {key: _words(each if isinstance(each, list) else [each], where) for key, each in given.items()}
 
 
 def _rows(value: Any, where: str) -> tuple[Row, ...]:
@@ -135,20 +122,17 @@ def _rules(value: Any, where: str) -> tuple[Rule, ...]:
 
 
 def _claim_rows(value: Any, where: str) -> tuple[Claim, ...]:
-    return tuple(_claim(_entries(row, "a row of claims", _CLAIM)) for row in _list(value, where))
-
-
-def _claim(entries: Mapping[str, Any]) -> Claim:
-    claim = Claim(**entries)
-    for printed in [*claim.scores.values(), *([claim.average] if claim.average else [])]:
-        if not _PRINTED.fullmatch(printed):
-            raise ConfigError(
-                f"claims: {printed!r} of {claim.method!r} must be a printed mean ('89.38'), with its deviation if there is one "
-                "('89.38 0.07')."
-            )
-    if claim.average is not None and (not claim.scores or " " in claim.average):
-        raise ConfigError(f"claims: the average {claim.average!r} must be a printed mean, of at least one score.")
-    return claim
+    claims = tuple(Claim(**_entries(row, "a row of claims", _CLAIM)) for row in _list(value, where))
+    for claim in claims:
+        for printed in [*claim.scores.values(), *([claim.average] if claim.average else [])]:
+            if not _PRINTED.fullmatch(printed):
+                raise ConfigError(
+                    f"claims: {printed!r} of {claim.method!r} must be a printed mean ('89.38'), with its deviation if there "
+                    "is one ('89.38 0.07')."
+                )
+        if claim.average is not None and (not claim.scores or " " in claim.average):
+            raise ConfigError(f"claims: the average {claim.average!r} must be a printed mean, of at least one score.")
+    return claims
 
 
 def _scores(value: Any, where: str) -> dict[str, str]:

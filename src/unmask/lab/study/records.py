@@ -16,6 +16,9 @@ from unmask.lab.study.store import Result
 
 _PLACED = ("method", "task", "budget", "seed", "model", "eps", "exp", "lr")
 """The labels for which a record has an entry."""
+_PARAMETERS = (
+    "stride", "schedule", "allocation", "scope", "bias_correction", "heuristic", "lora_r", "lora_targets", "into",
+)  # fmt: skip
 
 
 def record(cell: Cell, result: Result) -> RunRecord | None:
@@ -54,13 +57,7 @@ def records(
 
     Under the paper's protocol with a paired setting these are the pairs, and the entry ``best`` of each record says
     how many of them count. Otherwise they are the runs at the chosen value of the swept setting. Labels for which a
-    record has no entry become part of the method's name.
-
-    Args:
-        cells: The cells of the full grid.
-        results: The results of the runs, by id.
-        protocol: The sweep's protocol.
-        choice: How the sweep chooses a setting; None if it chooses none.
+    record has no entry become part of the method's name. ``cells`` are those of the full grid.
     """
     cells = list(cells)
     by_pairs = protocol.pair is not None and protocol.kind != "seeds"
@@ -119,18 +116,7 @@ def parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
         >>> parameters({"method": "id3", "stride": 10, "lr": 0.1})
         {'stride': 10, 'schedule': 'uniform', 'eps': 1.0, 'exp': 2.0}
     """
-    names = (
-        "stride",
-        "schedule",
-        "allocation",
-        "scope",
-        "bias_correction",
-        "heuristic",
-        "lora_r",
-        "lora_targets",
-        "into",
-    )
-    found = {name: settings[name] for name in names if name in settings}
+    found = {name: settings[name] for name in _PARAMETERS if name in settings}
     if settings.get("method", "id3") == "id3":
         found.setdefault("schedule", "uniform")
     if settings.get("method", "id3") in ("id3", "repeat_d3", "static_d3") and settings.get("heuristic") in (None, "d3"):

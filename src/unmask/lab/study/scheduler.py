@@ -124,7 +124,7 @@ def plan(sweep: Sweep, cells: Sequence[Cell], command: str = "") -> dict[str, An
         "claims": None if sweep.claims is None else dataclasses.asdict(sweep.claims),
         "choose": None if choice is None else {**vars(choice), "seeds": list(choice.seeds)},
         "protocol": vars(protocol).copy(),
-        "cells": [{"id": c.id, "labels": dict(c.labels), "settings": dict(c.settings)} for c in cells],
+        "cells": [vars(cell) for cell in cells],
         "command": command,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -134,21 +134,14 @@ class _Scheduler:
     """Decides which runs are submitted and when the sweep is over."""
 
     def __init__(
-        self,
-        sweep: Sweep,
-        store: Store,
-        cells: list[Cell],
-        workers: int,
-        retry_failed: bool,
-        console: Console,
+        self, sweep: Sweep, store: Store, cells: list[Cell], workers: int, retry_failed: bool, console: Console
     ) -> None:
         self._sweep, self._store, self._cells = sweep, store, cells
         self._workers, self._retry_failed = workers, retry_failed
         ids = {cell.id for cell in cells}
+        known = {run: result for run, result in store.results().items() if run in ids}
         self._results = {
-            run: result
-            for run, result in store.results().items()
-            if run in ids and not (retry_failed and result["status"] == "failed")
+            run: result for run, result in known.items() if not (retry_failed and result["status"] == "failed")
         }
         self._under_way: dict[str, tuple[Cell, float]] = {}  # id -> (cell, when it was submitted)
         self._deaths: dict[str, int] = {}
@@ -156,11 +149,7 @@ class _Scheduler:
         self._live = LiveTable(cells, sweep.protocol, sweep.choice, console, workers)
 
     def run(self, engine: Engine) -> SweepReport:
-        """Makes all runs with an engine, and closes the engine.
-
-        Raises:
-            SweepInterruptedError: Ctrl-C stopped the sweep.
-        """
+        """Makes all runs with an engine, and closes the engine."""
         try:
             with self._live:
                 while self._submit_due(engine):
@@ -187,7 +176,7 @@ class _Scheduler:
             if len(self._under_way) == self._workers:
                 break
             self._under_way[cell.id] = cell, now
-            engine.submit(Order.of(cell, self._retry_failed))
+            engine.submit(Order(cell.id, cell.labels, cell.settings, self._retry_failed))
         self._live.update(self._results, self._under_way.values())
         return bool(waiting or self._under_way)
 
@@ -199,24 +188,16 @@ class _Scheduler:
             self._deaths[cell.id] = self._deaths.get(cell.id, 0) + 1
             if self._deaths[cell.id] < ATTEMPTS:
                 return
-            self._record_death(cell, outcome.cause, time.monotonic() - since)
+            error = {
+                "type": "WorkerDied",
+                "message": f"its worker died {ATTEMPTS} times ({outcome.cause}); perhaps there was too little memory",
+                "traceback": tail(self._store.log_path(cell.id), 30),
+            }
+            died = {"status": "failed", "labels": cell.labels, "settings": cell.settings, "error": error}
+            with self._store.lock(cell.id) as locked:
+                if locked and self._store.result(cell.id) is None:
+                    self._store.write_result(cell.id, died | {"seconds": round(time.monotonic() - since, 2)})
         result = self._store.result(cell.id)
         if result is not None and (outcome.status != "busy" or result["status"] == "done"):
             self._results[cell.id] = result
             self._live.ended(cell, result)
-
-    def _record_death(self, cell: Cell, cause: str, seconds: float) -> None:
-        result = {
-            "status": "failed",
-            "labels": dict(cell.labels),
-            "settings": dict(cell.settings),
-            "error": {
-                "type": "WorkerDied",
-                "message": f"its worker died {ATTEMPTS} times ({cause}); perhaps there was too little memory",
-                "traceback": tail(self._store.log_path(cell.id), 30),
-            },
-            "seconds": round(seconds, 2),
-        }
-        with self._store.lock(cell.id) as locked:
-            if locked and self._store.result(cell.id) is None:
-                self._store.write_result(cell.id, result)

@@ -9,7 +9,7 @@ from typing import Any
 
 from unmask.errors import ConfigError, DataError
 from unmask.files import write_json
-from unmask.lab.study.curves import CONSISTENT, SNAPSHOT
+from unmask.lab.study.curves import SNAPSHOT, consistent
 from unmask.lab.training import locking
 from unmask.reading import (
     Form,
@@ -33,7 +33,7 @@ STATES = ("done", "failed")
 _AGAIN = "To make that run again, remove the file."
 
 
-def setting(value: Any, where: str) -> Any:
+def _setting(value: Any, where: str) -> Any:
     """Checks a setting's value: a text, a number, true, false, null, or a list of these."""
     return items(scalar)(value, where) if isinstance(value, list | tuple) else scalar(value, where)
 
@@ -42,26 +42,24 @@ def _rate(value: Any, where: str) -> Any:
     return value if value == "auto" else finite(value, where)
 
 
-LABELS = mapping(setting)
-_KNOWN = {"seed": count, "lr": _rate, "eps": finite, "exp": finite, "test_sets": items(text)}
-_SETTINGS = fields({}, _KNOWN)
+_LABELS = mapping(_setting)
+_KNOWN = fields({}, {"seed": count, "lr": _rate, "eps": finite, "exp": finite, "test_sets": items(text)})
 
 
-def settings(value: Any, where: str) -> dict[str, Any]:
-    """Checks a run's settings."""
-    return dict(_SETTINGS(mapping(setting)(value, where), where))
+def _settings(value: Any, where: str) -> dict[str, Any]:
+    return dict(_KNOWN(_LABELS(value, where), where))
 
 
 _POINT = fields({"step": count, "used": count, "score": finite}, {"loss": finite})
 _RESULT: Form = fields(
-    {"status": one_of(*STATES), "labels": LABELS, "settings": settings},
+    {"status": one_of(*STATES), "labels": _LABELS, "settings": _settings},
     {
         "id": text,
         **dict.fromkeys(("score", "loss"), optional(number)),
         "seconds": optional(finite),
         **dict.fromkeys(("metric", "started", "host"), text),
         "resumed_at": optional(count),
-        "summary": optional(CONSISTENT),
+        "summary": optional(consistent),
         "curve": optional(items(_POINT)),
         "allocation": optional(items(SNAPSHOT)),
         "series": items(fields({"step": count, "used": count, "score": optional(number), "file": text})),
@@ -76,7 +74,7 @@ _PLAN: Form = fields(
         "claims": optional(mapping(plain)),
         "choose": optional(mapping(plain)),
         "protocol": mapping(plain),
-        "cells": items(fields({"id": text, "labels": LABELS, "settings": settings})),
+        "cells": items(fields({"id": text, "labels": _LABELS, "settings": _settings})),
     }
 )
 
@@ -85,10 +83,8 @@ class Store:
     """A sweep's folder.
 
     ``results/ID.json`` is a run's result, ``runs/ID`` its output folder, ``logs/ID.log`` its printed output. The
-    process that makes the run holds the lock ``locks/ID.lock``. ``sweep.json`` lists the runs of the sweep.
-
-    Args:
-        folder: The folder; it need not exist.
+    process that makes the run holds the lock ``locks/ID.lock``. ``sweep.json`` lists the runs of the sweep. The folder
+    need not exist.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -96,20 +96,13 @@ def tables(
 ) -> list[Table]:
     """Returns the tables of a grid, as far as it has been run; the table of the sweep's own protocol is the first.
 
-    Args:
-        cells: The cells of the full grid.
-        results: The results of the runs, by run id.
-        protocol: The sweep's protocol.
-        choice: How the sweep chooses a setting; None if it chooses none.
-        claims: The paper's figures, which stand next to those of the first table; None for none.
+    The paper's figures, if there are any, stand next to those of the first table.
     """
     paper, seeds = replace(protocol, kind="paper"), replace(protocol, kind="seeds")
     ours = "Ours: " if protocol.pair else ""
-    ours += (
-        f"{choice.setting} chosen by {choice.by} on seed {_listed(choice.seeds)}, then mean over seeds"
-        if choice
-        else "mean over seeds"
-    )
+    if choice:
+        ours += f"{choice.setting} chosen by {choice.by} on seed {_listed(choice.seeds)}, then "
+    ours += "mean over seeds"
     by_choice = table(cells, results, seeds, choice, ours[0].upper() + ours[1:])
     if protocol.pair is None:
         best = table(cells, results, paper, choice, "The best runs alone")
@@ -134,22 +127,13 @@ def table(
     choice: Choice | None = None,
     title: str = "",
 ) -> Table:
-    """Returns one table of some cells, as far as they have been run.
-
-    Args:
-        cells: The cells that count.
-        results: The results of their runs, by run id.
-        protocol: The protocol that decides which of an entry's figures is shown.
-        choice: How a setting is chosen; None if every cell counts.
-        title: The title of the table.
-    """
+    """Returns one table of some cells, as far as they have been run; without a choice every cell counts."""
     chosen = choose(cells, choice, results) if choice else {}
     swept = choice.setting if choice else protocol.pair
     rows: dict[tuple[tuple[str, str], ...], dict[str, list[Cell]]] = {}
     for cell in cells:
-        labels = tuple(
-            (k, str(v)) for k, v in cell.labels.items() if k not in ("task", "seed", swept) and v is not None
-        )
+        own = {k: v for k, v in cell.labels.items() if k not in ("task", "seed", swept) and v is not None}
+        labels = tuple((key, str(value)) for key, value in own.items())
         rows.setdefault(labels, {}).setdefault(task_of(cell), []).append(cell)
     columns = columns_of(cells, results, protocol)
     lines = []
@@ -169,6 +153,12 @@ def table(
 def figure(entry: Entry, protocol: Protocol) -> Estimate | None:
     """Returns the figure of an entry under a protocol."""
     return entry.best if protocol.kind == "paper" else entry.seeds
+
+
+def spread(estimate: Estimate, protocol: Protocol) -> str | None:
+    """Returns half the interval of a figure, or its deviation, in percent; None for one run."""
+    half = estimate.deviation if protocol.kind == "paper" or estimate.high is None else estimate.high - estimate.mean
+    return None if half is None else f"{100 * half:.2f}"
 
 
 def _entry(
@@ -192,9 +182,7 @@ def _entry(
     done = [(cell, result, score) for cell, result, score in found if score is not None]
     by_seed = {str(cell.settings.get("seed", 0)): score for cell, _, score in done}
     scores, first = list(by_seed.values()), done[0][1] if done else {}
-    trained = [
-        trained_weights(result["summary"]) for _, result, _ in done if (result.get("summary") or {}).get("budget")
-    ]
+    summaries = [result.get("summary") or {} for _, result, _ in done]
     return Entry(
         seeds=interval(scores, protocol.level, protocol.interval) if scores else None,
         best=best_of(scores, protocol.best) if scores else None,
@@ -202,7 +190,7 @@ def _entry(
         edge=pick.edge if pick else None,
         tried=pick.tried if pick else {},
         metric=column.metric or str(first.get("metric", "score")),
-        trained=max(trained, default=None),
+        trained=max((trained_weights(summary) for summary in summaries if summary.get("budget")), default=None),
         scores=by_seed,
         runs=tuple(cell.id for cell in members),
         failed=len(ended) - len(done),
@@ -268,27 +256,27 @@ def entry_text(entry: Entry | None, protocol: Protocol) -> str:
     estimate = figure(entry, protocol) if entry else None
     if entry is None or estimate is None:
         return "failed" if entry and entry.failed and not entry.missing else "-"
-    spread = estimate.deviation if protocol.kind == "paper" or estimate.high is None else estimate.high - estimate.mean
-    words = f"{100 * estimate.mean:.2f}" + (f" ± {100 * spread:.2f}" if spread is not None else "")
+    half = spread(estimate, protocol)
+    words = f"{100 * estimate.mean:.2f}" + (f" ± {half}" if half is not None else "")
     words += f" ({estimate.n})" if protocol.kind == "seeds" else f" (best {estimate.n} of {estimate.of})"
-    rate = (
-        f" @ {entry.value}" + {"low": " [low]", "high": " [high]", "alone": " [alone]"}.get(entry.edge or "", "")
-        if entry.value
-        else ""
-    )
-    return words + rate + (f", {entry.failed} failed" if entry.failed else "")
+    if entry.value:
+        words += f" @ {entry.value}" + (f" [{entry.edge}]" if entry.edge else "")
+    return words + (f", {entry.failed} failed" if entry.failed else "")
 
 
 def legend(found: Table, marks: str = "after @; [low], [high]") -> str:
     """Describes the figures of a table in a few sentences.
 
-    Args:
-        found: The table.
-        marks: The place of the chosen value in a cell, and the mark of a value at the edge of its grid.
+    ``marks`` names the place of the chosen value in a cell, and the mark of a value at the edge of its grid.
     """
     protocol, choice = found.protocol, found.choice
     if protocol.kind == "paper":
-        text = f"Scores in percent: mean and standard deviation (over n - 1) of {_best_text(found)}."
+        counts = {(e.best.n, e.best.of) for line in found.lines for e in line.entries.values() if e.best}
+        which = f"the best {protocol.best} runs, or of all where there are fewer"
+        if len(counts) == 1:
+            n, of = counts.pop()
+            which = f"the best {n} of {of} runs" if of > 1 else "the one run (no deviation)"
+        text = f"Scores in percent: mean and standard deviation (over n - 1) of {which}."
     else:
         text = (
             f"Scores in percent: mean over runs ± half the {100 * protocol.level:g}% interval ({protocol.interval}), with the "
@@ -302,15 +290,6 @@ def legend(found: Table, marks: str = "after @; [low], [high]") -> str:
     if found.model:
         text += f" The columns named paper hold what the paper prints for {found.model}, which was not measured here."
     return text
-
-
-def _best_text(found: Table) -> str:
-    """Says how many of how many runs count; names both numbers if they are the same for all entries."""
-    counts = {(e.best.n, e.best.of) for line in found.lines for e in line.entries.values() if e.best}
-    if len(counts) == 1:
-        n, of = counts.pop()
-        return f"the best {n} of {of} runs" if of > 1 else "the one run (no deviation)"
-    return f"the best {found.protocol.best} runs, or of all where there are fewer"
 
 
 def _listed(values: Sequence[Any]) -> str:

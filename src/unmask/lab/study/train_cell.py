@@ -44,9 +44,7 @@ def train_cell(settings: Mapping[str, Any], output: Path) -> dict[str, Any]:
         UnmaskError: The run cannot work.
     """
     config, folder = build({**settings, "output": str(output)}), RunFolder(output)
-    resumed_at = None
-    if _summary(folder) is None:
-        resumed_at = _train(config, folder)
+    resumed_at = _train(config, folder) if _summary(folder) is None else None
     summary = _summary(folder)
     assert summary is not None, "`train` has written it."
     points, whole_model = curve(read_metrics(folder.metrics), summary), config.method == "full" and config.into is None
@@ -78,11 +76,7 @@ def _train(config: TrainConfig, folder: RunFolder) -> int | None:
         try:
             train(config, resume=True, console=console)
             return whole.step
-        except (
-            InterruptedRunError,
-            KeyboardInterrupt,
-            WriteError,
-        ):  # A full disk is no reason to give up a checkpoint.
+        except (InterruptedRunError, KeyboardInterrupt, WriteError):  # A full disk must not cost the checkpoint.
             raise
         except Exception:  # A damaged checkpoint must not end a run that can be made from its start.
             traceback.print_exc()
@@ -100,11 +94,8 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    name = (
-        torch.cuda.get_device_name()
-        if device is not None and device.type == "cuda"
-        else str(device or platform.machine())
-    )
+    cuda = device is not None and device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else str(device or platform.machine())
     return found | {"device": name, "threads": str(torch.get_num_threads())}
 
 

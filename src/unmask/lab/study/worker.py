@@ -24,10 +24,7 @@ FUNCTION = "unmask.lab.study.train_cell:train_cell"
 
 
 def load_function(name: str) -> Function:
-    """Imports the function that makes a run.
-
-    Args:
-        name: ``package.module:function``.
+    """Imports the function ``package.module:function`` that makes a run.
 
     Raises:
         ConfigError: There is no such function.
@@ -43,16 +40,7 @@ def load_function(name: str) -> Function:
 
 
 def make_run(store: Store, order: Order, function: Function) -> Outcome:
-    """Makes one run and writes its result, unless the result is there already or another process is making the run.
-
-    Args:
-        store: The sweep's folder.
-        order: The run.
-        function: What makes it.
-
-    Returns:
-        The outcome; its status is not ``"died"``.
-    """
+    """Makes one run and writes its result, unless the result is there already or another process is making the run."""
     with store.lock(order.id) as locked:
         if not locked:
             return Outcome(order.id, "busy")
@@ -79,10 +67,8 @@ def _attempt(order: Order, function: Function, folder: Path) -> Result | None:
             return None
         traceback.print_exc()
         trace = "".join(traceback.format_exception(error))[-8000:]
-        entries = {
-            "status": "failed",
-            "error": {"type": type(error).__name__, "message": str(error), "traceback": trace},
-        }
+        failure = {"type": type(error).__name__, "message": str(error), "traceback": trace}
+        entries = {"status": "failed", "error": failure}
     return {
         "labels": dict(order.labels),
         "settings": dict(order.settings),
