@@ -19,9 +19,8 @@ from unmask.selection.stepping import slots_in_use
 # Settings that earlier versions wrote into their states, with the values under which they had no effect.
 _RETIRED = {"lr_scale": "none", "slot_warmup": 0}
 _FUSED = ("cpu", "cuda")  # The devices whose fused kernel is used.
-_LINE = (
-    64  # A prefix of slots is a multiple of it: the fused kernel rounds a shorter tail differently from its vectors.
-)
+# A prefix of slots is a multiple of it: the fused kernel rounds a shorter tail differently from its vectors.
+_LINE = 64
 _CHUNK = 1 << 15  # The entries per thread on a CPU; 7 rows of them stay in its cache.
 _CHUNK_DEVICE = (
     1 << 22

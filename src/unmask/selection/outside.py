@@ -22,14 +22,6 @@ from unmask.selection.dense import DenseTensor
 class OutsideWrites:
     """Brings writes into ``values`` to the model. It refuses those that may put back a copy from before some weight was unmasked.
 
-    Args:
-        model: The selected model.
-        method: The selection's method.
-        ledger: The slots.
-        dense: The tensors that are trained whole.
-        taps: They call `take_in` before an operation reads a tensor.
-        sharded: True if the model is sharded over processes.
-
     Attributes:
         copied: True if an optimizer keeps a copy of ``values`` that it made when every weight had its slot.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +27,7 @@ VERSION = 1
 
 
 class StateKeeper:
-    """Saves the state of one selection, and restores it.
-
-    Args:
-        facts: What the model was before training.
-        method: The method.
-        ledger: The slots.
-        dense: The tensors that are trained whole.
-        shapes: The shapes of the eligible tensors.
-        budget: B; for `unmask.full` the number of weights that it trains.
-    """
+    """Saves the state of one selection, and restores it."""
 
     def __init__(
         self,
@@ -47,14 +39,21 @@ class StateKeeper:
         budget: int,
     ) -> None:
         self._facts, self._method, self._ledger, self._dense = facts, method, ledger, dense
-        self._shapes, self._budget = shapes, budget
+        self._budget = budget
+        self._identity = {  # what must agree before a state can be loaded
+            "version": VERSION,
+            "method": method.describe(),
+            "budget": budget,
+            "names": list(ledger.layout.names),
+            "shapes": shapes,
+        }
 
     def save(self) -> dict[str, Any]:
         """Returns the state; see `unmask.Selection.state_dict`."""
         whole = {"used": self._budget} if self._method.whole else {}
         buffers, before = persistent_buffers(self._facts.model), self._facts.buffers
         return {
-            **self._identity(),
+            **copy.deepcopy(self._identity),
             **self._ledger.snapshot().entries(),
             **whole,
             "dense": {d.name: d.master.detach().clone() for d in self._dense},
@@ -75,16 +74,6 @@ class StateKeeper:
         for tensor in self._dense:
             tensor.load(saved.dense[tensor.name])
 
-    def _identity(self) -> dict[str, Any]:
-        """Returns what must agree before a state can be loaded."""
-        return {
-            "version": VERSION,
-            "method": self._method.describe(),
-            "budget": self._budget,
-            "names": list(self._ledger.layout.names),
-            "shapes": self._shapes,
-        }
-
     def _checked(self, state: Mapping[str, Any]) -> _Saved:
         """Returns the state with every entry checked, if it is one of this selection.
 
@@ -98,7 +87,13 @@ class StateKeeper:
         form |= {"step": count, "used": count, **dict.fromkeys(("values", "base", "positions"), plain)}
         form |= {"picked": plain} if kept else {}
         fields(form)(state, "the state")
-        self._check_identity(state)
+        for key, own in (self._identity | {"dense": sorted(d.name for d in self._dense)}).items():
+            given = sorted(state[key]) if key == "dense" else state[key]
+            if given != own:
+                raise SelectionError(
+                    f"the saved selection has another {key}: {_short(given)} where this one has {_short(own)}. Build the same "
+                    "selection (same model, method and patterns) before load_state_dict."
+                )
         device, dtype, room = ledger.values.device, ledger.values.dtype, ledger.values.numel()
         used, most = state["used"], self._budget if self._method.whole else room
         if used > most or (self._method.whole and used != most):
@@ -122,17 +117,6 @@ class StateKeeper:
             for n, b in state["buffers"].items()
         }
         return _Saved(Slots(positions, base, values, slots, state["step"], picked), dense, buffers)
-
-    def _check_identity(self, state: Mapping[str, Any]) -> None:
-        """Refuses a state of another method, budget or model."""
-        mine = self._identity() | {"dense": sorted(d.name for d in self._dense)}
-        for key, own in mine.items():
-            given = sorted(state[key]) if key == "dense" else state[key]
-            if given != own:
-                raise SelectionError(
-                    f"the saved selection has another {key}: {_short(given)} where this one has {_short(own)}. Build the same "
-                    "selection (same model, method and patterns) before load_state_dict."
-                )
 
     def _check_base(self, saved: Slots) -> None:
         """Refuses a model whose weights at the saved positions are neither the saved base's nor the trained ones."""
