@@ -183,7 +183,7 @@ def test_bytes_on_the_wire(tmp_path):
 @pytest.mark.parametrize(
     ("exchange", "method", "reason"),
     [
-        ("all", unmask.id3(5, steps=2), "it must be 'exact', 'candidates' or 'none'"),
+        ("all", unmask.id3(5, steps=2), "it must be one of exact, candidates, none"),
         ("candidates", unmask.id3(5, steps=2).but(allocation="row"), "use exchange='exact'"),
         ("candidates", unmask.random_mask(5).but(strategy="repeat"), "use exchange='exact'"),
     ],

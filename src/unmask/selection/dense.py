@@ -157,27 +157,24 @@ class DenseGradients:
         self._task, processes = None, self._reducer.processes
         if processes is None:
             raise AssertionError("only several processes have anything to reduce")
+        self._reducer.meet_for_dense()
+        masters = [t.master for t in self._tensors]
+        reached = torch.tensor([m.grad is not None for m in masters], dtype=torch.uint8, device=masters[0].device)
         bucket: list[Tensor] = []
-        for gradient in self._gradients(processes):
+        for master, anywhere in zip(masters, processes.sum(reached).tolist(), strict=True):
+            if not anywhere:
+                continue
+            if master.grad is None:  # the loss of another process has reached it
+                master.grad = torch.zeros_like(master)
+            elif master.grad.is_sparse:
+                master.grad = master.grad.to_dense()
+            gradient = master.grad
             if bucket and (sum(g.numel() for g in bucket) >= BUCKET or bucket[0].dtype != gradient.dtype):
                 _mean(bucket, processes)
                 bucket = []
             bucket.append(gradient)
         if bucket:
             _mean(bucket, processes)
-
-    def _gradients(self, processes: Processes) -> list[Tensor]:
-        """Returns the gradients of the tensors that some process's loss has reached; zeros where this one's has not."""
-        self._reducer.meet_for_dense()
-        masters = [t.master for t in self._tensors]
-        reached = torch.tensor([m.grad is not None for m in masters], dtype=torch.uint8, device=masters[0].device)
-        anywhere = processes.sum(reached).tolist()
-        for master, seen in zip(masters, anywhere, strict=True):
-            if seen and master.grad is None:
-                master.grad = torch.zeros_like(master)
-            elif seen and master.grad is not None and master.grad.is_sparse:
-                master.grad = master.grad.to_dense()
-        return [m.grad for m, seen in zip(masters, anywhere, strict=True) if seen and m.grad is not None]
 
 
 def _mean(gradients: list[Tensor], processes: Processes) -> None:

@@ -124,10 +124,7 @@ class OutsideWrites:
     def refuse_copies(self, optimizer: Optimizer, before: Tensor | None, used: int) -> None:
         """Refuses an optimizer that has stepped and keeps a copy of slots whose weights are not known yet.
 
-        Args:
-            optimizer: It holds ``values``.
-            before: (slots,) what ``values`` held when the step began, if that is known.
-            used: How many slots the step has trained.
+        The step has trained the first ``used`` slots; ``before`` is (slots,) what ``values`` held when it began, if known.
 
         Raises:
             SelectionError: It keeps such a copy, and the method unmasks weights later on.

@@ -166,10 +166,7 @@ def _start_ledger(facts: ModelFacts, method: Method, reducer: ProcessReducer, va
 def known_positions(method: Method, ledger: Ledger, scores: dict[int, Tensor] | None = None) -> Tensor:
     """Returns the positions (B,) int64 that a method without gradients unmasks, in order.
 
-    Args:
-        method: The method.
-        ledger: The ledger of the eligible tensors; its budget is B.
-        scores: Scores by tensor index, where a calibration made them; they are used up.
+    Where a calibration made ``scores``, by tensor index, they are used up.
     """
     ranker = Ranker(method.heuristic, ledger, method.allocation, ledger.budget, 0, False)
     for index in range(len(ledger.layout.tensors)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +63,18 @@ class StateKeeper:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restores a state; see `unmask.Selection.load_state_dict`. Nothing is changed if it does not fit."""
         with refusing(SelectionError, "this selection state", "Nothing was changed; take another copy of the state."):
-            saved = self._checked(state)
+            slots, dense, changed = self._checked(state)
         reshard(self._facts.model)
-        self._check_base(saved.slots)
-        self._ledger.restore(saved.slots)
+        self._check_base(slots)
+        self._ledger.restore(slots)
         buffers = persistent_buffers(self._facts.model)
         for name, original in self._facts.buffers.items():
-            buffers[name].copy_(saved.buffers.get(name, original))
+            buffers[name].copy_(changed.get(name, original))
         for tensor in self._dense:
-            tensor.load(saved.dense[tensor.name])
+            tensor.load(dense[tensor.name])
 
-    def _checked(self, state: Mapping[str, Any]) -> _Saved:
-        """Returns the state with every entry checked, if it is one of this selection.
+    def _checked(self, state: Mapping[str, Any]) -> tuple[Slots, dict[str, Tensor], dict[str, Tensor]]:
+        """Returns the slots, dense tensors and buffers, each checked and on its device, if the state is one of this selection.
 
         Raises:
             Malformed: An entry is missing, or is not what a selection could have saved.
@@ -116,7 +115,7 @@ class StateKeeper:
             n: _tensor(b, f"buffers.{n}", own[n].shape, own[n].dtype, own[n].device)
             for n, b in state["buffers"].items()
         }
-        return _Saved(Slots(positions, base, values, slots, state["step"], picked), dense, buffers)
+        return Slots(positions, base, values, slots, state["step"], picked), dense, buffers
 
     def _check_base(self, saved: Slots) -> None:
         """Refuses a model whose weights at the saved positions are neither the saved base's nor the trained ones."""
@@ -134,15 +133,6 @@ class StateKeeper:
                     f"{layout.names[index]!r} holds other weights than those the saved selection started from; load the same "
                     "base model before load_state_dict."
                 )
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """A state that fits a selection: every entry is checked, and every tensor is on its device."""
-
-    slots: Slots
-    dense: Mapping[str, Tensor]
-    buffers: Mapping[str, Tensor]
 
 
 def _tensor(
@@ -220,7 +210,13 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise SelectionError(f"there is no selection state at {str(path)!r}.")
     with refusing(SelectionError, f"{str(path)!r} is no readable selection state: it", "Take another checkpoint."):
         tensors, header = read_tensors(path)
-        _check(fields({}, {"checksum": text})(header, "the header"), tensors)
+        fields({}, {"checksum": text})(header, "the header")
+        if "checksum" not in header:  # a version that wrote none wrote these entries alone
+            fields(dict.fromkeys(_VALUES, plain), closed=True)(header, "the header")
+            for key in sorted({key for key in tensors if "::" not in key} - {*_TENSORS}):
+                raise Malformed(f"it holds a tensor {key!r} that belongs to nothing")
+        elif checksum(header, tensors) != header["checksum"]:
+            raise Malformed("it fails its checksum, so it was altered after unmask wrote it")
         state: dict[str, Any] = {key: value for key, value in header.items() if key != "checksum"}
         state |= {group: {} for group in _GROUPS}
         for key, tensor in tensors.items():
@@ -232,16 +228,3 @@ def read_state(path: str | Path) -> dict[str, Any]:
             else:
                 state[key] = tensor
     return state
-
-
-def _check(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Refuses a file that was altered after it was written, as far as it has a checksum to tell."""
-    if "checksum" in header:
-        if checksum(header, tensors) != header["checksum"]:
-            raise Malformed("it fails its checksum, so it was altered after unmask wrote it")
-        return
-    # A version that wrote no checksum wrote these entries alone.
-    fields(dict.fromkeys(_VALUES, plain), closed=True)(header, "the header")
-    alone = {key for key in tensors if "::" not in key}
-    for key in sorted(alone - {*_TENSORS}):
-        raise Malformed(f"it holds a tensor {key!r} that belongs to nothing")

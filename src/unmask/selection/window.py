@@ -13,7 +13,7 @@ picked weights have a gradient: at a step that selects it comes with the ranking
 picks.
 
 Each of several processes has a window, and all windows hold the same: every micro-batch's gradient of the slots is averaged
-over the processes before ``values`` receives it, and the ranking uses the averaged gradient (`unmask.ranking.exchange`).
+over the processes before ``values`` receives it, and the ranking uses the averaged gradient (`unmask.distributed.ranking`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from unmask.distributed.reducer import ProcessReducer
 from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at, total_norm
 from unmask.gradients.taps import in_pieces, stale
 from unmask.methods.method import Accumulation, Method
-from unmask.ranking.exchange import Ranking, Reducer
 from unmask.ranking.ledger import Ledger
 from unmask.ranking.plan import Plan
-from unmask.ranking.ranker import Ranker
+from unmask.ranking.ranker import Ranker, Ranking
 from unmask.ranking.topk import Ranked, in_order
 
 OVERSAMPLE = 4  # candidates kept per entry to be unmasked
@@ -38,13 +38,8 @@ OVERSAMPLE = 4  # candidates kept per entry to be unmasked
 class Window:
     """The *window*, the time between two optimizer steps: it receives the gradients that the taps see in this time.
 
-    Args:
-        ledger: The slots.
-        method: The method, whose heuristic and allocation rank.
-        accumulation: The selection that gradient accumulation makes.
-        sampled: True if a step that does not select asks for the entries of its slots only.
-        reducer: It averages gradients over processes.
-        measured: True if every step forms all gradients, for their norm.
+    If it is ``sampled``, a step that does not select asks for the entries of its slots only; if it is ``measured``, every
+    step forms all gradients, for their norm.
 
     Attributes:
         plan: What the coming step does.
@@ -58,8 +53,8 @@ class Window:
         method: Method,
         accumulation: Accumulation,
         sampled: bool,
-        reducer: Reducer,
-        measured: bool = False,
+        reducer: ProcessReducer,
+        measured: bool,
     ) -> None:
         self.ledger, self.values, self.method, self.accumulation = ledger, ledger.values, method, accumulation
         self.reducer = reducer
@@ -153,10 +148,7 @@ class Window:
     def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
         """Takes one tensor's gradient: adds the part of its slots, and offers the rest to the ranking.
 
-        Args:
-            index: The tensor.
-            gradient: The whole gradient (dense, sparse in rows, or `Factors`), or (m,) at ``entries``.
-            entries: The entries that `entries` gave to the forward.
+        The gradient is whole (dense, sparse in rows, or `Factors`), or (m,) at the entries that `entries` gave to the forward.
         """
         if entries is not None:
             self._add(entries, as_dense(gradient))
