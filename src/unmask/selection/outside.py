@@ -140,20 +140,3 @@ class OutsideWrites:
             with torch.no_grad(), ledger.writes.own():
                 ledger.values.copy_(before)
         raise copying_optimizer(optimizer, name, self._method.name)
-
-
-@torch.no_grad()
-def weights_of(model: nn.Module, ledger: Ledger) -> Tensor:
-    """Returns what a copy of the model holds in the slots in use; see `unmask.Selection.weights_of`."""
-    parameters, held = dict(model.named_parameters()), torch.zeros_like(ledger.values)
-    for index, flat, slots in ledger.layout.split(ledger.positions[: ledger.used]):
-        name, tensor = ledger.layout.names[index], ledger.layout.tensors[index]
-        other = parameters.get(name)
-        if other is None or other.shape != tensor.shape:
-            given = "lacks it" if other is None else f"has it with shape {tuple(other.shape)}"
-            raise SelectionError(
-                f"{name!r} has selected weights and shape {tuple(tensor.shape)}; the given model {given}. Give a copy of the "
-                "model that was selected from (of an AveragedModel: its .module)."
-            )
-        held[slots] = take(other.detach(), flat).to(held)
-    return held
