@@ -174,10 +174,7 @@ class SparseDelta:
         return cls(*file.read(Path(path)))
 
     def check_places(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuses a model's tensors that the delta's values do not fit.
-
-        Args:
-            tensors: The model's tensors by name.
+        """Refuses a model's tensors, by name, that the delta's values do not fit.
 
         Raises:
             DeltaError: A tensor of the delta is missing, or has another shape or dtype.

@@ -59,11 +59,7 @@ def pack(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the tensors and the header of a delta's file.
 
-    Args:
-        sparse: The changed entries by tensor name.
-        whole: The tensors that are stored whole, by name.
-        base: The base's fingerprint.
-        metadata: JSON values.
+    The arguments are the fields of `unmask.SparseDelta`.
 
     Raises:
         DeltaError: The metadata are no JSON values, or a known entry of them has another form than a reader expects.
@@ -95,10 +91,7 @@ def pack(
 def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], source: str) -> Contents:
     """Returns what `pack` got: sparse, whole, base and metadata.
 
-    Args:
-        tensors: The file's tensors.
-        header: The file's header.
-        source: This says in error texts where they come from.
+    The source says in error texts where the tensors and the header come from.
 
     Raises:
         DeltaError: The file has another format version, was altered, or is not of the form that `pack` makes.

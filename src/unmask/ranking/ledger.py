@@ -236,8 +236,7 @@ class Ledger:
     def commit(self, due: int) -> None:
         """Makes the proposal final, and writes ``values`` into the tensors; a weight that left its slot gets its base value.
 
-        Args:
-            due: How many slots are in use from now on.
+        The first ``due`` slots are in use from now on.
         """
         tentative, self.tentative = self.tentative, None
         if tentative is not None:

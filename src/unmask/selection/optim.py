@@ -185,10 +185,10 @@ def _step_alike(chosen: list[tuple[Tensor, dict[str, Tensor]]], group: Mapping[s
             # The fused kernel ignores strides, so the memory must be contiguous.
             alike = p.is_contiguous() and p.grad.is_contiguous() and p.grad.dtype == p.dtype
             if (alike and p.device.type in _FUSED) == fused:
-                columns, in_use = (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]), slots_in_use(p)
+                row, in_use = [p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]], slots_in_use(p)
                 if in_use is not None:  # cut after the last line of slots that holds one in use
-                    columns = tuple(column[: (in_use // _LINE + 1) * _LINE] for column in columns)
-                rows.append((*columns, state["step"]))
+                    row = [column[: (in_use // _LINE + 1) * _LINE] for column in row]
+                rows.append((*row, state["step"]))
         if not rows:
             continue
         params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*rows, strict=True))
