@@ -51,10 +51,18 @@ def added_tensors(model: nn.Module) -> set[str]:
         set()
     """
     model = bare(model)
-    prefixes = tuple(_peft_prefixes(model))
-    inserted = {id(p) for module in _adapter_modules(model) for p in module.parameters()}
+    plain, prefixes, inserted = plain_names(model), [], set()
+    for place, module in model.named_modules():
+        layers = getattr(module, "adapter_layer_names", None)
+        if isinstance(layers, tuple):  # a layer of peft
+            parts = (*layers, *getattr(module, "other_param_names", ()))
+            prefixes += [plain(f"{place}.{part}.".removeprefix(".")) for part in parts]
+        adapters = getattr(getattr(module, "adapters_config", None), "adapters", None)
+        if adapters is not None and hasattr(module, "get_adapter"):  # a module of `adapters`
+            found = [leaf for name in adapters for leaf in _leaves(module.get_adapter(name))]  # type: ignore[operator]
+            inserted |= {id(p) for leaf in found for p in leaf.parameters()}
     by_id = {name for name, p in named_parameters(model).items() if id(p) in inserted}
-    return {name for name in base_tensors(model) if f"{name}.".startswith(prefixes)} | by_id
+    return {name for name in base_tensors(model) if f"{name}.".startswith(tuple(prefixes))} | by_id
 
 
 def checkpoint_name(name: str) -> str:
@@ -78,8 +86,16 @@ def missing_from_checkpoint(model: nn.Module) -> set[str]:
     model = bare(model)
     source = name_or_path(model)
     if not source:
-        inside = _pretrained_inside(model)
-        return {f"{place}.{name}" for place, part in inside.items() for name in missing_from_checkpoint(part)}
+        plain = plain_names(model)
+        found: dict[
+            str, nn.Module
+        ] = {}  # the transformers models that this one holds (a LightningModule, say), by place
+        for place, module in model.named_modules():
+            inner = bare(module)
+            outermost = not any(f"{plain(place)}.".startswith(f"{outer}.") for outer in found)
+            if outermost and hasattr(inner, "base_model_prefix") and name_or_path(inner):
+                found[plain(place)] = inner
+        return {f"{place}.{name}" for place, part in found.items() for name in missing_from_checkpoint(part)}
     stored = _stored_names(source)
     if not stored:
         return set()
@@ -94,18 +110,6 @@ def missing_from_checkpoint(model: nn.Module) -> set[str]:
     missing = {name for name in tensors if not is_stored(name)}
     share = sum(tensors[name].numel() for name in missing) / max(1, sum(t.numel() for t in tensors.values()))
     return missing if share < 0.5 else set()
-
-
-def _pretrained_inside(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the transformers models that another module holds (a LightningModule, say), by their place in it."""
-    found: dict[str, nn.Module] = {}
-    plain = plain_names(model)
-    for place, module in model.named_modules():
-        inner = bare(module)
-        outermost = not any(f"{plain(place)}.".startswith(f"{outer}.") for outer in found)
-        if outermost and hasattr(inner, "base_model_prefix") and name_or_path(inner):
-            found[plain(place)] = inner
-    return found
 
 
 def _stored_names(source: str) -> set[str]:
@@ -140,25 +144,6 @@ def _local_file(source: str, file: str) -> Path | None:
     except HFValidationError:  # ``source`` is a folder that no longer exists
         return None
     return Path(cached) if isinstance(cached, str) else None
-
-
-def _peft_prefixes(model: nn.Module) -> Iterator[str]:
-    plain = plain_names(model)
-    for place, module in model.named_modules():
-        layers = getattr(module, "adapter_layer_names", None)
-        if isinstance(layers, tuple):
-            for part in (*layers, *getattr(module, "other_param_names", ())):
-                yield plain(f"{place}.{part}.".removeprefix("."))
-
-
-def _adapter_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields the modules of the `adapters` library, from its own nested listing by layer and place."""
-    for module in model.modules():
-        adapters = getattr(getattr(module, "adapters_config", None), "adapters", None)
-        if adapters is None or not hasattr(module, "get_adapter"):
-            continue
-        for name in adapters:
-            yield from _leaves(module.get_adapter(name))  # type: ignore[operator]
 
 
 def _leaves(value: Any) -> Iterator[nn.Module]:

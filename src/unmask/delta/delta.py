@@ -116,7 +116,9 @@ class SparseDelta:
             >>> len(displaced)
             2
         """
-        tensors = _tensors(model)
+        if has_selection(model):
+            raise DeltaError("this model has a live selection; call its release() before applying a delta.")
+        tensors = base_tensors(model)
         self._check_model(tensors)
         displaced = SparseDelta(
             {
@@ -172,10 +174,7 @@ class SparseDelta:
         return cls(*file.read(Path(path)))
 
     def check_places(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuses a model's tensors that the delta's values do not fit.
-
-        Args:
-            tensors: The model's tensors by name.
+        """Refuses a model's tensors, by name, that the delta's values do not fit.
 
         Raises:
             DeltaError: A tensor of the delta is missing, or has another shape or dtype.
@@ -215,18 +214,8 @@ class SparseDelta:
         return repr(self.metadata.get("base_id") or "another base")
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns parameters and persistent buffers by name, detached; shared tensors once, under their first name."""
-    if has_selection(model):
-        raise DeltaError("this model has a live selection; call its release() before applying a delta.")
-    return base_tensors(model)
-
-
 def refuse_diverged(trained: Mapping[str, Tensor]) -> None:
     """Refuses tensors that training has made NaN or infinite.
-
-    Args:
-        trained: Whole tensors that training has changed, by name.
 
     Raises:
         DeltaError: One of them holds NaN or infinity.

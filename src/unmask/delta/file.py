@@ -26,7 +26,6 @@ from unmask.reading import Malformed, bounded, count, fields, items, mapping, re
 FORMAT_VERSION = 2
 INDICES, VALUES, WHOLE, SLOTS = "::indices", "::values", "::whole", "::slots"
 
-
 Contents = tuple[dict[str, SparseTensor], dict[str, Tensor], str, dict[str, Any]]  # sparse, whole, base, metadata
 
 
@@ -60,11 +59,7 @@ def pack(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the tensors and the header of a delta's file.
 
-    Args:
-        sparse: The changed entries by tensor name.
-        whole: The tensors that are stored whole, by name.
-        base: The base's fingerprint.
-        metadata: JSON values.
+    The arguments are the fields of `unmask.SparseDelta`.
 
     Raises:
         DeltaError: The metadata are no JSON values, or a known entry of them has another form than a reader expects.
@@ -96,10 +91,7 @@ def pack(
 def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], source: str) -> Contents:
     """Returns what `pack` got: sparse, whole, base and metadata.
 
-    Args:
-        tensors: The file's tensors.
-        header: The file's header.
-        source: This says in error texts where they come from.
+    The source says in error texts where the tensors and the header come from.
 
     Raises:
         DeltaError: The file has another format version, was altered, or is not of the form that `pack` makes.
@@ -114,44 +106,27 @@ def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], source: str
         if checksum(header, tensors) != header["checksum"]:
             raise DeltaError(f"{source} fails its checksum: it was altered after unmask wrote it. Take another copy.")
         _HEADER(header, "the header")
-        slots, whole = _tensors(tensors, header["shapes"])
+        shapes = header["shapes"]
+        needed = {name + kind for name in shapes for kind in (INDICES, VALUES)}
+        slots = {name: tensors[name + SLOTS].long() for name in shapes if name + SLOTS in tensors}
+        whole = {key.removesuffix(WHOLE): tensor for key, tensor in tensors.items() if key.endswith(WHOLE)}
+        known = needed | {name + SLOTS for name in slots} | {name + WHOLE for name in whole}
+        for key in sorted(needed - tensors.keys()):
+            raise Malformed(f"it lacks the tensor {key!r}")
+        for key in sorted(tensors.keys() - known):
+            raise Malformed(f"it holds a tensor {key!r} that belongs to nothing")
+        for key, tensor in tensors.items():
+            if key.endswith((INDICES, SLOTS)) and key in known and tensor.dtype not in (torch.int32, torch.int64):
+                raise Malformed(f"{key!r} is {tensor.dtype} and must be int32 or int64")
     sparse = {
         name: SparseTensor(tensors[name + INDICES].long(), tensors[name + VALUES], tuple(shape), slots.get(name))
-        for name, shape in header["shapes"].items()
+        for name, shape in shapes.items()
     }
     return sparse, whole, header["base"], header["metadata"]
 
 
-def _tensors(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, list[int]]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns the slots and the whole tensors by name, after a check that the file has just the tensors that the shapes ask for.
-
-    Raises:
-        Malformed: A tensor is missing, belongs to nothing, or has a dtype that it is never written with.
-    """
-    needed = {name + kind for name in shapes for kind in (INDICES, VALUES)}
-    slots = {name: tensors[name + SLOTS].long() for name in shapes if name + SLOTS in tensors}
-    whole = {key.removesuffix(WHOLE): tensor for key, tensor in tensors.items() if key.endswith(WHOLE)}
-    known = needed | {name + SLOTS for name in slots} | {name + WHOLE for name in whole}
-    for key in sorted(needed - tensors.keys()):
-        raise Malformed(f"it lacks the tensor {key!r}")
-    for key in sorted(tensors.keys() - known):
-        raise Malformed(f"it holds a tensor {key!r} that belongs to nothing")
-    for key, tensor in tensors.items():
-        if key.endswith((INDICES, SLOTS)) and key in known and tensor.dtype not in (torch.int32, torch.int64):
-            raise Malformed(f"{key!r} is {tensor.dtype} and must be int32 or int64")
-    return slots, whole
-
-
 _ANOTHER = "Take another copy."
 _HEADER = fields(
-    {
-        "format_version": count,
-        "base": text,
-        "shapes": mapping(items(count)),
-        "metadata": METADATA,
-        "checksum": text,
-    },
+    {"format_version": count, "base": text, "shapes": mapping(items(count)), "metadata": METADATA, "checksum": text},
     closed=True,
 )

@@ -20,26 +20,21 @@ def digest(tensor: Tensor) -> str:
         >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(torch.zeros(1, 2))
         (True, False)
     """
-    parts = _parts(tensor)
+    parts: Mapping[str, Tensor] | None = None  # of a tensor that is stored as several
+    if isinstance(tensor, QuantisedTensor):
+        flat, values = tensor.sidecar.deviating()
+        parts = {**tensor.sidecar.source.stored(), "sidecar indices": flat, "sidecar values": values}
+    elif is_traceable_wrapper_subclass(tensor):
+        parts = {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+    elif tensor.layout != torch.strided:
+        coordinates = tensor.detach().to_sparse_coo().coalesce()
+        size = torch.tensor(tensor.shape)
+        parts = {"indices": coordinates.indices(), "values": coordinates.values(), "size": size}
     if parts is not None:
         return fingerprint({name: digest(part) for name, part in parts.items()})
     sha = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     sha.update(tensor_bytes(tensor))
     return sha.hexdigest()
-
-
-def _parts(tensor: Tensor) -> Mapping[str, Tensor] | None:
-    """Returns the parts of a tensor that is stored as several tensors; None for an ordinary one."""
-    if isinstance(tensor, QuantisedTensor):
-        flat, values = tensor.sidecar.deviating()
-        return {**tensor.sidecar.source.stored(), "sidecar indices": flat, "sidecar values": values}
-    if is_traceable_wrapper_subclass(tensor):
-        return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
-    if tensor.layout != torch.strided:
-        coordinates = tensor.detach().to_sparse_coo().coalesce()
-        size = torch.tensor(tensor.shape)
-        return {"indices": coordinates.indices(), "values": coordinates.values(), "size": size}
-    return None
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:

@@ -20,10 +20,8 @@ from unmask.ranking.ledger import Layout
 from unmask.reading import Form, count, fields, items, mapping, number, optional, plain, refusing, text
 
 _METHOD = {
-    "name": text,
-    "strategy": text,
+    **dict.fromkeys(("name", "strategy", "leaving"), text),
     "parameters": mapping(plain),
-    "leaving": text,
     "steps": count,
     "stride": count,
 }
@@ -126,16 +124,7 @@ def provenance_of(
 ) -> Provenance:
     """Returns what the metadata of a delta say that is recorded now.
 
-    Args:
-        model: The model that was trained.
-        method: The method that selected.
-        layout: The eligible tensors.
-        budget: B.
-        used: How many slots are in use.
-        step: How many optimizer steps were taken.
-        dense: Names of the tensors that are trained whole.
-        base_id: The base model's id or folder.
-        parameters: How many weights the base's parameters have.
+    The keywords are fields of `Provenance`; ``parameters`` counts those of the base.
     """
     kinds = sorted({t.sidecar.source.kind for t in weights(model).values() if isinstance(t, QuantisedTensor)})
     return Provenance(

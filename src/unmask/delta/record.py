@@ -47,10 +47,7 @@ def record_delta(
 def before_training(layout: Layout, slots: Slots, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns copies of those tensors that have slots in use, with the weights that they had before training.
 
-    Args:
-        layout: The eligible tensors.
-        slots: The slots; their ``base`` is what the copies get.
-        tensors: Tensors by name, of any of the layout's and others.
+    The tensors, by name, may be any of the layout's and others.
     """
     originals: dict[str, Tensor] = {}
     for index, flat, places in layout.split(slots.positions[: slots.used]):

@@ -22,8 +22,6 @@ from unmask.methods.method import Method
 SHOWN = 4  # facts that differ, in one error
 POINTS = 64  # points at which a schedule is compared
 _DOING, _REFUSED = "doing", "refused"  # facts with a special meaning
-
-
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -50,17 +48,16 @@ def header(doing: str, facts: Mapping[str, Any]) -> tuple[bytes, tuple[int, int]
         >>> header("step 3", {"lr": 0.1})[0]
         b'{"doing": "step 3", "lr": 0.1}'
     """
-    text = json.dumps({_DOING: doing, **facts}, default=_kind).encode()
+    text = json.dumps(
+        {_DOING: doing, **facts}, default=lambda value: type(value).__name__
+    ).encode()  # its own text may hold an address
     return text, (int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True), len(text))
 
 
 def difference(texts: Sequence[bytes], checksums: Sequence[int], advice: str) -> str:
     """Describes what differs between processes; the text is the same in all of them.
 
-    Args:
-        texts: The text that `header` returned in each process.
-        checksums: The checksum of the values that each process holds.
-        advice: A sentence that says what to do where the facts differ.
+    Each process gives the text of `header` and the checksum of its values; the advice says what to do where facts differ.
 
     Example:
         >>> texts = [header("step 3", {"lr": rate})[0] for rate in (0.1, 0.1, 0.2)]
@@ -93,9 +90,16 @@ def difference(texts: Sequence[bytes], checksums: Sequence[int], advice: str) ->
             "machines of one kind, with as many threads in each process."
         )
     odd, usual = _odd([json.dumps([facts.get(key) for key in differing]) for facts in by_rank])
-    shown = [
-        _contrast(key, by_rank[odd[0]].get(key), by_rank[usual].get(key), odd[0], usual) for key in differing[:SHOWN]
-    ]
+    shown = []
+    for key in differing[:SHOWN]:
+        other, theirs = by_rank[odd[0]].get(key), by_rank[usual].get(key)
+        if isinstance(other, list) and isinstance(theirs, list) and len(theirs) > 8:
+            # Of two long lists, only the elements that the other lacks are shown.
+            other, theirs = (
+                [x for x in other if x not in theirs] or other,
+                [x for x in theirs if x not in other] or theirs,
+            )
+        shown.append(f"{key} is {_short(other)} in process {odd[0]} and {_short(theirs)} in process {usual}")
     more = f"; {len(differing) - SHOWN} more differ" if len(differing) > SHOWN else ""
     return f"{_subject(odd)} from process {usual} in {by_rank[0][_DOING]}: {'; '.join(shown)}{more}. {advice}"
 
@@ -112,21 +116,9 @@ def _subject(odd: Sequence[int]) -> str:
     return f"processes {', '.join(map(str, odd))} differ"
 
 
-def _contrast(key: str, other: Any, usual: Any, odd: int, first: int) -> str:
-    # Of two long lists, only the elements that the other lacks are shown.
-    if isinstance(other, list) and isinstance(usual, list) and len(usual) > 8:
-        other, usual = [x for x in other if x not in usual] or other, [x for x in usual if x not in other] or usual
-    return f"{key} is {_short(other)} in process {odd} and {_short(usual)} in process {first}"
-
-
 def _short(value: Any) -> str:
     text = "not there" if value is None else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 160 else f"{text[:157]}..."
-
-
-def _kind(value: Any) -> str:
-    """Replaces a value that is no JSON by its class's name: its own text may contain an address in memory."""
-    return type(value).__name__
 
 
 def refusal(error: BaseException | None) -> dict[str, str | None]:

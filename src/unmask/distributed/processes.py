@@ -143,13 +143,7 @@ class Processes:
 
 
 def _lost(group: dist.ProcessGroup | None, doing: str, error: BaseException) -> str:
-    """Writes the error message for a process whose call to the others failed.
-
-    Args:
-        group: The process group; None for all processes.
-        doing: The activity that the processes shared.
-        error: The error that ``torch.distributed`` raised.
-    """
+    """Writes the error message for a process whose call to the others failed."""
     said = (str(error).splitlines() or [type(error).__name__])[0]
     said = said if len(said) <= 200 else f"{said[:197]}..."
     if not dist.is_initialized():
@@ -171,11 +165,7 @@ def _lost(group: dist.ProcessGroup | None, doing: str, error: BaseException) -> 
 
 
 def _silent_ranks(group: dist.ProcessGroup | None, mine: int, ranks: list[int]) -> list[int] | None:
-    """Finds the processes that do not report within `ROLL_CALL` seconds that they have lost the others too.
-
-    Returns:
-        Their ranks; None if the store, through which processes report, cannot be reached.
-    """
+    """Returns the ranks that do not report a loss within `ROLL_CALL` seconds; None if the store cannot be reached."""
     found: list[list[int]] = []
 
     def call() -> None:
@@ -222,16 +212,15 @@ def first_to_say(text: str) -> bool:
     if launched() == 1:
         return True
     key = f"unmask/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{hashlib.sha256(text.encode()).hexdigest()}"
+    distributed: Any = dist
     try:
-        return int(_store().add(key, 1)) == 1
+        if (
+            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        ):  # it exists before the process group and outlives it
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = distributed.TCPStore(host, port, is_master=False, timeout=_STORE_TIMEOUT)
+        else:
+            store = distributed.distributed_c10d._get_default_store()
+        return int(store.add(key, 1)) == 1
     except (RuntimeError, ValueError, KeyError):
         return True  # There is no store, or its host is gone. To print twice is better than never.
-
-
-def _store() -> Any:
-    distributed: Any = dist
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it exists before the process group and outlives it
-        return distributed.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_STORE_TIMEOUT
-        )
-    return distributed.distributed_c10d._get_default_store()

@@ -20,34 +20,29 @@ from torch import Tensor
 from unmask.distributed.processes import Processes
 from unmask.errors import NonFiniteGradientError
 from unmask.gradients.factors import Factors, as_dense, gradient_at
-from unmask.ranking.exchange import NewRanker, Ranking
 from unmask.ranking.ledger import Ledger
+from unmask.ranking.ranker import NewRanker, Ranking
 from unmask.ranking.topk import Ranked, StreamingTopK
 
 
 class ExactRanking:
     """Ranks by the dense gradient, averaged over the processes.
 
-    Args:
-        processes: The processes whose gradients are averaged.
-        ranking: The ranking that receives the averaged gradients, the same in all processes.
-        table: The slots and the tensors.
+    The given ranking receives the averaged gradients, which are the same in all processes.
     """
 
     def __init__(self, processes: Processes, ranking: Ranking, table: Ledger) -> None:
         self._processes, self._ranking, self._table = processes, ranking, table
-        self._rounds = Rounds(processes, _sizes(table), table.base.device, self._use)
+        self._rounds = Rounds(processes, table, self._use)
 
     def rank(self, index: int, gradient: Tensor | Factors) -> None:
         """Implements `Ranking.rank`. If the gradient of some process is not finite, all processes raise."""
         self._rounds.offer(index, as_dense(gradient))
 
     def rank_zero(self, index: int) -> None:
-        """Implements `Ranking.rank_zero`."""
         self._rounds.offer(index, None)
 
     def result(self) -> Ranked:
-        """Implements `Ranking.result`."""
         self._rounds.finish()
         return self._ranking.result()
 
@@ -58,45 +53,36 @@ class ExactRanking:
                 self._ranking.rank_zero(arrival.index)
         if not reached:
             return
-        shapes = [self._table.layout.tensors[a.index].shape for a in reached]
-        flat = torch.cat([self._flat(a) for a in reached])
-        parts = self._processes.mean(flat).split([shape.numel() for shape in shapes])
+        base, shapes = self._table.base, [self._table.layout.tensors[a.index].shape for a in reached]
+        flat = [  # in the dtype of ``values``, as sums in bfloat16 would lose bits
+            base.new_zeros(shape.numel()) if a.gradient is None else as_dense(a.gradient).reshape(-1).to(base)
+            for a, shape in zip(reached, shapes, strict=True)
+        ]
+        parts = self._processes.mean(torch.cat(flat)).split([shape.numel() for shape in shapes])
         for arrival, part, shape in zip(reached, parts, shapes, strict=True):
             self._ranking.rank(arrival.index, part.view(shape))
-
-    def _flat(self, arrival: Arrival) -> Tensor:
-        """Returns the gradient as a vector in the dtype of ``values``; sums in bfloat16 would lose bits."""
-        base = self._table.base
-        if arrival.gradient is None:
-            return base.new_zeros(self._table.layout.tensors[arrival.index].numel())
-        return as_dense(arrival.gradient).reshape(-1).to(base)
 
 
 class CandidateRanking:
     """Ranks by the exact mean gradient those entries that some process's own gradient ranks among the first k.
 
-    Args:
-        processes: The processes whose gradients are averaged.
-        new: A function that makes rankers; their heuristic must score an entry by that entry's gradient alone.
-        table: The slots, which tell what is unmasked already, and the tensors.
+    The heuristic of the rankers that ``new`` makes must score an entry by that entry's gradient alone.
     """
 
     def __init__(self, processes: Processes, new: NewRanker, table: Ledger) -> None:
         self._processes, self._new, self._table = processes, new, table
         self._own = new(table)
         self._top = StreamingTopK(self._own.top.k, self._own.top.floor)
-        self._rounds = Rounds(processes, _sizes(table), table.base.device, self._use)
+        self._rounds = Rounds(processes, table, self._use)
 
     def rank(self, index: int, gradient: Tensor | Factors) -> None:
         """Implements `Ranking.rank`. If the gradient of some process is not finite, all processes raise."""
         self._rounds.offer(index, gradient)
 
     def rank_zero(self, index: int) -> None:
-        """Implements `Ranking.rank_zero`."""
         self._rounds.offer(index, None)
 
     def result(self) -> Ranked:
-        """Implements `Ranking.result`."""
         self._rounds.finish()
         return self._top.result()
 
@@ -104,8 +90,14 @@ class CandidateRanking:
         union = self._union(arrivals)
         if not union.numel():
             return
-        gradients = self._processes.mean(self._gradients(arrivals, union))
-        weights = self._table.layout.read(union, self._table.base.dtype)
+        layout, base = self._table.layout, self._table.base
+        own, gradients = {a.index: a.gradient for a in arrivals}, base.new_zeros(union.numel())
+        for index, entries in layout.entries(union):
+            gradient = own[index]
+            if gradient is not None:
+                gradients[entries.slots] = gradient_at(gradient, entries).to(gradients)
+        gradients = self._processes.mean(gradients)
+        weights = layout.read(union, base.dtype)
         scores = self._own.heuristic.score(weights, gradients)
         self._top.merge(Ranked(scores, union, gradients))
 
@@ -138,20 +130,6 @@ class CandidateRanking:
         slices = torch.searchsorted(positions, torch.tensor(edges, device=positions.device)).tolist()
         return torch.cat([positions[low:high] for low, high in slices])
 
-    def _gradients(self, arrivals: list[Arrival], union: Tensor) -> Tensor:
-        """Returns this process's gradient at the positions."""
-        values = self._table.base.new_zeros(union.numel())
-        own = {a.index: a.gradient for a in arrivals}
-        for index, entries in self._table.layout.entries(union):
-            gradient = own[index]
-            if gradient is not None:
-                values[entries.slots] = gradient_at(gradient, entries).to(values)
-        return values
-
-
-def _sizes(table: Ledger) -> list[int]:
-    return [tensor.numel() for tensor in table.layout.tensors]
-
 
 BUCKET = 1 << 22  # numbers in a bucket: 16 MiB of float32, about as much as in a bucket of DDP
 
@@ -179,17 +157,12 @@ class Rounds:
     A round is one exchange: the processes say which gradients they hold, and use those that are ready in all of them. A process
     begins a round when it holds a bucket of numbers, or when its backward has ended.
 
-    Args:
-        processes: The processes that take part.
-        sizes: The number of entries of every tensor.
-        device: The device on which the process group exchanges tensors.
-        use: A function that is called with each round's tensors in ascending order; they are the same in all processes.
+    It calls ``use`` with each round's tensors in ascending order; they are the same in all processes.
     """
 
-    def __init__(
-        self, processes: Processes, sizes: list[int], device: torch.device, use: Callable[[list[Arrival]], None]
-    ) -> None:
-        self._processes, self._sizes, self._device, self._use = processes, sizes, device, use
+    def __init__(self, processes: Processes, table: Ledger, use: Callable[[list[Arrival]], None]) -> None:
+        self._processes, self._device, self._use = processes, table.base.device, use
+        self._sizes = [tensor.numel() for tensor in table.layout.tensors]
         self._held: dict[int, Tensor | Factors | None] = {}
         self._numbers = 0
 
@@ -208,24 +181,19 @@ class Rounds:
 
     def _round(self, done: bool) -> bool:
         """Makes one round; returns True if it was the last."""
-        states = self._states(done)
-        tensors, finished = states[:, :-1], states[:, -1:]
-        ready = (tensors > 0).any(0) & ((tensors > 0) | (finished > 0)).all(0)
-        anywhere = (tensors == _GRADIENT).any(0).tolist()
-        arrivals = [Arrival(i, self._take(i), anywhere[i]) for i in ready.nonzero().squeeze(1).tolist()]
-        if arrivals:
-            self._use(arrivals)
-        return bool(finished.all())
-
-    def _states(self, done: bool) -> Tensor:
-        """Gathers the state of each tensor in each process, and whether the process is done: (processes, tensors + 1), CPU."""
         own = [0] * len(self._sizes) + [int(done)]
         for index, gradient in self._held.items():
             own[index] = _ZERO if gradient is None else _GRADIENT
-        return self._processes.gather(torch.tensor(own, dtype=torch.uint8, device=self._device)).cpu()
-
-    def _take(self, index: int) -> Tensor | Factors | None:
-        gradient = self._held.pop(index, None)
-        if gradient is not None:
-            self._numbers -= self._sizes[index]
-        return gradient
+        # (processes, tensors + 1): the state of each tensor in each process, and whether the process is done
+        states = self._processes.gather(torch.tensor(own, dtype=torch.uint8, device=self._device)).cpu()
+        tensors, finished = states[:, :-1], states[:, -1:]
+        ready = (tensors > 0).any(0) & ((tensors > 0) | (finished > 0)).all(0)
+        anywhere = (tensors == _GRADIENT).any(0).tolist()
+        arrivals = []
+        for index in ready.nonzero().squeeze(1).tolist():
+            gradient = self._held.pop(index, None)
+            self._numbers -= 0 if gradient is None else self._sizes[index]
+            arrivals.append(Arrival(index, gradient, anywhere[index]))
+        if arrivals:
+            self._use(arrivals)
+        return bool(finished.all())

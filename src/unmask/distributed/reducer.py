@@ -1,6 +1,6 @@
 """Lets a selection train in several processes: they start from the same weights, and average their gradients.
 
-`ProcessReducer` implements the Protocol `unmask.ranking.exchange.Reducer`. Before each exchange it checks that all processes are
+Before each exchange it checks that all processes are
 at the same step with the same settings, so that a process which differs ends in an error and not in a deadlock.
 """
 
@@ -23,9 +23,9 @@ from unmask.distributed.ranking import CandidateRanking, ExactRanking
 from unmask.distributed.sharding import ShardedLayout, ShardRanking, ShardTable, group_of, reshard
 from unmask.errors import ProcessesDifferError, SelectionError
 from unmask.methods.method import Exchange
-from unmask.ranking.exchange import NewRanker, Ranking
 from unmask.ranking.ledger import Layout, Ledger
 from unmask.ranking.plan import Plan
+from unmask.ranking.ranker import NewRanker, Ranking
 
 F = TypeVar("F", bound=Callable[..., Any])
 _CPU = torch.device("cpu")
@@ -107,11 +107,8 @@ class ProcessReducer:
     ) -> None:
         """Takes what must be the same in all processes.
 
-        Args:
-            facts: The settings, as JSON values by name.
-            tensors: A function that returns the tensors from which the selection starts.
-            progress: A function that returns the step, and the tensors that training has changed by then.
-            values: The selected weights. The processes exchange tensors on their device.
+        These are the settings (JSON values by name), the tensors from which the selection starts, and at any time the step with
+        the tensors that training has changed by then. The processes exchange tensors on the device of ``values``.
         """
         self._facts, self._tensors, self._progress = facts, tensors, progress
         self._values, self._device = values, values.device
@@ -184,7 +181,7 @@ class ProcessReducer:
         self._optimizer = None
 
     def begin(self, plan: Plan, fresh: bool) -> None:
-        """Implements `Reducer.begin`.
+        """Hears that a backward of the window starts; ``fresh`` is True for the first micro-batch of the step.
 
         Raises:
             SelectionError: DeepSpeed's ZeRO has taken over ``values``. Its inner optimizer steps partitions of a copy instead,
@@ -211,11 +208,7 @@ class ProcessReducer:
         if self.processes is None or self._coming is None:
             return
         (plan, self._micro), self._coming = self._coming, None
-        facts = {
-            "slots in use": plan.used,
-            "slots that train": plan.active,
-            "weights to unmask": plan.newcomers,
-        }
+        facts = {"slots in use": plan.used, "slots that train": plan.active, "weights to unmask": plan.newcomers}
         doing = f"the backward of micro-batch {self._micro} of step {plan.step}"
         held = self._checksum() if self._micro == 1 else None
         self.processes.agree(doing, facts | self._settings(), self._device, _SAME_OPTIMIZER, held)
@@ -245,7 +238,7 @@ class ProcessReducer:
         return processes if processes.size > 1 else None
 
     def ranking(self, new: NewRanker, table: Ledger) -> Ranking:
-        """Implements `Reducer.ranking`."""
+        """Returns a ranking by the gradient of all processes."""
         if self.processes is None:
             return new(table)
         self._meet()
@@ -257,7 +250,7 @@ class ProcessReducer:
         return ExactRanking(self.processes, new(table), table)
 
     def mean(self, tensor: Tensor) -> None:
-        """Implements `Reducer.mean`."""
+        """Replaces a tensor by its mean over the processes, in place. The mean is bitwise the same in all of them."""
         if self.processes is not None:
             self._meet()
             self.processes.mean(tensor)

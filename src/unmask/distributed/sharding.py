@@ -61,14 +61,16 @@ def group_of(model: nn.Module) -> Processes | None:
 class ShardedLayout(Layout):
     """A layout whose tensors are sharded by rows; all processes must call `read` and `plain` together.
 
-    Args:
-        model: The model, after ``fully_shard``.
-        names: The names of the eligible tensors, all of which are sharded.
-        processes: The processes that hold the shards.
+    The model is one after ``fully_shard``, and the named tensors are all sharded.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], processes: Processes) -> None:
-        parameters, unsharded = named_parameters(model), _unsharded(model)
+        parameters = named_parameters(model)
+        unsharded: dict[str, nn.Parameter] = {}
+        for module in _fsdp_modules(model):  # while a module runs, FSDP puts plain parameters into it
+            module.unshard()
+            unsharded |= {name: p for name, p in named_parameters(model).items() if not is_sharded(p)}
+            module.reshard()
         super().__init__(names, [unsharded[name] for name in names])
         self.processes = processes
         self._sharded = [parameters[name] for name in names]
@@ -101,26 +103,18 @@ class ShardedLayout(Layout):
         """Reads weights as `Layout.read` does; each process contributes those that it holds, bit for bit."""
         values = torch.zeros(positions.shape, dtype=dtype, device=positions.device)
         for index, flat, places in self.split(positions):
-            own, mine = self._own(index, flat)
+            own, mine = self.own(index, flat)
             values[places[mine]] = take(self.shard(index), own).to(values.device, dtype)
         self.processes.sum(bits(values))
         return values
 
-    def write(self, positions: Tensor, values: Tensor) -> None:
-        """Writes those of the weights that this process holds; see `Layout.write`."""
-        for index, flat, places in self.split(positions):
-            self.put(index, flat, values[places])
-
     def put(self, index: int, flat: Tensor, values: Tensor) -> None:
         """Writes those entries of a tensor that this process holds; see `Layout.put`."""
-        own, mine = self._own(index, flat)
+        own, mine = self.own(index, flat)
         put(self.shard(index), own, values[mine.to(values.device)])
 
-    def own(self, index: int, flat: Tensor) -> Tensor:
-        """Returns those of the flat indices that this process holds, counted from the first entry that it holds."""
-        return self._own(index, flat)[0]
-
-    def _own(self, index: int, flat: Tensor) -> tuple[Tensor, Tensor]:
+    def own(self, index: int, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns those of the flat indices that this process holds, counted from its first entry, and where they are."""
         local = flat - self.offset(index)
         mine = (local >= 0) & (local < self.shard(index).numel())
         return local[mine], mine
@@ -139,7 +133,7 @@ class ShardTable(Ledger):
         members = self._table.members(index)
         if members is None:
             return None
-        return Entries(members.shape, self._whole.own(index, members.flat), members.slots)
+        return Entries(members.shape, self._whole.own(index, members.flat)[0], members.slots)
 
 
 class _Shards(Layout):
@@ -171,12 +165,10 @@ class ShardRanking:
                 self._error = error
 
     def rank_zero(self, index: int) -> None:
-        """Implements `Ranking.rank_zero`."""
         if self._layout.shard(index).shape[0]:
             self._ranker.rank_zero(index)
 
     def result(self) -> Ranked:
-        """Implements `Ranking.result`."""
         own, processes, base = self._ranker.result(), self._layout.processes, self._ranker.table.base
         count = torch.tensor([-1 if self._error else own.positions.numel()], device=base.device)
         counts: list[int] = processes.gather(count).squeeze(1).tolist()
@@ -213,16 +205,6 @@ def catch_up_before_gather(model: nn.Module, catch_up: Callable[[], None]) -> li
         catch_up()
 
     return [module.register_forward_pre_hook(before, prepend=True) for module in _fsdp_modules(model)]
-
-
-def _unsharded(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the plain parameters that FSDP puts into the modules while they run, by name."""
-    found: dict[str, nn.Parameter] = {}
-    for module in _fsdp_modules(model):
-        module.unshard()
-        found |= {name: p for name, p in named_parameters(model).items() if not is_sharded(p)}
-        module.reshard()
-    return found
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:

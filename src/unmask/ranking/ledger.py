@@ -175,9 +175,7 @@ class Ledger:
     def entries(self, slots: Tensor) -> dict[int, Entries]:
         """Returns the entries of slots that all have a weight, by tensor index."""
         positions = self.positions[slots]
-        return {
-            index: self.layout.at(index, flat, slots[places]) for index, flat, places in self.layout.split(positions)
-        }
+        return {i: self.layout.at(i, flat, slots[places]) for i, flat, places in self.layout.split(positions)}
 
     def find(self, positions: Tensor) -> Tensor:
         """Returns the slot of each position: (n,) int64, -1 where it has none."""
@@ -238,8 +236,7 @@ class Ledger:
     def commit(self, due: int) -> None:
         """Makes the proposal final, and writes ``values`` into the tensors; a weight that left its slot gets its base value.
 
-        Args:
-            due: How many slots are in use from now on.
+        The first ``due`` slots are in use from now on.
         """
         tentative, self.tentative = self.tentative, None
         if tentative is not None:
@@ -272,10 +269,8 @@ class Ledger:
         if self.used < self.held:
             members = [(index, entries.below(self.used)) for index, entries in members]
         if members:
-            gathered = self.trained()[
-                torch.cat([entries.slots for _, entries in members])
-            ]  # one gather for all tensors
-            parts = gathered.split([entries.slots.numel() for _, entries in members])
+            slots = [entries.slots for _, entries in members]
+            parts = self.trained()[torch.cat(slots)].split([s.numel() for s in slots])  # one gather for all tensors
             for (index, entries), part in zip(members, parts, strict=True):
                 self.layout.put(index, entries.flat, part)
 

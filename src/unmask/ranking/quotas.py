@@ -28,9 +28,7 @@ class Quota:
     def apply(self, scores: Tensor, first: int) -> Tensor:
         """Sets the scores that exceed the bound of a row or a column to -inf.
 
-        Args:
-            scores: (n, columns) scores of n rows; of all rows if columns have bounds.
-            first: The tensor's row that the first one is.
+        The scores are (n, columns), of n rows from ``first`` on; of all rows if columns have bounds.
         """
         if self.rows is not None:
             return best_of_rows(scores, self.rows[first : first + scores.shape[0]])
@@ -65,9 +63,7 @@ def quota(allocation: Allocation, weight: Tensor, budget: int, total: int, held:
 def best_of_rows(scores: Tensor, bounds: Tensor) -> Tensor:
     """Sets all scores but the ``bounds[r]`` best of each row r to -inf; a tie goes to the smaller column.
 
-    Args:
-        scores: (rows, columns).
-        bounds: (rows,) int64.
+    The scores are (rows, columns), the bounds (rows,) int64.
 
     Example:
         >>> best_of_rows(torch.tensor([[1.0, 3.0, 3.0], [1.0, 2.0, 3.0]]), torch.tensor([1, 2])).tolist()

@@ -9,7 +9,8 @@ whole rows (for a tensor of one dimension: of entries), so that flat indices are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,19 @@ from unmask.ranking.topk import Ranked, StreamingTopK
 BLOCK = 1 << 20  # The scalar weights that are scored at a time.
 GLANCE = 1 << 18  # The scalar gradients of one look on a CPU: few enough for its cache.
 _ROUNDING = 1e-4  # How far rounding may lift a score over its ceiling, as a share of it.
+
+
+class Ranking(Protocol):
+    """Ranks the entries of many tensors by their gradient; several processes use those of `unmask.distributed.ranking`."""
+
+    def rank(self, index: int, gradient: Tensor | Factors) -> None:
+        """Offers one tensor's entries by its gradient, which is dense, sparse in rows, or `Factors`."""
+
+    def rank_zero(self, index: int) -> None:
+        """Offers a tensor that this process's loss did not reach."""
+
+    def result(self) -> Ranked:
+        """Returns the best entries, the same in all processes, with the gradient by which all of them train."""
 
 
 class Ranker:
@@ -228,3 +242,7 @@ class Ranker:
             f"a score of {self.table.layout.names[index]!r} is {score} (heuristic {self.heuristic.name!r}). The loss, the "
             "gradient or the weight is not finite, or the heuristic makes the score so."
         )
+
+
+NewRanker = Callable[[Ledger], Ranker]
+"""Makes a process's own ranker, of a table that tells what is unmasked already."""

@@ -67,18 +67,13 @@ class StreamingTopK:
     def update(self, scores: Tensor, start: int, payload: Tensor) -> None:
         """Offers a block of entries at positions ``start, start + 1, ...``.
 
-        Args:
-            scores: (n,) float scores of one contiguous run of positions. The caller must have refused NaN.
-            start: The position of the first entry.
-            payload: (n,) values that travel with the entries.
+        The float scores and the values that travel with the entries are (n,). The caller must have refused NaN.
         """
         if self.k == 0 or scores.numel() == 0:
             return
         keep = self._contenders(scores, start)
-        if keep.numel() == 0:
-            return
-        part = Ranked(scores[keep], keep + start, payload[keep])
-        self._append(_first_k(part, self.k))
+        if keep.numel():
+            self._append(_first_k(Ranked(scores[keep], keep + start, payload[keep]), self.k))
 
     def merge(self, entries: Ranked) -> None:
         """Offers entries at any positions, of which none has the score ``-inf``: another stream's or process's result."""
@@ -104,7 +99,12 @@ class StreamingTopK:
     def _contenders(self, scores: Tensor, start: int) -> Tensor:
         """Returns the indices, in ``scores``, of the entries that can still be among the first k."""
         if self._cutoff is None:
-            return _first_k_of_block(scores, self.k, self.floor)
+            cut = scores.topk(self.k, sorted=False).values.min() if scores.numel() > self.k else None
+            if cut is None or cut <= self.floor:
+                return (scores > self.floor).nonzero().squeeze(1)
+            above = (scores > cut).nonzero().squeeze(1)
+            ties = (scores == cut).nonzero().squeeze(1)[: self.k - above.numel()]
+            return torch.cat([above, ties])
         score, position = self._cutoff
         above = (scores > score).nonzero().squeeze(1)
         before = min(scores.numel(), position - start)  # A tie counts only at a smaller position than the cut-off's.
@@ -128,18 +128,6 @@ class StreamingTopK:
         device = self._parts[0].scores.device
         columns = zip(*self._parts, strict=True)
         return Ranked(*(torch.cat([part.to(device) for part in column]) for column in columns))
-
-
-def _first_k_of_block(scores: Tensor, k: int, floor: float) -> Tensor:
-    """Returns the indices of the first k of a block whose positions ascend, without scores of ``floor`` or less."""
-    if scores.numel() <= k:
-        return (scores > floor).nonzero().squeeze(1)
-    cut = scores.topk(k, sorted=False).values.min()
-    if cut <= floor:
-        return (scores > floor).nonzero().squeeze(1)
-    above = (scores > cut).nonzero().squeeze(1)
-    ties = (scores == cut).nonzero().squeeze(1)[: k - above.numel()]
-    return torch.cat([above, ties])
 
 
 def _first_k(entries: Ranked, k: int) -> Ranked:

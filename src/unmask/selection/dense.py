@@ -54,11 +54,6 @@ class DenseTensor:
         if self._writes is not None and self._writes.new:
             self.write()
 
-    @property
-    def rounded(self) -> bool:
-        """True if the model holds the rounding of a master."""
-        return self._writes is not None
-
     @torch.no_grad()
     def write(self) -> None:
         """Rounds the master into the model's tensor."""
@@ -66,10 +61,6 @@ class DenseTensor:
         self.version = self.parameter._version
         if self._writes is not None:
             self._writes.take()
-
-    def holds_master(self) -> bool:
-        """Returns True if the model's tensor is the master, rounded."""
-        return torch.equal(self.parameter.detach(), self.master.detach().to(self.parameter))
 
     def load(self, values: Tensor) -> None:
         """Sets the tensor (and its master) to saved master values."""
@@ -97,9 +88,7 @@ class DenseTensor:
 class _BeforeForward:
     """The forward pre-hook that brings writes into masters to a module's tensors. A copy of it does nothing.
 
-    Args:
-        tensors: The dense tensors at or below the module that have masters.
-        root: True if the module is the model. A compiler leaves out the hooks of the others: each would break its graph.
+    A compiler leaves out the hooks of all modules but the root, the model: each would break its graph.
     """
 
     def __init__(self, tensors: Sequence[DenseTensor] = (), root: bool = True) -> None:
@@ -107,16 +96,15 @@ class _BeforeForward:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if self._root or not torch.compiler.is_compiling():
-            _catch_up(self._tensors)
+            self._catch_up()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler must not see version counters
+    def _catch_up(self) -> None:
+        for tensor in self._tensors:
+            tensor.catch_up()
 
     def __reduce__(self) -> Any:
         return _BeforeForward, ()
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiler must not see version counters
-def _catch_up(tensors: Sequence[DenseTensor]) -> None:
-    for tensor in tensors:
-        tensor.catch_up()
 
 
 def catch_up_before_forward(model: nn.Module, tensors: Sequence[DenseTensor]) -> list[RemovableHandle]:
@@ -125,7 +113,7 @@ def catch_up_before_forward(model: nn.Module, tensors: Sequence[DenseTensor]) ->
     Returns:
         The hooks' handles: ``remove()`` them when the selection ends.
     """
-    rounded = {id(tensor.parameter): tensor for tensor in tensors if tensor.rounded}
+    rounded = {id(tensor.parameter): tensor for tensor in tensors if tensor.master is not tensor.parameter}
     below: dict[str, list[DenseTensor]] = {"": list(rounded.values())} if rounded else {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parts = name.split(".")[:-1]
@@ -143,10 +131,6 @@ class DenseGradients:
     DDP averages the gradients of the parameters that it finds trainable, but not those of a half-precision tensor's float32
     master. Averaging values that already agree changes nothing. So all dense gradients are averaged once at the very end of a
     backward, even if DDP, or an earlier micro-batch, has averaged some of them before.
-
-    Args:
-        tensors: The dense tensors, the same in all processes.
-        reducer: It knows the processes.
     """
 
     def __init__(self, tensors: Sequence[DenseTensor], reducer: ProcessReducer) -> None:
@@ -173,27 +157,24 @@ class DenseGradients:
         self._task, processes = None, self._reducer.processes
         if processes is None:
             raise AssertionError("only several processes have anything to reduce")
+        self._reducer.meet_for_dense()
+        masters = [t.master for t in self._tensors]
+        reached = torch.tensor([m.grad is not None for m in masters], dtype=torch.uint8, device=masters[0].device)
         bucket: list[Tensor] = []
-        for gradient in self._gradients(processes):
+        for master, anywhere in zip(masters, processes.sum(reached).tolist(), strict=True):
+            if not anywhere:
+                continue
+            if master.grad is None:  # the loss of another process has reached it
+                master.grad = torch.zeros_like(master)
+            elif master.grad.is_sparse:
+                master.grad = master.grad.to_dense()
+            gradient = master.grad
             if bucket and (sum(g.numel() for g in bucket) >= BUCKET or bucket[0].dtype != gradient.dtype):
                 _mean(bucket, processes)
                 bucket = []
             bucket.append(gradient)
         if bucket:
             _mean(bucket, processes)
-
-    def _gradients(self, processes: Processes) -> list[Tensor]:
-        """Returns the gradients of the tensors that some process's loss has reached; zeros where this one's has not."""
-        self._reducer.meet_for_dense()
-        masters = [t.master for t in self._tensors]
-        reached = torch.tensor([m.grad is not None for m in masters], dtype=torch.uint8, device=masters[0].device)
-        anywhere = processes.sum(reached).tolist()
-        for master, seen in zip(masters, anywhere, strict=True):
-            if seen and master.grad is None:
-                master.grad = torch.zeros_like(master)
-            elif seen and master.grad is not None and master.grad.is_sparse:
-                master.grad = master.grad.to_dense()
-        return [m.grad for m, seen in zip(masters, anywhere, strict=True) if seen and m.grad is not None]
 
 
 def _mean(gradients: list[Tensor], processes: Processes) -> None:

@@ -94,12 +94,7 @@ def resolve(
 ) -> tuple[list[str], list[str]]:
     """Applies a scope and the patterns of ``unmask.select`` to a model.
 
-    Args:
-        model: Any module.
-        scope: The method's scope.
-        include: Only names in which one of these patterns is found are kept.
-        exclude: Names in which one of these patterns is found are dropped.
-        dense: These patterns find the tensors that are trained whole, outside the budget; they win over the scope.
+    What ``dense`` finds is trained whole, outside the budget; it wins over the scope.
 
     Returns:
         The names of the eligible tensors and of the dense ones, each sorted. Of the tensors that are not float, only

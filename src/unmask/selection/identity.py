@@ -54,24 +54,11 @@ class _Seen:
         self.pointer = tensor.data_ptr()
         self.storage = StorageWeakRef(tensor.untyped_storage())  # memory that is used again is not taken for the same
 
-    def in_place(self) -> bool:
-        """Returns True if the tensor still is the same memory, of the same shape."""
-        tensor = self.tensor
-        return tensor.data_ptr() == self.pointer and tensor.shape == self.shape and not self.storage.expired()
-
 
 class Identity:
     """Remembers what a model was when a selection was made from it, and finds what has changed.
 
-    Args:
-        model: The model.
-        ledger: The slots, in which no weight is trained yet.
-        dense: The tensors that are trained whole.
-        taps: The taps of the eligible tensors; while they are paused, the model may differ.
-        ties: The parameters that were made one; `release` puts them back.
-
-    Attributes:
-        shapes: The shapes of the eligible tensors at the time.
+    While the taps are paused, the model may differ. ``shapes`` has the shapes of the eligible tensors at the time.
     """
 
     def __init__(
@@ -104,7 +91,8 @@ class Identity:
 
     def leave_to_peft(self) -> None:
         """Leaves forwards alone: a PEFT model asks at each of them, and may wrap modules while one of its adapters trains."""
-        self._unhook()
+        if self._hook is not None:
+            self._hook.remove()
         self._in_peft = True  # a PEFT fingerprint is that of the base as it was converted last
         self._tracked = dict(self._own)
         self._objects = [p for p in self._objects if id(p) in self._own]
@@ -113,7 +101,8 @@ class Identity:
     def release(self) -> None:
         """Ends all checks, and puts the ties back."""
         self._released = True
-        self._unhook()
+        if self._hook is not None:
+            self._hook.remove()
         self._ties.undo()
 
     def check(self, places: bool = True) -> None:
@@ -131,7 +120,7 @@ class Identity:
         with torch._C.DisableTorchFunctionSubclass():
             if places:
                 self._check_places()
-            self._check_dense()
+            self.check_dense()
             self._follow()
             if not self._started:  # weights may have been loaded through .data, which torch does not count
                 for index in self._seen:
@@ -150,7 +139,7 @@ class Identity:
             for index, seen in self._seen.items():
                 if seen.tensor.shape != seen.shape:
                     raise _resized(self._ledger.layout.names[index], seen)
-            self._check_dense()
+            self.check_dense()
 
     def check_result(self) -> None:
         """Checks everything, with the values of all selected weights, before a delta is read off the model.
@@ -177,17 +166,23 @@ class Identity:
             SelectionError: One was resized, or converted without a master that keeps its values.
         """
         with torch._C.DisableTorchFunctionSubclass():
-            self._check_dense()
+            for dense, seen in self._dense:
+                parameter = dense.parameter
+                if parameter.shape != seen.shape:
+                    raise _resized(dense.name, seen)
+                if parameter.dtype != seen.dtype and dense.master is parameter:
+                    raise SelectionError(
+                        f"{dense.name!r} is trained whole as {seen.dtype}, and was converted to {parameter.dtype} after "
+                        "unmask.select(): the optimizer holds the tensor itself, so its precise values are lost. Convert a "
+                        "model first and select from it afterwards, or convert a copy: "
+                        f"copy.deepcopy(model).to({parameter.dtype})."
+                    )
 
     def renew(self) -> None:
         """Takes the model as it is now for right, after a state was loaded."""
         with torch._C.DisableTorchFunctionSubclass():
             self._seen = {index: _Seen(seen.tensor, seen) for index, seen in self._seen.items()}
         self._remember_versions()
-
-    def _unhook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
 
     # What is where.
 
@@ -224,22 +219,18 @@ class Identity:
 
     # What the tensors hold.
 
-    def _check_dense(self) -> None:
-        for dense, seen in self._dense:
-            parameter = dense.parameter
-            if parameter.shape != seen.shape:
-                raise _resized(dense.name, seen)
-            if parameter.dtype != seen.dtype and dense.master is parameter:
-                raise SelectionError(
-                    f"{dense.name!r} is trained whole as {seen.dtype}, and was converted to {parameter.dtype} after "
-                    "unmask.select(): the optimizer holds the tensor itself, so its precise values are lost. Convert a model "
-                    f"first and select from it afterwards, or convert a copy: copy.deepcopy(model).to({parameter.dtype})."
-                )
-
     def _follow(self) -> None:
         """Follows tensors that were converted, moved or written to; refuses what no base holds."""
-        layout, moved = self._ledger.layout, False
-        for index in self._touched():
+        layout, expired, moved = self._ledger.layout, torch.UntypedStorage._expired, False
+        touched = [  # four comparisons for each tensor, at every forward and step: in other memory, or written to by others
+            index
+            for index, seen in self._seen.items()
+            if (tensor := seen.tensor)._version != layout.versions[index]
+            or tensor.data_ptr() != seen.pointer
+            or tensor.shape != seen.shape
+            or expired(seen.storage.cdata)
+        ]
+        for index in touched:
             seen = self._seen[index]
             if seen.tensor.shape != seen.shape:
                 raise _resized(layout.names[index], seen)
@@ -256,29 +247,24 @@ class Identity:
             self._seen[index] = _Seen(seen.tensor, seen)
             layout.versions[index] = seen.tensor._version
         if moved:
-            self._write_again()
+            ledger, tensors = self._ledger, layout.tensors
+            members = [(ledger.members(index), tensors[index]) for index in ledger.occupied()]
+            if any(entries and entries.flat.device != tensor.device for entries, tensor in members):
+                ledger.rebuild()
+            with torch.no_grad():  # round the masters once more into tensors that were converted or moved
+                ledger.scatter()
         for place, (dense, seen) in enumerate(self._dense):
-            if dense.master is dense.parameter or (seen.in_place() and dense.version == dense.parameter._version):
+            parameter = dense.parameter
+            same_place = parameter.data_ptr() == seen.pointer and parameter.shape == seen.shape
+            same_place = same_place and not seen.storage.expired()
+            if dense.master is parameter or (same_place and dense.version == parameter._version):
                 continue
-            if dense.parameter.dtype == seen.dtype and not dense.holds_master():
+            if parameter.dtype == seen.dtype and not torch.equal(
+                parameter.detach(), dense.master.detach().to(parameter)
+            ):
                 raise _overwritten(dense.name)
             dense.write()
-            self._dense[place] = (dense, _Seen(dense.parameter))
-
-    def _touched(self) -> list[int]:
-        """Returns the tensors that are in other memory, or were written to by others.
-
-        It makes four comparisons for each tensor, at every forward and step.
-        """
-        versions, expired = self._ledger.layout.versions, torch.UntypedStorage._expired
-        return [
-            index
-            for index, seen in self._seen.items()
-            if (tensor := seen.tensor)._version != versions[index]
-            or tensor.data_ptr() != seen.pointer
-            or tensor.shape != seen.shape
-            or expired(seen.storage.cdata)
-        ]
+            self._dense[place] = (dense, _Seen(parameter))
 
     def _check_values(self, index: int) -> None:
         """Refuses selected weights of a tensor that are neither what ``values`` say nor what they were before training."""
@@ -297,15 +283,6 @@ class Identity:
         with torch._C.DisableTorchFunctionSubclass():
             for index, seen in self._seen.items():
                 layout.versions[index] = seen.tensor._version
-
-    @torch.no_grad()
-    def _write_again(self) -> None:
-        """Rounds the masters once more into tensors that were converted or moved."""
-        ledger, tensors = self._ledger, self._ledger.layout.tensors
-        members = [(ledger.members(index), tensors[index]) for index in ledger.occupied()]
-        if any(entries and entries.flat.device != tensor.device for entries, tensor in members):
-            ledger.rebuild()
-        ledger.scatter()
 
 
 def _resized(name: str, seen: _Seen) -> SelectionError:

@@ -19,9 +19,8 @@ from unmask.selection.stepping import slots_in_use
 # Settings that earlier versions wrote into their states, with the values under which they had no effect.
 _RETIRED = {"lr_scale": "none", "slot_warmup": 0}
 _FUSED = ("cpu", "cuda")  # The devices whose fused kernel is used.
-_LINE = (
-    64  # A prefix of slots is a multiple of it: the fused kernel rounds a shorter tail differently from its vectors.
-)
+# A prefix of slots is a multiple of it: the fused kernel rounds a shorter tail differently from its vectors.
+_LINE = 64
 _CHUNK = 1 << 15  # The entries per thread on a CPU; 7 rows of them stay in its cache.
 _CHUNK_DEVICE = (
     1 << 22
@@ -179,7 +178,17 @@ def _step_alike(chosen: list[tuple[Tensor, dict[str, Tensor]]], group: Mapping[s
     """Runs torch's AdamW on parameters with their states; of a selection's ``values``, on the slots in use."""
     b1, b2 = group["betas"]
     for fused in (True, False):
-        rows = [(*_prefixes(p, state), state["step"]) for p, state in chosen if _fusable(p) == fused]
+        rows = []
+        for p, state in chosen:
+            if p.grad is None:
+                raise AssertionError("only a parameter with a gradient makes a step")
+            # The fused kernel ignores strides, so the memory must be contiguous.
+            alike = p.is_contiguous() and p.grad.is_contiguous() and p.grad.dtype == p.dtype
+            if (alike and p.device.type in _FUSED) == fused:
+                row, in_use = [p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]], slots_in_use(p)
+                if in_use is not None:  # cut after the last line of slots that holds one in use
+                    row = [column[: (in_use // _LINE + 1) * _LINE] for column in row]
+                rows.append((*row, state["step"]))
         if not rows:
             continue
         params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*rows, strict=True))
@@ -200,25 +209,6 @@ def _step_alike(chosen: list[tuple[Tensor, dict[str, Tensor]]], group: Mapping[s
             eps=group["eps"],
             maximize=False,
         )
-
-
-def _fusable(p: Tensor) -> bool:
-    """Returns True if the fused kernel can step a parameter: it ignores strides, so the memory must be contiguous."""
-    gradient = p.grad
-    alike = gradient is not None and p.is_contiguous() and gradient.is_contiguous() and gradient.dtype == p.dtype
-    return alike and p.device.type in _FUSED
-
-
-def _prefixes(p: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Returns (p, grad, exp_avg, exp_avg_sq), cut after the last line of slots that holds one in use."""
-    if p.grad is None:
-        raise AssertionError("only a parameter with a gradient makes a step")
-    whole = (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])
-    in_use = slots_in_use(p)
-    if in_use is None:
-        return whole
-    end = (in_use // _LINE + 1) * _LINE
-    return tuple(tensor[:end] for tensor in whole)
 
 
 def _step_slots(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:

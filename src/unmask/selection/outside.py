@@ -22,14 +22,6 @@ from unmask.selection.dense import DenseTensor
 class OutsideWrites:
     """Brings writes into ``values`` to the model. It refuses those that may put back a copy from before some weight was unmasked.
 
-    Args:
-        model: The selected model.
-        method: The selection's method.
-        ledger: The slots.
-        dense: The tensors that are trained whole.
-        taps: They call `take_in` before an operation reads a tensor.
-        sharded: True if the model is sharded over processes.
-
     Attributes:
         copied: True if an optimizer keeps a copy of ``values`` that it made when every weight had its slot.
     """
@@ -132,10 +124,7 @@ class OutsideWrites:
     def refuse_copies(self, optimizer: Optimizer, before: Tensor | None, used: int) -> None:
         """Refuses an optimizer that has stepped and keeps a copy of slots whose weights are not known yet.
 
-        Args:
-            optimizer: It holds ``values``.
-            before: (slots,) what ``values`` held when the step began, if that is known.
-            used: How many slots the step has trained.
+        The step has trained the first ``used`` slots; ``before`` is (slots,) what ``values`` held when it began, if known.
 
         Raises:
             SelectionError: It keeps such a copy, and the method unmasks weights later on.
@@ -151,20 +140,3 @@ class OutsideWrites:
             with torch.no_grad(), ledger.writes.own():
                 ledger.values.copy_(before)
         raise copying_optimizer(optimizer, name, self._method.name)
-
-
-@torch.no_grad()
-def weights_of(model: nn.Module, ledger: Ledger) -> Tensor:
-    """Returns what a copy of the model holds in the slots in use; see `unmask.Selection.weights_of`."""
-    parameters, held = dict(model.named_parameters()), torch.zeros_like(ledger.values)
-    for index, flat, slots in ledger.layout.split(ledger.positions[: ledger.used]):
-        name, tensor = ledger.layout.names[index], ledger.layout.tensors[index]
-        other = parameters.get(name)
-        if other is None or other.shape != tensor.shape:
-            given = "lacks it" if other is None else f"has it with shape {tuple(other.shape)}"
-            raise SelectionError(
-                f"{name!r} has selected weights and shape {tuple(tensor.shape)}; the given model {given}. Give a copy of the "
-                "model that was selected from (of an AveragedModel: its .module)."
-            )
-        held[slots] = take(other.detach(), flat).to(held)
-    return held

@@ -18,20 +18,7 @@ from unmask.selection.window import Window
 
 @dataclass(frozen=True)
 class Parts:
-    """The finished parts of a selection, as `unmask.select` makes them.
-
-    Attributes:
-        facts: What the model was before training.
-        ledger: The slots.
-        dense: The tensors that are trained whole.
-        reducer: The processes that train together.
-        dense_gradients: It averages the gradients of the dense tensors over the processes.
-        window: It collects the gradients of a step.
-        taps: They bring the eligible tensors' gradients to the window.
-        identity: It checks that the model is what was selected from.
-        outside: It looks after writes outside an optimizer's step.
-        hooks: Further hooks on the model's modules, to be removed in the end.
-    """
+    """The finished parts of a selection, as `unmask.select` makes them."""
 
     facts: ModelFacts
     ledger: Ledger

@@ -6,7 +6,7 @@ Two kinds of rules stand elsewhere: what is wrong with a method alone (`unmask.M
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from torch import nn
@@ -42,11 +42,6 @@ class Options:
 def refuse(method: Method, facts: ModelFacts, options: Options) -> None:
     """Refuses a selection that cannot work, before anything is changed.
 
-    Args:
-        method: What is to be unmasked, and when.
-        facts: The model's.
-        options: The options of ``unmask.select``.
-
     Raises:
         MethodError: With what to do instead.
     """
@@ -56,8 +51,13 @@ def refuse(method: Method, facts: ModelFacts, options: Options) -> None:
     refuse_overlaps(facts.model, facts.trained)
     method.schedule.check(facts.budget)
     _refuse_quantised(method, facts)
-    if method.unselected == "zero":
-        _refuse_pruned_base(facts)
+    base = sorted(set(facts.eligible) - facts.new()) if method.unselected == "zero" else []
+    if base:
+        raise MethodError(
+            f"{base[0]!r} is a tensor of the base model, and this method prunes what it does not select to zero, which a delta "
+            "to that base cannot hold. Select inside added modules only (include='lora_' for a peft LoRA), or name tensors "
+            "that the base checkpoint lacks with new=."
+        )
 
 
 def check_exchange(exchange: str, method: Method) -> None:
@@ -79,9 +79,7 @@ def check_exchange(exchange: str, method: Method) -> None:
 def refuse_renormalized(model: nn.Module, dense: Iterable[str]) -> None:
     """Refuses embeddings with ``max_norm``: every forward rewrites rows of them, selected or not.
 
-    Args:
-        model: Any module.
-        dense: Names of tensors that are trained, and stored, whole; for these ``max_norm`` does no harm.
+    To tensors that are trained, and stored, whole (``dense``), ``max_norm`` does no harm.
 
     Raises:
         MethodError: There is such an embedding.
@@ -100,18 +98,18 @@ def refuse_renormalized(model: nn.Module, dense: Iterable[str]) -> None:
 def refuse_dead_lora(model: nn.Module, trained: Set[str]) -> None:
     """Refuses a fixed selection that trains nothing but A of LoRAs whose B is zero: no gradient ever reaches A.
 
-    Args:
-        model: Any module.
-        trained: Names of the tensors that the selection trains, in part or whole.
-
     Raises:
         MethodError: It is such a selection.
     """
     names = {id(p): name for name, p in named_parameters(model).items()}
     dead = set()
-    for a, b in _lora_pairs(model):
-        if names.get(id(b)) not in trained and not b.detach().any():
-            dead.add(names.get(id(a)))
+    for module in model.modules():
+        down, up = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
+        if isinstance(down, nn.ModuleDict) and isinstance(up, nn.ModuleDict):
+            for key in down.keys() & up.keys():
+                b = up[key].weight
+                if names.get(id(b)) not in trained and not b.detach().any():  # type: ignore[operator, union-attr]
+                    dead.add(names.get(id(down[key].weight)))
     if trained and trained <= dead:
         raise MethodError(
             "the selection holds entries of LoRA's A alone, while B starts at zero and stays there, so that nothing can ever be "
@@ -167,23 +165,3 @@ def _refuse_quantised(method: Method, facts: ModelFacts) -> None:
             f"{fresh[0]!r} is quantised but not in the base checkpoint, and a delta cannot carry quantised weights; keep new "
             "layers out of the quantisation (transformers: llm_int8_skip_modules=[...] or modules_to_not_convert=[...])."
         )
-
-
-def _refuse_pruned_base(facts: ModelFacts) -> None:
-    """Refuses to prune tensors of the base checkpoint: the delta holds only their trained entries."""
-    base = sorted(set(facts.eligible) - facts.new())
-    if base:
-        raise MethodError(
-            f"{base[0]!r} is a tensor of the base model, and this method prunes what it does not select to zero, which a delta "
-            "to that base cannot hold. Select inside added modules only (include='lora_' for a peft LoRA), or name tensors "
-            "that the base checkpoint lacks with new=."
-        )
-
-
-def _lora_pairs(model: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """Yields the weights A and B of every LoRA in a model."""
-    for module in model.modules():
-        down, up = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-        if isinstance(down, nn.ModuleDict) and isinstance(up, nn.ModuleDict):
-            for key in down.keys() & up.keys():
-                yield down[key].weight, up[key].weight  # type: ignore[misc]

@@ -28,12 +28,7 @@ from unmask.selection.eligible import ModelFacts, facts_of
 from unmask.selection.identity import Identity
 from unmask.selection.outside import OutsideWrites
 from unmask.selection.parts import Parts
-from unmask.selection.refusals import (
-    Options,
-    check_exchange,
-    refuse,
-    refuse_dead_lora,
-)
+from unmask.selection.refusals import Options, check_exchange, refuse, refuse_dead_lora
 from unmask.selection.selection import Selection
 from unmask.selection.storage import Ties, refuse_absent
 from unmask.selection.window import Window
@@ -112,8 +107,10 @@ def select(
         (6, 3)
     """
     if not isinstance(model, nn.Module) or not isinstance(method, Method):
+        # A name is most likely meant as the one of a method.
+        given = f"the name {method!r}" if isinstance(method, str) else f"a {type(method).__name__}"
         raise MethodError(
-            f"select got a {type(model).__name__} and {_given(method)}; give a torch module and a method, such as "
+            f"select got a {type(model).__name__} and {given}; give a torch module and a method, such as "
             "unmask.id3(budget=1000, steps=100)."
         )
     refuse_wrappers(model)
@@ -135,11 +132,6 @@ def select(
         return selection
 
 
-def _given(method: object) -> str:
-    """Says what stands in the place of a method: a name is most likely meant as the one of a method."""
-    return f"the name {method!r}" if isinstance(method, str) else f"a {type(method).__name__}"
-
-
 def _start_ledger(facts: ModelFacts, method: Method, reducer: ProcessReducer, values: nn.Parameter | None) -> Ledger:
     """Makes the ledger, and gives it all weights at once where their order is known before training.
 
@@ -150,10 +142,19 @@ def _start_ledger(facts: ModelFacts, method: Method, reducer: ProcessReducer, va
     kept = method.leaving == "kept"
     double = any(tensor.dtype == torch.float64 for tensor in layout.tensors)
     device = named_parameters(facts.model)[facts.trained[0]].device
-    zeros = torch.zeros(
-        layout.total if kept else slots, dtype=torch.float64 if double else torch.float32, device=device
-    )
-    ledger = Ledger(layout, nn.Parameter(zeros) if values is None else _emptied(values, zeros), slots, kept)
+    size, dtype = layout.total if kept else slots, torch.float64 if double else torch.float32
+    zeros = torch.zeros(size, dtype=dtype, device=device)
+    if values is None:
+        values = nn.Parameter(zeros)
+    else:
+        for what in ("shape", "dtype", "device"):
+            given, needed = getattr(values, what), getattr(zeros, what)
+            if given != needed:
+                raise MethodError(f"values has {what} {given}; this selection needs {needed}.")
+        with torch.no_grad():
+            values.copy_(zeros)
+        values.grad = None
+    ledger = Ledger(layout, values, slots, kept)
     if slots and method.heuristic.needs != "gradient" and method.strategy != "repeat":
         ledger.reserve(known_positions(method, ledger, estimates(facts.model, layout, method, slots)))
         refuse_dead_lora(facts.model, {*facts.dense, *(layout.names[index] for index in ledger.occupied())})
@@ -162,25 +163,10 @@ def _start_ledger(facts: ModelFacts, method: Method, reducer: ProcessReducer, va
     return ledger
 
 
-def _emptied(values: nn.Parameter, zeros: Tensor) -> nn.Parameter:
-    """Returns a given parameter as the ``values`` of a selection that starts."""
-    for what in ("shape", "dtype", "device"):
-        given, needed = getattr(values, what), getattr(zeros, what)
-        if given != needed:
-            raise MethodError(f"values has {what} {given}; this selection needs {needed}.")
-    with torch.no_grad():
-        values.copy_(zeros)
-    values.grad = None
-    return values
-
-
 def known_positions(method: Method, ledger: Ledger, scores: dict[int, Tensor] | None = None) -> Tensor:
     """Returns the positions (B,) int64 that a method without gradients unmasks, in order.
 
-    Args:
-        method: The method.
-        ledger: The ledger of the eligible tensors; its budget is B.
-        scores: Scores by tensor index, where a calibration made them; they are used up.
+    Where a calibration made ``scores``, by tensor index, they are used up.
     """
     ranker = Ranker(method.heuristic, ledger, method.allocation, ledger.budget, 0, False)
     for index in range(len(ledger.layout.tensors)):

@@ -17,13 +17,13 @@ from unmask.delta.provenance import provenance_of
 from unmask.delta.record import before_training, record_delta
 from unmask.distributed.sharding import gathered, reshard
 from unmask.errors import SelectionError
+from unmask.gradients.entries import take
 from unmask.gradients.factors import total_norm
 from unmask.gradients.tapped import owner_of
 from unmask.gradients.unreached import unwatch_forwards
 from unmask.gradients.wrappers import named_parameters
 from unmask.methods.method import ClipScope, Method
 from unmask.quantised.layers import settle, stored_in, weights
-from unmask.selection.outside import weights_of
 from unmask.selection.parts import Parts
 from unmask.selection.state import StateKeeper
 from unmask.selection.stepping import unwatch, watch
@@ -259,6 +259,7 @@ class Selection:
         with self._outside.writing():
             yield
 
+    @torch.no_grad()
     def weights_of(self, model: nn.Module) -> Tensor:
         """Returns what a copy of the model (an average of it, say) holds where this selection has slots.
 
@@ -277,7 +278,19 @@ class Selection:
             >>> torch.equal(selection.weights_of(copy.deepcopy(selection.model)), selection.values)
             True
         """
-        return weights_of(model, self.ledger)
+        layout, parameters = self.ledger.layout, dict(model.named_parameters())
+        held = torch.zeros_like(self.values.detach())
+        for index, flat, slots in layout.split(self.ledger.positions[: self.ledger.used]):
+            name, tensor = layout.names[index], layout.tensors[index]
+            other = parameters.get(name)
+            if other is None or other.shape != tensor.shape:
+                given = "lacks it" if other is None else f"has it with shape {tuple(other.shape)}"
+                raise SelectionError(
+                    f"{name!r} has selected weights and shape {tuple(tensor.shape)}; the given model {given}. Give a copy of the "
+                    "model that was selected from (of an AveragedModel: its .module)."
+                )
+            held[slots] = take(other.detach(), flat).to(held)
+        return held
 
     def catch_up(self) -> None:
         """Brings writes into ``values``, and into the masters of dense tensors, to the model.

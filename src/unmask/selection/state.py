@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,7 @@ VERSION = 1
 
 
 class StateKeeper:
-    """Saves the state of one selection, and restores it.
-
-    Args:
-        facts: What the model was before training.
-        method: The method.
-        ledger: The slots.
-        dense: The tensors that are trained whole.
-        shapes: The shapes of the eligible tensors.
-        budget: B; for `unmask.full` the number of weights that it trains.
-    """
+    """Saves the state of one selection, and restores it."""
 
     def __init__(
         self,
@@ -47,14 +38,21 @@ class StateKeeper:
         budget: int,
     ) -> None:
         self._facts, self._method, self._ledger, self._dense = facts, method, ledger, dense
-        self._shapes, self._budget = shapes, budget
+        self._budget = budget
+        self._identity = {  # what must agree before a state can be loaded
+            "version": VERSION,
+            "method": method.describe(),
+            "budget": budget,
+            "names": list(ledger.layout.names),
+            "shapes": shapes,
+        }
 
     def save(self) -> dict[str, Any]:
         """Returns the state; see `unmask.Selection.state_dict`."""
         whole = {"used": self._budget} if self._method.whole else {}
         buffers, before = persistent_buffers(self._facts.model), self._facts.buffers
         return {
-            **self._identity(),
+            **copy.deepcopy(self._identity),
             **self._ledger.snapshot().entries(),
             **whole,
             "dense": {d.name: d.master.detach().clone() for d in self._dense},
@@ -65,28 +63,18 @@ class StateKeeper:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restores a state; see `unmask.Selection.load_state_dict`. Nothing is changed if it does not fit."""
         with refusing(SelectionError, "this selection state", "Nothing was changed; take another copy of the state."):
-            saved = self._checked(state)
+            slots, dense, changed = self._checked(state)
         reshard(self._facts.model)
-        self._check_base(saved.slots)
-        self._ledger.restore(saved.slots)
+        self._check_base(slots)
+        self._ledger.restore(slots)
         buffers = persistent_buffers(self._facts.model)
         for name, original in self._facts.buffers.items():
-            buffers[name].copy_(saved.buffers.get(name, original))
+            buffers[name].copy_(changed.get(name, original))
         for tensor in self._dense:
-            tensor.load(saved.dense[tensor.name])
+            tensor.load(dense[tensor.name])
 
-    def _identity(self) -> dict[str, Any]:
-        """Returns what must agree before a state can be loaded."""
-        return {
-            "version": VERSION,
-            "method": self._method.describe(),
-            "budget": self._budget,
-            "names": list(self._ledger.layout.names),
-            "shapes": self._shapes,
-        }
-
-    def _checked(self, state: Mapping[str, Any]) -> _Saved:
-        """Returns the state with every entry checked, if it is one of this selection.
+    def _checked(self, state: Mapping[str, Any]) -> tuple[Slots, dict[str, Tensor], dict[str, Tensor]]:
+        """Returns the slots, dense tensors and buffers, each checked and on its device, if the state is one of this selection.
 
         Raises:
             Malformed: An entry is missing, or is not what a selection could have saved.
@@ -98,7 +86,13 @@ class StateKeeper:
         form |= {"step": count, "used": count, **dict.fromkeys(("values", "base", "positions"), plain)}
         form |= {"picked": plain} if kept else {}
         fields(form)(state, "the state")
-        self._check_identity(state)
+        for key, own in (self._identity | {"dense": sorted(d.name for d in self._dense)}).items():
+            given = sorted(state[key]) if key == "dense" else state[key]
+            if given != own:
+                raise SelectionError(
+                    f"the saved selection has another {key}: {_short(given)} where this one has {_short(own)}. Build the same "
+                    "selection (same model, method and patterns) before load_state_dict."
+                )
         device, dtype, room = ledger.values.device, ledger.values.dtype, ledger.values.numel()
         used, most = state["used"], self._budget if self._method.whole else room
         if used > most or (self._method.whole and used != most):
@@ -121,18 +115,7 @@ class StateKeeper:
             n: _tensor(b, f"buffers.{n}", own[n].shape, own[n].dtype, own[n].device)
             for n, b in state["buffers"].items()
         }
-        return _Saved(Slots(positions, base, values, slots, state["step"], picked), dense, buffers)
-
-    def _check_identity(self, state: Mapping[str, Any]) -> None:
-        """Refuses a state of another method, budget or model."""
-        mine = self._identity() | {"dense": sorted(d.name for d in self._dense)}
-        for key, own in mine.items():
-            given = sorted(state[key]) if key == "dense" else state[key]
-            if given != own:
-                raise SelectionError(
-                    f"the saved selection has another {key}: {_short(given)} where this one has {_short(own)}. Build the same "
-                    "selection (same model, method and patterns) before load_state_dict."
-                )
+        return Slots(positions, base, values, slots, state["step"], picked), dense, buffers
 
     def _check_base(self, saved: Slots) -> None:
         """Refuses a model whose weights at the saved positions are neither the saved base's nor the trained ones."""
@@ -150,15 +133,6 @@ class StateKeeper:
                     f"{layout.names[index]!r} holds other weights than those the saved selection started from; load the same "
                     "base model before load_state_dict."
                 )
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """A state that fits a selection: every entry is checked, and every tensor is on its device."""
-
-    slots: Slots
-    dense: Mapping[str, Tensor]
-    buffers: Mapping[str, Tensor]
 
 
 def _tensor(
@@ -236,7 +210,13 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise SelectionError(f"there is no selection state at {str(path)!r}.")
     with refusing(SelectionError, f"{str(path)!r} is no readable selection state: it", "Take another checkpoint."):
         tensors, header = read_tensors(path)
-        _check(fields({}, {"checksum": text})(header, "the header"), tensors)
+        fields({}, {"checksum": text})(header, "the header")
+        if "checksum" not in header:  # a version that wrote none wrote these entries alone
+            fields(dict.fromkeys(_VALUES, plain), closed=True)(header, "the header")
+            for key in sorted({key for key in tensors if "::" not in key} - {*_TENSORS}):
+                raise Malformed(f"it holds a tensor {key!r} that belongs to nothing")
+        elif checksum(header, tensors) != header["checksum"]:
+            raise Malformed("it fails its checksum, so it was altered after unmask wrote it")
         state: dict[str, Any] = {key: value for key, value in header.items() if key != "checksum"}
         state |= {group: {} for group in _GROUPS}
         for key, tensor in tensors.items():
@@ -248,16 +228,3 @@ def read_state(path: str | Path) -> dict[str, Any]:
             else:
                 state[key] = tensor
     return state
-
-
-def _check(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Refuses a file that was altered after it was written, as far as it has a checksum to tell."""
-    if "checksum" in header:
-        if checksum(header, tensors) != header["checksum"]:
-            raise Malformed("it fails its checksum, so it was altered after unmask wrote it")
-        return
-    # A version that wrote no checksum wrote these entries alone.
-    fields(dict.fromkeys(_VALUES, plain), closed=True)(header, "the header")
-    alone = {key for key in tensors if "::" not in key}
-    for key in sorted(alone - {*_TENSORS}):
-        raise Malformed(f"it holds a tensor {key!r} that belongs to nothing")

@@ -119,21 +119,19 @@ def _held(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _contains(held: list[Tensor], clock: Tensor) -> bool:
-    return any(p is clock for p in held)
-
-
 def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     held, closure = _held(optimizer), kwargs.get("closure", args[1] if len(args) > 1 else None)
     for selection in list(LIVE):
-        if not _contains(held, selection.clock()):
-            _refuse_foreign(selection, held)
-            _refuse_bypass(selection, held)
+        if not any(p is selection.clock() for p in held):
+            _refuse_other(selection, held)
             continue
         if selection not in _stepping:  # otherwise this step runs inside another one, which has written already
             selection.check_writes()
         _stepping.discard(selection)
-        if _overflowed(optimizer):
+        found = getattr(optimizer, "found_inf", None)
+        if (
+            found is not None and found.item() > 0
+        ):  # a GradScaler told a fused optimizer to skip this step in its kernel
             continue
         if closure is None:
             _ready(selection, optimizer)
@@ -146,7 +144,7 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dic
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = _held(optimizer)
     for selection in list(LIVE):
-        clocked = _contains(held, selection.clock())
+        clocked = any(p is selection.clock() for p in held)
         if clocked and selection not in _stepping:
             # Nothing is to be made final: either GradScaler made a fused optimizer skip this step, or a nested step() (of a
             # subclass that calls super().step()) has done it already.
@@ -162,9 +160,26 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _ready(selection: Steppable, optimizer: Optimizer) -> None:
+    """Refuses a step that would train nothing or something broken; begins any other."""
     selection.check_model()
-    _check_gradient(selection)
-    _check_steps_taken(selection, optimizer)
+    if not selection.has_gradient():
+        raise ScheduleNotRunError(
+            "optimizer.step() was called, but no gradient has reached the selection since the last step, so the schedule "
+            "cannot run. The order is: loss.backward(), optimizer.step(), optimizer.zero_grad(); the forward must run after "
+            "unmask.select(), in grad mode, through the model that was selected from (not a copy of it)."
+        )
+    reason = selection.nonfinite()
+    if reason is not None:
+        raise NonFiniteGradientError(
+            f"{reason}. This step changed nothing: lower the learning rate, clip the gradient, or look at this batch's loss."
+        )
+    taken = optimizer.state.get(selection.clock(), {}).get("step")
+    if taken is not None and int(taken) > selection.step:
+        raise ScheduleNotRunError(
+            f"the optimizer's state has taken {int(taken)} steps of the selected weights, the selection {selection.step}: a "
+            "checkpoint was loaded in part. Load the selection's state of the same checkpoint too "
+            "(selection.load_state_dict; in a Trainer: SelectiveCallback), or start with a new optimizer."
+        )
     selection.before_step(optimizer)
     if selection.copies_matter:
         _before_first[selection] = selection.values.detach().clone()
@@ -189,22 +204,13 @@ def _checked(closure: Callable[[], Any], selection: Steppable, optimizer: Optimi
     return run
 
 
-def _overflowed(optimizer: Optimizer) -> bool:
-    """Returns True if a GradScaler told a fused optimizer to skip this step inside its kernel."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found.item() > 0)
-
-
-def _refuse_foreign(selection: Steppable, held: list[Tensor]) -> None:
+def _refuse_other(selection: Steppable, held: list[Tensor]) -> None:
+    """Refuses an optimizer without ``clock()`` that a library built: of frozen parameters, of none, or of dense tensors alone."""
     if any(selection.owns(p) for p in held):
         raise ScheduleNotRunError(
             "this optimizer holds the model's frozen parameters, so nothing would be trained and no weight unmasked. "
             "Build it from the selection instead: torch.optim.AdamW(selection.parameters(), lr=...)."
         )
-
-
-def _refuse_bypass(selection: Steppable, held: list[Tensor]) -> None:
-    """Refuses an optimizer that a library built from the parameters that require grad: none, or the dense tensors alone."""
     waiting = selection.values.grad
     if waiting is None or not selection.has_gradient():
         return
@@ -218,31 +224,6 @@ def _refuse_bypass(selection: Steppable, held: list[Tensor]) -> None:
         )
 
 
-def _check_steps_taken(selection: Steppable, optimizer: Optimizer) -> None:
-    """Refuses optimizer state that was loaded without the state of the selection."""
-    taken = optimizer.state.get(selection.clock(), {}).get("step")
-    if taken is not None and int(taken) > selection.step:
-        raise ScheduleNotRunError(
-            f"the optimizer's state has taken {int(taken)} steps of the selected weights, the selection {selection.step}: a "
-            "checkpoint was loaded in part. Load the selection's state of the same checkpoint too "
-            "(selection.load_state_dict; in a Trainer: SelectiveCallback), or start with a new optimizer."
-        )
-
-
-def _check_gradient(selection: Steppable) -> None:
-    if not selection.has_gradient():
-        raise ScheduleNotRunError(
-            "optimizer.step() was called, but no gradient has reached the selection since the last step, so the schedule "
-            "cannot run. The order is: loss.backward(), optimizer.step(), optimizer.zero_grad(); the forward must run after "
-            "unmask.select(), in grad mode, through the model that was selected from (not a copy of it)."
-        )
-    reason = selection.nonfinite()
-    if reason is not None:
-        raise NonFiniteGradientError(
-            f"{reason}. This step changed nothing: lower the learning rate, clip the gradient, or look at this batch's loss."
-        )
-
-
 def clear_state(states: Mapping[str, Any], values: Tensor, slots: Tensor) -> None:
     """Gives slots of ``values`` fresh optimizer state: zeros, in the code in which an 8-bit optimizer writes them.
 
@@ -250,18 +231,17 @@ def clear_state(states: Mapping[str, Any], values: Tensor, slots: Tensor) -> Non
         SelectionError: A state is quantized, and its code for 0 is not known.
     """
     for name, state in states.items():
-        if isinstance(state, Tensor) and state.shape == values.shape:
-            state[slots] = 0 if state.is_floating_point() else _code_of_zero(name, states)
-
-
-def _code_of_zero(name: str, states: Mapping[str, Any]) -> int:
-    """Returns the code for 0 in a state of bitsandbytes, which writes ``state1`` in codes of ``qmap1``, and so on."""
-    codes = states.get(name.replace("state", "qmap"))
-    zeros = [] if not isinstance(codes, Tensor) else (codes == 0).nonzero().flatten().tolist()
-    if name.startswith("state") and zeros:
-        return int(zeros[0])
-    raise SelectionError(
-        f"repeat-S gives a weight that enters the selection fresh optimizer state, but this optimizer's {name!r} is quantized "
-        "in a code that is not known here; use one with float32 state, or a method that does not exchange weights (id3, or "
-        "repeat_d3 with leaving='kept')."
-    )
+        if not isinstance(state, Tensor) or state.shape != values.shape:
+            continue
+        if state.is_floating_point():
+            state[slots] = 0
+            continue
+        codes = states.get(name.replace("state", "qmap"))  # bitsandbytes writes state1 in codes of qmap1, and so on
+        zeros = (codes == 0).nonzero().flatten().tolist() if isinstance(codes, Tensor) else []
+        if not name.startswith("state") or not zeros:
+            raise SelectionError(
+                "repeat-S gives a weight that enters the selection fresh optimizer state, but this optimizer's "
+                f"{name!r} is quantized in a code that is not known here; use one with float32 state, or a method that does "
+                "not exchange weights (id3, or repeat_d3 with leaving='kept')."
+            )
+        state[slots] = zeros[0]

@@ -17,14 +17,7 @@ from unmask.selection.stepping import Steppable, clear_state
 
 
 class Steps(Steppable):
-    """Plans each optimizer step and makes it final; the optimizer's hooks call it (`unmask.selection.stepping`).
-
-    Args:
-        method: The method, whose schedule is walked.
-        parts: The parts of the selection.
-        check: Refuses a model that is no longer what was selected from.
-        owns: Tells whether a parameter is a tensor of the model that another one stands for in the optimizer.
-    """
+    """Plans each optimizer step and makes it final; the optimizer's hooks call it (`unmask.selection.stepping`)."""
 
     def __init__(self, method: Method, parts: Parts, check: Callable[[], None], owns: Callable[[Tensor], bool]) -> None:
         self.model, self.values = parts.facts.model, parts.ledger.values
@@ -56,16 +49,14 @@ class Steps(Steppable):
         else:
             window.start(Plan(t, used, used, due - used, repeat=False))
 
-    # What the optimizer's hooks ask and tell; see `Steppable`.
+    # The methods of `Steppable`, which says what they mean.
 
     @property
     def step(self) -> int:
-        """The number of the coming step."""
         return self._ledger.step
 
     @property
     def in_use(self) -> int:
-        """How many slots of ``values`` the coming step trains."""
         return self._window.due
 
     @property
@@ -74,26 +65,21 @@ class Steps(Steppable):
         return self.step == 0 and not self._outside.known
 
     def clock(self) -> Tensor:
-        """Returns the first trained parameter."""
         return self.parameters()[0]
 
     def owns(self, parameter: Tensor) -> bool:
-        """Returns True if another parameter stands for this one in the optimizer."""
         return self._owns(parameter)
 
     def trains_beside(self, held: Sequence[Tensor]) -> bool:
-        """Returns True if there are dense tensors among these parameters, and ``values`` has slots."""
         return bool(self._ledger.budget) and any(d.master is p for d in self._dense for p in held)
 
     def has_gradient(self) -> bool:
-        """Returns True if a backward has reached the selection since the last step."""
         window = self._window
         if window.plan.selecting and self._ledger.tentative is None and window.nonfinite is None:
             return False
         return any(p.grad is not None for p in ([self.values] if self._ledger.budget else self.parameters()))
 
     def nonfinite(self) -> str | None:
-        """Says what is not finite among this step's gradients; None if all are finite."""
         if self._window.nonfinite:
             return self._window.nonfinite
         if self.values.grad is not None and not torch.isfinite(self.values.grad).all():
@@ -104,15 +90,12 @@ class Steps(Steppable):
         return None
 
     def check_model(self) -> None:
-        """Refuses a model that is no longer what was selected from."""
         self._check()
 
     def check_writes(self) -> None:
-        """Refuses writes since the last forward that may be of a stale copy."""
         self._outside.refuse_stale()
 
     def check_optimizer(self, optimizer: Optimizer, before: Tensor | None) -> None:
-        """Refuses an optimizer that keeps a copy of slots whose weights are not known yet."""
         self._outside.refuse_copies(optimizer, before, self._window.due)
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -134,27 +117,23 @@ class Steps(Steppable):
         self.begin()
         if tentative is not None and tentative.missing and not self._said_missing:
             self._said_missing = True
-            self._say_missing(plan, tentative.missing)
+            if plan.picked is not None and tentative.missing < plan.newcomers:
+                then = "No other weight has a gradient until the next selecting step"
+            elif plan.repeat and plan.used:
+                then = "The other picks stay what they were"
+            else:
+                then = "What is due is unmasked at the next step that has a gradient for it"
+            warnings.warn(
+                f"step {plan.step} was to select {plan.newcomers:,} weights and selected "
+                f"{plan.newcomers - tentative.missing:,}: the {self._method.heuristic.name} score of all others is zero, since "
+                "their gradient is, which does not tell one from another (all labels of the batch are -100, say, or the loss "
+                f"does not reach the eligible tensors). {then}; this is said once.",
+                UnmaskWarning,
+                stacklevel=1,
+            )
 
     def sync_dense(self, held: Sequence[Tensor]) -> None:
         """Rounds those dense tensors' masters into the model that an optimizer holds."""
         for tensor in self._dense:
             if any(tensor.master is p for p in held):
                 tensor.sync()
-
-    def _say_missing(self, plan: Plan, missing: int) -> None:
-        """Warns that a step selected fewer weights than were due, and why."""
-        if plan.picked is not None and missing < plan.newcomers:
-            then = "No other weight has a gradient until the next selecting step"
-        elif plan.repeat and plan.used:
-            then = "The other picks stay what they were"
-        else:
-            then = "What is due is unmasked at the next step that has a gradient for it"
-        warnings.warn(
-            f"step {plan.step} was to select {plan.newcomers:,} weights and selected {plan.newcomers - missing:,}: the "
-            f"{self._method.heuristic.name} score of all others is zero, since their gradient is, which does not tell one from "
-            "another (all labels of the batch are -100, say, or the loss does not reach the eligible tensors). "
-            f"{then}; this is said once.",
-            UnmaskWarning,
-            stacklevel=2,
-        )

@@ -78,9 +78,7 @@ class Ties:
 def refuse_overlaps(model: nn.Module, trained: Iterable[str]) -> None:
     """Refuses trained tensors whose entries share memory with other entries, of the same tensor or of another parameter.
 
-    Args:
-        model: A model whose ties are made one parameter already.
-        trained: Names of the tensors that are eligible or dense.
+    The model's ties are made one parameter already.
 
     Raises:
         MethodError: There is such a tensor; the error names it.

@@ -13,25 +13,23 @@ picked weights have a gradient: at a step that selects it comes with the ranking
 picks.
 
 Each of several processes has a window, and all windows hold the same: every micro-batch's gradient of the slots is averaged
-over the processes before ``values`` receives it, and the ranking uses the averaged gradient (`unmask.ranking.exchange`).
+over the processes before ``values`` receives it, and the ranking uses the averaged gradient (`unmask.distributed.ranking`).
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
+from unmask.distributed.reducer import ProcessReducer
 from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at, total_norm
 from unmask.gradients.taps import in_pieces, stale
 from unmask.methods.method import Accumulation, Method
-from unmask.ranking.exchange import Ranking, Reducer
 from unmask.ranking.ledger import Ledger
 from unmask.ranking.plan import Plan
-from unmask.ranking.ranker import Ranker
+from unmask.ranking.ranker import Ranker, Ranking
 from unmask.ranking.topk import Ranked, in_order
 
 OVERSAMPLE = 4  # candidates kept per entry to be unmasked
@@ -40,13 +38,8 @@ OVERSAMPLE = 4  # candidates kept per entry to be unmasked
 class Window:
     """The *window*, the time between two optimizer steps: it receives the gradients that the taps see in this time.
 
-    Args:
-        ledger: The slots.
-        method: The method, whose heuristic and allocation rank.
-        accumulation: The selection that gradient accumulation makes.
-        sampled: True if a step that does not select asks for the entries of its slots only.
-        reducer: It averages gradients over processes.
-        measured: True if every step forms all gradients, for their norm.
+    If it is ``sampled``, a step that does not select asks for the entries of its slots only; if it is ``measured``, every
+    step forms all gradients, for their norm.
 
     Attributes:
         plan: What the coming step does.
@@ -60,8 +53,8 @@ class Window:
         method: Method,
         accumulation: Accumulation,
         sampled: bool,
-        reducer: Reducer,
-        measured: bool = False,
+        reducer: ProcessReducer,
+        measured: bool,
     ) -> None:
         self.ledger, self.values, self.method, self.accumulation = ledger, ledger.values, method, accumulation
         self.reducer = reducer
@@ -74,9 +67,7 @@ class Window:
         self._added: Tensor | None = None  # (c,) this backward's gradient of the candidates
         self._ranker: Ranking | None = None
         self._candidates: Ranked | None = None
-        self._by_tensor: dict[
-            int, Entries
-        ] = {}  # the entries of the candidates; an entry's slot is its place among them
+        self._by_tensor: dict[int, Entries] = {}  # of the candidates; an entry's slot is its place among them
         self._inside: dict[int, Entries] = {}  # the entries that this step trains: of a known order, or the last picks
         self._dense: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
@@ -107,7 +98,11 @@ class Window:
         """Returns the entries whose gradient suffices; None if this step needs all of the tensor's gradient."""
         if self.plan.selecting or not self.sampled:
             return None
-        return self._active(index) or self._nothing(index)
+        active = self._active(index)
+        if active is None:
+            none = torch.empty(0, dtype=torch.int64, device=self.values.device)
+            return self.ledger.layout.at(index, none, none)
+        return active
 
     def factored(self, index: int) -> bool:
         """Returns True if the whole gradient may come as `Factors`."""
@@ -125,14 +120,11 @@ class Window:
         inside = self._inside[index]
         return inside if inside.flat.numel() else None
 
-    def _nothing(self, index: int) -> Entries:
-        """Returns no entries of a tensor."""
-        none = torch.empty(0, dtype=torch.int64, device=self.values.device)
-        return self.ledger.layout.at(index, none, none)
-
     def begin(self) -> None:
         """Begins a backward: that of a fresh window if ``values`` carries no gradient, else one more micro-batch."""
-        fresh = self._fresh()
+        gradient = self.values.grad
+        unused = self.measured and self.plan.active + self.plan.newcomers == 0  # no slot is in use: zeros say nothing
+        fresh = gradient is None or not (unused or gradient.any())
         self.reducer.begin(self.plan, fresh)
         if self.measured and self.reducer.several:
             raise SelectionError(
@@ -142,28 +134,21 @@ class Window:
         if fresh:
             self.discard()
         if self.norm is not None and self.accumulation != "exact":
-            raise _unmeasured()
+            raise SelectionError(
+                "clip_scope='all' needs the norm of the sum of all micro-batches' gradients, which accumulation='candidates' "
+                "does not keep. Use select(..., accumulation='exact') (N numbers more), or one backward per optimizer step."
+            )
         self._buffer = torch.zeros_like(self.values)
         if self.plan.selecting and self.accumulation == "candidates" and self._candidates is None:
             self._ranker, self._offered = self._new_ranker(OVERSAMPLE * self.plan.newcomers), set()
         if self._candidates is not None:
             self._added = torch.zeros_like(self._candidates.payload)
 
-    def _fresh(self) -> bool:
-        """Returns True if the coming backward is the first of the window."""
-        gradient = self.values.grad
-        if self.measured and gradient is not None and self.plan.active + self.plan.newcomers == 0:
-            return False  # no slot is in use, so that zeros say nothing
-        return gradient is None or not gradient.any()
-
     @torch.no_grad()
     def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
         """Takes one tensor's gradient: adds the part of its slots, and offers the rest to the ranking.
 
-        Args:
-            index: The tensor.
-            gradient: The whole gradient (dense, sparse in rows, or `Factors`), or (m,) at ``entries``.
-            entries: The entries that `entries` gave to the forward.
+        The gradient is whole (dense, sparse in rows, or `Factors`), or (m,) at the entries that `entries` gave to the forward.
         """
         if entries is not None:
             self._add(entries, as_dense(gradient))
@@ -171,7 +156,9 @@ class Window:
                 raise stale()
             return
         if self.accumulation == "exact" and (self.plan.selecting or self.measured):
-            self._sum(index, as_dense(gradient))
+            copy = index not in self._dense
+            whole = as_dense(gradient).to(self.values.dtype, copy=copy)  # sums of bfloat16 would lose bits
+            self._dense[index] = whole if copy else self._dense[index].add_(whole)
         if self.plan.selecting and not self.nonfinite:
             try:
                 self._offer(index, gradient)
@@ -181,7 +168,9 @@ class Window:
         if active is not None:
             self._add(active, gradient_at(gradient, active))
         if self.measured and self.accumulation != "exact":
-            self._measure(index, as_dense(gradient))
+            if index in self._norms:
+                raise in_pieces()
+            self._norms[index] = total_norm([as_dense(gradient)])
 
     @torch.no_grad()
     def end(self) -> None:
@@ -193,7 +182,9 @@ class Window:
         if self.plan.active:
             self.reducer.mean(buffer[: self.plan.active])  # only these slots received any
         if self.measured:
-            self._close_measure()
+            self.norm = total_norm(list((self._dense or self._norms).values())).to(self.values.device)
+            if not torch.isfinite(self.norm):
+                self.nonfinite = self.nonfinite or "the norm of the whole gradient is not finite"
         if self.nonfinite:
             buffer.fill_(torch.nan)
         elif self.plan.selecting:
@@ -242,23 +233,6 @@ class Window:
             candidates = self._by_tensor[index]
             self._added[candidates.slots] += gradient_at(gradient, candidates).to(self._added)
 
-    def _sum(self, index: int, gradient: Tensor) -> None:
-        """Adds a whole gradient to the sum over micro-batches."""
-        gradient = gradient.to(self.values.dtype, copy=index not in self._dense)  # sums of bfloat16 would lose bits
-        self._dense[index] = self._dense[index].add_(gradient) if index in self._dense else gradient
-
-    def _measure(self, index: int, gradient: Tensor) -> None:
-        """Measures the norm of one tensor's gradient."""
-        if index in self._norms:
-            raise in_pieces()
-        self._norms[index] = total_norm([gradient])
-
-    def _close_measure(self) -> None:
-        """Makes the norm of all gradients of those of the tensors."""
-        self.norm = total_norm(list((self._dense or self._norms).values())).to(self.values.device)
-        if not torch.isfinite(self.norm):
-            self.nonfinite = self.nonfinite or "the norm of the whole gradient is not finite"
-
     def _ranked(self) -> Ranked:
         """Returns the first u_t entries by the gradients summed so far."""
         if self.accumulation == "exact":
@@ -273,27 +247,23 @@ class Window:
             if ranked.positions.numel():  # otherwise the next micro-batch is the first that ranks
                 self._candidates, self._by_tensor = ranked, dict(self.ledger.layout.entries(ranked.positions))
             return ranked.first(self.plan.newcomers)
-        return self._rerank()
+        candidates = self._candidates  # of a further micro-batch: the first one's, by their summed gradients
+        if candidates is None or self._added is None:
+            raise AssertionError("a further micro-batch has candidates")
+        self.reducer.mean(self._added)
+        candidates.payload.add_(self._added)
+        if self.method.by_entry:  # otherwise a score needs whole tensors, and the first order stands
+            heuristic = self.method.heuristic
+            weights = self.ledger.layout.read(candidates.positions, self.ledger.base.dtype)
+            candidates = in_order(candidates._replace(scores=heuristic.score(weights, candidates.payload)))
+            candidates = candidates.where(~(candidates.scores <= heuristic.floor))  # NaN stays, and is refused later
+        return candidates.first(self.plan.newcomers)
 
     def _offer_untouched(self, ranker: Ranking, offered: set[int]) -> None:
         """Offers the tensors that the loss did not reach, with a gradient of zero."""
         for index in range(len(self.ledger.layout.tensors)):
             if index not in offered:
                 ranker.rank_zero(index)
-
-    def _rerank(self) -> Ranked:
-        """Returns the candidates by their summed gradients; in their first order where a score needs whole tensors."""
-        candidates = self._candidates
-        if candidates is None or self._added is None:
-            raise AssertionError("a further micro-batch has candidates")
-        self.reducer.mean(self._added)
-        candidates.payload.add_(self._added)
-        if self.method.by_entry:
-            heuristic = self.method.heuristic
-            weights = self.ledger.layout.read(candidates.positions, self.ledger.base.dtype)
-            candidates = in_order(candidates._replace(scores=heuristic.score(weights, candidates.payload)))
-            candidates = candidates.where(~(candidates.scores <= heuristic.floor))  # NaN stays, and is refused later
-        return candidates.first(self.plan.newcomers)
 
     def _settle(self, ranked: Ranked, buffer: Tensor) -> None:
         """Proposes the best weights for slots, and gives these their gradient."""
@@ -343,20 +313,9 @@ class Window:
 
     def _new_ranker(self, keep: int) -> Ranking:
         """Returns a ranking of this step that keeps the first ``keep`` entries."""
-        new = functools.partial(
-            Ranker,
-            self.method.heuristic,
-            allocation=self.method.allocation,
-            keep=keep,
-            step=self.plan.step,
-            exclude_members=not self.plan.repeat,
-        )
+        method, plan = self.method, self.plan
+
+        def new(table: Ledger) -> Ranker:
+            return Ranker(method.heuristic, table, method.allocation, keep, plan.step, not plan.repeat)
+
         return self.reducer.ranking(new, self.ledger)
-
-
-def _unmeasured() -> SelectionError:
-    """Returns the error of a second micro-batch whose norm with the first is asked for."""
-    return SelectionError(
-        "clip_scope='all' needs the norm of the sum of all micro-batches' gradients, which accumulation='candidates' does not "
-        "keep. Use select(..., accumulation='exact') (N numbers more), or one backward per optimizer step."
-    )
