@@ -9,9 +9,16 @@ import typer
 import typer.core
 
 from unmask.cli import sweeps
-from unmask.cli.interrupted import InterruptedCommandError
 from unmask.cli.options import SettingsCommand
+from unmask.errors import UnmaskError
 from unmask.version import __version__
+
+
+class InterruptedCommandError(UnmaskError):
+    """Says that Ctrl-C has ended a command before it was done."""
+
+    def __init__(self) -> None:
+        super().__init__("interrupted before it was done; files that were whole before are kept.")
 
 
 class _Commands(typer.core.TyperGroup):
@@ -143,18 +150,9 @@ def evaluate(
     from unmask.lab.tasks.protocol import Request
     from unmask.lab.training.settings import parse_assignments
 
-    request = Request(
-        task,
-        data_dir,
-        data,
-        text,
-        text_pair,
-        label,
-        limit=limit,
-        output=output,
-        overwrite=overwrite,
-        options=parse_assignments(set_ or []),
-    )
+    options = parse_assignments(set_ or [])
+    source = (task, data_dir, data, text, text_pair, label)
+    request = Request(*source, limit=limit, output=output, overwrite=overwrite, options=options)
     run_eval(model, delta, request, batch_size)
 
 

@@ -65,11 +65,8 @@ def _options(known: Mapping[str, Setting]) -> list[Any]:
 
 def _parameter(setting: Setting) -> inspect.Parameter:
     flag, name = bool in setting.types, setting.name.replace("_", "-")
-    without = setting.default in (
-        dataclasses.MISSING,
-        None,
-        (),
-    )  # the help text then says what happens without the option
+    # Without a default the help text says what happens without the option.
+    without = setting.default in (dataclasses.MISSING, None, ())
     option = typer.Option(
         f"--{name}/--no-{name}" if flag else f"--{name}",
         metavar=None if flag else "|".join([*(_METAVARS[kind] for kind in setting.types), *setting.words]),

@@ -65,10 +65,7 @@ class _Fault(Exception):
 def seal(folder: Path, step: int, settings: Mapping[str, Any]) -> Path:
     """Writes the manifest of a complete checkpoint, once all its files are on the disk; returns the manifest's path.
 
-    Args:
-        folder: The checkpoint's folder.
-        step: The number of optimizer steps taken so far.
-        settings: The run's settings, as JSON values.
+    The manifest holds the number of optimizer steps taken so far, and the run's settings, as JSON values.
     """
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
@@ -152,11 +149,8 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         inner = [differences(old.get(k), new.get(k), f"{name}.{k}" if name else str(k)) for k in keys]
         return [line for lines in inner for line in lines]
     old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
-    return [] if old == new else [f"{name}: {_plain(old)} -> {_plain(new)}"]
-
-
-def _plain(value: Any) -> str:
-    return "none" if value is None else str(value)
+    before, after = ("none" if value is None else str(value) for value in (old, new))
+    return [] if old == new else [f"{name}: {before} -> {after}"]
 
 
 def _step_of(folder: Path) -> int | None:
