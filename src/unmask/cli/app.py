@@ -179,10 +179,7 @@ def apply(
     output: Annotated[Path, typer.Option(help="The folder for the merged checkpoint.")],
     adapter: Annotated[
         bool,
-        typer.Option(
-            "--adapter",
-            help="Write an ordinary LoRA or adapter folder (of a run inside one).",
-        ),
+        typer.Option("--adapter", help="Write an ordinary LoRA or adapter folder (of a run inside one)."),
     ] = False,
 ) -> None:
     """Write base + delta as an ordinary checkpoint, or as an ordinary LoRA or adapter."""
@@ -240,4 +237,5 @@ def bench(context: typer.Context) -> None:
     run(context.obj, shlex.join(["unmask", *sys.argv[1:]]))
 
 
-sweeps.register(app)
+for command in (sweeps.sweep, sweeps.reproduce, sweeps.report):
+    app.command()(command)

@@ -48,12 +48,8 @@ def _print(facts: dict[str, Any], top: int) -> None:
     if facts["weights"]:
         console.print(_spread(facts))
     console.print("'of' counts the weights of the tensors that changed")
-    for title, key, rows in (
-        ("by layer", "layer", "layers"),
-        ("by module kind", "kind", "kinds"),
-        ("by tensor", "tensor", "tensors"),
-    ):
-        console.print(_table(title, key, facts[rows], top))
+    for title, key in (("by layer", "layer"), ("by module kind", "kind"), ("by tensor", "tensor")):
+        console.print(_table(title, key, facts[f"{key}s"], top))
     under = facts["initial"]
     if under:
         console.print(

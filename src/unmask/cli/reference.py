@@ -29,11 +29,7 @@ def table(settings: type) -> str:
 
 
 def filled(page: str) -> str:
-    """Returns a page with its tables made again. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
-
-    Raises:
-        ValueError: The page has no place for one of the tables.
-    """
+    """Returns a page with its tables made again. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
     for name, settings in _TABLES.items():
         place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not place.search(page):

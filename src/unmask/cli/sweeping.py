@@ -50,11 +50,7 @@ class Options:
 
 
 def go(sweep: Sweep, output: Path, options: Options) -> None:
-    """Runs a sweep and prints and writes its table, or lists its runs.
-
-    Raises:
-        Exit: With status 1, if runs failed.
-    """
+    """Runs a sweep and prints and writes its table, or lists its runs. It exits with status 1 if runs failed."""
     check_folder(output, "--output")
     sweep = changed(sweep, options)
     cells, store, console = expand(sweep), Store(output), Console()

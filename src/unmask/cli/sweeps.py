@@ -102,9 +102,3 @@ def report(
     from unmask.cli.sweeping import run_report
 
     run_report(runs, output)
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the commands to the command line."""
-    for command in (sweep, reproduce, report):
-        app.command()(command)

@@ -148,7 +148,14 @@ class SelectiveCallback(TrainerCallback):
             if self.selection is not None:
                 self.selection.release()
                 self.selection = self._attempt = None
-            self.selection = select(self._model, self._method(steps), **self._options)
+            given = self._selective
+            method = given if isinstance(given, Method) else given(steps) if callable(given) else None
+            if not isinstance(method, Method):
+                raise MethodError(
+                    f"SelectiveCallback was given {given!r}; give a method (unmask.id3(...)), a function from the number of "
+                    "steps to a method, or a selection."
+                )
+            self.selection = select(self._model, method, **self._options)
         check_run(self.trainer, self.live, steps)
         self._attempt = Attempt(self.trainer, (), self.live.state_dict())
         if self._checkpoints.resumed is not None:
@@ -166,16 +173,6 @@ class SelectiveCallback(TrainerCallback):
             self.trainer.optimizer = None  # `_create_optimizer` builds a new one
         self.live.load_state_dict(self._attempt.undo())
         _drop_gradients(self.live)
-
-    def _method(self, steps: int) -> Method:
-        given = self._selective
-        method = given if isinstance(given, Method) else given(steps) if callable(given) else None
-        if not isinstance(method, Method):
-            raise MethodError(
-                f"SelectiveCallback was given {given!r}; give a method (unmask.id3(...)), a function from the number of "
-                "steps to a method, or a selection."
-            )
-        return method
 
     @property
     def _model(self) -> nn.Module:

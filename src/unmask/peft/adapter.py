@@ -59,7 +59,14 @@ class Adapter:
         self.asked = False
         self._waiting = Waiting(self.values, list(parameters.values()))
         self._absent = False
-        self._foresee()
+        method = config.build(budget)
+        known = method.strategy == "static" and method.heuristic.needs not in ("gradient", "calibration")
+        if known and not config.inference_mode and not any(tensor.is_meta for tensor in layout.tensors):
+            # ``values`` get the weights that the first forward will give them, since an averager may copy them before.
+            with torch.no_grad():
+                positions = known_positions(method, self.ledger).to(self.values.device)
+                self.values.copy_(layout.read(positions, self.values.dtype))
+                self.ledger.writes.take()
 
     @property
     def layout(self) -> Layout:
@@ -91,18 +98,6 @@ class Adapter:
     def step(self) -> int:
         """The number of optimizer steps taken."""
         return self.live.step
-
-    @torch.no_grad()
-    def _foresee(self) -> None:
-        """Gives ``values`` the weights that the first forward will, where these are known: an averager may copy them before."""
-        method = self.config.build(self.budget)
-        if method.strategy != "static" or method.heuristic.needs in ("gradient", "calibration"):
-            return
-        if self.config.inference_mode or any(tensor.is_meta for tensor in self.layout.tensors):
-            return
-        positions = known_positions(method, self.ledger).to(self.values.device)
-        self.values.copy_(self.layout.read(positions, self.values.dtype))
-        self.ledger.writes.take()
 
     def catch_up(self) -> None:
         """Brings new writes into ``values`` to the base's tensors, if they hold this adapter's values."""

@@ -7,7 +7,7 @@ module: the base's own tensors hold the active adapter's values. One adapter is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -76,19 +76,10 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.adapters]
         return self.adapters[names[0]] if names else None
 
-    def add(self, name: str, adapter: Adapter) -> None:
-        """Adds an adapter that sets no weight yet."""
-        self.adapters[name] = adapter
-        self.unmask_values[name] = adapter.values
-
     # PEFT's verbs.
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Makes one adapter active: its values go into the tensors, and another's are taken out.
-
-        Raises:
-            ValueError: There is more than one name.
-        """
+        """Makes one adapter active: its values go into the tensors, and another's are taken out. Several are refused."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(names) > 1:
             raise ValueError(
@@ -227,14 +218,11 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         with torch._C.DisableTorchFunctionSubclass():
             return {name: tensor.detach() for name, tensor in Base(self.model).tensors.items()}
 
-    @contextlib.contextmanager
-    def base_restored(self) -> Iterator[None]:
+    def base_restored(self) -> contextlib.AbstractContextManager[None]:
         """Puts the base's values into its tensors for the time of the context."""
         if self.active is None or self._disable_adapters or not self.active.written:
-            yield
-            return
-        with self.active.absent(self.base_of_whole, self.tensors()):
-            yield
+            return contextlib.nullcontext()
+        return self.active.absent(self.base_of_whole, self.tensors())
 
     def whole_of(self, adapter: Adapter) -> dict[str, Tensor]:
         """Returns the tensors that a saved adapter contains whole, by name: buffers it changed, and what the checkpoint lacks.

@@ -120,7 +120,8 @@ class SelectiveModel(BaseTuner):
 
     def _add(self, name: str, adapter: Adapter) -> None:
         config = adapter.config
-        self.deltas.add(name, adapter)
+        self.deltas.adapters[name] = adapter
+        self.deltas.unmask_values[name] = adapter.values
         self._ddp_params_and_buffers_to_ignore.append(f"base_model.deltas.unmask_values.{name}")
         self.targeted_module_names = sorted(
             {n.rpartition(".")[0] for a in self.deltas.adapters.values() for n in a.layout.names}
@@ -321,11 +322,7 @@ class SelectiveModel(BaseTuner):
 
 
 def tuner_of(model: PeftModel | SelectiveModel) -> SelectiveModel:
-    """Returns the `SelectiveModel` inside a PEFT model.
-
-    Raises:
-        MethodError: The PEFT model has another kind of adapter.
-    """
+    """Returns the `SelectiveModel` inside a PEFT model, and refuses a model with another kind of adapter."""
     tuner = model.base_model if isinstance(model, PeftModel) else model
     if not isinstance(tuner, SelectiveModel):
         raise MethodError(
