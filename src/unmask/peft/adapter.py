@@ -126,7 +126,7 @@ class Adapter:
     def start(self, model: nn.Module) -> None:
         """Starts the live selection, on the device where the base is now. The values must be in the tensors."""
         self.expect(False)
-        # PEFT ignores the setting itself, with a warning, so this looks at the method in the adapter's record.
+        # PEFT ignores ``normalise`` in a config, with a warning, so this looks at the method in the adapter's record.
         method = (self.config.record or {}).get("method")
         if isinstance(method, Mapping) and "normalise" in method:
             raise MethodError(
