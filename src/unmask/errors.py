@@ -148,10 +148,8 @@ def need(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.split(".")[0]
-        if (
-            importlib.util.find_spec(package) is not None
-        ):  # The package is installed, but a module that it needs is not.
-            raise
+        if importlib.util.find_spec(package) is not None:
+            raise  # The package is installed, but a module that it needs is not.
         raise MissingExtraError(
             f"{package!r} is not installed, and this needs it: pip install 'unmask[{extra}]'."
         ) from error

@@ -156,7 +156,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     from safetensors import safe_open
 
     try:
-        _check_size(path)
+        with path.open("rb") as raw:  # A header that is too large is refused before it is parsed.
+            length = int.from_bytes(raw.read(8), "little")
+            if length > path.stat().st_size - 8:
+                raise Malformed("it is shorter than its header says, so it is truncated or damaged")
+            if length > MOST_HEADER:
+                raise Malformed(f"its header has {length:,} bytes; at most {MOST_HEADER:,} are read")
+            header = raw.read(length)
+        held = sum(header.count(sign) for sign in (b"[", b"{", b","))
+        if held > MOST_VALUES:
+            raise Malformed(f"its header has about {held:,} values; at most {MOST_VALUES:,} are read")
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -176,20 +185,6 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         sha.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode())
         sha.update(tensor_bytes(tensors[key]))
     return sha.hexdigest()
-
-
-def _check_size(path: Path) -> None:
-    """Refuses a header that is too large before it is parsed."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size - 8:
-            raise Malformed("it is shorter than its header says, so it is truncated or damaged")
-        if length > MOST_HEADER:
-            raise Malformed(f"its header has {length:,} bytes; at most {MOST_HEADER:,} are read")
-        header = file.read(length)
-    held = sum(header.count(sign) for sign in (b"[", b"{", b","))
-    if held > MOST_VALUES:
-        raise Malformed(f"its header has about {held:,} values; at most {MOST_VALUES:,} are read")
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -150,24 +150,19 @@ def bounded(value: Any, most: int = 2 * MOST_VALUES, large: bool = False) -> Any
                 inner.extend(each.values())
             elif isinstance(each, list | tuple | set):
                 inner.extend(each)
-            else:
-                _usable(each, large)
+            elif isinstance(each, str) and not each.isascii():
+                try:
+                    each.encode()
+                except UnicodeEncodeError as error:
+                    raise Malformed("it has half a character (a lone surrogate)") from error
+            elif not large and isinstance(each, int) and not -_LARGEST <= each < _LARGEST:
+                raise Malformed("it has a whole number of more than 63 bits")
             if len(inner) > most:
                 raise Malformed(f"it has more than {most:,} values")
         if not inner:
             return value
         level = inner
     raise Malformed(f"it is nested deeper than {DEEPEST} levels")
-
-
-def _usable(value: Any, large: bool) -> None:
-    if not large and isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
-        raise Malformed("it has a whole number of more than 63 bits")
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise Malformed("it has half a character (a lone surrogate)") from error
 
 
 def shown(value: Any) -> str:

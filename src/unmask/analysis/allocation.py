@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
-from torch import Tensor
-
-from unmask.analysis.mask import Mask, mask_of, mask_over, prefixes
+from unmask.analysis.mask import mask_of, mask_over, prefixes
 from unmask.analysis.measures import Source, sparsity_entropy, tensor_sparsity
 from unmask.delta.delta import SparseDelta
 from unmask.methods.naming import KINDS, OTHER, kinds_of, layer_labels
@@ -39,14 +38,14 @@ def allocation(source: Source) -> list[dict[str, Any]]:
     for name, shape in mask.shapes.items():
         weight = mask.shapes.get(f"{name.removesuffix('bias')}weight") if name.endswith("bias") else None
         kinds = kinds_of(name, shape, weight)
-        counts = _by_part(mask.indices.get(name), shape, len(kinds))
-        size = 1
-        for length in shape:
-            size *= length
+        counts = [len(mask.indices.get(name, ()))] * len(kinds)
+        if name in mask.indices and len(kinds) > 1:  # equal parts along the last dimension
+            parts = (mask.indices[name] % shape[-1]).div(shape[-1] // len(kinds), rounding_mode="floor")
+            counts = parts.bincount(minlength=len(kinds)).tolist()
         for kind, count in zip(kinds, counts, strict=True):
             cell = cells.setdefault((labels[name], kind), [0, 0])
             cell[0] += count
-            cell[1] += size // len(kinds)
+            cell[1] += prod(shape) // len(kinds)
     rows = sorted(cells.items(), key=lambda cell: _place(*cell[0]))
     return [{"layer": layer, "kind": kind, "unmasked": n, "of": of} for (layer, kind), (n, of) in rows]
 
@@ -124,19 +123,8 @@ def snapshots(source: Selection | SparseDelta, points: int = 10) -> list[dict[st
     return [snapshot(mask) for mask in prefixes(source, points)]
 
 
-def _by_part(flat: Tensor | None, shape: tuple[int, ...], parts: int) -> list[int]:
-    """Counts indices in equal parts along the last dimension."""
-    if flat is None or parts == 1:
-        return [0 if flat is None else flat.numel()] + [0] * (parts - 1)
-    columns = flat % shape[-1]
-    return columns.div(shape[-1] // parts, rounding_mode="floor").bincount(minlength=parts).tolist()
-
-
 def _place(layer: str, kind: str) -> tuple[bool, str, int, int]:
     """Returns a sort key: layers by stack and number, kinds in their own order, ``"other"`` last."""
     stack, _, number = layer.rpartition(" ")
     column = KINDS.index(kind) if kind in KINDS else len(KINDS)
     return layer == OTHER, stack, int(number) if number.isdigit() else 0, column
-
-
-__all__ = ["Mask", "allocation", "grouped", "snapshot", "snapshots"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,13 +20,6 @@ from unmask.reading import fields, mapping, read_json, refusing, text
 Checkpoint = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class _Tensors:
-    """Tensors by name; each is read when it is asked for."""
-
-    def __init__(self, names: list[str], get: Callable[[str], Tensor]) -> None:
-        self.names, self.get = names, get
 
 
 def changed(base: Checkpoint, tuned: Checkpoint) -> Mask:
@@ -48,16 +43,16 @@ def changed(base: Checkpoint, tuned: Checkpoint) -> Mask:
         >>> changed(base, {"model.w": torch.tensor([[0.0, 0, 1], [0, 0, -0.0]])}).indices
         {'model.w': tensor([2, 5])}
     """
-    one, two = _read(base), _read(tuned)
-    pairs = _pairs(one.names, two.names)
+    (names, one), (others, two) = _read(base), _read(tuned)
+    pairs = _pairs(names, others)
     if not pairs:
         raise DeltaError(
-            f"the two checkpoints share no tensor name ({_some(one.names)}; {_some(two.names)}); give a base and what was "
+            f"the two checkpoints share no tensor name ({_some(names)}; {_some(others)}); give a base and what was "
             "fine-tuned from it."
         )
     indices, shapes = {}, {}
     for name, other in sorted(pairs.items()):
-        before, after = one.get(name).detach().cpu(), two.get(other).detach().cpu()
+        before, after = one(name).detach().cpu(), two(other).detach().cpu()
         if (before.shape, before.dtype) != (after.shape, after.dtype):
             raise DeltaError(
                 f"{other!r} is {before.dtype} of shape {tuple(before.shape)} in the base and {after.dtype} of shape "
@@ -83,15 +78,20 @@ def _pairs(base: list[str], tuned: list[str]) -> dict[str, str]:
     return max(added, key=len)
 
 
-def _read(source: Checkpoint) -> _Tensors:
-    """Opens a checkpoint of any form."""
+def _read(source: Checkpoint) -> tuple[list[str], Callable[[str], Tensor]]:
+    """Returns the tensors' names of a checkpoint of any form, and a function that reads one of them."""
     if isinstance(source, nn.Module):
         source = base_tensors(source)
     if isinstance(source, Mapping):
-        return _Tensors(list(source), source.__getitem__)
+        return list(source), source.__getitem__
     path = Path(source)
     files = _files(path)
-    return _Tensors(list(files), lambda name: _load(files[name], name))
+
+    def load(name: str) -> Tensor:
+        with _opened(files[name]) as opened:
+            return opened.get_tensor(name)
+
+    return list(files), load
 
 
 def _files(path: Path) -> dict[str, Path]:
@@ -106,18 +106,16 @@ def _files(path: Path) -> dict[str, Path]:
         raise DeltaError(
             f"there is no checkpoint at {str(path)!r}; give a folder that holds model.safetensors, or a file."
         )
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return dict.fromkeys(opened.keys(), file)
-    except Exception as error:  # safetensors raises errors of many classes, and all are about the file
-        raise DeltaError(f"{str(file)!r} cannot be read as safetensors ({error}); take another copy.") from error
+    with _opened(file) as opened:
+        return dict.fromkeys(opened.keys(), file)
 
 
-def _load(file: Path, name: str) -> Tensor:
-    """Reads one tensor of a file."""
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Opens a safetensors file, and refuses one that cannot be read."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name)
+            yield opened
     except Exception as error:  # safetensors raises errors of many classes, and all are about the file
         raise DeltaError(f"{str(file)!r} cannot be read as safetensors ({error}); take another copy.") from error
 

@@ -75,9 +75,15 @@ def drift(scores: Sequence[Mapping[str, Tensor]], k: int, against: str = "previo
         >>> drift([{"w": torch.tensor([3.0, 2.0, 1.0])}, {"w": torch.tensor([3.0, 1.0, 2.0])}], k=2)[0]
         Drift(earlier=0, later=1, rank_correlation=0.5, top_overlap=0.5, expected=0.6666666666666666)
     """
-    rows = _flattened(scores)
+    if len(scores) < 2:
+        raise MethodError(f"{len(scores)} snapshots of scores; give two or more.")
+    shapes = {name: tensor.shape for name, tensor in scores[0].items()}
+    for i, snapshot in enumerate(scores):
+        if {name: tensor.shape for name, tensor in snapshot.items()} != shapes:
+            raise MethodError(f"snapshot {i} holds other tensors or shapes than snapshot 0; take all on one model.")
     if against not in ("previous", "first"):
         raise MethodError(f"against = {against!r}; it must be 'previous' or 'first'.")
+    rows = [torch.cat([snapshot[name].detach().reshape(-1).cpu() for name in sorted(shapes)]) for snapshot in scores]
     total = rows[0].numel()
     if not 1 <= k <= total:
         raise MethodError(f"k = {k}; there are {total:,} scores, so it must be from 1 to {total}.")
@@ -108,13 +114,3 @@ def turnover(masks: Sequence[Source]) -> list[float]:
     if len(masks) < 2:
         raise MethodError(f"{len(masks)} masks; give two or more.")
     return [1 - overlap(a, b).of_a for a, b in pairwise(masks)]
-
-
-def _flattened(scores: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-    if len(scores) < 2:
-        raise MethodError(f"{len(scores)} snapshots of scores; give two or more.")
-    shapes = {name: tensor.shape for name, tensor in scores[0].items()}
-    for i, snapshot in enumerate(scores):
-        if {name: tensor.shape for name, tensor in snapshot.items()} != shapes:
-            raise MethodError(f"snapshot {i} holds other tensors or shapes than snapshot 0; take all on one model.")
-    return [torch.cat([snapshot[name].detach().reshape(-1).cpu() for name in sorted(shapes)]) for snapshot in scores]

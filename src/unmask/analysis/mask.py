@@ -94,11 +94,16 @@ def mask_of(source: Selection | SparseDelta | Mask, used: int | None = None) -> 
     """
     if used is not None:
         _check_used(source, used)
-    if isinstance(source, Selection):
-        return _of_selection(source, used)
     if isinstance(source, SparseDelta):
         return _of_delta(source, used)
-    return source
+    if isinstance(source, Mask):
+        return source
+    layout = source.ledger.layout
+    if source.method.whole:
+        return mask_over(source.indices, {dense.name: tuple(dense.parameter.shape) for dense in source.dense})
+    shapes = {name: tuple(t.shape) for name, t in zip(layout.names, layout.tensors, strict=True)}
+    positions = source.ledger.positions[: source.used if used is None else used]
+    return mask_over({layout.names[i]: flat.cpu() for i, flat, _ in layout.split(positions)}, shapes)
 
 
 def orders(source: Selection | SparseDelta) -> bool:
@@ -141,16 +146,6 @@ def _check_used(source: Selection | SparseDelta | Mask, used: int) -> None:
         raise MethodError(f"used = {used}; {held:,} weights are unmasked, so it must be from 0 to {held}.")
 
 
-def _of_selection(selection: Selection, used: int | None) -> Mask:
-    layout = selection.ledger.layout
-    if selection.method.whole:
-        shapes = {dense.name: tuple(dense.parameter.shape) for dense in selection.dense}
-        return mask_over(selection.indices, shapes)
-    shapes = {name: tuple(t.shape) for name, t in zip(layout.names, layout.tensors, strict=True)}
-    positions = selection.ledger.positions[: selection.used if used is None else used]
-    return mask_over({layout.names[i]: flat.cpu() for i, flat, _ in layout.split(positions)}, shapes)
-
-
 def _of_delta(delta: SparseDelta, used: int | None) -> Mask:
     if delta.whole and not delta.sparse:
         raise DeltaError(
@@ -168,6 +163,3 @@ def _of_delta(delta: SparseDelta, used: int | None) -> Mask:
         return mask
     first = {n: e.indices[e.slots < used] for n, e in delta.sparse.items() if e.slots is not None}
     return replace(mask, indices={name: flat for name, flat in sorted(first.items()) if flat.numel()})
-
-
-__all__ = ["Mask", "mask_of", "mask_over", "orders", "prefixes"]

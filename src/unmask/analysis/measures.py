@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from unmask.analysis.mask import Mask, mask_of
 from unmask.delta.delta import SparseDelta
@@ -136,15 +134,12 @@ def overlap(a: Source, b: Source) -> Overlap:
     for name in shared:
         if one.shapes[name] != two.shapes[name]:
             raise DeltaError(f"{name!r} has shape {one.shapes[name]} in one and {two.shapes[name]} in the other mask.")
-    common = sum(_common(one.indices[n], two.indices[n]) for n in one.indices.keys() & two.indices.keys())
+    pairs = [(one.indices[name], two.indices[name]) for name in one.indices.keys() & two.indices.keys()]
+    common = sum(int(torch.isin(x, y, assume_unique=True).sum()) for x, y in pairs)
     return Overlap(common, len(one), len(two), _expected(one, two, shared))
 
 
-def _common(a: Tensor, b: Tensor) -> int:
-    return int(torch.isin(a, b, assume_unique=True).sum())
-
-
-def _expected(a: Mask, b: Mask, shared: Sequence[str] | set[str]) -> float | None:
+def _expected(a: Mask, b: Mask, shared: set[str]) -> float | None:
     """Sums ``|A| |B| / (N_A N_B)`` over the weights that could be in both masks."""
     if a.weights is None or b.weights is None or not a.weights or not b.weights:
         return None

@@ -10,8 +10,15 @@ import typer.core
 
 from unmask import __version__
 from unmask.cli import sweeps
-from unmask.cli.interrupted import InterruptedCommandError
 from unmask.cli.options import SettingsCommand
+from unmask.errors import UnmaskError
+
+
+class InterruptedCommandError(UnmaskError):
+    """Says that Ctrl-C has ended a command before it was done."""
+
+    def __init__(self) -> None:
+        super().__init__("interrupted before it was done; files that were whole before are kept.")
 
 
 class _Commands(typer.core.TyperGroup):
@@ -143,18 +150,9 @@ def evaluate(
     from unmask.lab.tasks.protocol import Request
     from unmask.lab.training.settings import parse_assignments
 
-    request = Request(
-        task,
-        data_dir,
-        data,
-        text,
-        text_pair,
-        label,
-        limit=limit,
-        output=output,
-        overwrite=overwrite,
-        options=parse_assignments(set_ or []),
-    )
+    options = parse_assignments(set_ or [])
+    source = (task, data_dir, data, text, text_pair, label)
+    request = Request(*source, limit=limit, output=output, overwrite=overwrite, options=options)
     run_eval(model, delta, request, batch_size)
 
 
@@ -181,10 +179,7 @@ def apply(
     output: Annotated[Path, typer.Option(help="The folder for the merged checkpoint.")],
     adapter: Annotated[
         bool,
-        typer.Option(
-            "--adapter",
-            help="Write an ordinary LoRA or adapter folder (of a run inside one).",
-        ),
+        typer.Option("--adapter", help="Write an ordinary LoRA or adapter folder (of a run inside one)."),
     ] = False,
 ) -> None:
     """Write base + delta as an ordinary checkpoint, or as an ordinary LoRA or adapter."""
@@ -242,4 +237,5 @@ def bench(context: typer.Context) -> None:
     run(context.obj, shlex.join(["unmask", *sys.argv[1:]]))
 
 
-sweeps.register(app)
+for command in (sweeps.sweep, sweeps.reproduce, sweeps.report):
+    app.command()(command)

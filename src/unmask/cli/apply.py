@@ -13,11 +13,7 @@ from unmask.quantised.layers import has_sidecars
 
 
 def run_apply(source: str, delta_path: Path, output: Path, adapter: bool = False) -> None:
-    """Writes the merged model, or the LoRA or adapter alone, and the tokenizer to a new folder.
-
-    Raises:
-        ConfigError: The folder is not empty, or the base or the delta does not allow it.
-    """
+    """Writes the merged model, or the LoRA or adapter alone, and the tokenizer to a new folder."""
     check_folder(output, "--output")
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"{str(output)!r} is not empty; give a new folder.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +15,34 @@ from unmask.lab.training.fields import converted
 
 
 def run(given: dict[str, Any], command: str) -> None:
-    """Checks the options, measures, and prints the tables.
-
-    Args:
-        given: The options that were typed, as texts.
-        command: The command line, for the record.
-
-    Raises:
-        ConfigError: An option that cannot work, or an output folder that cannot be written to.
-    """
+    """Checks the options as they were typed, measures, and prints the tables. The record holds the command line."""
     settings = BenchSettings(**converted(BenchSettings, given))
     if settings.curve in ("size", "selection") and given.get("model"):
         raise ConfigError(f"--curve {settings.curve} goes over a series of models; leave --model out.")
     check_folder(settings.output, "--output")
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+    from unmask.lab.bench import tables
+
+    say = partial(print, flush=True)
     if settings.curve:
         from unmask.lab.bench.curves import run_curve
 
-        record = run_curve(settings, _say, command)
+        record = run_curve(settings, say, command)
     else:
         from unmask.lab.bench.run import run_bench
 
-        record = run_bench(settings, _say, command)
-    _show(record)
-    name = f"curve-{settings.curve}" if settings.curve else "bench"
-    print(f"written: {Path(settings.output, name)}.json, .md, .png")
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _show(record: dict[str, Any]) -> None:
-    from unmask.lab.bench import tables
-
+        record = run_bench(settings, say, command)
     print()
     if "points" in record:
         _print_table(*tables.curve(record))
-        return
-    for header, lines in ((tables.TIMES, tables.times(record)), (tables.COSTS, tables.costs(record))):
-        if lines:
-            _print_table(header, lines)
-    for remark in tables.remarks(record):
-        print(remark)
+    else:
+        for header, lines in ((tables.TIMES, tables.times(record)), (tables.COSTS, tables.costs(record))):
+            if lines:
+                _print_table(header, lines)
+        for remark in tables.remarks(record):
+            print(remark)
+    name = f"curve-{settings.curve}" if settings.curve else "bench"
+    print(f"written: {Path(settings.output, name)}.json, .md, .png")
 
 
 def _print_table(header: Sequence[str], lines: list[list[str]]) -> None:

@@ -26,13 +26,7 @@ _LENGTH, _BATCH, _RATE, _SEED = 32, 16, 3e-3, 0
 
 
 def run_demo(budget: str, steps: int, output: Path | None) -> None:
-    """Shows the accuracy before and after training with ID3, writes the delta, and loads it again in a fresh process.
-
-    Args:
-        budget: A count of weights ("20000"), or a share of them ("0.1%").
-        steps: The number of optimizer steps.
-        output: The folder for the delta; None for one in the cache.
-    """
+    """Shows the accuracy before and after training with ID3, writes the delta, and loads it again in a fresh process."""
     if output is not None:
         check_folder(output, "--output")
     console = Console(highlight=False)
@@ -110,12 +104,7 @@ def _digest(scores: np.ndarray) -> str:
     return hashlib.sha256(scores.tobytes()).hexdigest()
 
 
-def _print_digest(base: str, delta: str) -> None:
-    """Prints the digest of the held-out predictions of base + delta. `run_demo` calls this in a fresh process."""
-    model, tokenizer = load_tuned(base, unmask.SparseDelta.load(delta))
-    held_out = load_demo_task(fetch_demo_texts(), _SEED).evals["eval"]
-    print(_digest(predict(model, tokenizer, held_out, _LENGTH)))
-
-
-if __name__ == "__main__":
-    _print_digest(*sys.argv[1:])
+if __name__ == "__main__":  # `run_demo` starts this in a fresh process: the digest of base + delta's predictions
+    _model, _tokenizer = load_tuned(sys.argv[1], unmask.SparseDelta.load(sys.argv[2]))
+    _held_out = load_demo_task(fetch_demo_texts(), _SEED).evals["eval"]
+    print(_digest(predict(_model, _tokenizer, _held_out, _LENGTH)))

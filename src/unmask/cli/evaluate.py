@@ -17,15 +17,20 @@ from unmask.lab.tasks.registry import kind_of
 
 
 def run_eval(source: str, delta_path: Path | None, request: Request, batch_size: int) -> None:
-    """Prints the metrics of each evaluation split.
-
-    Raises:
-        ConfigError: An option does not go with the task, or a delta is missing.
-    """
+    """Prints the metrics of each evaluation split."""
     if request.output is not None:
         check_folder(request.output, "--output")
     delta = None if delta_path is None else SparseDelta.load(delta_path)
-    described = _untrained(request) if delta is None else task_of(delta)
+    if delta is None:
+        name = (request.task or "").split(",")[0].strip()
+        if TASKS.get(name) != "generation":
+            able = ", ".join(task for task, kind in TASKS.items() if kind == "generation")
+            raise ConfigError(
+                f"give a delta: without one, only word problems can be evaluated (--task with some of {able})."
+            )
+        described: Mapping[str, Any] = {"kind": "generation", "name": name}
+    else:
+        described = task_of(delta)
     _refuse_generations_own(described, request)
     request = replace(request, model=source, delta=None if delta_path is None else str(delta_path))
     task = kind_of(described).reload(described, request)
@@ -48,14 +53,3 @@ def _refuse_generations_own(described: Mapping[str, Any], request: Request) -> N
     names = [name for name, value in given.items() if value]
     if names and kind_of(described).head != "generation":
         raise ConfigError(f"{', '.join(names)}: for word problems only; {described['name']!r} has no use for it.")
-
-
-def _untrained(request: Request) -> Mapping[str, Any]:
-    """Returns what stands in for a delta's metadata where there is no delta."""
-    name = (request.task or "").split(",")[0].strip()
-    if TASKS.get(name) != "generation":
-        able = ", ".join(task for task, kind in TASKS.items() if kind == "generation")
-        raise ConfigError(
-            f"give a delta: without one, only word problems can be evaluated (--task with some of {able})."
-        )
-    return {"kind": "generation", "name": name}

@@ -22,60 +22,43 @@ _POINTS = 10
 
 
 def run_inspect(path: Path, top: int, as_json: bool, plot: Path | None = None) -> None:
-    """Prints a delta's tables, or all of it as JSON, and draws it if there is a path for that.
-
-    Raises:
-        DeltaError: The delta holds no single weights to draw.
-    """
+    """Prints a delta's tables, or all of it as JSON, and draws it if there is a path for that."""
     if plot is not None:
-        from unmask.lab.figures import figure_files
+        from unmask.lab.figures import delta_figure, figure_files, write_figure
 
         for file in figure_files(plot):
             check_file(file, "--plot")
     delta = SparseDelta.load(path)
     facts = describe(delta, path)
     if plot is not None:
-        _draw(delta, facts, plot)
+        if not len(delta):
+            raise DeltaError("this delta holds whole tensors only, so there is no allocation to draw.")
+        along = snapshots(delta, _POINTS) if orders(delta) and facts["tensor_sparsity"] is not None else []
+        for written in write_figure(lambda style: delta_figure({**facts, "along": along}, style), plot):
+            print(f"written: {written}", file=sys.stderr)
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
         _print(facts, top)
 
 
-def _draw(delta: SparseDelta, facts: dict[str, Any], path: Path) -> None:
-    from unmask.lab.figures import delta_figure, write_figure
-
-    if not len(delta):
-        raise DeltaError("this delta holds whole tensors only, so there is no allocation to draw.")
-    along = snapshots(delta, _POINTS) if orders(delta) and facts["tensor_sparsity"] is not None else []
-    for written in write_figure(lambda style: delta_figure({**facts, "along": along}, style), path):
-        print(f"written: {written}", file=sys.stderr)
-
-
 def _print(facts: dict[str, Any], top: int) -> None:
-    console = Console()
-    console.print(_header(facts), highlight=False)
+    console = Console(highlight=False)
+    console.print(_header(facts))
     if facts["weights"]:
-        console.print(_spread(facts), highlight=False)
-    console.print("'of' counts the weights of the tensors that changed", highlight=False)
-    for title, key, rows in (
-        ("by layer", "layer", "layers"),
-        ("by module kind", "kind", "kinds"),
-        ("by tensor", "tensor", "tensors"),
-    ):
-        console.print(_table(title, key, facts[rows], top))
+        console.print(_spread(facts))
+    console.print("'of' counts the weights of the tensors that changed")
+    for title, key in (("by layer", "layer"), ("by module kind", "kind"), ("by tensor", "tensor")):
+        console.print(_table(title, key, facts[f"{key}s"], top))
     under = facts["initial"]
     if under:
         console.print(
             f"initial values of {len(under)} tensors that the base lacks, under what was trained of them: "
-            f"{sum(facts['whole'][name] for name in under):,}",
-            highlight=False,
+            f"{sum(facts['whole'][name] for name in under):,}"
         )
     alone = {name: count for name, count in facts["whole"].items() if name not in under}
     if alone:
-        console.print(
-            "stored whole: " + ", ".join(f"{name} ({count:,})" for name, count in alone.items()), highlight=False
-        )
+        console.print("stored whole: " + ", ".join(f"{name} ({count:,})" for name, count in alone.items()))
 
 
 def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:
@@ -106,23 +89,18 @@ def _header(facts: dict[str, Any]) -> str:
     """Returns the first lines: size, method, base, and what the delta was trained inside of."""
     said = Provenance.from_json(facts["metadata"])
     method, step = said.method or {}, "?" if said.step is None else said.step
+    used, budget = ("?" if count is None else count for count in (said.used, said.budget))
+    kept = method.get("leaving") == "kept"  # then more weights were tuned than the budget has
+    words = f"{used} tuned at a budget of {budget} a step" if kept else f"{used} of a budget of {budget} used"
     lines = [
         f"{facts['file']}: {facts['weights']:,} weights in {facts['bytes']:,} bytes ({facts['bytes_per_weight']} bytes each)",
-        f"method {method.get('name', '?')} {method.get('parameters', {})}, {_used(said)} after {step} steps",
+        f"method {method.get('name', '?')} {method.get('parameters', {})}, {words} after {step} steps",
         f"base {said.base_id!r} ({said.parameters or 0:,} parameters), fingerprint {facts['base'][:23]}...",
     ]
     if said.into:
         settings = ", ".join(f"{key} {value}" for key, value in said.into.items() if key != "kind")
         lines.append(f"inside {said.into['kind']} ({settings})")
     return "\n".join(lines)
-
-
-def _used(said: Provenance) -> str:
-    """Returns words on how much of the budget is used; for repeat-S that keeps what leaves, on how much was ever tuned."""
-    used, budget = ("?" if count is None else count for count in (said.used, said.budget))
-    if (said.method or {}).get("leaving") == "kept":
-        return f"{used} tuned at a budget of {budget} a step"
-    return f"{used} of a budget of {budget} used"
 
 
 def _spread(facts: dict[str, Any]) -> str:

@@ -21,7 +21,9 @@ def run_methods() -> None:
     for column in ("method", "arguments (defaults)", "what it does"):
         table.add_column(column)
     for name, preset in sorted(PRESETS.items()):
-        table.add_row(name, _arguments(preset), (inspect.getdoc(preset) or "").split("\n")[0])
+        parameters = inspect.signature(preset).parameters.values()
+        arguments = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters)
+        table.add_row(name, arguments, (inspect.getdoc(preset) or "").split("\n")[0])
     console = Console()
     console.print(table)
     parts = {
@@ -32,8 +34,3 @@ def run_methods() -> None:
     }
     for part, values in parts.items():
         console.print(f"{part}: {', '.join(values)}", highlight=False)
-
-
-def _arguments(preset: object) -> str:
-    parameters = inspect.signature(preset).parameters.values()  # type: ignore[arg-type]
-    return ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters)

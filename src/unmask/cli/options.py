@@ -55,29 +55,25 @@ def _options(known: Mapping[str, Setting]) -> list[Any]:
 
     def carrier() -> None: ...
 
-    parameters = [_parameter(each) for each in known.values()]
+    parameters = []
+    for setting in known.values():
+        flag, name = bool in setting.types, setting.name.replace("_", "-")
+        # Without a default the help text says what happens without the option.
+        without = setting.default in (dataclasses.MISSING, None, ())
+        option = typer.Option(
+            f"--{name}/--no-{name}" if flag else f"--{name}",
+            metavar=None if flag else "|".join([*(_METAVARS[one] for one in setting.types), *setting.words]),
+            help=setting.help + ("" if without else f" [default: {plain(setting.default)}]"),
+            show_default=False,
+        )
+        kind: Any = Annotated[bool | None, option] if flag else Annotated[str | None, option]
+        form = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(setting.name, form, default=None, annotation=kind))
     carrier.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     carrier.__annotations__ = {p.name: p.annotation for p in parameters}
     app = typer.Typer(add_completion=False)
     app.command()(carrier)
     return list(typer.main.get_command(app).params)
-
-
-def _parameter(setting: Setting) -> inspect.Parameter:
-    flag, name = bool in setting.types, setting.name.replace("_", "-")
-    without = setting.default in (
-        dataclasses.MISSING,
-        None,
-        (),
-    )  # the help text then says what happens without the option
-    option = typer.Option(
-        f"--{name}/--no-{name}" if flag else f"--{name}",
-        metavar=None if flag else "|".join([*(_METAVARS[kind] for kind in setting.types), *setting.words]),
-        help=setting.help + ("" if without else f" [default: {plain(setting.default)}]"),
-        show_default=False,
-    )
-    annotation: Any = Annotated[bool | None, option] if flag else Annotated[str | None, option]
-    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def plain(value: Any) -> str:

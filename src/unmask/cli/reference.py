@@ -12,32 +12,24 @@ from pathlib import Path
 
 from unmask.cli.options import plain
 from unmask.lab.training.config import TrainConfig
-from unmask.lab.training.fields import Setting, settings_of
+from unmask.lab.training.fields import settings_of
 
 _TABLES = {"settings of unmask train": TrainConfig}
 
 
 def table(settings: type) -> str:
     """Returns a Markdown table of a settings class: each setting's name, default and help text."""
-    rows = [f"| `{each.name}` | {_default(each)} | {_text(each)} |" for each in settings_of(settings).values()]
-    return "\n".join(["| setting | default | |", "|---|---|---|", *rows])
-
-
-def _default(setting: Setting) -> str:
-    return "(must be given)" if setting.default is dataclasses.MISSING else plain(setting.default)
-
-
-def _text(setting: Setting) -> str:
-    words = f" One of {', '.join(f'`{word}`' for word in setting.words)}." if not setting.types else ""
-    return (setting.help + words).replace("|", r"\|")
+    rows = ["| setting | default | |", "|---|---|---|"]
+    for each in settings_of(settings).values():
+        default = "(must be given)" if each.default is dataclasses.MISSING else plain(each.default)
+        words = f" One of {', '.join(f'`{word}`' for word in each.words)}." if not each.types else ""
+        text = (each.help + words).replace("|", r"\|")
+        rows.append(f"| `{each.name}` | {default} | {text} |")
+    return "\n".join(rows)
 
 
 def filled(page: str) -> str:
-    """Returns a page with its tables made again. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
-
-    Raises:
-        ValueError: The page has no place for one of the tables.
-    """
+    """Returns a page with its tables made again. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
     for name, settings in _TABLES.items():
         place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not place.search(page):

@@ -8,16 +8,11 @@ from typing import Any
 
 from unmask.errors import ConfigError
 from unmask.files import check_file, check_folder
-from unmask.lab.training.run_folder import RunFolder
 from unmask.lab.training.series import checkpoint_state, deltas, find_run
 
 
 def write_delta(path: Path, step: int | None, output: Path | None, base: str | None) -> None:
-    """Writes the delta of one checkpoint, and prints what the delta holds.
-
-    Raises:
-        ConfigError: There is no such checkpoint, or the file exists already.
-    """
+    """Writes the delta of one checkpoint, and prints what the delta holds."""
     if output is not None:
         if output.is_file():
             raise ConfigError(f"{str(output)!r} exists already; give another --output.")
@@ -53,19 +48,14 @@ def list_checkpoints(path: Path, given: Mapping[str, Any]) -> None:
     evaluated = folder.evaluated()
     print(f"{'step':>8}  {'unmasked':>12}  evaluated")
     for step, found in folder.steps().items():
-        used = _used(folder, step) if found.whole else None
+        try:
+            used = int(checkpoint_state(folder, step)["used"]) if found.whole else None
+        except ConfigError:
+            used = None
         if used is None:
             print(f"{step:>8}  {'-':>12}  incomplete or damaged")
         else:
             print(f"{step:>8}  {used:>12,}  {_line(evaluated[step]) if step in evaluated else '-'}")
-
-
-def _used(folder: RunFolder, step: int) -> int | None:
-    """Returns the number of weights unmasked by then; None for a checkpoint that cannot be read."""
-    try:
-        return int(checkpoint_state(folder, step)["used"])
-    except ConfigError:
-        return None
 
 
 def _line(metrics: Mapping[str, float]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,13 +43,14 @@ class Options:
     dry_run: bool
     retry_failed: bool
 
+    @classmethod
+    def among(cls, given: Mapping[str, Any]) -> Options:
+        """Returns the options among a command's arguments."""
+        return cls(**{each.name: given[each.name] for each in fields(cls)})
+
 
 def go(sweep: Sweep, output: Path, options: Options) -> None:
-    """Runs a sweep and prints and writes its table, or lists its runs.
-
-    Raises:
-        Exit: With status 1, if runs failed.
-    """
+    """Runs a sweep and prints and writes its table, or lists its runs. It exits with status 1 if runs failed."""
     check_folder(output, "--output")
     sweep = changed(sweep, options)
     cells, store, console = expand(sweep), Store(output), Console()
@@ -76,17 +77,13 @@ def changed(sweep: Sweep, options: Options) -> Sweep:
     for axis, values in _pairs("--axis", options.axis).items():
         sweep = sweep.with_axis(axis, values)
     sweep = sweep.only(_pairs("--only", options.only))
-    given: dict[str, Any] = {"model": options.model, "data_dir": options.data_dir}
-    settings = {key: value for key, value in given.items() if value is not None} | parse_assignments(options.set_ or [])
-    return sweep.with_settings(settings)
+    given = {"model": options.model, "data_dir": options.data_dir}
+    settings = {key: value for key, value in given.items() if value is not None}
+    return sweep.with_settings(settings | parse_assignments(options.set_ or []))
 
 
 def with_protocol(sweep: Sweep, kind: str | None) -> Sweep:
-    """Returns the sweep under another protocol.
-
-    Raises:
-        ConfigError: There is none of that name.
-    """
+    """Returns the sweep under another protocol."""
     if kind not in (None, "paper", "seeds", "both"):
         raise ConfigError(f"protocol = {kind!r}; it must be paper, seeds or both.")
     return sweep if kind is None else replace(sweep, protocol=replace(sweep.protocol, kind=cast(Any, kind)))
@@ -124,8 +121,15 @@ def _finish(sweep: Sweep, store: Store, made: SweepReport, console: Console) -> 
     text = "\n\n".join([*sweep.notes, *map(markdown, shown)])
     write_text(store.folder / "table.md", f"{text}\n")
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-    for path in _figures(sweep, store, made, console):
-        console.print(f"figure: {path}", markup=False, highlight=False)
+    if sweep.figures:
+        from unmask.lab.report.drawing import draw_files
+
+        rows = records(made.cells, made.results, sweep.protocol, sweep.choice)
+        try:
+            for path in draw_files(sweep.figures, rows, store.folder / "figures"):
+                console.print(f"figure: {path}", markup=False, highlight=False)
+        except MissingExtraError as error:
+            console.print(f"no figures: {error}", markup=False)
     console.print(
         f"report: unmask report {store.folder} --output report.html", markup=False, highlight=False, soft_wrap=True
     )
@@ -136,19 +140,6 @@ def _finish(sweep: Sweep, store: Store, made: SweepReport, console: Console) -> 
             )
         console.print(f"{len(made.failed)} runs failed; --retry-failed does them again. Logs: {store.folder / 'logs'}")
         raise typer.Exit(1)
-
-
-def _figures(sweep: Sweep, store: Store, made: SweepReport, console: Console) -> list[Path]:
-    if not sweep.figures:
-        return []
-    from unmask.lab.report.drawing import draw_files
-
-    shown = records(made.cells, made.results, sweep.protocol, sweep.choice)
-    try:
-        return draw_files(sweep.figures, shown, store.folder / "figures")
-    except MissingExtraError as error:
-        console.print(f"no figures: {error}", markup=False)
-        return []
 
 
 def run_report(folders: Sequence[Path], output: Path) -> None:

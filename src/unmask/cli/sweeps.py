@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -49,7 +49,7 @@ def sweep(
     from unmask.cli.sweeping import Options, go
     from unmask.lab.study.parsing import read_sweep
 
-    go(read_sweep(file), output, Options(**_shared(locals())))
+    go(read_sweep(file), output, Options.among(locals()))
 
 
 def reproduce(
@@ -91,7 +91,7 @@ def reproduce(
 
     loaded = with_protocol(load(name, scale, preset), protocol)  # type: ignore[arg-type]  # checked by load
     folder = Path("runs", "reproduce", "-".join([name, scale, *([] if preset == "paper" else [preset])]))
-    go(loaded, output or folder, Options(**_shared(locals())))
+    go(loaded, output or folder, Options.among(locals()))
 
 
 def report(
@@ -102,26 +102,3 @@ def report(
     from unmask.cli.sweeping import run_report
 
     run_report(runs, output)
-
-
-def register(app: typer.Typer) -> None:
-    """Adds the commands to the command line."""
-    for command in (sweep, reproduce, report):
-        app.command()(command)
-
-
-def _shared(given: dict[str, Any]) -> dict[str, Any]:
-    names = (
-        "model",
-        "data_dir",
-        "workers",
-        "threads",
-        "devices",
-        "engine",
-        "axis",
-        "only",
-        "set_",
-        "dry_run",
-        "retry_failed",
-    )
-    return {name: given[name] for name in names}

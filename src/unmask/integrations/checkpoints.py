@@ -65,10 +65,7 @@ class _Fault(Exception):
 def seal(folder: Path, step: int, settings: Mapping[str, Any]) -> Path:
     """Writes the manifest of a complete checkpoint, once all its files are on the disk; returns the manifest's path.
 
-    Args:
-        folder: The checkpoint's folder.
-        step: The number of optimizer steps taken so far.
-        settings: The run's settings, as JSON values.
+    The manifest holds the number of optimizer steps taken so far, and the run's settings, as JSON values.
     """
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
@@ -152,11 +149,8 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         inner = [differences(old.get(k), new.get(k), f"{name}.{k}" if name else str(k)) for k in keys]
         return [line for lines in inner for line in lines]
     old, new = (list(value) if isinstance(value, tuple) else value for value in (old, new))
-    return [] if old == new else [f"{name}: {_plain(old)} -> {_plain(new)}"]
-
-
-def _plain(value: Any) -> str:
-    return "none" if value is None else str(value)
+    before, after = ("none" if value is None else str(value) for value in (old, new))
+    return [] if old == new else [f"{name}: {before} -> {after}"]
 
 
 def _step_of(folder: Path) -> int | None:
@@ -217,7 +211,13 @@ def _agreeing(folder: Path) -> int:
     for path in adapters:
         _load(path)
     try:
-        steps = _steps(loaded)
+        steps = {STATE_FILE: int(loaded[STATE_FILE]["step"])} if STATE_FILE in loaded else {}
+        if "num_bad_epochs" not in loaded["scheduler.pt"]:  # ReduceLROnPlateau counts evaluations instead
+            steps["scheduler.pt"] = int(loaded["scheduler.pt"]["last_epoch"])
+        held = [state.get("step") for state in loaded["optimizer.pt"]["state"].values()]
+        counts = [int(n) for n in held if isinstance(n, int | float) or (torch.is_tensor(n) and n.numel() == 1)]
+        if counts:
+            steps["optimizer.pt"] = max(counts)
         step = int(loaded[TRAINER_STATE]["global_step"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _Fault(f"its files do not form a checkpoint ({error!r})") from error
@@ -227,16 +227,6 @@ def _agreeing(folder: Path) -> int:
         named = ", ".join(f"{name} of step {step}" for name, step in steps.items())
         raise _Fault(f"its files belong to different steps ({named})")
     return step
-
-
-def _steps(loaded: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the step of each part that tells its step."""
-    steps = {STATE_FILE: int(loaded[STATE_FILE]["step"])} if STATE_FILE in loaded else {}
-    if "num_bad_epochs" not in loaded["scheduler.pt"]:  # ReduceLROnPlateau counts evaluations instead
-        steps["scheduler.pt"] = int(loaded["scheduler.pt"]["last_epoch"])
-    held = [state.get("step") for state in loaded["optimizer.pt"]["state"].values()]
-    counts = [int(one) for one in held if isinstance(one, int | float) or (torch.is_tensor(one) and one.numel() == 1)]
-    return steps | ({"optimizer.pt": max(counts)} if counts else {})
 
 
 def _load(path: Path) -> Any:

@@ -140,22 +140,15 @@ def new_optimizer(trainer: Trainer, selection: Selection) -> Optimizer:
     decaying = set(trainer.get_decay_parameter_names(trainer.model))  # type: ignore[arg-type]
     spared = [tensor.master for tensor in selection.dense if tensor.name not in decaying]
     rest = [p for p in selection.parameters() if not any(p is master for master in spared)]
-    groups = [
-        {"params": rest, "weight_decay": trainer.args.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    return kind([group for group in groups if group["params"]], **settings)
+    decays = ((rest, trainer.args.weight_decay), (spared, 0.0))
+    return kind([{"params": params, "weight_decay": decay} for params, decay in decays if params], **settings)
 
 
 # Checks.
 
 
 def check_optimizer(optimizer: Any, selection: Selection) -> None:
-    """Refuses an optimizer that was given to a Trainer and does not train the selection.
-
-    Raises:
-        ScheduleNotRunError: The optimizer does not hold the selected weights.
-    """
+    """Refuses an optimizer that was given to a Trainer and does not train the selection."""
     if not any(p is selection.clock() for group in _unwrapped(optimizer).param_groups for p in group["params"]):
         raise ScheduleNotRunError(
             "the Trainer's optimizer does not hold the selected weights (it was built before unmask.select, or from "
@@ -165,11 +158,7 @@ def check_optimizer(optimizer: Any, selection: Selection) -> None:
 
 
 def check_schedule(optimizer: Any, schedule: Any) -> None:
-    """Refuses a learning-rate schedule that drives another optimizer.
-
-    Raises:
-        ScheduleNotRunError: It does.
-    """
+    """Refuses a learning-rate schedule that drives another optimizer."""
     driven = _unwrapped(getattr(schedule, "optimizer", None))
     if driven is not None and driven is not _unwrapped(optimizer):
         raise ScheduleNotRunError(
@@ -207,11 +196,7 @@ def check_run(trainer: Trainer, selection: Selection, steps: int) -> None:
 
 
 def check_clip_scope(trainer: Trainer, scope: str) -> None:
-    """Refuses ``clip_scope="all"`` for a Trainer of several processes.
-
-    Raises:
-        ConfigError: The scope is ``"all"`` and there are several processes.
-    """
+    """Refuses ``clip_scope="all"`` for a Trainer of several processes."""
     if scope == "all" and trainer.args.world_size > 1:
         raise ConfigError(
             "clip_scope='all' knows the norm of one process's gradient only; use clip_scope='selected' with several."
@@ -247,7 +232,7 @@ def clip_in(trainer: Trainer, trained: Trained) -> None:
     Args:
         trainer: The Trainer.
         trained: Takes the parameters that the Trainer would clip; returns the live selection, and those of the parameters
-            that are trained besides. If it returns no selection, the Trainer clips as always.
+            that are trained in addition. If it returns no selection, the Trainer clips as always.
     """
     accelerator = trainer.accelerator
     present = accelerator.clip_grad_norm_
@@ -269,8 +254,7 @@ def keep_unwrapped(trainer: Trainer) -> None:
 def open_inputs(trainer: Trainer) -> bool:
     """Lets gradients pass reentrant gradient checkpointing, which needs an input that requires grad; all weights are frozen.
 
-    Returns:
-        True if the model's inputs were opened by this call; ``model.disable_input_require_grads()`` closes them.
+    It returns True if it opened the model's inputs; ``model.disable_input_require_grads()`` closes them.
     """
     model: Any = trainer.model
     settings: Any = trainer.args.gradient_checkpointing_kwargs or {}

@@ -95,9 +95,6 @@ class SelectiveCallback(TrainerCallback):
         self._checkpointing = self._finished = self._opened = False
         self._step = self._advanced = self._skipped = 0
         self._originals: dict[str, Any] = {}  # the Trainer's own methods
-        self._take_over()
-
-    def _take_over(self) -> None:
         replacements: dict[str, Callable] = {
             "train": self._train,
             "set_initial_training_values": self._set_initial_training_values,
@@ -109,10 +106,10 @@ class SelectiveCallback(TrainerCallback):
             "_load_best_model": self._load_best_model,
         }
         for name, method in replacements.items():
-            self._originals[name] = getattr(self.trainer, name)
-            setattr(self.trainer, name, method)
-        keep_unwrapped(self.trainer)
-        clip_in(self.trainer, lambda parameters: (self.live, ()))  # the model's own parameters are frozen
+            self._originals[name] = getattr(trainer, name)
+            setattr(trainer, name, method)
+        keep_unwrapped(trainer)
+        clip_in(trainer, lambda parameters: (self.live, ()))  # the model's own parameters are frozen
 
     @property
     def live(self) -> Selection:
@@ -140,25 +137,32 @@ class SelectiveCallback(TrainerCallback):
         return self._originals["train"](resume_from_checkpoint, *args, **kwargs)
 
     def _set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
-        """Begins an attempt: this is its first moment at which the Trainer knows how many steps it will make."""
-        values = self._originals["set_initial_training_values"](*args, **kwargs)
-        self._begin(int(values[-1]))
-        return values
+        """Begins an attempt, as soon as the Trainer knows how many steps it will make.
 
-    def _begin(self, steps: int) -> None:
-        """Selects, or goes back to where the first attempt started; then continues a checkpoint, if there is one."""
+        It selects, or goes back to where the first attempt started; then it continues a checkpoint, if there is one.
+        """
+        values = self._originals["set_initial_training_values"](*args, **kwargs)
+        steps = int(values[-1])
         self._undo()
         if not isinstance(self._selective, Selection):
             if self.selection is not None:
                 self.selection.release()
                 self.selection = self._attempt = None
-            self.selection = select(self._model, self._method(steps), **self._options)
+            given = self._selective
+            method = given if isinstance(given, Method) else given(steps) if callable(given) else None
+            if not isinstance(method, Method):
+                raise MethodError(
+                    f"SelectiveCallback was given {given!r}; give a method (unmask.id3(...)), a function from the number of "
+                    "steps to a method, or a selection."
+                )
+            self.selection = select(self._model, method, **self._options)
         check_run(self.trainer, self.live, steps)
         self._attempt = Attempt(self.trainer, (), self.live.state_dict())
         if self._checkpoints.resumed is not None:
             self.live.load_state_dict(state_to_resume(self._checkpoints.resumed, self.live, steps))
         self._finished = False
         self._opened = open_inputs(self.trainer) or self._opened
+        return values
 
     def _undo(self) -> None:
         if self._attempt is None:
@@ -170,29 +174,18 @@ class SelectiveCallback(TrainerCallback):
         self.live.load_state_dict(self._attempt.undo())
         _drop_gradients(self.live)
 
-    def _method(self, steps: int) -> Method:
-        given = self._selective
-        method = given if isinstance(given, Method) else given(steps) if callable(given) else None
-        if not isinstance(method, Method):
-            raise MethodError(
-                f"SelectiveCallback was given {given!r}; give a method (unmask.id3(...)), a function from the number of "
-                "steps to a method, or a selection."
-            )
-        return method
-
     @property
     def _model(self) -> nn.Module:
         return cast(nn.Module, self.trainer.model)
 
     def _create_optimizer(self, model: nn.Module | None = None) -> Any:
-        trainer = self.trainer
         if self._builds is None:
-            self._builds = trainer.optimizer is None
+            self._builds = self.trainer.optimizer is None
         if self._builds:
-            trainer.optimizer = new_optimizer(trainer, self.live)
+            self.trainer.optimizer = new_optimizer(self.trainer, self.live)
         else:
-            check_optimizer(trainer.optimizer, self.live)
-        return trainer.optimizer
+            check_optimizer(self.trainer.optimizer, self.live)
+        return self.trainer.optimizer
 
     # Checkpoints and evaluation.
 
@@ -213,7 +206,7 @@ class SelectiveCallback(TrainerCallback):
             torch.save(self.trainer.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Remembers the checkpoint, and refuses one that is not whole; `_begin` loads it.
+        """Remembers the checkpoint, and refuses one that is not whole; `_set_initial_training_values` loads it.
 
         The Trainer loads weights before it knows its number of steps, and the method may depend on that number.
         """

@@ -80,21 +80,18 @@ class WholeCheckpoints(TrainerCallback):
     def _train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self.resumed = None
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(self._newest().path)
+            folder = Path(str(self.trainer.args.output_dir))
+            whole, passed = newest(folder)
+            if whole is None:
+                faults = "".join(f"; {str(found.path)!r}: {found.fault}" for found in passed)
+                raise SelectionError(
+                    f"there is no whole checkpoint in {str(folder)!r} to resume from{faults}. Call train() without "
+                    "resume_from_checkpoint."
+                )
+            for found in passed:
+                warnings.warn(f"{str(found.path)!r} is passed over: {found.fault}", stacklevel=3)
+            resume_from_checkpoint = str(whole.path)
         return self._originals["train"](resume_from_checkpoint, *args, **kwargs)
-
-    def _newest(self) -> Checkpoint:
-        folder = Path(str(self.trainer.args.output_dir))
-        whole, passed = newest(folder)
-        if whole is None:
-            faults = "".join(f"; {str(found.path)!r}: {found.fault}" for found in passed)
-            raise SelectionError(
-                f"there is no whole checkpoint in {str(folder)!r} to resume from{faults}. Call train() without "
-                "resume_from_checkpoint."
-            )
-        for found in passed:
-            warnings.warn(f"{str(found.path)!r} is passed over: {found.fault}", stacklevel=4)
-        return whole
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         self.remember(resume_from_checkpoint)
@@ -141,15 +138,12 @@ class WholeCheckpoints(TrainerCallback):
 
 
 def state_to_resume(checkpoint: Checkpoint, selection: Selection, steps: int) -> dict[str, Any]:
-    """Reads the selection's state from a checkpoint, and refuses a checkpoint of another run.
+    """Reads the selection's state from a whole checkpoint, and refuses one of another budget or method.
 
     Args:
-        checkpoint: A whole checkpoint.
+        checkpoint: The checkpoint.
         selection: The selection that will load the state.
         steps: The number of steps that the Trainer has planned now.
-
-    Raises:
-        SelectionError: The checkpoint was made with another budget or another method.
     """
     state = read_state(checkpoint.path / STATE_FILE)
     present = {"budget": selection.budget, "method": selection.method.describe()}

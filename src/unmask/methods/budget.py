@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from fractions import Fraction
 
 from unmask.errors import MethodError
-
-if TYPE_CHECKING:
-    from fractions import Fraction
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,6 @@ BudgetLike = Budget | int | str
 
 def _number(digits: str, unit: str | None) -> Fraction:
     """Returns the exact value of digits with a unit."""
-    from fractions import Fraction
-
     number = Fraction(digits.replace("_", ""))
     return number / 100 if unit == "%" else number * _UNITS[(unit or "").upper()]
 

@@ -9,6 +9,7 @@ shape. A heuristic says what it ``needs``: ``"gradient"``, the gradient of the c
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -77,18 +78,14 @@ class Heuristic:
             The scores, of shape ``weight.shape``, in float32 (float64 for float64 weights).
         """
         if self.needs == "nothing":
-            return self.function(weight, _generator(self.parameters.get("seed", 0), *place))
+            import torch
+
+            seeds = (self.parameters.get("seed", 0), *place)
+            digest = hashlib.blake2b(repr(seeds).encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            return self.function(weight, generator)
         gradient = None if gradient is None else _at_least_float32(gradient)
         return self.function(_at_least_float32(weight), gradient, **self.parameters)
-
-
-def _generator(*seeds: int) -> torch.Generator:
-    import hashlib
-
-    import torch
-
-    digest = hashlib.blake2b(repr(seeds).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

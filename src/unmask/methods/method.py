@@ -143,7 +143,19 @@ stride=2, scope=all, allocation=global)
                 raise MethodError(f"{name} = {getattr(self, name)!r}; build one, for example with {how}.")
         if self.budget is not None:
             object.__setattr__(self, "budget", Budget.parse(self.budget))
-        self._check_calibration()
+        name = self.heuristic.name
+        if self.heuristic.needs == "calibration":
+            if self.calibration is None:
+                raise MethodError(
+                    f"the {name} heuristic needs a calibration: unmask.fish or unmask.sparse_adapter brings one."
+                )
+            if self.strategy == "repeat":
+                raise MethodError(
+                    f"the {name} heuristic is estimated once, before training; strategy='repeat' would need it again at "
+                    "each step."
+                )
+            if name == "synflow" and self.allocation != "global":
+                raise MethodError("synflow prunes round by round over all tensors together; leave allocation='global'.")
         if self.leaving == "kept" and self.strategy != "repeat":
             raise MethodError(
                 f"leaving = 'kept' is for strategy='repeat'; under strategy={self.strategy!r} leave leaving='restored'. "
@@ -156,21 +168,6 @@ stride=2, scope=all, allocation=global)
                 "unselected='zero' prunes before the first step, so the selection must be known then: take a heuristic that "
                 "needs no gradient of the step (unmask.sparse_adapter has five), and not strategy='repeat'."
             )
-
-    def _check_calibration(self) -> None:
-        name = self.heuristic.name
-        if self.heuristic.needs != "calibration":
-            return
-        if self.calibration is None:
-            raise MethodError(
-                f"the {name} heuristic needs a calibration: unmask.fish or unmask.sparse_adapter brings one."
-            )
-        if self.strategy == "repeat":
-            raise MethodError(
-                f"the {name} heuristic is estimated once, before training; strategy='repeat' would need it again at each step."
-            )
-        if name == "synflow" and self.allocation != "global":
-            raise MethodError("synflow prunes round by round over all tensors together; leave allocation='global'.")
 
     def but(self, **changes: Any) -> Method:
         """Returns a copy with some attributes changed.

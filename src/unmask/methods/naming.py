@@ -96,20 +96,12 @@ def layer_labels(names: Iterable[str]) -> dict[str, str]:
         >>> layer_labels(["encoder.block.0.a.weight", "decoder.block.0.a.weight", "shared.weight"])
         {'encoder.block.0.a.weight': 'encoder 0', 'decoder.block.0.a.weight': 'decoder 0', 'shared.weight': 'other'}
     """
-    listed = list(names)
-    stacks = {name: _stack(name) for name in listed}
-    several = len({stack for stack in stacks.values() if stack is not None}) > 1
-    return {name: _label(name, stacks[name] if several else None) for name in listed}
-
-
-def _label(name: str, stack: str | None) -> str:
-    layer = layer_of(name)
-    if layer is None:
-        return OTHER
-    return f"{stack} {layer}" if stack else layer
-
-
-def _stack(name: str) -> str | None:
-    """Returns the name of the stack that a layer is part of: the last piece of the path before ``layer.N``."""
-    match = _LAYER.search(f".{name}")
-    return f".{name}"[: match.start()].rpartition(".")[2] if match else None
+    found = {name: _LAYER.search(f".{name}") for name in names}
+    # The stack is the last piece of the path before ``layer.N``.
+    stacks = {name: f".{name}"[: match.start()].rpartition(".")[2] for name, match in found.items() if match}
+    several = len(set(stacks.values())) > 1
+    labels = {}
+    for name, match in found.items():
+        number = match[1] if match else OTHER
+        labels[name] = f"{stacks[name]} {number}" if several and stacks.get(name) else number
+    return labels

@@ -14,16 +14,7 @@ from typing import TYPE_CHECKING, Any
 from unmask.errors import MethodError
 from unmask.methods.budget import Budget, BudgetLike
 from unmask.methods.heuristics import Heuristic, heuristic
-from unmask.methods.method import (
-    Calibration,
-    Criterion,
-    GradType,
-    Leaving,
-    Method,
-    SampleType,
-    Unselected,
-    check_word,
-)
+from unmask.methods.method import Calibration, Criterion, GradType, Leaving, Method, SampleType, Unselected, check_word
 from unmask.methods.schedules import Cumulative, Schedule, uniform
 from unmask.methods.scopes import Scope
 
@@ -161,10 +152,8 @@ def sparse_adapter(
         MethodError: There is no such criterion, or another value is not allowed.
     """
     check_word("criterion", criterion, Criterion)
-    names = {
-        "magnitude": "large_magnitude",
-        "snip": "initial_snip",
-    }  # the other criteria are called as their heuristics
+    # The other criteria are called as their heuristics.
+    names = {"magnitude": "large_magnitude", "snip": "initial_snip"}
     by = heuristic("random", seed=seed) if criterion == "random" else heuristic(names.get(criterion, criterion))
     calibration = Calibration(loader, num_samples, loss=loss)
     return Method("sparse_adapter", Budget.parse(budget), by, "static", calibration=calibration, unselected=pruned)
@@ -211,11 +200,10 @@ def build(name: str, settings: Mapping[str, Any]) -> Method:
     if missing:
         raise MethodError(f"method {name!r} needs a value for {', '.join(missing)}.")
     method = preset(**{key: given[key] for key in arguments if key in given})
-    if "allocation" in given:
-        method = method.but(allocation=given["allocation"])
-    if "scope" in given:
-        scope = given["scope"]
-        method = method.but(scope=scope if isinstance(scope, Scope) else Scope(scope))
+    changes = {key: given[key] for key in ("allocation", "scope") if key in given}
+    if not isinstance(changes.get("scope", Scope()), Scope):
+        changes["scope"] = Scope(changes["scope"])
+    method = method.but(**changes)
     if "heuristic" in given:
         if method.heuristic.name != "d3":
             ranked = [key for key, each in PRESETS.items() if "exp" in inspect.signature(each).parameters]

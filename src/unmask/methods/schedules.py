@@ -64,8 +64,6 @@ SCHEDULES: dict[str, Cumulative] = {
     "front-loaded": front_loaded,
     "at-once": at_once,
 }
-
-
 # These compute in integers, so that b(t) cannot decrease and lies in 0..B; `Schedule.check` need not walk through them.
 _NEVER_DOWN = (uniform, front_loaded, at_once)
 

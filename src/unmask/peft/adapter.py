@@ -59,7 +59,14 @@ class Adapter:
         self.asked = False
         self._waiting = Waiting(self.values, list(parameters.values()))
         self._absent = False
-        self._foresee()
+        method = config.build(budget)
+        known = method.strategy == "static" and method.heuristic.needs not in ("gradient", "calibration")
+        if known and not config.inference_mode and not any(tensor.is_meta for tensor in layout.tensors):
+            # ``values`` get the weights that the first forward will give them, since an averager may copy them before.
+            with torch.no_grad():
+                positions = known_positions(method, self.ledger).to(self.values.device)
+                self.values.copy_(layout.read(positions, self.values.dtype))
+                self.ledger.writes.take()
 
     @property
     def layout(self) -> Layout:
@@ -92,37 +99,19 @@ class Adapter:
         """The number of optimizer steps taken."""
         return self.live.step
 
-    @torch.no_grad()
-    def _foresee(self) -> None:
-        """Gives ``values`` the weights that the first forward will, where these are known: an averager may copy them before."""
-        method = self.config.build(self.budget)
-        if method.strategy != "static" or method.heuristic.needs in ("gradient", "calibration"):
-            return
-        if self.config.inference_mode or any(tensor.is_meta for tensor in self.layout.tensors):
-            return
-        positions = known_positions(method, self.ledger).to(self.values.device)
-        self.values.copy_(self.layout.read(positions, self.values.dtype))
-        self.ledger.writes.take()
-
     def catch_up(self) -> None:
         """Brings new writes into ``values`` to the base's tensors, if they hold this adapter's values."""
         if self._absent or not self.written:
             return
         if self.selection is not None:
             self.selection.catch_up()
-        elif self.pending:
+        elif self.live.writes.new:
             self._rewrite()
-
-    @property
-    def pending(self) -> bool:
-        """True if there are writes into ``values`` that `catch_up` has not seen."""
-        return self.live.writes.new
 
     def converted(self) -> None:
         """Writes the values again after the base was moved or cast: tensors of a wider dtype may hold them more exactly."""
-        if (
-            self.written and not self._absent and self.ledger.positions.device == self.values.device
-        ):  # else `move` comes next
+        moved = self.ledger.positions.device != self.values.device  # then `move` comes next
+        if self.written and not self._absent and not moved:
             self.live.rebuild()  # on the tensors' devices
             self._rewrite()
         if self.selection is not None:
@@ -137,7 +126,13 @@ class Adapter:
     def start(self, model: nn.Module) -> None:
         """Starts the live selection, on the device where the base is now. The values must be in the tensors."""
         self.expect(False)
-        self._refuse_retired()
+        # PEFT ignores ``normalise`` in a config, with a warning, so this looks at the method in the adapter's record.
+        method = (self.config.record or {}).get("method")
+        if isinstance(method, Mapping) and "normalise" in method:
+            raise MethodError(
+                f"this adapter was trained with normalise = {method['normalise']!r}, which unmask no longer has, so it cannot be "
+                "trained further here; load it with is_trainable=False, or train it with the version of unmask that saved it."
+            )
         held = self.slots()
         self.layout.write(held.positions[: held.used], held.base[: held.used])  # selecting starts from base weights
         names = {id(p): name for name, p in named_parameters(model).items()}
@@ -158,21 +153,6 @@ class Adapter:
         if held.step or held.used:
             selection.load_state_dict({**selection.state_dict(), **held.entries(), "buffers": {}})
         self.selection = selection
-
-    def _refuse_retired(self) -> None:
-        """Refuses to train an adapter whose method had a part that unmask no longer has; the adapter may still be used.
-
-        PEFT ignores the setting itself, with a warning, so this looks at the method in the adapter's record.
-
-        Raises:
-            MethodError: The method had such a part.
-        """
-        method = (self.config.record or {}).get("method")
-        if isinstance(method, Mapping) and "normalise" in method:
-            raise MethodError(
-                f"this adapter was trained with normalise = {method['normalise']!r}, which unmask no longer has, so it cannot be "
-                "trained further here; load it with is_trainable=False, or train it with the version of unmask that saved it."
-            )
 
     def stop(self) -> None:
         """Ends the live selection, if there is one; the values stay in the tensors."""
@@ -203,15 +183,8 @@ class Adapter:
             self.expect(self.values.requires_grad)
 
     def expect(self, training: bool) -> None:
-        """Makes an optimizer's step before the next forward an error, or allows it.
-
-        Args:
-            training: True to make it an error.
-        """
-        if training:
-            watch(self._waiting)
-        else:
-            unwatch(self._waiting)
+        """Makes an optimizer's step before the next forward an error if ``training``, else allows it."""
+        (watch if training else unwatch)(self._waiting)
 
     # In and out of the tensors.
 
@@ -270,11 +243,7 @@ class Adapter:
         return Progress.of(self.slots(), any(t.dtype != self.values.dtype for t in self.layout.tensors))
 
     def slots_of(self, delta: SparseDelta, progress: Progress | None = None) -> Slots:
-        """Returns a delta's entries as slots; the base's tensors must hold the base.
-
-        Raises:
-            DeltaError: The delta does not fit the configuration, or ``progress`` is another delta's.
-        """
+        """Returns a delta's entries as slots, or refuses a delta that does not fit. The base's tensors must hold the base."""
         bounds = dict(zip(self.layout.names, self.layout.bounds.tolist(), strict=False))
         foreign = [name for name in delta.sparse if name not in bounds]
         if foreign:
@@ -290,21 +259,16 @@ class Adapter:
             flat = torch.cat([entry.indices.cpu() + bounds[name] for name, entry in parts])
             positions[:used] = flat.to(positions)
             values[:used] = torch.cat([entry.values.to(values) for _, entry in parts])
-            base[:used] = self._base_of(delta, positions[:used])
+            base[:used] = self.layout.read(positions[:used], self.values.dtype)
+            for index, held, places in self.layout.split(positions[:used]):
+                whole = delta.whole.get(self.layout.names[index])
+                if whole is not None:  # a tensor that the delta brings whole is its own base
+                    base[places] = whole.reshape(-1)[held.to(whole.device)].to(base)
         slots = Slots(positions, base, values, used, delta.provenance.step or 0)
         if progress is not None:
             progress.check([entry.values for _, entry in parts])
             slots = progress.arrange(slots)
         return slots
-
-    def _base_of(self, delta: SparseDelta, positions: Tensor) -> Tensor:
-        """Returns the base's weights at positions; a tensor that the delta brings whole is its own base."""
-        base = self.layout.read(positions, self.values.dtype)
-        for index, flat, places in self.layout.split(positions):
-            whole = delta.whole.get(self.layout.names[index])
-            if whole is not None:
-                base[places] = whole.reshape(-1)[flat.to(whole.device)].to(base)
-        return base
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy, or a pickle, takes over: it is not live, and has the slots that this adapter has now."""
@@ -346,11 +310,6 @@ class Pause:
     """Takes an adapter that trains out of the tensors for a while. Its graph and gradient stay valid.
 
     Preference optimization does this with a reference adapter, between the policy's forward and its backward.
-
-    Args:
-        adapter: The adapter; it has a live selection.
-        base_whole: The base's version of all tensors that the adapter may set whole.
-        tensors: The base's tensors.
     """
 
     def __init__(self, adapter: Adapter, base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -371,12 +330,7 @@ class Pause:
 
 
 class Waiting(Steppable):
-    """Refuses an optimizer's step that would train nothing: no forward has started the adapter's selection yet.
-
-    Args:
-        values: The adapter's.
-        tensors: The base's tensors that it may set.
-    """
+    """Refuses an optimizer's step that would train nothing: no forward has started the adapter's selection yet."""
 
     def __init__(self, values: nn.Parameter, tensors: Sequence[nn.Parameter]) -> None:
         self.model = nn.Module()  # no model has a live selection for it yet
@@ -388,11 +342,7 @@ class Waiting(Steppable):
         return any(parameter is tensor for tensor in self._tensors)
 
     def before_step(self, optimizer: Any) -> None:
-        """Refuses the step of an optimizer on values that no forward knows of.
-
-        Raises:
-            ScheduleNotRunError: Always.
-        """
+        """Refuses the step of an optimizer on values that no forward knows of, with a `ScheduleNotRunError`."""
         raise ScheduleNotRunError(
             "optimizer.step() was called, but no forward in grad mode has gone through the PEFT model since the adapter was "
             "added, made active or moved, so nothing would be trained. Call the PEFT model (or its base model) itself, not "

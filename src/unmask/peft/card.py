@@ -65,37 +65,26 @@ def section(record: Mapping[str, Any]) -> str:
     """
     with refusing(DataError, "the adapter's record", "Save the adapter again."):
         _RECORD(record, "record")
-    share = record["used"] / max(1, record["parameters"])
+    share, names = record["used"] / max(1, record["parameters"]), ", ".join(map(_code, record["dense"]))
+    method = record["method"]
+    settings = ", ".join(
+        f"{name} {value}" for name, value in {**method["parameters"], "steps": method["steps"]}.items()
+    )
     rows = {
         "base model": _code(record["base_id"] or "not known"),
         "base's fingerprint": _code(record["fingerprint"]),
-        "method": _method(record["method"]),
+        "method": _escaped(f"{method['name']} ({settings})"),
         "budget": f"{record['budget']:,} single weights",
         "selected": f"{record['used']:,} of {record['parameters']:,} weights ({share:.4%})",
-        "stored whole, outside the budget": f"{record['whole']:,} numbers" + _names(record["dense"]),
+        "stored whole, outside the budget": f"{record['whole']:,} numbers" + (f" ({names})" if names else ""),
         "optimizer steps": f"{record['step']:,}",
     }
-    lines = [
-        "## Selective fine-tuning",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {key} | {text} |" for key, text in rows.items()),
-    ]
-    return "\n".join([*lines, "", _USE])
+    lines = [f"| {key} | {text} |" for key, text in rows.items()]
+    return "\n".join(["## Selective fine-tuning", "", "| | |", "|---|---|", *lines, "", _USE])
 
 
 _USE = """The adapter holds the trained values of single weights (arXiv 2408.14470), not differences. It fits the base with this
 fingerprint bit for bit, and no other. To load it: `import unmask.peft`, then `peft.PeftModel.from_pretrained` as usual."""
-
-
-def _method(method: Mapping[str, Any]) -> str:
-    settings = {**method["parameters"], "steps": method["steps"]}
-    return _escaped(f"{method['name']} (" + ", ".join(f"{name} {value}" for name, value in settings.items()) + ")")
-
-
-def _names(names: list[str]) -> str:
-    return f" ({', '.join(map(_code, names))})" if names else ""
 
 
 def _code(words: str) -> str:

@@ -17,11 +17,7 @@ from unmask.ranking.ledger import Layout, Slots
 def refuse_combination(
     adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str, present: Sequence[str]
 ) -> None:
-    """Refuses a combination that cannot be made; ``present`` names the adapters that exist.
-
-    Raises:
-        ValueError: A name is unknown, missing or taken, or the combination is not linear.
-    """
+    """Refuses a combination that cannot be made; ``present`` names the adapters that exist."""
     unknown = [name for name in adapters if name not in present]
     if unknown or not adapters:
         raise ValueError(f"adapters = {adapters}; there are {list(present)}.")

@@ -115,7 +115,12 @@ class SelectiveConfig(PeftConfig):
             MethodError, "this SelectiveConfig", "Give another value (in adapter_config.json, if it stands there)."
         ):
             _FORM(vars(self), "config")
-            _check_expressions(self)
+            for name in ("target_modules", "exclude_modules"):
+                given = getattr(self, name)
+                try:
+                    re.compile(given if isinstance(given, str) else "")
+                except (re.error, RecursionError, OverflowError) as error:
+                    raise Malformed(f"{name} = {shown(given)} is not a regular expression ({error})") from error
         if self.method in _REFUSED:
             raise MethodError(f"method = {self.method!r}; {_REFUSED[self.method]}.")
         if self.method not in methods.PRESETS:
@@ -171,16 +176,6 @@ _FORM = fields(
         "base_model_name_or_path": optional(text),
     }
 )
-
-
-def _check_expressions(config: SelectiveConfig) -> None:
-    for name in ("target_modules", "exclude_modules"):
-        given = getattr(config, name)
-        if isinstance(given, str):
-            try:
-                re.compile(given)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise Malformed(f"{name} = {shown(given)} is not a regular expression ({error})") from error
 
 
 NAME = "UNMASK"

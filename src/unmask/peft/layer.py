@@ -7,7 +7,7 @@ module: the base's own tensors hold the active adapter's values. One adapter is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -17,10 +17,7 @@ from unmask.delta.base import missing_from_checkpoint
 from unmask.delta.delta import SparseDelta
 from unmask.delta.fingerprint import digest, fingerprint
 from unmask.errors import SelectionError
-from unmask.integrations.support import (
-    keep_unwrapped,
-    running_trainer,
-)
+from unmask.integrations.support import keep_unwrapped, running_trainer
 from unmask.peft.adapter import Adapter, Pause, changed
 from unmask.peft.private import BaseTunerLayer
 from unmask.peft.progress import Progress
@@ -79,19 +76,10 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.adapters]
         return self.adapters[names[0]] if names else None
 
-    def add(self, name: str, adapter: Adapter) -> None:
-        """Adds an adapter that sets no weight yet."""
-        self.adapters[name] = adapter
-        self.unmask_values[name] = adapter.values
-
     # PEFT's verbs.
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Makes one adapter active: its values go into the tensors, and another's are taken out.
-
-        Raises:
-            ValueError: There is more than one name.
-        """
+        """Makes one adapter active: its values go into the tensors, and another's are taken out. Several are refused."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(names) > 1:
             raise ValueError(
@@ -146,11 +134,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         """Does nothing; see `merge`."""
 
     def end(self, keep: bool) -> None:
-        """Makes the base an ordinary model again.
-
-        Args:
-            keep: If True, the tensors keep the active adapter's values; if False, they hold the base's.
-        """
+        """Makes the base an ordinary model again, with the active adapter's values if ``keep``, else with its own."""
         active = self.active
         if self._disable_adapters:
             self.enable_adapters(True)
@@ -214,11 +198,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
     # The base.
 
     def load(self, name: str, delta: SparseDelta, progress: Progress | None = None) -> None:
-        """Replaces the weights that an adapter holds by those of a delta.
-
-        Raises:
-            DeltaError: The delta does not fit the adapter's configuration; nothing has changed then.
-        """
+        """Replaces the weights that an adapter holds by those of a delta. One that does not fit changes nothing."""
         self.settle()
         adapter = self.adapters[name]
         with self.base_restored():
@@ -238,14 +218,11 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         with torch._C.DisableTorchFunctionSubclass():
             return {name: tensor.detach() for name, tensor in Base(self.model).tensors.items()}
 
-    @contextlib.contextmanager
-    def base_restored(self) -> Iterator[None]:
+    def base_restored(self) -> contextlib.AbstractContextManager[None]:
         """Puts the base's values into its tensors for the time of the context."""
         if self.active is None or self._disable_adapters or not self.active.written:
-            yield
-            return
-        with self.active.absent(self.base_of_whole, self.tensors()):
-            yield
+            return contextlib.nullcontext()
+        return self.active.absent(self.base_of_whole, self.tensors())
 
     def whole_of(self, adapter: Adapter) -> dict[str, Tensor]:
         """Returns the tensors that a saved adapter contains whole, by name: buffers it changed, and what the checkpoint lacks.
@@ -262,10 +239,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         return {name: adapter.initial(name, tensor) for name, tensor in whole.items()}
 
     def fingerprint(self, without: Container[str]) -> str:
-        """Returns the base's fingerprint over all its tensors except those named.
-
-        The tensors are hashed once, until the base is converted or moved.
-        """
+        """Returns the base's fingerprint over all tensors but those named; they are hashed once until it is moved or cast."""
         if self._digests is None:
             with self.base_restored():
                 self._digests = {name: digest(tensor) for name, tensor in self.tensors().items()}
@@ -289,7 +263,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         if trainer is not None and frozen and trainer.accelerator.distributed_type.value.startswith("MULTI_"):
             keep_unwrapped(trainer)
         held = {name: (p.device, p.dtype, p.detach()) for name, p in self.unmask_values.items()}
-        settled = [adapter for adapter in self.adapters.values() if not adapter.pending]
+        settled = [adapter for adapter in self.adapters.values() if not adapter.live.writes.new]
         super()._apply(fn, recurse)
         self._digests = None
         for name, (device, dtype, values) in held.items():

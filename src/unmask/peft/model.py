@@ -26,7 +26,6 @@ from unmask.peft.combine import combine_whole, combined_config, combined_slots, 
 from unmask.peft.config import PREFIX
 from unmask.peft.layer import SelectiveLayer
 from unmask.peft.private import AuxiliaryTrainingWrapper, BaseTuner, set_additional_trainable_modules
-from unmask.peft.progress import Progress
 from unmask.peft.saving import is_entry, put_entries, take_entries
 from unmask.peft.targets import Base, eligible, saved_whole
 from unmask.peft.training import Training
@@ -121,7 +120,8 @@ class SelectiveModel(BaseTuner):
 
     def _add(self, name: str, adapter: Adapter) -> None:
         config = adapter.config
-        self.deltas.add(name, adapter)
+        self.deltas.adapters[name] = adapter
+        self.deltas.unmask_values[name] = adapter.values
         self._ddp_params_and_buffers_to_ignore.append(f"base_model.deltas.unmask_values.{name}")
         self.targeted_module_names = sorted(
             {n.rpartition(".")[0] for a in self.deltas.adapters.values() for n in a.layout.names}
@@ -283,28 +283,25 @@ class SelectiveModel(BaseTuner):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self.deltas.adapters:
-            progress = self.deltas.adapters[name].progress()
-            put_entries(self.delta(name, modules_to_save=False), progress, name, prefix, destination)
+        for name, adapter in self.deltas.adapters.items():
+            put_entries(self.delta(name, modules_to_save=False), adapter.progress(), name, prefix, destination)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for name in self.deltas.adapters:
             saved = take_entries(name, prefix, state_dict)
-            if saved is not None:
-                self._load(name, *saved)
+            if saved is None:
+                continue
+            delta, progress = saved
+            mine = self.deltas.fingerprint({*delta.whole, *saved_whole(self.model, name)})
+            if mine != delta.base:
+                raise DeltaError(
+                    f"this model is not the base of adapter {name!r}: its fingerprint is {mine[:23]}..., the adapter was made on "
+                    f"{delta.metadata.get('base_id') or 'another base'!r} with {delta.base[:23]}... Its values were not loaded. "
+                    "Load that base, unmodified, in the same dtype and with the same modules_to_save."
+                )
+            delta.check_places(Base(self.model).tensors)
+            self.deltas.load(name, delta, progress)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _load(self, name: str, delta: SparseDelta, progress: Progress | None) -> None:
-        without = {*delta.whole, *saved_whole(self.model, name)}
-        mine = self.deltas.fingerprint(without)
-        if mine != delta.base:
-            raise DeltaError(
-                f"this model is not the base of adapter {name!r}: its fingerprint is {mine[:23]}..., the adapter was made on "
-                f"{delta.metadata.get('base_id') or 'another base'!r} with {delta.base[:23]}... Its values were not loaded. "
-                "Load that base, unmodified, in the same dtype and with the same modules_to_save."
-            )
-        delta.check_places(Base(self.model).tensors)
-        self.deltas.load(name, delta, progress)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -325,11 +322,7 @@ class SelectiveModel(BaseTuner):
 
 
 def tuner_of(model: PeftModel | SelectiveModel) -> SelectiveModel:
-    """Returns the `SelectiveModel` inside a PEFT model.
-
-    Raises:
-        MethodError: The PEFT model has another kind of adapter.
-    """
+    """Returns the `SelectiveModel` inside a PEFT model, and refuses a model with another kind of adapter."""
     tuner = model.base_model if isinstance(model, PeftModel) else model
     if not isinstance(tuner, SelectiveModel):
         raise MethodError(

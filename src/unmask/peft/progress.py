@@ -29,23 +29,14 @@ class Progress:
 
     @classmethod
     def of(cls, slots: Slots, rounded: bool) -> Progress:
-        """Returns the progress of an adapter.
-
-        Args:
-            slots: The adapter's.
-            rounded: True if a tensor has a narrower dtype than the values.
-        """
+        """Returns the progress of an adapter's slots, with masters if a tensor is narrower than the values (``rounded``)."""
         order = slots.positions[: slots.used].argsort()
         masters = slots.values[: slots.used][order].cpu() if rounded else None
         small = slots.used < 2**31
         return cls(order.to("cpu", torch.int32 if small else torch.int64), masters)
 
     def check(self, values: Sequence[Tensor]) -> None:
-        """Refuses a progress that does not belong to a delta with these values.
-
-        Raises:
-            DeltaError: The order is no numbering of the values, or the masters do not round to them.
-        """
+        """Refuses a progress that does not belong to a delta with these values."""
         count = sum(part.numel() for part in values)
         whole = self.order.dtype in (torch.int32, torch.int64)
         if not whole or not torch.equal(self.order.long().sort().values, torch.arange(count)):

@@ -10,11 +10,10 @@ key.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from unmask.delta.delta import SparseDelta
 from unmask.delta.file import INDICES, SLOTS, VALUES, WHOLE, pack, unpack
@@ -32,15 +31,7 @@ _ENDINGS = {kind: f".{PREFIX}{kind.removeprefix('::')}" for kind in (INDICES, VA
 def put_entries(
     delta: SparseDelta, progress: Progress | None, adapter: str, prefix: str, state: MutableMapping[str, Any]
 ) -> None:
-    """Adds a delta to a state dict.
-
-    Args:
-        delta: The adapter's delta.
-        progress: What training needs to go on from the delta, or None.
-        adapter: The adapter's name.
-        prefix: The tuner's place in the state dict, ``"base_model."``.
-        state: The state dict, which gets the entries.
-    """
+    """Adds an adapter's delta and progress to a state dict. ``prefix`` is the tuner's place there, ``"base_model."``."""
     tensors, header = pack(delta.sparse, delta.whole, delta.base, delta.metadata)
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition("::")
@@ -56,11 +47,7 @@ def put_entries(
 def take_entries(
     adapter: str, prefix: str, state: MutableMapping[str, Any]
 ) -> tuple[SparseDelta, Progress | None] | None:
-    """Takes an adapter's delta and progress out of a state dict. Returns None if it has no entry of this adapter.
-
-    Raises:
-        DeltaError: An entry is missing or was altered.
-    """
+    """Takes an adapter's delta and progress out of a state dict. Returns None if it has no entry of this adapter."""
     tensors = {}
     for key in [key for key in state if is_entry(key, adapter)]:
         tensors[key.removeprefix(prefix).removesuffix(f".{adapter}")] = state.pop(key).cpu()
@@ -69,18 +56,17 @@ def take_entries(
     header, order, masters = (tensors.pop(key, None) for key in (_HEADER, _ORDER, _MASTERS))
     if header is None:
         raise DeltaError(f"adapter {adapter!r} lacks its header; the file is incomplete. Take another copy.")
+    with refusing(DeltaError, "the adapter's header", "Take another copy."):
+        if header.dtype != torch.uint8 or header.ndim != 1:
+            raise Malformed(f"it is {header.dtype} of shape {tuple(header.shape)} and must be a vector of bytes")
+        read = dict(fields({})(parse_json(header.numpy().tobytes(), MOST_HEADER), "the header"))
     named = {_delta_key(key): tensor for key, tensor in tensors.items()}
-    delta = SparseDelta(*unpack(named, _read(header), f"adapter {adapter!r}"))
+    delta = SparseDelta(*unpack(named, read, f"adapter {adapter!r}"))
     return delta, None if order is None else Progress(order, masters)
 
 
 def is_entry(key: str, adapter: str | None) -> bool:
-    """Returns True if a key is an entry of a selective adapter.
-
-    Args:
-        key: The key.
-        adapter: The adapter's name, which a model's state dict appends; None for a file, which has no names.
-    """
+    """Returns True if a key is an entry of the adapter of this name; None stands for a file, whose keys have no name."""
     if adapter is not None:
         if not key.endswith(f".{adapter}"):
             return False
@@ -94,11 +80,3 @@ def _delta_key(key: str) -> str:
         if key.endswith(ending):
             return key.removeprefix(_BASE).removesuffix(ending) + kind
     raise DeltaError(f"the adapter holds an entry {key!r} that belongs to nothing. Take another copy.")
-
-
-def _read(header: Tensor) -> Mapping[str, Any]:
-    """Reads the header out of its tensor of bytes."""
-    with refusing(DeltaError, "the adapter's header", "Take another copy."):
-        if header.dtype != torch.uint8 or header.ndim != 1:
-            raise Malformed(f"it is {header.dtype} of shape {tuple(header.shape)} and must be a vector of bytes")
-        return dict(fields({})(parse_json(header.numpy().tobytes(), MOST_HEADER), "the header"))

@@ -29,9 +29,6 @@ class Base:
     PEFT replaces each of ``modules_to_save`` with a wrapper. The wrapper holds the base's module under another name, and one
     copy of it for each adapter; the copies are not part of the base.
 
-    Args:
-        model: The base, with PEFT's wrappers.
-
     Attributes:
         parameters: The base's parameters by name.
         buffers: The base's persistent buffers by name.
@@ -77,11 +74,8 @@ def saved_whole(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 def eligible(model: nn.Module, config: SelectiveConfig, method: Method) -> dict[str, nn.Parameter]:
     """Returns the parameters in which an adapter may select weights, sorted by the base's names.
 
-    Args:
-        model: The base.
-        config: The configuration, with its ``target_modules`` and ``exclude_modules``. The function replaces
-            ``"all-linear"`` in it by the names of the linear layers.
-        method: The method; its scope narrows the choice (``bitfit``).
+    The function replaces ``"all-linear"`` in the configuration by the names of the linear layers. The method's scope narrows
+    the choice (``bitfit``).
 
     Raises:
         MethodError: A tensor is quantised, nothing is left, or ``exclude_modules`` excludes nothing.
@@ -96,7 +90,12 @@ def eligible(model: nn.Module, config: SelectiveConfig, method: Method) -> dict[
     parameters = named_parameters(model)
     scope = {id(parameters[name]) for name in method.scope.names(model)}
     wanted = (inside & scope) - outside
-    _refuse_quantised(model, wanted)
+    quantised = [name for name in sources(model) if name in parameters and id(parameters[name]) in wanted]
+    if quantised:
+        raise MethodError(
+            f"{quantised[0]!r} is quantised, and a SelectiveConfig cannot train it. Use unmask.select(model, ...), which puts a "
+            "sidecar next to it (docs/quantised.md), or leave it out of target_modules."
+        )
     chosen = {
         name: parameter
         for name, parameter in sorted(base.parameters.items())
@@ -113,17 +112,6 @@ def eligible(model: nn.Module, config: SelectiveConfig, method: Method) -> dict[
             f"exclude_modules = {config.exclude_modules!r} excludes nothing; modules are like {_some(model)}."
         )
     return chosen
-
-
-def _refuse_quantised(model: nn.Module, wanted: set[int]) -> None:
-    """Refuses quantised tensors: an adapter's values lie in the base's own tensors, and a quantised one cannot hold them."""
-    parameters = named_parameters(model)
-    quantised = [name for name in sources(model) if name in parameters and id(parameters[name]) in wanted]
-    if quantised:
-        raise MethodError(
-            f"{quantised[0]!r} is quantised, and a SelectiveConfig cannot train it. Use unmask.select(model, ...), which puts a "
-            "sidecar next to it (docs/quantised.md), or leave it out of target_modules."
-        )
 
 
 def _matched(model: nn.Module, base: Base, config: SelectiveConfig) -> tuple[set[str], set[str]]:
@@ -151,20 +139,13 @@ def _below(model: nn.Module, base: Base, modules: set[str]) -> set[int]:
     found = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         own = base.name_of(name)
-        if own is not None and any(owner in modules for owner in _owners(own)):
+        if own is None:
+            continue
+        parts = own.split(".")[:-1]
+        owners = (".".join(parts[:count]) for count in range(len(parts) + 1))  # "", "a" and "a.b" of "a.b.weight"
+        if not modules.isdisjoint(owners):
             found.add(id(parameter))
     return found
-
-
-def _owners(name: str) -> list[str]:
-    """Returns the names of the modules that contain a parameter, the innermost last.
-
-    Example:
-        >>> _owners("a.b.weight")
-        ['', 'a', 'a.b']
-    """
-    parts = name.split(".")[:-1]
-    return [".".join(parts[:count]) for count in range(len(parts) + 1)]
 
 
 def _some(model: nn.Module) -> str:

@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unmask.errors import MethodError
 from unmask.integrations.support import Attempt, check_clip_scope, clip_in, planned_steps, running_trainer
 from unmask.peft.adapter import Adapter
 from unmask.peft.layer import SelectiveLayer
 from unmask.peft.targets import saved_whole
-from unmask.ranking.ledger import Slots
 from unmask.selection.selection import Selection
 
 
 class Training:
-    """The training of a layer's active adapter.
-
-    Args:
-        layer: The adapters.
-    """
+    """The training of a layer's active adapter."""
 
     def __init__(self, layer: SelectiveLayer) -> None:
         self._layer = layer
@@ -39,11 +34,22 @@ class Training:
             adapter.stop()  # the user froze it by hand
             return
         self._follow(adapter)
-        if adapter.selection is None and self._steps_are_known(adapter):
+        if adapter.selection is not None:
+            adapter.selection.check_model()
+            return
+        config = adapter.config
+        if config.needs_total_steps:
+            config.total_steps, adapter.asked = planned_steps(running_trainer()), True
+        if not config.needs_total_steps:
             layer.settle()
             adapter.start(layer.model)
-        elif adapter.selection is not None:
-            adapter.selection.check_model()
+        elif layer.model.training:
+            name = layer.name_of(adapter)
+            raise MethodError(
+                f"adapter {name!r} spreads its budget over total_steps, which is not set, and no transformers Trainer runs this "
+                "step. Give SelectiveConfig(total_steps=...) the planned number of optimizer steps, or set "
+                f"model.peft_config[{name!r}].total_steps before the first step."
+            )
 
     def _follow(self, adapter: Adapter) -> None:
         """Finds the Trainer's attempt that this forward belongs to, and undoes an attempt that has failed."""
@@ -54,7 +60,12 @@ class Training:
             return
         trainer = running_trainer()
         if attempt is not None and attempt.failed:
-            self._go_back(adapter, attempt)
+            adapter.withdraw(self._layer.base_of_whole, self._layer.tensors())
+            slots, adapter.whole = attempt.undo()
+            adapter.load(slots)
+            adapter.write(self._layer.tensors())
+            if adapter.asked:
+                adapter.config.total_steps = None
         adapter.attempt = None
         if trainer is None or planned_steps(trainer) is None:
             return
@@ -64,37 +75,9 @@ class Training:
             check_clip_scope(trainer, "all")
             clip_in(trainer, self.trained)
 
-    def _go_back(self, adapter: Adapter, attempt: Attempt[tuple[Slots, dict[str, Tensor]]]) -> None:
-        adapter.withdraw(self._layer.base_of_whole, self._layer.tensors())
-        slots, adapter.whole = attempt.undo()
-        adapter.load(slots)
-        adapter.write(self._layer.tensors())
-        if adapter.asked:
-            adapter.config.total_steps = None
-
     def trained(self, parameters: Sequence[nn.Parameter]) -> tuple[Selection | None, list[nn.Parameter]]:
-        """Finds what is trained now.
-
-        Args:
-            parameters: Parameters of the PEFT model.
-
-        Returns:
-            The active adapter's live selection, None if there is none; and the parameters that are trained in addition to it.
-        """
+        """Returns the active adapter's live selection, if any, and those of the parameters that are trained in addition."""
         adapter = self._layer.active
         if adapter is None or adapter.selection is None:
             return None, []
         return adapter.selection, [p for p in parameters if p.requires_grad and p is not adapter.values]
-
-    def _steps_are_known(self, adapter: Adapter) -> bool:
-        config = adapter.config
-        if config.needs_total_steps:
-            config.total_steps, adapter.asked = planned_steps(running_trainer()), True
-        if config.needs_total_steps and self._layer.model.training:
-            name = self._layer.name_of(adapter)
-            raise MethodError(
-                f"adapter {name!r} spreads its budget over total_steps, which is not set, and no transformers Trainer runs this "
-                "step. Give SelectiveConfig(total_steps=...) the planned number of optimizer steps, or set "
-                f"model.peft_config[{name!r}].total_steps before the first step."
-            )
-        return not config.needs_total_steps
