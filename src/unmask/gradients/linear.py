@@ -74,23 +74,15 @@ class _LinearHandlers:
         self._dense = dense
         self._last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
 
-    def linear(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         """Handles ``F.linear(input, weight, bias)``."""
+        return self._apply(input, weight, bias, transposed=False)
 
-        def run(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-            return self._apply(input, weight, bias, transposed=False)
-
-        return run(*args, **kwargs)
-
-    def addmm(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def addmm(self, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Any:
         """Handles ``torch.addmm(bias, input, weight)``."""
-
-        def run(input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Any:
-            if options or input.ndim != 1:
-                return NotImplemented
-            return self._apply(mat1, mat2, input, transposed=True)
-
-        return run(*args, **kwargs)
+        if options or input.ndim != 1:
+            return NotImplemented
+        return self._apply(mat1, mat2, input, transposed=True)
 
     def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Any:
         if not isinstance(weight, TappedParameter) or weight.ndim != 2 or isinstance(x, TappedParameter):

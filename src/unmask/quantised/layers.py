@@ -19,7 +19,7 @@ from unmask.errors import SelectionError
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors
 from unmask.gradients.sampled import Product, choose, sampled_product, spread
-from unmask.gradients.tapped import StandIn, TappedParameter, has_site, set_of, stand_in_of
+from unmask.gradients.tapped import StandIn, TappedParameter, has_site, site_of, stand_in_of
 from unmask.gradients.wrappers import named_parameters
 from unmask.quantised.sidecar import Sidecar, SparseMatrix
 from unmask.quantised.sources import Source, Unsupported, sources
@@ -154,7 +154,7 @@ def pass_to_bias(layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None
     if not isinstance(bias, TappedParameter):  # This is a copy of a model in training.
         return None
     with torch._C.DisableTorchFunctionSubclass():
-        proxy = set_of(bias).use(bias)
+        proxy = site_of(bias).taps.use(bias)
         return output + _Shadow.apply(proxy, output.dtype) if proxy.requires_grad else None
 
 
