@@ -1,4 +1,4 @@
-"""The Fisher estimate equals a loop over batches of one, whatever layers the model has."""
+"""Checks that the Fisher estimate equals a loop over batches of one, for every kind of layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Output:
 
 
 class Net(nn.Module):
-    """What the one pass handles, and what falls back to the loop."""
+    """Has layers that the one pass handles, and others that fall back to the loop."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ def loader(sizes, length=T):
 
 
 def reference(model, calibration):
-    """Definition: E over examples of the power of the example's own gradient, in eval mode."""
+    """Computes the definition: E over examples of the power of the example's own gradient, in eval mode."""
     model = copy.deepcopy(model).eval().requires_grad_(True)
     singles = [{k: v[i : i + 1] for k, v in b.items()} for b in calibration.loader for i in range(len(b["labels"]))]
     singles = singles[: calibration.num_samples]
@@ -89,7 +89,7 @@ def estimate(model, calibration):
     return {layout.names[i]: f for i, f in estimate_fisher(model, layout, calibration).items()}
 
 
-def check(model, calibration):
+def assert_is_reference(model, calibration):
     expected, actual = reference(model, calibration), estimate(model, calibration)
     assert actual.keys() == expected.keys()
     for name in expected:
@@ -117,7 +117,7 @@ def both(function):
 @both
 @pytest.mark.parametrize(("sizes", "samples"), [([4, 4, 4], 10), ([7], 7), ([1, 3], 100), ([T, T], 2 * T), ([2, 2], 3)])
 def test_the_estimate_is_the_loop_over_single_examples(sample_type, grad_type, sizes, samples):
-    check(Net(), Calibration(loader(sizes), samples, sample_type, grad_type))
+    assert_is_reference(Net(), Calibration(loader(sizes), samples, sample_type, grad_type))
 
 
 @both
@@ -128,7 +128,7 @@ def test_a_transformers_model(sample_type, grad_type):
     for batch in data:
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch["attention_mask"][:2, 3:] = 0
-    check(model, Calibration(data, 10, sample_type, grad_type))
+    assert_is_reference(model, Calibration(data, 10, sample_type, grad_type))
 
 
 def test_only_what_needs_the_loop_gets_it(monkeypatch):
@@ -151,7 +151,7 @@ def test_only_what_needs_the_loop_gets_it(monkeypatch):
 @pytest.mark.parametrize("position_ids", ["flat", "row"])
 @pytest.mark.parametrize("batch", [T, T + 1, T - 1])
 def test_a_sequence_as_long_as_the_batch_is_large_is_not_taken_for_the_batch(batch, position_ids):
-    """Position ids of shape (T,), as in GPT code, and a sequence-first linear layer."""
+    """Tries position ids of shape (T,), as in GPT code, and a sequence-first linear layer."""
 
     class Positions(nn.Module):
         def __init__(self):
@@ -166,7 +166,7 @@ def test_a_sequence_as_long_as_the_batch_is_large_is_not_taken_for_the_batch(bat
             logits = self.head(x)
             return Output(None if labels is None else F.cross_entropy(logits, labels), logits)
 
-    check(Positions(), Calibration(loader([batch, batch]), 2 * batch))
+    assert_is_reference(Positions(), Calibration(loader([batch, batch]), 2 * batch))
 
 
 def test_token_labels_count_each_example_by_its_own_mean():
@@ -184,7 +184,7 @@ def test_token_labels_count_each_example_by_its_own_mean():
         batch["labels"] = torch.randint(0, CLASSES, batch["input_ids"].shape)
         batch["labels"][:, 3:] = -100
         batch["labels"][0, 1:] = -100
-    check(Tagger(), Calibration(data, 6))
+    assert_is_reference(Tagger(), Calibration(data, 6))
 
 
 @pytest.mark.parametrize("shape", ["tensor", "tuple", "list", "mapping"])

@@ -1,4 +1,4 @@
-"""SparseAdapter: each criterion equals a dense reference worked by hand, and what is pruned is zero and stays zero."""
+"""Checks SparseAdapter: each criterion equals a dense reference by hand, and pruned weights are and stay zero."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def by_name(layout: Layout, scores: dict[int, Tensor]) -> dict[str, Tensor]:
 
 
 def mean_loss(model: nn.Module) -> Tensor:
-    """Of all examples alike, whatever batch they came in."""
+    """Returns the mean over all examples, which does not depend on their batches."""
     return cross_entropy(model, (torch.cat([x for x, _ in DATA]), torch.cat([y for _, y in DATA])))
 
 
@@ -82,7 +82,7 @@ def test_grasp_is_weight_times_a_row_of_the_dense_hessian_times_the_gradient() -
 
 
 def test_grasp_differentiates_attention_twice() -> None:
-    """Fused attention has no second derivative: the scores are those of the plain attention."""
+    """Checks that the scores are those of plain attention: fused attention has no second derivative."""
     results = []
     for attention in ("sdpa", "eager"):
         model = lora_bert(attention=attention, init_lora_weights=False)
@@ -94,7 +94,7 @@ def test_grasp_differentiates_attention_twice() -> None:
 
 
 def test_synflow_of_one_round_is_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """R = 1'(|U| (|D| 1 + |d|) + |u|): a path's flow is the product of what flows in and what flows on."""
+    """Checks R = 1'(|U| (|D| 1 + |d|) + |u|): a path's flow is the product of what flows in and what flows on."""
     monkeypatch.setattr(synflow, "ROUNDS", 1)
     model = adapted()
     layout = laid_out(model)
@@ -118,7 +118,7 @@ def test_synflow_falls_exponentially_and_ends_at_the_budget() -> None:
 
 
 def _synflow_by_hand(model: nn.Module, budget: int, total: int) -> dict[str, list[int]]:
-    """The same loop on a network that is really pruned, round by round."""
+    """Runs the same loop on a network that is really pruned, round by round."""
     with torch.no_grad():
         for p in inside(model).values():
             p.abs_()

@@ -1,4 +1,4 @@
-"""Gradients that are not formed whole: what a ranking gets from factors is what it gets from the dense product."""
+"""Compares what a ranking gets from factors with what it gets from the dense product."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=["bands", "halves", "as it decides"])
 def always(request, monkeypatch):
-    """Bands of a few rows, or bfloat16 first, whatever they rule out: tests are too small for the choice."""
+    """Forces bands of a few rows, or bfloat16 first: tests are too small for the choice."""
     if request.param != "as it decides":
         monkeypatch.setattr(factors, "_MOST", 2.0)
         monkeypatch.setattr(factors, "BAND", 64)
@@ -36,7 +36,7 @@ def always(request, monkeypatch):
 
 
 def uneven(tokens, rows, columns, dtype=torch.float32, seed=0):
-    """Factors whose rows and columns differ in size by orders of magnitude."""
+    """Makes factors whose rows and columns differ in size by orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.randn(tokens, rows, generator=generator, dtype=torch.float64)
     right = torch.randn(tokens, columns, generator=generator, dtype=torch.float64)
@@ -74,7 +74,7 @@ def test_every_entry_above_is_found(dtype, shape, share):
 
 @pytest.fixture
 def plain(monkeypatch):
-    """No product in bfloat16, whatever the CPU."""
+    """Forbids the product in bfloat16 on every CPU."""
     monkeypatch.setattr(factors, "_halves_pay", lambda x: False)
 
 
@@ -148,7 +148,7 @@ def test_an_input_that_has_changed_gets_new_norms():
 
 @pytest.mark.parametrize("steps", range(1, 24))
 def test_rounding_down_of_both_factors_and_of_the_product_loses_no_entry(steps, monkeypatch):
-    """Both numbers lie just below the middle of two numbers of bfloat16, so that each loses nearly half a unit."""
+    """Takes two numbers just below the middle of two numbers of bfloat16: each loses nearly half a unit."""
     monkeypatch.setattr(factors, "_halves_pay", lambda x: True)
     monkeypatch.setattr(factors, "_SOME", 0.0)
     monkeypatch.setattr(factors, "_FEW", 1.0)
@@ -246,7 +246,7 @@ IDS = torch.tensor([[1, 5, 5], [49, 0, 7]])
 
 
 def both(backward):
-    """The first selection's result with dense gradients and with factors, after ``backward(model)``."""
+    """Returns the first selection's result with dense gradients and with factors, after ``backward(model)``."""
     results = []
     for gradients in ("dense", "sampled"):
         torch.manual_seed(0)

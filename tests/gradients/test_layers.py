@@ -1,4 +1,4 @@
-"""Whatever module a tensor stands in, the selection sees the gradient that autograd would have given it."""
+"""Checks that the selection sees the gradient that autograd would give, in every kind of module."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_selected_weights_move_by_their_own_gradient_and_no_others_move(case):
 
 @pytest.mark.parametrize("mode", ["candidates", "exact"])
 def test_dense_gradients_are_received_one_by_one_and_let_go(mode):
-    """In every micro-batch a layer's gradients are through before the next layer's are formed."""
+    """Checks that a layer's gradients are freed before the next layer's are formed, in every micro-batch."""
     model = mlp(width=16, depth=12)
     selection = unmask.select(model, unmask.id3(budget=50, steps=2), accumulation=mode)
     receive, alive, behind, most = selection._window.receive, [], set(), []
@@ -147,7 +147,7 @@ class Custom(nn.Module):
 
 
 def test_limitation_a_custom_autograd_function_hides_its_tensors_gradient():
-    """Function.apply does not go through __torch_function__: such a tensor counts as one that the loss does not reach."""
+    """Shows that Function.apply avoids __torch_function__: such a tensor counts as one that the loss does not reach."""
     model = Custom()
     selection = unmask.select(model, unmask.static_d3(budget=6))
     model(X).sum().backward()

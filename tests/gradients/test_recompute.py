@@ -1,4 +1,4 @@
-"""Inputs that are made again instead of saved: the same bits, and less memory."""
+"""Checks that inputs that are made again have the same bits as saved ones, and take less memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens without gradient are left out of a linear layer's backward, and nothing else changes."""
+"""Checks that leaving tokens without gradient out of a linear layer's backward changes nothing else."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_spread_rows():
 
 
 class Pooled(nn.Module):
-    """Two layers over tokens, of which a loss may see a few."""
+    """Has two layers over tokens, of which a loss may see a few."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sampled products against float64, and which product is chosen."""
+"""Compares sampled products with float64, and checks which product is chosen."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def operands(tokens, rows, columns, dtype=torch.float32, seed=0):
     return [torch.randn(tokens, width, generator=generator, dtype=torch.float64).to(dtype) for width in (rows, columns)]
 
 
-def check(g, x, entries, how):
-    """Against float64, with the error that a dot product of this length in float32 may have; one rounding if half."""
+def assert_exact(g, x, entries, how):
+    """Compares with float64: float32 dot products of this length may err so far; half precision rounds once."""
     exact = (g.double().t() @ x.double()).reshape(-1)[entries.flat]
     size = (g.double().abs().t() @ x.double().abs()).reshape(-1)[entries.flat]  # of the terms that are summed
     result = sampled_product(g, x, entries, how)
@@ -66,7 +66,7 @@ PLACES = {
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_any_count_of_tokens(how, dtype, tokens):
     g, x = operands(tokens, 48, 40, dtype)
-    check(g, x, PLACES["scattered"], how)
+    assert_exact(g, x, PLACES["scattered"], how)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -74,7 +74,7 @@ def test_any_count_of_tokens(how, dtype, tokens):
 @pytest.mark.parametrize("places", PLACES)
 def test_any_places(how, dtype, places):
     g, x = operands(300, 48, 40, dtype)
-    check(g, x, PLACES[places], how)
+    assert_exact(g, x, PLACES[places], how)
 
 
 LAYOUTS = {
@@ -98,7 +98,7 @@ def test_any_strides(how, dtype):
     for tokens in (1, 130, 385):
         g, x = operands(tokens, 48, 40, dtype)
         for left, right in itertools.product(LAYOUTS.values(), repeat=2):
-            check(left(g), right(x), PLACES["scattered"], how)
+            assert_exact(left(g), right(x), PLACES["scattered"], how)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -106,12 +106,12 @@ def test_any_strides(how, dtype):
 def test_widths_whose_rows_share_a_cache_set(dtype, widths):
     g, x = operands(270, *widths, dtype)
     for how in HOW:
-        check(g, x, scattered(*widths, min(400, widths[0] * widths[1])), how)
-        check(g.t().contiguous().t(), x, scattered(*widths, 17), how)
+        assert_exact(g, x, scattered(*widths, min(400, widths[0] * widths[1])), how)
+        assert_exact(g.t().contiguous().t(), x, scattered(*widths, 17), how)
 
 
 def in_a_fresh_thread(function):
-    """Scratch memory is a thread's own, so there it is empty."""
+    """Runs in a new thread, whose scratch memory is empty."""
     results = []
     thread = threading.Thread(target=lambda: results.append(function()))
     thread.start()
@@ -129,7 +129,7 @@ def test_a_smaller_call_sees_nothing_of_a_bigger_one_before_it():
         sampled_product(spoil, spoil, scattered(700, 700, 3), "sampled")
     for job, expected in [*jobs, *reversed(jobs)]:
         assert torch.equal(sampled_product(*job), expected)
-        check(*job)
+        assert_exact(*job)
 
 
 def test_the_same_memory_with_other_contents_or_strides_is_another_operand():
@@ -142,10 +142,10 @@ def test_the_same_memory_with_other_contents_or_strides_is_another_operand():
         lambda: None,
     ):
         for left, right in ((g, x), (x, g), (g[:48], x[:48].t()), (g[:48], x[:48]), (g[:200], x[:200]), (g, x)):
-            check(left, right, scattered(48, 48, 300), "sampled")
+            assert_exact(left, right, scattered(48, 48, 300), "sampled")
         change()
     for _ in range(5):  # freed, and perhaps allocated again at the same place
-        check(g, torch.randn(300, 48), scattered(48, 48, 300), "sampled")
+        assert_exact(g, torch.randn(300, 48), scattered(48, 48, 300), "sampled")
 
 
 @pytest.mark.parametrize("how", HOW)

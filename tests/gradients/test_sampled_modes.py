@@ -1,4 +1,4 @@
-"""Checkpointing, accumulation, tied weights, autocast and torch.compile, with and without dense gradients: one run each."""
+"""Trains with checkpointing, accumulation, tied weights, autocast and torch.compile, dense and sampled alike."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 
 class Tower(nn.Module):
-    """Two blocks behind an embedding that is tied with the output; a block can be checkpointed, or compiled."""
+    """Has two blocks behind an embedding that is tied with the output; a block can be checkpointed, or compiled."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ MODES = {
 
 @pytest.fixture(params=["compact", "sampled"])
 def how(request, monkeypatch):
-    """Every product that is not dense, where there is one."""
+    """Forces every product that is not dense, where there is one."""
     monkeypatch.setattr(linear, "choose", lambda *args, **options: request.param)
     monkeypatch.setattr(factors, "choose", lambda *args, **options: request.param)
     monkeypatch.setattr(factors, "_MOST", 2.0)

@@ -1,4 +1,4 @@
-"""Sampled linear operations in every precision and shape: the output bitwise, the gradient as exact as float32 allows."""
+"""Checks sampled linear operations in every precision and shape: equal outputs, gradients exact to float32."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def autocast(dtype):
 
 
 def exact(selection, g, x, transposed):
-    """The gradient at the slots in float64, of g and x as they are."""
+    """Returns the gradient at the slots in float64, of the unchanged g and x."""
     g, x = g.double().reshape(-1, g.shape[-1]), x.double().reshape(-1, x.shape[-1])
     whole = {"weight": x.t() @ g if transposed else g.t() @ x, "bias": g.sum(0)}
     flat = torch.cat([whole[name].reshape(-1) for name in selection.ledger.layout.names])
@@ -106,7 +106,7 @@ def test_autocast_of_one_layer(given, dtype, shape, bias, how):
 
 
 class Net(nn.Module):
-    """Query, key and value of one input, and inputs that autocast need not convert."""
+    """Has query, key and value of one input, and inputs that autocast need not convert."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +180,7 @@ def test_a_scaler_under_float16_autocast_skips_an_overflow_and_trains(method):
 
 
 def test_the_converted_input_is_that_of_the_moment():
-    """Query, key and value share a conversion; an input that has changed meanwhile is converted anew."""
+    """Checks that query, key and value share a conversion, and that a changed input is converted again."""
     model = nn.ModuleList([layer(bias=False), layer(bias=False)])
     selection = selected(model, budget="100%")
     x = torch.randn(5, 20)

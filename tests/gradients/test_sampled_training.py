@@ -1,4 +1,4 @@
-"""Steps that select nothing: gradients at the selected entries only train as whole gradients do, whatever the layer."""
+"""Checks that gradients at the selected entries train as whole gradients do, in steps that select nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from unmask.gradients import linear
 
 @pytest.fixture(params=["compact", "sampled"])
 def how(request, monkeypatch):
-    """Which product every linear operation takes; tests are too small for the cost model to take the second one."""
+    """Sets the product of every linear operation; tests are too small for the cost model to take the second one."""
     monkeypatch.setattr(linear, "choose", lambda *args, **options: request.param)
     return request.param
 

@@ -1,4 +1,4 @@
-"""The Triton kernel of the sampled product, run on the CPU by Triton's interpreter and compiled for GPUs that are not there.
+"""Runs the Triton kernel of the sampled product by Triton's interpreter, and compiles it for absent GPUs.
 
 The interpreter must be chosen before triton is imported, so this file is also the script that runs the cases in a process
 of its own; the tests compare what it saved.
@@ -35,7 +35,7 @@ GPUS = (("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64))
 
 
 class Case(NamedTuple):
-    """Operands of one product."""
+    """The operands of one product."""
 
     g: Tensor
     x: Tensor
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 
 def integers(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """From -8 to 8: products and sums are exact in float32, in any order."""
+    """Returns integers from -8 to 8: products and sums are exact in float32, in any order."""
     return torch.randint(-8, 9, shape, generator=generator).to(dtype)
 
 
@@ -85,7 +85,7 @@ SHAPES = {  # T, out, in, m
 
 
 def layouts() -> dict[str, Case]:
-    """The same values laid out otherwise: every one must give the bits of ``plain``."""
+    """Returns the same values in other layouts: every one must give the bits of ``plain``."""
     plain = make(150, 40, 70, 50)
     g, x, rows, columns = plain
     spread = torch.stack([x, x + 1], dim=2)[..., 0]  # every other element
@@ -103,7 +103,7 @@ def layouts() -> dict[str, Case]:
 
 
 def spoilt() -> dict[str, Case]:
-    """An infinite and an undefined operand, and the same without."""
+    """Returns operands with an infinite and an undefined number, and the same without."""
     clean = make(200, 20, 30, 120)
     g, x = clean.g.clone(), clean.x.clone()
     g[5, 3], x[7, 2] = torch.inf, torch.nan
@@ -135,7 +135,7 @@ def special() -> dict[str, Case]:
 
 
 def parts() -> dict[str, Case]:
-    """The entries of one case in several lots."""
+    """Returns the entries of one case in several lots."""
     whole = make(300, 50, 60, 100)
     picks = {
         "all": slice(None),
@@ -148,7 +148,7 @@ def parts() -> dict[str, Case]:
 
 
 def cases() -> dict[str, Case]:
-    """Every case by group and name."""
+    """Returns every case by group and name."""
     groups = {"layouts": layouts(), "spoilt": spoilt(), "special": special(), "parts": parts()}
     found = {f"{group}: {name}": case for group, named in groups.items() for name, case in named.items()}
     for name, shape in SHAPES.items():
@@ -224,12 +224,12 @@ def assembly(tmp_path_factory):
 
 
 def reference(case: Case) -> tuple[Tensor, Tensor]:
-    """The product in float64, and the sum of its terms' sizes."""
+    """Returns the product in float64, and the sum of its terms' sizes."""
     left, right = case.g.detach().double()[:, case.rows], case.x.detach().double()[:, case.columns]
     return (left * right).sum(0), (left * right).abs().sum(0)
 
 
-def check(result: Tensor, case: Case) -> None:
+def assert_exact(result: Tensor, case: Case) -> None:
     expected, size = reference(case)
     assert result.dtype == torch.float32
     assert result.shape == case.rows.shape
@@ -246,7 +246,7 @@ def test_the_interpreter_counts_as_available(runs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_float64(runs, shape, dtype):
-    check(runs["once"][f"normal: {shape}, {dtype}"], make(*SHAPES[shape], dtype))
+    assert_exact(runs["once"][f"normal: {shape}, {dtype}"], make(*SHAPES[shape], dtype))
 
 
 @needs_triton
@@ -261,7 +261,7 @@ def test_small_integers_are_exact(runs, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_very_wide_operands_are_copied_fewer_tokens_at_a_time(runs, dtype):
     assert (runs["held"], runs["small held"]) == (2048, 256)
-    check(runs["small"][f"normal: above a block, {dtype}"], make(*SHAPES["above a block"], dtype))
+    assert_exact(runs["small"][f"normal: above a block, {dtype}"], make(*SHAPES["above a block"], dtype))
     exact = f"integers: above a block, {dtype}"
     assert torch.equal(runs["small"][exact], runs["once"][exact])
 
@@ -277,7 +277,7 @@ def test_repeated_runs_give_the_same_bits(runs):
 @pytest.mark.parametrize("layout", layouts())
 def test_strides_and_index_dtypes_do_not_matter(runs, layout):
     result = runs["once"][f"layouts: {layout}"]
-    check(result, layouts()[layout])
+    assert_exact(result, layouts()[layout])
     assert torch.equal(result, runs["once"]["layouts: plain"])
     assert not result.requires_grad
 
@@ -286,7 +286,7 @@ def test_strides_and_index_dtypes_do_not_matter(runs, layout):
 @pytest.mark.parametrize("name", special())
 def test_special_values_and_places(runs, name):
     case, result = special()[name], runs["once"][f"special: {name}"]
-    check(result, case)
+    assert_exact(result, case)
     if len(case.rows) == 1:  # chosen so that float32 holds the result exactly, or nearest
         assert result.item() == reference(case)[0].float().item()
 
@@ -313,7 +313,7 @@ def test_an_entry_does_not_depend_on_the_others(runs, name, pick):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: str(gpu[1]))
 def test_compiles_without_atomics_or_tensor_cores(assembly, gpu, dtype):
-    """One version per dtype, whatever T and m: the order of the additions cannot change between calls."""
+    """Checks that one version per dtype serves all T and m: the order of the additions cannot change between calls."""
     kernels = collections.defaultdict(list)
     for name, text in assembly[(gpu[0], gpu[1], dtype)]:
         kernels[name].append(text)
@@ -339,7 +339,7 @@ def test_on_a_gpu(draw):
         case = make(*shape, dtype, draw)
         there = Case(*(tensor.cuda() for tensor in case))
         result = triton_sampled_product(*there)
-        check(result, case)
+        assert_exact(result, case)
         assert torch.equal(result, triton_sampled_product(*there))
         assert draw is normal or torch.equal(result.double().cpu(), reference(case)[0])
 

@@ -1,4 +1,4 @@
-"""What users put around a model or do to it before `select`: it works under the plain model's names, or `select` refuses it."""
+"""Checks that a wrapped or changed model works under the plain model's names, or that `select` refuses it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fabric(model: nn.Module) -> nn.Module:
 
 
 def run(wrap, wrapped_first: bool = True) -> tuple[nn.Module, unmask.Selection]:
-    """Three steps of a model in a wrapper, selected from before or after it was wrapped."""
+    """Trains a model in a wrapper for three steps, selected from before or after it was wrapped."""
     model = body()
     outside = wrap(model) if wrapped_first else model
     selection = unmask.select(outside, unmask.id3(12, steps=3))
@@ -126,7 +126,7 @@ def with_new_head(folder, seed: int = 1) -> nn.Module:
 
 
 class Held(nn.Module):
-    """As a LightningModule holds its model."""
+    """Holds its model as a LightningModule does."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Training on a quantised base is training on the float weights it stands for, and leaves the base as it is."""
+"""Checks that training on a quantised base equals training on its float weights, and does not change the base."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(net: nn.Module, method: unmask.Method, steps: int = 20, **options: str) 
 
 
 def assert_same_run(net: nn.Module, method: unmask.Method, **options: str) -> unmask.Selection:
-    """Against the same selection on the float network: same masks, the same losses and values but for rounding."""
+    """Compares with the same selection on the float network: equal masks, and losses and values up to rounding."""
     twin = as_float(net)
     mine, losses = run(net, method, **options)
     reference, expected = run(twin, method, **options)
@@ -84,7 +84,7 @@ def test_quantised_and_float_tensors_share_a_budget(kind):
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "torchao"])
 def test_biases_of_quantised_layers_train(kind):
-    """bitsandbytes hands the bias of its 8-bit layer to an autograd Function, where no tap sees it."""
+    """Trains biases that bitsandbytes' 8-bit layer hands to an autograd Function, where no tap sees them."""
     net = quantised(kind)
     selection = assert_same_run(net, unmask.bitfit())
     assert {"up.bias", "down.bias"} <= set(selection.indices)
@@ -100,7 +100,7 @@ def test_checkpointing_and_repeated_use(kind, options):
 @pytest.mark.parametrize("gradients", ["auto", "sampled", "dense"])
 @pytest.mark.parametrize("kind", ["int8", "nf4", "torchao"])
 def test_gradients_are_those_of_the_float_network(kind, gradients):
-    """The slots', in steps that select and that do not, and the input's, through base and sidecar."""
+    """Compares the gradients of the slots, in all kinds of steps, and of the input, through base and sidecar."""
     net = quantised(kind)
     selection = unmask.select(net, unmask.id3(200, steps=4, stride=2), gradients=gradients)
     optimizer = torch.optim.SGD(selection.parameters(), lr=1.0)
@@ -137,7 +137,7 @@ def test_accumulation_and_a_dropped_batch():
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "torchao"])
 def test_bfloat16_activations(kind):
-    """The base computes in bfloat16; the values are float32 and the change reaches the output."""
+    """Checks a base that computes in bfloat16: the values are float32 and the change reaches the output."""
     net = quantised(kind, torch.bfloat16)
     base = net(data(50).bfloat16()).detach()
     selection = unmask.select(net, unmask.id3(400, steps=4, stride=2).but(scope=MATRICES))
@@ -170,7 +170,7 @@ def test_autocast(kind):
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "torchao"])
 def test_inputs_of_every_shape(kind):
-    """One token, several dimensions, and no token at all, as an expert may get."""
+    """Tries one token, several dimensions, and no token at all, as an expert may get."""
     net = quantised(kind)
     run(net, unmask.random_mask(300).but(scope=MATRICES), steps=3)
     x = data(3, rows=6)
@@ -181,7 +181,7 @@ def test_inputs_of_every_shape(kind):
 
 
 class Watch(TorchDispatchMode):
-    """The largest float tensor that unmask's own code makes; what the base's library makes is not unmask's."""
+    """Records the largest float tensor that unmask's own code makes, and not what the base's library makes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ def _is_ours() -> bool:
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "nf4 nested", "torchao"])
 def test_nothing_is_dequantised_whole(kind, monkeypatch):
-    """Steps that select nothing make no float tensor of a matrix's size; those that select, one gradient at a time."""
+    """Checks that steps without selection make no float tensor of a matrix's size; others make one at a time."""
     monkeypatch.setattr(streamed, "BLOCK", 512)
     net, matrix = quantised(kind), WIDTH * HIDDEN
     selection = unmask.select(net, unmask.id3(60, steps=4, stride=2).but(scope=MATRICES))

@@ -1,4 +1,4 @@
-"""A delta of a quantised base: stored values, applied beside the base, undone exactly, merged only on request."""
+"""Checks a delta of a quantised base: stored values, applied next to the base, undone exactly, merged on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantised weights are read as their own libraries read them, in rows and at entries; other kinds are refused by name."""
+"""Checks that quantised weights are read as their libraries read them; other kinds are refused by name."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_rows_and_entries_are_the_librarys(kind):
 
 @pytest.mark.parametrize(("kind", "nested", "shape"), FOUR_BIT)
 def test_four_bits_of_every_shape(kind, nested, shape):
-    """Rows may begin inside a byte, and inside a block of one scale."""
+    """Tries rows that begin inside a byte, and inside a block of one scale."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     layer = bitsandbytes.nn.Linear4bit(shape[1], shape[0], quant_type=kind, compress_statistics=nested).to("cpu")
     read = sources(layer)["weight"]
@@ -178,7 +178,7 @@ def test_excluded_kinds_are_no_hindrance():
 
 @pytest.mark.parametrize("held", [True, False])
 def test_evaluation_on_a_cpu_with_bfloat16_arithmetic(held):
-    """There bitsandbytes repacks 4-bit weights at the first evaluation and rounds their scales: the base would be lost."""
+    """Checks that bitsandbytes does not repack 4-bit weights and round their scales: the base would be lost."""
     functional = pytest.importorskip("bitsandbytes.functional")
     if not functional.has_avx512bf16():
         pytest.skip("this CPU has no AVX512-BF16")

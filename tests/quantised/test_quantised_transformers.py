@@ -1,4 +1,4 @@
-"""transformers' quantised models: the page's example, the Trainer, checkpoints, merging."""
+"""Checks transformers' quantised models: the page's example, the Trainer, checkpoints, merging."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = ("int8", "nf4")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    """A float checkpoint of a tiny BERT with its head."""
+    """Makes a float checkpoint of a tiny BERT with its head."""
     path = tmp_path_factory.mktemp("bert")
     bert_classifier(hidden_size=64, intermediate_size=128, initializer_range=0.02).save_pretrained(path)
     return str(path)

@@ -1,4 +1,4 @@
-"""What the processes of test_processes_agree.py do: each differs from the others in one thing."""
+"""Holds what the processes of test_processes_agree.py do: each differs from the others in one thing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = 6
 
 
 def odd() -> bool:
-    """Whether this is the process that differs."""
+    """Returns True if this is the process that differs."""
     return place()[0] == place()[1] - 1
 
 
@@ -53,7 +53,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) ->
 
 
 def saved(steps: int = 2) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The states of a run of some steps, alike in all processes."""
+    """Returns the states of a run of some steps, which are alike in all processes."""
     model, selection, optimizer = start()
     train(model, optimizer, steps)
     states = selection.state_dict(), optimizer.state_dict()
@@ -65,7 +65,7 @@ def saved(steps: int = 2) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def another_schedule() -> None:
-    """Two lambdas, of which a name says nothing."""
+    """Uses two lambdas, whose names say nothing."""
     curve = (lambda t, T, B: t) if odd() else (lambda t, T, B: min(B, 2 * t))
     start(unmask.id3(12, steps=STEPS).but(schedule=unmask.Schedule.of(curve, STEPS)))
 
@@ -80,12 +80,12 @@ def another_model() -> None:
 
 
 def refused_in_one() -> None:
-    """What one process refuses by itself, before it has met the others."""
+    """Makes one process refuse by itself, before it has met the others."""
     start(unmask.id3(10**6 if odd() else 12, steps=STEPS))
 
 
 def unreadable_in_one() -> None:
-    """The calibration of one process raises an error that is not ours."""
+    """Makes the calibration of one process raise an error that is not ours."""
 
     def squares(model: nn.Module, batch: Tensor) -> Tensor:
         if odd():
@@ -180,7 +180,7 @@ def a_step_skipped() -> None:
 
 
 def a_batch_dropped() -> None:
-    """One process throws a micro-batch's gradient away."""
+    """Makes one process throw a micro-batch's gradient away."""
     model, _, optimizer = start()
     train(model, optimizer)
     backward(model)
@@ -225,7 +225,7 @@ def moments_changed() -> None:
 
 
 def a_head_by_another_rate() -> None:
-    """Of two optimizers, that of the head alone differs, which nobody tells the selection."""
+    """Changes only the head's optimizer, which the selection is not told of."""
     model, selection, _ = start(dense=r"^4\.")
     values, *head = selection.parameters()
     optimizers = [torch.optim.SGD([values], lr=1e-2), torch.optim.SGD(head, lr=0.2 if odd() else 0.1)]
@@ -236,7 +236,7 @@ def a_head_by_another_rate() -> None:
 
 
 def full_by_one_more_batch() -> None:
-    """Full fine-tuning has no `values`: the tensors trained whole are exchanged alone."""
+    """Trains in full, which has no `values`: only the tensors trained whole are exchanged."""
     model, _, optimizer = start(unmask.full())
     train(model, optimizer)
     for micro in range(1 + odd()):
@@ -275,7 +275,7 @@ LATER = [
 
 
 def told(call: Callable[[], None]) -> tuple[str, str]:
-    """(the class, the text) of what a process raises."""
+    """Returns (the class, the text) of the error that a process raises."""
     try:
         call()
     except (UnmaskError, OSError, RuntimeError) as error:
@@ -284,7 +284,7 @@ def told(call: Callable[[], None]) -> tuple[str, str]:
 
 
 def scenarios() -> dict[str, tuple[str, str]]:
-    """What each scenario raises; in between, all processes train as if nothing had been."""
+    """Returns what each scenario raises; in between, all processes train as if nothing had happened."""
     results = {}
     for scenario in BEFORE + LATER:
         results[scenario.__name__] = told(scenario)
@@ -295,7 +295,7 @@ def scenarios() -> dict[str, tuple[str, str]]:
 
 
 def undisturbed() -> list[tuple[str, str]]:
-    """What may look like a difference, and is none."""
+    """Runs what may look like a difference, and is none."""
 
     def scheduled() -> None:
         model, _, optimizer = start(dense=r"^4\.")
@@ -330,7 +330,7 @@ def undisturbed() -> list[tuple[str, str]]:
 
 
 def dies(folder: str) -> None:
-    """The last process dies between two steps; the others write what they are told."""
+    """Makes the last process die between two steps; the others write what they are told."""
     model, _, optimizer = start()
     train(model, optimizer)
     if odd():
@@ -339,7 +339,7 @@ def dies(folder: str) -> None:
 
 
 def hangs(folder: str) -> tuple[str, str, float]:
-    """The last process waits for the others' error, which comes when the group's timeout is over."""
+    """Makes the last process wait for the others' error, which comes when the group's timeout is over."""
     rank, count = place()
     dist.destroy_process_group()
     timeout = datetime.timedelta(seconds=2)
@@ -362,7 +362,7 @@ def _write(folder: str, text: tuple[str, str]) -> None:
 
 
 def command(folder: str, port: int, words: list[str]) -> tuple[int, str, str]:
-    """``python -m unmask`` as torchrun starts it; RANK among the words stands for this process's rank."""
+    """Runs ``python -m unmask`` as torchrun starts it; RANK among the words stands for this process's rank."""
     rank = os.environ["RANK"]
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     os.chdir(folder)

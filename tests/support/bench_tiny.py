@@ -1,4 +1,4 @@
-"""A model of a few thousand weights to run the benchmark on."""
+"""Makes a model of a few thousand weights to run the benchmark on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`unmask` as a user types it, in this process, and the words of a short training run."""
+"""Runs `unmask` as a user types it, in this process, and holds the words of a short training run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Done:
 
 
 def run(*words: object, cwd: Path, check: bool = True) -> Done:
-    """`unmask WORDS` in this process: a process of its own waits seconds for its imports."""
+    """Runs `unmask WORDS` in this process, because a new process waits seconds for its imports."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     patch = pytest.MonkeyPatch()
     with patch.context() as p, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -1,4 +1,4 @@
-"""What the processes of the distributed tests do; each function also runs in one process, on the whole batch."""
+"""Holds what the processes of the distributed tests do; one process alone runs each function on the whole batch."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from unmask.distributed import ranking as rounds
 
 
 def place() -> tuple[int, int]:
-    """(rank, processes)."""
+    """Returns (rank, processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def part(batch: Tensor) -> Tensor:
-    """This process's rows of the global batch."""
+    """Returns this process's rows of the global batch."""
     rank, count = place()
     rows = batch.shape[0] // count
     return batch[rank * rows : (rank + 1) * rows]
@@ -63,7 +63,7 @@ def trained(
     bucket: int = 1 << 22,
     steps: int = 6,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(positions, values, the model's tensors) after some steps; every process starts from other weights."""
+    """Returns (positions, values, the model's tensors) after steps; every process starts from other weights."""
     rounds.BUCKET = bucket
     model = nets.mixed(seed=place()[0])
     selection = unmask.select(model, METHODS[method](), exchange=exchange, accumulation=accumulation)
@@ -80,7 +80,7 @@ def grid(cases: list[dict[str, Any]]) -> list[tuple[Tensor, Tensor, dict[str, Te
 
 
 class Branches(nn.Module):
-    """Each process reaches another branch and other rows of a table, and none reaches the last: N = 594."""
+    """The model of branches and a table: each process reaches others, and none reaches the last: N = 594."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Cancelling(nn.Module):
 
 
 def cancelling(exchange: str) -> list[int]:
-    """Five entries whose gradients are large in each process and nothing together, and a small one that is in all."""
+    """Makes five entries whose gradients are large in each process and cancel, and a small one that is in all."""
     model = Cancelling()
     selection = unmask.select(model, unmask.id3(1, steps=1), exchange=exchange)
     sign = 1.0 if place()[0] == 0 else -1.0
@@ -129,7 +129,7 @@ def cancelling(exchange: str) -> list[int]:
 
 
 def nonfinite(exchange: str) -> tuple[list[str], Tensor, Tensor]:
-    """The last process's third batch is poisoned: what all processes say, and how they go on without it."""
+    """Poisons the last process's third batch; returns what all processes say, and how they go on without it."""
     rank, count = place()
     torch.manual_seed(0)
     model, said = mlp(), []
@@ -149,7 +149,7 @@ def nonfinite(exchange: str) -> tuple[list[str], Tensor, Tensor]:
 
 
 def scaled() -> tuple[list[int], Tensor]:
-    """Under a GradScaler, what overflows in one process is skipped in all."""
+    """Trains under a GradScaler: a step that overflows in one process is skipped in all."""
     rank, count = place()
     torch.manual_seed(0)
     model = mlp()
@@ -168,7 +168,7 @@ def scaled() -> tuple[list[int], Tensor]:
 
 
 def with_head(dtype: torch.dtype, wrap: bool, full: bool = False) -> dict[str, Tensor]:
-    """A head trained whole, with or without DDP around the model."""
+    """Trains a head whole, with or without DDP around the model."""
     torch.manual_seed(0)
     model = mlp(depth=2).append(nn.Linear(6, 2)).to(dtype)
     selection = unmask.select(model, unmask.full() if full else unmask.id3(12, steps=4), dense=None if full else "4")
@@ -184,7 +184,7 @@ def with_head(dtype: torch.dtype, wrap: bool, full: bool = False) -> dict[str, T
 
 
 def refused() -> list[str]:
-    """What each process is told: another method, other calibration data, other weights found late."""
+    """Returns what each process is told of: another method, other calibration data, other weights found late."""
     rank, _ = place()
     said = []
     for method in (
@@ -204,7 +204,7 @@ def refused() -> list[str]:
 
 
 def in_pairs() -> tuple[Tensor, Tensor]:
-    """Two groups of two, each from weights of its own."""
+    """Trains two groups of two, each from other weights."""
     rank, _ = place()
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     torch.manual_seed(rank)
@@ -231,7 +231,7 @@ def _refusal(call: Callable[[], Any]) -> str:
 
 
 def late(folder: str, seed: int | None) -> tuple[str, Tensor]:
-    """The process group is made after the selection, from the same weights or (``seed`` None) from others."""
+    """Makes the process group after the selection, from the same weights or (``seed`` None) from others."""
     rank, count = place()
     dist.destroy_process_group()
     torch.manual_seed(rank if seed is None else seed)
@@ -249,7 +249,7 @@ def late(folder: str, seed: int | None) -> tuple[str, Tensor]:
 
 
 def apart() -> tuple[str, Tensor]:
-    """Processes that train by themselves, as many steps as they like."""
+    """Trains each process by itself, for another number of steps."""
     torch.manual_seed(0)
     model = mlp()
     selection = unmask.select(model, unmask.id3(12, steps=4), exchange="none")
@@ -271,7 +271,7 @@ def wide() -> nn.Module:
 
 
 def received_by_kernel() -> int:
-    """Bytes that this process has received over its TCP connections, as the kernel counts them (Linux).
+    """Returns the bytes that this process received over its TCP connections, as the kernel counts them (Linux).
 
     In a ring of two that is what it sends. The kernel's count of bytes sent would have what was sent twice in it, and not
     yet what waits in a buffer: both come with a busy machine.
@@ -311,7 +311,7 @@ class Counted:
 
 
 def traffic(steps: int = 20) -> dict[str, tuple[int, float]]:
-    """(bytes by the kernel's count, by the calls) of each way to train ``wide``, from the first step to the last."""
+    """Returns (bytes by the kernel's count, by the calls) of each way to train ``wide``, in all steps."""
     assert processes.dist is dist
     return {
         "dense": _dense_traffic(steps),
@@ -359,7 +359,7 @@ def _selective_traffic(exchange: str, stride: int | None, steps: int) -> tuple[i
 
 
 class Blocks(nn.Module):
-    """An embedding tied with the output, and blocks whose rows do not divide evenly."""
+    """The model of an embedding tied with the output, and of blocks whose rows do not divide evenly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -458,7 +458,7 @@ def fsdp_grid(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def fsdp_full(folder: str) -> dict[str, Tensor]:
-    """Saves the delta; the trained model's tensors."""
+    """Saves the delta; returns the trained model's tensors."""
     model = shard(blocks())
     selection = unmask.select(model, unmask.id3(40, steps=3))
     optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
@@ -488,7 +488,7 @@ class Checkpointed(Blocks):
 
 
 def fsdp_variant(case: str) -> dict[str, Any]:
-    """bfloat16 weights; float32 weights computed with in bfloat16; gradient checkpointing; two micro-batches."""
+    """Trains bfloat16 weights; float32 weights that compute in bfloat16; gradient checkpointing; two micro-batches."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
@@ -507,7 +507,7 @@ def fsdp_variant(case: str) -> dict[str, Any]:
 
 
 def fsdp_nonfinite() -> list[str]:
-    """The second process's loss is NaN on the first and third step."""
+    """Makes the second process's loss NaN on the first and third step."""
     said, model = [], shard(blocks())
     selection = unmask.select(model, unmask.id3(40, steps=4))
     optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
@@ -524,7 +524,7 @@ def fsdp_nonfinite() -> list[str]:
 
 
 def fsdp_head() -> tuple[Tensor, Tensor, Tensor]:
-    """(positions, values, the head's weight), the head being dense and not sharded."""
+    """Returns (positions, values, the head's weight); the head is dense and not sharded."""
     model = blocks()
     if place()[1] > 1:
         shard(model, ignored_params=set(model.head.parameters()))

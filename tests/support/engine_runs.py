@@ -1,4 +1,4 @@
-"""What the processes of the engines' tests do: a page's script, accelerate, transformers' Trainer."""
+"""Holds what the processes of the engines' tests do: a page's script, accelerate, transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unmask.integrations.trainer import SelectiveTrainer
 
 
 def snippet(number: int) -> str:
-    """A Python block of docs/distributed.md."""
+    """Returns a Python block of docs/distributed.md."""
     return blocks("distributed.md", "python")[number]
 
 
@@ -30,7 +30,7 @@ def script(folder: str, code: str) -> None:
 
 
 def accelerated(folder: str, accumulation: int) -> None:
-    """The page's lines, and a loop over them."""
+    """Runs the page's lines, and a loop over them."""
     os.chdir(folder)
     torch.manual_seed(0)
     data = torch.randn(32, 6)
@@ -57,7 +57,7 @@ def accelerated(folder: str, accumulation: int) -> None:
 
 
 def refused(folder: str) -> str:
-    """What ``SelectiveTrainer`` says to FSDP in the arguments."""
+    """Returns what ``SelectiveTrainer`` says to FSDP in the arguments."""
     model = bert_classifier(30, max_position_embeddings=512)
     settings = TrainingArguments(folder, use_cpu=True, fsdp=True, fsdp_config={"version": 2}, report_to="none")
     selection = unmask.select(model, unmask.id3(20, steps=2))
@@ -78,7 +78,7 @@ class _Dies(TrainerCallback):
 
 
 def trainer(folder: str, early: bool = False, dies: bool = False, resume: bool = False, **arguments: Any) -> None:
-    """12 steps of a tiny BERT with a head.
+    """Trains a tiny BERT with a head for 12 steps.
 
     Args:
         folder: Where.
@@ -114,7 +114,7 @@ def trainer(folder: str, early: bool = False, dies: bool = False, resume: bool =
 
 
 def config_alone(folder: str, head: bool = True, resume: bool = False) -> None:
-    """12 steps of a PEFT model in an ordinary Trainer, which wraps it in DDP where there is a head to reduce."""
+    """Trains a PEFT model for 12 steps in an ordinary Trainer, which wraps it in DDP if there is a head to reduce."""
     import peft
     import unmask.peft
 

@@ -1,4 +1,4 @@
-"""What several test files need: tiny models, dense gradients by autograd, selection by a plain sort."""
+"""Holds what several test files need: tiny models, dense gradients by autograd, selection by a plain sort."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train(
 
 
 def dense_gradients(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
-    """Every parameter's gradient by ordinary autograd, on an ordinary copy."""
+    """Returns every parameter's gradient by ordinary autograd, on an ordinary copy."""
     twin = copy.deepcopy(model).requires_grad_(True)
     twin.zero_grad()
     loss(twin).backward()
@@ -53,7 +53,7 @@ def dense_gradients(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> di
 
 
 def gradient_at_slots(selection: Selection, gradients: dict[str, Tensor]) -> Tensor:
-    """The entries of dense gradients at the slots, in slot order."""
+    """Returns the entries of dense gradients at the slots, in slot order."""
     names, bounds = selection.ledger.layout.names, selection.ledger.layout.bounds
     flat = torch.cat([gradients[name].reshape(-1) for name in names])
     assert flat.numel() == bounds[-1]
@@ -94,7 +94,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    """Bitwise: -0.0 is not 0.0."""
+    """Compares bitwise: -0.0 is not 0.0."""
     assert left.keys() == right.keys()
     for name in left:
         assert left[name].dtype == right[name].dtype, name
@@ -108,7 +108,7 @@ def assert_same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> No
 
 
 def assert_unselected_is_base(model: nn.Module, base: dict[str, Tensor], selection: Selection) -> None:
-    """Every weight outside the selection is bitwise the base's."""
+    """Asserts that every weight outside the selection is bitwise the base's."""
     own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}  # a tied tensor has one name
     restored = {name: tensor for name, tensor in snapshot(model).items() if name in own}
     base = {name: tensor for name, tensor in base.items() if name in own}
@@ -127,7 +127,7 @@ def id3_run(
 
 
 class Travelling(nn.Module):
-    """A body, running statistics, a tied output, a column-major tensor, a scalar and a new head."""
+    """The model with a body, running statistics, a tied output, a column-major tensor, a scalar and a new head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def travelling(dtype: torch.dtype = torch.float32, seed: int = 0) -> Travelling:
 def trained(
     dtype: torch.dtype = torch.float32, method: unmask.Method | None = None, **patterns: str
 ) -> tuple[nn.Module, nn.Module, Selection]:
-    """(base, tuned, selection)."""
+    """Returns (base, tuned, selection)."""
     base, tuned = travelling(dtype), travelling(dtype)
     selection = unmask.select(tuned, method or unmask.id3(60, steps=3), **patterns)
     train(tuned, torch.optim.AdamW(selection.parameters(), lr=0.1), batches(4, dtype=dtype))

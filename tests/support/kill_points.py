@@ -1,4 +1,4 @@
-"""Every state that a kill could leave of a folder while something runs, and disks that are full from some operation on.
+"""Makes every state that a kill could leave of a folder, and disks that are full from some operation on.
 
 Python tells of every file that it opens, makes, renames or removes (`sys.addaudithook`), before it does; what torch and
 safetensors write themselves is seen around their calls. Between two operations the content of a file may be cut anywhere.
@@ -82,7 +82,7 @@ def hearing(folder: Path, on_event: Callable[[str, str], None]) -> Iterator[None
 
 
 def content(folder: Path) -> Content:
-    """What is in a folder."""
+    """Returns what is in a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
@@ -99,7 +99,7 @@ def restore(held: Content, folder: Path) -> None:
 
 @dataclass
 class Recorder:
-    """The content of a folder before each operation under it."""
+    """Records the content of a folder before each operation under it."""
 
     folder: Path
     states: list[Content] = field(default_factory=list)
@@ -110,7 +110,7 @@ class Recorder:
         self.events.append((event, path))
 
     def left_by_kills(self) -> list[Content]:
-        """Every state, once, and those in which a file that was being written is empty or cut in the middle."""
+        """Returns every state once, and those in which a file that was being written is empty or cut in the middle."""
         found: list[Content] = []
         later = [*self.states[1:], content(self.folder)]
         for before, (event, path), after in zip(self.states, self.events, later, strict=True):
@@ -127,7 +127,7 @@ class Recorder:
 
 
 class FullDisk:
-    """Refuses from the nth operation on whatever needs room; attribute ``refused``: how often."""
+    """Refuses all operations that need room from the nth on; ``refused`` counts them."""
 
     def __init__(self, operation: int) -> None:
         self.left, self.refused = operation, 0
@@ -150,4 +150,4 @@ class FullDisk:
 
 
 class Killed(BaseException):
-    """Ends a run as a kill would, but for what `finally` does."""
+    """Ends a run as a kill would, except that `finally` blocks run."""

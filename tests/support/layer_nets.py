@@ -1,4 +1,4 @@
-"""Networks in which a tensor is used in every way that a layer may use one, and training runs on them."""
+"""Makes networks that use a tensor in every way that a layer may use one, and trains them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import unmask
 
 
 class Twice(nn.Module):
-    """One tensor in two operations, one of them transposed."""
+    """Uses one tensor in two operations, one of them transposed."""
 
     def __init__(self):
         super().__init__()
@@ -45,7 +45,7 @@ class Tied(nn.Module):
 
 
 class Called(nn.Module):
-    """One module called several times."""
+    """Calls one module several times."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ class Called(nn.Module):
 
 
 class Scalars(nn.Module):
-    """Tensors of no dimension, read by arithmetic, indexing, in-place operations and iteration."""
+    """Has tensors of no dimension, read by arithmetic, indexing, in-place operations and iteration."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ class Scalars(nn.Module):
 
 
 class Transposed(nn.Module):
-    """A tensor whose memory is column-major, and a permuted one of three dimensions."""
+    """Has a tensor whose memory is column-major, and a permuted one of three dimensions."""
 
     def __init__(self):
         super().__init__()
@@ -141,7 +141,7 @@ def loss_of(model, x):
 
 
 class Mixture(nn.Module):
-    """One weight in a Linear, in a plain product, and transposed in another Linear."""
+    """Uses one weight in a Linear, in a plain product, and transposed in another Linear."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +153,7 @@ class Mixture(nn.Module):
 
 
 class OneBias(nn.Module):
-    """Biases that are broadcast or scaled: one number for all, and one row per example."""
+    """Has biases that are broadcast or scaled: one number for all, and one row per example."""
 
     def __init__(self):
         super().__init__()
@@ -167,7 +167,7 @@ class OneBias(nn.Module):
 
 
 class SharedBias(nn.Module):
-    """One bias in two linear layers, one of them a Conv1D, and alone."""
+    """Uses one bias in two linear layers, one of them a Conv1D, and alone."""
 
     def __init__(self):
         super().__init__()
@@ -189,7 +189,7 @@ class Keywords(nn.Module):
 
 
 class Frozen(nn.Module):
-    """Stacked, so that most inputs require a gradient."""
+    """Stacks the layers, so that most inputs require a gradient."""
 
     def __init__(self):
         super().__init__()
@@ -228,12 +228,12 @@ def batch(x, step):
 
 
 def weights(model):
-    """Every parameter once, also where it is tied."""
+    """Returns every parameter once, also where it is tied."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def assert_unselected(model, base, selection):
-    """Every weight outside the selection is bitwise the base's."""
+    """Asserts that every weight outside the selection is bitwise the base's."""
     now = weights(model)
     for name, flat in selection.indices.items():
         kept = now[name].reshape(-1).clone()

@@ -1,4 +1,4 @@
-"""A tiny tagger with a tokenizer of single letters, in the manner of BERT's, and tagged sentences that it can learn."""
+"""Makes a tiny tagger with a tokenizer of single letters, similar to BERT's, and tagged sentences it can learn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LENGTH = 24  # the tiny model's positions
 
 
 def letters_tokenizer() -> PreTrainedTokenizerFast:
-    """Every word in pieces of one letter, as BERT's tokenizer would with a vocabulary of letters."""
+    """Splits every word into pieces of one letter, as BERT's tokenizer would with a vocabulary of letters."""
     letters = [*string.ascii_lowercase, *string.punctuation]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
     pieces = Tokenizer(WordPiece({p: i for i, p in enumerate(vocabulary)}, unk_token="[UNK]"))
@@ -32,7 +32,7 @@ def letters_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def toy(count: int, seed: int, longest: int = 7) -> Sentences:
-    """Words that begin with p are persons, with l places; the word after a person that begins with q is his last name."""
+    """Labels words that begin with p as persons, with l as places; after a person, with q as the last name."""
     draw, words, tags = random.Random(seed), [], []
     for _ in range(count):
         sentence, labels = [], []
@@ -65,7 +65,7 @@ def tiny_tagger(folder: Path) -> Path:
 
 
 def tagger_world(root: Path) -> Path:
-    """A folder with what a run on tagged sentences needs: ``base``, and ``data`` with three splits."""
+    """Makes a folder with what a run on tagged sentences needs: ``base``, and ``data`` with three splits."""
     tiny_tagger(root / "base")
     (root / "data").mkdir()
     for split, count in (("train", 64), ("dev", 24), ("test", 16)):

@@ -1,4 +1,4 @@
-"""Loops of the user's own that the tests of states and of resuming share: a small network, and every method on it."""
+"""Holds the training loops that the tests of states and of resuming share: a small network, and every method on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Begun = tuple[nn.Module, unmask.Selection, torch.optim.Optimizer]
 
 
 class Net(nn.Module):
-    """A network with running statistics, which a state holds too."""
+    """The network with running statistics, which a state holds too."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tiny models with a LoRA of peft's or with bottleneck adapters, and batches for them. No checkpoint on disk is needed."""
+"""Makes tiny models with a LoRA of peft's or with bottleneck adapters, and batches. They need no checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tiny_bert(seed: int = 0, attention: str = "sdpa") -> BertForSequenceClassifi
 
 
 def lora_bert(seed: int = 0, base: nn.Module | None = None, attention: str = "sdpa", **settings: object) -> PeftModel:
-    """The base is always the same; ``seed`` is of the LoRA's random init, and of its copy of the head."""
+    """Makes a LoRA on a fixed base; ``seed`` sets the LoRA's random init and that of its copy of the head."""
     base = base if base is not None else tiny_bert(attention=attention)
     torch.manual_seed(100 + seed)
     defaults = {"r": 4, "lora_alpha": 4, "target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
@@ -42,7 +42,7 @@ def sentences(count: int, size: int = 8, length: int = 6) -> list[dict[str, Tens
 
 
 class Bottleneck(nn.Module):
-    """An adapter as the `adapters` library builds one: down, ReLU, up, residual."""
+    """The adapter as the `adapters` library builds one: down, ReLU, up, residual."""
 
     def __init__(self, width: int, narrow: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Bottleneck(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A base of two layers, each followed by a bottleneck adapter."""
+    """The base of two layers, each followed by a bottleneck adapter."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tiny transformers models: one configuration for each architecture, of which a test changes what it needs."""
+"""Makes tiny transformers models: a test changes what it needs in the configuration of each architecture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def bert_config(vocabulary: int = 50, **changes: Any) -> BertConfig:
-    """Two layers of width 16 without dropout; the random features are large enough for a head to use them."""
+    """Returns two layers of width 16 without dropout; the random features are large enough for a head to use them."""
     settings = {**SIZES, **STILL, "max_position_embeddings": 32, "initializer_range": 0.4}
     return BertConfig(vocab_size=vocabulary, **(settings | changes))
 
@@ -23,7 +23,7 @@ def bert_classifier(vocabulary: int = 50, seed: int = 0, **changes: Any) -> Bert
 
 
 def llama_config(vocabulary: int = 50, **changes: Any) -> LlamaConfig:
-    """Two layers of width 16, with weights large enough that its outputs have some variety."""
+    """Returns two layers of width 16, with weights large enough that its outputs have some variety."""
     settings = {**SIZES, "max_position_embeddings": 64, "initializer_range": 0.3}
     return LlamaConfig(vocab_size=vocabulary, **(settings | changes))
 

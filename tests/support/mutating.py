@@ -1,4 +1,4 @@
-"""The one mutator of all fuzz tests: damaged bytes, JSON values and tensors, each a function of its seed alone."""
+"""The mutator of all fuzz tests: damaged bytes, JSON values and tensors that depend on the seed alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Mutator:
         self.draw = random.Random(seed)
 
     def damaged(self, data: bytes) -> bytes:
-        """Bytes with one to three flips, cuts, insertions, repetitions or swaps in them."""
+        """Returns bytes with one to three flips, cuts, insertions, repetitions or swaps in them."""
         for _ in range(self.draw.choice((1, 1, 1, 2, 3))):
             data = self._damaged_once(data)
         return data
@@ -70,11 +70,11 @@ class Mutator:
         return data[:low] + bytes(high - low) + data[high:]
 
     def hostile(self) -> Any:
-        """A value that hardly any place is made for."""
+        """Returns a value that hardly any place expects."""
         return copy.deepcopy(self.draw.choice((*_TEXTS, *_NUMBERS, *_REST)))
 
     def changed(self, value: Any) -> Any:
-        """A copy of a JSON value with one to three of its parts changed, missing, doubled or added."""
+        """Returns a copy of a JSON value with one to three of its parts changed, missing, doubled or added."""
         value = copy.deepcopy(value)
         for _ in range(self.draw.choice((1, 1, 1, 2, 3))):
             value = self._changed_once(value)
@@ -101,7 +101,7 @@ class Mutator:
         return value
 
     def changed_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors by name, of which one to three are changed, missing, renamed or added."""
+        """Returns tensors by name, of which one to three are changed, missing, renamed or added."""
         tensors = dict(tensors)
         for _ in range(self.draw.choice((1, 1, 1, 2, 3))):
             if not tensors:
@@ -121,7 +121,7 @@ class Mutator:
         return tensors
 
     def changed_tensor(self, tensor: Tensor) -> Tensor:
-        """A tensor of another dtype or shape, or with other, doubled or unordered entries."""
+        """Returns a tensor of another dtype or shape, or with other, doubled or unordered entries."""
         draw, flat = self.draw, tensor.reshape(-1)
         which = draw.randrange(7)
         if which == 0:
@@ -146,12 +146,12 @@ class Mutator:
 
 
 def dumps(value: Any) -> str:
-    """A mutated value as JSON, in which what is to be nested deeply is."""
+    """Returns a mutated value as JSON, with deep nesting where the mutation asks for it."""
     return json.dumps(value).replace(f'"{_DEEP}"', "[" * 20_000 + "]" * 20_000)
 
 
 def _places(value: Any) -> Any:
-    """Each (container, key) inside a JSON value."""
+    """Returns each (container, key) inside a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, each in list(inner):
         yield value, key

@@ -1,4 +1,4 @@
-"""Small networks that use every kind of layer, and batches for them."""
+"""Makes small networks that use every kind of layer, and batches for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class Mixed(nn.Module):
-    """Embedding tied with the output, Conv1d, LayerNorm, Linear, a parameter of its own: N = 1,440."""
+    """Ties an embedding with the output, and has Conv1d, LayerNorm, Linear and a lone parameter: N = 1,440."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,10 +34,10 @@ def mixed(dtype: torch.dtype = torch.float32, seed: int = 0) -> Mixed:
 
 
 def tokens(step: int, rows: int = 8) -> Tensor:
-    """A batch that does not see every token: unseen embedding rows tie at a zero gradient."""
+    """Returns a batch that does not see every token: unseen embedding rows tie at a zero gradient."""
     return torch.randint(0, 30, (rows, 6), generator=torch.Generator().manual_seed(step))
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """Next-token cross-entropy, in float32."""
+    """Returns the next-token cross-entropy, in float32."""
     return F.cross_entropy(model(batch[:, :-1]).float().flatten(0, 1), batch[:, 1:].flatten())

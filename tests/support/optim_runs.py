@@ -1,4 +1,4 @@
-"""Runs that the tests of `SelectiveAdamW` share."""
+"""Holds the runs that the tests of `SelectiveAdamW` share."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def data(count, dtype=torch.float32):
 
 
 def square(model, x):
-    """`mean_square` all in the model's own precision."""
+    """Computes `mean_square` entirely in the model's own precision."""
     return model(x).square().mean()
 
 

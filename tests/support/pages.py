@@ -1,4 +1,4 @@
-"""The README and the pages of the docs: their code blocks, their inline code and their links."""
+"""Reads the README and the pages of the docs: their code blocks, their inline code and their links."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def text_of(name: str) -> str:
 
 
 def blocks(name: str, language: str) -> list[str]:
-    """The fenced blocks of one language, in order."""
+    """Returns the fenced blocks of one language, in order."""
     return re.findall(rf"^```{language}\n(.*?)^```", text_of(name), flags=re.MULTILINE | re.DOTALL)
 
 
 def inline_code(name: str) -> list[str]:
-    """The inline code outside the fenced blocks."""
+    """Returns the inline code outside the fenced blocks."""
     prose = re.sub(r"^```.*?^```", "", text_of(name), flags=re.MULTILINE | re.DOTALL)
     return re.findall(r"`([^`\n]+)`", prose)
 
@@ -45,20 +45,20 @@ def run_page(name: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def commands(name: str) -> list[list[str]]:
-    """The shell commands of a page as lists of arguments; comments are left out."""
+    """Returns the shell commands of a page as lists of arguments; comments are left out."""
     lines = "\n".join(blocks(name, "sh")).replace("\\\n", " ").splitlines()
     parts = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
     return [part for part in parts if part]
 
 
 def links(name: str) -> list[tuple[Path, str]]:
-    """The links of a page into this checkout: the file, and the anchor (or an empty text)."""
+    """Returns the links of a page into this checkout: the file, and the anchor (or an empty text)."""
     targets = re.findall(r"\]\(([^)\s]+)\)", text_of(name))
     inside = [target.partition("#") for target in targets if "://" not in target]
     return [((PAGES[name].parent / path).resolve() if path else PAGES[name], anchor) for path, _, anchor in inside]
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors that GitHub gives to the headings of a Markdown file."""
+    """Returns the anchors that GitHub gives to the headings of a Markdown file."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

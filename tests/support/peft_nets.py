@@ -1,4 +1,4 @@
-"""What the tests of the PEFT method share: a base with a head and running statistics, a tiny BERT, and training."""
+"""Holds what the tests of the PEFT method share: a base with a head and statistics, a tiny BERT, and training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def config(**changes: object) -> unmask.peft.SelectiveConfig:
 
 
 def wrapped(dtype: torch.dtype = torch.float32, **changes: object) -> tuple[Travelling, peft.PeftModel]:
-    """(an equal base, a PEFT model in training mode)."""
+    """Returns (an equal base, a PEFT model in training mode)."""
     return travelling(dtype), peft.get_peft_model(travelling(dtype), config(**changes)).train()
 
 
@@ -51,7 +51,7 @@ def outputs(model: nn.Module) -> Tensor:
 
 
 def base_state(model: peft.PeftModel) -> dict[str, Tensor]:
-    """The base's tensors under their own names."""
+    """Returns the base's tensors under their own names."""
     return {name: tensor.clone() for name, tensor in peft.get_base_model_state_dict(model).items()}
 
 

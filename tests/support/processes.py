@@ -28,7 +28,7 @@ _CONTEXT.set_forkserver_preload(
 def run(
     count: int, folder: Path, function: Callable[..., Any], *args: Any, group: bool = True, dies: bool = False
 ) -> list[Any]:
-    """``[function(*args) in process 0, ... 1, ...]``; fails with the traceback of the first process that has one.
+    """Returns ``[function(*args) in process 0, ... 1, ...]``; fails with the traceback of the first process that has one.
 
     Args:
         count: How many processes.

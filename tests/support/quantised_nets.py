@@ -1,4 +1,4 @@
-"""The same small network in float and quantised by each library, and the float network that a quantised one computes as."""
+"""Makes a small network in float and quantised by each library, and the float network equal to a quantised one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIBRARY = {kind: "torchao" if kind.startswith("torchao") else "bitsandbytes" for
 
 
 class Block(nn.Module):
-    """Two linear layers that get quantised, a norm and a head that do not; `used` twice within one forward, if asked."""
+    """Has two linear layers that get quantised, and a norm and a head that do not; `used` twice within one forward, if asked."""
 
     def __init__(self, checkpointed: bool | None = None, twice: bool = False) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def plain(dtype: torch.dtype = torch.float32, **options: bool) -> Block:
 
 
 def quantised(kind: str, dtype: torch.dtype = torch.float32, **options: bool) -> Block:
-    """The network with its two inner layers quantised, on the CPU."""
+    """Returns the network with its two inner layers quantised, on the CPU."""
     pytest.importorskip(LIBRARY[kind])
     net = plain(dtype, **options)
     if kind.startswith("torchao"):
@@ -83,7 +83,7 @@ def _with_torchao(net: Block, groups: bool) -> None:
 
 
 def whole(tensor: QuantisedTensor) -> Tensor:
-    """A quantised matrix de-quantised whole, which only a test may do."""
+    """Returns a quantised matrix de-quantised whole, which only a test may do."""
     return tensor.sidecar.rows(0, tensor.shape[0])
 
 
@@ -98,7 +98,7 @@ def as_float(net: nn.Module) -> Block:
 
 
 def payload(net: nn.Module) -> dict[str, Tensor]:
-    """Everything that a checkpoint of the network would hold, bit for bit."""
+    """Returns everything that a checkpoint of the network would hold, bit for bit."""
     return {name: copy.deepcopy(tensor) for name, tensor in net.state_dict().items()}
 
 

@@ -1,4 +1,4 @@
-"""Random compositions of methods, options and optimizers, each of which is refused in our own words or keeps every promise."""
+"""Runs random compositions of methods, options and optimizers: each is refused clearly or keeps every promise."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def run_case(seed: int) -> str:
         _trained(model, selection, moments, random.Random(seed + 1), range(STEPS // 2, STEPS))
     except UnmaskError:
         return "refused"
-    _check(selection, model, base, method)
-    _check_resumed(selection, model, base, (method, options, optimizer), (state, kept), random.Random(seed + 1))
+    _assert_invariants(selection, model, base, method)
+    _assert_resumes(selection, model, base, (method, options, optimizer), (state, kept), random.Random(seed + 1))
     return "kept"
 
 
@@ -92,7 +92,7 @@ def _trained(model: nn.Module, selection: unmask.Selection, optimizer, draw: ran
         optimizer.zero_grad()
 
 
-def _check(selection: unmask.Selection, model: nn.Module, base: nn.Module, method: unmask.Method) -> None:
+def _assert_invariants(selection: unmask.Selection, model: nn.Module, base: nn.Module, method: unmask.Method) -> None:
     held, dense = selection.indices, {d.name for d in selection.dense}
     count = sum(flat.numel() for flat in held.values())
     assert count == selection.used
@@ -109,7 +109,7 @@ def _check(selection: unmask.Selection, model: nn.Module, base: nn.Module, metho
         assert torch.equal(tuned, other), name
 
 
-def _check_resumed(selection, model, base, run, saved, draw: random.Random) -> None:
+def _assert_resumes(selection, model, base, run, saved, draw: random.Random) -> None:
     (method, options, optimizer), (state, kept) = run, saved
     again = copy.deepcopy(base)
     resumed = unmask.select(again, method, **options)

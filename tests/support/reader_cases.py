@@ -1,4 +1,4 @@
-"""What a fuzz test does to each reader: a case is a function of its seed, and ends as "same", "other" or "refused".
+"""Holds what a fuzz test does to each reader: a case is a function of its seed, and ends as "same", "other" or "refused".
 
 "same": what was read is what was written. "other": it is another value, which is valid by the rules and was taken as it
 stands (checked against a plain second reading). "refused": an `UnmaskError`, and nothing was changed. Anything else raises.
@@ -54,7 +54,7 @@ REFUSED, SAME, OTHER = "refused", "same", "other"
 
 
 def equal(left: Any, right: Any) -> bool:
-    """Whether two states or trees of tensors and plain values are the same, bit for bit."""
+    """Returns True if two states or trees of tensors and plain values are the same, bit for bit."""
     if isinstance(left, Tensor) or isinstance(right, Tensor):
         alike = isinstance(left, Tensor) and isinstance(right, Tensor) and left.dtype == right.dtype
         return alike and left.shape == right.shape and files.tensor_bytes(left) == files.tensor_bytes(right)
@@ -67,7 +67,7 @@ def equal(left: Any, right: Any) -> bool:
 
 
 def delta_file(folder: Path) -> Case:
-    """Damaged bytes of a delta's file: any that is read is the same delta."""
+    """Damages the bytes of a delta's file: any file that can be read is the same delta."""
     _, _, selection = trained(dense="head")
     path = selection.delta("some/base", order=True).save(folder / "delta.safetensors")
     data, whole = path.read_bytes(), _plain(SparseDelta.load(path))
@@ -85,7 +85,7 @@ def delta_file(folder: Path) -> Case:
 
 
 def signed_delta(folder: Path) -> Case:
-    """A delta whose header or tensors are changed and which is signed again: applied as it stands, or refused."""
+    """Changes a delta's header or tensors and signs it again: it is applied as it stands, or refused."""
     base, _, selection = trained(dense="head")
     path = selection.delta("some/base", order=True).save(folder / "delta.safetensors")
     tensors, header = files.read_tensors(path)
@@ -125,7 +125,7 @@ def _sign(path: Path, tensors: dict[str, Tensor], header: Any) -> None:
 
 
 def _applied(base: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A delta by a second, plain reading of its file."""
+    """Returns a delta by a second, plain reading of its file."""
     found = {name: tensor.clone() for name, tensor in base.items()}
     found |= {key.removesuffix("::whole"): tensor for key, tensor in tensors.items() if key.endswith("::whole")}
     for key, values in tensors.items():
@@ -171,7 +171,7 @@ def _selection(which: str, steps: int) -> unmask.Selection:
 
 
 def _states() -> dict[str, tuple[unmask.Selection, dict[str, Any]]]:
-    """By method: a selection that has gone on, and an earlier state of it."""
+    """Returns, by method, a selection that has trained on and an earlier state of it."""
     return {which: (_selection(which, 2), _selection(which, 3).state_dict()) for which in METHODS}
 
 
@@ -205,7 +205,7 @@ def _load(selection: unmask.Selection, state: Any, original: dict[str, Any]) -> 
 
 
 def state_dict(folder: Path) -> Case:
-    """A changed state dict: loaded as it stands, or refused with the selection as it was."""
+    """Changes a state dict: it is loaded as it stands, or refused with the selection as it was."""
     states = _states()
 
     def case(seed: int) -> str:
@@ -236,7 +236,7 @@ def _changed_state(mutator: Mutator, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def state_file(folder: Path) -> Case:
-    """Damaged bytes of a state's file, in every second case one of a version that wrote no checksum."""
+    """Damages the bytes of a state's file; every second case is of a version that wrote no checksum."""
     states, path = _states(), folder / "state.safetensors"
     written = {}
     for which, (_, state) in states.items():
@@ -264,7 +264,7 @@ def state_file(folder: Path) -> Case:
 
 
 def adapter_weights(folder: Path) -> Case:
-    """Changed entries of an adapter's file: loaded to the same adapter, or refused with the model as it was."""
+    """Changes entries of an adapter's file: it loads as the same adapter, or is refused with the model as it was."""
     _, model = peft_nets.wrapped()
     entries = peft.get_peft_model_state_dict(peft_nets.run(model))
     _, fresh = peft_nets.wrapped()
@@ -294,7 +294,7 @@ def adapter_weights(folder: Path) -> Case:
 
 
 def adapter_config(folder: Path) -> Case:
-    """Changed values in an adapter_config.json."""
+    """Changes values in an adapter_config.json."""
     config = peft_nets.config()
     own = {f.name for f in dataclasses.fields(config)} - {f.name for f in dataclasses.fields(peft.PeftConfig)}
     values = {key: value for key, value in json.loads(json.dumps(config.to_dict(), default=str)).items() if key in own}
@@ -340,7 +340,7 @@ def write_changed_yaml(path: Path, values: Any, mutator: Mutator, damaged: bool)
 
 
 def settings_file(folder: Path) -> Case:
-    """A YAML file of settings, its bytes or its values changed."""
+    """Changes the bytes or the values of a YAML file of settings."""
     path = folder / "config.yaml"
     whole = build(SETTINGS)
 
@@ -380,7 +380,7 @@ SWEEP = {
 
 
 def sweep_file(folder: Path) -> Case:
-    """A YAML file of a sweep, its bytes or its values changed."""
+    """Changes the bytes or the values of a YAML file of a sweep."""
     path = folder / "sweep.yaml"
     whole = expand(parse(SWEEP))
 
@@ -396,7 +396,7 @@ def sweep_file(folder: Path) -> Case:
 
 
 def sweep_record(folder: Path) -> Case:
-    """A sweep's plan or one of its results, its bytes or its values changed: shown in full, or refused."""
+    """Changes a sweep's plan or one of its results, by bytes or by values: it is shown in full, or refused."""
     from studies import write_study
 
     values = {**SWEEP, "figures": []}
@@ -424,7 +424,7 @@ def sweep_record(folder: Path) -> Case:
 
 
 def show(folder: Path) -> str:
-    """All that a report says of a study in words."""
+    """Returns all that a report says of a study in words."""
     study = read_study(folder)
     parts = [
         markdown(found) for found in tables(study.cells, study.results, study.protocol, study.choice, study.claims)
@@ -435,7 +435,7 @@ def show(folder: Path) -> str:
 
 
 def run_folder(folder: Path) -> Case:
-    """The files of a finished run, as the report reads them."""
+    """Changes the files of a finished run, as the report reads them."""
     row = {"layer": "0", "kind": "query", "unmasked": 3, "of": 10}
     shot = {"step": 1, "used": 3, "tensor_sparsity": 0.5, "sparsity_entropy": 0.1, "tensors": 2, "rows": [row]}
     metrics = [{"step": s, "used": s, "epoch": 0.1, "eval_loss": 0.5, "eval_accuracy": 0.6} for s in (0, 4)]
@@ -487,7 +487,7 @@ def run_folder(folder: Path) -> Case:
 
 
 def outputs(folder: Path) -> Case:
-    """The per-item outputs of an evaluation, and its settings."""
+    """Changes the per-item outputs of an evaluation, and its settings."""
     file, settings = OutputFile(folder / "x.jsonl"), {"model": "a", "limit": None}
     file.append([{"row": 0, "generated": "a"}, {"row": 1, "generated": "b"}])
     data, whole = file.path.read_bytes(), file.read()
@@ -511,11 +511,11 @@ def outputs(folder: Path) -> Case:
 # The user's data. What is read is held against a second, plain reading; an error names the file.
 
 _SECONDS = 10  # that one small file may take
-_LONGEST = 3000  # characters of an error, whatever stands in the file
+_LONGEST = 3000  # characters of an error, for every content of the file
 
 
 def data_case(paths: list[Path], written: Callable[[Path, Mutator], bytes], read: Callable[[Path], Any]) -> Case:
-    """A case of files of data, of which a seed takes one; every other case damages the bytes, and some are gzipped.
+    """Takes one case of files of data by its seed; every other case damages the bytes, and some are gzipped.
 
     Args:
         paths: The files, as they are to be read.
@@ -566,7 +566,7 @@ def _as_cells(row: Any) -> list[str]:
 
 
 def as_file(path: Path, rows: list[Any]) -> bytes:
-    """Rows in the format that the path's name tells, without the gzip."""
+    """Returns rows in the format that the path's name tells, without the gzip."""
     suffix = suffix_of(path)
     if suffix == ".json":
         return dumps(rows).encode()
@@ -603,7 +603,7 @@ def _as_parquet(rows: list[Any]) -> bytes:
 
 
 def _plainly(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table by a second, plain reading."""
+    """Returns the rows of a table by a second, plain reading."""
     data = path.read_bytes()
     suffix = suffix_of(path)
     if suffix == ".parquet":
@@ -622,7 +622,7 @@ def _plainly(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_table(path: Path) -> Any:
-    """Training and evaluation data of a file; together they are its rows."""
+    """Returns training and evaluation data of a file; together they are its rows."""
     data = load_files(path, None, "text", "label")
     parts = [data.train, data.evals["eval"]]
     texts = [text for part in parts for text in part.texts]
@@ -679,7 +679,7 @@ def _read_columns(path: Path) -> Any:
 
 
 def data_conll(folder: Path) -> Case:
-    """A column file of tagged words, split at blanks or at tabs."""
+    """Reads a column file of tagged words, split at blanks or at tabs."""
     signs = {folder / "a.conll": " ", folder / "b.tsv": "\t", folder / "c.txt.gz": " "}
     for path, sign in signs.items():
         data = _column_file(_SENTENCES, sign)
@@ -708,7 +708,7 @@ def _read_tagged(path: Path) -> Any:
 
 
 def data_tagged(folder: Path) -> Case:
-    """A table of tagged sentences: jsonl, json, parquet."""
+    """Reads a table of tagged sentences: jsonl, json, parquet."""
     paths = [folder / name for name in ("a.jsonl", "b.json", "c.parquet", "d.jsonl.gz")]
     for path in paths:
         data = as_file(path, _TAGGED)
@@ -746,7 +746,7 @@ _JUDGED = [{"source": "gj04", "label": i % 2, "mark": "*", "sentence": f"it is {
 
 
 def data_glue(folder: Path) -> Case:
-    """A training file of RTE (with a header, tsv and json) and of CoLA (without one), in their folders."""
+    """Reads a training file of RTE (with a header, tsv and json) and of CoLA (without one), in their folders."""
     paths = [
         folder / kind / place
         for kind, place in (("a", "RTE/train.tsv"), ("b", "RTE/train.json"), ("c", "CoLA/train.tsv"))
@@ -795,7 +795,7 @@ def _read_problems(path: Path) -> Any:
 
 
 def data_problems(folder: Path) -> Case:
-    """Word problems: GSM8K's jsonl, and lists of instructions."""
+    """Reads word problems: GSM8K's jsonl, and lists of instructions."""
     paths = [folder / place for place in _PROBLEMS]
     for path, rows in zip(paths, _PROBLEMS.values(), strict=True):
         path.parent.mkdir(parents=True)
@@ -819,7 +819,7 @@ READERS: dict[str, Callable[[Path], Case]] = {
 
 
 def run_case(case: Case, name: str, seed: int) -> str:
-    """One case; an error that is not ours, or a wrong result, says which case it was."""
+    """Runs one case; a foreign error or a wrong result names the case."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

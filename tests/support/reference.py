@@ -1,4 +1,4 @@
-"""A plain dense reference: float32 masters of every eligible weight, a boolean mask of size N, torch's own AdamW on N.
+"""The plain dense reference: float32 masters of every eligible weight, a boolean mask and AdamW, both of size N.
 
 Nothing of unmask's machinery is used: gradients come from ordinary autograd on ordinary parameters, the selection is a
 full sort, and what is not in the mask is put back after every step.
@@ -82,7 +82,7 @@ class DenseReference:
         self._replace(new)
 
     def _replace(self, new: Tensor) -> None:
-        """What leaves goes back to the base; what enters has fresh optimizer state."""
+        """Sets the weights that leave back to the base; those that enter get fresh optimizer state."""
         entering = new & ~self.mask
         with torch.no_grad():
             self.master[~new] = self.base[~new]

@@ -1,4 +1,4 @@
-"""Functions that make runs of sweeps in worker processes, for tests: some fail, some die, some take many steps."""
+"""Makes runs of sweeps in worker processes, for tests: some fail, some die, some take many steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny BERT with a word-level tokenizer, on disk, and a toy sentiment data set: a whole run takes seconds."""
+"""Makes a tiny BERT with a word-level tokenizer, on disk, and a toy sentiment data set: a whole run takes seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILLER = ("the", "film", "is", "a", "plot", "with", "actor", "scene", "and", "ve
 
 
 def tiny_model(folder: Path) -> Path:
-    """A base checkpoint without a head."""
+    """Writes a base checkpoint without a head."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILLER]
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def toy_csv(path: Path, count: int = 64, seed: int = 0) -> Path:
 
 
 def tiny_world(root: Path) -> Path:
-    """A folder with what a run on one's own data needs: ``base``, ``train.csv``, ``dev.csv``."""
+    """Makes a folder with what a run on one's own data needs: ``base``, ``train.csv``, ``dev.csv``."""
     tiny_model(root / "base")
     toy_csv(root / "train.csv", 64, seed=0)
     toy_csv(root / "dev.csv", 32, seed=1)

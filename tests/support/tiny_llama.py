@@ -1,4 +1,4 @@
-"""A tiny random Llama with a tokenizer of bytes, on disk, and made-up word problems in the published formats."""
+"""Makes a tiny random Llama with a tokenizer of bytes, on disk, and made-up word problems in the published formats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHAT = (
 
 
 def byte_tokenizer(begin: bool = True) -> PreTrainedTokenizerFast:
-    """Every byte is a token, so any text goes there and back; `begin`: puts <s> before a text, as Llama's does."""
+    """Makes every byte a token, so any text survives a round trip; `begin` puts <s> before it, as Llama's does."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate((*SPECIAL, *alphabet))}
     model = Tokenizer(BPE(vocabulary, merges=[]))
@@ -48,7 +48,7 @@ def save_llama(folder: Path) -> Path:
 
 
 def addition(count: int, answer: int | None = None, shift: int = 0) -> list[dict[str, str]]:
-    """Rows of LLM-Adapters' format; with an answer, all have it."""
+    """Returns rows of LLM-Adapters' format; with an answer, all have it."""
     rows = []
     for i in range(count):
         left, right = i + shift, 3 * i + 1
@@ -65,7 +65,7 @@ def addition(count: int, answer: int | None = None, shift: int = 0) -> list[dict
 
 
 def math_folder(root: Path, train: int = 40, test: int = 10, answer: int | None = None) -> Path:
-    """gsm8k (jsonl), math_10k.json, and test sets, as they are published."""
+    """Writes gsm8k (jsonl), math_10k.json, and test sets, in their published formats."""
     for name in ("SVAMP", "MultiArith", "gsm8k"):
         (root / name).mkdir(parents=True, exist_ok=True)
     (root / "math_10k.json").write_text(json.dumps(addition(train, answer)), encoding="utf-8")

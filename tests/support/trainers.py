@@ -1,4 +1,4 @@
-"""Tiny models, data and Trainers for the tests of training stacks."""
+"""Makes tiny models, data and Trainers for the tests of training stacks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VOCABULARY, LENGTH = 31, 7
 
 
 class Tokens(Dataset):
-    """Random token sequences, labelled by the parity of their first token."""
+    """Holds random token sequences, labelled by the parity of their first token."""
 
     def __init__(self, count: int = 20) -> None:
         self.ids = torch.randint(1, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(5))
@@ -77,7 +77,7 @@ def selective(
     given: dict[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[Trainer, SelectiveCallback]:
-    """A Trainer that trains a selection: (the Trainer, its callback)."""
+    """Returns (the Trainer, its callback) of a selection."""
     trainer = kind(
         model=model or bert(), args=arguments(folder, **changes), train_dataset=data or Tokens(), **(given or {})
     )
@@ -88,7 +88,7 @@ def selective(
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen_garbage() -> Iterator[None]:
-    """Every ``train()`` collects garbage twice: what the libraries hold for good need not be walked each time."""
+    """Freezes what the libraries hold for good: ``train()`` collects garbage twice and need not walk it each time."""
     gc.collect()
     gc.freeze()
     yield
@@ -120,7 +120,7 @@ class Scaled(Ordered):
 
 @pytest.fixture
 def half_precision():
-    """accelerate keeps the precision for the whole process."""
+    """Resets the precision, which accelerate keeps for the whole process."""
     from accelerate.state import AcceleratorState
 
     yield
@@ -128,13 +128,13 @@ def half_precision():
 
 
 def recomputing(on, reentrant):
-    """The Trainer's arguments for it; transformers 5.23 renamed them."""
+    """Returns the Trainer's arguments for checkpointing; transformers 5.23 renamed them."""
     kind = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
     return {f"{kind}_checkpointing": on, f"{kind}_checkpointing_kwargs": {"use_reentrant": reentrant}}
 
 
 def run_out_of_memory(trainer, batches, limit):
-    """From the given training batch on, more than ``limit`` examples do not fit."""
+    """Makes more than ``limit`` examples not fit from the given training batch on."""
     seen, step = [0], trainer.training_step
 
     def training_step(model, inputs, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""A tiny Llama, tokenizer and data, and TRL's trainers on them."""
+"""Makes a tiny Llama, tokenizer and data, and TRL's trainers on them."""
 
 from __future__ import annotations
 

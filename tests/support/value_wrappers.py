@@ -1,4 +1,4 @@
-"""Wrappers around one parameter as users write them: averages of weights, SAM, and a schedule-free optimizer."""
+"""Wraps one parameter as users do: averages of weights, SAM, and a schedule-free optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class SAM:
-    """Foret et al. 2021, as its common implementation writes it: through ``data`` and by assignment to it."""
+    """Writes as the common implementation of Foret et al. 2021: through ``data`` and by assignment to it."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter, self.optimizer = parameter, torch.optim.SGD([parameter], lr=0.2, momentum=0.9)
@@ -28,7 +28,7 @@ class SAM:
 
 
 class Lookahead:
-    """Zhang et al. 2019: every third step the fast weights go half-way back to the slow ones."""
+    """Moves the fast weights half-way back to the slow ones every third step (Zhang et al. 2019)."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter, self.optimizer = parameter, torch.optim.AdamW([parameter], lr=0.1)
@@ -45,7 +45,7 @@ class Lookahead:
 
 
 class ScheduleFree(torch.optim.Optimizer):
-    """Defazio et al. 2024, by SGD: gradients at y = (1 - beta) z + beta x; x is the average of the z."""
+    """Runs Defazio et al. 2024 by SGD: gradients are at y = (1 - beta) z + beta x; x is the average of the z."""
 
     def __init__(self, params: list[nn.Parameter], lr: float = 0.2, beta: float = 0.9) -> None:
         super().__init__(params, {"lr": lr, "beta": beta, "train_mode": True, "k": 0})
@@ -89,7 +89,7 @@ class Free:
 
 
 class Ema:
-    """As diffusers' ``EMAModel``: the shadow is stepped, stored over, copied in, and restored after an evaluation."""
+    """Works as diffusers' ``EMAModel``: the shadow is stepped, stored over, copied in, and restored after an evaluation."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter, self.optimizer = parameter, torch.optim.AdamW([parameter], lr=0.1)
@@ -107,7 +107,7 @@ class Ema:
 
 
 class Averaged:
-    """``AveragedModel`` of a module that holds the parameter; its average is evaluated in the parameter's place."""
+    """Holds the parameter in an ``AveragedModel``, whose average is evaluated in the parameter's place."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter, self.optimizer = parameter, torch.optim.AdamW([parameter], lr=0.1)

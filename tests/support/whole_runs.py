@@ -1,4 +1,4 @@
-"""A run of `unmask train` of six steps whose every kill point is known, and going on after each."""
+"""Runs `unmask train` for six steps with every kill point known, and goes on after each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unmask.lab.training.training import Outcome, train
 
 
 def small_world(root: Path) -> TrainConfig:
-    """The base and data of a run, and its settings; two checkpoints in turn, of which one is kept."""
+    """Makes the base and data of a run, and its settings; of two checkpoints in turn, one is kept."""
     tiny_model(root / "base")
     toy_csv(root / "train.csv", 16, seed=0)
     toy_csv(root / "dev.csv", 8, seed=1)
@@ -46,7 +46,7 @@ def go(config: TrainConfig, output: Path, **how: Any) -> Outcome:
 
 
 def recorded(config: TrainConfig, **how: Any) -> Recorder:
-    """Trains, and knows every state of the output folder on the way."""
+    """Trains, and records every state of the output folder on the way."""
     recorder = Recorder(Path(config.output))
     with hearing(recorder.folder, recorder):
         go(config, recorder.folder, **how)
@@ -54,14 +54,14 @@ def recorded(config: TrainConfig, **how: Any) -> Recorder:
 
 
 def result(folder: Path) -> tuple[bytes, list[dict]]:
-    """What a run leaves, without clock times: the delta's bytes and the rows of metrics."""
+    """Returns what a run leaves, without clock times: the delta's bytes and the rows of metrics."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steady = [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k} for row in rows]
     return (folder / "delta.safetensors").read_bytes(), [row for row in steady if "train_loss" not in row]
 
 
 def newest_step(folder: Path) -> int:
-    """The step that the run could go on from; -1 for none, 99 for a run that is finished."""
+    """Returns the step that the run could go on from; -1 for none, 99 for a run that is finished."""
     run = RunFolder(folder)
     if run._finished() is not None:
         return 99

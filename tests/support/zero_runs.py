@@ -1,4 +1,4 @@
-"""What the processes of `test_zero_gradients.py` do; each function also runs in one process."""
+"""Holds what the processes of `test_zero_gradients.py` do; each function also runs in one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import unmask
 
 
 def silent_steps(method: str, exchange: str) -> tuple[list[int], Tensor, Tensor]:
-    """(weights unmasked after each step, positions, values): step 0 has no gradient, step 1 has one of the last rows alone."""
+    """Returns (weights unmasked after each step, positions, values); step 0 has no gradient, step 1 a partial one."""
     model = nets.mixed()
     selection = unmask.select(model, METHODS[method](), exchange=exchange)
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
@@ -35,7 +35,7 @@ def grid(cases: list[tuple[str, str]]) -> list[tuple[list[int], Tensor, Tensor]]
 
 
 class Halves(torch.nn.Module):
-    """Two layers side by side; a batch reaches one of them."""
+    """Has two layers side by side; a batch reaches one of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Halves(torch.nn.Module):
 
 
 def one_reaches_nothing() -> Tensor:
-    """The left layer after steps in which the second process's batches use the frozen layer alone."""
+    """Returns the left layer after steps in which the second process's batches use the frozen layer alone."""
     model = Halves()
     selection = unmask.select(model, unmask.id3(8, steps=2), include="left")
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)

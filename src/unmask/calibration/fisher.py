@@ -67,7 +67,8 @@ def _one_pass(model: nn.Module, layout: Layout, calibration: Calibration) -> tup
                 probed = True
             taps.start(size)
             for objective in objectives(model, batch, size, calibration):
-                taps.collect(objective)
+                if objective.requires_grad:
+                    objective.backward(retain_graph=True)
     finally:
         taps.remove()
     if count == 0:
@@ -88,12 +89,11 @@ def _loop(
     receiver = _Summing([torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in tensors], power)
     taps = TapSet(tensors, receiver, lambda: False)
     try:
-        for batch in batches(calibration):
-            for single in singles(batch):
-                count -= 1
-                for objective in objectives(model, single, 1, calibration):
-                    if objective.requires_grad:
-                        objective.backward(retain_graph=calibration.sample_type == "expect")
+        for single in (single for batch in batches(calibration) for single in singles(batch)):
+            count -= 1
+            for objective in objectives(model, single, 1, calibration):
+                if objective.requires_grad:
+                    objective.backward(retain_graph=calibration.sample_type == "expect")
     finally:
         taps.remove()
     if count:

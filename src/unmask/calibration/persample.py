@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors
-from unmask.gradients.tapped import TappedParameter, index_of
+from unmask.gradients.tapped import TappedParameter, site_of
 from unmask.gradients.taps import Receiver, TapSet
 
 _PRODUCT = 1 << 24  # The scalars in one block of per-example weight gradients.
@@ -59,11 +59,7 @@ class PerSampleTaps(Receiver):
         self._uses: Counter[int] = Counter()
         self._anchor = torch.zeros((), requires_grad=True)
         self._taps = TapSet(tensors, self, lambda: False)
-        self._taps.handlers = {
-            F.linear: self._linear,
-            F.embedding: self._embedding,
-            F.layer_norm: self._layer_norm,
-        }
+        self._taps.handlers = {F.linear: self._linear, F.embedding: self._embedding, F.layer_norm: self._layer_norm}
 
     def start(self, size: int, probing: bool = False) -> None:
         """Announces a forward of ``size`` examples.
@@ -75,11 +71,6 @@ class PerSampleTaps(Receiver):
         """
         self._size, self._probing = size, probing
         self._uses.clear()
-
-    def collect(self, objective: Tensor) -> None:
-        """Runs the backward of a sum over examples, which adds to the sums."""
-        if objective.requires_grad:
-            objective.backward(retain_graph=True)
 
     def remove(self) -> None:
         """Makes every tensor an ordinary parameter again."""
@@ -93,70 +84,65 @@ class PerSampleTaps(Receiver):
     def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
         raise AssertionError("no tensor's gradient is wanted from the taps")
 
-    def _linear(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
-        def run(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            output = func(input, weight, bias)
-            if not self._has_examples(input, weight, bias):
-                return output
+    def _linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = func(input, weight, bias)
+        if not self._has_examples(input, weight, bias):
+            return output
 
-            def statistic(x: Tensor, g: Tensor) -> None:
-                x, g = x.reshape(self._size, -1, x.shape[-1]), g.reshape(self._size, -1, g.shape[-1])
-                self._add(bias, lambda: self._power(g.float().sum(1)).sum(0))
-                self._add(weight, lambda: self._outer(x, g))
+        def statistic(x: Tensor, g: Tensor) -> None:
+            x, g = x.reshape(self._size, -1, x.shape[-1]), g.reshape(self._size, -1, g.shape[-1])
+            self._add(bias, lambda: self._power(g.float().sum(1)).sum(0))
+            self._add(weight, lambda: self._outer(x, g))
 
-            return _Watch.apply(self._anchor, output, input, statistic)
+        return _Watch.apply(self._anchor, output, input, statistic)
 
-        return run(*args, **kwargs)
+    def _embedding(
+        self,
+        func: Any,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Tensor:
+        if input.shape[0] == 1 < self._size:
+            # Position ids of shape (1, T) serve all examples. Each example gets its own row of ids, or autograd would add the
+            # examples' gradients up before they are seen.
+            input = input.expand(self._size, *input.shape[1:])
+        output = func(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        if scale_grad_by_freq or not self._has_examples(input, weight):
+            self._reject(weight)
+            return output
+        skip = None if padding_idx is None else padding_idx % weight.shape[0]
 
-    def _embedding(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
-        def run(
-            input: Tensor,
-            weight: Tensor,
-            padding_idx: int | None = None,
-            max_norm: float | None = None,
-            norm_type: float = 2.0,
-            scale_grad_by_freq: bool = False,
-            sparse: bool = False,
-        ) -> Tensor:
-            if input.shape[0] == 1 < self._size:
-                # Position ids of shape (1, T) serve all examples. Each example gets its own row of ids, or autograd would
-                # add the examples' gradients up before they are seen.
-                input = input.expand(self._size, *input.shape[1:])
-            output = func(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-            if scale_grad_by_freq or not self._has_examples(input, weight):
-                self._reject(weight)
-                return output
-            skip = None if padding_idx is None else padding_idx % weight.shape[0]
+        def statistic(ids: Tensor, g: Tensor) -> None:
+            self._add(weight, lambda: self._rows(ids, g, weight.shape, skip))
 
-            def statistic(ids: Tensor, g: Tensor) -> None:
-                self._add(weight, lambda: self._rows(ids, g, weight.shape, skip))
+        return _Watch.apply(self._anchor, output, input, statistic)
 
-            return _Watch.apply(self._anchor, output, input, statistic)
+    def _layer_norm(
+        self,
+        func: Any,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        output = func(input, normalized_shape, weight, bias, eps)
+        if not self._has_examples(input, weight, bias):
+            return output
 
-        return run(*args, **kwargs)
+        def statistic(x: Tensor, g: Tensor) -> None:
+            shape = (self._size, -1, *normalized_shape)
+            g = g.float().reshape(shape)
+            normal = F.layer_norm(x.float(), normalized_shape, None, None, eps).reshape(shape)
+            self._add(bias, lambda: self._power(g.sum(1)).sum(0))
+            self._add(weight, lambda: self._power((g * normal).sum(1)).sum(0))
 
-    def _layer_norm(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
-        def run(
-            input: Tensor,
-            normalized_shape: Any,
-            weight: Tensor | None = None,
-            bias: Tensor | None = None,
-            eps: float = 1e-5,
-        ) -> Tensor:
-            output = func(input, normalized_shape, weight, bias, eps)
-            if not self._has_examples(input, weight, bias):
-                return output
-
-            def statistic(x: Tensor, g: Tensor) -> None:
-                shape = (self._size, -1, *normalized_shape)
-                g = g.float().reshape(shape)
-                normal = F.layer_norm(x.float(), normalized_shape, None, None, eps).reshape(shape)
-                self._add(bias, lambda: self._power(g.sum(1)).sum(0))
-                self._add(weight, lambda: self._power((g * normal).sum(1)).sum(0))
-
-            return _Watch.apply(self._anchor, output, input, statistic)
-
-        return run(*args, **kwargs)
+        return _Watch.apply(self._anchor, output, input, statistic)
 
     def _outer(self, x: Tensor, g: Tensor) -> Tensor:
         """Returns ``sum_n power(g_n^T x_n)``, (out, in), of x (N, T, in) and g (N, T, out)."""
@@ -172,9 +158,8 @@ class PerSampleTaps(Receiver):
         example = torch.arange(self._size, device=ids.device).repeat_interleave(ids.numel() // self._size)
         key = example * shape[0] + ids.reshape(-1)
         unique, inverse = key.unique(return_inverse=True)
-        rows = torch.zeros(unique.numel(), shape[1], device=g.device).index_add_(
-            0, inverse, g.reshape(-1, shape[1]).float()
-        )
+        g = g.reshape(-1, shape[1]).float()
+        rows = torch.zeros(unique.numel(), shape[1], device=g.device).index_add_(0, inverse, g)
         if skip is not None:
             rows[unique % shape[0] == skip] = 0
         return torch.zeros(shape, device=g.device).index_add_(0, unique % shape[0], self._power(rows))
@@ -187,15 +172,15 @@ class PerSampleTaps(Receiver):
             fits = False
         for parameter in parameters:
             if isinstance(parameter, TappedParameter):
-                self._uses[index_of(parameter)] += 1
-                if not fits or self._uses[index_of(parameter)] > 1:
+                self._uses[site_of(parameter).index] += 1
+                if not fits or self._uses[site_of(parameter).index] > 1:
                     self._reject(parameter)
         return fits
 
     def _reject(self, parameter: Tensor | None) -> None:
         if isinstance(parameter, TappedParameter):
-            self.unsupported.add(index_of(parameter))
+            self.unsupported.add(site_of(parameter).index)
 
     def _add(self, parameter: Tensor | None, amount: Callable[[], Tensor]) -> None:
-        if isinstance(parameter, TappedParameter) and index_of(parameter) not in self.unsupported:
-            self._sums[index_of(parameter)] += amount()
+        if isinstance(parameter, TappedParameter) and site_of(parameter).index not in self.unsupported:
+            self._sums[site_of(parameter).index] += amount()

@@ -8,7 +8,7 @@ temperature of 200; SparseAdapter's code does not, and neither does this file.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +57,20 @@ def gradient_flow(model: nn.Module, layout: Layout, calibration: Calibration) ->
         MethodError: The loader is empty, or it gives nothing the second time.
         NonFiniteGradientError: A product is not finite.
     """
+
+    def product(loss: Tensor) -> Sequence[Tensor | None]:
+        """Differentiates the product of the mean gradient and the loss's own gradient."""
+        own = torch.autograd.grad(loss, layout.tensors, create_graph=True, allow_unused=True)
+        inner = sum((g * v.to(g)).sum() for g, v in zip(own, gradients, strict=True) if g is not None)
+        if isinstance(inner, Tensor) and inner.requires_grad:
+            return torch.autograd.grad(inner, layout.tensors, allow_unused=True)
+        return [None] * len(own)  # A loss that is linear in the weights has no curvature.
+
     # The fused attention kernels have no second derivative.
     with _trainable(model, layout), sdpa_kernel(SDPBackend.MATH):
         gradients = _mean_gradient(model, layout, calibration)
-        products = _hessian_product(model, layout, calibration, gradients)
+        again = "the calibration loader gave nothing the second time; give a list of batches or a DataLoader."
+        products = _mean(model, layout, calibration, product, again)
     return _checked(layout, [h * w for h, w in zip(products, _weights(layout), strict=True)])
 
 
@@ -74,49 +84,38 @@ def _trainable(model: nn.Module, layout: Layout) -> Iterator[None]:
 
 
 def _mean_gradient(model: nn.Module, layout: Layout, calibration: Calibration) -> Gradients:
+    def gradient(loss: Tensor) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(loss, layout.tensors, allow_unused=True)
+
+    empty = "the calibration loader is empty; snip and grasp need examples to take gradients of."
+    return _mean(model, layout, calibration, gradient, empty)
+
+
+def _mean(
+    model: nn.Module,
+    layout: Layout,
+    calibration: Calibration,
+    derivative: Callable[[Tensor], Sequence[Tensor | None]],
+    empty: str,
+) -> Gradients:
+    """Returns the mean over the examples of a derivative of their loss; raises an error that says ``empty`` without any."""
     sums, count = [torch.zeros_like(weight) for weight in _weights(layout)], 0
-    for loss, size in _losses(model, calibration):
-        _add(sums, torch.autograd.grad(loss, layout.tensors, allow_unused=True))
-        count += size
-    if count == 0:
-        raise MethodError("the calibration loader is empty; snip and grasp need examples to take gradients of.")
-    return [total / count for total in sums]
-
-
-def _hessian_product(model: nn.Module, layout: Layout, calibration: Calibration, direction: Gradients) -> Gradients:
-    """Returns H v, by differentiating <v, dL/dw> once more."""
-    sums, count = [torch.zeros_like(weight) for weight in _weights(layout)], 0
-    for loss, size in _losses(model, calibration):
-        gradients = torch.autograd.grad(loss, layout.tensors, create_graph=True, allow_unused=True)
-        inner = sum((g * v.to(g)).sum() for g, v in zip(gradients, direction, strict=True) if g is not None)
-        if isinstance(inner, Tensor) and inner.requires_grad:  # A loss that is linear in the weights has no curvature.
-            _add(sums, torch.autograd.grad(inner, layout.tensors, allow_unused=True))
-        count += size
-    if count == 0:
-        raise MethodError(
-            "the calibration loader gave nothing the second time; give a list of batches or a DataLoader."
-        )
-    return [total / count for total in sums]
-
-
-def _losses(model: nn.Module, calibration: Calibration) -> Iterator[tuple[Tensor, int]]:
-    """Yields each batch's summed loss, and its number of examples."""
     for batch in batches(calibration):
         size = batch_size(batch)
+        count += size
         for loss in objectives(model, batch, size, calibration):
-            yield loss, size
+            for total, part in zip(sums, derivative(loss), strict=True):
+                if part is not None:
+                    total += part
+    if count == 0:
+        raise MethodError(empty)
+    return [total / count for total in sums]
 
 
 def _weights(layout: Layout) -> Gradients:
     """Returns the eligible weights, in float32 at least."""
     plain = [layout.plain(index) for index in range(len(layout.tensors))]
     return [weight if weight.dtype == torch.float64 else weight.float() for weight in plain]
-
-
-def _add(sums: Gradients, gradients: tuple[Tensor | None, ...]) -> None:
-    for total, gradient in zip(sums, gradients, strict=True):
-        if gradient is not None:
-            total += gradient
 
 
 def _checked(layout: Layout, scores: Gradients) -> dict[int, Tensor]:

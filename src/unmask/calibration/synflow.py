@@ -9,7 +9,7 @@ and each round scores what the last one left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,18 @@ def synaptic_flow(model: nn.Module, layout: Layout, budget: int) -> dict[int, Te
         MethodError: An eligible tensor belongs to no linear layer of a LoRA or a bottleneck adapter.
     """
     paths = list(_paths(model))
-    _check_covered(paths, layout)
+    covered = {
+        id(p)
+        for path in paths
+        for stage in path
+        for p in ([stage] if isinstance(stage, nn.Parameter) else stage.parameters())
+    }
+    for name, tensor in zip(layout.names, layout.tensors, strict=True):
+        if id(tensor) not in covered:
+            raise MethodError(
+                f"synflow knows the linear layers of peft's LoRA and of bottleneck adapters; {name!r} is no part of one. "
+                "Narrow the selection with include= and exclude=, or take another criterion."
+            )
     weights = [layout.plain(index).double().abs() for index in range(len(layout.tensors))]
     alive = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
     total = sum(weight.numel() for weight in weights)
@@ -62,24 +73,21 @@ def _flow(paths: list[list[Stage]], layout: Layout, weights: list[Tensor], alive
         return by_id[id(tensor)] if id(tensor) in by_id else tensor.detach().double().abs()
 
     with torch.enable_grad():
-        total = torch.stack([_through(path, magnitude).sum().cpu() for path in paths]).sum()
+        sums = []
+        for path in paths:
+            first = path[0]
+            assert isinstance(first, nn.Linear)
+            x = first.weight.new_ones(first.in_features, dtype=torch.float64)
+            for stage in path:
+                if isinstance(stage, nn.Parameter):
+                    x = x * magnitude(stage).reshape(-1)
+                else:
+                    x = magnitude(stage.weight) @ x
+                    x = x if stage.bias is None else x + magnitude(stage.bias)
+            sums.append(x.sum().cpu())
+        total = torch.stack(sums).sum()
         gradients = torch.autograd.grad(total, leaves)
     return [leaf.detach() * gradient for leaf, gradient in zip(leaves, gradients, strict=True)]
-
-
-def _through(path: list[Stage], magnitude: Callable[[Tensor], Tensor]) -> Tensor:
-    """Returns what a module makes of an input of ones: (out,)."""
-    first = path[0]
-    assert isinstance(first, nn.Linear)
-    x = first.weight.new_ones(first.in_features, dtype=torch.float64)
-    for stage in path:
-        if isinstance(stage, nn.Parameter):
-            x = x * magnitude(stage).reshape(-1)
-        else:
-            x = magnitude(stage.weight) @ x
-            if stage.bias is not None:
-                x = x + magnitude(stage.bias)
-    return x
 
 
 def _best(scores: list[Tensor], keep: int) -> list[Tensor]:
@@ -105,16 +113,3 @@ def _paths(model: nn.Module) -> Iterator[list[Stage]]:
             layers = [layer for layer in (*module.adapter_down, module.adapter_up) if isinstance(layer, nn.Linear)]  # type: ignore[misc]
             if len(layers) == 2:
                 yield layers
-
-
-def _check_covered(paths: list[list[Stage]], layout: Layout) -> None:
-    covered: set[int] = set()
-    for path in paths:
-        for stage in path:
-            covered |= {id(stage)} if isinstance(stage, nn.Parameter) else {id(p) for p in stage.parameters()}
-    for name, tensor in zip(layout.names, layout.tensors, strict=True):
-        if id(tensor) not in covered:
-            raise MethodError(
-                f"synflow knows the linear layers of peft's LoRA and of bottleneck adapters; {name!r} is no part of one. "
-                "Narrow the selection with include= and exclude=, or take another criterion."
-            )

@@ -12,28 +12,23 @@ from unmask.gradients.entries import take_gradient
 from unmask.gradients.tapped import StandIn, TappedParameter, stand_in_of
 
 
-def embedding(func: Any, args: tuple, kwargs: dict) -> Any:
+def embedding(
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
     """Handles ``F.embedding`` if the table has more rows than there are tokens; leaves it to autograd otherwise."""
-
-    def run(
-        input: Tensor,
-        weight: Tensor,
-        padding_idx: int | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
-    ) -> Any:
-        if max_norm is not None or scale_grad_by_freq or not isinstance(weight, TappedParameter):
-            return NotImplemented
-        if weight.shape[0] <= input.numel():
-            return NotImplemented
-        stand_in = stand_in_of(weight)
-        if stand_in is None or stand_in.alias:
-            return NotImplemented
-        return SampledEmbedding.apply(input, weight, stand_in.proxy, stand_in, padding_idx)
-
-    return run(*args, **kwargs)
+    if max_norm is not None or scale_grad_by_freq or not isinstance(weight, TappedParameter):
+        return NotImplemented
+    stand_in = stand_in_of(weight) if weight.shape[0] > input.numel() else None
+    if stand_in is None or stand_in.alias:
+        return NotImplemented
+    return SampledEmbedding.apply(input, weight, stand_in.proxy, stand_in, padding_idx)
 
 
 class SampledEmbedding(torch.autograd.Function):

@@ -96,17 +96,7 @@ class Factors:
         return self._bands(some[rows[some].argsort(descending=True)], rows, columns, lambda: least() * (1 - rounding))
 
     def _in_halves(self, some: Tensor, near: Tensor, rows: Tensor, cut: float) -> Tensor | None:
-        """Finds the entries that a product in bfloat16 cannot rule out.
-
-        Args:
-            some: The rows that may hold a large entry.
-            near: The columns that may hold one.
-            rows: The norm of every row's factor.
-            cut: The least magnitude that matters.
-
-        Returns:
-            (n,) int64, ascending flat indices; None if there are too many.
-        """
+        """Returns the entries of some rows and near columns that a product in bfloat16 cannot rule out; None if too many."""
         left, right = (
             x if kept.numel() == x.shape[1] else take_columns(x, kept)
             for x, kept in ((self.left, some), (self.right, near))
@@ -162,12 +152,11 @@ def _norms(x: Tensor) -> Tensor:
 
 
 class _Last(threading.local):
-    """The input whose norms a thread took last."""
+    """The input whose norms a thread took last, and these norms."""
 
-    def __init__(self) -> None:
-        self.key: tuple | None = None
-        self.of: Tensor | None = None  # A reference to the input keeps its address from being used by another tensor.
-        self.norms: Tensor | None = None
+    key: tuple | None = None
+    of: Tensor | None = None  # A reference to the input keeps its address from being used by another tensor.
+    norms: Tensor | None = None
 
 
 _last = _Last()

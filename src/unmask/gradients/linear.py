@@ -47,21 +47,13 @@ def handlers(dense: bool) -> dict[Any, Handler]:
 
 @dataclass(frozen=True)
 class _Setup:
-    """What the backward of a linear operation needs besides its tensors.
+    """The settings of a linear operation, which are not its tensors."""
 
-    Attributes:
-        stand_in: The weight's stand-in; None if its gradient is not wanted.
-        bias_entries: The entries of the bias whose gradient is wanted, if it has a placeholder.
-        how: The product that gives the weight's entries, if the placeholder stands for some.
-        transposed: True for a weight of shape (in, out), as in the Conv1D of transformers.
-        origin: The node that can make the input again, which is then not saved; None otherwise.
-    """
-
-    stand_in: StandIn | None
-    bias_entries: Entries | None
-    how: Product
-    transposed: bool
-    origin: Node | None
+    stand_in: StandIn | None  # The weight's stand-in; None if its gradient is not wanted.
+    bias_entries: Entries | None  # The entries of the bias whose gradient is wanted, if it has a placeholder.
+    how: Product  # The product that gives the weight's entries, if the placeholder stands for some.
+    transposed: bool  # True for a weight of shape (in, out), as in the Conv1D of transformers.
+    origin: Node | None  # The node that can make the input again, which is then not saved; None otherwise.
 
 
 class _LinearHandlers:
@@ -74,23 +66,15 @@ class _LinearHandlers:
         self._dense = dense
         self._last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
 
-    def linear(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         """Handles ``F.linear(input, weight, bias)``."""
+        return self._apply(input, weight, bias, transposed=False)
 
-        def run(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-            return self._apply(input, weight, bias, transposed=False)
-
-        return run(*args, **kwargs)
-
-    def addmm(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def addmm(self, func: Any, input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Any:
         """Handles ``torch.addmm(bias, input, weight)``."""
-
-        def run(input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Any:
-            if options or input.ndim != 1:
-                return NotImplemented
-            return self._apply(mat1, mat2, input, transposed=True)
-
-        return run(*args, **kwargs)
+        if options or input.ndim != 1:
+            return NotImplemented
+        return self._apply(mat1, mat2, input, transposed=True)
 
     def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Any:
         if not isinstance(weight, TappedParameter) or weight.ndim != 2 or isinstance(x, TappedParameter):
@@ -191,7 +175,11 @@ class SampledLinear(torch.autograd.Function):
                     setup.stand_in.pending.put(Factors(left, right, ctx.weight_dtype))
                     grad_placeholder = torch.zeros_like(placeholder)
             if needs[5]:
-                grad_bias_placeholder = _column_sums(g, setup.bias_entries, bias_placeholder.dtype)
+                entries, dtype = setup.bias_entries.flat, bias_placeholder.dtype
+                few = 8 * entries.numel() < g.shape[1]
+                grad_bias_placeholder = (
+                    take_columns(g, entries).sum(0, dtype=dtype) if few else take(g.sum(0, dtype=dtype), entries)
+                )
             if needs[3]:
                 grad_bias = g.sum(0).to(ctx.bias_dtype)
             if needs[0]:
@@ -235,13 +223,6 @@ def _differentiable(
     if bias_placeholder is not None:
         grad_bias_placeholder = take(sums, setup.bias_entries.flat).to(bias_placeholder.dtype)
     return grad_x, None, None, grad_bias, grad_placeholder, grad_bias_placeholder, None
-
-
-def _column_sums(g: Tensor, entries: Entries, dtype: torch.dtype) -> Tensor:
-    """Returns a bias's gradient at entries, from the output's gradient (T, out)."""
-    if 8 * entries.flat.numel() < g.shape[1]:
-        return take_columns(g, entries.flat).sum(0, dtype=dtype)
-    return take(g.sum(0, dtype=dtype), entries.flat)
 
 
 def live_rows(g: Tensor) -> Tensor | None:

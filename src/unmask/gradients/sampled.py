@@ -172,9 +172,10 @@ def _pieces(tokens: int, width: int) -> list[tuple[int, int, int]]:
 class _Scratch(threading.local):
     """The memory that a thread keeps between calls."""
 
+    shared: tuple[tuple, Tensor, list[Tensor]] | None = None
+
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        self.shared: tuple[tuple, Tensor, list[Tensor]] | None = None
 
     def take(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
         """Returns a buffer of ``numel`` scalars; its contents are arbitrary."""

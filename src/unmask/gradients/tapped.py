@@ -21,17 +21,7 @@ _VIEWS = {torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.H.__get_
 _IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 # These functions concern the parameter as an object, or its memory, and get the parameter itself.
 _RAW = (
-    {
-        "__get__",
-        "__set__",
-        "__delete__",
-        "__setitem__",
-        "__hash__",
-        "__repr__",
-        "__format__",
-        "__reduce_ex__",
-        "__len__",
-    }
+    {f"__{name}__" for name in ("get", "set", "delete", "setitem", "hash", "repr", "format", "reduce_ex", "len")}
     | {f"__i{name}__" for name in _IN_PLACE}
     | {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "detach", "data_ptr"}
     | {"size", "dim", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size", "get_device"}
@@ -40,8 +30,8 @@ _RAW = (
 # These of them hand out the parameter's memory, which must then hold what was written to ``values``.
 _READ = {torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 
-Handler = Callable[[Any, tuple, dict], Any]
-"""Runs an operation in torch's place: (function, args, kwargs) to its result, or NotImplemented to leave it to autograd."""
+Handler = Callable[..., Any]
+"""Runs an operation in torch's place: (function, *args, **kwargs) to its result; NotImplemented leaves it to autograd."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +117,12 @@ def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         if _is_raw(func, args):
             if func in _READ:
-                set_of(args[0]).catch_up()
+                site_of(args[0]).taps.catch_up()
             return func(*args, **kwargs)
         for value in (*args, *kwargs.values()):
             if isinstance(value, TappedParameter):
-                handler = set_of(value).handlers.get(func)
-                result = handler(func, args, kwargs) if handler and torch.is_grad_enabled() else NotImplemented
+                handler = site_of(value).taps.handlers.get(func)
+                result = handler(func, *args, **kwargs) if handler and torch.is_grad_enabled() else NotImplemented
                 if result is not NotImplemented:
                     return result
                 break
@@ -154,7 +144,7 @@ def _is_raw(func: Any, args: tuple) -> bool:
 
 def _plain(parameter: Tensor) -> Tensor:
     """Returns a tapped parameter's memory as an ordinary tensor."""
-    set_of(parameter).catch_up()
+    site_of(parameter).taps.catch_up()
     with torch._C.DisableTorchFunctionSubclass():
         return parameter.detach()
 
@@ -162,7 +152,7 @@ def _plain(parameter: Tensor) -> Tensor:
 def substitute(value: Any) -> Any:
     """Returns a value, or a nest of lists, tuples and dicts, with each tapped parameter replaced for an operation."""
     if isinstance(value, TappedParameter):
-        return set_of(value).use(value)
+        return site_of(value).taps.use(value)
     if type(value) in (list, tuple):
         return type(value)(substitute(item) for item in value)
     if type(value) is dict:
@@ -184,13 +174,8 @@ def attach(tensor: Tensor, site: Site) -> None:
 def detach(tensor: Tensor) -> None:
     """Takes a tensor's site away; a parameter becomes an ordinary one again."""
     site = tensor.__dict__.pop(SITE, None)
-    if site is not None and is_tapped(tensor):
+    if site is not None and isinstance(tensor, TappedParameter):
         tensor.__class__ = site.kind
-
-
-def is_tapped(tensor: Tensor) -> bool:
-    """Returns True if operations on a tensor are intercepted."""
-    return isinstance(tensor, TappedParameter)
 
 
 def has_site(tensor: Tensor) -> bool:
@@ -200,7 +185,7 @@ def has_site(tensor: Tensor) -> bool:
 
 def owner_of(tensor: Tensor) -> object:
     """Returns the selection that a tapped parameter belongs to; None for any other tensor."""
-    return set_of(tensor).owner if isinstance(tensor, TappedParameter) else None
+    return site_of(tensor).taps.owner if isinstance(tensor, TappedParameter) else None
 
 
 def site_of(tensor: Tensor) -> Site:
@@ -209,16 +194,6 @@ def site_of(tensor: Tensor) -> Site:
     return site
 
 
-def set_of(tensor: Tensor) -> Interceptor:
-    """Returns the set of taps that a tensor with a site belongs to."""
-    return site_of(tensor).taps
-
-
 def stand_in_of(tensor: Tensor) -> StandIn | None:
     """Returns what receives the gradient of the coming operation on a tensor with a site; None if it is not wanted."""
     return site_of(tensor).taps.stand_in(tensor)
-
-
-def index_of(tensor: Tensor) -> int:
-    """Returns the index of a tensor in the set of taps that it belongs to."""
-    return site_of(tensor).index

@@ -18,6 +18,7 @@ not in training mode. A receiver that cannot add up pieces raises `in_pieces`.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,17 +30,7 @@ from torch import Tensor
 from unmask.errors import SelectionError
 from unmask.gradients.entries import Entries, take_gradient
 from unmask.gradients.factors import Factors, PendingGradient, add
-from unmask.gradients.tapped import (
-    Handler,
-    Site,
-    StandIn,
-    TappedParameter,
-    attach,
-    detach,
-    has_site,
-    is_tapped,
-    site_of,
-)
+from unmask.gradients.tapped import Handler, Site, StandIn, TappedParameter, attach, detach, has_site, site_of
 from unmask.gradients.writes import Writes
 
 
@@ -112,11 +103,9 @@ class TapSet:
         self._sites = [Site(self, index, type(tensor)) for index, tensor in enumerate(tensors)]
         self._tensors = list(tensors)
         self._anchor = torch.zeros((), requires_grad=True)  # It makes proxies require grad, and never receives one.
-        self._task: weakref.ref[_EndOfBackward] | None = None
+        self._task: weakref.ref[functools.partial[None]] | None = None
         self._uses: Counter[int] = Counter()  # since the last backward
-        self._pieces: set[int] = (
-            set()
-        )  # These tensors were used twice, so a backward may bring their gradient in pieces.
+        self._pieces: set[int] = set()  # Tensors that were used twice: a backward may bring their gradient in pieces.
         self._held: dict[tuple[int, int], tuple[Tensor | Factors, Entries | None]] = {}  # Their sums so far.
         self._received = False
         self.resume()
@@ -165,9 +154,9 @@ class TapSet:
             return parameter
         if stand_in.entries is not None:
             return Gather.apply(stand_in.proxy, parameter, stand_in.entries)
-        return (
-            stand_in.proxy if stand_in.pending is None else Collect.apply(stand_in.proxy, parameter, stand_in.pending)
-        )
+        if stand_in.pending is not None:
+            return Collect.apply(stand_in.proxy, parameter, stand_in.pending)
+        return stand_in.proxy
 
     def catch_up(self) -> None:
         """Brings pending writes to ``values`` into the tensors, which are about to be read."""
@@ -205,7 +194,11 @@ class TapSet:
         entries, pending = self._receiver.entries(site.index), None
         if entries is None:
             if parameter.ndim != 2 or not self._receiver.factored(site.index):
-                whole = parameter if is_tapped(parameter) else _zeros(parameter, parameter.shape, parameter.dtype)
+                whole = (
+                    parameter
+                    if isinstance(parameter, TappedParameter)
+                    else _zeros(parameter, parameter.shape, parameter.dtype)
+                )
                 return StandIn(Tap.apply(self._anchor, whole, self, site.index, None, None))
             pending = PendingGradient()
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -255,7 +248,7 @@ class TapSet:
         if self._task is not None and self._task() is not None:
             return
         self._discard_dead_task()
-        callback = _EndOfBackward(self)
+        callback = functools.partial(self.close)  # Autograd alone holds it, until the task ends or fails.
         self._task = weakref.ref(callback)
         torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
         self._receiver.begin()
@@ -268,20 +261,10 @@ class TapSet:
             self._receiver.abort()
 
 
-class _EndOfBackward:
-    """The callback that runs once when the graph task that it was queued on ends; a task that fails drops it."""
-
-    def __init__(self, taps: TapSet) -> None:
-        self.taps = taps
-
-    def __call__(self) -> None:
-        self.taps.close()
-
-
 def _fits(stand_in: StandIn, parameter: Tensor) -> bool:
     """Returns True if a stand-in is that of the parameter as it is now; a user may have replaced the parameter's data."""
     proxy = stand_in.proxy
-    if stand_in.alias and is_tapped(parameter):
+    if stand_in.alias and isinstance(parameter, TappedParameter):
         return proxy.data_ptr() == parameter.data_ptr() and proxy.dtype == parameter.dtype
     return proxy.device == parameter.device
 

@@ -103,9 +103,8 @@ def _product(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     gt, xt = (v.new_empty(v.shape[1], min(chunk, _blocks(tokens, block) * block)) for v in (g, x))
     with torch.cuda.device_of(g):
         for low in range(0, tokens, chunk):
-            length = (
-                _blocks(min(chunk, tokens - low), block) * block
-            )  # Zeros after the last token, so no load is masked.
+            # Zeros follow the last token, so no load is masked.
+            length = _blocks(min(chunk, tokens - low), block) * block
             for source, target in ((g[low : low + chunk], gt), (x[low : low + chunk], xt)):
                 grid = (_blocks(source.shape[1], _TILE), length // _TILE)
                 transpose[grid](source, target, *source.shape, *source.stride(), target.shape[1], B=_TILE, **_OPTIONS)

@@ -119,11 +119,11 @@ def copy_in(optimizer: Optimizer, values: nn.Parameter, before: Tensor | None, u
     for group in optimizer.param_groups:
         if "train_mode" in group and "z" in state and any(p is values for p in group["params"]):
             return "z"
-    named = sorted(_COPIES & state.keys())
-    if named or before is None or type(optimizer).__module__.startswith("torch.optim"):
-        return (
-            named[0] if named else None
-        )  # Torch's optimizers never write such state back (ASGD's average is for the user).
+    if named := sorted(_COPIES & state.keys()):
+        return named[0]
+    # Torch's optimizers never write such state back: ASGD's average is for the user.
+    if before is None or type(optimizer).__module__.startswith("torch.optim"):
+        return None
     before, after = before[:used], values.detach()[:used]
     telling = before * after > 0  # Where the sign changed, any small number lies in between.
     if int(telling.sum()) < _ENOUGH:

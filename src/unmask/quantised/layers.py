@@ -16,10 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from unmask.errors import SelectionError
-from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors
 from unmask.gradients.sampled import Product, choose, sampled_product, spread
-from unmask.gradients.tapped import StandIn, TappedParameter, has_site, set_of, stand_in_of
+from unmask.gradients.tapped import StandIn, TappedParameter, has_site, site_of, stand_in_of
 from unmask.gradients.wrappers import named_parameters
 from unmask.quantised.sidecar import Sidecar, SparseMatrix
 from unmask.quantised.sources import Source, Unsupported, sources
@@ -31,19 +30,12 @@ _SHARE = 8
 
 @dataclass(frozen=True)
 class _Setup:
-    """What the product with a sidecar needs besides its tensors.
+    """The settings of a product with a sidecar, which are not its tensors."""
 
-    Attributes:
-        deviation: What the sidecar adds to the payload; None if that is nothing.
-        shape: The shape (out, in) of the weight.
-        stand_in: The weight's stand-in; None if its gradient is not wanted.
-        how: The product that gives the weight's entries, if the stand-in is for some.
-    """
-
-    deviation: SparseMatrix | None
-    shape: tuple[int, int]
-    stand_in: StandIn | None
-    how: Product
+    deviation: SparseMatrix | None  # What the sidecar adds to the payload; None if that is nothing.
+    shape: tuple[int, int]  # The shape (out, in) of the weight.
+    stand_in: StandIn | None  # The weight's stand-in; None if its gradient is not wanted.
+    how: Product  # The product that gives the weight's entries, if the stand-in is for some.
 
 
 class SidecarHook:
@@ -93,7 +85,13 @@ class SidecarHook:
         if stand_in is None and deviation is None:
             return None
         entries = None if stand_in is None else stand_in.entries
-        how: Product = "dense" if entries is None else _cheapest(entries, x)
+        how: Product = "dense"
+        if entries is not None:
+            rows, columns = spread(entries)
+            if _SHARE * rows * columns > entries.shape[0] * entries.shape[1]:
+                how = "sampled"
+            else:
+                how = choose(entries, x.numel() // max(1, x.shape[-1]), x.dtype, x.device, dense=False)
         setup = _Setup(deviation, self.sidecar.source.shape, stand_in, how)
         return output + _SidecarProduct.apply(x, None if stand_in is None else stand_in.proxy, setup, output.dtype)
 
@@ -123,28 +121,16 @@ class _SidecarProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0] and setup.deviation is not None:
             grad_x = setup.deviation.transposed_times(g).to(x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
+            flat_x, stand_in = flat_x.to(g.dtype), setup.stand_in
             with torch.autocast(g.device.type, enabled=False):
-                grad_proxy = _weight_gradient(g, flat_x.to(g.dtype), setup.stand_in, setup.how)
+                if stand_in.entries is not None:
+                    grad_proxy = sampled_product(g, flat_x, stand_in.entries, setup.how).float()
+                elif stand_in.pending is None:
+                    grad_proxy = Factors(g, flat_x, torch.float32).dense()
+                else:
+                    stand_in.pending.put(Factors(g, flat_x, torch.float32))
+                    grad_proxy = torch.zeros_like(stand_in.proxy)
         return grad_x, grad_proxy, None, None
-
-
-def _weight_gradient(g: Tensor, x: Tensor, stand_in: StandIn, how: Product) -> Tensor:
-    """Returns the gradient of the weight's proxy."""
-    if stand_in.entries is not None:
-        return sampled_product(g, x, stand_in.entries, how).float()
-    factors = Factors(g, x, torch.float32)
-    if stand_in.pending is None:
-        return factors.dense()
-    stand_in.pending.put(factors)
-    return torch.zeros_like(stand_in.proxy)
-
-
-def _cheapest(entries: Entries, x: Tensor) -> Product:
-    """Returns the name of the cheapest product that is much smaller than the matrix."""
-    rows, columns = spread(entries)
-    if _SHARE * rows * columns > entries.shape[0] * entries.shape[1]:
-        return "sampled"
-    return choose(entries, x.numel() // max(1, x.shape[-1]), x.dtype, x.device, dense=False)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -154,7 +140,7 @@ def pass_to_bias(layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None
     if not isinstance(bias, TappedParameter):  # This is a copy of a model in training.
         return None
     with torch._C.DisableTorchFunctionSubclass():
-        proxy = set_of(bias).use(bias)
+        proxy = site_of(bias).taps.use(bias)
         return output + _Shadow.apply(proxy, output.dtype) if proxy.requires_grad else None
 
 

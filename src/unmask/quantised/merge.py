@@ -47,7 +47,13 @@ def dequantise_and_merge(model: nn.Module, dtype: torch.dtype = torch.float32) -
     for tensor in weights(model).values():
         if isinstance(tensor, QuantisedTensor):
             model = _replaced(model, tensor.sidecar.source.layer, _ordinary(tensor, dtype))
-    _unmark(model)
+    marked: Any = model
+    if getattr(marked, "is_quantized", False):  # transformers would save the model as a quantised one.
+        for mark in _MARKS:
+            marked.__dict__.pop(mark, None)
+        if hasattr(marked.config, "quantization_config"):
+            del marked.config.quantization_config
+        marked.is_quantized = False
     return model
 
 
@@ -73,15 +79,3 @@ def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
             if child is old:
                 parent._modules[name] = new
     return model
-
-
-def _unmark(model: nn.Module) -> None:
-    """Removes what tells transformers that a model is quantised; it would save this one as such."""
-    marked: Any = model
-    if not getattr(marked, "is_quantized", False):
-        return
-    for mark in _MARKS:
-        marked.__dict__.pop(mark, None)
-    if hasattr(marked.config, "quantization_config"):
-        del marked.config.quantization_config
-    marked.is_quantized = False

@@ -6,9 +6,10 @@ of their classes, so that none is imported. A source reads the tensors that the 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ _HELD = "_unmask_held"  # The attribute that keeps its value while `hold` has ch
 _ADVICE = "or leave it out with exclude="
 
 
-class Source(Protocol):
+class Source(ABC):
     """The reader of one layer's quantised weight.
 
     Attributes:
@@ -28,35 +29,45 @@ class Source(Protocol):
         hides_bias: True if the layer hands its bias to an autograd Function itself, so that taps do not see it.
     """
 
-    layer: nn.Module
-    hides_bias: bool
+    hides_bias: bool = False
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
 
     @property
+    @abstractmethod
     def kind(self) -> str:
         """The library and the format, for reports and metadata."""
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """The shape (out, in) of the weight."""
 
     @property
     def device(self) -> torch.device:
         """The device of the layer."""
+        return self.layer.weight.device
 
+    @abstractmethod
     def rows(self, low: int, high: int) -> Tensor:
         """Returns the rows ``low`` to ``high - 1``: (high - low, in) float32."""
 
+    @abstractmethod
     def entries(self, flat: Tensor) -> Tensor:
         """Returns the entries at flat (row-major) indices (m,): (m,) float32."""
 
+    @abstractmethod
     def stored(self) -> Mapping[str, Tensor]:
         """Returns all tensors that determine the weight, by name: those the layer keeps, and how they are encoded."""
 
     def hold(self) -> None:
         """Keeps the layer from changing what it stores."""
+        return
 
     def free(self) -> None:
         """Ends `hold`."""
+        return
 
 
 @dataclass(frozen=True)
@@ -70,22 +81,15 @@ class Unsupported:
     reason: str
 
 
-class Int8:
+class Int8(Source):
     """The reader of bitsandbytes' Linear8bitLt: int8 in rows, and a scale per row."""
 
-    kind: str = "bitsandbytes int8"
-    hides_bias: bool = True  # It calls MatMul8bitLt.apply(x, weight, out, bias, state).
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
+    kind = "bitsandbytes int8"
+    hides_bias = True  # It calls MatMul8bitLt.apply(x, weight, out, bias, state).
 
     @property
     def shape(self) -> tuple[int, int]:
         return tuple(self.layer.weight.shape)
-
-    @property
-    def device(self) -> torch.device:
-        return self.layer.weight.device
 
     def rows(self, low: int, high: int) -> Tensor:
         return self.layer.weight.data[low:high].float() * self._scales()[low:high, None]
@@ -96,24 +100,15 @@ class Int8:
     def stored(self) -> Mapping[str, Tensor]:
         return {"weight": self.layer.weight.data, "SCB": _row_maxima(self.layer)}
 
-    def hold(self) -> None: ...
-
-    def free(self) -> None: ...
-
     def _scales(self) -> Tensor:
         return _row_maxima(self.layer).float() * (1.0 / 127.0)
 
 
-class FourBit:
+class FourBit(Source):
     """The reader of bitsandbytes' Linear4bit: two entries to a byte, a table of 16 values, and a scale per block.
 
     The scales may be quantised themselves (nested).
     """
-
-    hides_bias = False
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
 
     @property
     def kind(self) -> str:
@@ -122,10 +117,6 @@ class FourBit:
     @property
     def shape(self) -> tuple[int, int]:
         return tuple(self.layer.weight.quant_state.shape)
-
-    @property
-    def device(self) -> torch.device:
-        return self.layer.weight.device
 
     def rows(self, low: int, high: int) -> Tensor:
         columns = self.shape[1]
@@ -169,14 +160,10 @@ class FourBit:
         return code.float() * outer.absmax[blocks // outer.blocksize].float() + state.offset
 
 
-class TorchaoInt8:
+class TorchaoInt8(Source):
     """The reader of torchao's Int8Tensor: int8, and a scale (and a zero point) per row, per group or for the whole matrix."""
 
-    kind: str = "torchao int8"
-    hides_bias = False
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
+    kind = "torchao int8"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -201,10 +188,6 @@ class TorchaoInt8:
         how = f"{list(weight.block_size)} {weight.dtype}"
         tensors = {name: part for name in names if (part := getattr(weight, name)) is not None}
         return tensors | {"how": torch.tensor(list(how.encode()), dtype=torch.uint8)}
-
-    def hold(self) -> None: ...
-
-    def free(self) -> None: ...
 
     def _read(self, codes: Tensor, row: Tensor, column: Tensor) -> Tensor:
         weight = self.layer.weight
