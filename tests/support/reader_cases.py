@@ -272,7 +272,10 @@ def adapter_weights(folder: Path) -> Case:
 
     def held(peft_model: Any) -> dict[str, Any]:
         adapter = peft_model.base_model.deltas.adapters["default"]
-        return {"slots": adapter.slots().entries(), "whole": dict(adapter.whole), "used": adapter.used}
+        slots = adapter.slots()
+        placed = adapter.layout.split(slots.positions[: slots.used])
+        found = {adapter.layout.names[i]: {"flat": flat, "values": slots.values[places]} for i, flat, places in placed}
+        return {"entries": found, "whole": dict(adapter.whole), "used": adapter.used}
 
     before = held(fresh)
     peft.set_peft_model_state_dict(fresh, dict(entries))
