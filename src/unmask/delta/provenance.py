@@ -46,7 +46,9 @@ METADATA: Form = fields(
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a delta's metadata say. A delta of an earlier version, or a user's own, may lack any entry: it is None then.
+    """The metadata of a delta: how it was made.
+
+    A delta of an earlier version, or a user's own, may lack any entry: it is None then.
 
     Attributes:
         method: The method that selected, as `unmask.Method.describe` gives it.

@@ -78,7 +78,7 @@ class Interceptor(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Site:
-    """What a tapped tensor knows about its taps.
+    """The facts that a tapped tensor knows about its taps.
 
     Attributes:
         taps: The set of taps that the tensor belongs to.

@@ -22,7 +22,7 @@ _BIAS = re.compile(r"(^|_)bias(_|$)")  # bias, in_proj_bias, bias_ih_l0; not rel
 
 @dataclass(frozen=True)
 class Scope:
-    """Which tensor parameters are eligible.
+    """The rule that says which tensor parameters are eligible.
 
     Attributes:
         kind: ``"all"``; ``"linear"``: weight matrices of linear layers; ``"bias"``: true biases, those of normalisation

@@ -43,7 +43,7 @@ _REFUSED = {
 
 @dataclass
 class SelectiveConfig(PeftConfig):
-    """What `peft.get_peft_model` needs to train a budget of single weights of a base model.
+    """The settings that `peft.get_peft_model` needs to train a budget of single weights of a base model.
 
     Attributes:
         budget: B, a count or a share of the base's parameters (``"0.17%"``); None (only for ``bitfit``) takes all biases.

@@ -124,7 +124,7 @@ class Slots:
 
 
 class Ledger:
-    """Which weight each slot of ``values`` holds, and what it was before training. It alone writes into ``values``.
+    """The table of which weight each slot of ``values`` holds, and what it was before training. It alone writes into ``values``.
 
     A backward *proposes* weights for slots; `withdraw` takes the proposal back, and the optimizer's step makes it final
     by `commit`.

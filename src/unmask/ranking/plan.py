@@ -1,4 +1,4 @@
-"""What one optimizer step does to the slots of a selection, and the choice of weights that waits for this step."""
+"""The plan of what one optimizer step does to the slots of a selection, and the choice of weights that waits for this step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Plan:
-    """What one optimizer step does to the slots. It is fixed before the step's first forward.
+    """The plan of what one optimizer step does to the slots. It is fixed before the step's first forward.
 
     Attributes:
         step: The number of the step, from 0.

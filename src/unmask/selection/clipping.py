@@ -10,7 +10,7 @@ from unmask.selection.selection import Selection
 
 
 def clip_grad_norm_(
-    selection: Selection, max_norm: float, loss_scale: float = 1.0, beside: Sequence[Tensor] = ()
+    selection: Selection, max_norm: float, loss_scale: float = 1.0, others: Sequence[Tensor] = ()
 ) -> Tensor:
     """Scales the gradient of what a selection trains, in place, so that a norm is at most ``max_norm``.
 
@@ -23,7 +23,7 @@ def clip_grad_norm_(
         max_norm: The largest norm allowed; infinity only measures.
         loss_scale: The factor by which the loss was multiplied, ``scaler.get_scale()``, if ``GradScaler.unscale_`` has divided
             the gradients since.
-        beside: Further parameters that the optimizer trains: their gradients count, and are scaled, with the rest.
+        others: Further parameters that the optimizer trains: their gradients count, and are scaled, with the rest.
 
     Returns:
         The norm before clipping, 0-d.
@@ -41,4 +41,4 @@ def clip_grad_norm_(
         >>> bool(norm > selection.values.grad.norm())
         True
     """
-    return selection.clip_grad_norm_(max_norm, loss_scale, beside)
+    return selection.clip_grad_norm_(max_norm, loss_scale, others)

@@ -19,7 +19,7 @@ from unmask.quantised.sources import Unsupported, sources
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a selection has to know of a model. `facts_of` computes it once, before anything is changed.
+    """The facts that a selection has to know of a model. `facts_of` computes it once, before anything is changed.
 
     Attributes:
         model: The plain model.

@@ -34,7 +34,7 @@ _STATE = " selection.state_dict() still holds what was trained; load_state_dict(
 
 
 class _Seen:
-    """What a tensor looked like when it was last found right.
+    """The shape and place of a tensor when it was last found right.
 
     Attributes:
         first: The rounding step of its dtype when the selection was made.

@@ -214,9 +214,9 @@ class Selection:
         self._outside.copied = bool(state.get("copied", False))
         self._steps.begin()
 
-    def clip_grad_norm_(self, max_norm: float, loss_scale: float = 1.0, beside: Sequence[Tensor] = ()) -> Tensor:
+    def clip_grad_norm_(self, max_norm: float, loss_scale: float = 1.0, others: Sequence[Tensor] = ()) -> Tensor:
         """Scales the gradient of what is trained; see `unmask.clip_grad_norm_`."""
-        trained = [*self.parameters(), *beside]
+        trained = [*self.parameters(), *others]
         if self.clip_scope == "selected" or self.method.whole:
             return torch.nn.utils.clip_grad_norm_(trained, max_norm)
         measured = self._window.norm
@@ -224,7 +224,7 @@ class Selection:
             raise SelectionError(
                 "there is no gradient to clip: the order is loss.backward(), clip_grad_norm_(selection, ...), optimizer.step()."
             )
-        whole = [*(tensor.master for tensor in self.dense), *beside]
+        whole = [*(tensor.master for tensor in self.dense), *others]
         norm = total_norm([measured / loss_scale, *(p.grad for p in whole if p.grad is not None)])
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's own clipping uses this formula
         for parameter in trained:

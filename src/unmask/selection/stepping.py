@@ -20,7 +20,9 @@ from unmask.errors import NonFiniteGradientError, ScheduleNotRunError, Selection
 
 
 class Steppable:
-    """What the optimizer's hooks ask of a selection, and tell it. A subclass overrides what concerns it; the rest does nothing.
+    """The part of a selection that the optimizer's hooks ask and tell.
+
+    A subclass overrides what concerns it; the rest does nothing.
 
     Attributes:
         model: The model that was selected from.
@@ -37,7 +39,7 @@ class Steppable:
 
     @property
     def in_use(self) -> int:
-        """How many slots of ``values`` the coming step trains."""
+        """The number of slots of ``values`` that the coming step trains."""
         return 0
 
     @property
@@ -53,7 +55,7 @@ class Steppable:
         """Returns True if an optimizer that holds this parameter must hold another one, of the selection, in its place."""
         return False
 
-    def trains_beside(self, held: Sequence[Tensor]) -> bool:
+    def trains_outside_budget(self, held: Sequence[Tensor]) -> bool:
         """Returns True if these parameters include dense tensors, which are trained next to ``values``."""
         return False
 
@@ -155,7 +157,7 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         selection.sync_dense(held)
         if clocked:
             selection.after_step()
-        elif selection.trains_beside(held) and selection.values.grad is not None:
+        elif selection.trains_outside_budget(held) and selection.values.grad is not None:
             _passed_over[selection] = (selection.step, weakref.ref(selection.values.grad))
 
 
@@ -215,7 +217,12 @@ def _refuse_other(selection: Steppable, held: list[Tensor]) -> None:
     if waiting is None or not selection.has_gradient():
         return
     step, gradient = _passed_over.get(selection, (-1, None))
-    again = selection.trains_beside(held) and step == selection.step and gradient is not None and gradient() is waiting
+    again = (
+        selection.trains_outside_budget(held)
+        and step == selection.step
+        and gradient is not None
+        and gradient() is waiting
+    )
     if again or not held:
         raise ScheduleNotRunError(
             f"this optimizer holds {'the dense tensors alone' if held else 'no parameter'}, and the gradient of the selected "

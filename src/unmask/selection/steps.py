@@ -70,7 +70,7 @@ class Steps(Steppable):
     def owns(self, parameter: Tensor) -> bool:
         return self._owns(parameter)
 
-    def trains_beside(self, held: Sequence[Tensor]) -> bool:
+    def trains_outside_budget(self, held: Sequence[Tensor]) -> bool:
         return bool(self._ledger.budget) and any(d.master is p for d in self._dense for p in held)
 
     def has_gradient(self) -> bool:

@@ -28,7 +28,7 @@ def required(text: str) -> Any:
 
 @dataclass(frozen=True)
 class Setting:
-    """What one setting may be.
+    """The values that one setting may have.
 
     Attributes:
         name: The setting's name.
