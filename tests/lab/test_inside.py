@@ -8,22 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run, train_words
-from helpers import assert_same_tensors, snapshot
+from inside_runs import DATA, assert_seeds_give_the_same_model, delta_of, outputs
 from tiny import tiny_world
-from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import unmask
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from unmask.errors import ConfigError
-from unmask.lab.inside import Into, _has_adapters, insert, into_of
-from unmask.lab.models import load_base, load_tuned
+from unmask.lab.inside import Into, _has_adapters, into_of
+from unmask.lab.models import load_tuned
 from unmask.lab.training.recipe import rate
 from unmask.lab.training.settings import build, read_yaml
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
-DATA = ("--data", "dev.csv", "--text", "review", "--label", "verdict")
 KINDS = {
     "lora": ("--into", "lora", "--lora-r", 4, "--lora-alpha", 8),
     "dora": ("--into", "dora", "--lora-r", 4, "--set", "lora_targets=all-linear"),
@@ -36,16 +34,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, words in KINDS.items():
         run(*train_words(kind, "--set", "save_steps=8"), *words, cwd=root)
     return root
-
-
-def outputs(model: torch.nn.Module) -> Tensor:
-    ids = torch.arange(2 * 9).view(2, 9) % 20
-    with torch.no_grad():
-        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-
-
-def delta_of(run_folder: Path) -> unmask.SparseDelta:
-    return unmask.SparseDelta.load(run_folder / "delta.safetensors")
 
 
 def from_run(world: Path, kind: str) -> torch.nn.Module:
@@ -84,16 +72,7 @@ def test_eval_in_a_fresh_model_gives_the_figure_of_training(kind: str, world: Pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_seed_of_head_and_lora_gives_the_same_outputs_bit_for_bit(kind: str, world: Path) -> None:
-    delta = delta_of(world / kind)
-    into = into_of(delta)
-    assert into is not None
-    models = []
-    for seed in (1, 2):
-        model, _, missing = load_base(str(world / "base"), 2, seed)
-        models.append(insert(model, into, missing, seed).model)
-        delta.apply(models[-1])
-    assert_same_tensors(snapshot(models[0]), snapshot(models[1]))
-    assert torch.equal(outputs(models[0]), outputs(from_run(world, kind)))
+    assert torch.equal(assert_seeds_give_the_same_model(world, kind), outputs(from_run(world, kind)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

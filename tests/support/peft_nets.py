@@ -42,7 +42,7 @@ def run(model: nn.Module, steps: int = 3, optimizer: torch.optim.Optimizer | Non
 
 @torch.no_grad()
 def outputs(model: nn.Module) -> Tensor:
-    training, dtype = model.training, next(model.parameters()).dtype
+    training = model.training
     inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     dtype = next(inner.parameters()).dtype
     out = model.eval()(batches(1, dtype=dtype)[0]).clone()

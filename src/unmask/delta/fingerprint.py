@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from unmask.files import tensor_bytes
+from unmask.gradients.entries import bits
 from unmask.quantised.tensor import QuantisedTensor
 
 
@@ -45,9 +46,6 @@ def fingerprint(digests: Mapping[str, str]) -> str:
     return f"sha256:{sha.hexdigest()}"
 
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def same_entries(left: Tensor, right: Tensor) -> Tensor:
     """Tells which entries of two tensors of one shape and real dtype have the same bits: bool, of that shape.
 
@@ -55,8 +53,7 @@ def same_entries(left: Tensor, right: Tensor) -> Tensor:
         >>> same_entries(torch.tensor([torch.nan, 0.0]), torch.tensor([torch.nan, -0.0])).tolist()
         [True, False]
     """
-    integer = _INTEGERS[left.element_size()]
-    return left.contiguous().view(integer) == right.contiguous().view(integer)
+    return bits(left.contiguous()) == bits(right.contiguous())
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

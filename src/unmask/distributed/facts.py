@@ -17,18 +17,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from unmask.errors import UnmaskError
+from unmask.gradients.entries import bits
 from unmask.methods.method import Method
 
 SHOWN = 4  # facts that differ, in one error
 POINTS = 64  # points at which a schedule is compared
 _DOING, _REFUSED = "doing", "refused"  # facts with a special meaning
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """Views the tensor's bits as integers, in the same shape; a complex tensor is viewed as its real and imaginary parts."""
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return tensor.view(_BITS[tensor.element_size()])
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from unmask.distributed.facts import bits
 from unmask.distributed.processes import Processes
 from unmask.errors import MethodError, NonFiniteGradientError
-from unmask.gradients.entries import Entries, put, take
+from unmask.gradients.entries import Entries, bits, put, take
 from unmask.gradients.factors import Factors, as_dense
 from unmask.gradients.wrappers import named_parameters
 from unmask.ranking.ledger import Layout, Ledger

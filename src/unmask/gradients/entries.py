@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def take(tensor: Tensor, flat: Tensor) -> Tensor:
     """Returns the entries of a tensor at flat indices, without a copy of a non-contiguous tensor.
@@ -143,3 +145,9 @@ def take_gradient(gradient: Tensor, entries: Entries) -> Tensor:
     place = torch.searchsorted(seen, entries.rows).clamp_(max=seen.numel() - 1)
     hit = (seen[place] == entries.rows).nonzero().squeeze(1)
     return taken.index_put((hit,), values[place[hit], entries.columns[hit]])
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Views the tensor's bits as integers, in the same shape; a complex tensor is viewed as its real and imaginary parts."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor.view(_INTEGERS[tensor.element_size()])

@@ -289,10 +289,8 @@ class Ledger:
     def snapshot(self) -> Slots:
         """Returns copies of what the slots hold after the last step; a proposal is left out."""
         end = None if self.picked is None else self.used  # of slots for all weights, those in use
-        values = self.values.detach()[:end].clone()
-        if self.tentative is not None and self.picked is None:
-            values[self.tentative.slots] = self.tentative.displaced
-        values[self.used :] = 0
+        values = self.trained()[:end].clone()
+        values[self.used :] = 0  # a proposal's weights in empty slots among them
         picked = None if self.picked is None else self.picked.clone()
         return Slots(self.positions[:end].clone(), self.base[:end].clone(), values, self.used, self.step, picked)
 

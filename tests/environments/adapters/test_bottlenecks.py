@@ -19,6 +19,7 @@ from helpers import (
     snapshot,
 )
 from helpers import train as train_steps
+from inside_runs import DATA, assert_seeds_give_the_same_model, delta_of, outputs
 from lora_nets import sentences, tiny_bert
 from tiny import tiny_world
 from torch import Tensor, nn
@@ -26,14 +27,13 @@ from transformers import AutoModelForSequenceClassification
 
 import unmask
 from unmask.delta.base import added_tensors
-from unmask.lab.inside import NAME, insert, into_of
-from unmask.lab.models import load_base, load_tuned
+from unmask.lab.inside import NAME
+from unmask.lab.models import load_tuned
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 KINDS = {"pfeiffer": "seq_bn", "houlsby": "double_seq_bn"}
 INSIDE = rf"\.adapters\.{NAME}\."
-DATA = ("--data", "dev.csv", "--text", "review", "--label", "verdict")
 
 
 def adapted_bert(kind: str = "houlsby", seed: int = 0) -> nn.Module:
@@ -48,12 +48,6 @@ def adapted_bert(kind: str = "houlsby", seed: int = 0) -> nn.Module:
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch).loss
-
-
-def outputs(model: nn.Module) -> Tensor:
-    ids = torch.arange(2 * 9).view(2, 9) % 20
-    with torch.no_grad():
-        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
 # The library.
@@ -122,10 +116,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def delta_of(folder: Path) -> unmask.SparseDelta:
-    return unmask.SparseDelta.load(folder / "delta.safetensors")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_lies_inside_and_eval_gives_the_figure_of_training(kind: str, world: Path) -> None:
     delta, summary = delta_of(world / kind), json.loads((world / kind / "summary.json").read_text())
@@ -139,16 +129,7 @@ def test_the_budget_lies_inside_and_eval_gives_the_figure_of_training(kind: str,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_seed_of_head_and_adapters_gives_the_same_outputs_bit_for_bit(kind: str, world: Path) -> None:
-    delta = delta_of(world / kind)
-    into = into_of(delta)
-    assert into is not None
-    models = []
-    for seed in (1, 2):
-        model, _, missing = load_base(str(world / "base"), 2, seed)
-        models.append(insert(model, into, missing, seed).model)
-        delta.apply(models[-1])
-    assert torch.equal(outputs(models[0]), outputs(models[1]))
-    assert_same_tensors(snapshot(models[0]), snapshot(models[1]))
+    assert_seeds_give_the_same_model(world, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
