@@ -9,7 +9,6 @@ shape. A heuristic says what it ``needs``: ``"gradient"``, the gradient of the c
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from unmask.errors import MethodError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 Needs = Literal["gradient", "weight", "calibration", "nothing"]
@@ -59,6 +57,11 @@ class Heuristic:
         """
         return 0.0 if self.ceiling is not None and self.elementwise and self.needs == "gradient" else -math.inf
 
+    @property
+    def seed(self) -> int:
+        """Returns the seed of a random heuristic; 0 if none was given."""
+        return int(self.parameters.get("seed", 0))
+
     def bound(self, weight: Tensor) -> float | None:
         """Returns ``f`` of ``0 <= score <= f |g|`` over a block of weights; None if no positive finite ``f`` is known."""
         if self.ceiling is None or not self.elementwise:
@@ -78,12 +81,7 @@ class Heuristic:
             The scores, of shape ``weight.shape``, in float32 (float64 for float64 weights).
         """
         if self.needs == "nothing":
-            import torch
-
-            seeds = (self.parameters.get("seed", 0), *place)
-            digest = hashlib.blake2b(repr(seeds).encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-            return self.function(weight, generator)
+            return self.function(weight, self.seed, *place)
         gradient = None if gradient is None else _at_least_float32(gradient)
         return self.function(_at_least_float32(weight), gradient, **self.parameters)
 
@@ -149,11 +147,17 @@ def calibrated(weight: Tensor, estimate: Tensor) -> Tensor:
     return estimate
 
 
-def random_score(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws uniform scores in [0, 1). They are drawn on the CPU, so that a seed means the same on every device."""
+def random_score(weight: Tensor, seed: int = 0, step: int = 0, tensor: int = 0, first: int = 0) -> Tensor:
+    """Draws uniform scores in [0, 1), on the CPU. They depend on the seed, the step, the tensor's number and the flat index.
+
+    Under the allocation ``"global"`` a selection before training does not use them: it draws the positions themselves.
+    """
     import torch
 
-    return torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)
+    from unmask.methods.draw import uniform
+
+    scores = torch.from_numpy(uniform(weight.numel(), first, seed, step, tensor))
+    return scores.view(weight.shape).to(weight.device)
 
 
 def constant(weight: Tensor, gradient: Tensor | None) -> Tensor:
@@ -253,6 +257,8 @@ def heuristic(which: str | Heuristic, **parameters: Any) -> Heuristic:
     for name, value in parameters.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise MethodError(f"heuristic {which.name!r} has {name} = {value!r:.80}; it must be a finite number.")
+        if which.needs == "nothing" and value != int(value):
+            raise MethodError(f"heuristic {which.name!r} has {name} = {value!r}; a seed must be a whole number.")
     return dataclasses.replace(which, parameters={**which.parameters, **parameters})
 
 

@@ -18,6 +18,7 @@ from unmask.gradients.linear import handlers
 from unmask.gradients.taps import TapSet
 from unmask.gradients.unreached import watch_forwards
 from unmask.gradients.wrappers import bare, named_parameters, refuse_wrappers
+from unmask.methods.draw import draw
 from unmask.methods.method import Accumulation, ClipScope, Exchange, Gradients, Method
 from unmask.methods.scopes import Patterns
 from unmask.quantised.layers import reach_biases, settle, weights
@@ -168,6 +169,8 @@ def known_positions(method: Method, ledger: Ledger, scores: dict[int, Tensor] | 
 
     Where a calibration made ``scores``, by tensor index, they are used up.
     """
+    if method.heuristic.needs == "nothing" and method.allocation == "global":
+        return torch.from_numpy(draw(ledger.budget, ledger.layout.total, method.heuristic.seed))
     ranker = Ranker(method.heuristic, ledger, method.allocation, ledger.budget, 0, False)
     for index in range(len(ledger.layout.tensors)):
         ranker.rank(index, None if scores is None else scores.pop(index, None))
