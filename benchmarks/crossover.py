@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
+from unmask.gradients.choice import choose
 from unmask.gradients.entries import Entries
-from unmask.gradients.sampled import choose, sampled_product, triton_sampled
+from unmask.gradients.sampled import sampled_product, triton_sampled
 
 SHAPES = [(384, 384), (1536, 384), (768, 768), (3072, 768), (768, 3072), (2048, 2048)]
 DENSITIES = [0.0005, 0.002, 0.005, 0.02, 0.05, 0.1]

@@ -7,9 +7,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before what reads it is imported
 
 import pytest
 import torch
+from costs import forge_for_session
 from helpers import trained
 
 from unmask.methods import heuristics
+
+_COSTS = forge_for_session()  # the choice of a product, and with it the last bits of a gradient, follows from them
 
 
 def pytest_collection_finish():

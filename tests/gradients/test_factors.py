@@ -32,7 +32,7 @@ def always(request, monkeypatch):
         monkeypatch.setattr(factors, "_GATHER", 1.0)
         monkeypatch.setattr(factors, "_SOME", 2.0 if request.param == "bands" else 0.0)
         monkeypatch.setattr(factors, "_FEW", 1.0)
-        monkeypatch.setattr(factors, "_halves_pay", lambda x: request.param == "halves")
+        monkeypatch.setattr(factors, "halves_pay", lambda x: request.param == "halves")
 
 
 def uneven(tokens, rows, columns, dtype=torch.float32, seed=0):
@@ -68,14 +68,14 @@ def test_every_entry_above_is_found(dtype, shape, share):
     torch.testing.assert_close(
         values.double(), exact[flat], rtol=8 * eps, atol=shape[0] * eps * exact.abs().max().item()
     )
-    if not factors._halves_pay(given.left):  # whose error is bounded by the largest norm
+    if not factors.halves_pay(given.left):  # whose error is bounded by the largest norm
         assert exact[flat].abs().min() >= 0.5 * least  # little more than was asked for
 
 
 @pytest.fixture
 def plain(monkeypatch):
     """Forbids the product in bfloat16 on every CPU."""
-    monkeypatch.setattr(factors, "_halves_pay", lambda x: False)
+    monkeypatch.setattr(factors, "halves_pay", lambda x: False)
 
 
 @pytest.mark.usefixtures("plain")
@@ -99,7 +99,7 @@ def test_factors_that_are_not_finite_are_formed_whole(spoilt):
 
 
 def test_a_product_in_bfloat16_that_rules_out_too_little_was_in_vain(monkeypatch):
-    monkeypatch.setattr(factors, "_halves_pay", lambda x: True)
+    monkeypatch.setattr(factors, "halves_pay", lambda x: True)
     given = uneven(200, 64, 64)
     given.left, given.right = given.left.sign(), given.right.sign()
     ordered = given.dense().abs().flatten().sort().values
@@ -115,7 +115,7 @@ def test_a_product_in_bfloat16_that_rules_out_too_little_was_in_vain(monkeypatch
 @pytest.mark.parametrize("seed", range(20))
 def test_rounding_to_bfloat16_loses_no_entry(seed, monkeypatch):
     """The cut-off is the largest entry's own magnitude, and factors round as badly as they can."""
-    monkeypatch.setattr(factors, "_halves_pay", lambda x: True)
+    monkeypatch.setattr(factors, "halves_pay", lambda x: True)
     monkeypatch.setattr(factors, "_SOME", 0.0)
     generator = torch.Generator().manual_seed(seed)
     left, right = ((1 + 2.0**-8 * (0.5 - 1e-4)) * torch.randn(64, 32, generator=generator).sign() for _ in "12")
@@ -149,7 +149,7 @@ def test_an_input_that_has_changed_gets_new_norms():
 @pytest.mark.parametrize("steps", range(1, 24))
 def test_rounding_down_of_both_factors_and_of_the_product_loses_no_entry(steps, monkeypatch):
     """Takes two numbers just below the middle of two numbers of bfloat16: each loses nearly half a unit."""
-    monkeypatch.setattr(factors, "_halves_pay", lambda x: True)
+    monkeypatch.setattr(factors, "halves_pay", lambda x: True)
     monkeypatch.setattr(factors, "_SOME", 0.0)
     monkeypatch.setattr(factors, "_FEW", 1.0)
     number = torch.tensor([[1 + steps * 2.0**-7 + 2.0**-8 * 0.999]])

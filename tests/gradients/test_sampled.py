@@ -1,4 +1,4 @@
-"""Compares sampled products with float64, and checks which product is chosen."""
+"""Compares sampled products with float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from unmask.gradients.embedding import embedding_gradient
 from unmask.gradients.entries import Entries, take_gradient
-from unmask.gradients.sampled import choose, sampled_product, spread
+from unmask.gradients.sampled import sampled_product
 
 CPU = torch.device("cpu")
 HOW = ["compact", "sampled"]
@@ -196,52 +196,6 @@ def test_not_a_number_stays_in_its_row_and_column():
         result = sampled_product(g, x, entries, how)
         spoilt = (entries.rows == 3) | (entries.columns == 7)
         assert torch.equal(~torch.isfinite(result), spoilt)
-
-
-# The choice.
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 300, 2048])
-def test_the_choice_at_the_ends(dtype, tokens):
-    n = 768
-    assert choose(scattered(n, n, n * n // 2), tokens, dtype, CPU) == "dense"
-    assert choose(entries_of(n, n, range(5 * n, 6 * n)), tokens, dtype, CPU) == "compact"  # one row
-    assert choose(entries_of(n, n, range(5, n * n, n)), tokens, dtype, CPU) == "compact"  # one column
-    assert choose(entries_of(n, n, []), tokens, dtype, CPU) != "dense"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sparse_entries_all_over_a_matrix_are_sampled(dtype):
-    n = 1536
-    for count in (2 * n, n * n // 500, n * n // 200):
-        assert choose(scattered(n, n, count), 2048, dtype, CPU) == "sampled"
-
-
-def test_more_entries_move_the_choice_from_compact_over_sampled_to_dense():
-    n, order = 1024, ["compact", "sampled", "dense"]
-    counts = [0, 1, 8, 2_000, 10_000, 30_000, 100_000, 400_000, n * n]
-    taken = [order.index(choose(scattered(n, n, count), 2048, torch.float32, CPU)) for count in counts]
-    assert taken == sorted(taken)
-    assert set(taken) == {0, 1, 2}
-
-
-def test_few_tokens_do_not_pay_for_a_sampled_product():
-    flat = torch.randperm(768 * 768, generator=torch.Generator().manual_seed(0))[:2000].sort().values
-    entries = Entries((768, 768), flat, torch.arange(2000))
-    chosen = [choose(entries, tokens, torch.float32, torch.device("cpu")) for tokens in (1, 512, 4096)]
-    assert chosen == ["dense", "sampled", "sampled"]
-
-
-def test_the_dense_product_is_not_chosen_where_it_is_not_on_offer():
-    for dtype, tokens, count in itertools.product(DTYPES, (0, 1, 256, 5000), (0, 1, 64, 2000, 64 * 64)):
-        assert choose(scattered(64, 64, count), tokens, dtype, CPU, dense=False) in HOW
-
-
-def test_spread_counts_rows_and_columns_that_hold_entries():
-    assert spread(entries_of(5, 4, [0, 1, 3, 17])) == (2, 3)
-    assert spread(PLACES["none"]) == (0, 0)
-    assert spread(PLACES["all"]) == (48, 40)
 
 
 # Gradients in rows.

@@ -2,15 +2,14 @@
 
 By Cauchy and Schwarz, ``|sum_t l[t, i] r[t, j]| <= |l[:, i]| |r[:, j]|``. A ranking knows the least value that still matters
 to it, so rows and columns whose norms are too small for it need no product at all. Where that rules out too little, a float32
-product is formed in bfloat16 first, on CPUs that multiply it faster: the same norms bound its error, and only the entries that
-it leaves are computed exactly.
+product is formed in bfloat16 first, on CPUs that multiply it much faster (`halves_pay`): the same norms bound its error, and
+only the entries that it leaves are computed exactly.
 
 The last functions of this file work on a gradient in any of its forms: dense, sparse in whole rows, or `Factors`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from unmask.gradients import sampled
+from unmask.gradients.choice import choose, halves_pay
 from unmask.gradients.entries import Entries, take_columns, take_gradient
-from unmask.gradients.sampled import choose, sampled_product
+from unmask.gradients.sampled import sampled_product
 
 BAND = 1 << 18  # The entries of the product that are formed at a time.
 NORMS = 128  # The tokens that are squared at a time on a CPU.
@@ -86,7 +86,7 @@ class Factors:
         cut = least() * (1 - rounding)
         some, near = ((n * m >= cut).nonzero().squeeze(1) for n, m in ((rows, widest), (columns, tallest)))
         area = some.numel() * near.numel() / (rows.numel() * columns.numel())
-        if area > _SOME and _halves_pay(self.left):
+        if area > _SOME and halves_pay(self.left):
             found = self._in_halves(some, near, rows, cut)
             if found is None:
                 return None
@@ -129,17 +129,6 @@ class Factors:
             product = take_columns(self.left, band).t() @ right
             row, column = (product.abs() >= cut).nonzero().unbind(1)
             yield band[row] * count + (near[column] if some else column), product[row, column]
-
-
-def _halves_pay(x: Tensor) -> bool:
-    """Returns True if float32 factors multiply much faster in bfloat16, summed in float32."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and _cpu_multiplies_halves()
-
-
-@functools.cache
-def _cpu_multiplies_halves() -> bool:
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
 def _norms(x: Tensor) -> Tensor:

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unmask.errors import SelectionError
+from unmask.gradients.choice import choose
 from unmask.gradients.embedding import embedding
 from unmask.gradients.entries import Entries, take, take_columns
 from unmask.gradients.factors import Factors
-from unmask.gradients.sampled import Product, choose, sampled_product
+from unmask.gradients.sampled import Product, sampled_product
 from unmask.gradients.tapped import Handler, StandIn, TappedParameter, stand_in_of
 from unmask.gradients.taps import Collect, Gather
 

@@ -1,4 +1,4 @@
-"""Computes chosen entries of a product ``g^T x``, and estimates which way of doing so is the cheapest.
+"""Computes chosen entries of a product ``g^T x``.
 
 For a linear layer's weight, ``grad[i, j] = sum_t g[t, i] x[t, j]`` over tokens t. m of its entries cost a transposition of g
 and x and m dot products, instead of a dense product of rows x columns. There are three ways:
@@ -8,7 +8,7 @@ and x and m dot products, instead of a dense product of rows x columns. There ar
 - On CUDA, the Triton kernel in ``triton_sampled.py`` runs.
 - On any device, where few rows and columns hold all entries, the dense product of these rows and columns is formed.
 
-A cost model picks the cheapest way. Its constants for CPUs follow what ``benchmarks/crossover.py`` measures.
+`unmask.gradients.choice` picks the cheapest way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -31,71 +30,6 @@ WIDE = 1024
 DEPTH = 256  # The tokens of one block of a piece, which a dot product reads in one run.
 LINE = 64  # The bytes of a cache line.
 SHARED = 1 << 21  # The largest input, in scalars, whose blocks are kept for the next product.
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Nanoseconds per token that the parts of a product cost, all threads together.
-
-    Attributes:
-        dense: The cost of one multiplication in a dense product.
-        select: The cost of gathering one row or column for a dense product.
-        transpose: The cost of transposing one scalar.
-        dot: The cost of one entry of a sampled product.
-        fixed: The cost of a sampled product that does not depend on its size.
-    """
-
-    dense: float
-    select: float
-    transpose: float
-    dot: float
-    fixed: float
-
-
-# The CPU is an AMD EPYC with AVX-512 and 2 threads; float64 is scaled from float32. The numbers for CUDA come from the data
-# sheet of an A100 and were not measured.
-_CPU = {
-    torch.float64: Cost(dense=0.02, select=1.5, transpose=0.6, dot=0.13, fixed=60.0),
-    torch.float32: Cost(dense=0.0105, select=0.8, transpose=0.27, dot=0.065, fixed=60.0),
-    torch.bfloat16: Cost(dense=0.0027, select=2.8, transpose=0.3, dot=0.06, fixed=60.0),
-}
-_CUDA = {
-    torch.float32: Cost(dense=1.0e-4, select=5e-3, transpose=5e-3, dot=2e-3, fixed=0.02),
-    torch.bfloat16: Cost(dense=8e-6, select=3e-3, transpose=3e-3, dot=1e-3, fixed=0.02),
-}
-
-
-def choose(entries: Entries, tokens: int, dtype: torch.dtype, device: torch.device, dense: bool = True) -> Product:
-    """Returns the name of the cheapest product.
-
-    Args:
-        entries: The entries of the weight that are wanted.
-        tokens: The number of tokens T that the product sums over.
-        dtype: The dtype of the activations.
-        device: The device of the activations.
-        dense: Allows the dense product as an answer.
-
-    Returns:
-        ``"dense"``: the whole product; ``"compact"``: the dense product of the rows and columns that hold entries;
-        ``"sampled"``: the entries alone.
-    """
-    table = _CPU if device.type == "cpu" else _CUDA
-    costs = table.get(dtype, table[torch.bfloat16])
-    rows, columns = entries.shape
-    some_rows, some_columns = spread(entries)
-    gathered = some_rows * (some_rows < rows) + some_columns * (some_columns < columns)
-    compact = costs.select * gathered + costs.dense * some_rows * some_columns
-    sampled = costs.fixed + costs.transpose * (rows + columns) + costs.dot * entries.flat.numel()
-    offers: dict[Product, float] = {"dense": costs.dense * rows * columns} if dense else {}
-    offers["compact"] = compact
-    if _has_sampled(dtype, device):
-        offers["sampled"] = sampled * max(1.0, PIECE / max(1, tokens))
-    return min(offers, key=offers.__getitem__)
-
-
-def spread(entries: Entries) -> tuple[int, int]:
-    """Returns the number of rows and the number of columns that hold entries."""
-    return entries.used_rows.numel(), entries.used_columns.numel()
 
 
 def sampled_product(g: Tensor, x: Tensor, entries: Entries, how: Product) -> Tensor:
@@ -119,14 +53,15 @@ def sampled_product(g: Tensor, x: Tensor, entries: Entries, how: Product) -> Ten
     wide = torch.float64 if g.dtype == torch.float64 else torch.float32
     if not entries.flat.numel() or not g.shape[0]:
         return torch.zeros(entries.flat.shape, dtype=wide, device=g.device)
-    if how == "compact" or not _has_sampled(g.dtype, g.device):
+    if how == "compact" or not has_sampled(g.dtype, g.device):
         return _compact(g, x, entries).to(wide)
     if g.device.type == "cpu":
         return _on_cpu(g, x, entries, wide)
     return triton_sampled.triton_sampled_product(g, x, entries.rows, entries.columns)
 
 
-def _has_sampled(dtype: torch.dtype, device: torch.device) -> bool:
+def has_sampled(dtype: torch.dtype, device: torch.device) -> bool:
+    """Returns True if ``"sampled"`` is a way of its own for a dtype on a device; if not, it is the same as ``"compact"``."""
     return device.type == "cpu" or (dtype != torch.float64 and triton_sampled.available(device))
 
 

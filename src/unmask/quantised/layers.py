@@ -16,8 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from unmask.errors import SelectionError
+from unmask.gradients.choice import choose, spread
 from unmask.gradients.factors import Factors
-from unmask.gradients.sampled import Product, choose, sampled_product, spread
+from unmask.gradients.sampled import Product, sampled_product
 from unmask.gradients.tapped import StandIn, TappedParameter, has_site, site_of, stand_in_of
 from unmask.gradients.wrappers import named_parameters
 from unmask.quantised.sidecar import Sidecar, SparseMatrix
