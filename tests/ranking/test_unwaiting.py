@@ -1,0 +1,124 @@
+"""The ranking that never waits, against the one that does, and the operations that would make the host wait."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unmask.errors import NonFiniteGradientError
+from unmask.gradients.factors import Factors
+from unmask.methods.heuristics import heuristic
+from unmask.ranking import unwaiting
+from unmask.ranking.ledger import Layout, Ledger
+from unmask.ranking.ranker import Ranker
+from unmask.ranking.unwaiting import UnwaitingRanker, first_places
+
+SHAPES = [(7, 5), (40,), (1, 9), (3, 2, 4), (), (0, 4), (16, 16)]
+HEURISTICS = [
+    heuristic("d3"), heuristic("d3", exp=0.0), heuristic("d3", exp=-1.0, eps=0.5), heuristic("gradient"), heuristic("snip"),
+    heuristic("small_magnitude"), heuristic("large_magnitude"), heuristic("constant"), heuristic("random", seed=3),
+]  # fmt: skip
+
+
+def a_ledger(dtype=torch.float32, held=(3, 20, 36, 77, 90), coarse=False):
+    """Makes a ledger of a few tensors, some of whose weights are unmasked; coarse numbers make many equal scores."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+    if coarse:
+        tensors = [t.round() for t in tensors]
+    layout = Layout([f"t{i}" for i in range(len(SHAPES))], [t.to(dtype) for t in tensors])
+    ledger = Ledger(layout, torch.nn.Parameter(torch.zeros(30)), 30)
+    if held:
+        positions = torch.tensor(held)
+        ledger.assign(torch.arange(len(held)), positions, layout.read(positions, torch.float32))
+    return ledger
+
+
+def some_gradients(ledger, coarse=False):
+    generator = torch.Generator().manual_seed(2)
+    found = [torch.randn(t.shape, generator=generator) for t in ledger.layout.tensors]
+    found = [g.mul(2).round() if coarse else g for g in found]
+    return [g.to(t.dtype) for g, t in zip(found, ledger.layout.tensors, strict=True)]
+
+
+def ranked_by(ranker, gradients, order, unreached=()):
+    for index in order:
+        if index in unreached:
+            ranker.rank_zero(index)
+        else:
+            ranker.rank(index, None if gradients is None else gradients[index])
+    return ranker.result()
+
+
+@pytest.mark.parametrize("block", [1, 16, 1 << 24])
+@pytest.mark.parametrize("keep", [0, 1, 9, 64, 1000])
+@pytest.mark.parametrize("coarse", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("by", HEURISTICS, ids=lambda h: f"{h.name}-{dict(h.parameters)}")
+def test_the_entries_are_those_of_the_other_ranking(by, coarse, keep, block, monkeypatch):
+    monkeypatch.setattr(unwaiting, "BLOCK", block)
+    monkeypatch.setattr(unwaiting, "_MERGE", 50)  # several merges
+    ledger = a_ledger(coarse=coarse)
+    gradients = some_gradients(ledger, coarse) if by.needs == "gradient" else None
+    order = torch.randperm(len(SHAPES), generator=torch.Generator().manual_seed(keep)).tolist()
+    expected = ranked_by(Ranker(by, ledger, "global", keep, 4, True), gradients, order, {2, 6})
+    found = ranked_by(UnwaitingRanker(by, ledger, keep, 4, True), gradients, order, {2, 6})
+    for name, a, b in zip(expected._fields, found, expected, strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes_transposed_gradients_and_factors(dtype):
+    ledger = a_ledger(dtype, held=())
+    gradients = some_gradients(ledger)
+    given = [g.t().contiguous().t() if g.ndim == 2 else g for g in gradients]
+    left, right = torch.randn(3, 16).to(dtype), torch.randn(3, 16).to(dtype)
+    gradients[6], given[6] = Factors(left, right, dtype).dense(), Factors(left, right, dtype)
+    expected = ranked_by(Ranker(heuristic("d3"), ledger, "global", 20, 0, False), gradients, range(7))
+    found = ranked_by(UnwaitingRanker(heuristic("d3"), ledger, 20, 0, False), given, range(7))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_is_refused_with_its_tensor(value):
+    ledger = a_ledger()
+    gradients = some_gradients(ledger)
+    gradients[3][1, 1, 2] = value
+    with pytest.raises(NonFiniteGradientError, match="a score of 't3' is (nan|inf)"):
+        ranked_by(UnwaitingRanker(heuristic("d3"), ledger, 9, 0, True), gradients, range(7))
+
+
+def test_nothing_offered_gives_nothing():
+    assert UnwaitingRanker(heuristic("d3"), a_ledger(), 9, 0, True).result().positions.tolist() == []
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 11, 12])
+def test_first_places_take_the_first_of_equal_scores(k):
+    scores = torch.tensor([1.0, 3.0, -torch.inf, 2.0, 2.0, 3.0, 0.0, 2.0, 1.0, -torch.inf, 2.0, -1.0])
+    order = sorted(range(12), key=lambda place: (-scores[place].item(), place))
+    assert first_places(scores, k).tolist() == sorted(order[:k])
+
+
+class Waits(TorchDispatchMode):
+    """Refuses operations that would make the host wait for a device."""
+
+    NAMES = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal", "is_nonzero", "bincount"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        assert name not in self.NAMES and not masks, f"{name} waits"
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_operation_of_a_ranking_waits():
+    ledger = a_ledger()
+    gradients = some_gradients(ledger)
+    ranker = UnwaitingRanker(heuristic("d3"), ledger, 9, 0, True)
+    with Waits():
+        for index in range(7):
+            ranker.rank(index, gradients[index])
