@@ -143,7 +143,7 @@ def test_an_input_that_has_changed_gets_new_norms():
         assert found[0].tolist() == [0, 3, 6]
         right[:, 0] = 1
     factors.forget()
-    assert factors._last.of is None
+    assert factors._last_norms.x is None
 
 
 @pytest.mark.parametrize("steps", range(1, 24))

@@ -55,16 +55,13 @@ class SampledEmbedding(torch.autograd.Function):
 
 
 def embedding_gradient(g: Tensor, ids: Tensor, shape: torch.Size, padding: int | None) -> Tensor:
-    """Makes an embedding's gradient as a sparse tensor in whole rows.
+    """Makes an embedding's gradient as a coalesced sparse tensor in whole rows; a row's tokens are summed in their order.
 
     Args:
         g: The gradient of the output: (T, columns).
         ids: The row that each token read: (T,) int64.
         shape: The shape of the table.
         padding: The row whose gradient is zero; None if there is none.
-
-    Returns:
-        A coalesced sparse tensor of the table's shape. The tokens of a row are summed in their order.
     """
     if padding is not None:
         kept = (ids != padding).nonzero().squeeze(1)

@@ -1,20 +1,4 @@
-"""Taps: the points of autograd's graph at which the gradient of a frozen tensor is seen once, handed over, and freed.
-
-A tapped parameter stays the same object under the same name; only its class changes, to `TappedParameter`. Its
-``__torch_function__`` hands autograd a *proxy* in its place: an alias that requires grad. So autograd itself differentiates any
-operation on the parameter, in a Linear, in an LSTM's flat weights, in a functional call, or in a layer that gradient
-checkpointing recomputes. The proxy's backward hands the dense gradient over and frees it.
-
-Where the receiver asks for some entries only, the proxy is a *placeholder*: a vector of as many zeros, whose gradient is that
-of the entries. An operation then uses the weight by way of `Gather`, which reads the entries out of each use's dense gradient;
-the operations in ``linear.py`` and ``embedding.py`` make the placeholder's gradient without a dense one. A placeholder of one
-zero stands for a whole tensor: all uses add their gradients to a `PendingGradient`, a linear layer's as `Factors`.
-
-`TapSet` promises its receiver, for each outermost backward: ``begin`` once, then ``receive`` for each tensor with the sum over
-all its uses, then ``end`` once. A backward that fails is followed by ``abort``. The sum may come in pieces in two cases: a graph
-holds forwards from before and after another backward, or segments of reentrant checkpointing share a module of a model that is
-not in training mode. A receiver that cannot add up pieces raises `in_pieces`.
-"""
+"""Taps: the points of autograd's graph at which the gradient of a frozen tensor is seen once, handed over, and freed."""
 
 from __future__ import annotations
 
@@ -35,9 +19,12 @@ from unmask.gradients.writes import Writes
 
 
 class Receiver(Protocol):
-    """The consumer of the gradients that a `TapSet` sees.
+    """The consumer of the gradients that a `TapSet` sees; by default it takes whole gradients.
 
-    The defaults are those of a receiver that takes whole gradients and does nothing at the start and the end of a backward.
+    For each outermost backward come ``begin`` once, then ``receive`` for each tensor with the sum over all its uses, then
+    ``end`` once; if it fails, ``abort``. The sum may come in pieces in two cases: a graph holds forwards from before and after
+    another backward, or segments of reentrant checkpointing share a module of a model that is not in training mode. A receiver
+    that cannot add up pieces raises `in_pieces`.
     """
 
     def wanted(self, index: int) -> bool:
@@ -68,7 +55,13 @@ class Receiver(Protocol):
 
 
 class TapSet:
-    """The taps of one selection; it decides what operations get in the place of the tapped tensors.
+    """The taps of one selection; it gives operations a *proxy* in the place of each tapped tensor.
+
+    Usually the proxy is an alias that requires grad, so autograd differentiates any operation on it. Its backward hands the
+    dense gradient over and frees it. Where the receiver asks for some entries only, the proxy is a *placeholder*, a vector of
+    as many zeros, whose gradient is that of the entries. An operation then uses the weight through `Gather`, or is one of
+    ``linear.py`` and ``embedding.py``, which form no dense gradient. A placeholder of one zero stands for a whole tensor, whose
+    uses add their gradients to a `PendingGradient`, through `Collect` or as `Factors`.
 
     Args:
         tensors: The frozen tensors. Their places in this sequence are their indices in all calls. A tensor that is no
@@ -137,8 +130,8 @@ class TapSet:
     def _renew(self) -> None:
         """Makes the next use of each tensor get a new proxy, for a backward is over.
 
-        A new proxy for every forward keeps the memory low. Autograd runs the nodes made last first, so a proxy that was made
-        just before its layer hands its gradient over just after the layer's backward.
+        Autograd runs the nodes made last first. So a proxy that was made just before its layer hands its gradient over just
+        after the layer's backward, which keeps the memory low.
         """
         for site in self._sites:
             site.stand_in = None
@@ -194,11 +187,8 @@ class TapSet:
         entries, pending = self._receiver.entries(site.index), None
         if entries is None:
             if parameter.ndim != 2 or not self._receiver.factored(site.index):
-                whole = (
-                    parameter
-                    if isinstance(parameter, TappedParameter)
-                    else _zeros(parameter, parameter.shape, parameter.dtype)
-                )
+                ordinary = isinstance(parameter, TappedParameter)
+                whole = parameter if ordinary else _zeros(parameter, parameter.shape, parameter.dtype)
                 return StandIn(Tap.apply(self._anchor, whole, self, site.index, None, None))
             pending = PendingGradient()
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32

@@ -1,9 +1,4 @@
-"""Computes chosen entries of a product ``g^T x`` on a GPU, by a Triton kernel.
-
-The first call imports Triton and compiles the kernels. The operands are copied token-contiguous, a chunk of tokens at a time, so
-that a dot product reads whole cache lines. Every program takes the same number of entries, and there are no atomics: the dtype
-and the shapes alone give the order in which an entry's terms are added.
-"""
+"""Computes chosen entries of a product ``g^T x`` on a GPU, by a Triton kernel, which the first call compiles."""
 
 from __future__ import annotations
 
@@ -46,7 +41,9 @@ def available(device: torch.device | str) -> bool:
 def triton_sampled_product(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Computes ``p_k = sum_t g[t, rows_k] x[t, columns_k]``: chosen entries of a linear layer's weight gradient.
 
-    Products and sums are float32 (no TF32). Equal calls give equal bits, which do not depend on the other entries.
+    Products and sums are float32 (no TF32). The operands are copied token-contiguous, a chunk of tokens at a time, so that a
+    dot product reads whole cache lines. There are no atomics: the dtype and the shapes alone give the order in which an entry's
+    terms are added, so equal calls give equal bits, which do not depend on the other entries.
 
     Args:
         g: The output gradient: (T, out) float32, bfloat16 or float16, with any strides.

@@ -1,9 +1,4 @@
-"""Lets a backward run, with gradients of zero, after a forward that uses no tensor whose gradient is wanted.
-
-All slots may lie in a branch of the model that a batch does not use. No output would then require grad, and ``backward`` would
-fail with torch's own error; with several processes, the others would wait. So hooks add a signal to the model's output: a zero
-whose backward tells the taps that a backward runs. A forward that uses a wanted tensor is left as it is.
-"""
+"""Lets a backward run, with gradients of zero, after a forward that uses no tensor whose gradient is wanted."""
 
 from __future__ import annotations
 
@@ -19,7 +14,11 @@ from unmask.gradients.taps import TapSet
 
 
 def watch_forwards(model: nn.Module, taps: TapSet) -> None:
-    """Gives a selection's model the hooks, until `unwatch_forwards`."""
+    """Adds a *signal* to the model's outputs where a forward uses no wanted tensor, until `unwatch_forwards`.
+
+    All slots may lie in a branch of the model that a batch does not use. No output would then require grad, and ``backward``
+    would fail; with several processes, the others would wait. The signal is a zero whose backward tells the taps that one runs.
+    """
     unwatch_forwards(model)  # A copied model has the hooks of its original.
     hook = _Hook(taps)
     model.register_forward_pre_hook(hook)
