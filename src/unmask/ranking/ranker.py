@@ -1,10 +1,4 @@
-"""Ranks the entries of many tensors by the score of a heuristic, one tensor's gradient at a time, block by block.
-
-Temporaries have the size of a block, not of a tensor. Once k entries are known, their least score rules out others. Where the
-heuristic has a `ceiling`, one look at the largest |g| of a block tells whether any of its entries can reach that score, and only
-the entries that can are scored; such blocks follow the order in which the gradient lies in memory. Otherwise blocks are runs of
-whole rows (for a tensor of one dimension: of entries), so that flat indices are consecutive even in a transposed gradient.
-"""
+"""Ranks the entries of many tensors by the score of a heuristic, one tensor's gradient at a time, block by block."""
 
 from __future__ import annotations
 
@@ -43,7 +37,10 @@ class Ranking(Protocol):
 
 
 class Ranker:
-    """Ranks the entries of many tensors, one after the other, under one budget.
+    """Ranks the entries of many tensors, one after the other, under one budget. Temporaries have the size of a block.
+
+    Once k entries are known, their least score rules out others. Where the heuristic has a `ceiling`, the largest |g| of a block
+    tells whether any of its entries can reach that score, and only the entries that can are scored.
 
     Args:
         heuristic: The heuristic that scores entries.
@@ -55,13 +52,7 @@ class Ranker:
     """
 
     def __init__(
-        self,
-        heuristic: Heuristic,
-        table: Ledger,
-        allocation: Allocation,
-        keep: int,
-        step: int,
-        exclude_members: bool,
+        self, heuristic: Heuristic, table: Ledger, allocation: Allocation, keep: int, step: int, exclude_members: bool
     ) -> None:
         self.heuristic, self.table, self.allocation = heuristic, table, allocation
         self.step, self.exclude_members = step, exclude_members
@@ -81,8 +72,13 @@ class Ranker:
             NonFiniteGradientError: A score is NaN or infinite.
             MethodError: The heuristic's scores have another shape than the weight.
         """
-        if isinstance(gradient, Factors) and self._rank_factors(index, gradient):
-            return
+        if isinstance(gradient, Factors) and self._vanishes and self.top.least:
+            factor = self.heuristic.bound(self.table.layout.plain(index))
+            pieces = None if factor is None else gradient.above(lambda: self._least() / factor)
+            if pieces is not None:  # Otherwise the factors' norms rule out too little (yet).
+                for flat, values in pieces:
+                    self._offer(index, flat, values)
+                return
         if isinstance(gradient, Tensor) and gradient.is_sparse and self._vanishes:
             self._rank_rows(index, gradient)
             return
@@ -126,7 +122,7 @@ class Ranker:
         return None if members is None else members.flat
 
     def _blocks(self, weight: Tensor, gradient: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Cuts a weight and its gradient into blocks: (flat index of the first entry, weights, gradients)."""
+        """Cuts a weight and its gradient into blocks of consecutive entries: (flat index of the first, weights, gradients)."""
         rows, grads = as_rows(weight), None if gradient is None else as_rows(gradient)
         columns = rows.shape[1]
         if rows.shape[0] == 1 and self.heuristic.elementwise:  # A vector may be long, so it is cut up.
@@ -150,9 +146,7 @@ class Ranker:
         if factor is None:
             return False
         grads, columns = as_rows(gradient), weight.shape[1]
-        across = (
-            grads.stride(0) == 1 and grads.shape[0] > 1
-        )  # A transposed gradient is read in the order of its memory.
+        across = grads.stride(0) == 1 and grads.shape[0] > 1  # A transposed one is read in the order of its memory.
         lines = grads.t() if across else grads
         block = GLANCE if lines.device.type == "cpu" else lines.numel()
         height = max(1, block // max(1, lines.shape[1]))
@@ -174,18 +168,6 @@ class Ranker:
         if peak * factor < least:
             return None
         return (g.abs() >= least / factor).nonzero()
-
-    def _rank_factors(self, index: int, gradient: Factors) -> bool:
-        """Offers the entries that the factors' norms do not rule out; returns False if they rule out too little (yet)."""
-        if not self._vanishes or not self.top.least:
-            return False
-        factor = self.heuristic.bound(self.table.layout.plain(index))
-        found = None if factor is None else gradient.above(lambda: self._least() / factor)
-        if found is None:
-            return False
-        for flat, values in found:
-            self._offer(index, flat, values)
-        return True
 
     def _least(self) -> float:
         """Returns the score to reach, less what rounding may lift a score over its ceiling."""
