@@ -111,9 +111,10 @@ def d3(weight: Tensor, gradient: Tensor, eps: float = 1.0, exp: float = 2.0) -> 
     return gradient.abs() / (weight.abs() + eps) ** exp
 
 
-def _largest(weight: Tensor) -> float:
-    low, high = (x.item() for x in weight.aminmax())
-    return max(-low, high)  # NaN, if there is one
+def largest(tensor: Tensor) -> float:
+    """Returns the largest magnitude; NaN if there is one."""
+    low, high = (x.item() for x in tensor.aminmax())
+    return max(-low, high)
 
 
 def _d3_ceiling(weight: Tensor, eps: float = 1.0, exp: float = 2.0) -> float:
@@ -121,7 +122,7 @@ def _d3_ceiling(weight: Tensor, eps: float = 1.0, exp: float = 2.0) -> float:
         return 1.0
     if eps <= 0:
         return math.inf
-    return float(eps**-exp) if exp > 0 else float((_largest(weight) + eps) ** -exp)
+    return float(eps**-exp) if exp > 0 else float((largest(weight) + eps) ** -exp)
 
 
 def gradient_magnitude(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ _REGISTRY: dict[str, Heuristic] = {
     for h in (
         Heuristic("d3", d3, ceiling=_d3_ceiling),
         Heuristic("gradient", gradient_magnitude, ceiling=lambda weight: 1.0),
-        Heuristic("snip", snip, ceiling=_largest),
+        Heuristic("snip", snip, ceiling=largest),
         Heuristic("small_magnitude", small_magnitude, needs="weight"),
         Heuristic("large_magnitude", large_magnitude, needs="weight"),
         Heuristic("fisher", calibrated, needs="calibration"),  # arXiv 2111.09839

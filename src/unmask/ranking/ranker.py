@@ -12,7 +12,7 @@ from torch import Tensor
 from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.gradients.entries import among, as_rows, take
 from unmask.gradients.factors import Factors, as_dense
-from unmask.methods.heuristics import Heuristic
+from unmask.methods.heuristics import Heuristic, largest
 from unmask.methods.method import Allocation
 from unmask.ranking.ledger import Ledger
 from unmask.ranking.quotas import quota
@@ -147,27 +147,25 @@ class Ranker:
             return False
         grads, columns = as_rows(gradient), weight.shape[1]
         across = grads.stride(0) == 1 and grads.shape[0] > 1  # A transposed one is read in the order of its memory.
-        lines = grads.t() if across else grads
+        if across:
+            self._look(index, grads.t(), factor, lambda line, place: place * columns + line)
+        else:
+            self._look(index, grads, factor, lambda line, place: line * columns + place)
+        return True
+
+    def _look(self, index: int, lines: Tensor, factor: float, flat: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Offers those gradients of a matrix that may reach the least score, at the flat indices ``flat(line, place)``."""
         block = GLANCE if lines.device.type == "cpu" else lines.numel()
         height = max(1, block // max(1, lines.shape[1]))
         for low in range(0, lines.shape[0], height):
-            part = slice(low, low + height)
-            found = self._contenders(index, lines[part], factor)
-            if found is not None:
-                line, place = found[:, 0] + low, found[:, 1]
-                self._offer(index, place * columns + line if across else line * columns + place, lines[line, place])
-        return True
-
-    def _contenders(self, index: int, g: Tensor, factor: float) -> Tensor | None:
-        """Returns the places (n, 2) of a block's entries that may reach the least score; None if none can."""
-        low, high = (x.item() for x in g.aminmax())
-        peak = max(-low, high)
-        if not math.isfinite(peak):
-            raise self._not_finite(index, peak)
-        least = self._least() * (1 - 2 * torch.finfo(g.dtype).eps)
-        if peak * factor < least:
-            return None
-        return (g.abs() >= least / factor).nonzero()
+            g = lines[low : low + height]
+            peak = largest(g)
+            if not math.isfinite(peak):
+                raise self._not_finite(index, peak)
+            least = self._least() * (1 - 2 * torch.finfo(g.dtype).eps)
+            if peak * factor >= least:
+                line, place = (g.abs() >= least / factor).nonzero().unbind(1)
+                self._offer(index, flat(line + low, place), g[line, place])
 
     def _least(self) -> float:
         """Returns the score to reach, less what rounding may lift a score over its ceiling."""
@@ -179,20 +177,14 @@ class Ranker:
         if not rows.numel():  # All tokens of an embedding were padding.
             return
         columns = values.shape[1]
-        weight = self.table.layout.plain(index)
-        factor = None if self.top.least is None else self.heuristic.bound(weight[rows])
+        factor = None if self.top.least is None else self.heuristic.bound(self.table.layout.plain(index)[rows])
+        if factor is not None:
+            self._look(index, values, factor, lambda line, place: rows[line] * columns + place)
+            return
         height = max(1, BLOCK // columns)
         for low in range(0, rows.numel(), height):
-            g = values[low : low + height]
-            if factor is not None:
-                found = self._contenders(index, g, factor)
-                if found is None:
-                    continue
-                row, column = found[:, 0], found[:, 1]
-                self._offer(index, rows[low + row] * columns + column, g[row, column])
-            else:
-                flat = rows[low : low + height, None] * columns + torch.arange(columns, device=rows.device)
-                self._offer(index, flat.view(-1), g.reshape(-1))
+            flat = rows[low : low + height, None] * columns + torch.arange(columns, device=rows.device)
+            self._offer(index, flat.view(-1), values[low : low + height].reshape(-1))
 
     def _offer(self, index: int, flat: Tensor, gradient: Tensor) -> None:
         """Scores entries at flat indices and offers those that are not unmasked yet."""
