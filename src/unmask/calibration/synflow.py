@@ -1,11 +1,4 @@
-"""Scores the weights of added modules by SynFlow: iterative pruning by synaptic flow, without data (arXiv 2006.05467).
-
-As in SparseAdapter's code, each added module is a network for itself. Its weights are replaced by their magnitudes, it is fed
-with ones, and R is the sum of all outputs. So softmax, LayerNorm and the base's weights play no part. The non-linearity between
-the two layers of a bottleneck is the identity, as ReLU is on these positive inputs. Dropout, a LoRA's scaling and the residual
-are left out. The score of a weight is ``|w| dR/d|w|``. The budget is reached in `ROUNDS` rounds of exponentially falling density,
-and each round scores what the last one left.
-"""
+"""Scores the weights of added modules by SynFlow: iterative pruning by synaptic flow, without data (arXiv 2006.05467)."""
 
 from __future__ import annotations
 
@@ -23,7 +16,13 @@ Stage = nn.Linear | nn.Parameter
 
 
 def synaptic_flow(model: nn.Module, layout: Layout, budget: int) -> dict[int, Tensor]:
-    """Computes scores whose ``budget`` best are the weights that SynFlow keeps.
+    """Computes scores ``|w| dR/d|w|`` whose ``budget`` best are the weights that SynFlow keeps.
+
+    As in SparseAdapter's code, each added module is a network for itself. Its weights are replaced by their magnitudes, it is
+    fed with ones, and R is the sum of all outputs. So softmax, LayerNorm and the base's weights play no part. The non-linearity
+    between the two layers of a bottleneck is the identity, as ReLU is on these positive inputs. Dropout, a LoRA's scaling and
+    the residual are left out. The budget is reached in `ROUNDS` rounds of exponentially falling density, and each round scores
+    what the last one left.
 
     Args:
         model: The model, with LoRA layers of peft or bottleneck adapters.

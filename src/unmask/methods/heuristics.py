@@ -1,10 +1,4 @@
-"""Heuristics: functions (weight, gradient) -> score that say which scalar weights are unmasked first.
-
-The weights with the highest scores are unmasked. Scores are float32 (float64 for float64 weights) and have the weight's
-shape. A heuristic says what it ``needs``: ``"gradient"``, the gradient of the current step; ``"weight"``, the weight alone;
-``"calibration"``, an estimate that ``unmask.select`` makes before training (`unmask.calibration.estimates`); or
-``"nothing"``, a seed alone.
-"""
+"""Heuristics: functions (weight, gradient) -> score that say which scalar weights are unmasked first, those of the highest."""
 
 from __future__ import annotations
 
@@ -34,7 +28,8 @@ class Heuristic:
         name: The name in the registry, e.g. ``"d3"``.
         function: ``function(weight, gradient, **parameters) -> score``. All three tensors have one shape, with any number of
             dimensions.
-        needs: What the score depends on; the module's text lists the values.
+        needs: What the score depends on: ``"gradient"``, the gradient of the current step; ``"weight"``, the weight alone;
+            ``"calibration"``, an estimate that ``unmask.select`` makes before training; or ``"nothing"``, a seed alone.
         parameters: The keyword arguments that are bound to the function, e.g. ``{"eps": 1.0, "exp": 2.0}``.
         elementwise: True if an entry's score depends on that entry alone. If False, the function sees whole tensors.
         ceiling: ``ceiling(weight, **parameters) -> f`` with ``0 <= score <= f |g|`` for every entry of that block of
@@ -51,7 +46,7 @@ class Heuristic:
 
     @property
     def floor(self) -> float:
-        """Returns the score that an entry must exceed to be selected: 0 where a zero gradient makes the score 0, else -inf.
+        """The score that an entry must exceed to be selected: 0 where a zero gradient makes the score 0, else -inf.
 
         Example:
             >>> heuristic("d3").floor, heuristic("small_magnitude").floor
@@ -178,8 +173,6 @@ _REGISTRY: dict[str, Heuristic] = {
         Heuristic("constant", constant, needs="weight"),
     )
 }
-
-
 _BUILT_IN = frozenset(_REGISTRY)
 _RENAMED = {"magnitude": "small_magnitude"}
 
