@@ -48,7 +48,7 @@ class StandIn:
 
     @property
     def alias(self) -> bool:
-        """Returns True if the proxy is an alias, which any operation can compute with."""
+        """True if the proxy is an alias, which any operation can compute with."""
         return self.entries is None and self.pending is None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from unmask.errors import SelectionError
 from unmask.gradients.entries import Entries, take_gradient
 from unmask.gradients.factors import Factors, PendingGradient, add
-from unmask.gradients.tapped import Handler, Site, StandIn, TappedParameter, attach, detach, has_site, site_of
+from unmask.gradients.tapped import Handler, Site, StandIn, TappedParameter, attach, detach, site_of
 from unmask.gradients.writes import Writes
 
 
@@ -79,7 +79,7 @@ class TapSet:
         take_in: Brings such writes into the tensors.
         check: Raises an error if the model is no longer the one that was selected from.
         checked: True if `check` has run since the last backward.
-        paused: True between `pause` and `resume`.
+        paused: True between `pause` and `resume`, and after `remove`: the tensors are not tapped.
     """
 
     def __init__(self, tensors: Sequence[Tensor], receiver: Receiver, training: Callable[[], bool]) -> None:
@@ -104,9 +104,8 @@ class TapSet:
         self.resume()
 
     def remove(self) -> None:
-        """Makes every tensor an ordinary one again."""
-        for tensor in self._tensors:
-            detach(tensor)
+        """Makes every tensor an ordinary one again, for good."""
+        self.pause()
         self.owner = None
         self.forget()
 
@@ -212,11 +211,6 @@ class TapSet:
         else:
             self._received = True
             self._receiver.receive(index, gradient, entries)
-
-    @property
-    def serves(self) -> bool:
-        """Returns True if the tensors are tapped: not between `pause` and `resume`, nor after `remove`."""
-        return has_site(self._tensors[0])
 
     def signal(self) -> None:
         """Counts the running backward, which brings no gradient, as one whose gradients are zero."""

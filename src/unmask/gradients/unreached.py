@@ -58,7 +58,7 @@ class _Hook:
         if not output:  # This is the hook before the forward.
             self._served = taps.served
             return None
-        if not taps.serves or taps.served != self._served:
+        if taps.paused or taps.served != self._served:
             return None
         floats = [leaf for leaf in tree_leaves(output[0]) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         # With tensors that are trained whole, the outputs that do not depend on them stay as they are.
