@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unmask.gradients.entries import take_gradient
 from unmask.gradients.tapped import StandIn, TappedParameter, stand_in_of
 
 
@@ -48,10 +47,7 @@ class SampledEmbedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         g = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)
         rows = embedding_gradient(g, ids.reshape(-1), ctx.shape, ctx.padding)
-        if ctx.stand_in.pending is None:
-            return None, None, take_gradient(rows, ctx.stand_in.entries), None, None
-        ctx.stand_in.pending.put(rows.detach())
-        return None, None, g.new_zeros(1), None, None
+        return None, None, ctx.stand_in.pass_on(rows), None, None
 
 
 def embedding_gradient(g: Tensor, ids: Tensor, shape: torch.Size, padding: int | None) -> Tensor:

@@ -18,7 +18,7 @@ from unmask.gradients.entries import Entries, take, take_columns
 from unmask.gradients.factors import Factors
 from unmask.gradients.sampled import Product, choose, sampled_product
 from unmask.gradients.tapped import Handler, StandIn, TappedParameter, stand_in_of
-from unmask.gradients.taps import Collect, Gather
+from unmask.gradients.taps import ByPlaceholder
 
 LEAST = 64  # The tokens below which none is left out.
 SHARE = 0.85  # The share of the tokens that may be left, at most, for leaving the others out to pay.
@@ -196,15 +196,9 @@ def _differentiable(
                 "a second derivative (create_graph=True) under autocast does not reach the sampled gradients' input; run this "
                 "loss without autocast, or use unmask.select(..., gradients='dense')."
             )
-        pending, flat_x = setup.stand_in.pending, x.reshape(-1, x.shape[-1])
-        product = flat_x.t() @ g if setup.transposed else g.t() @ flat_x
-        if pending is None:
-            grad_placeholder = take(product, setup.stand_in.entries.flat).to(placeholder.dtype)
-            live = None if weight is None else Gather.apply(placeholder, weight, setup.stand_in.entries)
-        else:
-            pending.put(product.detach())
-            grad_placeholder = torch.zeros_like(placeholder)
-            live = None if weight is None else Collect.apply(placeholder, weight, pending)
+        flat_x = x.reshape(-1, x.shape[-1])
+        grad_placeholder = setup.stand_in.pass_on(flat_x.t() @ g if setup.transposed else g.t() @ flat_x)
+        live = None if weight is None else ByPlaceholder.apply(placeholder, weight, setup.stand_in)
     if live is not None:
         grad_x = (g @ (live.t() if setup.transposed else live)).view(ctx.shape).to(ctx.dtype)
     sums = g.sum(0)

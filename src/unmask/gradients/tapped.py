@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from unmask.gradients.entries import Entries
+from unmask.gradients.entries import Entries, take_gradient
 from unmask.gradients.factors import PendingGradient
 
 SITE = "_unmask_site"  # The attribute of a tapped tensor that holds its `Site`.
@@ -50,6 +50,14 @@ class StandIn:
     def alias(self) -> bool:
         """True if the proxy is an alias, which any operation can compute with."""
         return self.entries is None and self.pending is None
+
+    def pass_on(self, gradient: Tensor) -> Tensor:
+        """Returns the placeholder's gradient, made of the whole gradient of one use: dense, or sparse in rows and coalesced."""
+        if self.entries is not None:
+            return take_gradient(gradient, self.entries).to(self.proxy.dtype)
+        assert self.pending is not None, "an alias gets its gradient from autograd"
+        self.pending.put(gradient.detach())
+        return torch.zeros(1, dtype=self.proxy.dtype, device=gradient.device)
 
 
 class Interceptor(Protocol):

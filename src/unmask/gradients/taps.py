@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unmask.errors import SelectionError
-from unmask.gradients.entries import Entries, take_gradient
+from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, PendingGradient, add
 from unmask.gradients.tapped import Handler, Site, StandIn, TappedParameter, attach, detach, site_of
 from unmask.gradients.writes import Writes
@@ -59,9 +59,9 @@ class TapSet:
 
     Usually the proxy is an alias that requires grad, so autograd differentiates any operation on it. Its backward hands the
     dense gradient over and frees it. Where the receiver asks for some entries only, the proxy is a *placeholder*, a vector of
-    as many zeros, whose gradient is that of the entries. An operation then uses the weight through `Gather`, or is one of
-    ``linear.py`` and ``embedding.py``, which form no dense gradient. A placeholder of one zero stands for a whole tensor, whose
-    uses add their gradients to a `PendingGradient`, through `Collect` or as `Factors`.
+    as many zeros, whose gradient is that of the entries. An operation then uses the weight through `ByPlaceholder`, or is one
+    of ``linear.py`` and ``embedding.py``, which form no dense gradient. A placeholder of one zero stands for a whole tensor,
+    whose uses add their gradients to a `PendingGradient`.
 
     Args:
         tensors: The frozen tensors. Their places in this sequence are their indices in all calls. A tensor that is no
@@ -144,11 +144,7 @@ class TapSet:
         stand_in = self.stand_in(parameter)
         if stand_in is None:
             return parameter
-        if stand_in.entries is not None:
-            return Gather.apply(stand_in.proxy, parameter, stand_in.entries)
-        if stand_in.pending is not None:
-            return Collect.apply(stand_in.proxy, parameter, stand_in.pending)
-        return stand_in.proxy
+        return stand_in.proxy if stand_in.alias else ByPlaceholder.apply(stand_in.proxy, parameter, stand_in)
 
     def catch_up(self) -> None:
         """Brings pending writes to ``values`` into the tensors, which are about to be read."""
@@ -281,34 +277,17 @@ class Tap(torch.autograd.Function):
         return (None,) * 6
 
 
-class Gather(torch.autograd.Function):
-    """The weight, in the place of a placeholder for some entries; its backward reads them out of the dense gradient."""
+class ByPlaceholder(torch.autograd.Function):
+    """The weight, in the place of its placeholder; the backward passes the dense gradient on to the stand-in."""
 
     @staticmethod
-    def forward(ctx: Any, placeholder: Tensor, weight: Tensor, entries: Entries) -> Tensor:  # type: ignore[override]
-        ctx.entries, ctx.dtype = entries, placeholder.dtype
+    def forward(ctx: Any, placeholder: Tensor, weight: Tensor, stand_in: StandIn) -> Tensor:  # type: ignore[override]
+        ctx.stand_in = stand_in
         return weight.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        gradient = gradient.coalesce() if gradient.is_sparse else gradient
-        return take_gradient(gradient, ctx.entries).to(ctx.dtype), None, None
-
-
-class Collect(torch.autograd.Function):
-    """The weight, in the place of a placeholder for all of it; its backward adds the gradient to the pending sum."""
-
-    @staticmethod
-    def forward(ctx: Any, placeholder: Tensor, weight: Tensor, pending: PendingGradient) -> Tensor:  # type: ignore[override]
-        ctx.pending = pending
-        ctx.save_for_backward(placeholder)
-        return weight.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (placeholder,) = ctx.saved_tensors
-        ctx.pending.put(gradient.detach().coalesce() if gradient.is_sparse else gradient.detach())
-        return torch.zeros_like(placeholder), None, None
+        return ctx.stand_in.pass_on(gradient.coalesce() if gradient.is_sparse else gradient), None, None
 
 
 def in_pieces() -> SelectionError:
