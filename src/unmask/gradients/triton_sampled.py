@@ -63,13 +63,16 @@ def triton_sampled_product(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) 
         >>> triton_sampled_product(g, x, at, at).tolist() if available(g.device) else [3.0]
         [3.0]
     """
-    given = ", ".join(f"{str(v.dtype)[6:]} {tuple(v.shape)} on {v.device}" for v in (g, x, rows, columns))
+    wrong = None
     if g.ndim != 2 or x.ndim != 2 or len(g) != len(x) or rows.ndim != 1 or rows.shape != columns.shape:
-        raise SelectionError(f"g, x, rows, columns are {given}; their shapes must be (T, out), (T, in), (m,) and (m,).")
-    if g.dtype not in DTYPES or x.dtype != g.dtype or not {rows.dtype, columns.dtype} <= {torch.int32, torch.int64}:
-        raise SelectionError(f"g, x, rows, columns are {given}; g and x need one of {DTYPES}, the others an integer.")
-    if any(v.device != g.device for v in (x, rows, columns)):
-        raise SelectionError(f"g, x, rows, columns are {given}; move them to one device.")
+        wrong = "their shapes must be (T, out), (T, in), (m,) and (m,)"
+    elif g.dtype not in DTYPES or x.dtype != g.dtype or not {rows.dtype, columns.dtype} <= {torch.int32, torch.int64}:
+        wrong = f"g and x need one of {DTYPES}, the others an integer"
+    elif any(v.device != g.device for v in (x, rows, columns)):
+        wrong = "move them to one device"
+    if wrong is not None:
+        given = ", ".join(f"{str(v.dtype)[6:]} {tuple(v.shape)} on {v.device}" for v in (g, x, rows, columns))
+        raise SelectionError(f"g, x, rows, columns are {given}; {wrong}.")
     if not available(g.device):
         raise SelectionError(f"Triton does not run on {str(g.device)!r}; ask available(), and use plain torch instead.")
     return _product(g, x, rows, columns)
