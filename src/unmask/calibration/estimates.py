@@ -16,13 +16,7 @@ _DATA = {"fisher": estimate_fisher, "initial_snip": connection_sensitivity, "gra
 
 
 def estimates(model: nn.Module, layout: Layout, method: Method, budget: int) -> dict[int, Tensor]:
-    """Computes the scores of a method whose heuristic needs a calibration.
-
-    Args:
-        model: The model before it is frozen; it is left as it was.
-        layout: The eligible tensors.
-        method: The method.
-        budget: B, the number of weights.
+    """Computes the scores of a method whose heuristic needs a calibration, of a model that is not frozen yet.
 
     Returns:
         The scores by tensor index, each of the tensor's shape; empty for a heuristic that needs no calibration.

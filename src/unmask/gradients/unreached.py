@@ -33,11 +33,7 @@ def unwatch_forwards(model: nn.Module) -> None:
 
 
 class _Hook:
-    """The hook before and after a model's forward. Copies and pickles of it do nothing; to load a pickle needs no unmask.
-
-    Args:
-        taps: The taps of the selection; None in a copy.
-    """
+    """The hook before and after a model's forward. Copies and pickles of it do nothing; to load a pickle needs no unmask."""
 
     def __init__(self, taps: TapSet | None) -> None:
         self._taps = (lambda: None) if taps is None else weakref.ref(taps)
