@@ -72,20 +72,27 @@ class Ranker:
             NonFiniteGradientError: A score is NaN or infinite.
             MethodError: The heuristic's scores have another shape than the weight.
         """
-        if isinstance(gradient, Factors) and self._vanishes and self.top.least:
-            factor = self.heuristic.bound(self.table.layout.plain(index))
-            pieces = None if factor is None else gradient.above(lambda: self._least() / factor)
-            if pieces is not None:  # Otherwise the factors' norms rule out too little (yet).
-                for flat, values in pieces:
-                    self._offer(index, flat, values)
-                return
         if isinstance(gradient, Tensor) and gradient.is_sparse and self._vanishes:
             self._rank_rows(index, gradient)
             return
+        weight = self.table.layout.plain(index)
+        bounded = self._vanishes and self.top.least is not None and weight.ndim > 1
+        factor = self.heuristic.bound(weight) if bounded else None
+        if isinstance(gradient, Factors) and factor is not None and self.top.least:
+            pieces = gradient.above(lambda: self._least() / factor)
+            if pieces is not None:  # Otherwise the factors' norms rule out too little.
+                for flat, values in pieces:
+                    self._offer(index, flat, values)
+                return
         whole = None if gradient is None else as_dense(gradient)
-        if whole is not None and whole.ndim > 1 and self._rank_by_look(index, whole):
+        if whole is None or factor is None:
+            self._rank_whole(index, whole)
             return
-        self._rank_whole(index, whole)
+        grads, columns = as_rows(whole), as_rows(weight).shape[1]
+        if grads.stride(0) == 1 and grads.shape[0] > 1:  # A transposed one is read in the order of its memory.
+            self._look(index, grads.t(), factor, lambda line, place: place * columns + line)
+        else:
+            self._look(index, grads, factor, lambda line, place: line * columns + place)
 
     def rank_zero(self, index: int) -> None:
         """Offers a tensor that the loss did not reach: its gradient is zero, which may rule out all of it."""
@@ -136,22 +143,6 @@ class Ranker:
         for row in range(0, rows.shape[0], height):
             part = slice(row, row + height)
             yield row * columns, rows[part], None if grads is None else grads[part]
-
-    def _rank_by_look(self, index: int, gradient: Tensor) -> bool:
-        """Offers the entries that a look at |g| does not rule out; returns False if a look cannot rule out any (yet)."""
-        if not self._vanishes or self.top.least is None:
-            return False
-        weight = as_rows(self.table.layout.plain(index))
-        factor = self.heuristic.bound(weight)
-        if factor is None:
-            return False
-        grads, columns = as_rows(gradient), weight.shape[1]
-        across = grads.stride(0) == 1 and grads.shape[0] > 1  # A transposed one is read in the order of its memory.
-        if across:
-            self._look(index, grads.t(), factor, lambda line, place: place * columns + line)
-        else:
-            self._look(index, grads, factor, lambda line, place: line * columns + place)
-        return True
 
     def _look(self, index: int, lines: Tensor, factor: float, flat: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Offers those gradients of a matrix that may reach the least score, at the flat indices ``flat(line, place)``."""
