@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmask.errors import NonFiniteGradientError
 from unmask.gradients.factors import Factors
+from unmask.lab.bench.host import Operations
 from unmask.methods.heuristics import heuristic
 from unmask.ranking import unwaiting
 from unmask.ranking.ledger import Layout, Ledger
@@ -86,7 +86,7 @@ def test_a_gradient_that_is_not_finite_is_refused_with_its_tensor(value):
     ledger = a_ledger()
     gradients = some_gradients(ledger)
     gradients[3][1, 1, 2] = value
-    with pytest.raises(NonFiniteGradientError, match="a score of 't3' is (nan|inf)"):
+    with pytest.raises(NonFiniteGradientError, match=r"a score of 't3' is (nan|inf)"):
         ranked_by(UnwaitingRanker(heuristic("d3"), ledger, 9, 0, True), gradients, range(7))
 
 
@@ -101,24 +101,13 @@ def test_first_places_take_the_first_of_equal_scores(k):
     assert first_places(scores, k).tolist() == sorted(order[:k])
 
 
-class Waits(TorchDispatchMode):
-    """Refuses operations that would make the host wait for a device."""
-
-    NAMES = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal", "is_nonzero", "bincount"}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        masks = name in ("index", "index_put", "index_put_") and any(
-            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
-        )
-        assert name not in self.NAMES and not masks, f"{name} waits"
-        return func(*args, **(kwargs or {}))
-
-
 def test_no_operation_of_a_ranking_waits():
     ledger = a_ledger()
     gradients = some_gradients(ledger)
     ranker = UnwaitingRanker(heuristic("d3"), ledger, 9, 0, True)
-    with Waits():
+    with Operations() as operations:
         for index in range(7):
             ranker.rank(index, gradients[index])
+        assert operations.waiting.total() == 0
+        ranker.result()
+    assert operations.waiting == {"_local_scalar_dense": 1}

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from unmask.files import write_json
 from unmask.gradients.entries import Entries, take_columns
-from unmask.gradients.sampled import PIECE, Product, forget, has_sampled, sampled_product
+from unmask.gradients.sampled import PIECE, Product, has_sampled, last_blocks, sampled_product
 from unmask.reading import Malformed, read_json
 
 _TOKENS = 512  # The tokens of a measured product: one piece of a sampled product on a CPU.
@@ -193,7 +193,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Cost:
     def fastest(call: Callable[[], Tensor]) -> float:
         best = math.inf
         for _ in range(_REPEATS + 1):
-            forget()  # the transposed input of the call before
+            last_blocks.forget()  # the transposed input of the call before
             start = time.perf_counter_ns()
             call()[:1].to("cpu")  # waits for the device
             best = min(best, time.perf_counter_ns() - start)

@@ -1,8 +1,8 @@
 """Ranks the entries of many tensors without making the host wait for a device, by operations whose sizes the host knows.
 
 A GPU works through a queue. An operation whose result's size depends on data (``nonzero``, a boolean mask, ``item``) makes the
-host wait until the queue is empty, and then the GPU wait for the host. `Ranker` uses such operations, for on a CPU they save work.
-This ranking does the same work for every block, and reads one small tensor at the end.
+host wait until the queue is empty, and then the GPU waits for the host. `Ranker` uses such operations, for on a CPU they save
+work. This ranking does the same work for every block, and reads one small tensor at the end.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class UnwaitingRanker(Ranker):
         ranked = self._merged()
         count = (ranked.scores > self.heuristic.floor).sum()
         device = ranked.scores.device
-        read = torch.cat([count.double()[None], *(pair.to(device, torch.float64) for _, pair in self._extremes)]).tolist()
+        read = torch.cat(
+            [count.double()[None], *(pair.to(device, torch.float64) for _, pair in self._extremes)]
+        ).tolist()
         for (index, _), *pair in zip(self._extremes, read[1::2], read[2::2], strict=True):
             for extreme in pair:
                 if not math.isfinite(extreme):
@@ -77,7 +79,9 @@ class UnwaitingRanker(Ranker):
     def _merged(self) -> Ranked:
         """Returns the first k of what was offered, in order; entries of score -inf at the end, if there are too few."""
         device = self._parts[0].scores.device
-        scores, positions, payload = (torch.cat([c.to(device) for c in column]) for column in zip(*self._parts, strict=True))
+        scores, positions, payload = (
+            torch.cat([c.to(device) for c in column]) for column in zip(*self._parts, strict=True)
+        )
         by_position = positions.argsort()
         order = by_position[scores[by_position].argsort(descending=True, stable=True)][: self.top.k]
         return Ranked(scores[order], positions[order], payload[order])
@@ -110,5 +114,7 @@ def _without(scores: Tensor, flat: Tensor, low: int) -> Tensor:
     """Returns the scores (n,) of a block from the flat index ``low`` on, with those at the flat indices set to -inf."""
     n = scores.numel()
     places = flat.to(scores.device) - low
-    places = torch.where((places >= 0) & (places < n), places, n)  # those of other blocks fall on a place behind the end
+    places = torch.where(
+        (places >= 0) & (places < n), places, n
+    )  # those of other blocks fall on a place behind the end
     return torch.cat([scores, scores.new_zeros(1)]).index_fill_(0, places, -torch.inf)[:n]

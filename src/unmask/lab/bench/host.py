@@ -8,7 +8,6 @@ all of the time that the host could have been ahead. Neither needs a GPU to be s
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,7 +27,13 @@ from unmask.selection.select import select
 ROWS = ("frozen", "lora", "full", "static", "static/sampled", "static/dense", "id3-10", "id3")
 _BUDGET, _STEPS = 8_000, 1_000
 _WARMUP, _TIMED = 5, 10  # The timed steps are a whole cycle of id3-10: one that selects and nine in between.
-_SHAPE = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+_SHAPE = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 # The size of what these return, or what the host gets, depends on data.
 _WAITING = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_consecutive", "unique_dim", "equal",
