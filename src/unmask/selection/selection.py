@@ -103,9 +103,9 @@ class Selection:
         """Returns what an optimizer trains: ``values``, then the dense tensors (their float32 masters, if they are half)."""
         return self._steps.parameters()
 
-    def clock(self) -> Tensor:
+    def pacing_parameter(self) -> Tensor:
         """Returns the first trained parameter. Each step of an optimizer that holds it advances the schedule by one."""
-        return self._steps.clock()
+        return self._steps.pacing_parameter()
 
     @property
     def indices(self) -> dict[str, Tensor]:

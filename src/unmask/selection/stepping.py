@@ -47,7 +47,7 @@ class Steppable:
         """True if `check_optimizer` wants to know what ``values`` held before this step."""
         return False
 
-    def clock(self) -> Tensor:
+    def pacing_parameter(self) -> Tensor:
         """Returns the first trained parameter. Each step of an optimizer that holds it advances the schedule by one."""
         return self.values
 
@@ -71,16 +71,16 @@ class Steppable:
         """Refuses a model that is no longer what was selected from."""
 
     def check_writes(self) -> None:
-        """Refuses writes that may be of a stale copy; an optimizer that holds ``clock()`` begins its step."""
+        """Refuses writes that may be of a stale copy; an optimizer that holds ``pacing_parameter()`` begins its step."""
 
     def check_optimizer(self, optimizer: Optimizer, before: Tensor | None) -> None:
-        """Refuses an optimizer that keeps copies it must not keep; it has changed ``clock()``."""
+        """Refuses an optimizer that keeps copies it must not keep; it has changed ``pacing_parameter()``."""
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Hears that the optimizer is about to change ``clock()``."""
+        """Hears that the optimizer is about to change ``pacing_parameter()``."""
 
     def after_step(self) -> None:
-        """Hears that the optimizer has changed ``clock()``."""
+        """Hears that the optimizer has changed ``pacing_parameter()``."""
 
     def sync_dense(self, held: Sequence[Tensor]) -> None:
         """Hears that an optimizer that holds these parameters has stepped."""
@@ -124,7 +124,7 @@ def _held(optimizer: Optimizer) -> list[Tensor]:
 def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     held, closure = _held(optimizer), kwargs.get("closure", args[1] if len(args) > 1 else None)
     for selection in list(LIVE):
-        if not any(p is selection.clock() for p in held):
+        if not any(p is selection.pacing_parameter() for p in held):
             _refuse_other(selection, held)
             continue
         if selection not in _stepping:  # otherwise this step runs inside another one, which has written already
@@ -146,16 +146,16 @@ def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dic
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = _held(optimizer)
     for selection in list(LIVE):
-        clocked = any(p is selection.clock() for p in held)
-        if clocked and selection not in _stepping:
+        pacing = any(p is selection.pacing_parameter() for p in held)
+        if pacing and selection not in _stepping:
             # Nothing is to be made final: either GradScaler made a fused optimizer skip this step, or a nested step() (of a
             # subclass that calls super().step()) has done it already.
             continue
-        if clocked:
+        if pacing:
             _stepping.discard(selection)
             selection.check_optimizer(optimizer, _before_first.pop(selection, None))
         selection.sync_dense(held)
-        if clocked:
+        if pacing:
             selection.after_step()
         elif selection.trains_outside_budget(held) and selection.values.grad is not None:
             _passed_over[selection] = (selection.step, weakref.ref(selection.values.grad))
@@ -175,7 +175,7 @@ def _ready(selection: Steppable, optimizer: Optimizer) -> None:
         raise NonFiniteGradientError(
             f"{reason}. This step changed nothing: lower the learning rate, clip the gradient, or look at this batch's loss."
         )
-    taken = optimizer.state.get(selection.clock(), {}).get("step")
+    taken = optimizer.state.get(selection.pacing_parameter(), {}).get("step")
     if taken is not None and int(taken) > selection.step:
         raise ScheduleNotRunError(
             f"the optimizer's state has taken {int(taken)} steps of the selected weights, the selection {selection.step}: a "
@@ -207,7 +207,7 @@ def _checked(closure: Callable[[], Any], selection: Steppable, optimizer: Optimi
 
 
 def _refuse_other(selection: Steppable, held: list[Tensor]) -> None:
-    """Refuses an optimizer without ``clock()`` that a library built: of frozen parameters, of none, or of dense tensors alone."""
+    """Refuses an optimizer that a library built of frozen parameters, of none, or of dense tensors alone."""
     if any(selection.owns(p) for p in held):
         raise ScheduleNotRunError(
             "this optimizer holds the model's frozen parameters, so nothing would be trained and no weight unmasked. "

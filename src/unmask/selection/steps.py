@@ -64,7 +64,7 @@ class Steps(Steppable):
         """True before the first step of a method that picks by gradient."""
         return self.step == 0 and not self._outside.known
 
-    def clock(self) -> Tensor:
+    def pacing_parameter(self) -> Tensor:
         return self.parameters()[0]
 
     def owns(self, parameter: Tensor) -> bool:
