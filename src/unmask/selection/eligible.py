@@ -27,7 +27,7 @@ class ModelFacts:
         dense: Names of the tensors that are trained whole, outside the budget, sorted.
         quantised: Names of the quantised weights.
         sharded: True if ``fully_shard`` has spread the model over processes.
-        budget: B, as a count.
+        budget: B, as a count; for `unmask.full` the number of weights it trains.
         named_new: Names of the tensors that the user calls new; None if the checkpoint has to tell.
         flags: Every parameter's ``requires_grad``, by name.
         buffers: Copies of the persistent buffers, by name.
@@ -82,7 +82,7 @@ def facts_of(
         whole,
         frozenset(sources(model)),
         sharded,
-        count_budget(model, method, eligible),
+        count_budget(model, method, whole if method.whole else eligible),
         None if new is None else matching(parameters, as_patterns(new), "new"),
         {name: parameter.requires_grad for name, parameter in parameters.items()},
         {name: buffer.detach().clone() for name, buffer in persistent_buffers(model).items()},

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from unmask.distributed.sharding import reshard
@@ -17,6 +17,7 @@ from unmask.gradients.writes import copy_in, copying_optimizer, same, stale_writ
 from unmask.methods.method import Method
 from unmask.ranking.ledger import Ledger
 from unmask.selection.dense import DenseTensor
+from unmask.selection.eligible import ModelFacts
 
 
 class OutsideWrites:
@@ -27,16 +28,10 @@ class OutsideWrites:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        ledger: Ledger,
-        dense: Sequence[DenseTensor],
-        taps: TapSet,
-        sharded: bool,
+        self, facts: ModelFacts, method: Method, ledger: Ledger, dense: Sequence[DenseTensor], taps: TapSet
     ) -> None:
-        self._model, self._method, self._ledger, self._dense = model, method, ledger, dense
-        self._taps, self._sharded = taps, sharded
+        self._model, self._sharded = facts.model, facts.sharded
+        self._method, self._ledger, self._dense, self._taps = method, ledger, dense, taps
         self._allowed = self.copied = False
         taps.writes, taps.take_in = ledger.writes, self.take_in
 

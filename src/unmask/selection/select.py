@@ -127,7 +127,8 @@ def select(
         refuse(method, facts, options)
         ledger = _start_ledger(facts, method, reducer, values)
         parts = _tap(facts, method, ledger, options, reducer, ties)
-        selection = Selection(method, parts, clip_scope)
+        _expect(parts, accumulation)
+        selection = Selection(parts, clip_scope)
         selection.start()
         return selection
 
@@ -181,16 +182,13 @@ def _tap(
     model, parameters = facts.model, named_parameters(facts.model)
     model.requires_grad_(False)
     dense = [DenseTensor(name, parameters[name]) for name in facts.dense]
-    _expect(facts, method, ledger, dense, options, reducer)
     dense_gradients = DenseGradients(dense, reducer)
-    measured = options.clip_scope == "all"
-    gradients = "dense" if measured else options.gradients
-    window = Window(ledger, method, options.accumulation, gradients != "dense", reducer, measured)
+    window = Window(ledger, method, options, reducer)
     training = weakref.ref(model)
     taps = TapSet(ledger.layout.tensors, window, lambda: bool((m := training()) and m.training))
-    outside = OutsideWrites(model, method, ledger, dense, taps, facts.sharded)
-    if gradients != "dense":
-        taps.handlers = handlers(dense=gradients == "auto")
+    outside = OutsideWrites(facts, method, ledger, dense, taps)
+    if window.sampled:
+        taps.handlers = handlers(dense=options.gradients == "auto")
     settle(model, ledger.layout.tensors)
     hooks = list(reach_biases(model))
     if facts.eligible:
@@ -199,21 +197,13 @@ def _tap(
     if facts.sharded:
         hooks += catch_up_before_gather(model, taps.catch_up)
     identity = Identity(model, ledger, dense, taps, ties)
-    return Parts(facts, ledger, dense, reducer, dense_gradients, window, taps, identity, outside, hooks)
+    return Parts(method, facts, ledger, dense, reducer, dense_gradients, window, taps, identity, outside, hooks)
 
 
-def _expect(
-    facts: ModelFacts,
-    method: Method,
-    ledger: Ledger,
-    dense: list[DenseTensor],
-    options: Options,
-    reducer: ProcessReducer,
-) -> None:
+def _expect(parts: Parts, accumulation: Accumulation) -> None:
     """Tells the reducer what must be the same in all processes that train together."""
-    layout = ledger.layout
-    budget = sum(d.parameter.numel() for d in dense) if method.whole else ledger.budget
-    described = facts_of_method(method, ledger.budget) | {"budget": budget, "accumulation": options.accumulation}
+    facts, ledger, layout, dense = parts.facts, parts.ledger, parts.ledger.layout, parts.dense
+    described = facts_of_method(parts.method, ledger.budget) | {"budget": facts.budget, "accumulation": accumulation}
     described |= {"the eligible tensors": layout.names, "the tensors trained whole": facts.dense}
 
     def start() -> dict[str, Tensor]:
@@ -226,4 +216,4 @@ def _expect(
         trained = (ledger.values[: ledger.used], *(d.master for d in dense[turn : turn + 1]))
         return ledger.step, [tensor.detach() for tensor in trained]
 
-    reducer.expect(described, start, progress, ledger.values)
+    parts.reducer.expect(described, start, progress, ledger.values)

@@ -22,7 +22,7 @@ from unmask.gradients.factors import total_norm
 from unmask.gradients.tapped import owner_of
 from unmask.gradients.unreached import unwatch_forwards
 from unmask.gradients.wrappers import named_parameters
-from unmask.methods.method import ClipScope, Method
+from unmask.methods.method import ClipScope
 from unmask.quantised.layers import settle, stored_in, weights
 from unmask.selection.parts import Parts
 from unmask.selection.state import StateKeeper
@@ -49,15 +49,18 @@ class Selection:
         clip_scope: The norm by which `unmask.clip_grad_norm_` clips.
     """
 
-    def __init__(self, method: Method, parts: Parts, clip_scope: ClipScope) -> None:
-        facts, ledger = parts.facts, parts.ledger
-        self.model, self.method, self.ledger, self.values = facts.model, method, ledger, ledger.values
-        self.dense, self.clip_scope = parts.dense, clip_scope
-        self.budget = sum(d.parameter.numel() for d in parts.dense) if method.whole else ledger.budget
+    def __init__(self, parts: Parts, clip_scope: ClipScope) -> None:
+        self.model, self.method, self.budget = parts.facts.model, parts.method, parts.facts.budget
+        self.ledger, self.values, self.dense, self.clip_scope = (
+            parts.ledger,
+            parts.ledger.values,
+            parts.dense,
+            clip_scope,
+        )
         self._parts, self._window, self._taps = parts, parts.window, parts.taps
         self._identity, self._outside, self._reducer = parts.identity, parts.outside, parts.reducer
-        self._states = StateKeeper(facts, method, ledger, parts.dense, parts.identity.shapes, self.budget)
-        self._steps = Steps(method, parts, self.check_model, self.owns)
+        self._states = StateKeeper(parts)
+        self._steps = Steps(parts, self.check_model, self.owns)
         self._released = False
 
     def start(self) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unmask.errors import NonFiniteGradientError, ScheduleNotRunError, SelectionError, UnmaskWarning
-from unmask.methods.method import Method
 from unmask.ranking.plan import Plan
 from unmask.selection.parts import Parts
 from unmask.selection.stepping import Steppable
@@ -21,9 +20,9 @@ from unmask.selection.stepping import Steppable
 class Steps(Steppable):
     """Plans each optimizer step and makes it final; the optimizer's hooks call it (`unmask.selection.stepping`)."""
 
-    def __init__(self, method: Method, parts: Parts, check: Callable[[], None], owns: Callable[[Tensor], bool]) -> None:
+    def __init__(self, parts: Parts, check: Callable[[], None], owns: Callable[[Tensor], bool]) -> None:
         self.model, self.values = parts.facts.model, parts.ledger.values
-        self._method, self._ledger, self._dense = method, parts.ledger, parts.dense
+        self._method, self._ledger, self._dense = parts.method, parts.ledger, parts.dense
         self._window, self._taps, self._outside, self._reducer = parts.window, parts.taps, parts.outside, parts.reducer
         self._check, self._owns = check, owns
         self._said_missing = False

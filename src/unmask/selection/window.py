@@ -26,11 +26,12 @@ from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at, total_norm
 from unmask.gradients.taps import in_pieces, stale
-from unmask.methods.method import Accumulation, Method
+from unmask.methods.method import Method
 from unmask.ranking.ledger import Ledger
 from unmask.ranking.plan import Plan
 from unmask.ranking.ranker import Ranker, Ranking
 from unmask.ranking.topk import Ranked, in_order
+from unmask.selection.refusals import Options
 
 OVERSAMPLE = 4  # candidates kept per entry to be unmasked
 
@@ -47,18 +48,11 @@ class Window:
         nonfinite: Says what was not finite in a backward of this window; None if all was finite.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        method: Method,
-        accumulation: Accumulation,
-        sampled: bool,
-        reducer: ProcessReducer,
-        measured: bool,
-    ) -> None:
-        self.ledger, self.values, self.method, self.accumulation = ledger, ledger.values, method, accumulation
+    def __init__(self, ledger: Ledger, method: Method, options: Options, reducer: ProcessReducer) -> None:
+        self.ledger, self.values, self.method, self.accumulation = ledger, ledger.values, method, options.accumulation
         self.reducer = reducer
-        self.sampled, self.measured = sampled, measured
+        self.measured = options.clip_scope == "all"
+        self.sampled = options.gradients != "dense" and not self.measured
         self.norm: Tensor | None = None
         self.plan = Plan(0, 0, 0, 0, repeat=False)
         self.nonfinite: str | None = None
