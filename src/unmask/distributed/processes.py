@@ -7,7 +7,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,11 @@ class Processes:
     def mean(self, tensor: Tensor) -> Tensor:
         """Averages a contiguous tensor over all processes, in place, as DDP averages gradients."""
         return self.sum(tensor).div_(self.size)
+
+    def means(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the means of some tensors of one dtype over all processes, which exchange them as one vector."""
+        means = self.mean(torch.cat([t.reshape(-1) for t in tensors])).split([t.numel() for t in tensors])
+        return [mean.view(t.shape) for mean, t in zip(means, tensors, strict=True)]
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Returns the tensors of all processes, which have one shape and dtype: (processes, *shape)."""

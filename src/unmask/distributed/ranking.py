@@ -53,14 +53,13 @@ class ExactRanking:
                 self._ranking.rank_zero(arrival.index)
         if not reached:
             return
-        base, shapes = self._table.base, [self._table.layout.tensors[a.index].shape for a in reached]
-        flat = [  # in the dtype of ``values``, as sums in bfloat16 would lose bits
-            base.new_zeros(shape.numel()) if a.gradient is None else as_dense(a.gradient).reshape(-1).to(base)
-            for a, shape in zip(reached, shapes, strict=True)
+        base, tensors = self._table.base, self._table.layout.tensors
+        gradients = [  # in the dtype of ``values``, as sums in bfloat16 would lose bits
+            base.new_zeros(tensors[a.index].shape) if a.gradient is None else as_dense(a.gradient).contiguous().to(base)
+            for a in reached
         ]
-        parts = self._processes.mean(torch.cat(flat)).split([shape.numel() for shape in shapes])
-        for arrival, part, shape in zip(reached, parts, shapes, strict=True):
-            self._ranking.rank(arrival.index, part.view(shape))
+        for arrival, mean in zip(reached, self._processes.means(gradients), strict=True):
+            self._ranking.rank(arrival.index, mean)
 
 
 class CandidateRanking:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from unmask.distributed.processes import Processes
 from unmask.distributed.ranking import BUCKET
 from unmask.distributed.reducer import ProcessReducer
 from unmask.gradients.writes import Writes
@@ -155,12 +154,11 @@ class DenseGradients:
     def reduce(self) -> None:
         """Averages all gradients; the backward is complete."""
         self._task, processes = None, self._reducer.processes
-        if processes is None:
-            raise AssertionError("only several processes have anything to reduce")
+        assert processes is not None, "only several processes have anything to reduce"
         self._reducer.meet_for_dense()
         masters = [t.master for t in self._tensors]
         reached = torch.tensor([m.grad is not None for m in masters], dtype=torch.uint8, device=masters[0].device)
-        bucket: list[Tensor] = []
+        buckets: list[list[Tensor]] = [[]]
         for master, anywhere in zip(masters, processes.sum(reached).tolist(), strict=True):
             if not anywhere:
                 continue
@@ -168,20 +166,13 @@ class DenseGradients:
                 master.grad = torch.zeros_like(master)
             elif master.grad.is_sparse:
                 master.grad = master.grad.to_dense()
-            gradient = master.grad
-            if bucket and (sum(g.numel() for g in bucket) >= BUCKET or bucket[0].dtype != gradient.dtype):
-                _mean(bucket, processes)
-                bucket = []
-            bucket.append(gradient)
-        if bucket:
-            _mean(bucket, processes)
-
-
-def _mean(gradients: list[Tensor], processes: Processes) -> None:
-    """Replaces gradients of one dtype by their mean, in one exchange."""
-    flat = processes.mean(torch.cat([g.reshape(-1) for g in gradients]))
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view(gradient.shape))
+            last = buckets[-1]
+            if last and (sum(g.numel() for g in last) >= BUCKET or last[0].dtype != master.grad.dtype):
+                buckets.append([])
+            buckets[-1].append(master.grad)
+        for bucket in filter(None, buckets):
+            for gradient, mean in zip(bucket, processes.means(bucket), strict=True):
+                gradient.copy_(mean)
 
 
 class _Last:
