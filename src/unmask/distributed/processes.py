@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unmask.distributed.facts import checksum, difference, header
-from unmask.errors import MethodError, ProcessesDifferError
+from unmask.errors import MethodError, NonFiniteGradientError, ProcessesDifferError
 
 ROLL_CALL = 2.0  # seconds that a process which has lost the others waits for them to report the same
 _STORE_TIMEOUT = datetime.timedelta(seconds=10)
@@ -127,6 +127,21 @@ class Processes:
         padded = tensor.new_zeros(max(lengths))
         padded[: tensor.numel()] = tensor
         return [part[:length] for part, length in zip(self.gather(padded), lengths, strict=True)]
+
+    def gather_columns(self, columns: Sequence[Tensor], error: Exception | None) -> list[list[Tensor]]:
+        """Returns for each column the vectors of all processes. A process's columns have one length, which the others learn.
+
+        A process that cannot send its columns gives the error instead; then all processes raise.
+        """
+        count = torch.tensor([-1 if error else columns[0].numel()], device=columns[0].device)
+        counts: list[int] = self.gather(count).squeeze(1).tolist()
+        if min(counts) < 0:
+            raise error or NonFiniteGradientError(
+                f"the gradient of process {counts.index(-1)} is not finite; its own error says where"
+            )
+        if not max(counts):
+            return [[column] * self.size for column in columns]
+        return [self.gather_ragged(column, counts) for column in columns]
 
     def differing(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, list[int]]:
         """Finds the tensors that differ between processes, and for each the ranks whose tensor is not process 0's.

@@ -169,21 +169,11 @@ class ShardRanking:
 
     def result(self) -> Ranked:
         own, processes, base = self._ranker.result(), self._layout.processes, self._ranker.table.base
-        count = torch.tensor([-1 if self._error else own.positions.numel()], device=base.device)
-        counts: list[int] = processes.gather(count).squeeze(1).tolist()
-        if min(counts) < 0:
-            raise self._error or NonFiniteGradientError(
-                f"a gradient that process {counts.index(-1)} holds is not finite"
-            )
+        dtypes = (base.dtype, torch.int64, base.dtype)
+        columns = [column.to(base.device, dtype) for column, dtype in zip(own, dtypes, strict=True)]
         top = StreamingTopK(self._ranker.top.k)
-        if max(counts):
-            dtypes = (base.dtype, torch.int64, base.dtype)
-            columns = [
-                processes.gather_ragged(column.to(base.device, dtype), counts)
-                for column, dtype in zip(own, dtypes, strict=True)
-            ]
-            for scores, positions, payload in zip(*columns, strict=True):
-                top.merge(Ranked(scores, positions, payload))
+        for scores, positions, payload in zip(*processes.gather_columns(columns, self._error), strict=True):
+            top.merge(Ranked(scores, positions, payload))
         return top.result()
 
 
