@@ -72,11 +72,6 @@ class ProcessReducer:
         self._coming: tuple[Plan, int] | None = None
         self._micro = 0
 
-    @property
-    def several(self) -> bool:
-        """Returns True if this process trains with others."""
-        return self.processes is not None
-
     def share_weights(self, model: nn.Module) -> None:
         """Copies process 0's parameters and buffers to every process, as DDP does; only those that differ are sent."""
         processes = self._find()

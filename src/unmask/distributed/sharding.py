@@ -189,11 +189,10 @@ def catch_up_before_gather(model: nn.Module, catch_up: Callable[[], None]) -> li
     Returns:
         The hooks; the selection calls their ``remove()`` when it ends.
     """
-
-    def before(module: nn.Module, args: Any) -> None:
-        catch_up()
-
-    return [module.register_forward_pre_hook(before, prepend=True) for module in _fsdp_modules(model)]
+    return [
+        module.register_forward_pre_hook(lambda module, args: catch_up(), prepend=True)
+        for module in _fsdp_modules(model)
+    ]
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:

@@ -120,7 +120,7 @@ class Window:
         unused = self.measured and self.plan.active + self.plan.newcomers == 0  # no slot is in use: zeros say nothing
         fresh = gradient is None or not (unused or gradient.any())
         self.reducer.begin(self.plan, fresh)
-        if self.measured and self.reducer.several:
+        if self.measured and self.reducer.processes is not None:
             raise SelectionError(
                 "clip_scope='all' needs the norm of the mean gradient of all processes, which is not exchanged; use "
                 "clip_scope='selected', whose norm is the same in all of them."
