@@ -43,13 +43,10 @@ class _Seen:
 
     __slots__ = ("coarsest", "device", "dtype", "first", "pointer", "shape", "storage", "tensor")
 
-    first: float
-    coarsest: float
-
     def __init__(self, tensor: Tensor, before: _Seen | None = None) -> None:
         step = torch.finfo(tensor.dtype).eps
-        self.first = step if before is None else before.first
-        self.coarsest = step if before is None else max(step, before.coarsest)
+        self.first: float = step if before is None else before.first
+        self.coarsest: float = step if before is None else max(step, before.coarsest)
         self.tensor, self.shape, self.dtype, self.device = tensor, tensor.shape, tensor.dtype, tensor.device
         self.pointer = tensor.data_ptr()
         self.storage = StorageWeakRef(tensor.untyped_storage())  # memory that is used again is not taken for the same
@@ -78,7 +75,7 @@ class Identity:
         with torch._C.DisableTorchFunctionSubclass():
             self._seen = {i: _Seen(t) for i, t in enumerate(layout.tensors) if has_memory(t) and id(t) in self._own}
             self._dense = [(d, _Seen(d.parameter)) for d in dense]
-        self._remember_versions()
+        self.renew()
         self._started = self._in_peft = self._released = False
         self._hook: RemovableHandle | None = None
 
@@ -129,11 +126,7 @@ class Identity:
         self._taps.checked = True
 
     def check_structure(self) -> None:
-        """Checks places and shapes alone, before values are set.
-
-        Raises:
-            SelectionError: A tensor was replaced or has another shape.
-        """
+        """Raises a `SelectionError` if a tensor was replaced or has another shape, before values are set."""
         with torch._C.DisableTorchFunctionSubclass():
             self._check_places()
             for index, seen in self._seen.items():
@@ -142,11 +135,7 @@ class Identity:
             self.check_dense()
 
     def check_result(self) -> None:
-        """Checks everything, with the values of all selected weights, before a delta is read off the model.
-
-        Raises:
-            SelectionError: What the model holds is not what was trained.
-        """
+        """Raises a `SelectionError` if the model does not hold what was trained, before a delta is read off it."""
         self.check()
         names = {*named_parameters(self._model), *persistent_buffers(self._model)}
         if names != self._names:
@@ -160,11 +149,7 @@ class Identity:
                 self._check_values(index)
 
     def check_dense(self) -> None:
-        """Checks the tensors that are trained whole, which a state holds.
-
-        Raises:
-            SelectionError: One was resized, or converted without a master that keeps its values.
-        """
+        """Raises a `SelectionError` if a tensor trained whole was resized, or converted and has no master with its values."""
         with torch._C.DisableTorchFunctionSubclass():
             for dense, seen in self._dense:
                 parameter = dense.parameter
@@ -182,7 +167,8 @@ class Identity:
         """Takes the model as it is now for right, after a state was loaded."""
         with torch._C.DisableTorchFunctionSubclass():
             self._seen = {index: _Seen(seen.tensor, seen) for index, seen in self._seen.items()}
-        self._remember_versions()
+            for index, seen in self._seen.items():
+                self._ledger.layout.versions[index] = seen.tensor._version
 
     # What is where.
 
@@ -277,12 +263,6 @@ class Identity:
         expected = torch.where(entries.slots < ledger.used, trained, base).to(tensor.device, tensor.dtype)
         if not torch.equal(take(tensor, entries.flat), expected):
             raise _overwritten(layout.names[index])
-
-    def _remember_versions(self) -> None:
-        layout = self._ledger.layout
-        with torch._C.DisableTorchFunctionSubclass():
-            for index, seen in self._seen.items():
-                layout.versions[index] = seen.tensor._version
 
 
 def _resized(name: str, seen: _Seen) -> SelectionError:

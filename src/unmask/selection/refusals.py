@@ -50,7 +50,22 @@ def refuse(method: Method, facts: ModelFacts, options: Options) -> None:
         _refuse_sharded(method, facts, options)
     refuse_overlaps(facts.model, facts.trained)
     method.schedule.check(facts.budget)
-    _refuse_quantised(method, facts)
+    budgeted = sorted(facts.quantised & set(facts.trained))
+    if method.whole and budgeted:
+        raise MethodError(f"{budgeted[0]!r} is quantised and cannot be trained whole; leave it out with exclude=.")
+    if method.heuristic.needs == "calibration" and budgeted:
+        raise MethodError(
+            f"{budgeted[0]!r} is quantised, and the calibration of {method.heuristic.name!r} would take one float per weight of "
+            "it; leave it out with exclude=, or take another method, such as unmask.static_d3."
+        )
+    fresh = (
+        sorted(facts.quantised & facts.absent) if facts.quantised else []
+    )  # without these, no checkpoint need be read
+    if fresh:
+        raise MethodError(
+            f"{fresh[0]!r} is quantised but not in the base checkpoint, and a delta cannot carry quantised weights; keep new "
+            "layers out of the quantisation (transformers: llm_int8_skip_modules=[...] or modules_to_not_convert=[...])."
+        )
     base = sorted(set(facts.eligible) - facts.new()) if method.unselected == "zero" else []
     if base:
         raise MethodError(
@@ -144,24 +159,4 @@ def _refuse_sharded(method: Method, facts: ModelFacts, options: Options) -> None
         raise MethodError(
             f"heuristic {heuristic.name!r} under allocation {method.allocation!r} needs whole tensors, which no process of a "
             "sharded model holds; use an elementwise heuristic without calibration, and allocation='global'."
-        )
-
-
-def _refuse_quantised(method: Method, facts: ModelFacts) -> None:
-    """Refuses what needs a quantised matrix whole: to train it so, to calibrate on it, or to store it."""
-    if not facts.quantised:
-        return
-    budgeted = sorted(facts.quantised & set(facts.trained))
-    if method.whole and budgeted:
-        raise MethodError(f"{budgeted[0]!r} is quantised and cannot be trained whole; leave it out with exclude=.")
-    if method.heuristic.needs == "calibration" and budgeted:
-        raise MethodError(
-            f"{budgeted[0]!r} is quantised, and the calibration of {method.heuristic.name!r} would take one float per weight of "
-            "it; leave it out with exclude=, or take another method, such as unmask.static_d3."
-        )
-    fresh = sorted(facts.quantised & facts.absent)
-    if fresh:
-        raise MethodError(
-            f"{fresh[0]!r} is quantised but not in the base checkpoint, and a delta cannot carry quantised weights; keep new "
-            "layers out of the quantisation (transformers: llm_int8_skip_modules=[...] or modules_to_not_convert=[...])."
         )

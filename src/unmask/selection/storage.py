@@ -92,16 +92,15 @@ def refuse_overlaps(model: nn.Module, trained: Iterable[str]) -> None:
                 "trained apart. Give it memory of its own first: parameter.data = parameter.data.clone()."
             )
     spans = sorted((_span(tensor), name) for name, tensor in placed.items())
-    cluster: list[str] = []
+    clusters: list[list[str]] = []
     end = 0
     for (low, high), name in spans:
-        if cluster and low < end:
-            cluster.append(name)
-        else:
-            _refuse_shared(cluster, placed, trained)
-            cluster = [name]
+        if low >= end:
+            clusters.append([])
+        clusters[-1].append(name)
         end = max(end, high)
-    _refuse_shared(cluster, placed, trained)
+    for cluster in clusters:
+        _refuse_shared(cluster, placed, trained)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
