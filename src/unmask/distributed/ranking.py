@@ -1,13 +1,4 @@
-"""Ranks entries by the mean gradient of several processes. Each class here is a `Ranking`.
-
-- `ExactRanking` averages the dense gradients over the processes, one bucket of tensors at a time, as backward produces them.
-  Every process then ranks the same numbers. Each process sends the dense gradient, as under DDP, and holds one bucket.
-- `CandidateRanking` lets each process offer the entries of a bucket that are among the k largest of its own gradient so far.
-  The processes average the gradient of all offered entries, and rank them. Each process sends O(k) numbers and holds one
-  bucket. The scores are exact, but an entry that no process offers is not considered.
-
-`Rounds` brings the tensors into one order for all processes, since each backward may reach them in another order.
-"""
+"""Ranks entries by the mean gradient of several processes: of all entries, or of those that each process offers."""
 
 from __future__ import annotations
 
@@ -44,7 +35,7 @@ class Arrival:
 
 
 class Rounds:
-    """Brings the gradients of one backward into an order that all processes share.
+    """Brings the gradients of one backward into an order that all processes share; each may reach the tensors in another one.
 
     A round is one exchange: the processes say which gradients they hold, and use those that are ready in all of them. A process
     begins a round when it holds a bucket of numbers, or when its backward has ended.
@@ -96,9 +87,10 @@ class Rounds:
 
 
 class ExactRanking(Rounds):
-    """Ranks by the dense gradient, averaged over the processes.
+    """Ranks by the dense gradient, averaged over the processes one bucket of tensors at a time, as backward produces them.
 
-    The given ranking receives the averaged gradients, which are the same in all processes.
+    The given ranking receives the averaged gradients, which are the same in all processes. Each process sends the dense
+    gradient, as under DDP, and holds one bucket.
     """
 
     def __init__(self, processes: Processes, ranking: Ranking, table: Ledger) -> None:
@@ -129,9 +121,10 @@ class ExactRanking(Rounds):
 
 
 class CandidateRanking(Rounds):
-    """Ranks by the exact mean gradient those entries that some process's own gradient ranks among the first k.
+    """Ranks by the exact mean gradient those entries that some process's own gradient ranks among the first k so far.
 
-    The heuristic of the rankers that ``new`` makes must score an entry by that entry's gradient alone.
+    Each process sends O(k) numbers and holds one bucket. An entry that no process offers is not considered. The heuristic of
+    the rankers that ``new`` makes must score an entry by that entry's gradient alone.
     """
 
     def __init__(self, processes: Processes, new: NewRanker, table: Ledger) -> None:

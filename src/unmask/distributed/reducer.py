@@ -1,7 +1,7 @@
 """Lets a selection train in several processes: they start from the same weights, and average their gradients.
 
-Before each exchange it checks that all processes are
-at the same step with the same settings, so that a process which differs ends in an error and not in a deadlock.
+Before each exchange it checks that all processes are at the same step with the same settings, so that a process which differs
+ends in an error and not in a deadlock.
 """
 
 from __future__ import annotations
@@ -109,11 +109,7 @@ class ProcessReducer:
         self._values, self._device = values, values.device
 
     def join(self) -> None:
-        """Joins the other processes as soon as there are any, and checks that all hold the same selection.
-
-        Raises:
-            ProcessesDifferError: The selections or the weights differ.
-        """
+        """Joins the other processes as soon as there are any; raises a `ProcessesDifferError` if their selections differ."""
         processes = self._find() if self.processes is None else None
         if processes is None:
             return
@@ -132,11 +128,7 @@ class ProcessReducer:
 
     @contextlib.contextmanager
     def loading(self, state: Any) -> Iterator[None]:
-        """Checks that all processes load the same state, and afterwards that all of them have loaded it.
-
-        Raises:
-            ProcessesDifferError: Another process loads another state, or refuses it.
-        """
+        """Raises a `ProcessesDifferError` if another process loads another state, or refuses it."""
         self.join()
         if self.processes is not None:
             self.processes.agree("load_state_dict()", facts_of_state(state), self._device, _SAME_STATE)
@@ -155,12 +147,9 @@ class ProcessReducer:
             self.processes.agree("the end of load_state_dict()", refusal(error), self._device, _SAME_STATE)
 
     def stepping(self, optimizer: Optimizer) -> None:
-        """Runs before an optimizer's step. Before its first, all processes compare its class, its settings and its state.
+        """Raises a `ProcessesDifferError` if an optimizer's class, settings or state differ, before its first step.
 
         The next backward compares the settings again.
-
-        Raises:
-            ProcessesDifferError: They differ, or another process is at another place in its code.
         """
         if self.processes is None:
             return
@@ -192,13 +181,10 @@ class ProcessReducer:
         self._coming = (plan, 1 if fresh else self._micro + 1)
 
     def _meet(self) -> None:
-        """Checks before a backward's first exchange that all processes are at the same micro-batch of the same step.
+        """Raises a `ProcessesDifferError` if a process is at another micro-batch or step, before a backward's first exchange.
 
         The sizes of a backward's exchanges follow from the facts that are compared here, so they are the same in all
         processes. ``values`` and the optimizers' settings are compared, too.
-
-        Raises:
-            ProcessesDifferError: They differ.
         """
         if self.processes is None or self._coming is None:
             return

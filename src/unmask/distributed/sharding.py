@@ -1,11 +1,4 @@
-"""Selects from a model that FSDP2 has sharded: each process holds some rows of every tensor.
-
-``fully_shard`` turns every parameter into a ``DTensor``. While a module runs, FSDP puts a plain parameter, always the same
-object, in its place. The selection taps that plain parameter and receives the whole gradient of this process's part of the
-batch. Then the gradients are averaged, each process scores the rows that it holds, and the best entries of all processes are
-merged. Every process holds all B trained values, and writes those that lie in its own rows. So the budget is global, and the
-selection is the same as on the unsharded model.
-"""
+"""Selects from a model that FSDP2 has sharded: each process holds some rows of every tensor."""
 
 from __future__ import annotations
 
@@ -58,9 +51,11 @@ def group_of(model: nn.Module) -> Processes | None:
 
 
 class ShardedLayout(Layout):
-    """A layout whose tensors are sharded by rows; all processes must call `read` and `plain` together.
+    """A layout whose tensors ``fully_shard`` has sharded by rows; all processes must call `read` and `plain` together.
 
-    The model is one after ``fully_shard``, and the named tensors are all sharded.
+    The model has ``DTensor``s as parameters. While a module runs, FSDP puts a plain parameter, always the same object, in the
+    place of each. It is this one that is tapped, and that receives the whole gradient of this process's part of the batch.
+    Every process holds all B trained values, and writes those that lie in its own rows.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], processes: Processes) -> None:

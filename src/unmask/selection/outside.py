@@ -56,18 +56,14 @@ class OutsideWrites:
             self._allowed = False
 
     def catch_up(self) -> None:
-        """Brings new writes into ``values``, and into the masters of dense tensors, to the model.
-
-        Raises:
-            SelectionError: Gradients pick the weights, and the write was not made under `writing`.
-        """
+        """Brings new writes into ``values``, and into the masters of dense tensors, to the model; see `take_in`."""
         self._taps.catch_up()
         for tensor in self._dense:
             tensor.catch_up()
 
     @torch.no_grad()
     def take_in(self) -> None:
-        """Writes new ``values`` into the tensors, or refuses them."""
+        """Writes new ``values`` into the tensors, or raises a `SelectionError` if they may be those of a stale copy."""
         if self.known or self._allowed or self.copied:
             if self._sharded:
                 reshard(self._model)
@@ -95,11 +91,7 @@ class OutsideWrites:
 
     @torch.no_grad()
     def refuse_uncounted(self) -> None:
-        """Refuses writes that torch's version counters do not show, before anything is saved.
-
-        Raises:
-            SelectionError: ``values`` and the model's tensors hold different numbers.
-        """
+        """Raises a `SelectionError` for writes that torch's version counters do not show, before anything is saved."""
         if self._sharded:
             return  # to compare shards is a call of all processes together
         name = self.differing()
@@ -117,12 +109,9 @@ class OutsideWrites:
             self._taps.catch_up()
 
     def refuse_copies(self, optimizer: Optimizer, before: Tensor | None, used: int) -> None:
-        """Refuses an optimizer that has stepped and keeps a copy of slots whose weights are not known yet.
+        """Raises a `SelectionError` if an optimizer, which has stepped, keeps a copy of slots whose weights are not known yet.
 
         The step has trained the first ``used`` slots; ``before`` is (slots,) what ``values`` held when it began, if known.
-
-        Raises:
-            SelectionError: It keeps such a copy, and the method unmasks weights later on.
         """
         ledger = self._ledger
         name = None if self.known else copy_in(optimizer, ledger.values, before, used)

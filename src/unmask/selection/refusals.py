@@ -40,11 +40,7 @@ class Options:
 
 
 def refuse(method: Method, facts: ModelFacts, options: Options) -> None:
-    """Refuses a selection that cannot work, before anything is changed.
-
-    Raises:
-        MethodError: With what to do instead.
-    """
+    """Raises a `MethodError` for a selection that cannot work, before anything is changed."""
     refuse_renormalized(facts.model, facts.dense)
     if facts.sharded:
         _refuse_sharded(method, facts, options)
@@ -76,11 +72,7 @@ def refuse(method: Method, facts: ModelFacts, options: Options) -> None:
 
 
 def check_exchange(exchange: str, method: Method) -> None:
-    """Refuses an exchange that is not known, or that does not go with the method.
-
-    Raises:
-        MethodError: It is one of these.
-    """
+    """Raises a `MethodError` for an exchange that is not known, or that does not go with the method."""
     check_word("exchange", exchange, Exchange)
     heuristic = method.heuristic
     ranks = heuristic.needs == "gradient" or method.strategy == "repeat"
@@ -92,12 +84,9 @@ def check_exchange(exchange: str, method: Method) -> None:
 
 
 def refuse_renormalized(model: nn.Module, dense: Iterable[str]) -> None:
-    """Refuses embeddings with ``max_norm``: every forward rewrites rows of them, selected or not.
+    """Raises a `MethodError` for an embedding with ``max_norm``: every forward rewrites rows of it, selected or not.
 
     To tensors that are trained, and stored, whole (``dense``), ``max_norm`` does no harm.
-
-    Raises:
-        MethodError: There is such an embedding.
     """
     parameters = named_parameters(model)
     whole = {id(parameters[name]) for name in dense}
@@ -111,11 +100,7 @@ def refuse_renormalized(model: nn.Module, dense: Iterable[str]) -> None:
 
 
 def refuse_dead_lora(model: nn.Module, trained: Set[str]) -> None:
-    """Refuses a fixed selection that trains nothing but A of LoRAs whose B is zero: no gradient ever reaches A.
-
-    Raises:
-        MethodError: It is such a selection.
-    """
+    """Raises a `MethodError` for a fixed selection of A alone in LoRAs whose B is zero: no gradient ever reaches A."""
     names = {id(p): name for name, p in named_parameters(model).items()}
     dead = set()
     for module in model.modules():

@@ -16,11 +16,7 @@ from unmask.quantised.layers import weights
 
 
 def refuse_absent(model: nn.Module) -> None:
-    """Refuses a model if one of its tensors holds no data here.
-
-    Raises:
-        MethodError: A parameter or buffer has no shape yet, is on the meta device, or was made in inference mode.
-    """
+    """Raises a `MethodError` if a tensor has no shape yet, is on the meta device, or was made in inference mode."""
     for name, tensor in (named_parameters(model) | persistent_buffers(model)).items():
         if is_lazy(tensor):
             raise MethodError(f"{name!r} has no shape yet (a lazy module); run one forward before unmask.select().")
@@ -76,12 +72,9 @@ class Ties:
 
 
 def refuse_overlaps(model: nn.Module, trained: Iterable[str]) -> None:
-    """Refuses trained tensors whose entries share memory with other entries, of the same tensor or of another parameter.
+    """Raises a `MethodError` if entries of a trained tensor share memory with others, of the tensor or of another parameter.
 
     The model's ties are made one parameter already.
-
-    Raises:
-        MethodError: There is such a tensor; the error names it.
     """
     trained = set(trained)
     placed = {name: tensor for name, tensor in weights(model).items() if has_memory(tensor)}
