@@ -61,10 +61,6 @@ class ProcessReducer:
         self.processes: Processes | None = None
         reshard(model)
         self.sharded = group_of(model)
-        self._device, self._values = _CPU, torch.empty(0)
-        self._facts: Mapping[str, Any] = {}
-        self._tensors: Callable[[], Mapping[str, Tensor]] = dict
-        self._progress: Callable[[], tuple[int, list[Tensor]]] = lambda: (0, [])
         self._agreed: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # more than one, as an optimizer may wrap another
         self._optimizer: Optimizer | None = None  # the one that stepped last
         self._stepped: dict[str, Any] = {}  # that optimizer's settings at its last step

@@ -55,7 +55,7 @@ class _Seen:
 class Identity:
     """Remembers what a model was when a selection was made from it, and finds what has changed.
 
-    While the taps are paused, the model may differ. ``shapes`` has the shapes of the eligible tensors at the time.
+    While the taps are paused, the model may differ.
     """
 
     def __init__(
@@ -63,7 +63,6 @@ class Identity:
     ) -> None:
         self._model, self._ledger, self._taps, self._ties = model, ledger, taps, ties
         layout, named = ledger.layout, named_parameters(model)
-        self.shapes = [list(tensor.shape) for tensor in layout.tensors]
         own = [] if isinstance(layout, ShardedLayout) else list(zip(layout.names, layout.tensors, strict=True))
         own += [(d.name, d.parameter) for d in dense]
         self._own = {id(t): name for name, t in own if isinstance(t, nn.Parameter)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -198,8 +198,11 @@ class Selection:
         unfinished accumulation are not part of it.
         """
         self._alive("state_dict")
-        if self._follows():
-            self._outside.refuse_uncounted()
+        # A model that is no longer what was selected from is left alone: ``values`` still hold what was trained.
+        if _passes(self._identity.check_structure):
+            self.catch_up()
+            if _passes(self._identity.check):
+                self._outside.refuse_uncounted()
         self._identity.check_dense()
         return self._states.save() | ({"copied": True} if self._outside.copied else {})
 
@@ -235,8 +238,7 @@ class Selection:
                 parameter.grad.mul_(factor.to(parameter.grad))
         return norm
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> AbstractContextManager[None]:
         """Says that a write into ``values`` inside the block puts back no copy from before some weight was unmasked.
 
         Where the order of unmasking is known from the start (`unmask.pafi`, `unmask.random_mask`, `unmask.fish`), writes need no
@@ -259,8 +261,7 @@ class Selection:
             3
         """
         self._alive("writing")
-        with self._outside.writing():
-            yield
+        return self._outside.writing()
 
     @torch.no_grad()
     def weights_of(self, model: nn.Module) -> Tensor:
@@ -369,22 +370,15 @@ class Selection:
         of = f"of {self.budget:,}" if self.ledger.picked is None else f"at {self.budget:,} a step"
         return f"Selection({self.method.name}, used={self.used:,} {of}, step={self.step}{dense})"
 
-    def _follows(self) -> bool:
-        """Returns True if the model still is what was selected from, with new writes into ``values`` taken in.
-
-        If it is not, ``values`` still hold what was trained, so that a state can be saved.
-        """
-        try:
-            self._identity.check_structure()
-        except SelectionError:
-            return False
-        self.catch_up()
-        try:
-            self._identity.check()
-        except SelectionError:
-            return False
-        return True
-
     def _alive(self, what: str) -> None:
         if self._released:
             raise SelectionError(f"{what}() after release(): this selection has ended; call it before.")
+
+
+def _passes(check: Callable[[], None]) -> bool:
+    """Returns False if the check raises a `SelectionError`."""
+    try:
+        check()
+    except SelectionError:
+        return False
+    return True

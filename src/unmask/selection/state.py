@@ -36,7 +36,7 @@ class StateKeeper:
             "method": parts.method.describe(),
             "budget": parts.facts.budget,
             "names": list(parts.ledger.layout.names),
-            "shapes": parts.identity.shapes,
+            "shapes": [list(tensor.shape) for tensor in parts.ledger.layout.tensors],
         }
 
     def save(self) -> dict[str, Any]:
