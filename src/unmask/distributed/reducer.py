@@ -28,7 +28,6 @@ from unmask.ranking.plan import Plan
 from unmask.ranking.ranker import NewRanker, Ranking
 
 F = TypeVar("F", bound=Callable[..., Any])
-_CPU = torch.device("cpu")
 _SAME = "Give all processes the same"
 _SAME_METHOD = f"{_SAME} model, method, budget, patterns, accumulation and exchange."
 _SAME_STATE = f"{_SAME} state: load the file that one process has saved in all of them."
@@ -246,7 +245,7 @@ def refused_by_all(select: F) -> F:
             with contextlib.suppress(Exception):  # this process raises its own error
                 processes = ProcessReducer(model, options.get("exchange", "exact"), options.get("group"))._find()
                 if processes is not None:
-                    device = next((p.device for p in model.parameters()), _CPU)
+                    device = next((p.device for p in model.parameters()), torch.device("cpu"))
                     processes.agree("select()", refusal(error), device, _SAME_METHOD)
             raise
 

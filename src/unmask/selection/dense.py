@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -134,7 +135,9 @@ class DenseGradients:
 
     def __init__(self, tensors: Sequence[DenseTensor], reducer: ProcessReducer) -> None:
         self._tensors, self._reducer = list(tensors), reducer
-        self._task: weakref.ref[_Last] | None = None
+        self._task: weakref.ref[functools.partial[None]] | None = (
+            None  # of the average that a running backward will make
+        )
         self._hooks = [t.parameter.register_post_accumulate_grad_hook(self._arrived) for t in tensors]
 
     def remove(self) -> None:
@@ -146,9 +149,10 @@ class DenseGradients:
         """Has the average made at the end of the backward that has brought a first dense gradient."""
         self._reducer.join()
         if self._reducer.processes is not None and (self._task is None or self._task() is None):
-            callback = _Last(self)
-            self._task = weakref.ref(callback)
-            _at_the_end(callback)
+            average = functools.partial(self.reduce)  # autograd alone holds it, and drops it if the backward fails
+            self._task = weakref.ref(average)
+            # A callback that queues another one: this runs after all that the backward has queued, DDP's among them.
+            _at_the_end(functools.partial(_at_the_end, average))
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -175,20 +179,6 @@ class DenseGradients:
                 gradient.copy_(mean)
 
 
-class _Last:
-    """A callback that runs after all others that a backward has queued, DDP's among them. It is dropped if the backward fails."""
-
-    def __init__(self, dense: DenseGradients) -> None:
-        self._dense = dense
-        self._queued = False
-
-    def __call__(self) -> None:
-        if self._queued:
-            self._dense.reduce()
-        else:
-            self._queued = True
-            _at_the_end(self)
-
-
-def _at_the_end(callback: Any) -> None:
+def _at_the_end(callback: functools.partial[None]) -> None:
+    """Queues a callback of the running backward."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
