@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,7 +23,7 @@ from unmask.distributed.ranking import CandidateRanking, ExactRanking
 from unmask.distributed.sharding import ShardedLayout, ShardRanking, ShardTable, group_of, reshard
 from unmask.errors import ProcessesDifferError, SelectionError
 from unmask.methods.method import Exchange
-from unmask.ranking.ledger import Layout, Ledger
+from unmask.ranking.ledger import Ledger
 from unmask.ranking.plan import Plan
 from unmask.ranking.ranker import NewRanker, Ranking
 
@@ -82,35 +82,22 @@ class ProcessReducer:
         for name in processes.differing(tensors, device):
             processes.take_first(tensors[name], device)
 
-    def layout(self, model: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str]) -> Layout:
-        """Returns the layout of the eligible tensors; it is a `ShardedLayout` if the model is sharded."""
-        if self.sharded is not None and names:
-            return ShardedLayout(model, names, self.sharded)
-        return Layout(names, [tensors[name] for name in names])
-
-    def expect(
-        self,
-        facts: Mapping[str, Any],
-        tensors: Callable[[], Mapping[str, Tensor]],
-        progress: Callable[[], tuple[int, list[Tensor]]],
-        values: Tensor,
-    ) -> None:
-        """Takes what must be the same in all processes.
-
-        These are the settings (JSON values by name), the tensors from which the selection starts, and at any time the step with
-        the tensors that training has changed by then. The processes exchange tensors on the device of ``values``.
-        """
-        self._facts, self._tensors, self._progress = facts, tensors, progress
-        self._values, self._device = values, values.device
+    def expect(self, facts: Mapping[str, Any], ledger: Ledger, whole: Mapping[str, Tensor]) -> None:
+        """Takes what must be the same in all processes: settings (JSON values), the ledger, and the tensors trained whole."""
+        self._facts, self._ledger, self._whole, self._device = facts, ledger, whole, ledger.values.device
 
     def join(self) -> None:
         """Joins the other processes as soon as there are any; raises a `ProcessesDifferError` if their selections differ."""
         processes = self._find() if self.processes is None else None
         if processes is None:
             return
-        facts = {**self._facts, "exchange": self._exchange, "the step": self._progress()[0]}
+        facts = {**self._facts, "exchange": self._exchange, "the step": self._ledger.step}
         processes.agree("the start of a selection", facts, self._device, _SAME_METHOD)
-        differing = processes.differing(self._tensors(), self._device)
+        ledger, layout = self._ledger, self._ledger.layout
+        plain = {} if self.sharded is not None else {n: layout.plain(i) for i, n in enumerate(layout.names)}
+        tensors = plain | {name: tensor.detach() for name, tensor in self._whole.items()}
+        tensors["the order of unmasking"] = ledger.positions
+        differing = processes.differing(tensors, self._device)
         if differing:
             name, ranks = next(iter(differing.items()))
             raise ProcessesDifferError(
@@ -150,7 +137,7 @@ class ProcessReducer:
             return
         if optimizer not in self._agreed:
             facts = settings_of(optimizer) | state_of_optimizer(optimizer)
-            doing = f"the first step of an optimizer, step {self._progress()[0]} of the selection"
+            doing = f"the first step of an optimizer, step {self._ledger.step} of the selection"
             self.processes.agree(doing, facts, self._device, _SAME_OPTIMIZER)
             self._agreed.add(optimizer)
         self._optimizer, self._stepped = optimizer, settings_of(optimizer)
@@ -166,7 +153,7 @@ class ProcessReducer:
             SelectionError: DeepSpeed's ZeRO has taken over ``values``. Its inner optimizer steps partitions of a copy instead,
                 so neither the schedule nor the model would follow. ZeRO 1 and 2 mark such parameters with ``_hp_mapping``.
         """
-        if hasattr(self._values, "_hp_mapping"):
+        if hasattr(self._ledger.values, "_hp_mapping"):
             raise SelectionError(
                 "DeepSpeed's ZeRO has taken over the selected weights, and steps copies of them that the model does not follow. "
                 "ZeRO shards optimizer state, which for a selection is B numbers: train with torchrun or accelerate alone (the "
@@ -192,7 +179,7 @@ class ProcessReducer:
     def meet_for_dense(self) -> None:
         """Checks the same before the gradients of dense tensors are exchanged."""
         if self.processes is not None:
-            doing = f"the exchange of the tensors trained whole, step {self._progress()[0]}"
+            doing = f"the exchange of the tensors trained whole, step {self._ledger.step}"
             self.processes.agree(doing, self._settings(), self._device, _SAME_OPTIMIZER, self._checksum())
 
     def _settings(self) -> dict[str, Any]:
@@ -202,8 +189,11 @@ class ProcessReducer:
         return settings_of(self._optimizer) | {f"{key} at the last step": value for key, value in self._stepped.items()}
 
     def _checksum(self) -> Tensor:
-        sums = [checksum(tensor).to(self._device) for tensor in self._progress()[1]]
-        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64, device=self._device)
+        """Sums the bits of the values in use and of one tensor that is trained whole, at each step another one."""
+        ledger, whole = self._ledger, list(self._whole.values())
+        turn = ledger.step % max(1, len(whole))
+        trained = [ledger.values[: ledger.used], *whole[turn : turn + 1]]
+        return torch.stack([checksum(tensor.detach()).to(self._device) for tensor in trained]).sum()
 
     def _find(self) -> Processes | None:
         if self.sharded is not None:
