@@ -39,13 +39,8 @@ _SAME_OPTIMIZER = (
 class ProcessReducer:
     """Averages gradients over several processes: those over which the model is sharded, or those of a process group.
 
-    The process group may also be made after the selection, but before the first backward (transformers' Trainer does so).
-
-    Args:
-        model: The model, before anything is selected from it.
-        exchange: The way in which all processes rank together: ``"exact"`` or ``"candidates"``; ``"none"`` trains this process
-            by itself.
-        group: The process group; None for all processes.
+    The process group may also be made after the selection, but before the first backward (transformers' Trainer does so). The
+    arguments are those of `unmask.select`.
 
     Attributes:
         processes: The processes that train together; None if this one is alone, or has not joined them yet.

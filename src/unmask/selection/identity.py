@@ -24,7 +24,6 @@ from unmask.gradients.taps import TapSet
 from unmask.gradients.wrappers import has_memory, named_parameters, persistent_buffers
 from unmask.ranking.ledger import Ledger
 from unmask.selection.dense import DenseTensor
-from unmask.selection.storage import Ties
 
 _WAY = (
     "Nothing was trained since. Change a model first and select from it afterwards: selection.release() makes it an ordinary "
@@ -58,10 +57,8 @@ class Identity:
     While the taps are paused, the model may differ.
     """
 
-    def __init__(
-        self, model: nn.Module, ledger: Ledger, dense: Sequence[DenseTensor], taps: TapSet, ties: Ties
-    ) -> None:
-        self._model, self._ledger, self._taps, self._ties = model, ledger, taps, ties
+    def __init__(self, model: nn.Module, ledger: Ledger, dense: Sequence[DenseTensor], taps: TapSet) -> None:
+        self._model, self._ledger, self._taps = model, ledger, taps
         layout, named = ledger.layout, named_parameters(model)
         own = [] if isinstance(layout, ShardedLayout) else list(zip(layout.names, layout.tensors, strict=True))
         own += [(d.name, d.parameter) for d in dense]
@@ -95,11 +92,10 @@ class Identity:
         self._look_around()
 
     def release(self) -> None:
-        """Ends all checks, and puts the ties back."""
+        """Ends all checks."""
         self._released = True
         if self._hook is not None:
             self._hook.remove()
-        self._ties.undo()
 
     def check(self, places: bool = True) -> None:
         """Checks that all is as it was, and follows the changes that a selection can follow.

@@ -30,7 +30,7 @@ from unmask.selection.outside import OutsideWrites
 from unmask.selection.parts import Parts
 from unmask.selection.refusals import Options, check_exchange, refuse, refuse_dead_lora
 from unmask.selection.selection import Selection
-from unmask.selection.storage import Ties, refuse_absent
+from unmask.selection.storage import refuse_absent, tied
 from unmask.selection.window import Window
 
 if TYPE_CHECKING:
@@ -121,13 +121,13 @@ def select(
     check_exchange(exchange, method)
     refuse_absent(model)
     reducer = ProcessReducer(model, exchange, group)
-    with Ties(model) as ties:  # a tensor of several names is one tensor from here on
+    with tied(model) as untie:  # a tensor of several names is one tensor from here on
         reducer.share_weights(model)
         facts = facts_of(model, method, include, exclude, dense, new, reducer.sharded is not None)
         refuse(method, facts, options)
         ledger = _start_ledger(facts, method, reducer, values)
-        parts = _tap(facts, method, ledger, options, reducer, ties)
-        selection = Selection(parts, clip_scope)
+        parts = _tap(facts, method, ledger, options, reducer)
+        selection = Selection(parts, clip_scope, untie)
         selection.start()
         return selection
 
@@ -179,9 +179,7 @@ def known_positions(method: Method, ledger: Ledger, scores: dict[int, Tensor] | 
     return ranker.result().positions
 
 
-def _tap(
-    facts: ModelFacts, method: Method, ledger: Ledger, options: Options, reducer: ProcessReducer, ties: Ties
-) -> Parts:
+def _tap(facts: ModelFacts, method: Method, ledger: Ledger, options: Options, reducer: ProcessReducer) -> Parts:
     """Freezes the model, taps the eligible tensors, puts hooks on the model and tells other processes what they must share."""
     model, parameters = facts.model, named_parameters(facts.model)
     model.requires_grad_(False)
@@ -200,7 +198,7 @@ def _tap(
     hooks += catch_up_before_forward(model, dense)
     if facts.sharded:
         hooks += catch_up_before_gather(model, taps.catch_up)
-    identity = Identity(model, ledger, dense, taps, ties)
+    identity = Identity(model, ledger, dense, taps)
     same = facts_of_method(method, ledger.budget) | {"budget": facts.budget, "accumulation": options.accumulation}
     same |= {"the eligible tensors": facts.eligible, "the tensors trained whole": facts.dense}
     reducer.expect(same, ledger, {d.name: d.master for d in dense})

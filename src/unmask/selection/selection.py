@@ -49,7 +49,7 @@ class Selection:
         clip_scope: The norm by which `unmask.clip_grad_norm_` clips.
     """
 
-    def __init__(self, parts: Parts, clip_scope: ClipScope) -> None:
+    def __init__(self, parts: Parts, clip_scope: ClipScope, untie: Callable[[], None]) -> None:
         self.model, self.method, self.budget = parts.facts.model, parts.method, parts.facts.budget
         self.ledger, self.values, self.dense, self.clip_scope = (
             parts.ledger,
@@ -61,7 +61,7 @@ class Selection:
         self._identity, self._outside, self._reducer = parts.identity, parts.outside, parts.reducer
         self._states = StateKeeper(parts)
         self._steps = Steps(parts, self.check_model, self.owns)
-        self._released = False
+        self._untie, self._released = untie, False
 
     def start(self) -> None:
         """Plans the first step, and serves optimizers and forwards from now on. `unmask.select` calls this last.
@@ -363,6 +363,7 @@ class Selection:
         for name, parameter in named_parameters(self.model).items():
             parameter.requires_grad_(self._parts.facts.flags.get(name, parameter.requires_grad))
         self._identity.release()
+        self._untie()
         self._released = True
 
     def __repr__(self) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -34,41 +34,36 @@ def refuse_absent(model: nn.Module) -> None:
             )
 
 
-class Ties:
-    """Makes parameters that share one memory one parameter, until `undo`. An error inside ``with`` undoes it too.
+@contextlib.contextmanager
+def tied(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Makes parameters that share one memory one parameter, until the yielded function is called. An error undoes it too.
 
     Then autograd sums their gradients, and a budget counts them once. The first one, in the order of ``named_parameters()``,
-    stands for all.
+    stands for all; afterwards the others have its memory.
     """
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    first: dict[tuple, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            memory = None if parameter is None else memory_of(parameter)
+            if parameter is not None and memory is not None and first.setdefault(memory, parameter) is not parameter:
+                replaced.append((module, name, parameter))
+                setattr(module, name, first[memory])
 
-    def __init__(self, model: nn.Module) -> None:
-        self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-        first: dict[tuple, nn.Parameter] = {}
-        for module in model.modules():
-            for name, parameter in list(module._parameters.items()):
-                memory = None if parameter is None else memory_of(parameter)
-                if parameter is None or memory is None:
-                    continue
-                if first.setdefault(memory, parameter) is not parameter:
-                    self._replaced.append((module, name, parameter))
-                    setattr(module, name, first[memory])
-
-    def __enter__(self) -> Ties:
-        return self
-
-    def __exit__(self, kind: Any, *error: Any) -> None:
-        if kind is not None:
-            self.undo()
-
-    def undo(self) -> None:
-        """Puts the parameters back; they share the memory of the one that stood for them."""
-        for module, name, parameter in self._replaced:
+    def undo() -> None:
+        for module, name, parameter in replaced:
             standing = module._parameters.get(name)
             if standing is not None:
                 with torch._C.DisableTorchFunctionSubclass():
                     parameter.data = standing.detach()
                 setattr(module, name, parameter)
-        self._replaced.clear()
+        replaced.clear()
+
+    try:
+        yield undo
+    except BaseException:
+        undo()
+        raise
 
 
 def refuse_overlaps(model: nn.Module, trained: Iterable[str]) -> None:
