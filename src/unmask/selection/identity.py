@@ -1,10 +1,4 @@
-"""Checks that a model still is what was selected from: the same tensors in the same places, with the same shapes and values.
-
-Torch lets a model be changed under a selection: a layer is replaced, an embedding resized, weights are converted or loaded.
-An `Identity` remembers what was there, and looks again at each forward, each optimizer step and each delta. It follows the
-changes that a selection can follow (another dtype or device, other memory with the same values) and refuses all others before
-anything is trained.
-"""
+"""Checks that a model still is what was selected from: the same tensors in the same places, with the same shapes and values."""
 
 from __future__ import annotations
 
@@ -54,7 +48,10 @@ class _Seen:
 class Identity:
     """Remembers what a model was when a selection was made from it, and finds what has changed.
 
-    While the taps are paused, the model may differ.
+    Torch lets a model be changed under a selection: a layer is replaced, an embedding resized, weights are converted or loaded.
+    Each forward, optimizer step and delta looks again. Changes that a selection can follow are followed (another dtype or
+    device, other memory with the same values); all others are refused before anything is trained. While the taps are paused,
+    the model may differ.
     """
 
     def __init__(self, model: nn.Module, ledger: Ledger, dense: Sequence[DenseTensor], taps: TapSet) -> None:

@@ -51,12 +51,8 @@ class Selection:
 
     def __init__(self, parts: Parts, clip_scope: ClipScope, untie: Callable[[], None]) -> None:
         self.model, self.method, self.budget = parts.facts.model, parts.method, parts.facts.budget
-        self.ledger, self.values, self.dense, self.clip_scope = (
-            parts.ledger,
-            parts.ledger.values,
-            parts.dense,
-            clip_scope,
-        )
+        self.ledger, self.values = parts.ledger, parts.ledger.values
+        self.dense, self.clip_scope = parts.dense, clip_scope
         self._parts, self._window, self._taps = parts, parts.window, parts.taps
         self._identity, self._outside, self._reducer = parts.identity, parts.outside, parts.reducer
         self._states = StateKeeper(parts)
