@@ -54,9 +54,8 @@ def refuse(method: Method, facts: ModelFacts, options: Options) -> None:
             f"{budgeted[0]!r} is quantised, and the calibration of {method.heuristic.name!r} would take one float per weight of "
             "it; leave it out with exclude=, or take another method, such as unmask.static_d3."
         )
-    fresh = (
-        sorted(facts.quantised & facts.absent) if facts.quantised else []
-    )  # without these, no checkpoint need be read
+    # Without quantised weights, the checkpoint need not be read for what it lacks.
+    fresh = sorted(facts.quantised & facts.absent) if facts.quantised else []
     if fresh:
         raise MethodError(
             f"{fresh[0]!r} is quantised but not in the base checkpoint, and a delta cannot carry quantised weights; keep new "
