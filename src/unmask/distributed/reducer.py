@@ -142,7 +142,7 @@ class ProcessReducer:
         self._optimizer = None
 
     def begin(self, plan: Plan, fresh: bool) -> None:
-        """Hears that a backward of the window starts; ``fresh`` is True for the first micro-batch of the step.
+        """Begins a backward of the window; ``fresh`` is True for the first micro-batch of the step.
 
         Raises:
             SelectionError: DeepSpeed's ZeRO has taken over ``values``. Its inner optimizer steps partitions of a copy instead,

@@ -149,7 +149,7 @@ class Steps(Steppable):
         return any(p.grad is not None for p in ([self.values] if self._ledger.budget else self.parameters()))
 
     def _nonfinite(self) -> str | None:
-        """Says what is not finite among this step's gradients; None if all are finite."""
+        """Returns words for what is not finite among this step's gradients; None if all are finite."""
         if self._window.nonfinite:
             return self._window.nonfinite
         if self.values.grad is not None and not torch.isfinite(self.values.grad).all():
