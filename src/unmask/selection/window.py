@@ -76,10 +76,10 @@ class Window:
         if self.plan.selecting or not self.sampled:
             return None
         active = self._active(index)
-        if active is None:
-            none = torch.empty(0, dtype=torch.int64, device=self.values.device)
-            return self.ledger.layout.at(index, none, none)
-        return active
+        if active is not None:
+            return active
+        none = torch.empty(0, dtype=torch.int64, device=self.values.device)
+        return self.ledger.layout.at(index, none, none)
 
     def factored(self, index: int) -> bool:
         """Returns True if the whole gradient may come as `Factors`."""
@@ -279,8 +279,7 @@ class Window:
     def _settle_kept(self, ranked: Ranked, buffer: Tensor) -> None:
         """Gives the picks their gradient, and no other slot one. Picks without a slot get the next slots, in order of rank.
 
-        Repeat-S that keeps the weights that leave has a slot for every weight; at a step that does not select, the gradient
-        comes from the entries of the last picks.
+        At a step that does not select, the gradient comes from the entries of the last picks.
         """
         earlier = self.ledger.tentative
         if earlier is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
