@@ -149,7 +149,8 @@ def new_optimizer(trainer: Trainer, selection: Selection) -> Optimizer:
 
 def check_optimizer(optimizer: Any, selection: Selection) -> None:
     """Refuses an optimizer that was given to a Trainer and does not train the selection."""
-    if not any(p is selection.clock() for group in _unwrapped(optimizer).param_groups for p in group["params"]):
+    pacing = selection.pacing_parameter()
+    if not any(p is pacing for group in _unwrapped(optimizer).param_groups for p in group["params"]):
         raise ScheduleNotRunError(
             "the Trainer's optimizer does not hold the selected weights (it was built before unmask.select, or from "
             "model.parameters()). Select first and build it from selection.parameters(), or give none: "
