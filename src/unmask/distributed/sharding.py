@@ -16,6 +16,7 @@ from unmask.gradients.entries import Entries, bits, put, take
 from unmask.gradients.factors import Factors, as_dense
 from unmask.gradients.wrappers import named_parameters
 from unmask.ranking.ledger import Layout, Ledger
+from unmask.ranking.plan import Groups
 from unmask.ranking.ranker import Ranker
 from unmask.ranking.topk import Ranked, StreamingTopK
 
@@ -93,10 +94,11 @@ class ShardedLayout(Layout):
         tensor = self.tensors[index]
         return self.first_row(index) * (tensor.numel() // tensor.shape[0])
 
-    def read(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    def read(self, positions: Tensor | Groups, dtype: torch.dtype) -> Tensor:
         """Reads weights as `Layout.read` does; each process contributes those that it holds, bit for bit."""
-        values = torch.zeros(positions.shape, dtype=dtype, device=positions.device)
-        for index, flat, places in self.split(positions):
+        groups = positions if isinstance(positions, Groups) else self.groups(positions)
+        values = torch.zeros(groups.places.shape, dtype=dtype, device=groups.places.device)
+        for index, flat, places in self.split(groups):
             own, mine = self.own(index, flat)
             values[places[mine]] = take(self.shard(index), own).to(values.device, dtype)
         self.processes.sum(bits(values))

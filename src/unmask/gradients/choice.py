@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from unmask.files import write_json
+from unmask.gradients.backend import backend_of
 from unmask.gradients.entries import Entries, take_columns
-from unmask.gradients.sampled import PIECE, Product, has_sampled, last_blocks, sampled_product
+from unmask.gradients.sampled import PIECE, Product, last_blocks, sampled_product
 from unmask.reading import Malformed, read_json
 
 _TOKENS = 512  # The tokens of a measured product: one piece of a sampled product on a CPU.
@@ -74,21 +75,28 @@ def choose(entries: Entries, tokens: int, dtype: torch.dtype, device: torch.devi
         dense: Allows the dense product as an answer.
 
     Returns:
-        ``"dense"``: the whole product; ``"compact"``: the dense product of the rows and columns that hold entries;
-        ``"sampled"``: the entries alone.
+        ``"dense"``: the whole product; ``"compact"``: the dense product of the rows and columns that hold entries, which the
+        host must count; ``"sampled"``: the entries alone. An answer is remembered with the entries.
     """
+    key = (tokens, dtype, device, dense)
+    if key not in entries.chosen:
+        entries.chosen[key] = _cheapest(entries, tokens, dtype, device, dense)
+    return entries.chosen[key]
+
+
+def _cheapest(entries: Entries, tokens: int, dtype: torch.dtype, device: torch.device, dense: bool) -> Product:
     costs = costs_of(device, dtype)
     rows, columns = entries.shape
-    some_rows, some_columns = spread(entries)
-    gathered = some_rows * (some_rows < rows) + some_columns * (some_columns < columns)
     offers: dict[Product, float] = {"dense": costs.call + tokens * costs.dense * rows * columns} if dense else {}
-    offers["compact"] = costs.call + tokens * (costs.select * gathered + costs.dense * some_rows * some_columns)
-    if has_sampled(dtype, device):
-        a_token = costs.transpose * (rows + columns) + costs.dot * entries.flat.numel()
-        if device.type == "cpu":  # A part of a piece costs as much as a whole one.
-            offers["sampled"] = max(1.0, tokens / PIECE) * (costs.start + PIECE * a_token)
-        else:
-            offers["sampled"] = costs.start + tokens * a_token
+    a_token = costs.transpose * (rows + columns) + costs.dot * entries.flat.numel()
+    if backend_of(device).asks:
+        some_rows, some_columns = spread(entries)
+        gathered = some_rows * (some_rows < rows) + some_columns * (some_columns < columns)
+        offers["compact"] = costs.call + tokens * (costs.select * gathered + costs.dense * some_rows * some_columns)
+        # A part of a piece costs as much as a whole one.
+        offers["sampled"] = max(1.0, tokens / PIECE) * (costs.start + PIECE * a_token)
+    else:
+        offers["sampled"] = costs.start + tokens * a_token
     return min(offers, key=offers.__getitem__)
 
 
@@ -204,8 +212,6 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Cost:
     little = fastest(lambda: (g[:, :small].t() @ x[:, :small]).view(-1))
     dense = (fastest(lambda: (g.t() @ x).view(-1)) - little) / (_TOKENS * (large**2 - small**2))
     select = fastest(lambda: take_columns(x, wanted).view(-1)) / (_TOKENS * wanted.numel())
-    if not has_sampled(dtype, device):
-        return Cost(little, max(dense, 0.0), select, 0.0, 0.0, 0.0)
     tiny = scattered(small, small // 8)
     start = fastest(lambda: sampled_product(g[:, :small], x[:, :small], tiny, "sampled"))
     one = fastest(lambda: sampled_product(g, x, few, "sampled"))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unmask.gradients.backend import backend_of
+from unmask.gradients.entries import Entries
 from unmask.gradients.tapped import StandIn, TappedParameter, stand_in_of
 
 
@@ -45,8 +47,10 @@ class SampledEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (ids,) = ctx.saved_tensors
-        g = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)
-        rows = embedding_gradient(g, ids.reshape(-1), ctx.shape, ctx.padding)
+        g, ids = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype), ids.reshape(-1)
+        if ctx.stand_in.entries is not None and not backend_of(g.device).asks:
+            return None, None, embedding_gradient_at(g, ids, ctx.stand_in.entries, ctx.padding), None, None
+        rows = embedding_gradient(g, ids, ctx.shape, ctx.padding)
         return None, None, ctx.stand_in.pass_on(rows), None, None
 
 
@@ -65,3 +69,24 @@ def embedding_gradient(g: Tensor, ids: Tensor, shape: torch.Size, padding: int |
     rows, inverse = ids.unique(return_inverse=True)
     sums = torch.zeros(rows.numel(), g.shape[1], dtype=g.dtype, device=g.device).index_add_(0, inverse, g)
     return torch.sparse_coo_tensor(rows[None], sums, shape, is_coalesced=True, check_invariants=False)
+
+
+def embedding_gradient_at(g: Tensor, ids: Tensor, entries: Entries, padding: int | None) -> Tensor:
+    """Returns m entries of an embedding's gradient, (m,) in g's dtype, without making the host wait for a device.
+
+    The arguments are those of `embedding_gradient`; the entries are those of the table.
+    """
+    tokens = ids.numel()
+    if not tokens:
+        return torch.zeros(entries.flat.shape, dtype=g.dtype, device=g.device)
+    order = ids.argsort(stable=True)
+    read = ids[order]
+    run = torch.zeros_like(read)  # the tokens that read the same row are a run; its number is that of the rows before
+    run[1:] = (read[1:] != read[:-1]).cumsum(0)
+    sums = torch.zeros_like(g).index_add_(0, run, g[order])
+    rows = torch.full_like(read, torch.iinfo(read.dtype).max).scatter_(0, run, read)
+    place = torch.searchsorted(rows, entries.rows).clamp_(max=tokens - 1)
+    found = rows[place] == entries.rows
+    if padding is not None:
+        found &= entries.rows != padding
+    return torch.where(found, sums[place, entries.columns], 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,11 @@ class Entries:
     shape: tuple[int, int]
     flat: Tensor
     slots: Tensor
+
+    @cached_property
+    def chosen(self) -> dict[Any, Any]:
+        """The way in which each product at these entries is made, once it was chosen; see `unmask.gradients.choice`."""
+        return {}
 
     @cached_property
     def rows(self) -> Tensor:

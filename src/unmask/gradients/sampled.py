@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unmask.gradients import triton_sampled
+from unmask.gradients.backend import backend_of, gathered_product
 from unmask.gradients.entries import Entries, take_columns
 
 Product = Literal["dense", "compact", "sampled"]
@@ -42,7 +42,8 @@ def sampled_product(g: Tensor, x: Tensor, entries: Entries, how: Product) -> Ten
     wide = torch.float64 if g.dtype == torch.float64 else torch.float32
     if not entries.flat.numel() or not g.shape[0]:
         return torch.zeros(entries.flat.shape, dtype=wide, device=g.device)
-    if how == "compact" or not has_sampled(g.dtype, g.device):
+    backend = backend_of(g.device)
+    if how == "compact":
         rows, columns = entries.used_rows, entries.used_columns
         row, column = entries.rows, entries.columns
         if rows.numel() < g.shape[1]:
@@ -50,8 +51,9 @@ def sampled_product(g: Tensor, x: Tensor, entries: Entries, how: Product) -> Ten
         if columns.numel() < x.shape[1]:
             x, column = take_columns(x, columns), torch.searchsorted(columns, column)
         return (g.t() @ x)[row, column].to(wide)
-    if g.device.type != "cpu":
-        return triton_sampled.triton_sampled_product(g, x, entries.rows, entries.columns)
+    if backend.sampled is not None:
+        product = gathered_product if wide == torch.float64 else backend.sampled
+        return product(g, x, entries.rows, entries.columns)
     total = torch.zeros(entries.flat.shape, dtype=wide)
     pieces = _pieces(g.shape[0], max(entries.shape))
 
@@ -68,11 +70,6 @@ def sampled_product(g: Tensor, x: Tensor, entries: Entries, how: Product) -> Ten
         blocks_x = shared[i] if shared else _blocks(x[low:high], depth, wide, "x")
         total += torch.sparse.sampled_addmm(wanted, blocks_g, blocks_x.transpose(1, 2), beta=0.0).values().sum(0)
     return total
-
-
-def has_sampled(dtype: torch.dtype, device: torch.device) -> bool:
-    """Returns True if ``"sampled"`` is a way of its own for a dtype on a device; if not, it is the same as ``"compact"``."""
-    return device.type == "cpu" or (dtype != torch.float64 and triton_sampled.available(device))
 
 
 def _pieces(tokens: int, width: int) -> list[tuple[int, int, int]]:

@@ -71,8 +71,11 @@ class Interceptor(Protocol):
     owner: object
     handlers: dict[Any, Handler]
 
-    def stand_in(self, parameter: Tensor) -> StandIn | None:
-        """Returns what receives the gradient of the coming operation; None if that gradient is not wanted."""
+    def stand_in(self, parameter: Tensor, whole: Callable[[Entries], bool] | None = None) -> StandIn | None:
+        """Returns what receives the gradient of the coming operation; None if that gradient is not wanted.
+
+        Where ``whole`` says so of the entries that are wanted, it is an alias nevertheless.
+        """
 
     def use(self, parameter: TappedParameter) -> Tensor:
         """Returns what an operation that has no handler gets in the parameter's place."""
@@ -190,6 +193,6 @@ def site_of(tensor: Tensor) -> Site:
     return site
 
 
-def stand_in_of(tensor: Tensor) -> StandIn | None:
-    """Returns what receives the gradient of the coming operation on a tensor with a site; None if it is not wanted."""
-    return site_of(tensor).taps.stand_in(tensor)
+def stand_in_of(tensor: Tensor, whole: Callable[[Entries], bool] | None = None) -> StandIn | None:
+    """Returns what receives the gradient of the coming operation on a tensor with a site; see `Interceptor.stand_in`."""
+    return site_of(tensor).taps.stand_in(tensor, whole)

@@ -151,8 +151,8 @@ class TapSet:
         if self.writes is not None and self.writes.new and self.take_in is not None:
             self.take_in()
 
-    def stand_in(self, parameter: Tensor) -> StandIn | None:
-        """Returns what receives the gradient of the coming operation on a tapped tensor; None if it is not wanted."""
+    def stand_in(self, parameter: Tensor, whole: Callable[[Entries], bool] | None = None) -> StandIn | None:
+        """Returns what receives the gradient of the coming operation on a tapped tensor; see `Interceptor.stand_in`."""
         self.catch_up()
         site = site_of(parameter)
         inside = torch._C._current_graph_task_id() != -1
@@ -171,20 +171,22 @@ class TapSet:
         if inside:  # A checkpointed segment is being recomputed: the running backward is the outermost one.
             self._open()
         if site.stand_in is None or not _fits(site.stand_in, parameter):
-            site.stand_in = self._new_stand_in(site, parameter)
+            site.stand_in = self._new_stand_in(site, parameter, whole)
             if not inside:
                 self._count(site.index)
         if site.stand_in.pending is not None:
             site.stand_in.pending.uses += 1
         return site.stand_in
 
-    def _new_stand_in(self, site: Site, parameter: Tensor) -> StandIn:
+    def _new_stand_in(self, site: Site, parameter: Tensor, whole: Callable[[Entries], bool] | None) -> StandIn:
         entries, pending = self._receiver.entries(site.index), None
+        if entries is not None and whole is not None and whole(entries):
+            return StandIn(Tap.apply(self._anchor, parameter, self, site.index, None, None))
         if entries is None:
             if parameter.ndim != 2 or not self._receiver.factored(site.index):
                 ordinary = isinstance(parameter, TappedParameter)
-                whole = parameter if ordinary else _zeros(parameter, parameter.shape, parameter.dtype)
-                return StandIn(Tap.apply(self._anchor, whole, self, site.index, None, None))
+                tensor = parameter if ordinary else _zeros(parameter, parameter.shape, parameter.dtype)
+                return StandIn(Tap.apply(self._anchor, tensor, self, site.index, None, None))
             pending = PendingGradient()
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         zeros = _zeros(parameter, (1 if entries is None else entries.flat.numel(),), wide)

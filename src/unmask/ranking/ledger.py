@@ -7,7 +7,7 @@ A *slot* is an entry of the trainable vector ``values``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from unmask.gradients.entries import Entries, put, take
 from unmask.gradients.writes import Writes
-from unmask.ranking.plan import Tentative
+from unmask.ranking.plan import Groups, Tentative
 
 
 class Layout:
@@ -45,16 +45,18 @@ class Layout:
         with torch._C.DisableTorchFunctionSubclass():
             return self.tensors[index].detach()
 
-    def split(self, positions: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Groups positions by tensor: yields (tensor, flat indices ascending, their places in ``positions``)."""
-        if not positions.numel():
-            return
-        order = positions.argsort()
-        ordered = positions[order]
-        edges = torch.searchsorted(ordered, self.bounds.to(ordered.device)).tolist()
-        for index, (low, high) in enumerate(pairwise(edges)):
+    def groups(self, positions: Tensor) -> Groups:
+        """Groups positions by tensor. To learn how many fall into each, the host waits for the device once."""
+        places = positions.argsort()
+        ordered = positions[places]
+        return Groups(ordered, places, torch.searchsorted(ordered, self.bounds.to(ordered.device)).tolist())
+
+    def split(self, positions: Tensor | Groups) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yields positions by tensor: (its index, flat indices ascending, their places in ``positions``)."""
+        groups = positions if isinstance(positions, Groups) else self.groups(positions)
+        for index, (low, high) in enumerate(pairwise(groups.edges)):
             if low < high:
-                yield index, ordered[low:high] - self.starts[index], order[low:high]
+                yield index, groups.positions[low:high] - self.starts[index], groups.places[low:high]
 
     def at(self, index: int, flat: Tensor, slots: Tensor) -> Entries:
         """Returns a tensor's entries at ascending flat indices."""
@@ -67,10 +69,11 @@ class Layout:
         for index, flat, places in self.split(positions):
             yield index, self.at(index, flat, places)
 
-    def read(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns the current weights at positions, in ``dtype``."""
-        values = torch.empty(positions.shape, dtype=dtype, device=positions.device)
-        for index, flat, places in self.split(positions):
+    def read(self, positions: Tensor | Groups, dtype: torch.dtype) -> Tensor:
+        """Returns the current weights at positions, in ``dtype``, in the order in which the positions were given."""
+        groups = positions if isinstance(positions, Groups) else self.groups(positions)
+        values = torch.empty(groups.places.shape, dtype=dtype, device=groups.places.device)
+        for index, flat, places in self.split(groups):
             values[places] = take(self.plain(index), flat).to(values.device, dtype)
         return values
 
@@ -153,17 +156,22 @@ class Ledger:
         self.ordered = False
         self.tentative: Tentative | None = None
         self.writes = Writes(values)
-        self._members: dict[int, Entries] = {}
+        self._occupied = layout.groups(self.positions[:0])  # of the slots that have a weight
+        self._members: dict[int, Entries] = {}  # as far as they were asked for
 
     # What the slots hold.
 
     def members(self, index: int) -> Entries | None:
         """Returns one tensor's entries that have a slot; None if it has none."""
+        low, high = self._occupied.edges[index : index + 2]
+        if low < high and index not in self._members:
+            flat = self._occupied.positions[low:high] - self.layout.starts[index]
+            self._members[index] = self.layout.at(index, flat, self._occupied.places[low:high])
         return self._members.get(index)
 
     def in_use(self, index: int) -> Entries | None:
         """Returns one tensor's entries whose slot is in use; None if no entry has a slot."""
-        members = self._members.get(index)
+        members = self.members(index)
         return members if members is None or self.used >= self.held else members.below(self.used)
 
     def entries(self, slots: Tensor) -> dict[int, Entries]:
@@ -173,18 +181,15 @@ class Ledger:
 
     def find(self, positions: Tensor) -> Tensor:
         """Returns the slot of each position: (n,) int64, -1 where it has none."""
-        slots = torch.full_like(positions, -1)
-        for index, flat, places in self.layout.split(positions):
-            members = self._members.get(index)
-            if members is not None:
-                own = members.flat.to(flat.device)
-                at = torch.searchsorted(own, flat).clamp_(max=own.numel() - 1)
-                slots[places] = torch.where(own[at] == flat, members.slots.to(flat.device)[at], -1)
-        return slots
+        own, slots = self._occupied.positions, self._occupied.places
+        if not own.numel():
+            return torch.full_like(positions, -1)
+        at = torch.searchsorted(own, positions).clamp_(max=own.numel() - 1)
+        return torch.where(own[at] == positions, slots[at], -1)
 
     def occupied(self) -> list[int]:
         """Returns the tensors that have at least one slot, ascending."""
-        return sorted(self._members)
+        return [index for index, (low, high) in enumerate(pairwise(self._occupied.edges)) if low < high]
 
     def trained(self) -> Tensor:
         """Returns ``values`` without the weights that a proposal has put into slots of others: (slots,), detached."""
@@ -214,9 +219,10 @@ class Ledger:
         The arguments are those of `Tentative`.
         """
         with torch.no_grad(), self.writes.own():
-            weights = self.layout.read(positions, self.values.dtype)
+            groups = self.layout.groups(positions)  # once, for the host waits
+            weights = self.layout.read(groups, self.values.dtype)
             displaced = self.values[slots].clone()
-            self.tentative = Tentative(slots, positions, weights, displaced, fresh, missing, picked)
+            self.tentative = Tentative(slots, positions, weights, displaced, fresh, missing, groups, picked)
             self.values[slots] = weights
 
     def withdraw(self) -> None:
@@ -238,7 +244,10 @@ class Ledger:
                 leaving = self.positions[tentative.slots]
                 had = leaving >= 0
                 self.layout.write(leaving[had], self.base[tentative.slots][had])
-            self.assign(tentative.slots, tentative.positions, tentative.weights)
+                self.assign(tentative.slots, tentative.positions, tentative.weights)
+            else:  # the slots are the next empty ones
+                end = self.used + tentative.fresh
+                self._enter(tentative.slots, tentative.positions, tentative.weights, tentative.groups, end)
             self.picked = tentative.picked
         self.used = due
         self.scatter()
@@ -247,32 +256,42 @@ class Ledger:
 
     def assign(self, slots: Tensor, positions: Tensor, base: Tensor) -> None:
         """Gives slots to positions, and takes them from the positions that had them."""
-        vacant = bool((self.positions[slots] < 0).all())
+        if not slots.numel():
+            return
+        if (self.positions[slots] < 0).all():
+            self._enter(slots, positions, base, self.layout.groups(positions), int(slots.max().item()) + 1)
+            return
         self.positions[slots] = positions
         self.base[slots] = base
-        if vacant and slots.numel():
-            self.held = max(self.held, int(slots.max().item()) + 1)
-            for index, flat, places in self.layout.split(positions):
-                self._insert(index, flat, slots[places])
-        elif slots.numel():
-            self.rebuild()
+        self.rebuild()
+
+    def _enter(self, slots: Tensor, positions: Tensor, base: Tensor, groups: Groups, end: int) -> None:
+        """Gives empty slots, all of them before ``end``, to positions. The host does not wait for the device."""
+        self.positions[slots] = positions
+        self.base[slots] = base
+        self.held = max(self.held, end)
+        self._occupied = self._occupied.merged(replace(groups, places=slots[groups.places]))
+        self._members = {}
 
     def scatter(self) -> None:
         """Writes the values of the slots in use into the tensors; a proposal is left out."""
-        members = list(self._members.items())
-        if self.used < self.held:
-            members = [(index, entries.below(self.used)) for index, entries in members]
-        if members:
-            slots = [entries.slots for _, entries in members]
-            parts = self.trained()[torch.cat(slots)].split([s.numel() for s in slots])  # one gather for all tensors
-            for (index, entries), part in zip(members, parts, strict=True):
-                self.layout.put(index, entries.flat, part)
+        trained = self.trained()
+        if self.used >= self.held and self.held:
+            trained = trained[self._occupied.places]  # one gather for all tensors
+        for index in self.occupied():
+            entries = self.members(index)
+            assert entries is not None, "it is occupied"
+            if self.used >= self.held:
+                self.layout.put(index, entries.flat, trained[slice(*self._occupied.edges[index : index + 2])])
+            else:
+                inside = entries.below(self.used)
+                self.layout.put(index, inside.flat, trained[inside.slots])
 
     @torch.no_grad()
     def zero_rest(self) -> None:
         """Sets every weight of the layout that has no slot to zero."""
         for index in range(len(self.layout.tensors)):
-            tensor, entries = self.layout.plain(index), self._members.get(index)
+            tensor, entries = self.layout.plain(index), self.members(index)
             kept = None if entries is None else take(tensor, entries.flat)
             tensor.zero_()
             if entries is not None and kept is not None:
@@ -320,10 +339,10 @@ class Ledger:
 
     def rebuild(self) -> None:
         """Groups the slots that have a weight by tensor, on each tensor's device."""
-        held = (self.positions >= 0).nonzero().squeeze(1)
-        self._members, self.held = {}, int(held[-1].item()) + 1 if held.numel() else 0
-        for index, flat, places in self.layout.split(self.positions[held]):
-            self._insert(index, flat, held[places])
+        slots = (self.positions >= 0).nonzero().squeeze(1)
+        groups = self.layout.groups(self.positions[slots])
+        self._occupied = replace(groups, places=slots[groups.places])
+        self._members, self.held = {}, int(slots[-1].item()) + 1 if slots.numel() else 0
 
     def _fill(self, positions: Tensor, base: Tensor) -> None:
         """Replaces all positions; the slots after the given ones are empty."""
@@ -332,22 +351,3 @@ class Ledger:
         self.base.zero_()
         self.base[: base.numel()] = base
         self.rebuild()
-
-    def _insert(self, index: int, flat: Tensor, slots: Tensor) -> None:
-        """Adds a tensor's new entries, flat indices ascending, in linear time."""
-        tensor = self.layout.tensors[index]
-        flat, old = flat.to(tensor.device), self._members.get(index)
-        if old is not None:
-            at = torch.searchsorted(old.flat, flat) + torch.arange(flat.numel(), device=flat.device)
-            flat, slots = _merged(old.flat, flat, at), _merged(old.slots, slots, at.to(slots.device))
-        self._members[index] = self.layout.at(index, flat, slots)
-
-
-def _merged(old: Tensor, new: Tensor, at: Tensor) -> Tensor:
-    """Returns ``new`` at the places ``at`` of the result, and ``old`` in order at the other places."""
-    merged = old.new_empty(old.numel() + new.numel())
-    rest = torch.ones(merged.numel(), dtype=torch.bool, device=old.device)
-    rest[at] = False
-    merged[rest] = old
-    merged[at] = new
-    return merged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,36 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Positions in ascending order, and where those of each tensor begin.
+
+    Attributes:
+        positions: (n,) int64, ascending.
+        places: (n,) int64, where each stands among the positions as they were given.
+        edges: For each tensor the place, in the ascending order, of its first position; and n at the end.
+    """
+
+    positions: Tensor
+    places: Tensor
+    edges: Sequence[int]
+
+    def merged(self, new: Groups) -> Groups:
+        """Returns both groups as one; they share no position. The host does not wait for a device."""
+        n, m, device = self.positions.numel(), new.positions.numel(), self.positions.device
+        if not n:
+            return new
+        # Each entry moves behind those of the other groups that come before it.
+        mine = torch.searchsorted(new.positions, self.positions) + torch.arange(n, device=device)
+        others = torch.searchsorted(self.positions, new.positions) + torch.arange(m, device=device)
+        columns = []
+        for old, added in ((self.positions, new.positions), (self.places, new.places)):
+            column = old.new_empty(n + m)
+            column[mine], column[others] = old, added
+            columns.append(column)
+        return Groups(*columns, [a + b for a, b in zip(self.edges, new.edges, strict=True)])
+
+
+@dataclass(frozen=True)
 class Tentative:
     """A choice of weights that a backward has made and that the optimizer's step makes final.
 
@@ -67,6 +98,7 @@ class Tentative:
         displaced: (u,) the numbers that ``values`` held in these slots before.
         fresh: How many of the slots held no weight before.
         missing: How many weights too few were chosen, because no other weight has a score that tells it from the rest.
+        groups: The positions, sorted and grouped by tensor.
         picked: (n,) int64 slots that train after the step; see `Plan.picked`.
     """
 
@@ -76,6 +108,7 @@ class Tentative:
     displaced: Tensor
     fresh: int
     missing: int
+    groups: Groups
     picked: Tensor | None = None
 
     @property

@@ -188,19 +188,22 @@ class Ranker:
         self.top.merge(Ranked(scores, flat + self.table.layout.starts[index], gradient.to(self.table.base.dtype)))
 
     def _scores(self, index: int, low: int, weight: Tensor, gradient: Tensor | None) -> Tensor:
-        """Returns the scores of a block whose first entry has the flat index ``low``: (n,)."""
+        """Returns the scores of a block whose first entry has the flat index ``low``: (n,). All of them are finite."""
+        scores = self._unchecked_scores(index, low, weight, gradient)
+        if scores.numel():
+            worst = [s.item() for s in scores.aminmax() if not torch.isfinite(s)]  # NaN propagates through aminmax.
+            if worst:
+                raise self._not_finite(index, worst[0])
+        return scores
+
+    def _unchecked_scores(self, index: int, low: int, weight: Tensor, gradient: Tensor | None) -> Tensor:
         scores = self.heuristic.score(weight, gradient, (self.step, index, low))
         if scores.shape != weight.shape:
             raise MethodError(
                 f"heuristic {self.heuristic.name!r} gave scores of shape {tuple(scores.shape)} for weights of shape "
                 f"{tuple(weight.shape)}; it must give one score per weight."
             )
-        scores = scores.reshape(-1).to(self.table.base.dtype)
-        if scores.numel():
-            worst = [s.item() for s in scores.aminmax() if not torch.isfinite(s)]  # NaN propagates through aminmax.
-            if worst:
-                raise self._not_finite(index, worst[0])
-        return scores
+        return scores.reshape(-1).to(self.table.base.dtype)
 
     def _not_finite(self, index: int, score: float) -> NonFiniteGradientError:
         return NonFiniteGradientError(

@@ -12,15 +12,26 @@ import math
 import torch
 from torch import Tensor
 
+from unmask.gradients.backend import backend_of
 from unmask.gradients.entries import as_rows, take
 from unmask.gradients.factors import Factors, as_dense
 from unmask.methods.heuristics import Heuristic
+from unmask.methods.method import Method
 from unmask.ranking.ledger import Ledger
 from unmask.ranking.ranker import Ranker
 from unmask.ranking.topk import Ranked
 
 BLOCK = 1 << 24  # The scalar weights that are scored at a time; temporaries take about 16 bytes each.
 _MERGE = 1 << 20  # The entries that may wait to be merged, at least.
+
+
+def ranks_unasked(method: Method, device: torch.device) -> bool:
+    """Returns True if a method is ranked on a device by an `UnwaitingRanker`.
+
+    It is where the host should not wait for the device. An allocation that bounds the share of tensors, rows or columns, and a
+    heuristic that looks at whole tensors, are ranked by a `Ranker` on every device.
+    """
+    return not backend_of(device).asks and method.allocation == "global" and method.heuristic.elementwise
 
 
 class UnwaitingRanker(Ranker):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from unmask.distributed.reducer import ProcessReducer
 from unmask.errors import NonFiniteGradientError, SelectionError
+from unmask.gradients.backend import backend_of
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at, total_norm
 from unmask.gradients.taps import in_pieces, stale
@@ -15,6 +16,7 @@ from unmask.ranking.ledger import Ledger
 from unmask.ranking.plan import Plan
 from unmask.ranking.ranker import Ranker, Ranking
 from unmask.ranking.topk import Ranked, in_order
+from unmask.ranking.unwaiting import UnwaitingRanker, ranks_unasked
 from unmask.selection.refusals import Options
 
 OVERSAMPLE = 4  # candidates kept per entry to be unmasked
@@ -46,6 +48,7 @@ class Window:
         self.reducer = reducer
         self.measured = options.clip_scope == "all"
         self.sampled = options.gradients != "dense" and not self.measured
+        self._asks = backend_of(ledger.values.device).asks
         self.plan = Plan(0, 0, 0, 0, repeat=False)
         self._inside: dict[int, Entries] = {}  # the entries that this step trains: of a known order, or the last picks
         self._open = torch.empty(0, dtype=torch.int64)  # slots that the newcomers may take
@@ -83,7 +86,7 @@ class Window:
 
     def factored(self, index: int) -> bool:
         """Returns True if the whole gradient may come as `Factors`."""
-        return self.sampled
+        return self.sampled and self._asks
 
     def _active(self, index: int) -> Entries | None:
         """Returns the tensor's entries that this step trains, without those that it selects; None if there are none."""
@@ -196,7 +199,7 @@ class Window:
         self._added: Tensor | None = None  # (c,) this backward's gradient of the candidates
         self._ranker: Ranking | None = None
         self._candidates: Ranked | None = None
-        self._by_tensor: dict[int, Entries] = {}  # of the candidates; an entry's slot is its place among them
+        self._by_tensor: dict[int, Entries] | None = None  # of the candidates; an entry's slot is its place among them
         self._dense: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
         self._offered: set[int] = set()
@@ -213,9 +216,11 @@ class Window:
                 raise in_pieces()
             self._offered.add(index)
             self._ranker.rank(index, gradient)
-        elif index in self._by_tensor and self._added is not None:
-            candidates = self._by_tensor[index]
-            self._added[candidates.slots] += gradient_at(gradient, candidates).to(self._added)
+        elif self._candidates is not None and self._added is not None:
+            if self._by_tensor is None:
+                self._by_tensor = dict(self.ledger.layout.entries(self._candidates.positions))
+            if candidates := self._by_tensor.get(index):
+                self._added[candidates.slots] += gradient_at(gradient, candidates).to(self._added)
 
     def _ranked(self) -> Ranked:
         """Returns the first u_t entries by the gradients summed so far."""
@@ -229,7 +234,7 @@ class Window:
             self._offer_untouched(self._ranker, self._offered)
             ranked, self._ranker = self._ranker.result(), None
             if ranked.positions.numel():  # otherwise the next micro-batch is the first that ranks
-                self._candidates, self._by_tensor = ranked, dict(self.ledger.layout.entries(ranked.positions))
+                self._candidates = ranked
             return ranked.first(self.plan.newcomers)
         candidates, added = self._candidates, self._added  # those of the first micro-batch, by their summed gradients
         assert candidates is not None, "a further micro-batch has candidates"
@@ -298,6 +303,8 @@ class Window:
     def _new_ranker(self, keep: int) -> Ranking:
         """Returns a ranking of this step that keeps the first ``keep`` entries."""
         method, plan = self.method, self.plan
+        if self.reducer.processes is None and ranks_unasked(method, self.values.device):
+            return UnwaitingRanker(method.heuristic, self.ledger, keep, plan.step, not plan.repeat)
         return self.reducer.ranking(
             lambda table: Ranker(method.heuristic, table, method.allocation, keep, plan.step, not plan.repeat),
             self.ledger,
