@@ -1,9 +1,9 @@
 """Says how the engine computes on a device: the one seam between what is computed and how.
 
-There are three backends. The *CPU* asks how much there is to do before it does it: how many rows hold entries, which gradients can
-reach the least score. The *CUDA* backend never asks, for each answer would make the host wait for the device. It does work of a size
-that the host knows, and has a Triton kernel for sampled products. The *portable* backend takes the same path as CUDA in plain
-operations of torch, on any device: on GPUs without Triton; and on a CPU, where tests and `unmask bench --host` run it.
+There are three backends. The *CPU* asks how much there is to do before it does it: how many rows hold entries, which gradients
+can reach the least score. The *CUDA* backend never asks, for each answer would make the host wait for the device. It does work
+of a size that the host knows, and has a Triton kernel for sampled products. The *portable* backend takes the same path as CUDA,
+in plain operations of torch, on any device: on GPUs without Triton; and on a CPU, where tests and ``unmask bench --host`` run it.
 """
 
 from __future__ import annotations
