@@ -104,10 +104,18 @@ def with_costs(tmp_path, **costs):
     ],
 )
 def test_each_cost_moves_the_choice(tmp_path, count, before, costs, after):
-    entries = scattered(1024, 1024, count)
-    assert choose(entries, 2048, torch.float32, CPU) == before
+    assert choose(scattered(1024, 1024, count), 2048, torch.float32, CPU) == before
     with_costs(tmp_path, **costs)
-    assert choose(entries, 2048, torch.float32, CPU) == after
+    assert choose(scattered(1024, 1024, count), 2048, torch.float32, CPU) == after
+
+
+def test_a_choice_is_made_once_for_the_entries_a_count_of_tokens_and_a_dtype(monkeypatch):
+    entries, made = scattered(64, 64, 10), []
+    cheapest = choice._cheapest
+    monkeypatch.setattr(choice, "_cheapest", lambda *given: made.append(given[1:3]) or cheapest(*given))
+    for tokens, dtype in ((512, torch.float32), (512, torch.float32), (256, torch.float32), (512, torch.bfloat16)) * 2:
+        choose(entries, tokens, dtype, CPU)
+    assert made == [(512, torch.float32), (256, torch.float32), (512, torch.bfloat16)]
 
 
 def test_a_product_in_halves_pays_only_where_it_is_much_faster(tmp_path):

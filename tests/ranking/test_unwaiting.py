@@ -110,4 +110,4 @@ def test_no_operation_of_a_ranking_waits():
             ranker.rank(index, gradients[index])
         assert operations.waiting.total() == 0
         ranker.result()
-    assert operations.waiting == {"_local_scalar_dense": 1}
+    assert operations.waiting == {"tolist": 1}

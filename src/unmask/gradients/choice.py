@@ -87,12 +87,12 @@ def choose(entries: Entries, tokens: int, dtype: torch.dtype, device: torch.devi
 def _cheapest(entries: Entries, tokens: int, dtype: torch.dtype, device: torch.device, dense: bool) -> Product:
     costs = costs_of(device, dtype)
     rows, columns = entries.shape
-    offers: dict[Product, float] = {"dense": costs.call + tokens * costs.dense * rows * columns} if dense else {}
+    offers: dict[Product, float] = {"dense": costs.call + tokens * (costs.dense * (rows * columns))} if dense else {}
     a_token = costs.transpose * (rows + columns) + costs.dot * entries.flat.numel()
     if backend_of(device).asks:
         some_rows, some_columns = spread(entries)
         gathered = some_rows * (some_rows < rows) + some_columns * (some_columns < columns)
-        offers["compact"] = costs.call + tokens * (costs.select * gathered + costs.dense * some_rows * some_columns)
+        offers["compact"] = costs.call + tokens * (costs.select * gathered + costs.dense * (some_rows * some_columns))
         # A part of a piece costs as much as a whole one.
         offers["sampled"] = max(1.0, tokens / PIECE) * (costs.start + PIECE * a_token)
     else:
@@ -136,8 +136,8 @@ def _costs(kind: str, index: int | None, dtype: torch.dtype, threads: int) -> Co
 
 def calibrate(device: torch.device, dtype: torch.dtype) -> Cost:
     """Measures the costs on a device, and keeps them in the user's cache folder if it can be written to."""
-    # A measurement must see none of the caller's modes (fake tensors, counters, autocast).
-    with _disable_current_modes(), torch.autocast(device.type, enabled=False), torch.no_grad():
+    # A measurement must see none of the caller's modes: fake tensors, counters, another default device, autocast.
+    with _disable_current_modes(), torch.device(device), torch.autocast(device.type, enabled=False), torch.no_grad():
         cost = _measure(device, dtype)
     path = cache_file(device, dtype)
     if path is not None:

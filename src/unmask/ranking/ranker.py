@@ -76,7 +76,7 @@ class Ranker:
             self._rank_rows(index, gradient)
             return
         weight = self.table.layout.plain(index)
-        bounded = self._vanishes and self.top.least is not None and weight.ndim > 1
+        bounded = self._vanishes and self.top.least is not None and weight.ndim > 1 and weight.numel() > 0
         factor = self.heuristic.bound(weight) if bounded else None
         if isinstance(gradient, Factors) and factor is not None and self.top.least:
             pieces = gradient.above(lambda: self._least() / factor)

@@ -8,6 +8,7 @@ all of the time that the host could have been ahead. Neither needs a GPU to be s
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmask.errors import need
@@ -54,8 +56,8 @@ def waits(function: Any, args: tuple[Any, ...]) -> bool:
     return name in _WAITING
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations inside its ``with`` block.
+class Operations:
+    """Counts the operations inside its ``with`` block, the backward's too.
 
     Attributes:
         counts: How often each operation was dispatched.
@@ -64,20 +66,51 @@ class Operations(TorchDispatchMode):
     Example:
         >>> x = torch.ones(3)
         >>> with Operations() as operations:
-        ...     _ = x[x > 0] + x.sum().item()
+        ...     _ = x[x > 0] + x.sum().item(), x.tolist()
         >>> sorted(operations.waiting.items())
-        [('_local_scalar_dense', 1), ('index', 1)]
+        [('_local_scalar_dense', 1), ('index', 1), ('tolist', 1)]
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.counts: Counter[str] = Counter()
         self.waiting: Counter[str] = Counter()
+        self._modes = contextlib.ExitStack()
+
+    def __enter__(self) -> Operations:
+        self._modes.enter_context(_Dispatched(self))
+        self._modes.enter_context(_Called(self))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._modes.close()
+
+
+class _Dispatched(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    def __init__(self, operations: Operations) -> None:
+        super().__init__()
+        self._operations = operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        self.counts[name] += 1
-        self.waiting[name] += waits(func, args)
+        self._operations.counts[name] += 1
+        if waits(func, args):
+            self._operations.waiting[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Called(TorchFunctionMode):
+    """Counts reads of whole tensors, which are not dispatched on a CPU."""
+
+    def __init__(self, operations: Operations) -> None:
+        super().__init__()
+        self._operations = operations
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("tolist", "numpy", "__array__"):
+            self._operations.waiting[name] += 1
         return func(*args, **(kwargs or {}))
 
 
