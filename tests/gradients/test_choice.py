@@ -93,10 +93,10 @@ def with_costs(tmp_path, **costs):
 @pytest.mark.parametrize(
     ("count", "before", "costs", "after"),
     [
-        (2_000, "sampled", {"dot": 10.0}, "dense"),
-        (2_000, "sampled", {"transpose": 10.0}, "dense"),
-        (2_000, "sampled", {"start": 1e9}, "dense"),
-        (2_000, "sampled", {"dense": 1e-5}, "dense"),
+        (20_000, "sampled", {"dot": 10.0}, "dense"),
+        (20_000, "sampled", {"transpose": 10.0}, "dense"),
+        (20_000, "sampled", {"start": 1e9}, "dense"),
+        (20_000, "sampled", {"dense": 1e-5}, "dense"),
         (200_000, "dense", {"dot": 1e-4}, "sampled"),
         (200_000, "dense", {"dense": 1.0}, "sampled"),
         (4, "compact", {"select": 100.0}, "sampled"),

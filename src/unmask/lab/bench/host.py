@@ -111,7 +111,8 @@ class _Called(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("tolist", "numpy", "__array__"):
             self._operations.waiting[name] += 1
-        return func(*args, **(kwargs or {}))
+        with type(self)(self._operations) if name == "backward" else contextlib.nullcontext():  # else it is not seen inside
+            return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
