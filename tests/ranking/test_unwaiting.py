@@ -53,12 +53,13 @@ def ranked_by(ranker, gradients, order, unreached=()):
     return ranker.result()
 
 
-@pytest.mark.parametrize("block", [1, 16, 1 << 24])
+@pytest.mark.parametrize(("block", "small"), [(1, 1), (16, 1), (1 << 24, 60), (16, 60), (1 << 24, 1 << 22)])
 @pytest.mark.parametrize("keep", [0, 1, 9, 64, 1000])
 @pytest.mark.parametrize("coarse", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize("by", HEURISTICS, ids=lambda h: f"{h.name}-{dict(h.parameters)}")
-def test_the_entries_are_those_of_the_other_ranking(by, coarse, keep, block, monkeypatch):
+def test_the_entries_are_those_of_the_other_ranking(by, coarse, keep, block, small, monkeypatch):
     monkeypatch.setattr(unwaiting, "BLOCK", block)
+    monkeypatch.setattr(unwaiting, "_SMALL", small)
     monkeypatch.setattr(unwaiting, "_MERGE", 50)  # several merges
     ledger = a_ledger(coarse=coarse)
     gradients = some_gradients(ledger, coarse) if by.needs == "gradient" else None
@@ -81,8 +82,10 @@ def test_dtypes_transposed_gradients_and_factors(dtype):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("small", [1, 1 << 22])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_is_refused_with_its_tensor(value):
+def test_a_gradient_that_is_not_finite_is_refused_with_its_tensor(value, small, monkeypatch):
+    monkeypatch.setattr(unwaiting, "_SMALL", small)
     ledger = a_ledger()
     gradients = some_gradients(ledger)
     gradients[3][1, 1, 2] = value

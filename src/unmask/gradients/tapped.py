@@ -93,12 +93,14 @@ class Site:
         index: The tensor's index in that set.
         kind: The tensor's class before it was tapped.
         stand_in: The tensor's stand-in in the running forward, if it has one yet.
+        leaf: A stand-in that serves many forwards, once one was made.
     """
 
     taps: Interceptor
     index: int
     kind: type
     stand_in: StandIn | None = None
+    leaf: StandIn | None = None
 
 
 class TappedParameter(nn.Parameter):
@@ -109,7 +111,8 @@ class TappedParameter(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return _dispatch(func, args, kwargs or {})
+        dispatch = _outside_compiler if torch.compiler.is_compiling() else _dispatch
+        return dispatch(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
@@ -120,7 +123,6 @@ class TappedParameter(nn.Parameter):
         return nn.Parameter(_plain(self), requires_grad=False).__reduce_ex__(protocol)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # A compiler must not see this state: its graph breaks here.
 def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         # A function that writes into another tensor uses the parameter's value, so only the first argument counts.
@@ -139,6 +141,10 @@ def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
                     return result
                 break
         return func(*substitute(args), **substitute(kwargs))
+
+
+# A compiler must not see the state of taps: its graph breaks here.
+_outside_compiler = torch.compiler.disable(_dispatch)  # type: ignore[no-untyped-call]
 
 
 def _plain(parameter: Tensor) -> Tensor:

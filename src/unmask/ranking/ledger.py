@@ -163,8 +163,11 @@ class Ledger:
 
     def members(self, index: int) -> Entries | None:
         """Returns one tensor's entries that have a slot; None if it has none."""
+        known = self._members.get(index)
+        if known is not None:
+            return known
         low, high = self._occupied.edges[index : index + 2]
-        if low < high and index not in self._members:
+        if low < high:
             flat = self._occupied.positions[low:high] - self.layout.starts[index]
             self._members[index] = self.layout.at(index, flat, self._occupied.places[low:high])
         return self._members.get(index)

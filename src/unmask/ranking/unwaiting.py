@@ -8,6 +8,9 @@ work. This ranking does the same work for every block, and reads one small tenso
 from __future__ import annotations
 
 import math
+from bisect import bisect
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,7 +25,25 @@ from unmask.ranking.ranker import Ranker
 from unmask.ranking.topk import Ranked
 
 BLOCK = 1 << 24  # The scalar weights that are scored at a time; temporaries take about 16 bytes each.
+_SMALL = 1 << 22  # The scalar weights below which tensors are ranked together; their gradients are kept meanwhile.
 _MERGE = 1 << 20  # The entries that may wait to be merged, at least.
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Entries that are ranked at once: all of some small tensors, or consecutive ones of one tensor.
+
+    Attributes:
+        tensors: The tensors' indices.
+        offsets: Where each begins in the block.
+        low: The flat index of the first entry, of one tensor.
+        size: The number of entries.
+    """
+
+    tensors: list[int]
+    offsets: list[int]
+    low: int
+    size: int
 
 
 def ranks_unasked(method: Method, device: torch.device) -> bool:
@@ -35,36 +56,96 @@ def ranks_unasked(method: Method, device: torch.device) -> bool:
 
 
 class UnwaitingRanker(Ranker):
-    """Ranks as a `Ranker` does under the allocation ``"global"``, for a heuristic that scores entries one by one."""
+    """Ranks as a `Ranker` does under the allocation ``"global"``, for a heuristic that scores entries one by one.
+
+    Small tensors are ranked together, for an operation on a GPU costs the host as much time on a small one as on a large one.
+    """
 
     def __init__(self, heuristic: Heuristic, table: Ledger, keep: int, step: int, exclude_members: bool) -> None:
         super().__init__(heuristic, table, "global", keep, step, exclude_members)
         self._parts: list[Ranked] = []
-        self._extremes: list[tuple[int, Tensor]] = []  # for each block its tensor, and its least and largest score
+        self._blocks_read: list[
+            tuple[_Block, Tensor]
+        ] = []  # with (least score, largest, place of the first that is not finite)
+        self._small: list[tuple[int, Tensor | None]] = []
+        self._size = 0  # of the small tensors that wait
 
     def rank(self, index: int, gradient: Tensor | Factors | None) -> None:
         """Offers one tensor's entries, as `Ranker.rank` does. A score that is not finite is refused by `result`."""
         self._rank_whole(index, None if gradient is None else as_dense(gradient))
 
     def _rank_whole(self, index: int, gradient: Tensor | None) -> None:
-        weight, start, held = self.table.layout.plain(index), self.table.layout.starts[index], self._held(index)
+        weight = self.table.layout.plain(index)
+        size = weight.numel()
+        if not size:
+            return
+        if size < _SMALL and self.heuristic.needs != "nothing":
+            if self._small and not self._like_the_small(weight, gradient):
+                self._rank_small()
+            self._small.append((index, gradient))
+            self._size += size
+            if self._size >= _SMALL:
+                self._rank_small()
+            return
         rows, grads = as_rows(weight), None if gradient is None else as_rows(gradient)
         if rows.shape[0] == 1:  # a vector may be long
             rows, grads = rows.t(), None if grads is None else grads.t()
-        columns, dtype = rows.shape[1], self.table.base.dtype
-        height = max(1, BLOCK // max(1, columns))
-        for row in range(0, rows.shape[0] if columns else 0, height):
-            low, w = row * columns, rows[row : row + height]
-            g = None if grads is None else grads[row : row + height]
-            scores = self._unchecked_scores(index, low, w, g)
-            self._extremes.append((index, torch.stack(scores.aminmax())))
-            if held is not None:
-                scores = _without(scores, held, low)
-            places = first_places(scores, min(self.top.k, scores.numel()))
-            best = scores[places]
-            self._parts.append(Ranked(best, places + (start + low), best if g is None else take(g, places).to(dtype)))
+        columns = rows.shape[1]
+        height = max(1, BLOCK // columns)
+        for row in range(0, rows.shape[0], height):
+            w, g = rows[row : row + height], None if grads is None else grads[row : row + height]
+            self._rank_block(_Block([index], [0], row * columns, w.numel()), w, g)
+
+    def _like_the_small(self, weight: Tensor, gradient: Tensor | None) -> bool:
+        """Returns True if a tensor can be joined with the small ones that wait."""
+        index, other = self._small[-1]
+        first = self.table.layout.plain(index)
+        alike = weight.dtype == first.dtype and weight.device == first.device
+        return alike and (gradient is None) == (other is None) and (other is None or gradient.dtype == other.dtype)  # type: ignore[union-attr]
+
+    def _rank_small(self) -> None:
+        """Ranks the small tensors that wait, as one block."""
+        waiting, self._small, self._size = sorted(self._small, key=lambda small: small[0]), [], 0  # as positions are
+        if waiting:
+            weights = [self.table.layout.plain(index).reshape(-1) for index, _ in waiting]
+            gradients = [gradient.reshape(-1) for _, gradient in waiting if gradient is not None]
+            offsets = [0, *accumulate(weight.numel() for weight in weights)]
+            block = _Block([index for index, _ in waiting], offsets[:-1], 0, offsets[-1])
+            self._rank_block(block, torch.cat(weights), torch.cat(gradients) if gradients else None)
+
+    def _rank_block(self, block: _Block, weight: Tensor, gradient: Tensor | None) -> None:
+        dtype = self.table.base.dtype
+        scores = self._unchecked_scores(block.tensors[0], block.low, weight, gradient)
+        broken = (~torch.isfinite(scores)).to(torch.uint8).argmax()
+        self._blocks_read.append((block, torch.stack([*scores.aminmax(), broken]).double()))
+        if self.exclude_members:
+            scores = self._without_members(block, scores)
+        places = first_places(scores, min(self.top.k, block.size))
+        best = scores[places]
+        starts = [
+            self.table.layout.starts[index] - offset for index, offset in zip(block.tensors, block.offsets, strict=True)
+        ]
+        if len(starts) == 1:
+            positions = places + (starts[0] + block.low)
+        else:
+            bounds, shifts = torch.tensor([block.offsets, starts], device=places.device)
+            positions = places + shifts[torch.bucketize(places, bounds, right=True) - 1]
+        self._parts.append(Ranked(best, positions, best if gradient is None else take(gradient, places).to(dtype)))
         if sum(part.scores.numel() for part in self._parts) > max(_MERGE, 3 * self.top.k):
             self._parts = [self._merged()]
+
+    def _without_members(self, block: _Block, scores: Tensor) -> Tensor:
+        """Returns a block's scores with those of unmasked entries set to -inf."""
+        held = [(self._held(index), offset) for index, offset in zip(block.tensors, block.offsets, strict=True)]
+        moved = [flat.to(scores.device) + (offset - block.low) for flat, offset in held if flat is not None]
+        if not moved:
+            return scores
+        places = moved[0] if len(moved) == 1 else torch.cat(moved)
+        if len(block.tensors) > 1:
+            return scores.index_fill(0, places, -torch.inf)
+        # A part of a tensor: the places outside fall on one behind the end.
+        places = torch.where((places >= 0) & (places < block.size), places, block.size)
+        return torch.cat([scores, scores.new_zeros(1)]).index_fill_(0, places, -torch.inf)[: block.size]
 
     def result(self) -> Ranked:
         """Returns the k best entries; fewer if fewer have a score above the heuristic's floor. The host waits once.
@@ -72,19 +153,19 @@ class UnwaitingRanker(Ranker):
         Raises:
             NonFiniteGradientError: A score is NaN or infinite.
         """
+        self._rank_small()
         if not self._parts:
             empty = self.table.base[:0]
             return Ranked(empty, empty.long(), empty)
         ranked = self._merged()
-        count = (ranked.scores > self.heuristic.floor).sum()
-        device = ranked.scores.device
-        read = torch.cat(
-            [count.double()[None], *(pair.to(device, torch.float64) for _, pair in self._extremes)]
-        ).tolist()
-        for (index, _), *pair in zip(self._extremes, read[1::2], read[2::2], strict=True):
-            for extreme in pair:
-                if not math.isfinite(extreme):
-                    raise self._not_finite(index, extreme)
+        count = (ranked.scores > self.heuristic.floor).sum().double()[None]
+        read = torch.cat([count, *(found.to(count.device) for _, found in self._blocks_read)]).tolist()
+        for (block, _), least, largest, broken in zip(
+            self._blocks_read, read[1::3], read[2::3], read[3::3], strict=True
+        ):
+            for score in (least, largest):
+                if not math.isfinite(score):
+                    raise self._not_finite(block.tensors[bisect(block.offsets, broken) - 1], score)
         return ranked.first(int(read[0]))
 
     def _merged(self) -> Ranked:
@@ -119,13 +200,3 @@ def first_places(scores: Tensor, k: int) -> Tensor:
     chosen |= ties & (ties.cumsum(0, dtype=count) <= room)
     numbers = torch.arange(1, k + 1, dtype=count, device=scores.device)
     return torch.searchsorted(chosen.cumsum(0, dtype=count), numbers).clamp_(max=n - 1)
-
-
-def _without(scores: Tensor, flat: Tensor, low: int) -> Tensor:
-    """Returns the scores (n,) of a block from the flat index ``low`` on, with those at the flat indices set to -inf."""
-    n = scores.numel()
-    places = flat.to(scores.device) - low
-    places = torch.where(
-        (places >= 0) & (places < n), places, n
-    )  # those of other blocks fall on a place behind the end
-    return torch.cat([scores, scores.new_zeros(1)]).index_fill_(0, places, -torch.inf)[:n]

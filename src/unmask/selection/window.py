@@ -159,6 +159,10 @@ class Window:
         buffer, self._buffer = self._buffer, None
         if buffer is None:
             return
+        if self._parts:
+            slots, gradients = zip(*self._parts, strict=True)
+            buffer.index_add_(0, torch.cat(slots), torch.cat([gradient.to(buffer) for gradient in gradients]))
+            self._parts = []
         if self.plan.active:
             self.reducer.mean(buffer[: self.plan.active])  # only these slots received any
         if self.measured:
@@ -181,7 +185,7 @@ class Window:
         """Drops the part of a backward that failed. Earlier micro-batches stand, except for dense sums, which it has spoilt."""
         forget()
         self._buffer = self._ranker = self._added = None
-        self._offered, self._norms = set(), {}
+        self._offered, self._norms, self._parts = set(), {}, []
         if self._dense:
             self.discard()
             self.values.grad = None
@@ -194,6 +198,7 @@ class Window:
     def _clear(self) -> None:
         self.norm: Tensor | None = None
         self.nonfinite: str | None = None
+        self._parts: list[tuple[Tensor, Tensor]] = []  # slots and gradients that are not in the buffer yet
         self._buffer: Tensor | None = None  # (B,) this backward's gradient of the slots
         self._earlier: Tensor | None = None  # (B,) that of earlier ones: a slot of repeat-S may change twice
         self._added: Tensor | None = None  # (c,) this backward's gradient of the candidates
@@ -205,9 +210,13 @@ class Window:
         self._offered: set[int] = set()
 
     def _add(self, entries: Entries, gradient: Tensor) -> None:
-        """Adds a gradient at entries to that of their slots."""
-        if self._buffer is not None:
+        """Adds a gradient at entries to that of their slots; where the host runs ahead, at the end, and all at once."""
+        if self._buffer is None:
+            return
+        if self._asks:
             self._buffer.index_add_(0, entries.slots, gradient.to(self._buffer))
+        else:
+            self._parts.append((entries.slots, gradient))
 
     def _offer(self, index: int, gradient: Tensor | Factors) -> None:
         """Offers a whole gradient to the ranking, or adds its part at the candidates."""

@@ -111,8 +111,11 @@ class _Called(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("tolist", "numpy", "__array__"):
             self._operations.waiting[name] += 1
-        with type(self)(self._operations) if name == "backward" else contextlib.nullcontext():  # else it is not seen inside
-            return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.backward:  # Torch switches a mode off inside its own handler.
+            options = {"grad_tensors" if key == "gradient" else key: value for key, value in (kwargs or {}).items()}
+            with _Called(self._operations):
+                return torch.autograd.backward(*args, **options)
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
