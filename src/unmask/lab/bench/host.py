@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmask.errors import need
@@ -74,15 +75,26 @@ class Operations:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.waiting: Counter[str] = Counter()
-        self._modes = contextlib.ExitStack()
+        self._ending = contextlib.ExitStack()
 
     def __enter__(self) -> Operations:
-        self._modes.enter_context(_Dispatched(self))
-        self._modes.enter_context(_Called(self))
+        self._ending.enter_context(_Dispatched(self))
+        for name in (
+            "tolist",
+            "numpy",
+        ):  # On a CPU they are not dispatched, and torch's function modes do not see a backward.
+            self._ending.enter_context(patch.object(torch.Tensor, name, self._counted(getattr(torch.Tensor, name))))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._modes.close()
+        self._ending.close()
+
+    def _counted(self, method: Any) -> Any:
+        def read(tensor: Tensor, *args: Any, **options: Any) -> Any:
+            self.waiting[method.__name__] += 1
+            return method(tensor, *args, **options)
+
+        return read
 
 
 class _Dispatched(TorchDispatchMode):
@@ -97,24 +109,6 @@ class _Dispatched(TorchDispatchMode):
         self._operations.counts[name] += 1
         if waits(func, args):
             self._operations.waiting[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-class _Called(TorchFunctionMode):
-    """Counts reads of whole tensors, which are not dispatched on a CPU."""
-
-    def __init__(self, operations: Operations) -> None:
-        super().__init__()
-        self._operations = operations
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in ("tolist", "numpy", "__array__"):
-            self._operations.waiting[name] += 1
-        if func is torch.Tensor.backward:  # Torch switches a mode off inside its own handler.
-            options = {"grad_tensors" if key == "gradient" else key: value for key, value in (kwargs or {}).items()}
-            with _Called(self._operations):
-                return torch.autograd.backward(*args, **options)
         return func(*args, **(kwargs or {}))
 
 
