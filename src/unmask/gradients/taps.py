@@ -197,6 +197,8 @@ class TapSet:
 
     def _leaf(self, site: Site, parameter: Tensor) -> StandIn:
         """Returns an alias that is a leaf of autograd's graph, and is kept: it takes less of the host's time than a `Tap`."""
+        if torch._C._functorch.maybe_current_level() is not None:  # `Tap` refuses a functorch transform
+            return StandIn(Tap.apply(self._anchor, parameter, self, site.index, None, None))
         if site.leaf is None or not _fits(site.leaf, parameter):
             leaf = parameter.detach().requires_grad_()
             leaf.register_post_accumulate_grad_hook(functools.partial(self._arrived, site.index))
