@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from unmask.errors import DataError
@@ -12,9 +11,7 @@ from unmask.lab.tasks.tags.spec import Sentences, normalised
 from unmask.reading import shown
 
 SUFFIXES = (".conll", ".txt", ".bio", ".iob", ".iob2", ".tsv")
-_DOCUMENT = "-DOCSTART-"
 _BLANK = " \t\r\n\ufeff"  # a byte-order mark may stand alone on a line, where files were joined
-_Line = tuple[str, str] | None  # a word and its tag; None stands between sentences
 
 
 def read_conll(path: Path) -> tuple[Sentences, tuple[str, ...]]:
@@ -34,14 +31,34 @@ def read_conll(path: Path) -> tuple[Sentences, tuple[str, ...]]:
         raise DataError(f"there is no file {str(path)!r}; {listing(path.parent)}.")
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
+    width = 0
     try:
-        for line in _lines(path):
-            if line is not None:
-                words[-1].append(line[0])
-                tags[-1].append(line[1])
-            elif words[-1]:
-                words.append([])
-                tags.append([])
+        with open_text(path, newline="\n") as file:
+            for number, text in enumerate(file, 1):
+                if not text.strip(_BLANK) or text.startswith("-DOCSTART-"):
+                    if words[-1]:
+                        words.append([])
+                        tags.append([])
+                    continue
+                text = text.rstrip("\r\n")
+                # split() is not used, because a no-break space may be part of a word.
+                cells = text.split("\t") if "\t" in text else [cell for cell in text.split(" ") if cell]
+                width = width or len(cells)
+                if len(cells) != width or width < 2:
+                    raise DataError(
+                        f"{path}, line {number} has {len(cells)} columns where {max(width, 2)} are needed (the word first, the "
+                        "tag last, split at tabs, or at blanks where there is no tab). Mend or drop the line."
+                    )
+                word, tag = cells[0], cells[-1].strip()
+                if not word:
+                    raise DataError(f"{path}, line {number}: the word is empty; mend or drop the line.")
+                if not is_tag(tag):
+                    raise DataError(
+                        f"{path}, line {number}: {shown(tag)} is not a tag; the last column must be O, B-type or I-type (IOB1 "
+                        "or IOB2). Convert other schemes (BIOES, BILOU) first."
+                    )
+                words[-1].append(word)
+                tags[-1].append(tag)
     except DataError:
         raise
     except DAMAGED as error:
@@ -52,30 +69,3 @@ def read_conll(path: Path) -> tuple[Sentences, tuple[str, ...]]:
     if not words:
         raise DataError(f"{str(path)!r} is empty: it holds no words.")
     return normalised(words, tags, path.name)
-
-
-def _lines(path: Path) -> Iterator[_Line]:
-    width = 0
-    with open_text(path, newline="\n") as file:
-        for number, text in enumerate(file, 1):
-            if not text.strip(_BLANK) or text.startswith(_DOCUMENT):
-                yield None
-                continue
-            text = text.rstrip("\r\n")
-            # split() is not used, because a no-break space may be part of a word.
-            cells = text.split("\t") if "\t" in text else [cell for cell in text.split(" ") if cell]
-            width = width or len(cells)
-            if len(cells) != width or width < 2:
-                raise DataError(
-                    f"{path}, line {number} has {len(cells)} columns where {max(width, 2)} are needed (the word first, the "
-                    "tag last, split at tabs, or at blanks where there is no tab). Mend or drop the line."
-                )
-            word, tag = cells[0], cells[-1].strip()
-            if not word:
-                raise DataError(f"{path}, line {number}: the word is empty; mend or drop the line.")
-            if not is_tag(tag):
-                raise DataError(
-                    f"{path}, line {number}: {shown(tag)} is not a tag; the last column must be O, B-type or I-type (IOB1 "
-                    "or IOB2). Convert other schemes (BIOES, BILOU) first."
-                )
-            yield word, tag

@@ -8,7 +8,7 @@ from pathlib import Path
 from unmask.errors import DataError
 from unmask.lab.tasks.hub import EVALUATION_SPLITS, HubSource, Origin, load_splits, origin_of, split_table
 from unmask.lab.tasks.split import hold_out_a_tenth, shared, unofficial
-from unmask.lab.tasks.tables import Table, listed, listing, only_file, placed, plain_name, read_table, suffix_of
+from unmask.lab.tasks.tables import Table, listed, listing, only_file, placed, read_table, suffix_of, task_folder
 from unmask.lab.tasks.tags.conll import SUFFIXES, read_conll
 from unmask.lab.tasks.tags.spans import is_tag
 from unmask.lab.tasks.tags.spec import Sentences, TagData, TagSpec, normalised
@@ -18,7 +18,6 @@ CUSTOM_NER = "ner"
 _Loaded = tuple[Sentences, tuple[str, ...]]  # the sentences of a split, and notes
 _TABLES = (".jsonl", ".json", ".parquet")  # the formats of tables whose cells can hold lists
 _FORMATS = (*SUFFIXES, *_TABLES)
-_ENDINGS = tuple(suffix + zipped for suffix in ("", *SUFFIXES) for zipped in ("", ".gz"))
 
 # The names of a split's file, without the suffix. The data sets' own names come first.
 _FILES: Mapping[str, tuple[str, ...]] = {
@@ -76,7 +75,15 @@ def load_ner(
         )
     known = spec or NER.get(name)
     if data_dir is not None:
-        loaded = _load_folder(name, Path(data_dir), need_train or known is None)
+        folder = task_folder(Path(data_dir), name, NER)
+        paths = {split: only_file(folder, stems, ("", *SUFFIXES)) for split, stems in _FILES.items()}
+        lacking = ["train"] if (need_train or known is None) and paths["train"] is None else []
+        lacking += [] if paths["dev"] or paths["test"] else ["dev"]
+        if lacking:
+            raise DataError(
+                f"{name} needs a file {' and a file '.join(lacking)} ({', '.join(SUFFIXES)}); {listing(folder)}."
+            )
+        loaded = {split: read_conll(path) for split, path in paths.items() if path is not None}
     elif known is not None and known.hub is not None:
         hub, instead = known.hub, "give the folder of the task's files with data_dir"
         splits = load_splits(hub.path, hub.config, instead, hub.revision)
@@ -154,27 +161,8 @@ def _task(spec: TagSpec, loaded: Mapping[str, _Loaded]) -> TagData:
         count = shared(train.keys, sentences.keys)
         if count:
             notes.append(f"{count:,} of {len(sentences):,} {split} sentences are in the training data too")
-    sizes = {split: len(sentences) for split, (sentences, _) in loaded.items() if split in spec.sizes}
-    return TagData(spec, train, evals, (*notes, *unofficial(spec.name, "sentences", sizes, spec.sizes)))
-
-
-def _load_folder(name: str, given: Path, need_train: bool) -> dict[str, _Loaded]:
-    """Reads the splits that a folder, or the task's folder in it, has of train, dev and test."""
-    if not given.is_dir():
-        raise DataError(f"there is no data folder {str(given)!r}; {listing(given.parent)}.")
-    inside = [path for path in sorted(given.iterdir()) if path.is_dir() and plain_name(path.resolve().name) == name]
-    folder = inside[0] if inside else given
-    other = plain_name(folder.resolve().name)
-    if other in NER and other != name:  # the tasks share one format, so the wrong one would load without complaint
-        raise DataError(f"{str(given)!r} is the folder of {other}, not of {name}.")
-    paths = {split: only_file(folder, stems, _ENDINGS) for split, stems in _FILES.items()}
-    lacking = ["train"] if need_train and paths["train"] is None else []
-    lacking += [] if paths["dev"] or paths["test"] else ["dev"]
-    if lacking:
-        raise DataError(
-            f"{name} needs a file {' and a file '.join(lacking)} ({', '.join(SUFFIXES)}); {listing(folder)}."
-        )
-    return {split: read_conll(path) for split, path in paths.items() if path is not None}
+    notes += unofficial(spec.name, "sentences", {"train": train, **evals}, spec.sizes)
+    return TagData(spec, train, evals, tuple(notes))
 
 
 def _read(origin: Origin, splits: Sequence[str], words: Sequence[str], tags: Sequence[str]) -> _Loaded:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from unmask.errors import DataError
 from unmask.lab.tasks.hub import HubSource
-from unmask.lab.tasks.split import text_key
+from unmask.lab.tasks.split import Loaded, text_key
 from unmask.lab.tasks.tags.spans import to_iob2, type_of
 
 
@@ -91,21 +91,8 @@ class Sentences:
         return self.take(sorted(range(len(self)), key=lambda row: len(self.words[row])))
 
 
-@dataclass(frozen=True)
-class TagData:
-    """A loaded task of tagging.
-
-    Attributes:
-        spec: The task.
-        train: The training split, which may be empty if only evaluation was asked for.
-        evals: The evaluation splits by name, the main one first.
-        notes: The facts that the user should know about the loading.
-    """
-
-    spec: TagSpec
-    train: Sentences
-    evals: Mapping[str, Sentences]
-    notes: tuple[str, ...] = ()
+TagData = Loaded[TagSpec, Sentences]
+"""A loaded task of tagging."""
 
 
 def normalised(words: list[list[str]], tags: list[list[str]], source: str) -> tuple[Sentences, tuple[str, ...]]:
@@ -119,8 +106,7 @@ def normalised(words: list[list[str]], tags: list[list[str]], source: str) -> tu
         ('a.txt: IOB1, read as IOB2',)
     """
     fixed = [to_iob2(sentence) for sentence in tags]
-    changed = _differ(tags, fixed)
-    if not changed:
+    if fixed == tags:
         return Sentences(words, fixed), ()
     iob1 = [  # which has B- only after an entity of the same type
         [
@@ -129,12 +115,8 @@ def normalised(words: list[list[str]], tags: list[list[str]], source: str) -> tu
         ]
         for sentence in fixed
     ]
-    if not _differ(tags, iob1):
-        note = f"{source}: IOB1, read as IOB2"
-    else:
-        note = f"{source}: {changed:,} tags I- continue no entity of their type; each is taken as the beginning of one"
+    if iob1 == tags:
+        return Sentences(words, fixed), (f"{source}: IOB1, read as IOB2",)
+    stray = sum(a != b for x, y in zip(tags, fixed, strict=True) for a, b in zip(x, y, strict=True))
+    note = f"{source}: {stray:,} tags I- continue no entity of their type; each is taken as the beginning of one"
     return Sentences(words, fixed), (note,)
-
-
-def _differ(left: Iterable[Sequence[str]], right: Iterable[Sequence[str]]) -> int:
-    return sum(a != b for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True))

@@ -25,38 +25,31 @@ def _spec(
     texts: tuple[str, ...],
     labels: tuple[str, ...] | None,
     metrics: tuple[str, ...],
+    sizes: tuple[int, ...],
     evals: tuple[tuple[str, str], ...] = (("validation", "dev"),),
 ) -> TaskSpec:
-    """Makes a task whose main metric is the first, with the hub's column names; without labels it has STS-B's range."""
+    """Makes a task whose main metric is the first, with the hub's column names; without labels it has STS-B's range.
+
+    ``sizes`` are the numbers of examples on the hub, those of the training split first.
+    """
     source = HubSource(_HUB, name, texts, evals=evals)
     count, bounds = (1, (0.0, 5.0)) if labels is None else (len(labels), None)
-    return TaskSpec(name, texts, count, labels, metrics, metrics[0], bounds, source)
+    official = dict(zip(("train", *(ours for _, ours in evals)), sizes, strict=True))
+    return TaskSpec(name, texts, count, labels, metrics, metrics[0], bounds, source, official)
 
 
 GLUE: Mapping[str, TaskSpec] = {
     spec.name: spec
     for spec in (
-        _spec("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
-        _spec("sst2", ("sentence",), ("negative", "positive"), ("accuracy",)),
-        _spec("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
-        _spec("rte", _PAIR, _NLI2, ("accuracy",)),
-        _spec("stsb", _PAIR, None, _CORRELATIONS),
-        _spec("qnli", ("question", "sentence"), _NLI2, ("accuracy",)),
-        _spec("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
-        _spec("mnli", ("premise", "hypothesis"), _NLI3, ("accuracy",), _TWO_DEVS),
+        _spec("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",), (8_551, 1_043)),
+        _spec("sst2", ("sentence",), ("negative", "positive"), ("accuracy",), (67_349, 872)),
+        _spec("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1"), (3_668, 408)),
+        _spec("rte", _PAIR, _NLI2, ("accuracy",), (2_490, 277)),
+        _spec("stsb", _PAIR, None, _CORRELATIONS, (5_749, 1_500)),
+        _spec("qnli", ("question", "sentence"), _NLI2, ("accuracy",), (104_743, 5_463)),
+        _spec("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1"), (363_846, 40_430)),
+        _spec("mnli", ("premise", "hypothesis"), _NLI3, ("accuracy",), (392_702, 9_815, 9_832), _TWO_DEVS),
     )
-}
-
-# The numbers of training and development examples (for MNLI matched and mismatched) on the hub.
-_OFFICIAL: Mapping[str, Mapping[str, int]] = {
-    "cola": {"train": 8_551, "dev": 1_043},
-    "sst2": {"train": 67_349, "dev": 872},
-    "mrpc": {"train": 3_668, "dev": 408},
-    "rte": {"train": 2_490, "dev": 277},
-    "stsb": {"train": 5_749, "dev": 1_500},
-    "qnli": {"train": 104_743, "dev": 5_463},
-    "qqp": {"train": 363_846, "dev": 40_430},
-    "mnli": {"train": 392_702, "dev_matched": 9_815, "dev_mismatched": 9_832},
 }
 
 
@@ -92,5 +85,4 @@ def load_glue(name: str, data_dir: str | Path | None = None, *, need_train: bool
             return examples(spec, table, hub.texts, hub.label, keep_empty=spec.name == "qqp")
 
         train, evals, notes = split(hub.train), {ours: split(theirs) for theirs, ours in hub.evals}, ()
-    sizes = {split: len(found) for split, found in {"train": train, **evals}.items() if len(found)}
-    return TaskData(spec, train, evals, (*notes, *unofficial(name, "examples", sizes, _OFFICIAL[name])))
+    return TaskData(spec, train, evals, (*notes, *unofficial(name, "examples", {"train": train, **evals}, spec.sizes)))

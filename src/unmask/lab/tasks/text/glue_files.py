@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unmask.errors import DataError
-from unmask.lab.tasks.tables import SUFFIXES, Table, listed, listing, only_file, plain_name, read_table, suffix_of
+from unmask.lab.tasks.tables import SUFFIXES, Table, listed, listing, only_file, read_table, suffix_of, task_folder
 from unmask.lab.tasks.text.labels import examples
 from unmask.lab.tasks.text.spec import Examples, TaskSpec
 
 _TWO = (("sentence1", "#1 String", "text_a"), ("sentence2", "#2 String", "text_b"))
-_ENDINGS = tuple(suffix + zipped for suffix in SUFFIXES for zipped in ("", ".gz"))
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,10 @@ def load_folder(
         DataError: A folder or file is missing, there are two files for one split, or a row is bad.
     """
     layout = _LAYOUTS[spec.name]
-    folder = _task_folder(data_dir, spec.name, layout)
-    paths = {split: only_file(folder, [split], _ENDINGS) for split in ("train", *layout.evals)}
+    folder = task_folder(data_dir, spec.name, _LAYOUTS)
+    paths = {split: only_file(folder, [split], SUFFIXES) for split in ("train", *layout.evals)}
+    if folder == data_dir and not any(paths.values()):
+        raise DataError(f"there is neither a folder {layout.folder!r} nor train.tsv: {listing(folder)}.")
     evals = [split for split in layout.evals if paths[split] is not None]
     lacking = [] if evals else [layout.evals[0]]
     lacking += ["train"] if need_train and paths["train"] is None else []
@@ -80,26 +81,6 @@ def load_folder(
         if table.skipped:
             notes.append(f"{path.name}: {table.skipped} rows that are cut short are left out, as on the hub")
     return loaded["train"], {split: loaded[split] for split in evals}, tuple(notes)
-
-
-def _task_folder(given: Path, name: str, layout: _Layout) -> Path:
-    if not given.is_dir():
-        raise DataError(f"there is no data folder {str(given)!r}; {listing(given.parent)}.")
-    inside = [path for path in sorted(given.iterdir()) if path.is_dir() and _task_of(path) == name]
-    if len(inside) > 1:
-        raise DataError(f"{str(given)!r} holds more than one folder for {name}: {inside[0].name}, {inside[1].name}.")
-    if inside:
-        return inside[0]
-    other = _task_of(given)
-    if other in _LAYOUTS and other != name:  # many tasks share one format, so it would load without complaint
-        raise DataError(f"{str(given)!r} is the folder of {other}, not of {name} ({layout.folder}).")
-    if any(only_file(given, [split], _ENDINGS) for split in ("train", *layout.evals)):
-        return given
-    raise DataError(f"there is neither a folder {layout.folder!r} nor train.tsv: {listing(given)}.")
-
-
-def _task_of(folder: Path) -> str:
-    return plain_name(folder.resolve().name)
 
 
 def _pick(table: Table, names: tuple[str, ...]) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from unmask.errors import DataError
 from unmask.lab.tasks.hub import HubSource
-from unmask.lab.tasks.split import text_key
+from unmask.lab.tasks.split import Loaded, text_key
 
 CUSTOM = "custom"
 """The name of every task that is inferred from the user's own data."""
@@ -29,6 +29,7 @@ class TaskSpec:
         main_metric: The metric that runs are compared by. A higher one is better, except for mse.
         label_range: The least and the greatest label of a regression; None for no bound.
         hub: The task's place on the hub, if it has one.
+        sizes: The number of examples of the official splits, by our name of the split.
 
     Raises:
         DataError: The parts do not fit together.
@@ -46,6 +47,7 @@ class TaskSpec:
     main_metric: str
     label_range: tuple[float, float] | None = None
     hub: HubSource | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.text_columns) not in (1, 2):
@@ -152,19 +154,5 @@ class Examples:
         return self.take(sorted(range(len(self)), key=lengths.__getitem__))
 
 
-@dataclass(frozen=True)
-class TaskData:
-    """A loaded task.
-
-    Attributes:
-        spec: The task.
-        train: The training split.
-        evals: The evaluation splits by name, the main one first.
-        notes: The facts that the user should know about the loading: rows left out or held out, and sizes that are not the
-            official ones.
-    """
-
-    spec: TaskSpec
-    train: Examples
-    evals: Mapping[str, Examples]
-    notes: tuple[str, ...] = ()
+TaskData = Loaded[TaskSpec, Examples]
+"""A loaded task of classification or regression."""
