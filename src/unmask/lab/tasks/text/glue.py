@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from unmask.errors import DataError
 from unmask.lab.tasks.hub import HubSource, load_splits, split_table
 from unmask.lab.tasks.split import unofficial
-from unmask.lab.tasks.text.glue_files import load_folder
+from unmask.lab.tasks.tables import SUFFIXES, Table, listed, listing, only_file, read_table, suffix_of, task_folder
 from unmask.lab.tasks.text.labels import examples
 from unmask.lab.tasks.text.spec import Examples, TaskData, TaskSpec
 
-_HUB = "nyu-mll/glue"
+_TWO = (("sentence1", "#1 String", "text_a"), ("sentence2", "#2 String", "text_b"))
 _NLI2 = ("entailment", "not_entailment")
 _NLI3 = ("entailment", "neutral", "contradiction")
 _PAIR = ("sentence1", "sentence2")
@@ -32,7 +33,7 @@ def _spec(
 
     ``sizes`` are the numbers of examples on the hub, those of the training split first.
     """
-    source = HubSource(_HUB, name, texts, evals=evals)
+    source = HubSource("nyu-mll/glue", name, texts, evals=evals)
     count, bounds = (1, (0.0, 5.0)) if labels is None else (len(labels), None)
     official = dict(zip(("train", *(ours for _, ours in evals)), sizes, strict=True))
     return TaskSpec(name, texts, count, labels, metrics, metrics[0], bounds, source, official)
@@ -50,6 +51,35 @@ GLUE: Mapping[str, TaskSpec] = {
         _spec("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1"), (363_846, 40_430)),
         _spec("mnli", ("premise", "hypothesis"), _NLI3, ("accuracy",), (392_702, 9_815, 9_832), _TWO_DEVS),
     )
+}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The layout of a task's files. Of several names for a column, the first one that the file has is taken."""
+
+    folder: str  # the official name of the task's folder
+    texts: tuple[tuple[str, ...], ...]  # the names of each text's column
+    label: tuple[str, ...] = ("label",)
+    header: tuple[str, ...] | None = None  # the column names of tsv files that have no header line
+    evals: tuple[str, ...] = ("dev",)  # the evaluation files, of which one is enough
+    defects: bool = False  # as on the hub, rows that are cut short are left out, and one text of a row may be empty
+
+
+_LAYOUTS: Mapping[str, _Layout] = {
+    "cola": _Layout("CoLA", (("sentence", "text_a"),), header=("source", "label", "mark", "sentence")),
+    "sst2": _Layout("SST-2", (("sentence", "text_a"),)),
+    "mrpc": _Layout("MRPC", _TWO, ("label", "Quality")),
+    "rte": _Layout("RTE", _TWO),
+    "stsb": _Layout("STS-B", _TWO, ("label", "score")),
+    "qnli": _Layout("QNLI", (("question", "text_a"), ("sentence", "text_b"))),
+    "qqp": _Layout("QQP", (("question1", "text_a"), ("question2", "text_b")), ("label", "is_duplicate"), defects=True),
+    "mnli": _Layout(
+        "MNLI",
+        (("premise", "sentence1", "text_a"), ("hypothesis", "sentence2", "text_b")),
+        ("label", "gold_label"),
+        evals=("dev_matched", "dev_mismatched", "dev"),
+    ),
 }
 
 
@@ -74,15 +104,47 @@ def load_glue(name: str, data_dir: str | Path | None = None, *, need_train: bool
         raise DataError(f"unknown GLUE task {name!r}; there are {', '.join(sorted(GLUE))}.")
     spec = GLUE[name]
     if data_dir is not None:
-        train, evals, notes = load_folder(spec, Path(data_dir), need_train)
+        splits, notes = _load_folder(spec, Path(data_dir), need_train)
     else:
-        hub = spec.hub
+        hub, notes = spec.hub, []
         assert hub is not None, "each task of the table is on the hub"
-        splits = load_splits(hub.path, hub.config, "give the folder of the task's files with data_dir")
+        tables = load_splits(hub.path, hub.config, "give the folder of the task's files with data_dir")
+        splits = {}
+        for theirs, ours in ((hub.train, "train"), *hub.evals):
+            table = split_table(tables, theirs, f"{hub.path}:{hub.config}", (*hub.texts, hub.label))
+            splits[ours] = examples(spec, table, hub.texts, hub.label, keep_empty=_LAYOUTS[name].defects)
+    notes += unofficial(name, "examples", splits, spec.sizes)
+    train = splits.pop("train", Examples([], [] if len(spec.text_columns) > 1 else None, []))
+    return TaskData(spec, train, splits, tuple(notes))
 
-        def split(name: str) -> Examples:
-            table = split_table(splits, name, f"{hub.path}:{hub.config}", (*hub.texts, hub.label))
-            return examples(spec, table, hub.texts, hub.label, keep_empty=spec.name == "qqp")
 
-        train, evals, notes = split(hub.train), {ours: split(theirs) for theirs, ours in hub.evals}, ()
-    return TaskData(spec, train, evals, (*notes, *unofficial(name, "examples", {"train": train, **evals}, spec.sizes)))
+def _load_folder(spec: TaskSpec, data_dir: Path, need_train: bool) -> tuple[dict[str, Examples], list[str]]:
+    """Loads the splits, by file name, that a task's folder (or the one in ``data_dir``) has, and notes."""
+    layout = _LAYOUTS[spec.name]
+    folder = task_folder(data_dir, spec.name, _LAYOUTS)
+    paths = {split: only_file(folder, [split], SUFFIXES) for split in ("train", *layout.evals)}
+    if folder == data_dir and not any(paths.values()):
+        raise DataError(f"there is neither a folder {layout.folder!r} nor train.tsv: {listing(folder)}.")
+    lacking = [] if any(paths[split] for split in layout.evals) else [layout.evals[0]]
+    lacking += ["train"] if need_train and paths["train"] is None else []
+    if lacking:
+        raise DataError(f"{spec.name} needs {' and '.join(f'{name}.tsv' for name in lacking)}; {listing(folder)}.")
+    loaded, notes = {}, []
+    for split, path in paths.items():
+        if path is None:
+            continue
+        table = read_table(path, layout.header if suffix_of(path) == ".tsv" else None, skip_short=layout.defects)
+        columns = [_pick(table, names) for names in layout.texts]
+        loaded[split] = examples(spec, table, columns, _pick(table, layout.label), keep_empty=layout.defects)
+        if table.skipped:
+            notes.append(f"{path.name}: {table.skipped} rows that are cut short are left out, as on the hub")
+    return loaded, notes
+
+
+def _pick(table: Table, names: tuple[str, ...]) -> str:
+    for name in names:
+        if name in table.columns:
+            return name
+    raise DataError(
+        f"{table.source} has no column {' or '.join(map(repr, names))}; its columns are {listed(table.columns)}."
+    )
