@@ -25,8 +25,7 @@ class HubSource:
         config: The data set's configuration, such as ``"sst2"``.
         texts: The hub's names of the text columns, in the order of `TaskSpec.text_columns`.
         label: The hub's name of the label column.
-        train: The hub's name of the training split.
-        evals: Pairs (the hub's name, our name) of the evaluation splits.
+        evals: Pairs (the hub's name, our name) of the evaluation splits. The training split is ``"train"`` on both sides.
         revision: A branch, if the main one cannot be loaded.
     """
 
@@ -34,7 +33,6 @@ class HubSource:
     config: str | None
     texts: tuple[str, ...]
     label: str = "label"
-    train: str = "train"
     evals: tuple[tuple[str, str], ...] = (("validation", "dev"),)
     revision: str | None = None
 

@@ -155,16 +155,10 @@ def evaluate_splits(
     names: Sequence[str],
     stage: Stage,
 ) -> dict[str, float]:
-    """Computes the metrics and the loss of every split with the Trainer's own prediction loop.
+    """Computes the metrics and the loss of every split (`named`) with the Trainer's own prediction loop.
 
-    After training, what the Trainer found at its last step is not computed again.
-
-    Args:
-        trainer: The Trainer of the model.
-        splits: The data sets, `named`.
-        metrics: A function from a split's name, its predictions and its labels to metrics.
-        names: The names of those metrics.
-        stage: ``"before"`` or ``"after"`` training.
+    ``metrics`` maps a split's name, its predictions and its labels to metrics of these ``names``. After training, what the
+    Trainer found at its last step is not computed again.
     """
     result: dict[str, float] = {}
     state = trainer.state

@@ -17,8 +17,6 @@ from unmask.errors import DataError, need
 from unmask.reading import Malformed, parse_json, shown
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-DAMAGED = (ValueError, OSError, EOFError, zlib.error)
-"""The exceptions that a text file raises if it is not UTF-8, not in its format, or a damaged gzip."""
 _MOST_LISTED, _LONGEST_LISTED = 20, 80
 _Row = tuple[int, Sequence[str]]  # the line's number, from 1, and its cells
 
@@ -174,34 +172,38 @@ def read_table(path: Path, header: tuple[str, ...] | None = None, skip_short: bo
     suffix, source = suffix_of(path), str(path)
     if suffix not in SUFFIXES:
         raise DataError(f"{source!r} has an unknown format; its name must end in {', '.join(SUFFIXES)}.")
-    try:
-        if suffix == ".parquet":
-            table = _read_parquet(path)
-        else:
-            with open_text(path, newline="" if suffix == ".csv" else "\n") as file:
-                if suffix in (".json", ".jsonl"):
-                    table = _read_records(file, source, by_line=suffix == ".jsonl")
-                else:
-                    rows = _csv_rows(file, source) if suffix == ".csv" else _tsv_rows(file)
-                    table = _read_cells(source, rows, header, skip_short)
-    except DataError:
-        raise
-    except DAMAGED as error:
-        raise DataError(f"{source!r} cannot be read as {suffix[1:]} (in UTF-8): {error}") from error
+    if suffix == ".parquet":
+        table = _read_parquet(path)
+    else:
+        with open_text(path, suffix[1:], newline="" if suffix == ".csv" else "\n") as file:
+            if suffix in (".json", ".jsonl"):
+                table = _read_records(file, source, by_line=suffix == ".jsonl")
+            else:
+                rows = _csv_rows(file, source) if suffix == ".csv" else _tsv_rows(file)
+                table = _read_cells(source, rows, header, skip_short)
     if not table.places:
         raise DataError(f"{source!r} is empty: it holds no examples.")
     return table
 
 
-def open_text(path: Path, newline: str) -> TextIO:
+@contextlib.contextmanager
+def open_text(path: Path, form: str, newline: str = "\n") -> Iterator[TextIO]:
     """Opens a text file, which may be gzipped.
 
     The encoding is utf-8-sig, so that a byte-order mark does not become part of the first column's name. A newline of
     "\\n" keeps the other characters that Unicode counts as line ends in the text.
+
+    Raises:
+        DataError: The file is not UTF-8, not of the named form, or a damaged gzip.
     """
-    if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
-    return path.open(encoding="utf-8-sig", newline=newline)
+    opened = gzip.open if path.name.lower().endswith(".gz") else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except DataError:
+        raise
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{str(path)!r} cannot be read as {form} (in UTF-8): {error}") from error
 
 
 def _read_parquet(path: Path) -> Table:

@@ -90,10 +90,10 @@ def test_bad_lines_are_refused_with_their_place(tmp_path, case):
 
 def test_what_is_no_utf8_or_no_file_is_refused(tmp_path):
     (tmp_path / "a.conll").write_bytes("é\tO\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"cannot be read \(in UTF-8\)"):
+    with pytest.raises(DataError, match=r"a\.conll' cannot be read as conll \(in UTF-8\)"):
         read_conll(tmp_path / "a.conll")
     (tmp_path / "a.conll.gz").write_bytes(gzip.compress(b"Ann B-PER\n")[:10] + bytes(99))
-    with pytest.raises(DataError, match=r"a\.conll\.gz' cannot be read"):
+    with pytest.raises(DataError, match=r"a\.conll\.gz' cannot be read as conll"):
         read_conll(tmp_path / "a.conll.gz")
     (tmp_path / "a.conll.gz").unlink()
     with pytest.raises(DataError, match=r"no file .*b\.conll'; .*holds a\.conll"):

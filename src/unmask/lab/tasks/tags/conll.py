@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from unmask.errors import DataError
-from unmask.lab.tasks.tables import DAMAGED, listing, open_text
+from unmask.lab.tasks.tables import listing, open_text
 from unmask.lab.tasks.tags.spans import is_tag
 from unmask.lab.tasks.tags.spec import Sentences, normalised
 from unmask.reading import shown
@@ -32,37 +32,32 @@ def read_conll(path: Path) -> tuple[Sentences, tuple[str, ...]]:
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
     width = 0
-    try:
-        with open_text(path, newline="\n") as file:
-            for number, text in enumerate(file, 1):
-                if not text.strip(_BLANK) or text.startswith("-DOCSTART-"):
-                    if words[-1]:
-                        words.append([])
-                        tags.append([])
-                    continue
-                text = text.rstrip("\r\n")
-                # split() is not used, because a no-break space may be part of a word.
-                cells = text.split("\t") if "\t" in text else [cell for cell in text.split(" ") if cell]
-                width = width or len(cells)
-                if len(cells) != width or width < 2:
-                    raise DataError(
-                        f"{path}, line {number} has {len(cells)} columns where {max(width, 2)} are needed (the word first, the "
-                        "tag last, split at tabs, or at blanks where there is no tab). Mend or drop the line."
-                    )
-                word, tag = cells[0], cells[-1].strip()
-                if not word:
-                    raise DataError(f"{path}, line {number}: the word is empty; mend or drop the line.")
-                if not is_tag(tag):
-                    raise DataError(
-                        f"{path}, line {number}: {shown(tag)} is not a tag; the last column must be O, B-type or I-type (IOB1 "
-                        "or IOB2). Convert other schemes (BIOES, BILOU) first."
-                    )
-                words[-1].append(word)
-                tags[-1].append(tag)
-    except DataError:
-        raise
-    except DAMAGED as error:
-        raise DataError(f"{str(path)!r} cannot be read (in UTF-8): {error}") from error
+    with open_text(path, "conll") as file:
+        for number, text in enumerate(file, 1):
+            if not text.strip(_BLANK) or text.startswith("-DOCSTART-"):
+                if words[-1]:
+                    words.append([])
+                    tags.append([])
+                continue
+            text = text.rstrip("\r\n")
+            # split() is not used, because a no-break space may be part of a word.
+            cells = text.split("\t") if "\t" in text else [cell for cell in text.split(" ") if cell]
+            width = width or len(cells)
+            if len(cells) != width or width < 2:
+                raise DataError(
+                    f"{path}, line {number} has {len(cells)} columns where {max(width, 2)} are needed (the word first, the "
+                    "tag last, split at tabs, or at blanks where there is no tab). Mend or drop the line."
+                )
+            word, tag = cells[0], cells[-1].strip()
+            if not word:
+                raise DataError(f"{path}, line {number}: the word is empty; mend or drop the line.")
+            if not is_tag(tag):
+                raise DataError(
+                    f"{path}, line {number}: {shown(tag)} is not a tag; the last column must be O, B-type or I-type (IOB1 "
+                    "or IOB2). Convert other schemes (BIOES, BILOU) first."
+                )
+            words[-1].append(word)
+            tags[-1].append(tag)
     if not words[-1]:
         words.pop()
         tags.pop()

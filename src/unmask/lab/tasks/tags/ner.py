@@ -87,8 +87,11 @@ def load_ner(
     elif known is not None and known.hub is not None:
         hub, instead = known.hub, "give the folder of the task's files with data_dir"
         splits = load_splits(hub.path, hub.config, instead, hub.revision)
-        columns, ours = (hub.texts[0], hub.label), {"train": hub.train, **{ours: theirs for theirs, ours in hub.evals}}
-        loaded = {name: _of_table(split_table(splits, ours[name], hub.path, columns), *columns) for name in ours}
+        columns = (hub.texts[0], hub.label)
+        loaded = {
+            ours: _of_table(split_table(splits, theirs, hub.path, columns), *columns)
+            for theirs, ours in (("train", "train"), *hub.evals)
+        }
     else:
         raise DataError(f"task {name!r} is your own: give the folder of its files with data_dir, or a file with data.")
     return _task(known or TagSpec(CUSTOM_NER, loaded["train"][0].types), loaded)

@@ -66,29 +66,22 @@ class TokenTask:
     def score(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any], batch_size: int
     ) -> Iterator[Scored]:
+        collate = DataCollatorForTokenClassification(tokenizer)
         for split, sentences in self.data.evals.items():
             windows = Windows(sentences, tokenizer, self.label_names, int(described["max_length"]), training=False)
-            ids = predict_tags(model, tokenizer, windows, batch_size)
-            yield Scored(split, len(sentences), windows.score(ids))
-
-
-@torch.inference_mode()
-def predict_tags(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Windows, batch_size: int = 64
-) -> list[list[int]]:
-    """Predicts a class id for each token of each window. The model should be in evaluation mode."""
-    collate = DataCollatorForTokenClassification(tokenizer)
-    # Windows of similar lengths share a batch, because that needs little padding.
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i]["input_ids"]))
-    result: list[list[int]] = [[] for _ in order]
-    for low in range(0, len(order), batch_size):
-        rows = order[low : low + batch_size]
-        inputs = {
-            key: value.to(model.device) for key, value in collate([windows[i] for i in rows]).items() if key != "labels"
-        }
-        for row, ids in zip(rows, _best(model(**inputs).logits).tolist(), strict=True):
-            result[row] = ids
-    return result
+            # Windows of similar lengths share a batch, because that needs little padding.
+            lengths = [len(windows[row]["input_ids"]) for row in range(len(windows))]
+            order = sorted(range(len(windows)), key=lengths.__getitem__)
+            found: list[list[int]] = [[] for _ in order]
+            for low in range(0, len(order), batch_size):
+                rows = order[low : low + batch_size]
+                batch = collate([windows[row] for row in rows])
+                inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+                with torch.inference_mode():
+                    best = _best(model(**inputs).logits)
+                for row, ids in zip(rows, best.tolist(), strict=True):
+                    found[row] = ids
+            yield Scored(split, len(sentences), windows.score(found))
 
 
 def _best(logits: Any, _: Any = None) -> Tensor:

@@ -36,10 +36,8 @@ def type_of(tag: str) -> str | None:
 def starts(tags: Tags, strict: bool = False) -> list[bool]:
     """Returns, for each word, True if an entity begins there.
 
-    Args:
-        tags: The sentence's tags.
-        strict: If True, only ``B-`` begins an entity. If False, ``I-`` after another type or outside an entity begins one
-            too. This is conlleval's rule, by which both IOB1 and IOB2 are read correctly.
+    If ``strict``, only ``B-`` begins an entity. Else ``I-`` after another type or outside an entity begins one too. This is
+    conlleval's rule, by which both IOB1 and IOB2 are read correctly.
 
     Example:
         >>> starts(["I-PER", "I-PER", "B-PER", "I-LOC", "O"])

@@ -29,15 +29,10 @@ class Window:
 
 
 def cut(pieces: Sequence[int], limit: int, breaks: Sequence[bool], least: float = 0) -> list[tuple[int, int]]:
-    """Cuts a sentence into runs of words that fit.
+    """Cuts a sentence, given the number of each word's pieces, into runs of words that have at most ``limit`` pieces.
 
-    Each run ends at the last good place, or is as long as possible. A word that is longer than the limit is a run by itself.
-
-    Args:
-        pieces: The number of word pieces of each word.
-        limit: The greatest number of pieces in a run.
-        breaks: For each word, True if a cut before it is good.
-        least: The fewest pieces that a run must have if it ends at a good place.
+    A run ends at the last good place that leaves it ``least`` pieces, or is as long as possible. ``breaks`` is True for each
+    word before which a cut is good. A word that is longer than the limit is a run by itself.
 
     Returns:
         Pairs (first word, one past the last word), without gaps or overlaps.

@@ -103,42 +103,36 @@ def load_glue(name: str, data_dir: str | Path | None = None, *, need_train: bool
     if name not in GLUE:
         raise DataError(f"unknown GLUE task {name!r}; there are {', '.join(sorted(GLUE))}.")
     spec = GLUE[name]
+    splits: dict[str, Examples] = {}
+    notes: list[str] = []
+    layout = _LAYOUTS[name]
     if data_dir is not None:
-        splits, notes = _load_folder(spec, Path(data_dir), need_train)
+        folder = task_folder(Path(data_dir), name, _LAYOUTS)
+        paths = {split: only_file(folder, [split], SUFFIXES) for split in ("train", *layout.evals)}
+        if folder == Path(data_dir) and not any(paths.values()):
+            raise DataError(f"there is neither a folder {layout.folder!r} nor train.tsv: {listing(folder)}.")
+        lacking = [] if any(paths[split] for split in layout.evals) else [layout.evals[0]]
+        lacking += ["train"] if need_train and paths["train"] is None else []
+        if lacking:
+            raise DataError(f"{name} needs {' and '.join(f'{split}.tsv' for split in lacking)}; {listing(folder)}.")
+        for split, path in paths.items():
+            if path is None:
+                continue
+            table = read_table(path, layout.header if suffix_of(path) == ".tsv" else None, skip_short=layout.defects)
+            columns = [_pick(table, names) for names in layout.texts]
+            splits[split] = examples(spec, table, columns, _pick(table, layout.label), keep_empty=layout.defects)
+            if table.skipped:
+                notes.append(f"{path.name}: {table.skipped} rows that are cut short are left out, as on the hub")
     else:
-        hub, notes = spec.hub, []
+        hub = spec.hub
         assert hub is not None, "each task of the table is on the hub"
         tables = load_splits(hub.path, hub.config, "give the folder of the task's files with data_dir")
-        splits = {}
-        for theirs, ours in ((hub.train, "train"), *hub.evals):
+        for theirs, ours in (("train", "train"), *hub.evals):
             table = split_table(tables, theirs, f"{hub.path}:{hub.config}", (*hub.texts, hub.label))
-            splits[ours] = examples(spec, table, hub.texts, hub.label, keep_empty=_LAYOUTS[name].defects)
+            splits[ours] = examples(spec, table, hub.texts, hub.label, keep_empty=layout.defects)
     notes += unofficial(name, "examples", splits, spec.sizes)
     train = splits.pop("train", Examples([], [] if len(spec.text_columns) > 1 else None, []))
     return TaskData(spec, train, splits, tuple(notes))
-
-
-def _load_folder(spec: TaskSpec, data_dir: Path, need_train: bool) -> tuple[dict[str, Examples], list[str]]:
-    """Loads the splits, by file name, that a task's folder (or the one in ``data_dir``) has, and notes."""
-    layout = _LAYOUTS[spec.name]
-    folder = task_folder(data_dir, spec.name, _LAYOUTS)
-    paths = {split: only_file(folder, [split], SUFFIXES) for split in ("train", *layout.evals)}
-    if folder == data_dir and not any(paths.values()):
-        raise DataError(f"there is neither a folder {layout.folder!r} nor train.tsv: {listing(folder)}.")
-    lacking = [] if any(paths[split] for split in layout.evals) else [layout.evals[0]]
-    lacking += ["train"] if need_train and paths["train"] is None else []
-    if lacking:
-        raise DataError(f"{spec.name} needs {' and '.join(f'{name}.tsv' for name in lacking)}; {listing(folder)}.")
-    loaded, notes = {}, []
-    for split, path in paths.items():
-        if path is None:
-            continue
-        table = read_table(path, layout.header if suffix_of(path) == ".tsv" else None, skip_short=layout.defects)
-        columns = [_pick(table, names) for names in layout.texts]
-        loaded[split] = examples(spec, table, columns, _pick(table, layout.label), keep_empty=layout.defects)
-        if table.skipped:
-            notes.append(f"{path.name}: {table.skipped} rows that are cut short are left out, as on the hub")
-    return loaded, notes
 
 
 def _pick(table: Table, names: tuple[str, ...]) -> str:

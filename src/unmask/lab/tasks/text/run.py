@@ -59,18 +59,14 @@ def predict(
     """Computes a model's scores for examples, float32 of shape (n, labels). The model should be in evaluation mode."""
     # Examples of similar lengths share a batch, because that needs little padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples.texts[i]))
-    scores: torch.Tensor | None = None
+    scores: list[torch.Tensor] = []
     for low in range(0, len(order), batch_size):
-        rows = order[low : low + batch_size]
-        asked = examples.take(rows)
+        asked = examples.take(order[low : low + batch_size])
         inputs = tokenizer(
             asked.texts, asked.pairs, truncation=True, max_length=max_length, padding=True, return_tensors="pt"
         )
-        logits = model(**inputs.to(model.device)).logits.float().cpu()
-        if scores is None:
-            scores = logits.new_empty(len(examples), logits.shape[1])
-        scores[rows] = logits
-    return np.empty((0, 0), dtype=np.float32) if scores is None else scores.numpy()
+        scores.append(model(**inputs.to(model.device)).logits.float().cpu())
+    return torch.cat(scores)[torch.tensor(order).argsort()].numpy() if scores else np.empty((0, 0), dtype=np.float32)
 
 
 def describe(spec: TaskSpec, max_length: int) -> dict[str, Any]:

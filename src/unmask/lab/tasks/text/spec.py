@@ -127,7 +127,7 @@ class Examples:
     @property
     def keys(self) -> list[str]:
         """The key of each text or pair, by which examples are told apart (see `unmask.lab.tasks.split.text_key`)."""
-        pairs = self.pairs if self.pairs is not None else [""] * len(self)
+        pairs = self.pairs or [""] * len(self)
         return [text_key(text, pair) for text, pair in zip(self.texts, pairs, strict=True)]
 
     def take(self, rows: Sequence[int]) -> Examples:
@@ -148,10 +148,8 @@ class Examples:
             >>> Examples(["abc", "b", "cd"], ["", "", "efg"], [0, 1, 2]).by_length().labels
             [1, 0, 2]
         """
-        lengths = [len(text) for text in self.texts]
-        if self.pairs is not None:
-            lengths = [first + len(second) for first, second in zip(lengths, self.pairs, strict=True)]
-        return self.take(sorted(range(len(self)), key=lengths.__getitem__))
+        pairs = self.pairs or [""] * len(self)
+        return self.take(sorted(range(len(self)), key=lambda row: len(self.texts[row]) + len(pairs[row])))
 
 
 TaskData = Loaded[TaskSpec, Examples]
