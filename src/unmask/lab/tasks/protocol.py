@@ -96,10 +96,7 @@ class Prepared(Protocol):
 
     @property
     def step_sets(self) -> Mapping[str, Dataset]:
-        """The data sets that are evaluated along the run, every ``eval_steps``; empty if none is.
-
-        The keys precede the names of the metrics. A single set may have the empty key (see `split.named`).
-        """
+        """The data sets to evaluate every ``eval_steps``, by the names that precede their metrics (see `split.named`)."""
 
     @property
     def collate(self) -> Callable[[Any], Any]:
@@ -107,10 +104,7 @@ class Prepared(Protocol):
 
     @property
     def step_metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
-        """A function that scores each of `step_sets` (it is not told which).
-
-        None means that only the loss is computed, and no predictions are kept.
-        """
+        """A function that scores each of `step_sets` (it is not told which); None for the loss alone."""
 
     @property
     def reduce_logits(self) -> Callable[[Any, Any], Any] | None:
@@ -129,16 +123,13 @@ class Prepared(Protocol):
         """True if a greater main metric is a better one."""
 
     def evaluate(self, trainer: Trainer, stage: Stage) -> dict[str, float]:
-        """Computes the task's metrics before or after training. This may cost far more than an evaluation along the run.
+        """Computes the task's metrics before or after training, without a random number that training would draw.
 
-        It draws no random number that training would draw.
+        This may cost far more than an evaluation along the run.
         """
 
     def describe(self) -> dict[str, Any]:
-        """Describes the task for the delta's metadata, as JSON values, for `Kind.reload` and ``load_tuned``.
-
-        The result holds ``"kind"``.
-        """
+        """Describes the task, and its ``"kind"``, for `Kind.reload` and ``load_tuned``, as JSON values."""
 
 
 class Task(Protocol):

@@ -56,9 +56,9 @@ def load_ner(
 
     Args:
         name: The task: conll2003 or wnut17, or ner for a folder of the user's own.
-        data_dir: The folder of the column files, or the folder that holds it. The files are named as the data sets name
-            them (``eng.train``, ``emerging.dev.conll``), or ``train``, ``dev`` (or ``valid``) and ``test`` with a suffix of
-            ``.conll``, ``.txt``, ``.bio``, ``.iob``, ``.iob2``, ``.tsv``. None means the Hugging Face hub.
+        data_dir: The folder of the column files, or the folder that holds it. The files have the data sets' own names
+            (``eng.train``, ``emerging.dev.conll``), or are ``train``, ``dev`` (or ``valid``) and ``test`` with a suffix of
+            `load_tagged`. None means the Hugging Face hub.
         need_train: False is for evaluation: the folder may lack the training file, and the training split is then empty.
         spec: The task ner of a trained delta; None takes the entity types that training shows.
 
@@ -152,10 +152,10 @@ def _task(spec: TagSpec, loaded: Mapping[str, _Loaded]) -> TagData:
     for split, (sentences, _) in loaded.items():
         unknown = sorted(set(sentences.types) - set(spec.types))
         if unknown:
-            shown = " (what training shows)" if spec.name == CUSTOM_NER else ""
+            origin = " (what training shows)" if spec.name == CUSTOM_NER else ""
             raise DataError(
                 f"task {spec.name!r}: the {split} split has entities of type {listed(unknown[:1])!r}; the task's types are "
-                f"{listed(spec.types)}{shown}."
+                f"{listed(spec.types)}{origin}."
             )
     train = loaded["train"][0] if "train" in loaded else Sentences([], [])
     evals = {split: sentences for split, (sentences, _) in loaded.items() if split != "train"}
@@ -191,7 +191,8 @@ def _pick(columns: Collection[str], names: Sequence[str]) -> str:
 
 
 def _of_table(table: Table, words: str, tags: str) -> _Loaded:
-    kept: list[tuple[list[str], list[str]]] = []
+    kept_words: list[list[str]] = []
+    kept_tags: list[list[str]] = []
     for row, cells in enumerate(zip(table.column(words), table.column(tags), strict=True)):
         if not isinstance(cells[0], list) or not isinstance(cells[1], list) or len(cells[0]) != len(cells[1]):
             raise DataError(
@@ -203,7 +204,8 @@ def _of_table(table: Table, words: str, tags: str) -> _Loaded:
             if not is_tag(str(tag)):
                 raise DataError(f"{table.where(row)}: {tag!r:.60} is not a tag; tags are O, B-type or I-type, as text.")
         if cells[0]:  # the hub's WNUT17 has a sentence without words
-            kept.append((list(cells[0]), list(cells[1])))
-    found, notes = normalised([words for words, _ in kept], [tags for _, tags in kept], table.source)
-    empty = len(table) - len(kept)
+            kept_words.append(list(cells[0]))
+            kept_tags.append(list(cells[1]))
+    found, notes = normalised(kept_words, kept_tags, table.source)
+    empty = len(table) - len(found)
     return found, (*notes, f"{table.source}: {empty} sentences without words are left out") if empty else notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,16 +96,12 @@ class SequenceTask:
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> PreparedSplits:
         spec, length = self.data.spec, longest_input(model, tokenizer, source.max_length)
         cut = f"inputs are cut at the {length} tokens that {source.model} has positions for."
-        evals = named(
-            {
-                split: Encoded(examples.by_length(), tokenizer, length, spec.regression)
-                for split, examples in self.data.evals.items()
-            }
-        )
+        encode = partial(Encoded, tokenizer=tokenizer, max_length=length, regression=spec.regression)
+        evals = named({split: encode(examples.by_length()) for split, examples in self.data.evals.items()})
         return PreparedSplits(
             described=describe(spec, length),
             notes=(cut,) if length < source.max_length else (),
-            train_set=Encoded(self.data.train, tokenizer, length, spec.regression),
+            train_set=encode(self.data.train),
             eval_sets=evals,
             step_sets=evals,  # each is cheap enough to be scored along the run
             collate=DataCollatorWithPadding(tokenizer),
