@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from unmask.errors import DataError
 from unmask.lab.tasks.hub import HubSource
 from unmask.lab.tasks.split import Loaded, text_key
-from unmask.lab.tasks.tags.spans import to_iob2, type_of
+from unmask.lab.tasks.tags.spans import to_iob2
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ class Sentences:
     @property
     def types(self) -> tuple[str, ...]:
         """The entity types that occur, sorted."""
-        found = {type_of(tag) for tags in self.tags for tag in tags}
-        return tuple(sorted(kind for kind in found if kind is not None))
+        return tuple(sorted({tag[2:] for tags in self.tags for tag in tags} - {""}))
 
     def take(self, rows: Sequence[int]) -> Sentences:
         """Returns the sentences of the given rows, in that order."""
@@ -110,7 +109,7 @@ def normalised(words: list[list[str]], tags: list[list[str]], source: str) -> tu
         return Sentences(words, fixed), ()
     iob1 = [  # which has B- only after an entity of the same type
         [
-            f"I-{tag[2:]}" if tag.startswith("B-") and type_of(tag) != type_of(last) else tag
+            f"I-{tag[2:]}" if tag.startswith("B-") and tag[2:] != last[2:] else tag
             for last, tag in zip(["O", *sentence], sentence, strict=False)
         ]
         for sentence in fixed
