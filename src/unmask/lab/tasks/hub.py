@@ -36,6 +36,18 @@ class HubSource:
     evals: tuple[tuple[str, str], ...] = (("validation", "dev"),)
     revision: str | None = None
 
+    def tables(self) -> dict[str, Table]:
+        """Reads the columns of the training and the evaluation splits, by our name of the split.
+
+        Raises:
+            DataError: The reasons are those of `load_splits` and `split_table`.
+        """
+        instead = "give the folder of the task's files with data_dir"
+        splits = load_splits(self.path, self.config, instead, self.revision)
+        where, columns = f"{self.path}:{self.config}" if self.config else self.path, (*self.texts, self.label)
+        pairs = (("train", "train"), *self.evals)
+        return {ours: split_table(splits, theirs, where, columns) for theirs, ours in pairs}
+
 
 @dataclass(frozen=True)
 class Origin:

@@ -122,11 +122,16 @@ def plain_name(name: str) -> str:
     return name.lower().translate({ord(sign): None for sign in "-_ "})
 
 
-def task_folder(given: Path, name: str, tasks: Container[str]) -> Path:
-    """Finds a task's folder: the one of that name in the given folder, or the given folder itself.
+def task_files(
+    given: Path, name: str, tasks: Container[str], stems: Mapping[str, Sequence[str]], suffixes: Sequence[str]
+) -> tuple[Path, dict[str, Path]]:
+    """Finds a task's folder: the one of that name in the given folder, or the given folder itself; and its files.
+
+    The file of a split is the one whose name is one of the split's ``stems`` with a suffix. It may be gzipped.
 
     Raises:
-        DataError: There is no such folder, there are two, or the given one is that of another of the ``tasks``.
+        DataError: There is no such folder, the given one is that of another of the ``tasks``, or there are two folders for
+            the task or two files for a split.
     """
     if not given.is_dir():
         raise DataError(f"there is no data folder {str(given)!r}; {listing(given.parent)}.")
@@ -136,20 +141,15 @@ def task_folder(given: Path, name: str, tasks: Container[str]) -> Path:
     other = plain_name(given.resolve().name)
     if not inside and other in tasks and other != name:  # many tasks share one format, so it would load silently
         raise DataError(f"{str(given)!r} is the folder of {other}, not of {name}.")
-    return inside[0] if inside else given
-
-
-def only_file(folder: Path, stems: Iterable[str], suffixes: Iterable[str]) -> Path | None:
-    """Finds the one file in a folder whose name is a stem with a suffix, also gzipped, or None.
-
-    Raises:
-        DataError: The folder holds two such files.
-    """
-    paths = (folder / "".join(parts) for parts in itertools.product(stems, suffixes, ("", ".gz")))
-    there = [path for path in paths if path.is_file()]
-    if len(there) > 1:
-        raise DataError(f"{str(folder)!r} holds both {there[0].name} and {there[1].name}; leave one.")
-    return there[0] if there else None
+    folder, found = inside[0] if inside else given, {}
+    for split, names in stems.items():
+        paths = (folder / "".join(parts) for parts in itertools.product(names, suffixes, ("", ".gz")))
+        there = [path for path in paths if path.is_file()]
+        if len(there) > 1:
+            raise DataError(f"{str(folder)!r} holds both {there[0].name} and {there[1].name}; leave one.")
+        if there:
+            found[split] = there[0]
+    return folder, found
 
 
 def read_table(path: Path, header: tuple[str, ...] | None = None, skip_short: bool = False) -> Table:

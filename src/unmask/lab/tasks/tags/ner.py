@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from unmask.errors import DataError
-from unmask.lab.tasks.hub import EVALUATION_SPLITS, HubSource, Origin, load_splits, origin_of, split_table
+from unmask.lab.tasks.hub import EVALUATION_SPLITS, HubSource, Origin, origin_of, split_table
 from unmask.lab.tasks.split import hold_out_a_tenth, shared, unofficial
-from unmask.lab.tasks.tables import Table, listed, listing, only_file, placed, read_table, suffix_of, task_folder
+from unmask.lab.tasks.tables import Table, listed, listing, placed, read_table, suffix_of, task_files
 from unmask.lab.tasks.tags.conll import SUFFIXES, read_conll
 from unmask.lab.tasks.tags.spans import is_tag
 from unmask.lab.tasks.tags.spec import Sentences, TagData, TagSpec, normalised
@@ -75,23 +75,17 @@ def load_ner(
         )
     known = spec or NER.get(name)
     if data_dir is not None:
-        folder = task_folder(Path(data_dir), name, NER)
-        paths = {split: only_file(folder, stems, ("", *SUFFIXES)) for split, stems in _FILES.items()}
-        lacking = ["train"] if (need_train or known is None) and paths["train"] is None else []
-        lacking += [] if paths["dev"] or paths["test"] else ["dev"]
+        folder, paths = task_files(Path(data_dir), name, NER, _FILES, ("", *SUFFIXES))
+        lacking = ["train"] if (need_train or known is None) and "train" not in paths else []
+        lacking += [] if paths.keys() - {"train"} else ["dev"]
         if lacking:
             raise DataError(
                 f"{name} needs a file {' and a file '.join(lacking)} ({', '.join(SUFFIXES)}); {listing(folder)}."
             )
-        loaded = {split: read_conll(path) for split, path in paths.items() if path is not None}
+        loaded = {split: read_conll(path) for split, path in paths.items()}
     elif known is not None and known.hub is not None:
-        hub, instead = known.hub, "give the folder of the task's files with data_dir"
-        splits = load_splits(hub.path, hub.config, instead, hub.revision)
-        columns = (hub.texts[0], hub.label)
-        loaded = {
-            ours: _of_table(split_table(splits, theirs, hub.path, columns), *columns)
-            for theirs, ours in (("train", "train"), *hub.evals)
-        }
+        columns = (known.hub.texts[0], known.hub.label)
+        loaded = {split: _of_table(table, *columns) for split, table in known.hub.tables().items()}
     else:
         raise DataError(f"task {name!r} is your own: give the folder of its files with data_dir, or a file with data.")
     return _task(known or TagSpec(CUSTOM_NER, loaded["train"][0].types), loaded)

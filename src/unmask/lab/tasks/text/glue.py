@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unmask.errors import DataError
-from unmask.lab.tasks.hub import HubSource, load_splits, split_table
+from unmask.lab.tasks.hub import HubSource
 from unmask.lab.tasks.split import unofficial
-from unmask.lab.tasks.tables import SUFFIXES, Table, listed, listing, only_file, read_table, suffix_of, task_folder
+from unmask.lab.tasks.tables import SUFFIXES, listed, listing, read_table, suffix_of, task_files
 from unmask.lab.tasks.text.labels import examples
 from unmask.lab.tasks.text.spec import Examples, TaskData, TaskSpec
 
@@ -107,38 +107,31 @@ def load_glue(name: str, data_dir: str | Path | None = None, *, need_train: bool
     notes: list[str] = []
     layout = _LAYOUTS[name]
     if data_dir is not None:
-        folder = task_folder(Path(data_dir), name, _LAYOUTS)
-        paths = {split: only_file(folder, [split], SUFFIXES) for split in ("train", *layout.evals)}
-        if folder == Path(data_dir) and not any(paths.values()):
+        stems = {split: (split,) for split in ("train", *layout.evals)}
+        folder, paths = task_files(Path(data_dir), name, _LAYOUTS, stems, SUFFIXES)
+        if folder == Path(data_dir) and not paths:
             raise DataError(f"there is neither a folder {layout.folder!r} nor train.tsv: {listing(folder)}.")
-        lacking = [] if any(paths[split] for split in layout.evals) else [layout.evals[0]]
-        lacking += ["train"] if need_train and paths["train"] is None else []
+        lacking = [] if paths.keys() - {"train"} else [layout.evals[0]]
+        lacking += ["train"] if need_train and "train" not in paths else []
         if lacking:
             raise DataError(f"{name} needs {' and '.join(f'{split}.tsv' for split in lacking)}; {listing(folder)}.")
         for split, path in paths.items():
-            if path is None:
-                continue
             table = read_table(path, layout.header if suffix_of(path) == ".tsv" else None, skip_short=layout.defects)
-            columns = [_pick(table, names) for names in layout.texts]
-            splits[split] = examples(spec, table, columns, _pick(table, layout.label), keep_empty=layout.defects)
+            columns = []
+            for names in (*layout.texts, layout.label):
+                there = [name for name in names if name in table.columns]
+                if not there:
+                    either = " or ".join(map(repr, names))
+                    raise DataError(f"{path} has no column {either}; its columns are {listed(table.columns)}.")
+                columns.append(there[0])
+            splits[split] = examples(spec, table, columns[:-1], columns[-1], keep_empty=layout.defects)
             if table.skipped:
                 notes.append(f"{path.name}: {table.skipped} rows that are cut short are left out, as on the hub")
     else:
         hub = spec.hub
         assert hub is not None, "each task of the table is on the hub"
-        tables = load_splits(hub.path, hub.config, "give the folder of the task's files with data_dir")
-        for theirs, ours in (("train", "train"), *hub.evals):
-            table = split_table(tables, theirs, f"{hub.path}:{hub.config}", (*hub.texts, hub.label))
-            splits[ours] = examples(spec, table, hub.texts, hub.label, keep_empty=layout.defects)
+        for split, table in hub.tables().items():
+            splits[split] = examples(spec, table, hub.texts, hub.label, keep_empty=layout.defects)
     notes += unofficial(name, "examples", splits, spec.sizes)
     train = splits.pop("train", Examples([], [] if len(spec.text_columns) > 1 else None, []))
     return TaskData(spec, train, splits, tuple(notes))
-
-
-def _pick(table: Table, names: tuple[str, ...]) -> str:
-    for name in names:
-        if name in table.columns:
-            return name
-    raise DataError(
-        f"{table.source} has no column {' or '.join(map(repr, names))}; its columns are {listed(table.columns)}."
-    )
