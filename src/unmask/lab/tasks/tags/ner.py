@@ -15,7 +15,7 @@ from unmask.lab.tasks.tags.spec import Sentences, TagData, TagSpec, normalised
 
 CUSTOM_NER = "ner"
 """The name of every task that is made of the user's own files."""
-_Loaded = tuple[Sentences, tuple[str, ...]]  # the sentences of a split, and notes
+_Split = tuple[Sentences, tuple[str, ...]]  # the sentences of a split, and notes
 _TABLES = (".jsonl", ".json", ".parquet")  # the formats of tables whose cells can hold lists
 _FORMATS = (*SUFFIXES, *_TABLES)
 
@@ -141,7 +141,7 @@ def _columns(words: str | None, tags: str | None) -> tuple[tuple[str, ...], tupl
     return (words,) if words else ("tokens", "words"), (tags,) if tags else ("ner_tags", "tags")
 
 
-def _task(spec: TagSpec, loaded: Mapping[str, _Loaded]) -> TagData:
+def _task(spec: TagSpec, loaded: Mapping[str, _Split]) -> TagData:
     """Puts the splits together, and checks each against the task's types."""
     for split, (sentences, _) in loaded.items():
         unknown = sorted(set(sentences.types) - set(spec.types))
@@ -162,7 +162,7 @@ def _task(spec: TagSpec, loaded: Mapping[str, _Loaded]) -> TagData:
     return TagData(spec, train, evals, tuple(notes))
 
 
-def _read(origin: Origin, splits: Sequence[str], words: Sequence[str], tags: Sequence[str]) -> _Loaded:
+def _read(origin: Origin, splits: Sequence[str], words: Sequence[str], tags: Sequence[str]) -> _Split:
     """Reads sentences from a column file, a table with such columns, or the first of these splits that a hub data set has."""
     if origin.splits is not None:
         split = origin.first_of(splits)
@@ -184,7 +184,7 @@ def _pick(columns: Collection[str], names: Sequence[str]) -> str:
     return next((name for name in names if name in columns), names[0])
 
 
-def _of_table(table: Table, words: str, tags: str) -> _Loaded:
+def _of_table(table: Table, words: str, tags: str) -> _Split:
     kept_words: list[list[str]] = []
     kept_tags: list[list[str]] = []
     for row, cells in enumerate(zip(table.column(words), table.column(tags), strict=True)):

@@ -78,10 +78,9 @@ class TaskSpec:
 
     @property
     def takes_ids(self) -> bool:
-        """True if labels may be written as ids.
+        """True if labels may be written as ids, which they may not if the user's own data name the classes by text.
 
-        They may not if the user's own data name the classes by text: there the text "1" is a class that training has not
-        seen, and not the second class.
+        There the text "1" is a class that training has not seen, and not the second class.
         """
         plain = self.label_names in (None, tuple(str(i) for i in range(self.num_labels)))
         return plain or self.name != CUSTOM
