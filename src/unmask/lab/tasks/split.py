@@ -192,7 +192,7 @@ class PreparedSplits:
         eval_sets: The data sets of all evaluation splits, `named`, the main one first.
         score: A function from a split's name, its predictions and its labels to metrics.
         metrics: The names of those metrics.
-        metric: The one by which runs are compared.
+        metric: The one of them that runs are compared by.
     """
 
     described: dict[str, Any]

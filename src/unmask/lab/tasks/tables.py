@@ -125,9 +125,10 @@ def plain_name(name: str) -> str:
 def task_files(
     given: Path, name: str, tasks: Container[str], stems: Mapping[str, Sequence[str]], suffixes: Sequence[str]
 ) -> tuple[Path, dict[str, Path]]:
-    """Finds a task's folder: the one of that name in the given folder, or the given folder itself; and its files.
+    """Finds the folder of a task, and the file of each split in it.
 
-    The file of a split is the one whose name is one of the split's ``stems`` with a suffix. It may be gzipped.
+    The folder is the one in the given folder that has the task's name, or the given folder itself. The file's name is one of
+    the split's ``stems`` with one of the suffixes, and with ``.gz`` if it is gzipped.
 
     Raises:
         DataError: There is no such folder, the given one is that of another of the ``tasks``, or there are two folders for
@@ -194,9 +195,9 @@ def open_text(path: Path, form: str, newline: str = "\n") -> Iterator[TextIO]:
     "\\n" keeps the other characters that Unicode counts as line ends in the text.
 
     Raises:
-        DataError: The file is not UTF-8, not of the named form, or a damaged gzip.
+        DataError: The file is not UTF-8, is a damaged gzip, or a reader finds that it is not of the named form.
     """
-    opened = gzip.open if path.name.lower().endswith(".gz") else open
+    opened: Any = gzip.open if path.name.lower().endswith(".gz") else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline=newline) as file:
             yield file

@@ -9,7 +9,7 @@ from unmask.errors import DataError
 
 Span = tuple[str, int, int]  # entity type, first word, one past the last word
 Tags = Sequence[str]  # the tags of one sentence
-_TAG = re.compile(r"O|[BI]-\S.*")  # from its third character on, a tag is its entity type; that of O is empty
+_TAG = re.compile(r"O|[BI]-\S.*")  # The entity type of a tag is tag[2:], which is empty for O.
 
 
 def is_tag(text: str) -> bool:

@@ -48,7 +48,7 @@ class TagSpec:
 
 @dataclass(frozen=True)
 class Sentences:
-    """Words with tags.
+    """Words with tags, which can be split as `unmask.lab.tasks.split.Rows`.
 
     Attributes:
         words: The words of each sentence.
@@ -73,7 +73,6 @@ class Sentences:
 
     @property
     def keys(self) -> list[str]:
-        """The key of each sentence, by which sentences are told apart (see `unmask.lab.tasks.split.text_key`)."""
         return [text_key(" ".join(words), "") for words in self.words]
 
     @property
@@ -82,7 +81,6 @@ class Sentences:
         return tuple(sorted({tag[2:] for tags in self.tags for tag in tags} - {""}))
 
     def take(self, rows: Sequence[int]) -> Sentences:
-        """Returns the sentences of the given rows, in that order."""
         return Sentences([self.words[row] for row in rows], [self.tags[row] for row in rows])
 
     def by_length(self) -> Sentences:

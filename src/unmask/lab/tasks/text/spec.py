@@ -100,7 +100,7 @@ def default_metrics(num_labels: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with labels.
+    """Texts with labels, which can be split as `unmask.lab.tasks.split.Rows`.
 
     Attributes:
         texts: The first texts.
@@ -125,7 +125,6 @@ class Examples:
 
     @property
     def keys(self) -> list[str]:
-        """The key of each text or pair, by which examples are told apart (see `unmask.lab.tasks.split.text_key`)."""
         pairs = self.pairs or [""] * len(self)
         return [text_key(text, pair) for text, pair in zip(self.texts, pairs, strict=True)]
 
