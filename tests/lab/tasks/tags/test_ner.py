@@ -153,6 +153,9 @@ def test_wrong_names_folders_and_types_are_refused(tmp_path):
     write(tmp_path / "wnut17" / "train.txt", "Ann B-PER\n")
     with pytest.raises(DataError, match=r"both train\.conll and train\.txt"):
         load_ner("wnut17", tmp_path)
+    (tmp_path / "WNUT-17").mkdir()
+    with pytest.raises(DataError, match="holds more than one folder for wnut17: WNUT-17, wnut17"):
+        load_ner("wnut17", tmp_path)
 
 
 def test_a_note_counts_the_evaluation_sentences_that_are_in_the_training_data(tmp_path):
