@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
 import typer.main
-
-if TYPE_CHECKING:
-    from unmask.lab.training.fields import Setting
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", tuple: "TEXT,TEXT"}
 
@@ -34,13 +30,35 @@ class SettingsCommand(typer.core.TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Returns the command's parameters, those of the settings among them."""
-        if not self._made:
-            from unmask.lab.training.fields import settings_of
+        if self._made:
+            return super().get_params(ctx)
+        from unmask.lab.training.fields import settings_of
 
-            module, name = self.settings
-            known = settings_of(getattr(import_module(module), name))
-            self._made = tuple(known)
-            self.params = [*_options(known), *self.params]
+        module, name = self.settings
+        known = settings_of(getattr(import_module(module), name))
+        self._made, parameters = tuple(known), []
+        for setting in known.values():
+            flag, option_name = bool in setting.types, setting.name.replace("_", "-")
+            # Without a default the help text says what happens without the option.
+            without = setting.default in (dataclasses.MISSING, None, ())
+            option = typer.Option(
+                f"--{option_name}/--no-{option_name}" if flag else f"--{option_name}",
+                metavar=None if flag else "|".join([*(_METAVARS[one] for one in setting.types), *setting.words]),
+                help=setting.help + ("" if without else f" [default: {plain(setting.default)}]"),
+                show_default=False,
+            )
+            kind: Any = Annotated[bool | None, option] if flag else Annotated[str | None, option]
+            form = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(setting.name, form, default=None, annotation=kind))
+
+        # typer makes options from a function's signature; this function's parameters are the settings.
+        def carrier() -> None: ...
+
+        carrier.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        carrier.__annotations__ = {p.name: p.annotation for p in parameters}
+        app = typer.Typer(add_completion=False)
+        app.command()(carrier)
+        self.params = [*typer.main.get_command(app).params, *self.params]
         return super().get_params(ctx)
 
     def invoke(self, ctx: Any) -> Any:
@@ -48,32 +66,6 @@ class SettingsCommand(typer.core.TyperCommand):
         given = {name: ctx.params.pop(name) for name in self._made}
         ctx.obj = {name: value for name, value in given.items() if value is not None}
         return super().invoke(ctx)
-
-
-def _options(known: Mapping[str, Setting]) -> list[Any]:
-    """Returns typer's options for settings: those of a function whose parameters are the settings."""
-
-    def carrier() -> None: ...
-
-    parameters = []
-    for setting in known.values():
-        flag, name = bool in setting.types, setting.name.replace("_", "-")
-        # Without a default the help text says what happens without the option.
-        without = setting.default in (dataclasses.MISSING, None, ())
-        option = typer.Option(
-            f"--{name}/--no-{name}" if flag else f"--{name}",
-            metavar=None if flag else "|".join([*(_METAVARS[one] for one in setting.types), *setting.words]),
-            help=setting.help + ("" if without else f" [default: {plain(setting.default)}]"),
-            show_default=False,
-        )
-        kind: Any = Annotated[bool | None, option] if flag else Annotated[str | None, option]
-        form = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(setting.name, form, default=None, annotation=kind))
-    carrier.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    carrier.__annotations__ = {p.name: p.annotation for p in parameters}
-    app = typer.Typer(add_completion=False)
-    app.command()(carrier)
-    return list(typer.main.get_command(app).params)
 
 
 def plain(value: Any) -> str:

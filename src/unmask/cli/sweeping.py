@@ -1,4 +1,4 @@
-"""``unmask sweep``, ``reproduce`` and ``report``: run grids of trainings and write their tables and pages."""
+"""``unmask sweep`` and ``unmask reproduce``: run grids of trainings and write their tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from unmask.errors import ConfigError, MissingExtraError
-from unmask.files import check_file, check_folder, write_text
+from unmask.files import check_folder, write_text
 from unmask.lab.study.cells import Cell, distinct, expand
 from unmask.lab.study.choosing import due
 from unmask.lab.study.live import describe, outcome
 from unmask.lab.study.records import records
-from unmask.lab.study.scheduler import SweepReport, run_sweep
+from unmask.lab.study.scheduler import run_sweep
 from unmask.lab.study.spec import Sweep
 from unmask.lab.study.store import Result, Store
 from unmask.lab.study.tables import markdown, tables
@@ -50,7 +51,7 @@ class Options:
 
 
 def go(sweep: Sweep, output: Path, options: Options) -> None:
-    """Runs a sweep and prints and writes its table, or lists its runs. It exits with status 1 if runs failed."""
+    """Runs a sweep and prints and writes its table and figures, or lists its runs. Exits with status 1 if runs failed."""
     check_folder(output, "--output")
     sweep = changed(sweep, options)
     cells, store, console = expand(sweep), Store(output), Console()
@@ -69,7 +70,27 @@ def go(sweep: Sweep, output: Path, options: Options) -> None:
         command=shlex.join(["unmask", *sys.argv[1:]]),
         cells=cells,
     )
-    _finish(sweep, store, made, console)
+    found = tables(made.cells, made.results, sweep.protocol, sweep.choice, sweep.claims)
+    shown = found if sweep.protocol.pair else found[:1]  # the report has the others
+    text = "\n\n".join([*sweep.notes, *map(markdown, shown)])
+    write_text(store.folder / "table.md", f"{text}\n")
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say(text)
+    if sweep.figures:
+        from unmask.lab.report.drawing import draw_files
+
+        rows = records(made.cells, made.results, sweep.protocol, sweep.choice)
+        try:
+            for path in draw_files(sweep.figures, rows, store.folder / "figures"):
+                say(f"figure: {path}")
+        except MissingExtraError as error:
+            say(f"no figures: {error}")
+    say(f"report: unmask report {store.folder} --output report.html")
+    for result in made.failed:
+        say(f"{result['id']}  {outcome(result)}", style="red")
+    if made.failed:
+        say(f"{len(made.failed)} runs failed; --retry-failed does them again. Logs: {store.folder / 'logs'}")
+        raise typer.Exit(1)
 
 
 def changed(sweep: Sweep, options: Options) -> Sweep:
@@ -113,39 +134,3 @@ def listing(sweep: Sweep, cells: Sequence[Cell], results: dict[str, Result]) -> 
         )
         shown.add_row(str(number), cell.id, escape(describe(cell)), escape(state))
     return shown
-
-
-def _finish(sweep: Sweep, store: Store, made: SweepReport, console: Console) -> None:
-    found = tables(made.cells, made.results, sweep.protocol, sweep.choice, sweep.claims)
-    shown = found if sweep.protocol.pair else found[:1]  # the report has the others
-    text = "\n\n".join([*sweep.notes, *map(markdown, shown)])
-    write_text(store.folder / "table.md", f"{text}\n")
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    if sweep.figures:
-        from unmask.lab.report.drawing import draw_files
-
-        rows = records(made.cells, made.results, sweep.protocol, sweep.choice)
-        try:
-            for path in draw_files(sweep.figures, rows, store.folder / "figures"):
-                console.print(f"figure: {path}", markup=False, highlight=False)
-        except MissingExtraError as error:
-            console.print(f"no figures: {error}", markup=False)
-    console.print(
-        f"report: unmask report {store.folder} --output report.html", markup=False, highlight=False, soft_wrap=True
-    )
-    if made.failed:
-        for result in made.failed:
-            console.print(
-                f"{result['id']}  {outcome(result)}", style="red", markup=False, highlight=False, soft_wrap=True
-            )
-        console.print(f"{len(made.failed)} runs failed; --retry-failed does them again. Logs: {store.folder / 'logs'}")
-        raise typer.Exit(1)
-
-
-def run_report(folders: Sequence[Path], output: Path) -> None:
-    """Writes the HTML report of sweeps or runs."""
-    check_file(output, "--output")
-    from unmask.lab.report import write_report
-
-    path = write_report(folders, output)
-    print(f"report in {path} ({path.stat().st_size:,} bytes)")

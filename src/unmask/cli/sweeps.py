@@ -99,6 +99,8 @@ def report(
     output: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
 ) -> None:
     """Write one HTML page with the tables, figures and runs of sweeps."""
-    from unmask.cli.sweeping import run_report
+    from unmask.files import check_file
+    from unmask.lab.report import write_report
 
-    run_report(runs, output)
+    path = write_report(runs, check_file(output, "--output"))
+    print(f"report in {path} ({path.stat().st_size:,} bytes)")
