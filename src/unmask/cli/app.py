@@ -56,9 +56,7 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
 def demo(
     budget: Annotated[str, typer.Option(help="The number of scalar weights to unmask: a count or a share.")] = "20000",
     steps: Annotated[int, typer.Option(help="The number of optimizer steps.", min=1)] = 200,
-    output: Annotated[
-        Path | None, typer.Option(help="The folder for the delta; without it, a folder in the cache.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The folder for the delta; without it, one in the cache.")] = None,
 ) -> None:
     """Fine-tune a real encoder on real reviews with ID3, on this CPU, in under three minutes."""
     from unmask.cli.demo import run_demo
@@ -74,9 +72,7 @@ class _TrainCommand(SettingsCommand):
 def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings; options and --set go over it.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting as key=value, as in the YAML file.")
-    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting, key=value, as in the YAML file.")] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -92,9 +88,7 @@ def train(
             help="Continue from the newest whole checkpoint in the output, with the settings that the run was started with.",
         ),
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the run in the output, and start a new one there.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output by a new one.")] = False,
 ) -> None:
     """Train a delta on a known task or on your own data."""
     from unmask.files import check_folder
@@ -121,23 +115,17 @@ def evaluate(
         typer.Option(help="The task; without it, the delta's own. Word problems: gsm8k,svamp,..."),
     ] = None,
     data_dir: Annotated[str | None, typer.Option(help="The folder with the task's files; without it, the hub.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Your evaluation data: csv, tsv, jsonl, json, parquet, conll.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="Your own data: csv, tsv, jsonl, json, parquet, conll.")] = None,
     text: Annotated[str, typer.Option(help="The text column.")] = "text",
     text_pair: Annotated[str | None, typer.Option(help="The second text column.")] = None,
     label: Annotated[str, typer.Option(help="The label column.")] = "label",
     batch_size: Annotated[int, typer.Option(help="The number of examples per forward pass.", min=1)] = 64,
-    limit: Annotated[
-        int | None, typer.Option(help="Solve only the first so many word problems of each set.", min=1)
-    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Solve only so many word problems of each set.", min=1)] = None,
     output: Annotated[
         str | None,
         typer.Option(help="The folder for generated texts; without it, one next to the delta, or under runs."),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the texts that were generated there before.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the texts generated there before.")] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -194,15 +182,9 @@ def delta(
         Path,
         typer.Argument(help="The folder RUN/checkpoints/checkpoint-N, or RUN, the output folder of `unmask train`."),
     ],
-    step: Annotated[
-        int | None, typer.Option(help="The step of the checkpoint of RUN; without it, the last one.", min=1)
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="The file to write; without it, RUN/series/step-N.safetensors.")
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The run's base model: a folder or a hub id; without it, where the run found it.")
-    ] = None,
+    step: Annotated[int | None, typer.Option(help="The step of the checkpoint; without it, the last.", min=1)] = None,
+    output: Annotated[Path | None, typer.Option(help="The file; without it, RUN/series/step-N.safetensors.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base (a folder or a hub id); without it, the run's.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the checkpoints, and write nothing.")] = False,
 ) -> None:
     """Write the delta of a checkpoint: one run gives a series of models of smaller budgets."""

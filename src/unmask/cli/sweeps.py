@@ -13,26 +13,18 @@ Threads = Annotated[
     typer.Option(help="CPU threads of each worker; without it the cores are shared out.", min=1),
 ]
 Devices = Annotated[str | None, typer.Option(help="The GPUs for the workers in turn, as CUDA numbers: 0,1.")]
-Engine = Annotated[
-    str, typer.Option(help="local: worker processes on this machine; ray: tasks on a Ray cluster (extra ray).")
-]
-Axis = Annotated[
-    list[str] | None, typer.Option(help="Set other values on an axis: --axis task=mrpc,rte --axis seed=0,1.")
-]
+Engine = Annotated[str, typer.Option(help="local: processes on this machine; ray: tasks on a Ray cluster (extra ray).")]
+Axis = Annotated[list[str] | None, typer.Option(help="Other values of an axis: --axis task=mrpc,rte --axis seed=0,1.")]
 Only = Annotated[list[str] | None, typer.Option(help="Run some methods or values only: --only method=id3,pafi.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of every run: --set max_steps=100.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs in order, and run nothing.")]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Do failed runs again.")]
-DataDir = Annotated[
-    str | None, typer.Option(help="The folder with the tasks' files; without it they come from the hub.")
-]
+DataDir = Annotated[str | None, typer.Option(help="The folder with the tasks' files; without it, the hub.")]
 
 
 def sweep(
     file: Annotated[Path, typer.Argument(help="The sweep's YAML file; see docs/reproduce.md.")],
-    output: Annotated[
-        Path, typer.Option(help="The folder for the results; runs that are done there are not done again.")
-    ],
+    output: Annotated[Path, typer.Option(help="The folder for results; runs that are done there are not done again.")],
     model: Annotated[str | None, typer.Option(help="The base model: a folder or a hub id.")] = None,
     data_dir: DataDir = None,
     workers: Workers = 1,
@@ -56,9 +48,7 @@ def reproduce(
     name: Annotated[str, typer.Argument(help="table1 to table5, fig1, fig4 to fig9.")],
     model: Annotated[str, typer.Option(help="The base model: a folder or a hub id.")],
     data_dir: DataDir = None,
-    scale: Annotated[
-        str, typer.Option(help="full: the paper's runs; small: real runs of a few steps, to see it work.")
-    ] = "full",
+    scale: Annotated[str, typer.Option(help="full: the paper's runs; small: a few steps of each, to try it.")] = "full",
     preset: Annotated[
         str,
         typer.Option(
@@ -72,9 +62,7 @@ def reproduce(
             "is chosen on the first seed, and all seeds count, with an interval. both: the runs of both. Default: the preset's."
         ),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder; default runs/reproduce/NAME-SCALE, or NAME-SCALE-tuned.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default runs/reproduce/NAME-SCALE[-tuned].")] = None,
     workers: Workers = 1,
     threads: Threads = None,
     devices: Devices = None,

@@ -52,9 +52,7 @@ class TrainConfig:
         "houlsby). Without it the run selects in the base itself. With method full all added weights are trained: an "
         "ordinary LoRA.",
     )
-    lora_r: int = setting(
-        8, "The LoRA's rank. SHiRA trains as many weights of each layer as a LoRA of this rank would."
-    )
+    lora_r: int = setting(8, "The LoRA's rank. SHiRA trains as many weights of a layer as a LoRA of this rank would.")
     lora_alpha: float = setting(8.0, "The LoRA's scale is lora_alpha / lora_r.")
     lora_dropout: float = setting(0.0, "The dropout on the LoRA's input.")
     lora_targets: tuple[str, ...] = setting(
@@ -81,9 +79,7 @@ class TrainConfig:
         "What happens to a weight that repeat_d3 no longer picks: it is restored to its base value, or kept as it "
         "is, as in the paper.",
     )
-    schedule: str = setting(
-        "uniform", "How id3 spreads the budget over the steps: uniform, cosine, front-loaded or at-once."
-    )
+    schedule: str = setting("uniform", "How id3 spreads the budget over steps: uniform, cosine, front-loaded, at-once.")
     heuristic: str | None = setting(
         None,
         "The heuristic that ranks weights in place of D3 (id3, repeat_d3, static_d3), such as gradient, snip or "
@@ -95,19 +91,15 @@ class TrainConfig:
         "tensor, row or column.",
     )
     scope: NamedKind | None = setting(None, "Which tensors are eligible; without it, those of the method's own scope.")
-    include: tuple[str, ...] = setting(
-        (), "Regular expressions: only tensors whose names they are found in are eligible."
-    )
-    exclude: tuple[str, ...] = setting(
-        (), "Regular expressions: tensors whose names they are found in are not eligible."
-    )
+    include: tuple[str, ...] = setting((), "Regular expressions: only tensors in whose name one is found are eligible.")
+    exclude: tuple[str, ...] = setting((), "Regular expressions: tensors in whose name one is found are not eligible.")
     dense: tuple[str, ...] = setting(
         ("new",),
         "Regular expressions of tensors that are trained whole, outside the budget; new stands for those that the "
         "base checkpoint lacks.",
     )
     num_samples: int = setting(
-        1024, "The number of examples for the Fisher information (fish) and for pruning (sparse_adapter)."
+        1024, "The number of examples for fish's Fisher information and sparse_adapter's pruning."
     )
     criterion: Criterion = setting("snip", "By which score sparse_adapter keeps weights.")
     pruned: Unselected = setting(
@@ -141,11 +133,9 @@ class TrainConfig:
     max_steps: int | None = setting(None, "The number of optimizer steps, in place of epochs.")
     batch_size: int = setting(16, "The number of examples per forward pass.")
     accumulation: int = setting(1, "The number of micro-batches per optimizer step.")
-    warmup: float = setting(
-        0.06, "The share of the steps in which the learning rate rises. Afterwards it falls linearly."
-    )
+    warmup: float = setting(0.06, "The share of the steps in which the learning rate rises. Then it falls linearly.")
     max_grad_norm: float = setting(
-        1.0, "The norm at which the gradient of the selected weights is clipped; 0 for no clipping."
+        1.0, "The norm at which the gradient of the selected weights is clipped; 0 for none."
     )
     max_length: int = setting(
         128,
@@ -161,9 +151,7 @@ class TrainConfig:
     )
     eval_steps: int | None = setting(None, "Evaluate every so many steps; without it, at the end of each epoch.")
     save_steps: int | None = setting(None, "Save a checkpoint every so many steps; without it, with each evaluation.")
-    keep_checkpoints: int | None = setting(
-        2, "How many checkpoints are kept, the newest first; none keeps all of them."
-    )
+    keep_checkpoints: int | None = setting(2, "How many checkpoints are kept, the newest first; none keeps all.")
     logging_steps: int = setting(20, "Log every so many steps.")
     report_to: tuple[str, ...] = setting((), "The loggers of transformers' Trainer, such as tensorboard or wandb.")
     prompt: str = setting(
@@ -172,9 +160,7 @@ class TrainConfig:
         "in it.",
     )
     train_on_prompt: bool = setting(False, "Let the prompt's tokens carry loss too, and not the solution's alone.")
-    held_out: int = setting(
-        120, "The number of word problems that are held out of the training data for the loss along the run."
-    )
+    held_out: int = setting(120, "The number of word problems that are held out for the loss along the run.")
     test_sets: tuple[str, ...] = setting((), "The sets of word problems to solve after training.")
     test_limit: int | None = setting(None, "Solve only the first so many problems of each set.")
     test_batch_size: int = setting(16, "The number of prompts per batch there.")
@@ -183,21 +169,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, each in settings_of(TrainConfig).items():
             each.check(getattr(self, name))
-        self._check_data()
-        self._check_numbers()
-        if self.method is None:
-            from unmask.lab.training.recipe import recommended
-
-            for name, value in recommended(self.task, self.into).items():
-                if getattr(self, name) is None:
-                    object.__setattr__(self, name, value)
-        self._check_method()
-
-    def _check_data(self) -> None:
-        """Refuses no source of examples, and more than one."""
-        from unmask.lab.tasks.names import (
-            TASKS,  # here and below: `unmask --help` reads this class, and does not wait for them
-        )
+        # `unmask --help` reads this class, and does not wait for what is imported here and below.
+        from unmask.lab.tasks.names import TASKS
+        from unmask.lab.training.recipe import recommended
 
         if self.task is not None and self.task not in TASKS:
             raise ConfigError(
@@ -208,9 +182,6 @@ class TrainConfig:
                 raise ConfigError("task 'ner' is your own: give data (and eval), or data_dir, and not both.")
         elif (self.task is None) == (self.data is None):
             raise ConfigError("give either task (with data_dir) or data (with text and label), and not both.")
-
-    def _check_numbers(self) -> None:
-        """Refuses numbers that are out of their bounds."""
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed = {shown(self.seed)}; it must be a whole number from 0 to {2**32 - 1:,}.")
         for name in _POSITIVE:
@@ -224,6 +195,11 @@ class TrainConfig:
             raise ConfigError(f"warmup = {self.warmup}; it is a share of the steps, below 1.")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout = {self.lora_dropout}; it is a probability, from 0 to below 1.")
+        if self.method is None:
+            for name, value in recommended(self.task, self.into).items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)
+        self._check_method()
 
     def _check_method(self) -> None:
         """Refuses what a method needs and lacks, and what it cannot have."""
@@ -243,9 +219,7 @@ class TrainConfig:
                 "sweep: budget: null in the method's settings)."
             )
         if self.budget is None and self.method not in ("bitfit", "full"):
-            raise ConfigError(
-                f"method {self.method!r} needs a budget: a count (20000) or a share of the weights (0.17%)."
-            )
+            raise ConfigError(f"method {self.method!r} needs a budget: a count (20000) or a share of weights (0.17%).")
         if self.leaving != "restored" and self.method != "repeat_d3":
             raise ConfigError(
                 f"leaving = {self.leaving!r} goes with method repeat_d3; under method {self.method!r} no weight leaves so."

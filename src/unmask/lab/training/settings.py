@@ -124,9 +124,7 @@ def parse_yaml(text: str) -> Any:
 
 def write_yaml(config: TrainConfig, path: Path) -> None:
     """Writes the resolved configuration; `read_yaml` and `build` give it back."""
-    plain = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
-    }
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     write_text(path, need("yaml", "cli").safe_dump(plain, sort_keys=False))
 
 
