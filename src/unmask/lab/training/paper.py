@@ -54,11 +54,7 @@ class Preset:
     unsaid_inside: Mapping[str, tuple[str, ...]]
 
     def grid(self, method: str, into: str | None = None) -> tuple[str, ...]:
-        """Returns the learning rates that a method is run with.
-
-        Args:
-            method: The method's name, as in `unmask.lab.training.config.TrainConfig`.
-            into: What the method selects inside of (``"lora"``, ...); None for the model itself.
+        """Returns the learning rates that a method is run with inside of ``into`` (None for the model itself).
 
         Example:
             >>> preset("cola").grid("id3")
@@ -72,9 +68,7 @@ class Preset:
         return self.full_rates if self.full_rates and method == "full" and into is None else self.rates
 
     def run(self, method: str = "id3", into: str | None = None) -> dict[str, Any]:
-        """Returns the settings of one run, for `unmask.lab.training.settings.build`: by the second rate and seed.
-
-        The method and ``into`` are those of `grid`.
+        """Returns the settings of one run, for `unmask.lab.training.settings.build`: by the second rate and the second seed.
 
         Example:
             >>> run = preset("cola").run("full")
@@ -93,8 +87,7 @@ class Preset:
 def presets(name: str = "paper") -> Mapping[str, Preset]:
     """Reads the settings of every task that a preset has, by the task's name.
 
-    ``"paper"`` has the paper's settings, with an explicit one of this project's where the paper names none. ``"tuned"`` has this
-    project's own. The two are never mixed.
+    ``"paper"`` has the paper's settings, and explicit ones where the paper names none. ``"tuned"`` has this project's own.
 
     Raises:
         ConfigError: There is no such preset.
@@ -112,7 +105,11 @@ def presets(name: str = "paper") -> Mapping[str, Preset]:
                 task=task,
                 family=family,
                 source=own.get("source", values["source"]),
-                settings={**chosen, **shared["settings"], **{k: v for k, v in own.items() if k not in _NO_SETTINGS}},
+                settings={
+                    **chosen,
+                    **shared["settings"],
+                    **{k: v for k, v in own.items() if k not in ("source", "metric")},
+                },
                 lora=shared.get("lora", {}),
                 by_method=values.get("by_method", {}),
                 rates=tuple(shared["rates"]),
@@ -127,9 +124,6 @@ def presets(name: str = "paper") -> Mapping[str, Preset]:
                 },
             )
     return MappingProxyType(found)
-
-
-_NO_SETTINGS = ("source", "metric")
 
 
 def preset(task: str, name: str = "paper") -> Preset:
@@ -159,15 +153,14 @@ def read(name: str, package: str = "unmask.lab.training") -> dict[str, Any]:
 
 
 def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Puts a run's settings over those of a preset.
+    """Puts a run's settings, as plain values, over those of a preset.
 
     Args:
-        name: ``"recommended"``: the recipe of `unmask.lab.training.recipe`, also where it is not the default. ``"paper"``: the
-            paper's settings for the task (its Table 7), with ID3. The paper has four runs; a single one has the rate and the
-            seed of the second, 3e-4 and 7 (under method full 7e-6 and 7; on word problems, where the paper has one run, 3e-4
-            and 42). ``"tuned"``: this project's settings for the task, with ID3, the second rate of the method's grid and
-            seed 1. None: the settings as they are; without a method they get the recipe when the configuration is built.
-        settings: The run's settings as plain values, with ``task`` under paper and tuned.
+        name: ``"recommended"``: the recipe of `unmask.lab.training.recipe`, also where it is not the default. ``"paper"`` and
+            ``"tuned"``: the settings of `Preset.run` for the run's ``task``, with ID3; under paper the rate is 3e-4 and the
+            seed 7 (under method full 7e-6 and 7, on word problems 3e-4 and 42). None: the settings as they are; without a
+            method they get the recipe when the configuration is built.
+        settings: The run's settings.
 
     Raises:
         ConfigError: There is no such preset, or it has no settings for the task.

@@ -54,10 +54,7 @@ class Start:
 
 
 class RunFolder:
-    """The output folder of a run, with the paths of its files.
-
-    The folder need not exist.
-    """
+    """The output folder of a run, with the paths of its files. The folder need not exist."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,7 +75,22 @@ class RunFolder:
         """
         new = not self.path.exists()
         try:
-            with self._locked():
+            with contextlib.ExitStack() as stack:
+                mine = True
+                try:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    if locking.POSSIBLE and os.environ.get("RANK", "0") == "0":
+                        mine = stack.enter_context(locking.holding(self._lock, keep=False))
+                except OSError as error:
+                    if error.errno not in _NO_LOCKS:
+                        raise ConfigError(
+                            f"output = {str(self.path)!r} cannot be used: {error}. Give a folder that can be written to."
+                        ) from error
+                if not mine:
+                    raise ConfigError(
+                        f"{str(self.path)!r} is in use: {locking.holder(self._lock)} is training there. Wait for it to end, or "
+                        "give another --output."
+                    )
                 yield
         except OSError as error:
             ours = Path(str(error.filename or "")).is_relative_to(self.path)
@@ -91,26 +103,6 @@ class RunFolder:
             if new:
                 with contextlib.suppress(OSError):  # a refused run leaves no empty folder
                     self.path.rmdir()
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                locks = locking.POSSIBLE and os.environ.get("RANK", "0") == "0"
-                mine = stack.enter_context(locking.holding(self._lock, keep=False)) if locks else True
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise ConfigError(
-                        f"output = {str(self.path)!r} cannot be used: {error}. Give a folder that can be written to."
-                    ) from error
-                mine = True
-            if not mine:
-                raise ConfigError(
-                    f"{str(self.path)!r} is in use: {locking.holder(self._lock)} is training there. Wait for it to end, or give "
-                    "another --output."
-                )
-            yield
 
     def checkpoint(self, step: int) -> Path:
         """Returns the folder of a step's checkpoint."""
@@ -175,12 +167,10 @@ class RunFolder:
             whole, passed = (None, []) if summary is not None else self.newest()
             if summary is None and whole is None:
                 faults = "; ".join(f"{str(found.path)!r}: {found.fault}" for found in passed)
-                if passed:
-                    raise ConfigError(
-                        f"there is no whole checkpoint to resume from ({faults}). Start again with --overwrite."
-                    )
                 raise ConfigError(
-                    f"there is no checkpoint under {str(self.checkpoints)!r} to resume from; start without --resume."
+                    f"there is no whole checkpoint to resume from ({faults}). Start again with --overwrite."
+                    if passed
+                    else f"there is no checkpoint under {str(self.checkpoints)!r} to resume from; start without --resume."
                 )
             start = Start(whole, tuple(passed), summary)
             self.refuse_other_settings(config, start)
@@ -210,9 +200,7 @@ class RunFolder:
         return summary if all(numbers) else None
 
     def refuse_other_settings(self, config: TrainConfig, start: Start) -> None:
-        """Refuses to resume a run with other settings than its own, and names each of them.
-
-        Settings that are still ``auto`` are not compared.
+        """Refuses to resume a run with other settings than its own, and names each of them, except those still ``auto``.
 
         Raises:
             ConfigError: Settings differ on which the delta depends.
@@ -225,16 +213,15 @@ class RunFolder:
         lines = differences({name: was[name] for name in fixed}, {name: now[name] for name in fixed})
         if not lines:
             return
-        what = "learning rate falls" + (" and its budget is unmasked" if now["method"] == "id3" else "")
-        longer = (
-            f" A longer run is another run from its first step on: its {what} over all the steps planned at its start."
-        )
+        longer = ""
+        if any(line.split(":")[0] in _LENGTH for line in lines):
+            what = "learning rate falls" + (" and its budget is unmasked" if now["method"] == "id3" else "")
+            longer = f" A longer run is another run from its first step on: its {what} over all the steps planned at its start."
         raise ConfigError(
             f"the run in {str(self.path)!r} was started with other settings than those given now (its own -> given now):\n  "
             + "\n  ".join(lines)
             + f"\nTo go on with it as it is: unmask train --config {self.config} --resume. To train with the new settings, start "
-            "another run, with another --output."
-            + (longer if any(line.split(":")[0] in _LENGTH for line in lines) else "")
+            f"another run, with another --output.{longer}"
         )
 
     def open(self, start: Start, config: TrainConfig) -> None:
