@@ -78,9 +78,7 @@ class Generated:
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Sorts rows into batches, the longest prompts first.
-
-    Little is padded then, and a lack of memory shows at once.
+    """Sorts rows into batches, the longest prompts first. Little is padded then, and a lack of memory shows at once.
 
     Example:
         >>> plan_batches([5, 9, 7, 5], 2)
@@ -96,13 +94,11 @@ def generate(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
 ) -> Iterator[tuple[list[int], list[Generated]]]:
-    """Generates a text for each prompt, batch by batch.
+    """Generates a text for each prompt, batch by batch. The prompts are token ids, special tokens included.
 
     In greedy decoding, a prompt's text depends on its batch only through rounding: sums over a padded batch are rounded
     differently, which can change the choice between two tokens of nearly equal probability. With equal prompts, batch size,
     dtype and machine it is reproducible. Sampling is seeded per batch, from the seed and the batch's prompts.
-
-    The prompts are token ids, special tokens included. The model, a causal LM, is in evaluation mode meanwhile.
 
     Yields:
         The batch's rows in ``prompts``, and the text of each.
@@ -110,9 +106,7 @@ def generate(
     Raises:
         ConfigError: A prompt and ``max_new_tokens`` exceed the positions that the model has.
     """
-    # peft wraps the transformers model if a LoRA is in it.
-    unwrap: Any = getattr(model, "get_base_model", None)
-    inner: Any = model if unwrap is None else unwrap()
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps a model with a LoRA
     limit, longest = getattr(inner.config, "max_position_embeddings", None), max(map(len, prompts), default=0)
     if limit and longest + settings.max_new_tokens > limit:
         raise ConfigError(
@@ -127,8 +121,7 @@ def generate(
         ids = pad(batch, config.pad_token_id, left=True).to(inner.device)
         mask = pad([[1] * len(prompt) for prompt in batch], 0, left=True).to(inner.device)
         criteria = StoppingCriteriaList([_StopAt(tokenizer, stops, ids.shape[1])] if stops else [])
-        # The model's own settings (such as a repetition penalty) are set aside.
-        training, own = inner.training, inner.generation_config
+        training, own = inner.training, inner.generation_config  # its own settings may have a repetition penalty
         inner.eval()
         inner.generation_config = config
         try:

@@ -97,14 +97,11 @@ class ArithmeticData:
 
 
 def load_problems(name: str, split: Split, data_dir: str | Path | None = None) -> list[Problem]:
-    """Loads one split of a set.
+    """Loads one split of a set, which is a key of `ARITHMETIC`.
 
-    Args:
-        name: A key of `ARITHMETIC`.
-        split: The split, ``"train"`` or ``"test"``.
-        data_dir: The folder that holds the sets' folders (``SVAMP/test.json``, ``gsm8k/train.jsonl``, and for Math10K also
-            ``math_10k.json`` itself), or the set's own folder. Files are json lists of {instruction, input, output, answer},
-            or jsonl of GSM8K's {question, answer}. None means the hub, which has gsm8k.
+    ``data_dir`` holds the sets' folders (``SVAMP/test.json``, ``gsm8k/train.jsonl``, and for Math10K also ``math_10k.json``
+    itself), or is the set's own folder. Files are json lists of {instruction, input, output, answer}, or jsonl of GSM8K's
+    {question, answer}. None means the hub, which has gsm8k.
 
     Raises:
         DataError: The set or split is unknown, a file is missing, or a row is bad.
@@ -112,9 +109,7 @@ def load_problems(name: str, split: Split, data_dir: str | Path | None = None) -
     spec = _spec(name, split)
     if data_dir is None:
         if name != "gsm8k":
-            raise DataError(
-                f"{name} is read from files; give the folder that holds {spec.folder}/{split}.json (data_dir)."
-            )
+            raise DataError(f"{name} is read from files; give the folder of {spec.folder}/{split}.json (data_dir).")
         splits = load_splits(*_HUB_GSM8K, "give the folder of its files with data_dir")
         table = split_table(splits, split, ":".join(_HUB_GSM8K), ("question", "answer"))
     else:
@@ -131,9 +126,7 @@ def load_problems(name: str, split: Split, data_dir: str | Path | None = None) -
 def load_arithmetic(
     name: str, data_dir: str | Path | None = None, *, held_out: int = HELD_OUT, seed: int = 0
 ) -> ArithmeticData:
-    """Loads a set to train on, and holds some problems out.
-
-    At most ``held_out`` problems, and at most a tenth of them, are held out. The other arguments are those of `load_problems`.
+    """Loads a set to train on (see `load_problems`), and holds some problems out: ``held_out`` or a tenth, whichever is less.
 
     Raises:
         DataError: The reasons are those of `load_problems`, or there are too few problems to hold any out.
@@ -146,12 +139,8 @@ def load_arithmetic(
     wrong = sum(not is_right(extract(p.solution, p.kind), p.answer, p.kind) for p in problems)
     if wrong:
         notes.append(f"{wrong:,} of {len(problems):,} solutions of {name} do not end in the row's own answer")
-    return ArithmeticData(
-        name,
-        [problem for row, problem in enumerate(problems) if row not in held],
-        [problems[row] for row in sorted(held)],
-        tuple(notes),
-    )
+    train = [problem for row, problem in enumerate(problems) if row not in held]
+    return ArithmeticData(name, train, [problems[row] for row in sorted(held)], tuple(notes))
 
 
 def seen_in_training(train: Sequence[Problem], test: Sequence[Problem]) -> int:

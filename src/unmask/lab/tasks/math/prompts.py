@@ -54,9 +54,7 @@ def load_template(prompt: str) -> str | None:
 
 
 def render(template: str, instruction: str, context: str = "") -> str:
-    """Fills a template.
-
-    The template holds ``{instruction}`` and may hold ``{input}``. Without a place for the context, it follows the instruction.
+    """Fills a template's ``{instruction}`` and ``{input}``. Without a place for the context, it follows the instruction.
 
     Example:
         >>> render("Q: {instruction}\\n\\nGiven: {input}\\n\\nA:", "What is x?")
@@ -78,8 +76,6 @@ class Prompter:
     A chat template brings its own special tokens, and nothing is added to it. To any other prompt the tokenizer's begin token
     is added once, if the tokenizer adds it by itself. It is not added if it is a mark of the tokenizer's chat template, as in
     some converted tokenizers. An end token is never added to a prompt. A completion ends in the tokenizer's end token.
-
-    The prompt is ``"alpaca"``, ``"chat"``, or the path of a template.
 
     Raises:
         ConfigError: There is no such template, the tokenizer has no end token, or ``"chat"`` is given for a tokenizer without
@@ -120,9 +116,9 @@ class Prompter:
 
 
 class Completions(Dataset):
-    """Prompts with their completions: ``input_ids``, ``attention_mask``, and ``labels`` that ignore the prompt, unpadded.
+    """Prompts with their completions: ``input_ids``, ``attention_mask``, and ``labels``, unpadded.
 
-    If ``train_on_prompt`` is True, the prompt carries loss too.
+    The labels ignore the prompt, unless ``train_on_prompt`` is True.
 
     Attributes:
         cut: The number of completions that were cut, so that they teach no end.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -22,16 +22,14 @@ from unmask.lab.tasks.math.generate import GenerationSettings
 from unmask.lab.tasks.math.outputs import is_of
 from unmask.lab.tasks.math.problems import TEST_SETS, ArithmeticData, load_arithmetic, load_problems, seen_in_training
 from unmask.lab.tasks.math.prompts import IGNORED, Completions, PadRight, Prompter
-from unmask.lab.tasks.math.solve import Solved, SolveSettings, solve
+from unmask.lab.tasks.math.solve import SolveSettings, solve
 from unmask.lab.tasks.protocol import Kind, Request, Scored, Source, Stage
 from unmask.lab.tasks.split import evaluate_splits
 
 SOLVED = "solved"
 """The folder in a run's folder that holds the outputs of each problem."""
 _SOLVE_OPTIONS = ("prompt", "rule")
-_GENERATION_OPTIONS = tuple(
-    field.name for field in fields(GenerationSettings) if field.name not in ("batch_size", "stop")
-)
+_GENERATION_OPTIONS = tuple(f.name for f in fields(GenerationSettings) if f.name not in ("batch_size", "stop"))
 
 
 def token_accuracy(guesses: Any, labels: Any) -> float:
@@ -46,8 +44,7 @@ def token_accuracy(guesses: Any, labels: Any) -> float:
         0.5
     """
     wanted, guessed = np.asarray(labels)[:, 1:], np.asarray(guesses)[:, :-1]
-    counted = wanted != IGNORED
-    return float((guessed == wanted)[counted].mean())
+    return float((guessed == wanted)[wanted != IGNORED].mean())
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class GenerationPrepared:
         fresh = not is_of(folder, settings.identity(**identity))  # an earlier run may have left outputs in the folder
         solved = list(solve(trainer.model, self.tokenizer, settings, folder, identity, overwrite=fresh))  # type: ignore[arg-type]
         metrics |= {f"{one.name}_{key}": value for one in solved for key, value in one.metrics().items()}
-        return metrics | {"accuracy": mean_accuracy(solved)}
+        return metrics | {"accuracy": fmean(one.accuracy for one in solved)}
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -160,26 +157,14 @@ class GenerationTask:
         path, base = self.request.delta, self.request.model
         default = Path("runs") / SOLVED / Path(base).name if path is None else Path(path).parent / SOLVED
         delta = None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        output, overwrite = Path(self.request.output or default), self.request.overwrite
         solved = []
-        found = solve(
-            model,
-            tokenizer,
-            settings,
-            Path(self.request.output or default),
-            {"model": base, "delta": delta},
-            overwrite=self.request.overwrite,
-            console=Console(stderr=True),
-        )
-        for one in found:
+        for one in solve(model, tokenizer, settings, output, {"model": base, "delta": delta}, overwrite=overwrite):
             solved.append(one)
             yield Scored(one.name, one.count, one.metrics())
         if len(solved) > 1:
-            yield Scored("mean of the sets", sum(one.count for one in solved), {"accuracy": mean_accuracy(solved)})
-
-
-def mean_accuracy(solved: Sequence[Solved]) -> float:
-    """Returns the mean over sets, in which each set has the same weight."""
-    return sum(one.accuracy for one in solved) / len(solved)
+            mean = fmean(one.accuracy for one in solved)  # each set has the same weight
+            yield Scored("mean of the sets", sum(one.count for one in solved), {"accuracy": mean})
 
 
 def load(source: Source) -> GenerationTask:
@@ -220,21 +205,14 @@ def _requested(described: Mapping[str, Any], request: Request, batch_size: int) 
             f"unknown setting {unknown[0]!r}; word problems have {', '.join((*_SOLVE_OPTIONS, *_GENERATION_OPTIONS))}."
         )
     generation: dict[str, Any] = {}
-    for key in _GENERATION_OPTIONS:
-        if key not in options:
-            continue
+    for key in [key for key in _GENERATION_OPTIONS if key in options]:
         value, kind = options.pop(key), type(getattr(GenerationSettings(), key))
         try:
             generation[key] = kind(value)
         except ValueError as error:
             raise ConfigError(f"{key} = {value!r} must be of type {kind.__name__}.") from error
-    return SolveSettings(
-        sets,
-        request.data_dir,
-        limit=request.limit,
-        generation=GenerationSettings(batch_size=batch_size, **generation),
-        **options,
-    )
+    settings = GenerationSettings(batch_size=batch_size, **generation)
+    return SolveSettings(sets, request.data_dir, limit=request.limit, generation=settings, **options)
 
 
 GENERATION = Kind("generation", load, reload, eval_batches=1)

@@ -107,10 +107,9 @@ def solve(
     """Solves test sets one after the other.
 
     Every output is kept in ``output/SET.jsonl``, and the outcomes in ``scores.json``. Outputs that are in these files already
-    are not generated again, so a run that was killed continues where it was.
-
-    ``identity`` holds the JSON values that tell this model from others: outputs of another model are refused, unless
-    ``overwrite`` deletes them. Without a console, the progress bar is drawn on standard error.
+    are not generated again, so a run that was killed continues where it was. ``identity`` holds the JSON values that tell this
+    model from others: outputs of another model are refused, unless ``overwrite`` deletes them. Without a console, the progress
+    bar is drawn on standard error.
 
     Yields:
         The outcome of each set, as soon as it is solved.
@@ -123,12 +122,12 @@ def solve(
     problems = {name: load_problems(name, "test", settings.data_dir)[: settings.limit] for name in settings.sets}
     files = [*(f"{name}.jsonl" for name in TEST_SETS), SCORES]
     claim(output, settings.identity(**identity), files, overwrite)
+    path = output / SCORES
     for name, wanted in problems.items():
         solved = _solve_set(model, prompter, name, wanted, settings, OutputFile(output / f"{name}.jsonl"), console)
-        with refusing(DataError, repr(str(output / SCORES)), "Delete it, or give another --output."):
-            scores = fields({})(read_json(output / SCORES), "the scores") if (output / SCORES).is_file() else {}
-        outcome = {solved.name: {**asdict(solved), "accuracy": solved.accuracy}}
-        write_json(output / SCORES, scores | outcome, indent=2)
+        with refusing(DataError, repr(str(path)), "Delete it, or give another --output."):
+            scores = fields({})(read_json(path), "the scores") if path.is_file() else {}
+        write_json(path, {**scores, name: {**asdict(solved), "accuracy": solved.accuracy}}, indent=2)
         yield solved
 
 
