@@ -219,5 +219,6 @@ def bench(context: typer.Context) -> None:
     run(context.obj, shlex.join(["unmask", *sys.argv[1:]]))
 
 
-for command in (sweeps.sweep, sweeps.reproduce, sweeps.report):
-    app.command()(command)
+for command in (sweeps.sweep, sweeps.reproduce):
+    app.command(cls=sweeps.SweepCommand)(command)
+app.command()(sweeps.report)

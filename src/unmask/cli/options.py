@@ -1,15 +1,18 @@
-"""Makes the options of a command from the fields of a settings class."""
+"""Makes the options of a command from the fields of a settings class, and holds the settings that sweeps share."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
 import typer.main
+
+from unmask.lab.training.fields import setting, settings_of
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", tuple: "TEXT,TEXT"}
 
@@ -32,24 +35,22 @@ class SettingsCommand(typer.core.TyperCommand):
         """Returns the command's parameters, those of the settings among them."""
         if self._made:
             return super().get_params(ctx)
-        from unmask.lab.training.fields import settings_of
-
-        module, name = self.settings
-        known = settings_of(getattr(import_module(module), name))
+        module, class_name = self.settings
+        known = settings_of(getattr(import_module(module), class_name))
         self._made, parameters = tuple(known), []
-        for setting in known.values():
-            flag, option_name = bool in setting.types, setting.name.replace("_", "-")
+        for each in known.values():
+            flag, name = bool in each.types, each.name.replace("_", "-")
             # Without a default the help text says what happens without the option.
-            without = setting.default in (dataclasses.MISSING, None, ())
+            without = each.default in (dataclasses.MISSING, None, ())
             option = typer.Option(
-                f"--{option_name}/--no-{option_name}" if flag else f"--{option_name}",
-                metavar=None if flag else "|".join([*(_METAVARS[one] for one in setting.types), *setting.words]),
-                help=setting.help + ("" if without else f" [default: {plain(setting.default)}]"),
+                f"--{name}/--no-{name}" if flag else f"--{name}",
+                metavar=None if flag else "|".join([*(_METAVARS[one] for one in each.types), *each.words]),
+                help=each.help + ("" if without else f" [default: {plain(each.default)}]"),
                 show_default=False,
             )
             kind: Any = Annotated[bool | None, option] if flag else Annotated[str | None, option]
             form = inspect.Parameter.KEYWORD_ONLY
-            parameters.append(inspect.Parameter(setting.name, form, default=None, annotation=kind))
+            parameters.append(inspect.Parameter(each.name, form, default=None, annotation=kind))
 
         # typer makes options from a function's signature; this function's parameters are the settings.
         def carrier() -> None: ...
@@ -66,6 +67,21 @@ class SettingsCommand(typer.core.TyperCommand):
         given = {name: ctx.params.pop(name) for name in self._made}
         ctx.obj = {name: value for name, value in given.items() if value is not None}
         return super().invoke(ctx)
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """The options that ``unmask sweep`` and ``unmask reproduce`` share, with their help texts."""
+
+    data_dir: str | None = setting(None, "The folder with the tasks' files; without it they come from the hub.")
+    workers: int = setting(1, "The number of worker processes; several can share a GPU.")
+    threads: int | None = setting(None, "CPU threads of each worker; without it the cores are shared out.")
+    devices: tuple[str, ...] = setting((), "The GPUs for the workers in turn, as CUDA numbers: 0,1.")
+    engine: Literal["local", "ray"] = setting(
+        "local", "local: worker processes on this machine; ray: tasks on a Ray cluster (extra ray)."
+    )
+    dry_run: bool = setting(False, "List the runs in order, and run nothing.")
+    retry_failed: bool = setting(False, "Do failed runs again.")
 
 
 def plain(value: Any) -> str:

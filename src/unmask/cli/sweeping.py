@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from unmask.cli.options import SweepOptions
 from unmask.errors import ConfigError, MissingExtraError
 from unmask.files import check_folder, write_text
 from unmask.lab.study.cells import Cell, distinct, expand
@@ -27,33 +28,12 @@ from unmask.lab.study.store import Result, Store
 from unmask.lab.study.tables import markdown, tables
 from unmask.lab.training.settings import parse_assignments
 
-
-@dataclass(frozen=True)
-class Options:
-    """The options that ``unmask sweep`` and ``unmask reproduce`` share; `unmask.cli.sweeps` describes them."""
-
-    model: str | None
-    data_dir: str | None
-    workers: int
-    threads: int | None
-    devices: str | None
-    engine: str
-    axis: list[str] | None
-    only: list[str] | None
-    set_: list[str] | None
-    dry_run: bool
-    retry_failed: bool
-
-    @classmethod
-    def among(cls, given: Mapping[str, Any]) -> Options:
-        """Returns the options among a command's arguments."""
-        return cls(**{each.name: given[each.name] for each in fields(cls)})
+_Texts = Sequence[str] | None
 
 
-def go(sweep: Sweep, output: Path, options: Options) -> None:
+def go(sweep: Sweep, output: Path, options: SweepOptions) -> None:
     """Runs a sweep and prints and writes its table and figures, or lists its runs. Exits with status 1 if runs failed."""
     check_folder(output, "--output")
-    sweep = changed(sweep, options)
     cells, store, console = expand(sweep), Store(output), Console()
     if options.dry_run:
         console.print(listing(sweep, cells, store.results()))
@@ -63,8 +43,8 @@ def go(sweep: Sweep, output: Path, options: Options) -> None:
         store,
         workers=options.workers,
         threads=options.threads,
-        devices=[part.strip() for part in options.devices.split(",")] if options.devices else (),
-        engine=cast(Any, options.engine),
+        devices=options.devices,
+        engine=options.engine,
         retry_failed=options.retry_failed,
         console=console,
         command=shlex.join(["unmask", *sys.argv[1:]]),
@@ -93,14 +73,12 @@ def go(sweep: Sweep, output: Path, options: Options) -> None:
         raise typer.Exit(1)
 
 
-def changed(sweep: Sweep, options: Options) -> Sweep:
-    """Returns the sweep with the changes of the command line: axes, then filters, then settings."""
-    for axis, values in _pairs("--axis", options.axis).items():
+def changed(sweep: Sweep, axes: _Texts, only: _Texts, assignments: _Texts, **given: str | None) -> Sweep:
+    """Returns the sweep with the changes of the command line: axes, then filters, then settings (given or assigned)."""
+    for axis, values in _pairs("--axis", axes).items():
         sweep = sweep.with_axis(axis, values)
-    sweep = sweep.only(_pairs("--only", options.only))
-    given = {"model": options.model, "data_dir": options.data_dir}
     settings = {key: value for key, value in given.items() if value is not None}
-    return sweep.with_settings(settings | parse_assignments(options.set_ or []))
+    return sweep.only(_pairs("--only", only)).with_settings(settings | parse_assignments(assignments or []))
 
 
 def with_protocol(sweep: Sweep, kind: str | None) -> Sweep:
@@ -110,7 +88,7 @@ def with_protocol(sweep: Sweep, kind: str | None) -> Sweep:
     return sweep if kind is None else replace(sweep, protocol=replace(sweep.protocol, kind=cast(Any, kind)))
 
 
-def _pairs(option: str, texts: Sequence[str] | None) -> dict[str, list[str]]:
+def _pairs(option: str, texts: _Texts) -> dict[str, list[str]]:
     pairs = {}
     for text in texts or ():
         key, sign, values = text.partition("=")

@@ -94,7 +94,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
 ) -> Iterator[tuple[list[int], list[Generated]]]:
-    """Generates a text for each prompt, batch by batch. The prompts are token ids, special tokens included.
+    """Generates a text for each prompt with a causal LM, batch by batch. The prompts are token ids, special tokens included.
 
     In greedy decoding, a prompt's text depends on its batch only through rounding: sums over a padded batch are rounded
     differently, which can change the choice between two tokens of nearly equal probability. With equal prompts, batch size,
@@ -113,15 +113,27 @@ def generate(
             f"a prompt of {longest} tokens and max_new_tokens = {settings.max_new_tokens} exceed the {limit} positions of the "
             f"model; lower max_new_tokens to {max(1, limit - longest)} or less."
         )
-    config = _config(inner, tokenizer, settings)
-    stops = settings.stop if settings.num_beams == 1 else ()
+    ends = getattr(inner.generation_config, "eos_token_id", None)
+    known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    pad_id: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad_id is None:
+        raise ConfigError("the tokenizer has neither a padding nor an end token; give it one (tokenizer.pad_token).")
     sampling, devices = settings.temperature > 0, [inner.device] if inner.device.type == "cuda" else []
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=sampling,
+        num_beams=settings.num_beams,
+        eos_token_id=sorted({end for end in known if end is not None}),
+        pad_token_id=int(pad_id),
+        **({"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if sampling else {}),
+    )
+    stops = settings.stop if settings.num_beams == 1 else ()
     for rows in plan_batches([len(prompt) for prompt in prompts], settings.batch_size):
         batch = [list(prompts[row]) for row in rows]
         ids = pad(batch, config.pad_token_id, left=True).to(inner.device)
         mask = pad([[1] * len(prompt) for prompt in batch], 0, left=True).to(inner.device)
         criteria = StoppingCriteriaList([_StopAt(tokenizer, stops, ids.shape[1])] if stops else [])
-        training, own = inner.training, inner.generation_config  # its own settings may have a repetition penalty
+        training, own = inner.training, inner.generation_config  # its own settings (a repetition penalty) are set aside
         inner.eval()
         inner.generation_config = config
         try:
@@ -164,22 +176,3 @@ def _generated(
     while len(kept) > 1 and kept[-1] == config.pad_token_id:
         kept = kept[:-1]
     return Generated(text[: min(stops)], len(kept), "stop")
-
-
-def _config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings
-) -> GenerationConfig:
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
-    pad_id: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if pad_id is None:
-        raise ConfigError("the tokenizer has neither a padding nor an end token; give it one (tokenizer.pad_token).")
-    sampled = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
-    return GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        do_sample=settings.temperature > 0,
-        num_beams=settings.num_beams,
-        eos_token_id=sorted({end for end in known if end is not None}),
-        pad_token_id=int(pad_id),
-        **sampled,
-    )

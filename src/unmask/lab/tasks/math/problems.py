@@ -106,7 +106,12 @@ def load_problems(name: str, split: Split, data_dir: str | Path | None = None) -
     Raises:
         DataError: The set or split is unknown, a file is missing, or a row is bad.
     """
-    spec = _spec(name, split)
+    if name not in ARITHMETIC:
+        raise DataError(f"unknown arithmetic set {name!r}; there are {', '.join(ARITHMETIC)}.")
+    spec = ARITHMETIC[name]
+    if split not in spec.splits:
+        others = TRAINING_SETS if split == "train" else TEST_SETS
+        raise DataError(f"{name} has no {split} split; {', '.join(others)} have.")
     if data_dir is None:
         if name != "gsm8k":
             raise DataError(f"{name} is read from files; give the folder of {spec.folder}/{split}.json (data_dir).")
@@ -120,7 +125,24 @@ def load_problems(name: str, split: Split, data_dir: str | Path | None = None) -
         raise unknown_column(table.source, missing, table.columns)
     if split == "train" and question == "instruction":
         table.column("output")
-    return [_problem(table, row, question, spec, split) for row in range(len(table))]
+    problems = []
+    for row in range(len(table)):
+        cells = {column: values[row] for column, values in table.columns.items()}
+        text, context = _text(table, row, question, cells), _text(table, row, "input", cells, optional=True)
+        solution, given = _text(table, row, "output", cells, optional=True), cells["answer"]
+        if question == "question":  # GSM8K's answer holds the solution, with calculator marks, and the gold answer
+            reasoning, marks, given = str(given).rpartition("####")
+            if not marks:
+                raise DataError(f"{table.where(row)}: the answer has no '#### ' line; GSM8K's answers end in one.")
+            solution = f"{_CALCULATOR.sub('', reasoning).strip()}\n{ANSWER_LINE.format(given.strip())}"
+        # Math10K has numbers and letters.
+        kind: AnswerKind = "choice" if spec.kind == "choice" or str(given).strip() in set("ABCDE") else "number"
+        with placed(table.where(row)):
+            answer = gold_answer(given, kind)
+        if split == "train" and not solution:
+            raise DataError(f"{table.where(row)}: the solution in column 'output' is empty; mend or drop the row.")
+        problems.append(Problem(text, context, solution if split == "train" else "", answer, kind))
+    return problems
 
 
 def load_arithmetic(
@@ -133,7 +155,7 @@ def load_arithmetic(
     """
     problems = load_problems(name, "train", data_dir)
     count = max(1, min(held_out, len(problems) // 10))
-    with placed(name if data_dir is None else _file(_spec(name, "train"), "train", Path(data_dir))):
+    with placed(name if data_dir is None else _file(ARITHMETIC[name], "train", Path(data_dir))):
         held = held_rows([text_key(problem.question) for problem in problems], count, seed)
     notes = [f"{len(held):,} of {len(problems):,} problems are held out for the loss along the run (seed {seed})"]
     wrong = sum(not is_right(extract(p.solution, p.kind), p.answer, p.kind) for p in problems)
@@ -146,15 +168,6 @@ def load_arithmetic(
 def seen_in_training(train: Sequence[Problem], test: Sequence[Problem]) -> int:
     """Counts the test questions that are also in the training data, up to case and blanks."""
     return shared([text_key(problem.question) for problem in train], [text_key(problem.question) for problem in test])
-
-
-def _spec(name: str, split: Split) -> ArithmeticSpec:
-    if name not in ARITHMETIC:
-        raise DataError(f"unknown arithmetic set {name!r}; there are {', '.join(ARITHMETIC)}.")
-    if split not in ARITHMETIC[name].splits:
-        others = TRAINING_SETS if split == "train" else TEST_SETS
-        raise DataError(f"{name} has no {split} split; {', '.join(others)} have.")
-    return ARITHMETIC[name]
 
 
 def _file(spec: ArithmeticSpec, split: Split, given: Path) -> Path:
@@ -175,28 +188,10 @@ def _file(spec: ArithmeticSpec, split: Split, given: Path) -> Path:
     return there[0]
 
 
-def _problem(table: Table, row: int, question: str, spec: ArithmeticSpec, split: Split) -> Problem:
-    cells = {name: values[row] for name, values in table.columns.items()}
-    text = _text(table, row, question, cells[question])
-    solution, given = _text(table, row, "output", cells.get("output") or "", True), cells["answer"]
-    if question == "question":  # GSM8K's answer column holds the solution, with calculator marks, and the gold answer
-        reasoning, marks, given = str(given).rpartition("####")
-        if not marks:
-            raise DataError(f"{table.where(row)}: the answer has no '#### ' line; GSM8K's answers end in one.")
-        solution = f"{_CALCULATOR.sub('', reasoning).strip()}\n{ANSWER_LINE.format(given.strip())}"
-    # Math10K has numbers and letters.
-    kind: AnswerKind = "choice" if spec.kind == "choice" or str(given).strip() in set("ABCDE") else "number"
-    with placed(table.where(row)):
-        answer = gold_answer(given, kind)
-    if split == "train" and not solution:
-        raise DataError(f"{table.where(row)}: the solution in column 'output' is empty; mend or drop the row.")
-    context = _text(table, row, "input", cells.get("input") or "", True)
-    return Problem(text, context, solution if split == "train" else "", answer, kind)
-
-
-def _text(table: Table, row: int, column: str, value: object, may_be_empty: bool = False) -> str:
+def _text(table: Table, row: int, column: str, cells: Mapping[str, object], optional: bool = False) -> str:
+    value = cells.get(column) or "" if optional else cells[column]
     if not isinstance(value, str):
         raise DataError(f"{table.where(row)}: column {column!r} holds {value!r:.60}, which is not a text.")
-    if not value.strip() and not may_be_empty:
+    if not value.strip() and not optional:
         raise DataError(f"{table.where(row)}: the text in column {column!r} is empty; mend or drop the row.")
     return value.strip()
