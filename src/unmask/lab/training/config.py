@@ -62,9 +62,7 @@ class TrainConfig:
     )
     reduction_factor: float = setting(16.0, "A bottleneck adapter's width is the hidden size divided by this number.")
     method: str | None = setting(
-        None,
-        "The method: id3, random_mask, pafi or another that `unmask methods` lists. Without it the run takes the "
-        "recommended recipe.",
+        None, "The method, one of those that `unmask methods` lists; without it the run takes the recommended recipe."
     )
     budget: str | None = setting(
         None,
@@ -75,9 +73,7 @@ class TrainConfig:
     exp: float = setting(2.0, "The exponent of D3.")
     stride: int = setting(1, "Select at every stride-th step (id3, repeat_d3).")
     leaving: Leaving = setting(
-        "restored",
-        "What happens to a weight that repeat_d3 no longer picks: it is restored to its base value, or kept as it "
-        "is, as in the paper.",
+        "restored", "A weight that repeat_d3 no longer picks is restored to its base value, or kept, as in the paper."
     )
     schedule: str = setting("uniform", "How id3 spreads the budget over steps: uniform, cosine, front-loaded, at-once.")
     heuristic: str | None = setting(
@@ -86,9 +82,7 @@ class TrainConfig:
         "random, or one that a plugin registers.",
     )
     allocation: Allocation | None = setting(
-        None,
-        "How the budget spreads over the eligible tensors: all weights in one ranking, or a fair share for each "
-        "tensor, row or column.",
+        None, "How the budget spreads over the weights: in one ranking, or in fair shares by tensor, row or column."
     )
     scope: NamedKind | None = setting(None, "Which tensors are eligible; without it, those of the method's own scope.")
     include: tuple[str, ...] = setting((), "Regular expressions: only tensors in whose name one is found are eligible.")
@@ -98,19 +92,13 @@ class TrainConfig:
         "Regular expressions of tensors that are trained whole, outside the budget; new stands for those that the "
         "base checkpoint lacks.",
     )
-    num_samples: int = setting(
-        1024, "The number of examples for fish's Fisher information and sparse_adapter's pruning."
-    )
+    num_samples: int = setting(1024, "The number of examples for fish's Fisher information and for sparse_adapter.")
     criterion: Criterion = setting("snip", "By which score sparse_adapter keeps weights.")
     pruned: Unselected = setting(
-        "zero",
-        "What sparse_adapter does with the other weights: it sets them to zero, or they are kept at their initial "
-        "values.",
+        "zero", "What sparse_adapter does with the other weights: it zeroes them, or keeps their initial values."
     )
     plugin: tuple[str, ...] = setting(
-        (),
-        "Python files to run first. They can register heuristics of your own (unmask.register_heuristic). Give only "
-        "files that you trust.",
+        (), "Python files to run first (unmask.register_heuristic works there). Give only files that you trust."
     )
     lr: float | Literal["auto"] = setting(
         "auto",
@@ -125,18 +113,14 @@ class TrainConfig:
     )
     weight_decay: float = setting(0.0, "AdamW's weight decay, on the selected weights only.")
     bias_correction: BiasCorrection = setting(
-        "global",
-        "From where Adam's bias correction counts steps: for all weights from the run's start, or for each entry "
-        "from its unmasking.",
+        "global", "Adam's bias correction counts steps from the run's start, or for each entry from its unmasking."
     )
     epochs: float = setting(3.0, "The number of passes over the training data; max_steps takes its place.")
     max_steps: int | None = setting(None, "The number of optimizer steps, in place of epochs.")
     batch_size: int = setting(16, "The number of examples per forward pass.")
     accumulation: int = setting(1, "The number of micro-batches per optimizer step.")
     warmup: float = setting(0.06, "The share of the steps in which the learning rate rises. Then it falls linearly.")
-    max_grad_norm: float = setting(
-        1.0, "The norm at which the gradient of the selected weights is clipped; 0 for none."
-    )
+    max_grad_norm: float = setting(1.0, "The norm at which the gradient of selected weights is clipped; 0 for none.")
     max_length: int = setting(
         128,
         "The longest input in tokens. Longer texts are cut, longer sentences of ner are split. On word problems the "
@@ -146,8 +130,7 @@ class TrainConfig:
     gradient_checkpointing: bool = setting(False, "Compute activations again in the backward pass, to save memory.")
     seed: int = setting(0, "The seed of the new head, of the data order and of random masks.")
     order: bool = setting(
-        False,
-        "Keep the order of unmasking in the delta (4 bytes a weight), so that smaller budgets can be read off it.",
+        False, "Keep the order of unmasking in the delta (4 bytes a weight), to read smaller budgets off it."
     )
     eval_steps: int | None = setting(None, "Evaluate every so many steps; without it, at the end of each epoch.")
     save_steps: int | None = setting(None, "Save a checkpoint every so many steps; without it, with each evaluation.")

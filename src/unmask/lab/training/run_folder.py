@@ -20,6 +20,7 @@ from unmask.integrations.checkpoints import Checkpoint, differences, examine, fo
 from unmask.lab.training import locking
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.settings import build, read_yaml, write_yaml
+from unmask.reading import count, fields, mapping, number, read_json
 
 _CLOCKS = ("runtime", "per_second", "preparation_time")  # endings of the clock times that an evaluation reports
 # A resumed run may change these settings: the delta does not depend on them.
@@ -188,16 +189,13 @@ class RunFolder:
 
     def _finished(self) -> Mapping[str, Any] | None:
         """Reads the summary, which a run writes last; None if it or the delta is missing or damaged."""
+        form = fields({"steps": count, "before": mapping(number), "after": mapping(number)})
         try:
-            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+            summary: dict[str, Any] = form(read_json(self.summary), "the summary")
             SparseDelta.load(self.delta)
-        except (OSError, ValueError, RecursionError):  # the run goes on from its last checkpoint and writes them again
+        except (OSError, ValueError):  # the run goes on from its last checkpoint and writes them again
             return None
-        if not isinstance(summary, dict) or not isinstance(summary.get("steps"), int):
-            return None
-        metrics = [summary.get(key) for key in ("before", "after")]
-        numbers = (isinstance(m, dict) and all(isinstance(n, int | float) for n in m.values()) for m in metrics)
-        return summary if all(numbers) else None
+        return summary
 
     def refuse_other_settings(self, config: TrainConfig, start: Start) -> None:
         """Refuses to resume a run with other settings than its own, and names each of them, except those still ``auto``.
