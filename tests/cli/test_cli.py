@@ -1,4 +1,4 @@
-"""The command line as a user types it, on a tiny model and toy data."""
+"""Tests the command line as a user types it, on a tiny model and toy data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import unmask
 from unmask.lab.training.recipe import rate
 from unmask.lab.training.settings import read_yaml
 
-# the Trainer's own warnings are not what is tested here
+# These tests are not about the Trainer's own warnings.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 
@@ -49,7 +49,7 @@ def test_methods_lists_every_preset(world: Path) -> None:
 
 @pytest.mark.parametrize("name", unmask.PRESETS)
 def test_train_makes_the_method_that_is_named(name: str, world: Path) -> None:
-    """The delta's metadata, the summary and the configuration all name it."""
+    """The delta's metadata, the summary and the configuration name the method."""
     more: list[object] = ["--method", name, "--max-steps", 1]
     if name == "sparse_adapter":
         more += ["--into", "lora", "--set", "criterion=random"]
@@ -69,7 +69,7 @@ def test_without_a_method_the_recipe_runs_and_the_config_says_so(world: Path) ->
     run(*words, cwd=world)
     config = read_yaml(world / "recipe" / "config.yaml")
     assert (config["method"], config["scope"]) == ("random_mask", "linear")
-    assert config["lr"] == 0.05, "the command's own"
+    assert config["lr"] == 0.05, "the command names a rate"
     at = words.index("--lr")
     run(*words[:at], *words[at + 2 :], "--overwrite", cwd=world)
     settings, summary = (read_yaml(world / "recipe" / name) for name in ("config.yaml", "summary.json"))
@@ -121,8 +121,8 @@ def test_apply_writes_the_model_that_base_plus_delta_is(trained: Path, world: Pa
     assert "not empty" in refused.stderr
 
 
-def test_a_head_that_the_checkpoint_lacks_travels_without_being_named(world: Path) -> None:
-    """The library alone: the head is in the budget's scope, its random init is in no checkpoint."""
+def test_a_head_that_the_checkpoint_lacks_is_in_the_delta_without_being_named(world: Path) -> None:
+    """Uses the library alone. The head is in the budget's scope, and its random init is in no checkpoint."""
     models = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -165,7 +165,7 @@ def test_bias_correction_entry_is_recorded_and_another_one_is_refused_on_resume(
     assert "\n  bias_correction: entry -> global\n" in refused.stderr
 
 
-def test_a_rate_of_its_own_for_the_head_is_printed(world: Path) -> None:
+def test_another_rate_for_the_head_is_printed(world: Path) -> None:
     printed = run(*train_words("head", "--max-steps", 2, "--set", "dense_lr=0.01"), cwd=world).stdout
     assert "(dense 0.01)" in " ".join(printed.split())
 
@@ -226,7 +226,7 @@ def test_a_run_is_not_written_over(trained: Path, world: Path) -> None:
 
 
 def test_a_diverging_run_stops_with_a_message(world: Path) -> None:
-    """Weights overflow at once: no delta of NaN is written, and the message says what happened."""
+    """The weights overflow at once. No delta of NaN is written, and the message says what happened."""
     done = run(*train_words("nan"), "--lr", "1e38", "--set", "max_grad_norm=0", cwd=world, check=False)
     assert done.returncode == 1
     assert "not finite" in done.stderr or "NaN" in done.stderr
@@ -256,7 +256,7 @@ def test_every_method_runs_from_the_command_line(method: str, world: Path) -> No
 
 
 def test_checkpointing_and_accumulation_do_not_change_what_is_learnt(world: Path) -> None:
-    """Recomputed activations give the same run; micro-batches of 4 the same selection sizes as one batch of 16."""
+    """The run with recomputed activations is the same. Micro-batches of 4 select as many weights as one batch of 16."""
     steps = ("--set", "max_steps=4")
     run(*train_words("plain"), *steps, cwd=world)
     run(*train_words("recomputed"), *steps, "--set", "gradient_checkpointing=true", cwd=world)

@@ -1,4 +1,4 @@
-"""What `unmask train` does where no method is named, and the paper's settings instead."""
+"""Tests the recipe, which a run without a method takes, and the presets that can take its place."""
 
 import pytest
 from helpers import mlp
@@ -7,14 +7,14 @@ import unmask
 from unmask.errors import ConfigError
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.paper import under_preset
-from unmask.lab.training.parts import with_rates
 from unmask.lab.training.recipe import RECIPE, head_rate, rate
 from unmask.lab.training.settings import build
+from unmask.lab.training.setup import with_rates
 
 RUN = {"model": "m", "output": "o", "task": "rte", "budget": "1%"}
 
 
-def test_without_a_method_the_recipe_lies_under_what_is_given():
+def test_without_a_method_given_settings_override_the_recipe():
     config = build(under_preset(None, {**RUN, "lr": "3e-3"}))
     assert {key: getattr(config, key) for key in RECIPE} == {**RECIPE, "lr": 3e-3}
 
@@ -28,13 +28,13 @@ def test_a_named_method_comes_with_its_own_defaults():
 
 
 def test_every_front_door_has_the_same_recipe():
-    """The library's configuration, plain values, the command line's presets, and none as a text."""
+    """Compares the library's configuration, plain values, the presets of the command line, and the text "none"."""
     config = TrainConfig(**RUN)
     assert config == build(RUN) == build(under_preset(None, RUN)) == build({**RUN, "method": "none"})
     assert config == build(under_preset("recommended", RUN)) == TrainConfig(**RUN, **RECIPE)
 
 
-def test_inside_a_lora_the_random_mask_lies_in_all_of_it():
+def test_inside_a_lora_the_recipe_is_a_random_mask_over_all_of_it():
     for preset in (None, "recommended"):
         config = build(under_preset(preset, {**RUN, "into": "lora"}))
         assert config == TrainConfig(**RUN, into="lora", method="random_mask", lr="auto", dense_lr="auto")
@@ -137,6 +137,6 @@ def test_an_unknown_preset_and_a_task_without_one_are_refused():
             under_preset(name, {})
 
 
-def test_what_the_recipe_selects():
+def test_the_recipe_is_a_random_mask_over_linear_weights():
     method = build(under_preset(None, {**RUN, "seed": 3})).build_method(100)
     assert method == unmask.random_mask("1%", seed=3).but(scope=unmask.Scope("linear"))
