@@ -111,8 +111,7 @@ def evaluate(
         Path | None, typer.Argument(help="The delta file; without it the base alone solves word problems.")
     ] = None,
     task: Annotated[
-        str | None,
-        typer.Option(help="The task; without it, the delta's own. Word problems: gsm8k,svamp,..."),
+        str | None, typer.Option(help="The task; without it, the delta's own. Word problems: gsm8k,svamp,...")
     ] = None,
     data_dir: Annotated[str | None, typer.Option(help="The folder with the task's files; without it, the hub.")] = None,
     data: Annotated[str | None, typer.Option(help="Your own data: csv, tsv, jsonl, json, parquet, conll.")] = None,
@@ -166,8 +165,7 @@ def apply(
     delta: Annotated[Path, typer.Argument(help="The delta file.")],
     output: Annotated[Path, typer.Option(help="The folder for the merged checkpoint.")],
     adapter: Annotated[
-        bool,
-        typer.Option("--adapter", help="Write an ordinary LoRA or adapter folder (of a run inside one)."),
+        bool, typer.Option("--adapter", help="Write an ordinary LoRA or adapter folder (of a run inside one).")
     ] = False,
 ) -> None:
     """Write base + delta as an ordinary checkpoint, or as an ordinary LoRA or adapter."""

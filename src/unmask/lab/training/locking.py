@@ -66,17 +66,15 @@ def holder(path: Path) -> str:
 def _locked(path: Path) -> int | None:
     """Returns an open handle that holds the lock; None if another process has it."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            # Forked children share a lock by flock, which then outlives its process. A lock by lockf is the process's alone.
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
+        with contextlib.ExitStack() as closing:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            closing.callback(os.close, handle)
+            try:
+                # Forked children share a lock by flock, which then outlives its process. One by lockf is the process's alone.
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                return None
+            with contextlib.suppress(FileNotFoundError):  # the last holder may have removed the file in between
                 if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    closing.pop_all()
                     return handle
-        except (BlockingIOError, PermissionError):
-            os.close(handle)
-            return None
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)  # the last holder removed the file in between: try again

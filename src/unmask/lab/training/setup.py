@@ -45,13 +45,8 @@ def planned_steps(config: TrainConfig, examples: int, processes: int = 1) -> int
 class Setup:
     """The parts of a run before its first step.
 
-    Attributes:
-        config: The run's configuration, as the user gave it.
-        task: The task's name.
-        prepared: The task, prepared for the model.
-        base: The model, with the LoRA or the adapters that the run adds to it.
-        steps: T, the number of optimizer steps.
-        selection: The live selection.
+    They are the configuration as the user gave it, the task's name, the task as it is prepared for the model, the model with
+    the LoRA or adapters that the run adds, T (the number of optimizer steps), and the live selection.
     """
 
     config: TrainConfig

@@ -28,13 +28,7 @@ _LONGEST = 100  # A model that repeats itself writes thousands of digits, and th
 
 @dataclass(frozen=True)
 class Found:
-    """A number in a text.
-
-    Attributes:
-        value: The exact value.
-        start: The place of the first character.
-        end: The place after the last character.
-    """
+    """A number in a text: its exact value, the place of its first character, and the place after its last one."""
 
     value: Fraction
     start: int

@@ -27,14 +27,7 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 @dataclass(frozen=True)
 class ArithmeticSpec:
-    """A set of word problems.
-
-    Attributes:
-        name: The set's name, such as ``"gsm8k"``.
-        folder: The name of its folder, as the data are published.
-        kind: The kind of its answers: ``"number"``, or ``"choice"`` (a letter from A to E).
-        splits: The splits that there are: ``"train"`` to train on, ``"test"`` to solve.
-    """
+    """A set of word problems: its name, its folder in the published data, the kind of its answers, and its splits."""
 
     name: str
     folder: str
@@ -81,13 +74,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class ArithmeticData:
-    """Problems to train on.
+    """The problems of a set to train on, those held out for the loss along the run, and notes for the user.
 
-    Attributes:
-        name: The set's name.
-        train: The problems to train on.
-        held_out: The problems for the loss along the run. No question is on both sides.
-        notes: The facts that the user should know about the loading.
+    No question is on both sides.
     """
 
     name: str

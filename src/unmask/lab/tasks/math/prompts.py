@@ -167,11 +167,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.
 
 @dataclass(frozen=True)
 class PadRight:
-    """A function that makes a batch of the rows of `Completions`, padded on the right.
-
-    Attributes:
-        pad_id: The padding token.
-    """
+    """A function that makes a batch of the rows of `Completions`, padded on the right with the token ``pad_id``."""
 
     pad_id: int
 

@@ -55,14 +55,12 @@ class GenerationPrepared:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     train_set: Completions
-    held_out: Completions
+    step_sets: Mapping[str, Dataset]
     collate: PadRight
     notes: tuple[str, ...]
+    main_metric: str
+    greater_is_better: bool
     step_metric: str = "token_accuracy"
-
-    @property
-    def step_sets(self) -> Mapping[str, Dataset]:
-        return {"": self.held_out}
 
     def reduce_logits(self, logits: Any, labels: Any) -> Tensor:
         """Reduces logits to the most likely token at each place, int64 of shape (rows, length)."""
@@ -71,14 +69,6 @@ class GenerationPrepared:
 
     def step_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         return {"token_accuracy": token_accuracy(prediction.predictions, prediction.label_ids)}
-
-    @property
-    def main_metric(self) -> str:
-        return "accuracy" if self.source.test_sets else "loss"
-
-    @property
-    def greater_is_better(self) -> bool:
-        return bool(self.source.test_sets)
 
     def evaluate(self, trainer: Trainer, stage: Stage) -> dict[str, float]:
         """Computes loss and token accuracy on the held-out problems, and solves the test sets after training.
@@ -118,12 +108,9 @@ class GenerationTask:
     name: str
     data: ArithmeticData | None = None
     request: Request | None = None
+    notes: tuple[str, ...] = ()
     num_labels: None = None
     label_names: None = None
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.data.notes if self.data else ()
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> GenerationPrepared:
         assert self.data is not None, "the task comes from `load`"
@@ -146,7 +133,17 @@ class GenerationTask:
                     f"{seen:,} of {len(test):,} questions of {name} are in the training data: its score is too good."
                 )
         collate = PadRight(int(tokenizer.pad_token_id))  # type: ignore[arg-type]  # `load_base` sets it
-        return GenerationPrepared(source, tokenizer, length, train, held_out, collate, tuple(notes))
+        return GenerationPrepared(
+            source,
+            tokenizer,
+            length,
+            train,
+            step_sets={"": held_out},
+            collate=collate,
+            notes=tuple(notes),
+            main_metric="accuracy" if source.test_sets else "loss",
+            greater_is_better=bool(source.test_sets),
+        )
 
     def score(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any], batch_size: int
@@ -173,7 +170,7 @@ def load(source: Source) -> GenerationTask:
     if source.test_sets:
         for name in _settings(source).sets:
             load_problems(name, "test", source.data_dir)
-    return GenerationTask(data.name, data)
+    return GenerationTask(data.name, data, notes=data.notes)
 
 
 def reload(described: Mapping[str, Any], request: Request) -> GenerationTask:
