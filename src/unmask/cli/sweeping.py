@@ -32,7 +32,7 @@ _Texts = Sequence[str] | None
 
 
 def go(sweep: Sweep, output: Path, options: SweepOptions) -> None:
-    """Runs a sweep and prints and writes its table and figures, or lists its runs. Exits with status 1 if runs failed."""
+    """Runs a sweep and writes its table and figures, or lists its runs. Ends with status 1 if runs failed."""
     check_folder(output, "--output")
     cells, store, console = expand(sweep), Store(output), Console()
     if options.dry_run:

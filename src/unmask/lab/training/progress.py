@@ -105,11 +105,7 @@ class AllocationFile(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Stops a run at Ctrl-C: the first one finishes the step and saves a checkpoint, and a second one stops at once.
-
-    Attributes:
-        interrupted: True after the first Ctrl-C.
-    """
+    """Stops a run at Ctrl-C: the first saves after the step, and sets ``interrupted``; the second stops at once."""
 
     def __init__(self) -> None:
         self.interrupted = False

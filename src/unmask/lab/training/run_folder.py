@@ -198,7 +198,7 @@ class RunFolder:
         return summary
 
     def refuse_other_settings(self, config: TrainConfig, start: Start) -> None:
-        """Refuses to resume a run with other settings than its own, and names each of them, except those still ``auto``.
+        """Refuses to resume a run with other settings than its own, and names each that is not ``auto``.
 
         Raises:
             ConfigError: Settings differ on which the delta depends.

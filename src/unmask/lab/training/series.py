@@ -26,10 +26,8 @@ from unmask.selection.state import read_state
 def find_run(path: Path) -> tuple[RunFolder, int | None]:
     """Finds the run that a path names, and the step, if the path names one of the run's checkpoints.
 
-    The path is the output folder of a run, or ``RUN/checkpoints/checkpoint-N``.
-
     Raises:
-        ConfigError: The path is neither of them.
+        ConfigError: The path is neither the output folder of a run nor ``RUN/checkpoints/checkpoint-N``.
 
     Example:
         >>> import tempfile
@@ -110,9 +108,6 @@ def write_series(folder: RunFolder) -> list[tuple[int, int, Path]]:
 
     Returns:
         The step, the number of weights unmasked by then, and the file of each delta, in the order of steps.
-
-    Raises:
-        UnmaskError: `deltas` cannot make one of them.
     """
     missing = [step for step, found in folder.steps().items() if found.whole and not folder.series_file(step).is_file()]
     for step, delta in deltas(folder, missing):

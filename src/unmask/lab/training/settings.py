@@ -18,9 +18,7 @@ from unmask.reading import DEEPEST, Malformed, bounded, read_text, refusing, sho
 
 
 def build(values: Mapping[str, Any]) -> TrainConfig:
-    """Builds a configuration from plain values: those of a YAML file, or texts of the command line.
-
-    The files of ``plugin`` are run first, once in a process.
+    """Builds a configuration from plain values or texts, after the files of ``plugin`` have run, once in a process.
 
     Raises:
         ConfigError: A setting is not known, one is missing, or a value is not allowed.

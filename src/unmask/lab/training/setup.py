@@ -1,4 +1,4 @@
-"""Sets up a run of ``unmask train``: data, base model, selection and optimizer, the same from the same configuration."""
+"""Sets up a run of ``unmask train``: its data, base model, selection and optimizer."""
 
 from __future__ import annotations
 
@@ -65,11 +65,7 @@ class Setup:
 
 
 def set_up(config: TrainConfig, console: Console) -> Setup:
-    """Loads the data and the base of a run, and makes its selection. Equal configurations give equal setups.
-
-    Raises:
-        UnmaskError: The run cannot work.
-    """
+    """Loads the data and the base of a run, and makes its selection. Equal configurations give equal setups."""
     into, kind, source = into_from(config), kind_for(config.task), Source.of(config)
     if into is not None:
         require(into)
@@ -127,7 +123,7 @@ def with_rates(config: TrainConfig, selection: Selection, total: int, head: Coll
 
 
 def optimizer_from(config: TrainConfig, selection: Selection, head: Collection[str] = ()) -> SelectiveAdamW:
-    """Builds the configured optimizer of what a selection trains. The configuration has numbers as its rates (`with_rates`).
+    """Builds the configured optimizer of what a selection trains. The rates are numbers (see `with_rates`).
 
     Where all is trained whole, ``dense_lr`` is for the tensors of the new ``head`` alone.
     """

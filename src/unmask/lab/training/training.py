@@ -33,14 +33,7 @@ class InterruptedRunError(UnmaskError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a run.
-
-    Attributes:
-        before: The metrics of each evaluation split before training.
-        after: The same metrics after training.
-        delta: The path of the delta.
-        summary: All results, as JSON values; ``summary.json`` holds them too.
-    """
+    """The results of a run: metrics before and after training, the delta's path, and what ``summary.json`` holds."""
 
     before: dict[str, float]
     after: dict[str, float]
@@ -57,10 +50,10 @@ def train(
         config: The run's configuration.
         resume: If True, the run continues from the last whole checkpoint in ``config.output``. A finished run is left as it is.
         overwrite: If True, the run starts from the beginning although ``config.output`` holds a run.
-        console: The console on which the run reports; None is standard output. Of several processes, the first reports.
+        console: The console on which the run reports; None is standard output.
 
     Returns:
-        The run's results. Of several processes only the first one writes files; the summary of the others is ``{}``.
+        The run's results. Of several processes the first writes files and reports; the summary of the others is ``{}``.
 
     Raises:
         ConfigError: The output folder holds a run already, or no run to resume, or a run with other settings; or another

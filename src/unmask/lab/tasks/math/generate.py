@@ -94,7 +94,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
 ) -> Iterator[tuple[list[int], list[Generated]]]:
-    """Generates a text for each prompt with a causal LM, batch by batch. The prompts are token ids, special tokens included.
+    """Generates a text for each prompt with a causal LM, in batches. Prompts are token ids, special tokens included.
 
     In greedy decoding, a prompt's text depends on its batch only through rounding: sums over a padded batch are rounded
     differently, which can change the choice between two tokens of nearly equal probability. With equal prompts, batch size,

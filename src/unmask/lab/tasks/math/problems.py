@@ -137,7 +137,7 @@ def load_problems(name: str, split: Split, data_dir: str | Path | None = None) -
 def load_arithmetic(
     name: str, data_dir: str | Path | None = None, *, held_out: int = HELD_OUT, seed: int = 0
 ) -> ArithmeticData:
-    """Loads a set to train on (see `load_problems`), and holds some problems out: ``held_out`` or a tenth, whichever is less.
+    """Loads a set to train on with `load_problems`, and holds problems out: ``held_out``, but at most a tenth.
 
     Raises:
         DataError: The reasons are those of `load_problems`, or there are too few problems to hold any out.

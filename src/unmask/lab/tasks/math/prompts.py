@@ -54,7 +54,7 @@ def load_template(prompt: str) -> str | None:
 
 
 def render(template: str, instruction: str, context: str = "") -> str:
-    """Fills a template's ``{instruction}`` and ``{input}``. Without a place for the context, it follows the instruction.
+    """Fills a template's ``{instruction}`` and ``{input}``. Without ``{input}``, the context follows the instruction.
 
     Example:
         >>> render("Q: {instruction}\\n\\nGiven: {input}\\n\\nA:", "What is x?")
