@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,10 +85,7 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume",
-            help="Continue from the newest whole checkpoint in the output, with the settings that the run was started with.",
-        ),
+        typer.Option("--resume", help="Continue from the output's newest whole checkpoint with the run's settings."),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output by a new one.")] = False,
 ) -> None:
@@ -121,15 +120,11 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="The number of examples per forward pass.", min=1)] = 64,
     limit: Annotated[int | None, typer.Option(help="Solve only so many word problems of each set.", min=1)] = None,
     output: Annotated[
-        str | None,
-        typer.Option(help="The folder for generated texts; without it, one next to the delta, or under runs."),
+        str | None, typer.Option(help="The folder for generated texts; without it, next to the delta or under runs.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the texts generated there before.")] = False,
     set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="A setting of word problems as key=value: prompt, max_new_tokens, rule, ... (docs/tasks.md)."
-        ),
+        list[str] | None, typer.Option("--set", help="A setting of word problems, such as rule=last (docs/tasks.md).")
     ] = None,
 ) -> None:
     """Evaluate base + delta on a task. Outputs of word problems are kept, so that a killed evaluation can go on."""
@@ -149,8 +144,7 @@ def inspect(
     top: Annotated[int, typer.Option(help="The number of rows to show per table.", min=1)] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[
-        Path | None,
-        typer.Option(help="Draw the allocation too: into a .png or .svg file, or without an ending into both."),
+        Path | None, typer.Option(help="Draw the allocation too, into a .png or .svg file, or without an ending both.")
     ] = None,
 ) -> None:
     """Show what a delta changes: per layer and module kind, sizes, provenance."""
@@ -177,8 +171,7 @@ def apply(
 @app.command()
 def delta(
     checkpoint: Annotated[
-        Path,
-        typer.Argument(help="The folder RUN/checkpoints/checkpoint-N, or RUN, the output folder of `unmask train`."),
+        Path, typer.Argument(help="RUN/checkpoints/checkpoint-N, or RUN, the output folder of `unmask train`.")
     ],
     step: Annotated[int | None, typer.Option(help="The step of the checkpoint; without it, the last.", min=1)] = None,
     output: Annotated[Path | None, typer.Option(help="The file; without it, RUN/series/step-N.safetensors.")] = None,
@@ -209,9 +202,6 @@ class _BenchCommand(SettingsCommand):
 @app.command(cls=_BenchCommand)
 def bench(context: typer.Context) -> None:
     """Measure step time, memory and size on disk against other ways to fine-tune."""
-    import shlex
-    import sys
-
     from unmask.cli.bench import run
 
     run(context.obj, shlex.join(["unmask", *sys.argv[1:]]))

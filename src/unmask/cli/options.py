@@ -77,9 +77,7 @@ class SweepOptions:
     workers: int = setting(1, "The number of worker processes; several can share a GPU.")
     threads: int | None = setting(None, "CPU threads of each worker; without it the cores are shared out.")
     devices: tuple[str, ...] = setting((), "The GPUs for the workers in turn, as CUDA numbers: 0,1.")
-    engine: Literal["local", "ray"] = setting(
-        "local", "local: worker processes on this machine; ray: tasks on a Ray cluster (extra ray)."
-    )
+    engine: Literal["local", "ray"] = setting("local", "local: on this machine; ray: on a Ray cluster (extra ray).")
     dry_run: bool = setting(False, "List the runs in order, and run nothing.")
     retry_failed: bool = setting(False, "Do failed runs again.")
 

@@ -45,10 +45,7 @@ def reproduce(
     model: Annotated[str, typer.Option(help="The base model: a folder or a hub id.")],
     scale: Annotated[str, typer.Option(help="full: the paper's runs; small: a few steps of each, to try it.")] = "full",
     preset: Annotated[
-        str,
-        typer.Option(
-            help="paper: the paper's settings, learning rates, seeds and protocol (its Table 7); tuned: this project's own."
-        ),
+        str, typer.Option(help="paper: the paper's settings, seeds and protocol (its Table 7); tuned: this project's.")
     ] = "paper",
     protocol: Annotated[
         str | None,
@@ -57,9 +54,7 @@ def reproduce(
             "is chosen on the first seed, and all seeds count, with an interval. both: the runs of both. Default: the preset's."
         ),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder; default runs/reproduce/NAME-SCALE, or NAME-SCALE-tuned.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default runs/reproduce/NAME-SCALE[-tuned].")] = None,
     axis: Axis = None,
     only: Only = None,
     set_: Set = None,

@@ -50,7 +50,7 @@ def rate(share: float, inside: bool = False) -> float:
 
 
 def head_rate(lr: float, matrices: int) -> float:
-    """Returns the recipe's peak learning rate for ``matrices`` trained whole outside the budget, such as a head's.
+    """Returns the recipe's peak learning rate outside the budget, where ``matrices`` counts the matrices that are trained whole.
 
     A head of one layer is best at the mask's own rate ``lr``. A head with a hidden layer diverges at the high learning rates
     that suit a sparse mask, because whole rows move at once. It is therefore trained at 1e-3 or less.
