@@ -20,12 +20,9 @@ _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", tuple: "TEXT,TEXT"}
 class SettingsCommand(typer.core.TyperCommand):
     """A command that has one option for each field of a settings class, and then the options of its function.
 
-    The settings class is imported when the options are needed, so that ``unmask --help`` does not wait for it. The command's
-    function finds the options that were typed in ``context.obj``, as texts (booleans for flags);
-    `unmask.lab.training.fields.converted` reads them.
-
-    Attributes:
-        settings: The module and the name of the settings class, a dataclass whose fields have a help text.
+    ``settings`` names the module and the settings class, a dataclass whose fields have a help text. It is imported when the
+    options are needed, so that ``unmask --help`` does not wait for it. The command's function finds the options that were
+    typed in ``context.obj``, as texts (booleans for flags); `unmask.lab.training.fields.converted` reads them.
     """
 
     settings: tuple[str, str]

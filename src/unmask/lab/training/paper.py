@@ -18,11 +18,9 @@ PRESETS = ("paper", "tuned")
 
 @dataclass(frozen=True)
 class Preset:
-    """The settings of a task's runs.
+    """The settings of a task's runs under a preset.
 
     Attributes:
-        name: The preset's name, ``"paper"`` or ``"tuned"``.
-        task: The task's name.
         family: The task's family: ``"nlu"``, ``"ner"`` or ``"arithmetic"``.
         source: The source of the settings. It says so where the paper does not have the task.
         settings: The settings of every run of the task, by the names of `unmask.lab.training.config.TrainConfig`.

@@ -35,12 +35,9 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some network file 
 
 @dataclass(frozen=True)
 class Start:
-    """The place at which a run starts.
+    """The place at which a run starts: a checkpoint, or the beginning if there is none.
 
-    Attributes:
-        checkpoint: The checkpoint from which it goes on; None if it starts from the beginning, or is finished.
-        passed: The newer checkpoints that are not whole.
-        summary: The summary of a finished run; None if the run is not finished.
+    ``passed`` holds the newer checkpoints that are not whole, and ``summary`` the summary of a run that is finished.
     """
 
     checkpoint: Checkpoint | None = None

@@ -1,7 +1,7 @@
 """Turns word problems into prompts and token ids, for training and for generation.
 
 A prompt is made from a template: a text with ``{instruction}`` and, in most cases, ``{input}`` in a paragraph by itself, which is
-left out if a problem has no further input. In training a completion follows, and only the completion is trained on.
+left out if a problem has no further input.
 """
 
 from __future__ import annotations

@@ -68,15 +68,7 @@ class SolveSettings:
 
 @dataclass(frozen=True)
 class Solved:
-    """The outcome on one test set.
-
-    Attributes:
-        name: The set's name.
-        count: The number of problems.
-        right: The number of right answers.
-        unanswered: The number of outputs without any answer.
-        cut: The number of outputs that reached ``max_new_tokens``.
-    """
+    """The outcome on one test set: the numbers of problems, right answers, outputs without an answer, and cut outputs."""
 
     name: str
     count: int
@@ -90,7 +82,7 @@ class Solved:
         return self.right / self.count
 
     def metrics(self) -> dict[str, float]:
-        """Returns the accuracy and the shares of outputs without an answer and at full length, as fractions."""
+        """Returns the accuracy, and the shares of outputs without an answer and of those cut at ``max_new_tokens``."""
         return {"accuracy": self.accuracy, "unanswered": self.unanswered / self.count, "cut": self.cut / self.count}
 
 
