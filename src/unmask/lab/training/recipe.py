@@ -21,7 +21,7 @@ INSIDE_LORA: Mapping[str, Any] = MappingProxyType({"method": "random_mask", "lr"
 
 
 def recommended(task: str | None, into: str | None) -> Mapping[str, Any]:
-    """Returns the settings of a run that names no method; None is the task of your own texts.
+    """Returns the settings of a run that names no method. Your own texts have the task None.
 
     They are the recipe, except where it was not studied or was behind: inside added modules other than a LoRA, and on word
     problems, the method is ID3 as published.
@@ -50,7 +50,7 @@ def rate(share: float, inside: bool = False) -> float:
 
 
 def head_rate(lr: float, matrices: int) -> float:
-    """Returns the recipe's peak learning rate outside the budget, where ``matrices`` counts the matrices that are trained whole.
+    """Returns the recipe's peak learning rate for a head of so many ``matrices``, which is trained outside the budget.
 
     A head of one layer is best at the mask's own rate ``lr``. A head with a hidden layer diverges at the high learning rates
     that suit a sparse mask, because whole rows move at once. It is therefore trained at 1e-3 or less.
