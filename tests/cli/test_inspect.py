@@ -37,7 +37,7 @@ def course(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "allocation.jsonl").read_text().splitlines()]
 
 
-def test_the_facts_add_up(world, delta):
+def test_the_counts_of_inspect_add_up(world, delta):
     facts = json.loads(run("inspect", "run/delta.safetensors", "--json", cwd=world).stdout)
     for view in ("layers", "kinds", "tensors"):
         assert sum(row["changed"] for row in facts[view].values()) == 120

@@ -32,13 +32,8 @@ def run_eval(source: str, delta_path: Path | None, request: Request, batch_size:
         described: Mapping[str, Any] = {"kind": "generation", "name": name}
     else:
         described = task_of(delta)
-    own = {
-        "--limit": request.limit,
-        "--output": request.output,
-        "--set": request.options,
-        "--overwrite": request.overwrite,
-    }
-    names = [name for name, value in own.items() if value]
+    own = {"limit": "--limit", "output": "--output", "options": "--set", "overwrite": "--overwrite"}
+    names = [option for name, option in own.items() if getattr(request, name)]
     if names and kind_of(described).head != "generation":
         raise ConfigError(f"{', '.join(names)}: for word problems only; {described['name']!r} has no use for it.")
     request = replace(request, model=source, delta=None if delta_path is None else str(delta_path))

@@ -289,7 +289,7 @@ def test_a_whole_checkpoint_of_another_run_is_refused(config: TrainConfig, copie
 # Going on with other settings, and after the end.
 
 
-def test_every_other_setting_is_named(config: TrainConfig, copied: Path) -> None:
+def test_every_setting_that_differs_is_named(config: TrainConfig, copied: Path) -> None:
     changed = replace(config, max_steps=12, lr=0.01, dense=("classifier",), logging_steps=3)
     with pytest.raises(ConfigError) as caught:
         go(changed, copied, resume=True)
@@ -325,7 +325,7 @@ def test_a_finished_run_is_left_as_it_is(
         go(replace(config, max_steps=9), folder, resume=True)
 
 
-def test_a_run_at_its_last_step_takes_no_further_one(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_run_at_its_last_step_takes_no_further_step(config: TrainConfig, tmp_path: Path) -> None:
     """The six steps end within an epoch, where a Trainer that resumes would take one more."""
     repeated = replace(config, method="repeat_d3")
     go(repeated, tmp_path / "run")
@@ -365,7 +365,7 @@ def test_a_trainers_folder_holds_a_whole_checkpoint_at_every_moment_after_the_fi
     assert [path.name for path in trained[0].iterdir()] == ["checkpoint-10"]
 
 
-def test_a_trainer_at_its_last_step_takes_no_further_one(trained: tuple[Path, Recorder], tmp_path: Path) -> None:
+def test_a_trainer_at_its_last_step_takes_no_further_step(trained: tuple[Path, Recorder], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trained[0], tmp_path / "run"))
     (folder / "checkpoint-12").mkdir()
     again, callback = selective(folder, lambda steps: unmask.repeat_d3(40), max_steps=10)
@@ -387,7 +387,7 @@ def test_a_trainers_damaged_checkpoint_is_refused(trained: tuple[Path, Recorder]
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_another_number_of_epochs_says_what_differs_and_what_it_means(epochs: int, tmp_path: Path) -> None:
+def test_the_error_about_another_number_of_epochs_says_what_differs(epochs: int, tmp_path: Path) -> None:
     selective(tmp_path, save_strategy="epoch")[0].train()
     with pytest.raises(SelectionError) as caught:
         selective(tmp_path, num_train_epochs=epochs)[0].train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))

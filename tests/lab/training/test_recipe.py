@@ -56,12 +56,12 @@ def test_inside_other_added_modules_id3_stays_the_default():
     assert build(under_preset(None, {**RUN, "into": "none"})).method == RECIPE["method"]
 
 
-def test_the_recipe_can_be_asked_for_under_another_method():
+def test_the_recipe_can_be_requested_with_another_method():
     config = build(under_preset("recommended", {**RUN, "method": "static_d3"}))
     assert (config.method, config.scope, config.lr) == ("static_d3", RECIPE["scope"], RECIPE["lr"])
 
 
-def test_the_papers_preset_is_the_second_of_its_runs():
+def test_the_papers_preset_is_the_second_of_the_papers_runs():
     config = build(under_preset("paper", {**RUN, "epochs": "2"}))
     assert (config.method, config.exp, config.max_length, config.epochs, config.scope) == ("id3", 2, 256, 2, None)
     assert (config.lr, config.seed, config.warmup, config.eval_steps) == (3e-4, 7, 0, 100)
@@ -122,7 +122,7 @@ def test_a_head_with_a_hidden_layer_has_a_lower_rate():
     assert (auto.lr, auto.dense_lr) == (rate(0.005), None)
 
 
-def test_where_all_is_trained_whole_the_heads_matrices_count():
+def test_under_method_full_dense_lr_depends_on_the_heads_matrices():
     config = build({**RUN, "method": "full", "budget": None, "lr": 0.5, "dense_lr": "auto"})
     selection = unmask.select(mlp(), unmask.full())
     assert with_rates(config, selection, 1000, {"4.weight", "4.bias"}).dense_lr == 0.5

@@ -40,7 +40,7 @@ def test_the_metrics_hold_the_curve_of_score_against_budget(world: Path) -> None
     assert {key: curve[-1][f"eval_{key}"] for key in summary["after"]} == pytest.approx(summary["after"])
 
 
-def test_the_summary_names_the_task_and_what_runs_are_compared_by(world: Path) -> None:
+def test_the_summary_names_the_task_and_the_metric_that_runs_are_compared_by(world: Path) -> None:
     summary = json.loads((world / "run" / "summary.json").read_text())
     found = {key: summary[key] for key in ("task", "main_metric", "main", "greater_is_better")}
     main = summary["after"]["accuracy"]

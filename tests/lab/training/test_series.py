@@ -136,7 +136,7 @@ def evaluations(folder: Path) -> dict[int, dict[str, float]]:
 
 
 @pytest.mark.parametrize("trained", KIND_PARAMS, indirect=True)
-def test_a_checkpoints_delta_is_what_the_selection_gave_at_that_step(
+def test_a_checkpoints_delta_is_that_of_the_selection_at_that_step(
     world: Path, trained: str, captured: dict[str, dict[int, SparseDelta]]
 ) -> None:
     own = SparseDelta.load(world / trained / "delta.safetensors")
@@ -168,7 +168,7 @@ def test_the_smaller_models_lie_inside_the_larger_ones(world: Path, trained: str
 @pytest.mark.parametrize(
     "trained", [p for p in KIND_PARAMS if p.values[0] in ("plain", "lora", "pfeiffer")], indirect=True
 )
-def test_eval_gives_the_figures_that_the_run_logged_at_that_step(world: Path, trained: str) -> None:
+def test_eval_prints_the_metrics_that_the_run_logged_at_that_step(world: Path, trained: str) -> None:
     logged = evaluations(world / trained)
     found = []
     for step in STEPS:

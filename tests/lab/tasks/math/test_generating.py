@@ -65,7 +65,7 @@ def test_an_end_token_ends_a_row():
     assert [(text.text, text.tokens, text.finish) for text in written] == [("", 1, "end")] * len(PROMPTS)
 
 
-def test_a_row_that_does_not_end_is_cut_at_the_most_tokens():
+def test_a_row_that_does_not_end_is_cut_at_max_new_tokens():
     written = run(biased(llama(), TOKENIZER("a", add_special_tokens=False)["input_ids"][0]), max_new_tokens=5)
     assert {(text.text, text.tokens, text.finish) for text in written} == {("aaaaa", 5, "length")}
 
@@ -100,7 +100,7 @@ def test_beam_search_equals_that_of_transformers():
     assert written != run(model, PROMPTS[:1], stop=())
 
 
-def test_the_model_is_left_as_it_was():
+def test_generation_leaves_the_model_as_it_was():
     model = llama().train()
     own = model.generation_config
     own.repetition_penalty = 50.0  # a checkpoint's own settings have no effect

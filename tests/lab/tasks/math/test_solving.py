@@ -161,7 +161,7 @@ def test_a_limit_can_be_raised_later(model, problems, whole, tmp_path, counted):
     assert texts((tmp_path / "svamp.jsonl").read_bytes()) == texts(whole)
 
 
-def test_scores_count_what_they_say(problems, tmp_path, monkeypatch):
+def test_scores_count_right_unanswered_and_cut_outputs(problems, tmp_path, monkeypatch):
     from unmask.lab.tasks.math.generate import Generated
 
     said = ["The answer is 101.", "The answer is 99.", "No idea.", "The answer is 113", "It may be 117 or"]
