@@ -82,9 +82,7 @@ def changed(sweep: Sweep, axes: _Texts, only: _Texts, assignments: _Texts, **giv
 
 
 def with_protocol(sweep: Sweep, kind: str | None) -> Sweep:
-    """Returns the sweep under another protocol."""
-    if kind not in (None, "paper", "seeds", "both"):
-        raise ConfigError(f"protocol = {kind!r}; it must be paper, seeds or both.")
+    """Returns the sweep under another protocol, which the protocol's class checks; None leaves the sweep's own."""
     return sweep if kind is None else replace(sweep, protocol=replace(sweep.protocol, kind=cast(Any, kind)))
 
 
