@@ -99,13 +99,6 @@ def train(
             raise InterruptedRunError(f"interrupted. {folder.how_to_go_on()}") from None
 
 
-def _sample(examples: Any) -> str:
-    """Returns a digest of up to 64 evenly spaced examples, which tells whether training data are the same."""
-    places = range(0, len(examples), max(1, math.ceil(len(examples) / 64)))
-    text = json.dumps([examples[i] for i in places], default=lambda value: value.tolist(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 class _Run:
     """A run: the Trainer with its callbacks, and the steps from the first evaluation to the summary."""
 
@@ -121,11 +114,15 @@ class _Run:
         self.progress = LiveProgress(selection, prepared.step_metric, console)
         self.metrics = MetricsFile(folder.metrics, selection)
         writing = [self.progress, self.metrics, AllocationFile(folder.allocation, selection)] if is_main() else []
+        # Up to 64 evenly spaced examples tell whether a resumed run has the same training data.
+        examples: Any = prepared.train_set
+        sample = [examples[i] for i in range(0, len(examples), max(1, math.ceil(len(examples) / 64)))]
+        data = json.dumps(sample, default=lambda value: value.tolist(), sort_keys=True)
         self.settings = {
             "config": asdict(config),
             "steps": setup.steps,
-            "examples": len(prepared.train_set),  # type: ignore[arg-type]
-            "data": _sample(prepared.train_set),
+            "examples": len(examples),
+            "data": hashlib.sha256(data.encode()).hexdigest()[:16],
         }
         sets = dict(prepared.step_sets)
         with quiet():
