@@ -83,7 +83,7 @@ class Prompter:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str = "alpaca") -> None:
-        self.tokenizer, self.prompt = tokenizer, prompt
+        self.tokenizer = tokenizer
         self._template = load_template(prompt)
         if self._template is None and not tokenizer.chat_template:
             raise ConfigError("the tokenizer has no chat template; take prompt = alpaca, or a template file.")
