@@ -106,7 +106,8 @@ def generate(
     Raises:
         ConfigError: A prompt and ``max_new_tokens`` exceed the positions that the model has.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft wraps a model with a LoRA
+    unwrap: Any = getattr(model, "get_base_model", None)  # peft wraps a model with a LoRA
+    inner: Any = unwrap() if unwrap else model
     limit, longest = getattr(inner.config, "max_position_embeddings", None), max(map(len, prompts), default=0)
     if limit and longest + settings.max_new_tokens > limit:
         raise ConfigError(
