@@ -65,7 +65,16 @@ def _print(facts: dict[str, Any], top: int) -> None:
         )
     console.print("'of' counts the weights of the tensors that changed")
     for title, key in (("by layer", "layer"), ("by module kind", "kind"), ("by tensor", "tensor")):
-        console.print(_table(title, key, facts[f"{key}s"], top))
+        table = Table(title=title, title_justify="left")
+        table.add_column(key)
+        for column in ("changed", "of", "density"):
+            table.add_column(column, justify="right")
+        rows = sorted(facts[f"{key}s"].items(), key=lambda item: -item[1]["changed"])
+        for name, row in rows[:top]:
+            table.add_row(name, f"{row['changed']:,}", f"{row['of']:,}", f"{row['density']:.4%}")
+        if len(rows) > top:
+            table.add_row(f"({len(rows) - top} more)", "", "", "")
+        console.print(table)
     under = facts["initial"]
     if under:
         console.print(
@@ -99,16 +108,3 @@ def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:
         "base": delta.base,
         "metadata": dict(delta.metadata),
     }
-
-
-def _table(title: str, key: str, rows: dict[str, dict[str, float]], top: int) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(key)
-    for column in ("changed", "of", "density"):
-        table.add_column(column, justify="right")
-    ordered = sorted(rows.items(), key=lambda item: -item[1]["changed"])
-    for name, row in ordered[:top]:
-        table.add_row(name, f"{row['changed']:,}", f"{row['of']:,}", f"{row['density']:.4%}")
-    if len(ordered) > top:
-        table.add_row(f"({len(ordered) - top} more)", "", "", "")
-    return table

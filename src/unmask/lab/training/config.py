@@ -78,8 +78,7 @@ class TrainConfig:
     schedule: str = setting("uniform", "How id3 spreads the budget over steps: uniform, cosine, front-loaded, at-once.")
     heuristic: str | None = setting(
         None,
-        "The heuristic that ranks weights in place of D3 (id3, repeat_d3, static_d3), such as gradient, snip or "
-        "random, or one that a plugin registers.",
+        "The heuristic that ranks weights in place of D3 (id3, repeat_d3, static_d3), such as snip, or a plugin's.",
     )
     allocation: Allocation | None = setting(
         None, "How the budget spreads over the weights: in one ranking, or in fair shares by tensor, row or column."
@@ -88,9 +87,7 @@ class TrainConfig:
     include: tuple[str, ...] = setting((), "Regular expressions: only tensors in whose name one is found are eligible.")
     exclude: tuple[str, ...] = setting((), "Regular expressions: tensors in whose name one is found are not eligible.")
     dense: tuple[str, ...] = setting(
-        ("new",),
-        "Regular expressions of tensors that are trained whole, outside the budget; new stands for those that the "
-        "base checkpoint lacks.",
+        ("new",), "Regular expressions of tensors to train whole, outside the budget; new: those that the base lacks."
     )
     num_samples: int = setting(1024, "The number of examples for fish's Fisher information and for sparse_adapter.")
     criterion: Criterion = setting("snip", "By which score sparse_adapter keeps weights.")
@@ -101,9 +98,7 @@ class TrainConfig:
         (), "Python files to run first (unmask.register_heuristic works there). Give only files that you trust."
     )
     lr: float | Literal["auto"] = setting(
-        "auto",
-        "The peak learning rate; auto takes the recommended recipe's rate for a random mask, and 1e-3 for every "
-        "other method.",
+        "auto", "The peak learning rate; auto takes the recipe's rate for a random mask, and 1e-3 for any other method."
     )
     dense_lr: float | Literal["auto"] | None = setting(
         None,
@@ -123,8 +118,7 @@ class TrainConfig:
     max_grad_norm: float = setting(1.0, "The norm at which the gradient of selected weights is clipped; 0 for none.")
     max_length: int = setting(
         128,
-        "The longest input in tokens. Longer texts are cut, longer sentences of ner are split. On word problems the "
-        "default is 512.",
+        "The longest input in tokens (512 by default on word problems). Longer texts are cut, those of ner are split.",
     )
     bf16: bool = setting(False, "Run the forward pass under autocast to bfloat16.")
     gradient_checkpointing: bool = setting(False, "Compute activations again in the backward pass, to save memory.")
@@ -139,8 +133,7 @@ class TrainConfig:
     report_to: tuple[str, ...] = setting((), "The loggers of transformers' Trainer, such as tensorboard or wandb.")
     prompt: str = setting(
         "alpaca",
-        "The prompt of word problems: alpaca, chat (the tokenizer's own template), or a text file with {instruction} "
-        "in it.",
+        "The prompt of word problems: alpaca, chat (the tokenizer's own), or a text file with {instruction} in it.",
     )
     train_on_prompt: bool = setting(False, "Let the prompt's tokens carry loss too, and not the solution's alone.")
     held_out: int = setting(120, "The number of word problems that are held out for the loss along the run.")

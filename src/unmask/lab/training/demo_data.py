@@ -95,9 +95,8 @@ TEXTS = Asset(
 
 def cache_folder() -> Path:
     """Returns ``$UNMASK_CACHE``, else ``$XDG_CACHE_HOME/unmask``, else ``~/.cache/unmask``."""
-    if os.environ.get("UNMASK_CACHE"):
-        return Path(os.environ["UNMASK_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"
+    return Path(os.environ.get("UNMASK_CACHE") or usual)
 
 
 def fetch_demo_model(cache: Path | None = None) -> Path:

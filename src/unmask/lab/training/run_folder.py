@@ -44,12 +44,6 @@ class Start:
     passed: tuple[Checkpoint, ...] = ()
     summary: Mapping[str, Any] | None = None
 
-    @property
-    def notes(self) -> list[str]:
-        """Remarks for the user about the start."""
-        notes = [f"{str(found.path)!r} is passed over: {found.fault}" for found in self.passed]
-        return notes + ([] if self.checkpoint is None or self.checkpoint.note is None else [self.checkpoint.note])
-
 
 class RunFolder:
     """The output folder of a run, with the paths of its files. The folder need not exist."""

@@ -74,7 +74,9 @@ def train(
                 f"delta:  {folder.delta} ({folder.delta.stat().st_size:,} bytes)"
             )
             return Outcome(summary["before"], summary["after"], folder.delta, summary)
-        print_notes(console, start.notes)
+        print_notes(console, [f"{str(found.path)!r} is passed over: {found.fault}" for found in start.passed])
+        if start.checkpoint is not None and start.checkpoint.note is not None:
+            print_notes(console, [start.checkpoint.note])
         try:
             run = _Run(set_up(config, console), folder, console)
         except KeyboardInterrupt:
