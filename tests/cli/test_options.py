@@ -154,6 +154,14 @@ def test_bench_reads_its_options_as_texts():
         converted(BenchSettings, {"steps": "1.5"})
 
 
+@pytest.mark.parametrize("option", ["workers", "threads"])
+def test_a_sweep_without_workers_or_threads_is_refused_before_its_runs_are_listed(option):
+    words = ["reproduce", "table4", "--model", "m", "--dry-run", f"--{option}", "0"]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, ConfigError)
+    assert f"{option} = 0; it must be 1 or more" in str(done.exception)
+
+
 def test_methods_lists_every_preset_and_part():
     shown = CliRunner().invoke(app, ["methods"]).output
     assert all(

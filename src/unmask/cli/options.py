@@ -12,6 +12,7 @@ import typer
 import typer.core
 import typer.main
 
+from unmask.errors import ConfigError
 from unmask.lab.training.fields import setting, settings_of
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", tuple: "TEXT,TEXT"}
@@ -77,6 +78,11 @@ class SweepOptions:
     engine: Literal["local", "ray"] = setting("local", "local: on this machine; ray: on a Ray cluster (extra ray).")
     dry_run: bool = setting(False, "List the runs in order, and run nothing.")
     retry_failed: bool = setting(False, "Do failed runs again.")
+
+    def __post_init__(self) -> None:
+        for name, value in (("workers", self.workers), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value}; it must be 1 or more.")
 
 
 def plain(value: Any) -> str:
