@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unmask.errors import DataError, MissingExtraError, UnmaskError
+from unmask.errors import DataError, UnmaskError
 from unmask.lab.figures import FIGURES, Style, svg, write_figure
 from unmask.lab.figures.records import RunRecord
 
@@ -54,19 +55,20 @@ def worth_drawing(records: Sequence[RunRecord]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def inline(names: Iterable[str], records: Sequence[RunRecord], salt: str = "") -> dict[str, str | UnmaskError]:
-    """Returns each figure as an ``<svg>`` element, or the reason why it cannot be drawn.
+def inline(names: Iterable[str], records: Sequence[RunRecord], anchor: str) -> list[dict[str, str | None]]:
+    """Returns what the page shows of each figure: an ``<svg>`` element, or the reason why it cannot be drawn.
 
-    Every id in an element begins with the salt, so that the ids of a page differ.
+    Every id in an element begins with the anchor, so that the ids of a page differ.
     """
-    drawn: dict[str, str | UnmaskError] = {}
+    drawn: list[dict[str, str | None]] = []
     for name in names:
+        shown: dict[str, str | None]
+        shown = {"id": f"{anchor}-{name}", "caption": CAPTIONS.get(name, name), "svg": None, "fault": ""}
         try:
-            drawn[name] = _prefixed(svg(_draw(name, records), f"{salt}{name}"), f"{salt}-{name}-")
-        except UnmaskError as error:
-            drawn[name] = error
-        except ValueError as error:  # Matplotlib reads a $ in a name as mathematics.
-            drawn[name] = UnmaskError(str(error))
+            shown["svg"] = _prefixed(svg(_draw(name, records), f"{anchor}{name}"), f"{anchor}-{name}-")
+        except (UnmaskError, ValueError) as error:  # Matplotlib reads a $ in a name as mathematics.
+            shown["fault"] = str(error)
+        drawn.append(shown)
     return drawn
 
 
@@ -74,12 +76,8 @@ def draw_files(names: Iterable[str], records: Sequence[RunRecord], folder: Path)
     """Writes each figure as PNG (light and dark) and SVG, and returns the files; it leaves out what cannot be drawn."""
     written: list[Path] = []
     for name in names:
-        try:
+        with contextlib.suppress(ValueError):  # It cannot be drawn (a DataError, or Matplotlib's); the report says why.
             written += write_figure(_draw(name, records), folder / name)
-        except MissingExtraError:
-            raise
-        except UnmaskError:  # There is nothing to draw yet; the report says why.
-            continue
     return written
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from unmask.errors import ConfigError, DataError
 from unmask.lab.study.cells import Cell, canonical, run_id
-from unmask.lab.study.curves import curve, read_allocation, read_metrics, read_summary, scores
+from unmask.lab.study.curves import read_run
 from unmask.lab.study.parsing import read_choice, read_claims, read_protocol
 from unmask.lab.study.spec import Choice, Claims, Protocol
 from unmask.lab.study.store import Result, Store
@@ -83,24 +83,15 @@ def _of_runs(folder: Path) -> Study:
     cells: list[Cell] = []
     results: dict[str, Result] = {}
     for path in sorted(folder.rglob("summary.json")):
-        summary = read_summary(path)
-        if not (path.parent / "config.yaml").is_file() or summary is None:
+        made, config = read_run(path.parent), path.with_name("config.yaml")
+        if made is None or not config.is_file():
             continue
-        settings = canonical(read_yaml(path.parent / "config.yaml"))
-        labels = {"method": settings.get("method", "id3")} | {
-            key: settings.get(key) for key in ("into", "task", "budget", "seed", "lr") if settings.get(key) is not None
-        }
+        settings = canonical(read_yaml(config))
+        labels = {"method": settings.get("method", "id3")}
+        labels |= {key: settings[key] for key in ("into", "task", "budget", "seed", "lr") if key in settings}
         cell = Cell(f"{run_id(labels, settings)}-{len(cells)}", labels, settings)
         cells.append(cell)
-        results[cell.id] = {
-            **vars(cell),
-            "status": "done",
-            "seconds": summary.get("seconds"),
-            **scores(summary),
-            "summary": summary,
-            "curve": curve(read_metrics(path.parent / "metrics.jsonl"), summary),
-            "allocation": read_allocation(path.parent / "allocation.jsonl"),
-        }
+        results[cell.id] = {**vars(cell), "status": "done", "seconds": made["summary"].get("seconds"), **made}
     if not cells:
         raise DataError(f"{str(folder)!r} holds no sweep and no finished run of `unmask train` (no summary.json).")
     return Study(folder.resolve().name, "", tuple(cells), results)

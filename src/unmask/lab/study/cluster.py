@@ -37,7 +37,21 @@ class RayEngine:
         if self._started:
             self._ray.init(include_dashboard=False, log_to_driver=False)
         try:
-            self._task = self._ray.remote(_make_run_on_node).options(**self._resources(workers, threads))
+            total = self._ray.cluster_resources()
+            most = max((int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]), default=0)
+            if threads is not None and threads > most:
+                raise ConfigError(
+                    f"threads = {threads}; the largest node of the Ray cluster has {most} CPUs. Give fewer."
+                )
+            cpus = threads or max(1, min(most, int(total.get("CPU", 1)) // workers))
+            environment = dict.fromkeys(THREAD_VARIABLES, str(cpus))
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+            self._task = self._ray.remote(_make_run_on_node).options(
+                num_cpus=cpus,
+                num_gpus=min(1.0, int(total.get("GPU", 0) / workers * 1e4) / 1e4),  # Ray counts in ten-thousandths.
+                max_retries=0,
+                runtime_env={"env_vars": environment},
+            )
         except BaseException:
             self.close()
             raise
@@ -78,21 +92,6 @@ class RayEngine:
         self._runs.clear()
         if self._started:
             self._ray.shutdown()
-
-    def _resources(self, workers: int, threads: int | None) -> dict[str, Any]:
-        total = self._ray.cluster_resources()
-        most = max((int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]), default=0)
-        if threads is not None and threads > most:
-            raise ConfigError(f"threads = {threads}; the largest node of the Ray cluster has {most} CPUs. Give fewer.")
-        cpus = threads or max(1, min(most, int(total.get("CPU", 1)) // workers))
-        environment = dict.fromkeys(THREAD_VARIABLES, str(cpus))
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        return {
-            "num_cpus": cpus,
-            "num_gpus": min(1.0, int(total.get("GPU", 0) / workers * 1e4) / 1e4),  # Ray counts in ten-thousandths.
-            "max_retries": 0,
-            "runtime_env": {"env_vars": environment},
-        }
 
 
 def _make_run_on_node(directory: str, folder: str, function: str, order: Order) -> Outcome:

@@ -56,7 +56,21 @@ class LocalEngine:
 
     def submit(self, order: Order) -> None:
         """Gives the order to a free worker, or to a new one."""
-        worker = next((worker for worker in self._workers if worker.order is None), None) or self._start()
+        worker = next((worker for worker in self._workers if worker.order is None), None)
+        if worker is None:
+            number, context = self._started, multiprocessing.get_context("spawn")
+            self._started += 1
+            ours, theirs = context.Pipe()
+            arguments = (theirs, self._store.folder, self._function, self._log(number))
+            process = context.Process(target=_serve, args=arguments, name=f"sweep-{number}")
+            environment = dict.fromkeys(THREAD_VARIABLES, str(self._threads))
+            if self._devices:
+                environment["CUDA_VISIBLE_DEVICES"] = self._devices[number % len(self._devices)]
+            with _environment(environment):  # It must be set before the worker imports torch.
+                process.start()
+            theirs.close()
+            worker = Worker(number, process, ours)
+            self._workers.append(worker)
         worker.order = order
         with contextlib.suppress(BrokenPipeError):  # The worker has just died; `wait` reports it.
             worker.connection.send(order)
@@ -100,23 +114,6 @@ class LocalEngine:
             worker.process.join()
             worker.connection.close()
         self._workers.clear()
-
-    def _start(self) -> Worker:
-        number, context = self._started, multiprocessing.get_context("spawn")
-        self._started += 1
-        ours, theirs = context.Pipe()
-        process = context.Process(
-            target=_serve, args=(theirs, self._store.folder, self._function, self._log(number)), name=f"sweep-{number}"
-        )
-        environment = dict.fromkeys(THREAD_VARIABLES, str(self._threads))
-        if self._devices:
-            environment["CUDA_VISIBLE_DEVICES"] = self._devices[number % len(self._devices)]
-        with _environment(environment):  # It must be set before the worker imports torch.
-            process.start()
-        theirs.close()
-        worker = Worker(number, process, ours)
-        self._workers.append(worker)
-        return worker
 
     def _on_worker_death(self, worker: Worker) -> list[Outcome]:
         worker.process.join()
@@ -163,20 +160,17 @@ def _end_with_parent() -> None:
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
     """Sets environment variables inside the block; a process that starts there inherits them."""
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in values:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def tail(path: Path, lines: int = 5) -> str:
     """Returns the last lines of a log; the text is empty if there is no log."""
-    if not path.is_file():
-        return ""
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return "\n".join(text.splitlines()[-lines:])

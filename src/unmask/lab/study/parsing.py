@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from unmask.errors import ConfigError
 from unmask.lab.study.spec import Choice, Claim, Claims, Protocol, Row, Rule, Sweep
 from unmask.lab.training.settings import read_yaml
-from unmask.reading import shown
+from unmask.reading import Form, plain, shown
 
 
 def read_sweep(path: str | Path) -> Sweep:
@@ -54,10 +54,8 @@ def read_claims(values: Any, where: str = "claims") -> Claims | None:
     return Claims(**_entries(values, where, _CLAIMS)) if values else None
 
 
-Check = Callable[[Any, str], Any]
-"""A function ``(value, where) -> value`` that converts an entry, or raises ConfigError with ``where`` in its text."""
-Entries = Mapping[str, tuple[Check, Any]]
-"""A table of the keys that a mapping may have: ``key -> (check, default)``."""
+Entries = Mapping[str, tuple[Form, Any]]
+"""A table of the keys that a mapping may have: ``key -> (form, default)``. A form here converts, or raises ConfigError."""
 
 
 def _entries(values: Any, where: str, known: Entries) -> dict[str, Any]:
@@ -68,8 +66,8 @@ def _entries(values: Any, where: str, known: Entries) -> dict[str, Any]:
         raise ConfigError(f"{where} has an unknown key {unknown[0]!r}; there are {', '.join(known)}.")
     inside = "" if where == "sweep" else f"{where}."
     return {
-        key: default if given.get(key) is None else check(given[key], f"{inside}{key}")
-        for key, (check, default) in known.items()
+        key: default if given.get(key) is None else form(given[key], f"{inside}{key}")
+        for key, (form, default) in known.items()
     }
 
 
@@ -85,10 +83,6 @@ def _list(value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{where} must be a list, not {shown(value)}.")
     return tuple(value)
-
-
-def _any(value: Any, where: str) -> Any:
-    return value
 
 
 def _word(value: Any, where: str) -> str:
@@ -142,8 +136,8 @@ def _scores(value: Any, where: str) -> dict[str, str]:
 _PRINTED = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?(?: [0-9]{1,9}(?:\.[0-9]{1,9})?)?")
 _ROW: Entries = {"settings": (_mapping, {}), "grid": (_grid, {})}
 _RULE: Entries = {"when": (_when, {}), **_ROW}
-_CHOICE: Entries = {f.name: (_list if f.name == "seeds" else _any, f.default) for f in fields(Choice)}
-_PROTOCOL: Entries = {f.name: (_any, f.default) for f in fields(Protocol)}
+_CHOICE: Entries = {f.name: (_list if f.name == "seeds" else plain, f.default) for f in fields(Choice)}
+_PROTOCOL: Entries = {f.name: (plain, f.default) for f in fields(Protocol)}
 _CLAIM: Entries = {
     "method": (_word, ""),
     "budget": (_word, None),

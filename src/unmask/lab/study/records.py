@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any, cast
@@ -12,7 +11,7 @@ from unmask.lab.study.cells import Cell
 from unmask.lab.study.choosing import choose, paired
 from unmask.lab.study.columns import columns_of, task_of
 from unmask.lab.study.spec import Choice, Protocol
-from unmask.lab.study.store import Result
+from unmask.lab.study.store import Result, figure_of
 
 _PLACED = ("method", "task", "budget", "seed", "model", "eps", "exp", "lr")
 """The labels for which a record has an entry."""
@@ -23,8 +22,8 @@ _PARAMETERS = (
 
 def record(cell: Cell, result: Result) -> RunRecord | None:
     """Returns a finished run's record; None for a run that failed or has no finite score."""
-    score = result.get("score")
-    if result.get("status") != "done" or score is None or not math.isfinite(score):
+    score = figure_of(result, "score")
+    if score is None:
         return None
     summary, settings = result.get("summary") or {}, result["settings"]
     method, trained = summary.get("method") or {}, trained_weights(summary)
@@ -59,15 +58,12 @@ def records(
     how many of them count. Otherwise they are the runs at the chosen value of the swept setting. Labels for which a
     record has no entry become part of the method's name. ``cells`` are those of the full grid.
     """
-    cells = list(cells)
-    by_pairs = protocol.pair is not None and protocol.kind != "seeds"
-    if by_pairs:
-        cells = paired(cells, str(protocol.pair))
+    cells, swept = list(cells), protocol.paired or (choice.setting if choice else "lr")
+    if protocol.paired:
+        cells = paired(cells, protocol.paired)
     elif choice:
         chosen = choose(cells, choice, results)
-        value = {key: str(found.value) for key, found in chosen.items()}
-        cells = [c for c in cells if str(c.labels.get(choice.setting)) == value[c.group(choice.setting, "seed")]]
-    swept = protocol.pair if by_pairs else choice.setting if choice else "lr"
+        cells = [c for c in cells if c.label(swept) == str(chosen[c.group(swept, "seed")].value)]
     columns = columns_of(cells, results, protocol)
     found: dict[str, RunRecord] = {}
     for cell in cells:
@@ -78,7 +74,7 @@ def records(
         made["method"] = " ".join([made["method"], *more])
         shown = {c.label: c.value(results[cell.id]) for c in columns if c.task == task_of(cell)}
         made["columns"] = {label: value for label, value in shown.items() if value is not None}
-        if by_pairs:
+        if protocol.paired:
             made["best"] = protocol.best
         found.setdefault(cell.id, made)
     return list(found.values())

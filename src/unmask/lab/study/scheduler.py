@@ -146,12 +146,12 @@ class _Scheduler:
         self._under_way: dict[str, tuple[Cell, float]] = {}  # id -> (cell, when it was submitted)
         self._deaths: dict[str, int] = {}
         self._ask_again: dict[str, float] = {}  # id of a run that another command is making -> when to ask again
-        self._live = LiveTable(cells, sweep.protocol, sweep.choice, console, workers)
+        self._live = LiveTable(sweep, cells, console, workers)
 
     def run(self, engine: Engine) -> SweepReport:
         """Makes all runs with an engine, and closes the engine."""
         try:
-            with self._live:
+            with self._live.display:
                 while self._submit_due(engine):
                     for outcome in engine.wait(0.5):
                         self._on_outcome(outcome)

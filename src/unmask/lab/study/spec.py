@@ -102,6 +102,11 @@ class Protocol:
     pair: str | None = None
     score: str = "score"
 
+    @property
+    def paired(self) -> str | None:
+        """The paired setting; None under ``"seeds"``, where no runs are paired."""
+        return None if self.kind == "seeds" else self.pair
+
     def __post_init__(self) -> None:
         form = {
             "kind": one_of("seeds", "paper", "both"),

@@ -31,7 +31,6 @@ class Entry:
         metric: The metric of the scores.
         trained: The number of weights that a run trains, the largest of all runs; None while no run is done.
         scores: The score of each seed.
-        runs: The ids of the runs.
         failed: How many runs failed.
         missing: How many runs have not ended.
     """
@@ -44,7 +43,6 @@ class Entry:
     metric: str = "score"
     trained: int | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
-    runs: tuple[str, ...] = ()
     failed: int = 0
     missing: int = 0
 
@@ -143,8 +141,7 @@ def table(
             for column in columns
             if column.task in by_task
         }
-        figures = [figure(entry, protocol) for entry in entries.values()]
-        means = [estimate.mean for estimate in figures if estimate is not None]
+        means = [estimate.mean for entry in entries.values() if (estimate := figure(entry, protocol))]
         average = fmean(means) if len(means) == len(columns) and len(means) > 1 else None
         lines.append(Line(dict(labels), entries, average))
     return Table(tuple(column.label for column in columns), tuple(lines), protocol, choice, title)
@@ -173,7 +170,7 @@ def _entry(
     if choice and pick:
         if pick.final and pick.value is None:  # No value of the grid has a run that is done.
             return Entry(None, None, failed=len(distinct(c for c in members if choosing(c, choice))))
-        members = [c for c in members if str(c.labels.get(choice.setting)) == str(pick.value)]
+        members = [c for c in members if c.label(choice.setting) == str(pick.value)]
         others = [c for c in members if not choosing(c, choice)]
         members = others if choice.report == "others" and others else members
     unique = distinct(members)
@@ -192,7 +189,6 @@ def _entry(
         metric=column.metric or str(first.get("metric", "score")),
         trained=max((trained_weights(summary) for summary in summaries if summary.get("budget")), default=None),
         scores=by_seed,
-        runs=tuple(cell.id for cell in members),
         failed=len(ended) - len(done),
         missing=len(unique) - len(ended) if members else 1,
     )
@@ -228,8 +224,8 @@ def markdown(found: Table) -> str:
 
 def trained_text(line: Line) -> str:
     """Returns the least and the greatest number of weights that a line's runs train; empty while no run is done."""
-    counts = sorted({entry.trained for entry in line.entries.values() if entry.trained})
-    return " to ".join(f"{count:,}" for count in (counts[:1] + counts[-1:])[: len(counts)])
+    counts = {entry.trained for entry in line.entries.values() if entry.trained}
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) if counts else ""
 
 
 def claim_text(claim: Claim | None, column: str) -> str:
