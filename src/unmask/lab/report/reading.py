@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from unmask.lab.study.cells import Cell, canonical, run_id
 from unmask.lab.study.curves import read_run
 from unmask.lab.study.parsing import read_choice, read_claims, read_protocol
 from unmask.lab.study.spec import Choice, Claims, Protocol
-from unmask.lab.study.store import Result, Store
+from unmask.lab.study.store import Result, Results, Store
 from unmask.lab.training.settings import read_yaml
 
 
@@ -35,7 +34,7 @@ class Study:
     name: str
     title: str
     cells: tuple[Cell, ...]
-    results: Mapping[str, Result]
+    results: Results
     choice: Choice | None = None
     protocol: Protocol = field(default_factory=Protocol)
     notes: tuple[str, ...] = ()

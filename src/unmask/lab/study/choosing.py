@@ -10,7 +10,7 @@ from typing import Any
 
 from unmask.lab.study.cells import Cell, Group, places
 from unmask.lab.study.spec import Choice, Protocol
-from unmask.lab.study.store import Result, figure_of
+from unmask.lab.study.store import Result, Results, figure_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ class Chosen:
     tried: Mapping[str, float]
 
 
-def choose(cells: Iterable[Cell], choice: Choice, results: Mapping[str, Result]) -> dict[Group, Chosen]:
+Choices = dict[Group, Chosen]
+
+
+def choose(cells: Iterable[Cell], choice: Choice, results: Results) -> Choices:
     """Returns the chosen value of every group of the full grid."""
     groups: dict[Group, list[Cell]] = {}
     for cell in cells:
@@ -58,7 +61,7 @@ def paired(cells: Iterable[Cell], setting: str) -> list[Cell]:
     return found
 
 
-def due(cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
+def due(cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Results) -> list[Cell]:
     """Returns the cells that the protocol needs and that can be run with what is known.
 
     Under ``"paper"`` with a paired setting these are the pairs. Otherwise they are all cells; with a choice, they are
@@ -91,7 +94,7 @@ def criterion(result: Result, by: str) -> float:
     return -value if by == "loss" or by.endswith("_loss") else value
 
 
-def _chosen(members: Sequence[Cell], choice: Choice, results: Mapping[str, Result]) -> Chosen:
+def _chosen(members: Sequence[Cell], choice: Choice, results: Results) -> Chosen:
     """Returns the chosen value of one group."""
     values = {cell.label(choice.setting): cell.labels.get(choice.setting) for cell in members}
     if len(values) == 1:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from unmask.lab.study.cells import Cell
 from unmask.lab.study.spec import Protocol
-from unmask.lab.study.store import Result, after_training, figure_of
+from unmask.lab.study.store import Result, Results, after_training, figure_of
 
 _MNLI = {"mnli-m": "dev_matched_accuracy", "mnli-mm": "dev_mismatched_accuracy"}
 
@@ -36,7 +36,7 @@ def task_of(cell: Cell) -> str:
     return str(cell.settings.get("task") or "data")
 
 
-def columns_of(cells: Iterable[Cell], results: Mapping[str, Result], protocol: Protocol) -> list[Column]:
+def columns_of(cells: Iterable[Cell], results: Results, protocol: Protocol) -> list[Column]:
     """Returns the columns of a table; the tasks stand in the cells' order.
 
     MNLI has a column for each of its two validation sets, as in the paper, and one column if the data has another set.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import DataError
-from unmask.lab.study import forms
+from unmask.lab.study.forms import SNAPSHOT, metrics_form, summary_form
 from unmask.reading import Form, fields, parse_json, plain, read_json, read_text, refusing
 
 _OWN = fields(dict.fromkeys(("main_metric", "main", "greater_is_better", "after"), plain))
@@ -28,8 +28,8 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     return {
         **scores(summary),
         "summary": summary,
-        "curve": curve(_read_rows(folder / "metrics.jsonl", forms.metrics), summary),
-        "allocation": _read_rows(folder / "allocation.jsonl", forms.SNAPSHOT),
+        "curve": curve(_read_rows(folder / "metrics.jsonl", metrics_form), summary),
+        "allocation": _read_rows(folder / "allocation.jsonl", SNAPSHOT),
     }
 
 
@@ -43,7 +43,7 @@ def read_summary(path: Path) -> dict[str, Any] | None:
         summary = fields({})(read_json(path), "the summary")
         if "main_metric" not in summary:
             return None
-        return dict(_OWN(forms.summary(summary, "the summary"), "the summary"))
+        return dict(_OWN(summary_form(summary, "the summary"), "the summary"))
 
 
 def scores(summary: Mapping[str, Any]) -> dict[str, Any]:

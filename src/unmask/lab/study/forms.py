@@ -39,7 +39,7 @@ _SUMMARY = fields(
 )
 
 
-def summary(value: Any, where: str) -> dict[str, Any]:
+def summary_form(value: Any, where: str) -> dict[str, Any]:
     """Accepts a run's summary, of ``summary.json`` or of a sweep's result. Every entry may be missing.
 
     Only a method that keeps what leaves the selection must have the entry ``used``.
@@ -50,7 +50,7 @@ def summary(value: Any, where: str) -> dict[str, Any]:
     return found
 
 
-def metrics(value: Any, where: str) -> dict[str, Any]:
+def metrics_form(value: Any, where: str) -> dict[str, Any]:
     """Accepts a line of ``metrics.jsonl``."""
     row = dict(fields({"step": count, "used": count})(value, where))
     for name, figure in row.items():
@@ -95,7 +95,7 @@ RESULT = fields(
         "seconds": optional(finite),
         **dict.fromkeys(("metric", "started", "host"), text),
         "resumed_at": optional(count),
-        "summary": optional(summary),
+        "summary": optional(summary_form),
         "curve": optional(items(_POINT)),
         "allocation": optional(items(SNAPSHOT)),
         "series": items(fields({"step": count, "used": count, "score": optional(number), "file": text})),

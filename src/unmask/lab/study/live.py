@@ -17,7 +17,7 @@ from rich.text import Text
 from unmask.lab.study.cells import Cell, distinct
 from unmask.lab.study.choosing import choose, due
 from unmask.lab.study.spec import Choice, Protocol, Sweep
-from unmask.lab.study.store import Result
+from unmask.lab.study.store import Result, Results
 
 SHOWN = 12
 """The live table shows so many ended runs."""
@@ -33,12 +33,12 @@ class LiveTable:
     def __init__(self, sweep: Sweep, cells: Sequence[Cell], console: Console, workers: int) -> None:
         self._sweep, self._cells, self._console, self._workers = sweep, cells, console, workers
         self._ended: deque[tuple[Cell, Result]] = deque(maxlen=SHOWN)
-        self._results: Mapping[str, Result] = {}
+        self._results: Results = {}
         self._under_way: list[tuple[Cell, float]] = []
         live = Live(console=console, get_renderable=self._draw, refresh_per_second=2)
         self.display: AbstractContextManager[object] = live if console.is_terminal else nullcontext()
 
-    def update(self, results: Mapping[str, Result], under_way: Iterable[tuple[Cell, float]]) -> None:
+    def update(self, results: Results, under_way: Iterable[tuple[Cell, float]]) -> None:
         """Records the results of the ended runs, and the runs under way with the monotonic time of their start."""
         self._results, self._under_way = results, list(under_way)
 
@@ -94,9 +94,7 @@ def outcome(result: Result) -> str:
     return ", ".join(words + ([f"loss {loss:.4f}"] if isinstance(loss, float) else [])) or "done"
 
 
-def remaining(
-    cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Mapping[str, Result]
-) -> list[Cell]:
+def remaining(cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Results) -> list[Cell]:
     """Returns a cell for each run that is still to be made; where a choice is open, one value of the setting counts."""
     known = {cell.id for cell in due(cells, protocol, choice, results)}
     left = [cell for cell in distinct(cells) if cell.id in known and cell.id not in results]
@@ -110,9 +108,7 @@ def remaining(
     return left + list(later.values())
 
 
-def time_left(
-    left: Sequence[Cell], results: Mapping[str, Result], spent: Mapping[str, float], workers: int
-) -> float | None:
+def time_left(left: Sequence[Cell], results: Results, spent: Mapping[str, float], workers: int) -> float | None:
     """Estimates how many seconds the remaining runs take; None while nothing has ended.
 
     The estimate of a run is the mean of the ended runs that are most like it: those of the same task, method and

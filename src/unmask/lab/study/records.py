@@ -11,7 +11,7 @@ from unmask.lab.study.cells import Cell
 from unmask.lab.study.choosing import choose, paired
 from unmask.lab.study.columns import columns_of, task_of
 from unmask.lab.study.spec import Choice, Protocol
-from unmask.lab.study.store import Result, figure_of
+from unmask.lab.study.store import Result, Results, figure_of
 
 _PLACED = ("method", "task", "budget", "seed", "model", "eps", "exp", "lr")
 """The labels for which a record has an entry."""
@@ -49,9 +49,7 @@ def record(cell: Cell, result: Result) -> RunRecord | None:
     return cast(RunRecord, {key: value for key, value in found.items() if value not in (None, [])})
 
 
-def records(
-    cells: Iterable[Cell], results: Mapping[str, Result], protocol: Protocol, choice: Choice | None
-) -> list[RunRecord]:
+def records(cells: Iterable[Cell], results: Results, protocol: Protocol, choice: Choice | None) -> list[RunRecord]:
     """Returns a record for each run that counts under a sweep's protocol.
 
     Under the paper's protocol with a paired setting these are the pairs, and the entry ``best`` of each record says

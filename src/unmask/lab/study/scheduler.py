@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from unmask.lab.study.engine import Engine, Order, Outcome
 from unmask.lab.study.live import LiveTable
 from unmask.lab.study.local import LocalEngine, tail
 from unmask.lab.study.spec import Sweep
-from unmask.lab.study.store import Result, Store
+from unmask.lab.study.store import Result, Results, Store
 from unmask.lab.study.worker import FUNCTION
 
 ATTEMPTS = 2
@@ -47,7 +47,7 @@ class SweepReport:
     """
 
     cells: tuple[Cell, ...]
-    results: Mapping[str, Result]
+    results: Results
 
     @property
     def failed(self) -> list[Result]:

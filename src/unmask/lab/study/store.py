@@ -15,6 +15,8 @@ from unmask.lab.training import locking
 from unmask.reading import Form, read_json, refusing
 
 Result = dict[str, Any]
+Results = Mapping[str, Result]
+"""The results of the runs that have ended, by run id."""
 _AGAIN = "To make that run again, remove the file."
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from unmask.lab.figures.estimates import Estimate, best_of, interval
 from unmask.lab.study.cells import Cell, distinct
-from unmask.lab.study.choosing import Chosen, choose, choosing, paired
+from unmask.lab.study.choosing import Choices, choose, choosing, paired
 from unmask.lab.study.columns import Column, columns_of, task_of
 from unmask.lab.study.records import trained_weights
 from unmask.lab.study.spec import Choice, Claim, Claims, Protocol
-from unmask.lab.study.store import Result
+from unmask.lab.study.store import Results
 
 EDGES = {"low": "the lowest value tried", "high": "the highest value tried"}
 
@@ -87,7 +87,7 @@ class Table:
 
 def tables(
     cells: Sequence[Cell],
-    results: Mapping[str, Result],
+    results: Results,
     protocol: Protocol,
     choice: Choice | None = None,
     claims: Claims | None = None,
@@ -119,14 +119,10 @@ def tables(
 
 
 def table(
-    cells: Sequence[Cell],
-    results: Mapping[str, Result],
-    protocol: Protocol,
-    choice: Choice | None = None,
-    title: str = "",
+    cells: Sequence[Cell], results: Results, protocol: Protocol, choice: Choice | None = None, title: str = ""
 ) -> Table:
     """Returns one table of some cells, as far as they have been run; without a choice every cell counts."""
-    chosen = choose(cells, choice, results) if choice else {}
+    chosen: Choices = choose(cells, choice, results) if choice else {}
     swept = choice.setting if choice else protocol.pair
     rows: dict[tuple[tuple[str, str], ...], dict[str, list[Cell]]] = {}
     for cell in cells:
@@ -159,14 +155,9 @@ def spread(estimate: Estimate, protocol: Protocol) -> str | None:
 
 
 def _entry(
-    members: list[Cell],
-    column: Column,
-    results: Mapping[str, Result],
-    protocol: Protocol,
-    choice: Choice | None,
-    chosen: Mapping[Any, Chosen],
+    members: list[Cell], column: Column, results: Results, protocol: Protocol, choice: Choice | None, chosen: Choices
 ) -> Entry:
-    pick = chosen.get(members[0].group(choice.setting, "seed")) if choice else None
+    pick = chosen[members[0].group(choice.setting, "seed")] if choice else None
     if choice and pick:
         if pick.final and pick.value is None:  # No value of the grid has a run that is done.
             return Entry(None, None, failed=len(distinct(c for c in members if choosing(c, choice))))
