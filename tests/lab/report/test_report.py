@@ -1,4 +1,4 @@
-"""Tests the report of sweeps: its tables are right, it loads nothing from elsewhere, and no text from runs is executed."""
+"""Tests the report of sweeps: its tables are right, it needs no network, and no text from runs is executed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VOID = {"meta", "input", "br", "path", "use", "image", "line", "rect", "circle"}
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and gathers texts and attributes."""
+    """Checks that the tags nest, and collects texts and attributes."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -59,7 +59,7 @@ def text(study, tmp_path_factory):
     return write_report([study], tmp_path_factory.mktemp("out") / "report.html").read_text("utf-8")
 
 
-def test_what_comes_from_runs_is_escaped(text):
+def test_texts_from_runs_are_escaped(text):
     page = Page(text)
     assert page.tags.count("script") == 1
     assert "<script>alert" not in text
@@ -79,7 +79,7 @@ def test_the_page_needs_no_network(text):
     assert "default-src 'none'" in text
 
 
-def test_light_dark_and_narrow_are_provided_for(text):
+def test_the_page_fits_light_dark_and_narrow_screens(text):
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
     assert 'content="light dark"' in text
@@ -88,7 +88,7 @@ def test_light_dark_and_narrow_are_provided_for(text):
 def test_every_run_has_a_row_with_its_configuration(text, study):
     rows = text[text.index('class="sortable"') :].split("</tbody>")[0]
     known = read_study(study)
-    assert rows.count("<tr>") - 1 == len(known.results)  # one is the heading
+    assert rows.count("<tr>") - 1 == len(known.results)  # One row is the heading.
     for run_id in known.results:
         assert f"<code>{run_id}</code>" in rows
     assert rows.count("<dt>max_steps</dt><dd>60</dd>") == len(known.results)
@@ -113,7 +113,7 @@ def test_the_tables_figures_are_those_of_the_results(study):
     assert full.entries["mrpc"].trained == 20_000_000 - 770
 
 
-def test_the_two_protocols_differ_where_they_should(study):
+def test_the_two_protocols_show_different_figures(study):
     known = read_study(study)
     seeds, paper = (
         table(known.cells, known.results, Protocol(kind=kind, best=2), known.choice) for kind in ("seeds", "paper")
@@ -184,12 +184,12 @@ def test_folders_without_runs_are_refused(tmp_path):
         read_study(tmp_path)
 
 
-def test_a_folder_is_no_output(study, tmp_path):
+def test_a_folder_as_the_output_is_refused(study, tmp_path):
     with pytest.raises(ConfigError, match="is a folder"):
         write_report([study], tmp_path)
 
 
-def test_the_command(study, tmp_path):
+def test_the_command_writes_the_report(study, tmp_path):
     done = run("report", study, "--output", "out.html", cwd=tmp_path)
     assert done.stdout.startswith("report in out.html")
     assert run("report", "none", cwd=tmp_path, check=False).returncode == 1
