@@ -50,10 +50,8 @@ class Cell:
 def expand(sweep: Sweep, rank: Rank | None = None) -> list[Cell]:
     """Returns all cells of the full grid, in order.
 
-    Args:
-        sweep: The sweep.
-        rank: The function from settings to the rank that ``lora_r: match`` stands for; None for
-            `unmask.lab.study.matching.matching_rank`.
+    ``rank`` is the function from settings to the rank that ``lora_r: match`` stands for; None stands for
+    `unmask.lab.study.matching.matching_rank`.
 
     Raises:
         ConfigError: The settings of a run cannot work; the message names the run by its labels.
@@ -84,9 +82,9 @@ def expand(sweep: Sweep, rank: Rank | None = None) -> list[Cell]:
                     "the protocol seeds."
                 )
     ordered = {**sweep.axes, "method": tuple(row.name for row in sweep.rows)}
-    ranks = {key: {str(value): rank for rank, value in enumerate(values)} for key, values in ordered.items()}
-    outer = sweep.nesting[: sweep.nesting.index("grid")]  # Each cell has its own place in the grid's order.
-    return sorted(cells.values(), key=lambda cell: [ranks[key].get(str(cell.labels[key]), -1) for key in outer])
+    ranks = {key: {str(value): place for place, value in enumerate(values)} for key, values in ordered.items()}
+    outer = sweep.nesting[: sweep.nesting.index("grid")]  # No two cells have the same place in the grid's order.
+    return sorted(cells.values(), key=lambda cell: [ranks[key].get(cell.label(key), -1) for key in outer])
 
 
 def places(cells: Iterable[Cell], setting: str) -> dict[Group, tuple[dict[str, int], dict[str, int]]]:
@@ -107,7 +105,7 @@ def _tried(sweep: Sweep, row: Row, place: Mapping[str, Any]) -> Iterator[tuple[d
         settings |= rule.settings
         grid |= {key: values for key, values in rule.grid.items() if key not in row.settings}
     settings |= {**place, **row.settings}
-    if row.name in PRESETS:  # a row that is called pafi and names no method means PaFi
+    if row.name in PRESETS:  # A row that is called pafi and names no method means PaFi.
         settings.setdefault("method", row.name)
     labels |= {axis: settings[axis] for axis in place if axis in row.settings}
     for values in itertools.product(*grid.values()):

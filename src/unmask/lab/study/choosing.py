@@ -10,7 +10,7 @@ from typing import Any
 
 from unmask.lab.study.cells import Cell, Group, places
 from unmask.lab.study.spec import Choice, Protocol
-from unmask.lab.study.store import Result, Results, figure_of
+from unmask.lab.study.store import Results, figure_of
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,6 @@ def choosing(cell: Cell, choice: Choice) -> bool:
     return cell.label("seed") in map(str, choice.seeds)
 
 
-def criterion(result: Result, by: str) -> float:
-    """Returns the figure by which runs are compared; higher is better, and -inf means that there is no finite figure."""
-    value = figure_of(result, by)
-    if value is None:
-        return -math.inf
-    return -value if by == "loss" or by.endswith("_loss") else value
-
-
 def _chosen(members: Sequence[Cell], choice: Choice, results: Results) -> Chosen:
     """Returns the chosen value of one group."""
     values = {cell.label(choice.setting): cell.labels.get(choice.setting) for cell in members}
@@ -103,16 +95,17 @@ def _chosen(members: Sequence[Cell], choice: Choice, results: Results) -> Chosen
     for value in values:
         runs = [cell.id for cell in members if choosing(cell, choice) and cell.label(choice.setting) == value]
         if runs and all(run in results for run in runs):
-            figures[value] = fmean(criterion(results[run], choice.by) for run in runs)
+            found = [figure_of(results[run], choice.by) for run in runs]
+            figures[value] = fmean(math.nan if figure is None else figure for figure in found)
     tried = {value: figure for value, figure in figures.items() if math.isfinite(figure)}
     final = len(figures) == len(values)
     if not tried:
         return Chosen(None, None, final, {})
-    best = max(tried, key=lambda value: tried[value])
+    sign = -1 if choice.by == "loss" or choice.by.endswith("_loss") else 1
+    best = max(tried, key=lambda value: sign * tried[value])
     try:
         numbers = [float(value) for value in values.values()]
         edge = {max(numbers): "high", min(numbers): "low"}.get(float(values[best]))
     except (TypeError, ValueError):  # A setting that is no number has no edge.
         edge = None
-    sign = -1 if choice.by.endswith("loss") else 1
-    return Chosen(values[best], edge, final, {value: sign * figure for value, figure in tried.items()})
+    return Chosen(values[best], edge, final, tried)

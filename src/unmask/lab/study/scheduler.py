@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -143,8 +144,8 @@ class _Scheduler:
         self._results = {
             run: result for run, result in known.items() if not (retry_failed and result["status"] == "failed")
         }
-        self._under_way: dict[str, tuple[Cell, float]] = {}  # id -> (cell, when it was submitted)
-        self._deaths: dict[str, int] = {}
+        self._under_way: dict[str, tuple[Cell, float]] = {}  # id -> (cell, the time of submission)
+        self._deaths: Counter[str] = Counter()
         self._ask_again: dict[str, float] = {}  # id of a run that another command is making -> when to ask again
         self._live = LiveTable(sweep, cells, console, workers)
 
@@ -185,7 +186,7 @@ class _Scheduler:
         if outcome.status == "busy":
             self._ask_again[cell.id] = time.monotonic() + BUSY_SECONDS
         elif outcome.status == "died":
-            self._deaths[cell.id] = self._deaths.get(cell.id, 0) + 1
+            self._deaths[cell.id] += 1
             if self._deaths[cell.id] < ATTEMPTS:
                 return
             error = {

@@ -99,7 +99,7 @@ def tables(
     paper, seeds = replace(protocol, kind="paper"), replace(protocol, kind="seeds")
     ours = "Ours: " if protocol.pair else ""
     if choice:
-        ours += f"{choice.setting} chosen by {choice.by} on seed {_listed(choice.seeds)}, then "
+        ours += f"{choice.setting} chosen by {choice.by} on seed {', '.join(map(str, choice.seeds))}, then "
     ours += "mean over seeds"
     by_choice = table(cells, results, seeds, choice, ours[0].upper() + ours[1:])
     if protocol.pair is None:
@@ -270,14 +270,10 @@ def legend(found: Table, marks: str = "after @; [low], [high]") -> str:
             "number of runs."
         )
     if choice:
-        (place, mark), seeds = marks.split("; "), _listed(choice.seeds)
+        (place, mark), seeds = marks.split("; "), ", ".join(map(str, choice.seeds))
         text += f" The {choice.setting} ({place}) was chosen by {choice.by} on seed {seeds}; {mark}: at the edge of its grid."
         text += " [alone]: no other value was tried." if "@" in place else ""
         text += " Those seeds are not in the mean." if choice.report == "others" else " Those seeds are in the mean."
     if found.model:
         text += f" The columns named paper hold what the paper prints for {found.model}, which was not measured here."
     return text
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))
