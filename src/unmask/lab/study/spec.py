@@ -43,7 +43,7 @@ class Rule:
         grid: A grid that replaces the row's own.
     """
 
-    when: Mapping[str, tuple[str, ...]]
+    when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     settings: Settings = field(default_factory=dict)
     grid: Grid = field(default_factory=dict)
 
@@ -138,10 +138,10 @@ class Claim:
         average: The average as it is printed; None if none is printed.
     """
 
-    method: str
-    budget: str | None
-    count: str
-    scores: Mapping[str, str]
+    method: str = ""
+    budget: str | None = None
+    count: str = ""
+    scores: Mapping[str, str] = field(default_factory=dict)
     average: str | None = None
 
     @property
@@ -154,8 +154,8 @@ class Claim:
 class Claims:
     """A published table: the model on which it was measured, and its rows."""
 
-    model: str
-    rows: tuple[Claim, ...]
+    model: str = ""
+    rows: tuple[Claim, ...] = ()
 
     def of(self, labels: Mapping[str, Any]) -> Claim | None:
         """Returns the row that stands next to a line with these labels; None if there is none."""
@@ -182,10 +182,10 @@ class Sweep:
         claims: The figures that the paper prints for this table; None if there are none.
     """
 
-    name: str
-    settings: Settings
-    axes: Grid
-    rows: tuple[Row, ...]
+    name: str = "sweep"
+    settings: Settings = field(default_factory=dict)
+    axes: Grid = field(default_factory=dict)
+    rows: tuple[Row, ...] = ()
     rules: tuple[Rule, ...] = ()
     order: tuple[str, ...] = ()
     choice: Choice | None = None
