@@ -89,11 +89,11 @@ def test_closing_with_patience_lets_a_run_save_and_go_on_later(cluster, tmp_path
     store, cell = Store(tmp_path), expand(sweep())[0]
     store.write_plan(plan(sweep(), [cell]))
     engine = RayEngine(store, "sweep_runs:stepping", workers=1, threads=1)
-    engine.submit(Order(cell.id, cell.labels, cell.settings))
+    engine.submit(Order(cell))
     wait_for(lambda: times(tmp_path, cell.id, "steps") >= 3)
     engine.close(patience=20.0)
     assert (store.result(cell.id), 3 <= times(tmp_path, cell.id, "steps") < 20) == (None, True)
-    engine.submit(Order(cell.id, cell.labels, cell.settings))
+    engine.submit(Order(cell))
     (outcome,) = engine.wait(20.0)
     assert (outcome.status, store.result(cell.id)["steps"]) == ("done", 20)
     engine.close()

@@ -59,7 +59,7 @@ class RayEngine:
     def submit(self, order: Order) -> None:
         """Queues a Ray task."""
         task = self._task.remote(str(Path.cwd()), str(self._store.folder), self._function, order)
-        self._runs[task] = order.id
+        self._runs[task] = order.cell.id
 
     def wait(self, timeout: float) -> Sequence[Outcome]:
         """Returns the orders that have ended; see `unmask.lab.study.engine.Engine.wait`."""

@@ -124,7 +124,7 @@ class LocalEngine:
         if not worker.ready:
             log = self._log(worker.number)
             raise ConfigError(f"a worker cannot start ({cause}); its log {str(log)!r} ends: {tail(log)}")
-        return [Outcome(worker.order.id, "died", cause)] if worker.order else []
+        return [Outcome(worker.order.cell.id, "died", cause)] if worker.order else []
 
     def _log(self, number: int) -> Path:
         return self._store.folder / "logs" / f"worker-{number}.log"

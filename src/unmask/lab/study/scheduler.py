@@ -177,7 +177,7 @@ class _Scheduler:
             if len(self._under_way) == self._workers:
                 break
             self._under_way[cell.id] = cell, now
-            engine.submit(Order(cell.id, cell.labels, cell.settings, self._retry_failed))
+            engine.submit(Order(cell, self._retry_failed))
         self._live.update(self._results, self._under_way.values())
         return bool(waiting or self._under_way)
 
@@ -194,10 +194,10 @@ class _Scheduler:
                 "message": f"its worker died {ATTEMPTS} times ({outcome.cause}); perhaps there was too little memory",
                 "traceback": tail(self._store.log_path(cell.id), 30),
             }
-            died = {"status": "failed", "labels": cell.labels, "settings": cell.settings, "error": error}
+            died = {**vars(cell), "status": "failed", "error": error, "seconds": round(time.monotonic() - since, 2)}
             with self._store.lock(cell.id) as locked:
                 if locked and self._store.result(cell.id) is None:
-                    self._store.write_result(cell.id, died | {"seconds": round(time.monotonic() - since, 2)})
+                    self._store.write_result(cell.id, died)
         result = self._store.result(cell.id)
         if result is not None and (outcome.status != "busy" or result["status"] == "done"):
             self._results[cell.id] = result

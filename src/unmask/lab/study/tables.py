@@ -166,8 +166,7 @@ def _entry(
         members = others if choice.report == "others" and others else members
     unique = distinct(members)
     ended = [(cell, results[cell.id]) for cell in unique if cell.id in results]
-    found = [(cell, result, column.value(result)) for cell, result in ended]
-    done = [(cell, result, score) for cell, result, score in found if score is not None]
+    done = [(cell, result, score) for cell, result in ended if (score := column.value(result)) is not None]
     by_seed = {str(cell.settings.get("seed", 0)): score for cell, _, score in done}
     scores, first = list(by_seed.values()), done[0][1] if done else {}
     summaries = [result.get("summary") or {} for _, result, _ in done]
