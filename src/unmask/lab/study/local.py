@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -28,14 +29,14 @@ class Worker:
     """One worker process, as its parent sees it.
 
     Attributes:
-        number: The worker's number, from 0.
+        log: The file to which its output is printed.
         process: The process.
         connection: The parent's end: orders go out, outcomes come in.
         order: The order that it executes; None while it waits.
         ready: True once it has imported what makes the runs.
     """
 
-    number: int
+    log: Path
     process: SpawnProcess
     connection: Connection
     order: Order | None = None
@@ -52,16 +53,15 @@ class LocalEngine:
     def __init__(self, store: Store, function: str, threads: int, devices: Sequence[str] = ()) -> None:
         self._store, self._function, self._threads, self._devices = store, function, threads, tuple(devices)
         self._workers: list[Worker] = []
-        self._started = 0
+        self._numbers = itertools.count()
 
     def submit(self, order: Order) -> None:
         """Gives the order to a free worker, or to a new one."""
         worker = next((worker for worker in self._workers if worker.order is None), None)
         if worker is None:
-            number, context = self._started, multiprocessing.get_context("spawn")
-            self._started += 1
-            ours, theirs = context.Pipe()
-            arguments = (theirs, self._store.folder, self._function, self._log(number))
+            number, context = next(self._numbers), multiprocessing.get_context("spawn")
+            log, (ours, theirs) = self._store.log_path(f"worker-{number}"), context.Pipe()
+            arguments = (theirs, self._store.folder, self._function, log)
             process = context.Process(target=_serve, args=arguments, name=f"sweep-{number}")
             environment = dict.fromkeys(THREAD_VARIABLES, str(self._threads))
             if self._devices:
@@ -69,7 +69,7 @@ class LocalEngine:
             with _environment(environment):  # It must be set before the worker imports torch.
                 process.start()
             theirs.close()
-            worker = Worker(number, process, ours)
+            worker = Worker(log, process, ours)
             self._workers.append(worker)
         worker.order = order
         with contextlib.suppress(BrokenPipeError):  # The worker has just died; `wait` reports it.
@@ -122,12 +122,8 @@ class LocalEngine:
         code = worker.process.exitcode or 0
         cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         if not worker.ready:
-            log = self._log(worker.number)
-            raise ConfigError(f"a worker cannot start ({cause}); its log {str(log)!r} ends: {tail(log)}")
+            raise ConfigError(f"a worker cannot start ({cause}); its log {str(worker.log)!r} ends: {tail(worker.log)}")
         return [Outcome(worker.order.cell.id, "died", cause)] if worker.order else []
-
-    def _log(self, number: int) -> Path:
-        return self._store.folder / "logs" / f"worker-{number}.log"
 
 
 def _serve(connection: Connection, folder: Path, function: str, log: Path) -> None:

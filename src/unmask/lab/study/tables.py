@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from unmask.lab.figures.estimates import Estimate, best_of, interval
-from unmask.lab.study.cells import Cell, distinct
+from unmask.lab.study.cells import Cell, Group, distinct
 from unmask.lab.study.choosing import Choices, choose, choosing, paired
 from unmask.lab.study.columns import Column, columns_of, task_of
 from unmask.lab.study.records import trained_weights
@@ -124,7 +124,7 @@ def table(
     """Returns one table of some cells, as far as they have been run; without a choice every cell counts."""
     chosen: Choices = choose(cells, choice, results) if choice else {}
     swept = choice.setting if choice else protocol.pair
-    rows: dict[tuple[tuple[str, str], ...], dict[str, list[Cell]]] = {}
+    rows: dict[Group, dict[str, list[Cell]]] = {}
     for cell in cells:
         own = {k: v for k, v in cell.labels.items() if k not in ("task", "seed", swept) and v is not None}
         labels = tuple((key, str(value)) for key, value in own.items())
