@@ -60,7 +60,8 @@ class LocalEngine:
         worker = next((worker for worker in self._workers if worker.order is None), None)
         if worker is None:
             number, context = next(self._numbers), multiprocessing.get_context("spawn")
-            log, (ours, theirs) = self._store.log_path(f"worker-{number}"), context.Pipe()
+            log = self._store.log_path(f"worker-{number}")
+            ours, theirs = context.Pipe()
             arguments = (theirs, self._store.folder, self._function, log)
             process = context.Process(target=_serve, args=arguments, name=f"sweep-{number}")
             environment = dict.fromkeys(THREAD_VARIABLES, str(self._threads))
