@@ -52,13 +52,12 @@ def read_study(folder: str | Path) -> Study:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r}; give a folder of a sweep or of runs of `unmask train`.")
-    return _of_sweep(Store(folder)) if (folder / "sweep.json").is_file() else _of_runs(folder)
-
-
-def _of_sweep(store: Store) -> Study:
-    plan = store.plan()
+    file = folder / "sweep.json"
+    if not file.is_file():
+        return _of_runs(folder)
+    plan = Store(folder).plan()
     try:
-        results = store.results()
+        results = Store(folder).results()
         cells = tuple(Cell(c["id"], c["labels"], c["settings"]) for c in plan["cells"])
         return Study(
             name=plan["name"],
@@ -73,9 +72,7 @@ def _of_sweep(store: Store) -> Study:
             command=plan["command"],
         )
     except ConfigError as error:
-        raise DataError(
-            f"{str(store.folder / 'sweep.json')!r} is not a sweep of this version ({error}); run the sweep again."
-        ) from error
+        raise DataError(f"{str(file)!r} is not a sweep of this version ({error}); run the sweep again.") from error
 
 
 def _of_runs(folder: Path) -> Study:

@@ -116,15 +116,14 @@ def run_sweep(
 
 def plan(sweep: Sweep, cells: Sequence[Cell], command: str = "") -> dict[str, Any]:
     """Returns the content of ``sweep.json``: everything that a report needs and the results do not hold."""
-    choice, protocol = sweep.choice, sweep.protocol
     return {
         "name": sweep.name,
         "title": sweep.title,
         "notes": list(sweep.notes),
         "figures": list(sweep.figures),
-        "claims": None if sweep.claims is None else dataclasses.asdict(sweep.claims),
-        "choose": None if choice is None else {**vars(choice), "seeds": list(choice.seeds)},
-        "protocol": vars(protocol).copy(),
+        "claims": sweep.claims and dataclasses.asdict(sweep.claims),
+        "choose": sweep.choice and dataclasses.asdict(sweep.choice),
+        "protocol": dataclasses.asdict(sweep.protocol),
         "cells": [vars(cell) for cell in cells],
         "command": command,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
