@@ -12,6 +12,8 @@ from studies import EVIL, VALUES, write_study
 
 from unmask.errors import ConfigError, DataError
 from unmask.lab.report import read_study, write_report
+from unmask.lab.report.drawing import draw_files, inline
+from unmask.lab.study.records import records
 from unmask.lab.study.spec import Protocol
 from unmask.lab.study.tables import figure, markdown, table
 
@@ -143,6 +145,17 @@ def test_figures_are_drawn_into_the_page(text):
     assert "not drawn" not in text
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
+
+
+def test_a_figure_with_a_name_that_matplotlib_cannot_read_is_left_out(study, tmp_path):
+    pytest.importorskip("matplotlib")
+    known = read_study(study)
+    runs = records(known.cells, known.results, known.protocol, known.choice)
+    odd = [{**run, "method": r"$\frac$"} for run in runs]  # Matplotlib reads this as mathematics that is not complete.
+    assert draw_files(["fig1"], odd, tmp_path / "odd") == []
+    (shown,) = inline(["fig1"], odd, "s0")
+    assert (shown["svg"], "frac" in shown["fault"]) == (None, True)
+    assert len(draw_files(["fig1"], runs, tmp_path / "plain")) == 3
 
 
 def test_two_studies_stand_on_one_page(study, tmp_path):

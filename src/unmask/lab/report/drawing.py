@@ -20,7 +20,7 @@ CAPTIONS = {
     "run is a model of a smaller budget. Repeat-S is a line across, labelled with the number of weights that it tuned.",
     "fig6": "The score over the budget B, on a linear axis.",
     "fig7": "The places of the budget, at the start and at the end of the run: module kinds by layers. A cell is its share of "
-    "the budget, and each panel has a colour scale of its own.",
+    "the budget, and each panel has its own colour scale.",
     "fig8": "The share of tensors without any unmasked weight, 0 to 1, over the optimizer steps.",
     "fig9": "The entropy of the tensors' densities over the optimizer steps, divided by its largest value, ln(tensors). The "
     "paper does not state its normalisation; this one is ours.",
@@ -35,15 +35,13 @@ def fitting(name: str, records: Sequence[RunRecord]) -> list[RunRecord]:
     """
     if name == "fig4":
         return [r for r in records if {"eps", "exp"} <= r.get("parameters", {}).keys()]
+    ours = [r for r in records if r.get("strategy") != "none"]
     if name == "fig5":
-        kept = [r for r in records if r.get("strategy") != "none"]
-        return [r for r in kept if r["strategy"] != "increment" or r.get("curve")]
-    if name == "fig6":
-        return [r for r in records if r.get("strategy") != "none"]
+        return [r for r in ours if r.get("strategy") != "increment" or r.get("curve")]
     if name in ("fig7", "fig8", "fig9"):
-        kept = [r for r in records if r.get("allocation") and r.get("strategy") != "none"]
+        kept = [r for r in ours if r.get("allocation")]
         return [r for r in kept if r.get("strategy") in ("increment", "repeat")] or kept
-    return list(records)
+    return ours if name == "fig6" else list(records)
 
 
 def worth_drawing(records: Sequence[RunRecord]) -> tuple[str, ...]:
