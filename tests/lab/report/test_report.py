@@ -151,7 +151,7 @@ def test_a_figure_with_a_name_that_matplotlib_cannot_read_is_left_out(study, tmp
     pytest.importorskip("matplotlib")
     known = read_study(study)
     runs = records(known.cells, known.results, known.protocol, known.choice)
-    odd = [{**run, "method": r"$\frac$"} for run in runs]  # Matplotlib reads this as mathematics that is not complete.
+    odd = [{**run, "method": f"$\\frac$ {run['method']}"} for run in runs]  # Matplotlib reads it as mathematics.
     assert draw_files(["fig1"], odd, tmp_path / "odd") == []
     (shown,) = inline(["fig1"], odd, "s0")
     assert (shown["svg"], "frac" in shown["fault"]) == (None, True)

@@ -88,7 +88,7 @@ def choosing(cell: Cell, choice: Choice) -> bool:
 
 def _chosen(members: Sequence[Cell], choice: Choice, results: Results) -> Chosen:
     """Returns the chosen value of one group."""
-    values = {cell.label(choice.setting): cell.labels.get(choice.setting) for cell in members}
+    values: dict[str, Any] = {cell.label(choice.setting): cell.labels.get(choice.setting) for cell in members}
     if len(values) == 1:
         return Chosen(next(iter(values.values())), "alone", True, {})
     figures: dict[str, float] = {}
