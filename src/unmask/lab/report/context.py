@@ -152,11 +152,8 @@ def runs_table(study: Study) -> dict[str, Any]:
 
 def _numbers(result: Result) -> list[tuple[float | str, str]]:
     """Returns (sort key, text) of a run's numbers, in the order of ``_NUMBERS``."""
-    seconds = result.get("seconds")
-    time = ("" if seconds is None else float(seconds), duration(seconds or 0))
-    if result["status"] == "failed":
-        return [*[("", "-")] * (len(_NUMBERS) - 1), time]
-    summary, score, loss = result.get("summary") or {}, result.get("score"), result.get("loss")
+    score, loss, seconds = result.get("score"), result.get("loss"), result.get("seconds")
+    summary = result.get("summary") or {}
     trained = trained_weights(summary) if summary.get("budget") is not None else None
     share = trained / base_weights(summary) if trained is not None else None
     shown = [
@@ -164,8 +161,9 @@ def _numbers(result: Result) -> list[tuple[float | str, str]]:
         (loss, f"{loss:.4f}" if loss is not None else "-"),
         (trained, f"{trained:,}" if trained is not None else "-"),
         (share, f"{share:.3%}" if share is not None else "-"),
+        (seconds, duration(seconds or 0)),
     ]
-    return [*[("" if value is None else float(value), text) for value, text in shown], time]
+    return [("" if value is None else float(value), text) for value, text in shown]
 
 
 def _details(cell: Cell, result: Result) -> list[tuple[str, dict[str, str]]]:

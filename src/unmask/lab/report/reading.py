@@ -16,7 +16,7 @@ from unmask.lab.training.settings import read_yaml
 
 @dataclass(frozen=True)
 class Study:
-    """A grid of runs with its results.
+    """The cells of a grid of runs, and their results.
 
     Attributes:
         name: The name of the sweep, or of the folder.

@@ -26,7 +26,7 @@ MATCH = "match"
 
 @dataclass(frozen=True)
 class Cell:
-    """A place in the grid, and the run that fills it. Two places can share a run.
+    """The place of a run in the grid. Two places can share a run.
 
     Attributes:
         id: The id of the run. The same settings have the same id on every machine and in every version.

@@ -1,4 +1,4 @@
-"""An engine that makes a sweep's runs on a Ray cluster, or in a Ray of this machine alone (extra ``ray``)."""
+"""Makes a sweep's runs on a Ray cluster, or in a Ray of this machine alone (extra ``ray``)."""
 
 from __future__ import annotations
 

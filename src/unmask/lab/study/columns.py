@@ -14,7 +14,7 @@ _MNLI = {"mnli-m": "dev_matched_accuracy", "mnli-mm": "dev_mismatched_accuracy"}
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
+    """The heading of a column, and the figure that it shows.
 
     Attributes:
         label: The column's heading: the task's name, or the name of one of the task's evaluation sets.
@@ -40,9 +40,8 @@ def columns_of(cells: Iterable[Cell], results: Results, protocol: Protocol) -> l
     """Returns the columns of a table; the tasks stand in the cells' order.
 
     MNLI has a column for each of its two validation sets, as in the paper, and one column if the data has another set.
-    Runs that solve several sets of word problems have a column for each set. Every other task has one column.
-
-    If the protocol names a metric, every task has one column, which shows that metric.
+    Runs that solve several sets of word problems have a column for each set. Every other task has one column, and if
+    the protocol names a metric, every task has one, which shows that metric.
 
     Example:
         >>> cells = [Cell("1", {}, {"task": "mnli"}), Cell("2", {}, {"task": "rte"})]

@@ -24,7 +24,7 @@ SHOWN = 12
 
 
 class LiveTable:
-    """A live table in a terminal; elsewhere a line for each run that ends.
+    """Shows a running sweep: a live table in a terminal, and elsewhere a line for each run that ends.
 
     Attributes:
         display: The context in which the table is shown.

@@ -1,4 +1,4 @@
-"""An engine that makes a sweep's runs in worker processes on this machine."""
+"""Makes a sweep's runs in worker processes on this machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _READY = "ready"
 
 @dataclass(eq=False)
 class Worker:
-    """One worker process, as its parent sees it.
+    """The state of one worker process, as its parent sees it.
 
     Attributes:
         log: The file to which its output is printed.

@@ -35,7 +35,7 @@ EngineName = Literal["local", "ray"]
 
 
 class SweepInterruptedError(UnmaskError):
-    """Ctrl-C stopped the sweep. Finished runs are kept, and runs under way keep their last checkpoint."""
+    """Says that Ctrl-C stopped the sweep. Finished runs are kept, and runs under way keep their last checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Claim:
-    """One row of a published table.
+    """The figures of one row of a published table.
 
     Attributes:
         method: The row of the sweep that the claim stands next to.
@@ -152,7 +152,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Claims:
-    """A published table: the model on which it was measured, and its rows."""
+    """The model on which a published table was measured, and the rows of the table."""
 
     model: str = ""
     rows: tuple[Claim, ...] = ()
@@ -165,7 +165,7 @@ class Claims:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A grid of runs.
+    """The description of a grid of runs.
 
     Attributes:
         name: The sweep's name.

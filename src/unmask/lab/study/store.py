@@ -38,7 +38,7 @@ def figure_of(result: Result, name: str) -> float | None:
 
 
 class Store:
-    """A sweep's folder.
+    """The folder of a sweep.
 
     ``results/ID.json`` is a run's result, ``runs/ID`` its output folder, ``logs/ID.log`` its printed output. The
     process that makes the run holds the lock ``locks/ID.lock``. ``sweep.json`` lists the runs of the sweep. The folder

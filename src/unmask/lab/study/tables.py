@@ -20,7 +20,7 @@ EDGES = {"low": "the lowest value tried", "high": "the highest value tried"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell of a table.
+    """The content of one cell of a table.
 
     Attributes:
         seeds: The mean over all runs, with an interval; None while no run is done.
@@ -49,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table.
+    """The content of a row of a table.
 
     Attributes:
         labels: ``method``, and the axes other than task and seed.
@@ -66,7 +66,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A sweep's table.
+    """The content of a sweep's table.
 
     Attributes:
         columns: The columns' labels.
