@@ -13,17 +13,18 @@ from unmask.lab.figures import FIGURES, Style, svg, write_figure
 from unmask.lab.figures.records import RunRecord
 
 CAPTIONS = {
-    "fig1": "The average score over all columns of all tasks, in %, over the trained weights in % of the model. The axis is "
-    "linear; a larger marker trains more weights; full fine-tuning is a line across.",
+    "fig1": "The average score over all columns of all tasks, in %, over the trained weights in % of the model. The "
+    "axis is linear; a larger marker trains more weights; full fine-tuning is a line across.",
     "fig4": "The score over eps of D3 at one exp (a), and over exp at one eps (b), on linear axes.",
-    "fig5": "The score along the run over the number of updated weights, on a linear axis: every checkpoint of an increment-S "
-    "run is a model of a smaller budget. Repeat-S is a line across, labelled with the number of weights that it tuned.",
+    "fig5": "The score along the run over the number of updated weights, on a linear axis: every checkpoint of an "
+    "increment-S run is a model of a smaller budget. Repeat-S is a line across, labelled with the number of weights "
+    "that it tuned.",
     "fig6": "The score over the budget B, on a linear axis.",
-    "fig7": "The places of the budget, at the start and at the end of the run: module kinds by layers. A cell is its share of "
-    "the budget, and each panel has its own colour scale.",
+    "fig7": "The places of the budget, at the start and at the end of the run: module kinds by layers. A cell is its "
+    "share of the budget, and each panel has its own colour scale.",
     "fig8": "The share of tensors without any unmasked weight, 0 to 1, over the optimizer steps.",
-    "fig9": "The entropy of the tensors' densities over the optimizer steps, divided by its largest value, ln(tensors). The "
-    "paper does not state its normalisation; this one is ours.",
+    "fig9": "The entropy of the tensors' densities over the optimizer steps, divided by its largest value, "
+    "ln(tensors). The paper does not state its normalisation; this one is ours.",
 }
 
 

@@ -78,8 +78,8 @@ def expand(sweep: Sweep, rank: Rank | None = None) -> list[Cell]:
             if len(tried) not in (1, len(seeds)):
                 raise ConfigError(
                     f"the paper's protocol runs each {pair} with one seed, and {', '.join(v for _, v in group)} has "
-                    f"{len(tried)} values of {pair} and {len(seeds)} seeds; give as many of both, or one {pair}, or take "
-                    "the protocol seeds."
+                    f"{len(tried)} values of {pair} and {len(seeds)} seeds; give as many of both, or one {pair}, or "
+                    "take the protocol seeds."
                 )
     ordered = {**sweep.axes, "method": tuple(row.name for row in sweep.rows)}
     ranks = {key: {str(value): place for place, value in enumerate(values)} for key, values in ordered.items()}

@@ -100,7 +100,7 @@ def _make_run_on_node(directory: str, folder: str, function: str, order: Order) 
         os.chdir(directory)
     if os.getcwd() != directory or not Path(folder, "sweep.json").is_file():
         raise ConfigError(
-            f"the node {platform.node()} does not see the folder {folder!r} from {directory!r}; put the sweep's folder and "
-            "the working directory where every node sees them under the same path."
+            f"the node {platform.node()} does not see the folder {folder!r} from {directory!r}; put the sweep's folder "
+            "and the working directory where every node sees them under the same path."
         )
     return make_run(Store(folder), order, load_function(function))

@@ -50,7 +50,7 @@ def read_protocol(values: Any, where: str = "protocol") -> Protocol:
 
 
 def read_claims(values: Any, where: str = "claims") -> Claims | None:
-    """Makes the figures of a published table from plain values; None if there are none. It raises what `parse` raises."""
+    """Makes `Claims` from plain values; None if there are none. It raises what `parse` raises."""
     return Claims(**_entries(values, where, _CLAIMS)) if values else None
 
 
@@ -118,8 +118,8 @@ def _claim_rows(value: Any, where: str) -> tuple[Claim, ...]:
         for printed in [*claim.scores.values(), *([claim.average] if claim.average else [])]:
             if not _PRINTED.fullmatch(printed):
                 raise ConfigError(
-                    f"claims: {printed!r} of {claim.method!r} must be a printed mean ('89.38'), with its deviation if there "
-                    "is one ('89.38 0.07')."
+                    f"claims: {printed!r} of {claim.method!r} must be a printed mean ('89.38'), with its deviation if "
+                    "there is one ('89.38 0.07')."
                 )
         if claim.average is not None and (not claim.scores or " " in claim.average):
             raise ConfigError(f"claims: the average {claim.average!r} must be a printed mean, of at least one score.")

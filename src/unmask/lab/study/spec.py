@@ -120,7 +120,8 @@ class Protocol:
             fields(form)(vars(self), "protocol")
         if not 0 < self.level < 1 or self.best < 1:
             raise ConfigError(
-                f"protocol.level = {self.level} must lie between 0 and 1, and protocol.best = {self.best} be at least 1."
+                f"protocol.level = {self.level} must lie between 0 and 1, and protocol.best = {self.best} must be "
+                "at least 1."
             )
 
 

@@ -112,7 +112,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, run: str) -> Iterator[bool]:
-        """Yields True if this process holds the run's lock in the block. The system frees the lock when the process ends."""
+        """Yields True if this process holds the run's lock. The system frees the lock when the process ends."""
         self.need_locks()
         path = self.folder / "locks" / f"{run}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -265,12 +265,13 @@ def legend(found: Table, marks: str = "after @; [low], [high]") -> str:
         text = f"Scores in percent: mean and standard deviation (over n - 1) of {which}."
     else:
         text = (
-            f"Scores in percent: mean over runs ± half the {100 * protocol.level:g}% interval ({protocol.interval}), with the "
-            "number of runs."
+            f"Scores in percent: mean over runs ± half the {100 * protocol.level:g}% interval ({protocol.interval}), "
+            "with the number of runs."
         )
     if choice:
         (place, mark), seeds = marks.split("; "), ", ".join(map(str, choice.seeds))
-        text += f" The {choice.setting} ({place}) was chosen by {choice.by} on seed {seeds}; {mark}: at the edge of its grid."
+        text += f" The {choice.setting} ({place}) was chosen by {choice.by} on seed {seeds}; "
+        text += f"{mark}: at the edge of its grid."
         text += " [alone]: no other value was tried." if "@" in place else ""
         text += " Those seeds are not in the mean." if choice.report == "others" else " Those seeds are in the mean."
     if found.model:
