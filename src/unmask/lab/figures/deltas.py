@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unmask.errors import DataError, need
-from unmask.lab.figures.charts import short
+from unmask.errors import DataError
+from unmask.lab.figures.charts import count_axis, short
 from unmask.lab.figures.maps import heat_map, layers_of, percent
 from unmask.lab.figures.records import AllocationRow, Snapshot
 from unmask.lab.figures.style import LIGHT, SERIES, Style, dress, new_figure
@@ -70,9 +70,7 @@ def _densest(axes: Any, tensors: Mapping[str, Mapping[str, float]], style: Style
 def _along(axes: Any, along: Sequence[Snapshot], style: Style) -> None:
     used = [shot["used"] for shot in along]
     axes.plot(used, [100 * shot["tensor_sparsity"] for shot in along], color=SERIES[0], marker="o", markersize=3.5)
-    ticker = need("matplotlib.ticker", "plot")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda count, place: short(count)))
+    count_axis(axes)
     axes.set_xlabel("unmasked weights, in the order of unmasking")
     axes.set_ylabel("tensor sparsity, %")
     axes.set_ylim(bottom=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NotRequired, TypedDict, cast
 
 from unmask.errors import DataError
@@ -145,11 +146,11 @@ def check_records(records: Iterable[Mapping[str, Any]], *needs: str) -> list[Run
     return cast(list[RunRecord], listed)
 
 
-def by_method(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Groups runs by method; the methods stand in the order of their first runs."""
-    groups: dict[str, list[RunRecord]] = {}
+def grouped(records: Iterable[RunRecord], *entries: str) -> dict[Any, list[RunRecord]]:
+    """Groups runs by the value of an entry, or by the tuple of several, in the order of each group's first run."""
+    groups: dict[Any, list[RunRecord]] = {}
     for record in records:
-        groups.setdefault(record["method"], []).append(record)
+        groups.setdefault(itemgetter(*entries)(record), []).append(record)
     return groups
 
 

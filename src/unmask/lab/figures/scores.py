@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
 from unmask.errors import DataError
 from unmask.lab.figures.charts import (
-    Point,
-    aside,
     averaged,
-    by_task,
+    by_budget,
     count_axis,
     counting,
+    draw_course,
     draw_points,
     draw_spread,
     legend_outside,
@@ -25,7 +26,7 @@ from unmask.lab.figures.charts import (
     short,
     which_runs,
 )
-from unmask.lab.figures.records import RunRecord, by_method, check_records, labels, trained
+from unmask.lab.figures.records import RunRecord, check_records, grouped, labels, trained
 from unmask.lab.figures.style import LIGHT, LINES, RED, Look, Style, dress, look_of, new_figure
 
 
@@ -54,7 +55,7 @@ def parameter_sweep(
     runs = check_records(records, "parameters")
     sweeps = _sweeps(runs, eps, exp)
     captions = {"eps": ("a", f"eps, at exp = {exp:g}"), "exp": ("b", f"exp, at eps = {eps:g}")}
-    tasks = by_task(runs)
+    tasks = grouped(runs, "model", "task")
     figure = new_figure(3.3 * len(tasks) + 0.5, 2.8 * len(sweeps) + 0.3, style)
     grid = figure.subplots(len(sweeps), len(tasks), squeeze=False, sharey="col")
     for row, (name, swept) in zip(grid, sweeps.items(), strict=True):
@@ -63,8 +64,9 @@ def parameter_sweep(
             axes.set_title(f"({letter}) {task} · {model}", loc="left", fontsize=9, color=style.ink)
             axes.set_xlabel(label)
             axes.set_ylabel(metric_name(of_task[0]))
-            group = [r for r in by_task(swept).get((model, task), []) if math.isfinite(_value(r, name))]
-            draw_points(axes, averaged(group, lambda run, name=name: _value(run, name)), look_of(["id3"])["id3"])  # type: ignore[misc]
+            its = grouped(swept, "model", "task").get((model, task), [])
+            group = [run for run in its if math.isfinite(_value(run, name))]
+            draw_points(axes, averaged(group, partial(_value, parameter=name)), look_of(["id3"])["id3"])
             axes.locator_params(axis="x", nbins=5)
             dress(axes, style, grid="y")
     for axes in grid[0]:  # The panels of a task share their y axis.
@@ -124,17 +126,17 @@ def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
             "no run has strategy 'increment', and only such a run's checkpoints are models of smaller budgets."
         )
     check_records(moving, "curve")
-    looks, names = look_of(list(by_method(runs))), labels(runs)
+    looks, names = look_of(list(grouped(runs, "method"))), labels(runs)
 
     def draw(axes: Any, group: list[RunRecord]) -> None:
-        of = {s: by_method([r for r in group if r["strategy"] == s]) for s in ("increment", "repeat")}
+        of = {s: [run for run in group if run["strategy"] == s] for s in ("increment", "repeat")}
         still = [run for run in group if run["strategy"] not in of]
-        for method, its in of["increment"].items():
+        for method, its in grouped(of["increment"], "method").items():
             _curves(axes, names[method], its, looks[method])
-        _lines(axes, still, looks, {method: method for method in by_method(still)})
+        _lines(axes, still, looks, {run["method"]: run["method"] for run in still})
         count_axis(axes)
         axes.set_xlim(0, 1.02 * axes.dataLim.x1 if axes.lines else None)
-        for method, its in of["repeat"].items():
+        for method, its in grouped(of["repeat"], "method").items():
             _across(axes, names[method], its)
         axes.set_xlabel("number of updated weights")
         _finish(axes, style)
@@ -163,7 +165,7 @@ def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> 
         MissingExtraError: matplotlib is not installed.
     """
     runs = check_records(records)
-    looks, names = look_of(list(by_method(runs))), labels(runs)
+    looks, names = look_of(list(grouped(runs, "method"))), labels(runs)
 
     def draw(axes: Any, group: list[RunRecord]) -> None:
         more = {run["method"]: " (tunes more than B)" for run in group if trained(run) > run["budget"]}
@@ -174,7 +176,7 @@ def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> 
         _finish(axes, style)
 
     texts = []
-    for method, group in by_method(runs).items():
+    for method, group in grouped(runs, "method").items():
         counts = [trained(run) for run in group if trained(run) > run["budget"]]
         if counts:
             span = " to ".join(dict.fromkeys((short(min(counts)), short(max(counts)))))
@@ -185,24 +187,35 @@ def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> 
 
 
 def _lines(axes: Any, runs: Sequence[RunRecord], looks: Mapping[str, Look], names: Mapping[str, str]) -> None:
-    """Draws the scores over the budget, a line for each method."""
-    methods = by_method(runs)
+    """Draws the scores over the budget, a line for each method. They stand a little apart, at most 12 points in all."""
+    methods = grouped(runs, "method")
+    step = min(3.0, 12 / max(1, len(methods) - 1))
     for i, (method, group) in enumerate(methods.items()):
-        points = averaged(group, lambda run: run["budget"])
-        draw_points(axes, points, looks[method], names[method], aside(i, len(methods)))
+        points = averaged(group, itemgetter("budget"))
+        draw_points(axes, points, looks[method], names[method], step * (i - (len(methods) - 1) / 2))
 
 
 def _across(axes: Any, name: str, runs: Sequence[RunRecord]) -> None:
     """Draws a red line across for each budget."""
     right = axes.get_xlim()[1]
-    budgets = sorted({run["budget"] for run in runs})
-    for i, budget in enumerate(budgets):
-        group = [run for run in runs if run["budget"] == budget]
-        at = point(right, group)
-        whole = f", B = {short(budget)}" if len(budgets) > 1 else ""
-        label = f"{name}{whole}, {short(fmean(trained(run) for run in counting(group)))} tuned"
-        axes.axhline(at.mean, color=RED, linewidth=1.4, linestyle=LINES[1:][i % 3], zorder=2, label=label)
-        draw_spread(axes, Point(0.99 * right, at.mean, at.half), RED)
+    for i, (label, group) in enumerate(by_budget(runs, name)):
+        at = point(0.99 * right, group)
+        tuned = short(fmean(map(trained, counting(group))))
+        dashes = LINES[1:][i % 3]
+        axes.axhline(at.mean, color=RED, linewidth=1.4, linestyle=dashes, zorder=2, label=f"{label}, {tuned} tuned")
+        draw_spread(axes, at, RED)
+
+
+def _curves(axes: Any, name: str, runs: Sequence[RunRecord], look: Look) -> None:
+    """Draws a line for each budget: the mean over seeds in front of each seed's own line, or the best run's line."""
+    for i, (label, group) in enumerate(by_budget(runs, name)):
+        kept = counting(group)
+        if "best" in kept[0]:
+            kept = kept[:1]
+        curves = [[(at["used"], at["score"]) for at in run["curve"] if at["used"]] for run in kept]
+        for curve in curves if len(curves) > 1 else []:
+            axes.plot(*zip(*curve, strict=True), color=look.colour, linewidth=0.8, alpha=0.45, zorder=2)
+        draw_course(axes, curves, look, LINES[i % len(LINES)], label)
 
 
 def _finish(axes: Any, style: Style) -> None:
@@ -211,27 +224,3 @@ def _finish(axes: Any, style: Style) -> None:
     axes.autoscale_view(scalex=False)
     axes.set_ylim(axes.get_ylim())
     legend_outside(axes, style)
-
-
-def _curves(axes: Any, name: str, runs: Sequence[RunRecord], look: Look) -> None:
-    """Draws a line for each budget: the mean over seeds in front of each seed's own line, or the best run's line."""
-    budgets = sorted({run["budget"] for run in runs})
-    for i, budget in enumerate(budgets):
-        kept = counting([run for run in runs if run["budget"] == budget])
-        if "best" in kept[0]:
-            kept = kept[:1]
-        curves = [[at for at in run["curve"] if at["used"]] for run in kept]
-        for curve in curves if len(curves) > 1 else []:
-            xs, ys = [at["used"] for at in curve], [at["score"] for at in curve]
-            axes.plot(xs, ys, color=look.colour, linewidth=0.8, alpha=0.45, zorder=2)
-        shared = sorted(set.intersection(*({at["used"] for at in curve} for curve in curves)))
-        if not shared:
-            raise DataError(
-                "the seeds of one run have no point of their curves in common; evaluate them at the same steps."
-            )
-        scores = {used: [at["score"] for curve in curves for at in curve if at["used"] == used] for used in shared}
-        mean = [(float(used), fmean(each)) for used, each in scores.items()]
-        marks = {"marker": look.marker, "markersize": 3.5, "markevery": math.ceil(len(mean) / 12)}
-        label = name + (f", B = {short(budget)}" if len(budgets) > 1 else "")
-        line = {"color": look.colour, "linestyle": LINES[i % len(LINES)], "linewidth": 1.6, "zorder": 3}
-        axes.plot(*zip(*mean, strict=True), label=label, **line, **marks)
