@@ -51,14 +51,6 @@ class Contender:
     selection: Selection | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def selecting(self) -> bool:
-        """Returns True if the next step unmasks weights."""
-        if self.selection is None:
-            return False
-        t, method, budget = self.selection.step, self.selection.method, self.selection.budget
-        return method.cumulative(t, budget) > method.cumulative(t - 1, budget)
-
     def weights(self) -> dict[str, Any]:
         """Returns the counts of weights and the other facts as JSON values."""
         trained = self.used() if self.used else self.trainable
@@ -66,8 +58,11 @@ class Contender:
 
     def step(self, batch: Batch, autocast: bool) -> StepTime:
         """Runs one training step and times its phases: forward with the loss, backward, ``step`` and ``zero_grad``."""
+        selecting = False
+        if self.selection is not None:
+            t, method, budget = self.selection.step, self.selection.method, self.selection.budget
+            selecting = method.cumulative(t, budget) > method.cumulative(t - 1, budget)
         device = batch["input_ids"].device
-        selecting = self.selecting
         clock = Clock(device)
         with torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
             loss = self.model(**batch).loss
@@ -252,9 +247,7 @@ def shira_rank(layers: dict[str, tuple[int, int]], budget: int) -> tuple[int, li
 
 
 def _peft(row: Row, model: nn.Module, config: Any, facts: dict[str, Any]) -> Contender:
-    import peft
-
-    wrapped: Any = peft.get_peft_model(model, config).train()  # type: ignore[arg-type]
+    wrapped = need("peft", "bench").get_peft_model(model, config).train()
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
     facts["adapter_dtype"] = str(parameters[0].dtype).removeprefix("torch.")
 

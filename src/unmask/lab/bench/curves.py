@@ -38,7 +38,8 @@ def run_curve(
         command: The command line, for the record.
         measure: Measures a row; by default in a fresh process.
         budgets: The budgets of the curve over the budget.
-        models: The models of the other two curves, the smallest first; by default those of the curve.
+        models: The models of the other two curves, the smallest first; by default those of the curve. The curve over the
+            size stops at a model where a row fails.
 
     Returns:
         The record, as the JSON file holds it.
@@ -46,11 +47,32 @@ def run_curve(
     curve = _Curve(settings, say, command, measure)
     curve.save()
     if settings.curve == "budget":
-        _over_budget(curve, budgets)
+        curve.record["model"] = blueprint(settings).describe()
+        total = curve.record["model"]["parameters"]
+        fitting = [budget for budget in budgets if budget <= total]
+        if len(fitting) < len(budgets):
+            curve.note(f"The budgets above the model's {total:,} weights are left out.")
+        labels = [f"{kind}@{budget}" for budget in fitting for kind in ("static", "id3-10")]
+        _, rows = curve.run(settings.model, ",".join(["frozen", *labels]))
+        for budget in fitting:
+            parts = _parts(rows[f"static@{budget}"], rows[f"id3-10@{budget}"])
+            ratios = {name: ratio(steps, rows["frozen"].steps) for name, steps in parts.items()}
+            curve.add(budget=budget, **{name: found["ratio"] if found else None for name, found in ratios.items()})
     elif settings.curve == "size":
-        _over_size(curve, models or SIZE_MODELS)
+        static, strided = (f"{kind}@{SIZE_BUDGET}" for kind in ("static", "id3-10"))
+        for model in models or SIZE_MODELS:
+            weights, rows = curve.run(model, f"frozen,{static},{strided}")
+            parts = {"frozen": rows["frozen"].steps, **_parts(rows[static], rows[strided])}
+            seconds = {name: median(step.total for step in steps) if steps else None for name, steps in parts.items()}
+            curve.add(model=model, parameters=weights, **seconds)
+            if any(result.status == "failed" for result in rows.values()):  # Memory has run out.
+                curve.note(f"The curve stops at {model}, where a row failed.")
+                break
     else:
-        _cost_of_selecting(curve, models or SELECTION_MODELS)
+        for model in models or SELECTION_MODELS:
+            weights, rows = curve.run(model, "full,id3")
+            if rows["full"].steps and rows["id3"].steps:
+                curve.add(model=model, parameters=weights, **selection_cost(rows["id3"].steps, rows["full"].steps))
     curve.record["complete"] = True
     curve.save()
     write_reports(curve.record, settings, curve.name, say)
@@ -93,40 +115,6 @@ class _Curve:
             if result.reason:
                 self.note(f"{name}, {result.row.label}: {result.status}: {result.reason}")
         return weights, {result.row.label: result for result in results}
-
-
-def _over_budget(curve: _Curve, budgets: Sequence[int]) -> None:
-    curve.record["model"] = blueprint(curve.settings).describe()
-    total = curve.record["model"]["parameters"]
-    fitting = [budget for budget in budgets if budget <= total]
-    if len(fitting) < len(budgets):
-        curve.note(f"The budgets above the model's {total:,} weights are left out.")
-    labels = [f"{kind}@{budget}" for budget in fitting for kind in ("static", "id3-10")]
-    _, rows = curve.run(curve.settings.model, ",".join(["frozen", *labels]))
-    for budget in fitting:
-        parts = _parts(rows[f"static@{budget}"], rows[f"id3-10@{budget}"])
-        ratios = {name: ratio(steps, rows["frozen"].steps) for name, steps in parts.items()}
-        curve.add(budget=budget, **{name: found["ratio"] if found else None for name, found in ratios.items()})
-
-
-def _over_size(curve: _Curve, models: Sequence[str]) -> None:
-    """Goes from the smallest model to the largest, and stops where a row fails, because memory has run out."""
-    static, strided = (f"{kind}@{SIZE_BUDGET}" for kind in ("static", "id3-10"))
-    for model in models:
-        weights, rows = curve.run(model, f"frozen,{static},{strided}")
-        parts = {"frozen": rows["frozen"].steps, **_parts(rows[static], rows[strided])}
-        seconds = {name: median(step.total for step in steps) if steps else None for name, steps in parts.items()}
-        curve.add(model=model, parameters=weights, **seconds)
-        if any(result.status == "failed" for result in rows.values()):
-            curve.note(f"The curve stops at {model}, where a row failed.")
-            return
-
-
-def _cost_of_selecting(curve: _Curve, models: Sequence[str]) -> None:
-    for model in models:
-        weights, rows = curve.run(model, "full,id3")
-        if rows["full"].steps and rows["id3"].steps:
-            curve.add(model=model, parameters=weights, **selection_cost(rows["id3"].steps, rows["full"].steps))
 
 
 def selection_cost(id3: Sequence[StepTime], full: Sequence[StepTime]) -> dict[str, float]:

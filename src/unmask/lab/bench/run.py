@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from unmask.lab.bench.models import blueprint, device_of
 from unmask.lab.bench.rows import Row
 from unmask.lab.bench.settings import BenchSettings
 from unmask.lab.bench.tables import REFERENCES, StepTime, by_draw, markdown, ratio, timing
+from unmask.lab.bench.worker import read_proc
 
 _ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC_CONF")  # Peak memory depends on these.
 _PACKAGES = ("torch", "transformers", "peft", "selective-optimizers", "numpy", "triton", "unmask")
@@ -203,7 +203,7 @@ def write_reports(record: Mapping[str, Any], settings: BenchSettings, name: str,
 
 def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
     """Returns the hardware, the versions, and the commit if unmask runs from a git checkout, as JSON values."""
-    cpu, total = _proc("cpuinfo", r"^model name\s*:\s*(.+)$"), _proc("meminfo", r"^MemTotal:\s+(\d+) kB")
+    cpu, total = read_proc("cpuinfo", r"^model name\s*:\s*(.+)$"), read_proc("meminfo", r"^MemTotal:\s+(\d+) kB")
     versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for name in versions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -220,12 +220,6 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
         "commit": _commit(),
         "allocator": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_ALLOCATOR)},
     }
-
-
-def _proc(name: str, pattern: str) -> str | None:
-    path = Path("/proc", name)
-    found = re.search(pattern, path.read_text(), re.MULTILINE) if path.is_file() else None
-    return found.group(1) if found else None
 
 
 def _commit() -> str | None:

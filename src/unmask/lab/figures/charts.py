@@ -14,7 +14,7 @@ from typing import Any
 from unmask.errors import DataError, need
 from unmask.lab.figures.estimates import best_of, interval
 from unmask.lab.figures.records import RunRecord, grouped
-from unmask.lab.figures.style import Look, Style, dress, new_figure
+from unmask.lab.figures.style import Figure, Look, Style, dress, new_figure
 
 _WIDTH, _HEIGHT = 4.6, 3.3
 """The size of a panel in inches."""
@@ -86,12 +86,10 @@ def by_budget(runs: Iterable[RunRecord], name: str) -> list[tuple[str, list[RunR
     return [(name + (f", B = {short(budget)}" if len(budgets) > 1 else ""), group) for budget, group in budgets]
 
 
-def panels(
-    records: Sequence[RunRecord], style: Style, draw: Callable[[Any, list[RunRecord]], None], columns: int = 3
-) -> Any:
+def panels(records: Sequence[RunRecord], style: Style, draw: Callable[[Any, list[RunRecord]], None]) -> Figure:
     """Returns a figure with a panel for each model and task; ``draw(axes, records)`` fills a panel."""
     groups = grouped(records, "model", "task")
-    columns = min(columns, len(groups))
+    columns = min(3, len(groups))
     rows = math.ceil(len(groups) / columns)
     figure = new_figure(_WIDTH * columns + 0.3, _HEIGHT * rows + 0.2, style)
     grid = figure.subplots(rows, columns, squeeze=False).flat
@@ -124,7 +122,7 @@ def draw_points(axes: Any, points: Sequence[Point], look: Look, label: str = "",
     place = axes.transData + shift
     xs, means = [p.x for p in points], [p.mean for p in points]
     style = {"color": look.colour, "marker": look.marker, "linestyle": look.line, "transform": place}
-    axes.plot(xs, means, markersize=4.5, linewidth=1.4, zorder=3, label=label or "_", **style)
+    axes.plot(xs, means, markersize=4.5, linewidth=1.4, zorder=3, label=label, **style)
     for p in points:
         draw_spread(axes, p, look.colour, place)
     axes.update_datalim([(p.x, p.mean + sign * (p.half or 0)) for p in points for sign in (-1, 1)])
@@ -176,7 +174,7 @@ def which_runs(runs: Iterable[RunRecord], spread: bool = True) -> str:
     return "\n".join(texts)
 
 
-def note(figure: Any, style: Style, *texts: str) -> None:
+def note(figure: Figure, style: Style, *texts: str) -> None:
     """Writes texts below the panels. Each begins on a new line and is broken at the figure's width."""
     width = int(figure.get_size_inches()[0] * 19)  # The letters have 7 points.
     lines = [line for text in texts for part in text.split("\n") for line in textwrap.wrap(part, width)]

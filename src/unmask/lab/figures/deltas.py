@@ -9,21 +9,18 @@ from unmask.errors import DataError
 from unmask.lab.figures.charts import count_axis, short
 from unmask.lab.figures.maps import heat_map, layers_of, percent
 from unmask.lab.figures.records import AllocationRow, Snapshot
-from unmask.lab.figures.style import LIGHT, SERIES, Style, dress, new_figure
+from unmask.lab.figures.style import LIGHT, SERIES, Figure, Style, dress, new_figure
 
 _BARS = 24
 
 
-def delta_figure(facts: Mapping[str, Any], style: Style = LIGHT) -> Any:
+def delta_figure(facts: Mapping[str, Any], style: Style = LIGHT) -> Figure:
     """Draws what ``unmask inspect --json`` prints: the allocation, tensor densities, and their course over the slots.
 
     Args:
         facts: ``allocation`` (rows), ``tensors`` (name -> changed, of, density), ``weights``, and ``along``: snapshots
             of rising budgets, which is empty if the delta does not hold the order of unmasking.
         style: The colours of the page.
-
-    Returns:
-        A matplotlib figure.
 
     Raises:
         DataError: The delta has no weight stored in part.

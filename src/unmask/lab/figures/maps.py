@@ -11,7 +11,7 @@ from typing import Any
 from unmask.errors import DataError, need
 from unmask.lab.figures.charts import counting, note, short, which_runs
 from unmask.lab.figures.records import AllocationRow, RunRecord, Snapshot, check_records, grouped, labels
-from unmask.lab.figures.style import LIGHT, Style, dress, new_figure
+from unmask.lab.figures.style import LIGHT, Figure, Style, dress, new_figure
 from unmask.methods.naming import KINDS, OTHER
 
 _KINDS = ("Key", "Query", "Value", "Attn Out", "FFN1", "FFN2", "other")
@@ -21,7 +21,7 @@ _RANKS = {"increment": 0, "repeat": 1}
 """The order of a figure's rows; other strategies follow."""
 
 
-def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Figure:
     """Draws Figure 7: the share of the budget in each module kind of each layer, at the start and the end of a run.
 
     Each method has a row of two panels, its first and its last snapshot, so increment-S and repeat-S make the paper's
@@ -33,9 +33,6 @@ def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
     Args:
         records: The runs, with ``allocation``.
         style: The colours of the page.
-
-    Returns:
-        A matplotlib figure.
 
     Raises:
         DataError: There are no records, one has no snapshot with an unmasked weight or no layers, or runs cannot be

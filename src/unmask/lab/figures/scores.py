@@ -27,12 +27,12 @@ from unmask.lab.figures.charts import (
     which_runs,
 )
 from unmask.lab.figures.records import RunRecord, check_records, grouped, labels, trained
-from unmask.lab.figures.style import LIGHT, LINES, RED, Look, Style, dress, look_of, new_figure
+from unmask.lab.figures.style import LIGHT, LINES, RED, Figure, Look, Style, dress, look_of, new_figure
 
 
 def parameter_sweep(
     records: Iterable[Mapping[str, Any]], style: Style = LIGHT, eps: float = 1.0, exp: float = 2.0
-) -> Any:
+) -> Figure:
     """Draws Figure 4, two sweeps of one parameter each: (a) the score over eps, at one exp; (b) over exp, at one eps.
 
     A row of panels is a sweep, a column is a task; a row with a single value is left out. Both axes are linear. The
@@ -44,16 +44,24 @@ def parameter_sweep(
         eps: The eps at which values of exp are compared; the default is the paper's setting (Table 7a).
         exp: The exp at which values of eps are compared; the default is the paper's setting for understanding tasks.
 
-    Returns:
-        A matplotlib figure.
-
     Raises:
         DataError: There are no records, one lacks a parameter, neither parameter has several values, or runs of one
             place cannot be averaged.
         MissingExtraError: matplotlib is not installed.
     """
     runs = check_records(records, "parameters")
-    sweeps = _sweeps(runs, eps, exp)
+    for run in runs:
+        lacking = [name for name in ("eps", "exp") if name not in run["parameters"]]
+        if lacking:
+            raise DataError(f"run {run['name']!r} lacks parameter {lacking[0]!r}; give the runs of a sweep over it.")
+    rows = {"eps": [r for r in runs if _value(r, "exp") == exp], "exp": [r for r in runs if _value(r, "eps") == eps]}
+    sweeps = {name: row for name, row in rows.items() if len({_value(run, name) for run in row}) > 1}
+    if not sweeps:
+        tried = {name: sorted({_value(run, name) for run in runs}) for name in rows}
+        raise DataError(
+            f"there is no sweep at exp = {exp:g} or at eps = {eps:g}: the runs have eps {tried['eps']} and exp "
+            f"{tried['exp']}; give runs that differ in one of them, or another eps or exp to compare at."
+        )
     captions = {"eps": ("a", f"eps, at exp = {exp:g}"), "exp": ("b", f"exp, at eps = {eps:g}")}
     tasks = grouped(runs, "model", "task")
     figure = new_figure(3.3 * len(tasks) + 0.5, 2.8 * len(sweeps) + 0.3, style)
@@ -79,28 +87,11 @@ def parameter_sweep(
     return figure
 
 
-def _sweeps(runs: Sequence[RunRecord], eps: float, exp: float) -> dict[str, list[RunRecord]]:
-    """Returns the runs of each row, by the parameter that is swept in the row."""
-    for run in runs:
-        lacking = [name for name in ("eps", "exp") if name not in run["parameters"]]
-        if lacking:
-            raise DataError(f"run {run['name']!r} lacks parameter {lacking[0]!r}; give the runs of a sweep over it.")
-    rows = {"eps": [r for r in runs if _value(r, "exp") == exp], "exp": [r for r in runs if _value(r, "eps") == eps]}
-    sweeps = {name: row for name, row in rows.items() if len({_value(run, name) for run in row}) > 1}
-    if not sweeps:
-        tried = {name: sorted({_value(run, name) for run in runs}) for name in rows}
-        raise DataError(
-            f"there is no sweep at exp = {exp:g} or at eps = {eps:g}: the runs have eps {tried['eps']} and exp "
-            f"{tried['exp']}; give runs that differ in one of them, or another eps or exp to compare at."
-        )
-    return sweeps
-
-
 def _value(run: RunRecord, parameter: str) -> float:
     return float(run["parameters"][parameter])
 
 
-def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Figure:
     """Draws Figure 5: the score along a run of increment-S over its updated weights, and repeat-S as a red line.
 
     Every checkpoint of an increment-S run is a model of a smaller budget, so the run is a curve: thin for each seed
@@ -111,9 +102,6 @@ def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
     Args:
         records: The runs; those with ``strategy`` ``"increment"`` need a ``curve``.
         style: The colours of the page.
-
-    Returns:
-        A matplotlib figure.
 
     Raises:
         DataError: There is no increment-S run, a record lacks an entry, or runs of one place cannot be averaged.
@@ -148,7 +136,7 @@ def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
     return figure
 
 
-def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Figure:
     """Draws Figure 6: the score over the budget B, a line for increment-S and one for repeat-S, on a linear axis.
 
     Where repeat-S keeps what it tuned, it changes more weights than B: its label says so, and a note says how many.
@@ -156,9 +144,6 @@ def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> 
     Args:
         records: The runs (`unmask.lab.figures.RunRecord`).
         style: The colours of the page.
-
-    Returns:
-        A matplotlib figure.
 
     Raises:
         DataError: There are no records, one lacks an entry, or runs of one place cannot be averaged.

@@ -12,7 +12,7 @@ from typing import Any
 from unmask.errors import DataError, need
 from unmask.lab.figures.charts import Point, draw_spread, metric_name, note, point, short, which_runs
 from unmask.lab.figures.records import RunRecord, check_records, grouped, trained
-from unmask.lab.figures.style import LIGHT, LINES, Look, Style, dress, look_of, new_figure
+from unmask.lab.figures.style import LIGHT, LINES, Figure, Look, Style, dress, look_of, new_figure
 
 _GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 _GLUE_COLUMNS = 9
@@ -46,7 +46,7 @@ class Place:
     lacking: tuple[str, ...]
 
 
-def score_against_share(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+def score_against_share(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Figure:
     """Draws Figure 1: the average over all columns of all tasks against the share of trained weights, a panel a model.
 
     Both axes are linear and in percent. A marker is a method at a budget; its size stands for the number of trained
@@ -59,9 +59,6 @@ def score_against_share(records: Iterable[Mapping[str, Any]], style: Style = LIG
         records: The runs (`unmask.lab.figures.RunRecord`): of each method those of the chosen learning rate, or with
             ``best`` all. Runs without any column do not count.
         style: The colours of the page.
-
-    Returns:
-        A matplotlib figure.
 
     Raises:
         DataError: There are no records, one lacks an entry, runs of one place cannot be averaged, or no method has all
@@ -76,18 +73,14 @@ def score_against_share(records: Iterable[Mapping[str, Any]], style: Style = LIG
         columns = _columns(group)
         places = _places(group, columns)
         drawn = [place for place in places if not place.lacking]
-        left = "; ".join(
-            f"{place.method} at {short(place.trained)} ({', '.join(place.lacking)})"
-            for place in places
-            if place.lacking
-        )
+        rest = [place for place in places if place.lacking]
+        left = "; ".join(f"{p.method} at {short(p.trained)} ({', '.join(p.lacking)})" for p in rest)
         if not drawn:
             raise DataError(f"no method has a score in every column of {model}; these are lacking: {left}.")
         _draw(axes, drawn, looks, style)
         name, text = _average(group, columns)
         axes.set_ylabel(name)
-        alone = len({task for task, _ in columns}) == 1
-        title = f"{group[0]['task']} · {model}" if alone else model
+        title = f"{group[0]['task']} · {model}" if len(grouped(group, "task")) == 1 else model
         axes.set_title(title, loc="left", fontsize=9, color=style.ink)
         dress(axes, style)
         texts += [f"{model}: {text}" if len(models) > 1 and text else text]
@@ -160,10 +153,10 @@ def _draw(axes: Any, places: Sequence[Place], looks: Mapping[str, Look], style: 
     axes.set_xlim(0, 1.12 * max((place.at.x for place in markers), default=100 / 1.12))
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel("trained weights, % of the model")
-    _legends(axes, sorted({short(place.trained): place.trained for place in markers}.items()), largest, style)
+    _legends(axes, {short(place.trained): place.trained for place in markers}, largest, style)
 
 
-def _legends(axes: Any, counts: Sequence[tuple[str, float]], largest: float, style: Style) -> None:
+def _legends(axes: Any, counts: Mapping[str, float], largest: float, style: Style) -> None:
     """Draws two legends at the right of the axes: the methods, and the sizes of markers for some of the counts."""
     look = {"frameon": False, "fontsize": 8, "labelcolor": style.ink, "borderaxespad": 0}
     handles, names = axes.get_legend_handles_labels()
@@ -174,7 +167,7 @@ def _legends(axes: Any, counts: Sequence[tuple[str, float]], largest: float, sty
             handle.set_sizes([49])
     axes.add_artist(methods)
     methods.set_clip_on(False)  # The layout makes no room for what may be clipped.
-    ordered = sorted(counts, key=itemgetter(1))
+    ordered = sorted(counts.items(), key=itemgetter(1))
     shown = ordered if len(ordered) <= 3 else [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
     if shown:
         marker = {"linestyle": "", "marker": "o", "markerfacecolor": "none", "markeredgecolor": style.ink}

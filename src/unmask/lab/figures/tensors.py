@@ -9,19 +9,16 @@ from typing import Any
 from unmask.errors import DataError
 from unmask.lab.figures.charts import by_budget, counting, draw_course, legend_outside, note, panels, which_runs
 from unmask.lab.figures.records import RunRecord, Snapshot, check_records, grouped, labels
-from unmask.lab.figures.style import LIGHT, LINES, Style, look_of
+from unmask.lab.figures.style import LIGHT, LINES, Figure, Style, look_of
 
 
-def tensor_sparsity(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+def tensor_sparsity(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Figure:
     """Draws Figure 8: the share of tensors without an unmasked weight along the run, a line for each method and budget.
 
     Args:
         records: Runs with ``allocation``. The x axis shows optimizer steps if every snapshot has one, else the unmasked
             weights.
         style: The colours of the page.
-
-    Returns:
-        A matplotlib figure; its y axis goes from 0 to 1.
 
     Raises:
         DataError: There are no records, one has no snapshots, or runs of one place cannot be averaged.
@@ -30,7 +27,7 @@ def tensor_sparsity(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
     return _course(records, lambda shot: shot["tensor_sparsity"], "tensor sparsity", style)
 
 
-def sparsity_entropy(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+def sparsity_entropy(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Figure:
     """Draws Figure 9: the sparsity entropy divided by the logarithm of the number of tensors, along the run.
 
     The paper takes the entropy of the tensors' densities and shows it between 0.1 and 0.7, but does not say how it is
@@ -40,9 +37,6 @@ def sparsity_entropy(records: Iterable[Mapping[str, Any]], style: Style = LIGHT)
     Args:
         records: Runs with ``allocation``, as for `tensor_sparsity`.
         style: The colours of the page.
-
-    Returns:
-        A matplotlib figure; its y axis goes from 0 to 1.
 
     Raises:
         DataError: The reasons of `tensor_sparsity`, or a snapshot of a single tensor.

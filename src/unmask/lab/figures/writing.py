@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from unmask.errors import DataError, need
-from unmask.lab.figures.style import ADAPTIVE, DARK, INK, LIGHT, Style
+from unmask.lab.figures.style import ADAPTIVE, DARK, INK, LIGHT, Figure, Style
 
-Draw = Callable[[Style], Any]
+Draw = Callable[[Style], Figure]
 
 
 def figure_files(path: Path) -> list[Path]:
