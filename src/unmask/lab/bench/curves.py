@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from unmask.files import write_json
 from unmask.lab.bench.models import blueprint
-from unmask.lab.bench.run import Measure, RowResult, Say, figures_of, header, measure_apart, run_rows, write_reports
+from unmask.lab.bench.run import Measure, Record, RowResult, Say, measure_apart
 from unmask.lab.bench.settings import BenchSettings
 from unmask.lab.bench.shapes import SIZES
 from unmask.lab.bench.tables import StepTime, ratio
@@ -44,11 +42,12 @@ def run_curve(
     Returns:
         The record, as the JSON file holds it.
     """
-    curve = _Curve(settings, say, command, measure)
+    curve = _Curve(settings, f"curve-{settings.curve}", say, command, measure)
+    curve.content |= {"curve": settings.curve, "points": [], "notes": []}
     curve.save()
     if settings.curve == "budget":
-        curve.record["model"] = blueprint(settings).describe()
-        total = curve.record["model"]["parameters"]
+        curve.content["model"] = described = blueprint(settings).describe()
+        total = described["parameters"]
         fitting = [budget for budget in budgets if budget <= total]
         if len(fitting) < len(budgets):
             curve.note(f"The budgets above the model's {total:,} weights are left out.")
@@ -73,29 +72,18 @@ def run_curve(
             weights, rows = curve.run(model, "full,id3")
             if rows["full"].steps and rows["id3"].steps:
                 curve.add(model=model, parameters=weights, **selection_cost(rows["id3"].steps, rows["full"].steps))
-    curve.record["complete"] = True
-    curve.save()
-    write_reports(curve.record, settings, curve.name, say)
-    return curve.record
+    return curve.finish()
 
 
-class _Curve:
+class _Curve(Record):
     """The record of a curve, which grows row by row and point by point."""
 
-    def __init__(self, settings: BenchSettings, say: Say, command: str | None, measure: Measure) -> None:
-        self.settings, self.say, self.measure = settings, say, measure
-        self.name = f"curve-{settings.curve}"
-        self.record = header(settings, command) | {"curve": settings.curve, "points": [], "notes": []}
-
-    def save(self) -> None:
-        write_json(Path(self.settings.output, f"{self.name}.json"), self.record)
-
     def note(self, text: str) -> None:
-        self.record["notes"].append(text)
+        self.content["notes"].append(text)
         self.say(text)
 
     def add(self, **point: Any) -> None:
-        self.record["points"].append(point)
+        self.content["points"].append(point)
         self.save()
 
     def run(self, model: str, methods: str) -> tuple[int, dict[str, RowResult]]:
@@ -104,17 +92,12 @@ class _Curve:
         described = blueprint(settings).describe()
         name, weights = described["name"], described["parameters"]
         self.say(f"{name}: {weights:,} weights")
-        results = [RowResult(row) for row in settings.rows()]
-
-        def save() -> None:
-            self.record["rows"][name] = figures_of(results, described["tokens"])
-            self.save()
-
-        run_rows(results, settings, self.say, save, self.measure)
-        for result in results:
+        self.content["rows"][name] = {}
+        results = self.run_rows(settings, described["tokens"], self.content["rows"][name])
+        for result in results.values():
             if result.reason:
                 self.note(f"{name}, {result.row.label}: {result.status}: {result.reason}")
-        return weights, {result.row.label: result for result in results}
+        return weights, results
 
 
 def selection_cost(id3: Sequence[StepTime], full: Sequence[StepTime]) -> dict[str, float]:

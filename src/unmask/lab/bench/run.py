@@ -94,34 +94,6 @@ def measure_apart(settings: BenchSettings, row: Row) -> dict[str, Any]:
     return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300]}
 
 
-def run_rows(
-    results: Sequence[RowResult], settings: BenchSettings, say: Say, save: Callable[[], None], measure: Measure
-) -> None:
-    """Measures every row in every draw. The first row of a draw is another one each time.
-
-    A row whose package is not installed is not tried. A row that fails is left out from then on; the others go on. The
-    results are filled in place, and ``save`` is called after every process, so that a run that is stopped leaves them.
-    """
-    for result in results:
-        if result.row.missing:
-            result.status, result.reason = "not installed", result.row.missing
-    start, total = time.perf_counter(), settings.draws * len(results)
-    for number in range(total):
-        draw, place = divmod(number, len(results))
-        result = results[(place + draw) % len(results)]
-        if result.reason:
-            continue
-        result.add(measure(settings, result.row), draw)
-        save()
-        if result.reason:
-            progress = f"{result.status}: {result.reason}"
-        else:
-            step, peak = list(by_draw(result.steps).values())[-1], result.memories[-1]["peak_mb"]
-            progress = f"{step:.4g} s a step, peak {peak:,.0f} MB"
-        left = (time.perf_counter() - start) / (number + 1) * (total - number - 1)
-        say(f"draw {draw + 1} of {settings.draws}, {result.row.label}: {progress} (about {left:.0f} s to go)")
-
-
 def figures_of(results: Sequence[RowResult], tokens: int) -> dict[str, Any]:
     """Returns every row's figures by label, as JSON values; a step has so many tokens."""
     steps = {result.row.label: result.steps for result in results if result.steps}
@@ -144,6 +116,72 @@ def figures_of(results: Sequence[RowResult], tokens: int) -> dict[str, Any]:
     }
 
 
+class Record:
+    """The record of a benchmark, which is written into the output folder each time it grows.
+
+    Attributes:
+        content: The record as JSON values.
+    """
+
+    def __init__(self, settings: BenchSettings, name: str, say: Say, command: str | None, measure: Measure) -> None:
+        self.settings, self.name, self.say, self.measure = settings, name, say, measure
+        self.content: dict[str, Any] = {
+            "complete": False,
+            "command": command,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "settings": asdict(settings),
+            "machine": describe_machine(device_of(settings), settings.threads),
+            "model": None,
+            "rows": {},
+        }
+
+    def save(self) -> None:
+        write_json(Path(self.settings.output, f"{self.name}.json"), self.content)
+
+    def run_rows(self, settings: BenchSettings, tokens: int, figures: dict[str, Any]) -> dict[str, RowResult]:
+        """Measures every row in every draw. The first row of a draw is another one each time.
+
+        A row whose package is not installed is not tried. A row that fails is left out from then on; the others go on. After
+        every process the rows' ``figures`` are brought up to date and the record is written, so that a run that is stopped
+        leaves them.
+        """
+        results = [RowResult(row) for row in settings.rows()]
+        for result in results:
+            if result.row.missing:
+                result.status, result.reason = "not installed", result.row.missing
+        figures.update(figures_of(results, tokens))
+        self.save()
+        start, total = time.perf_counter(), settings.draws * len(results)
+        for number in range(total):
+            draw, place = divmod(number, len(results))
+            result = results[(place + draw) % len(results)]
+            if result.reason:
+                continue
+            result.add(self.measure(settings, result.row), draw)
+            figures.update(figures_of(results, tokens))
+            self.save()
+            if result.reason:
+                progress = f"{result.status}: {result.reason}"
+            else:
+                step, peak = list(by_draw(result.steps).values())[-1], result.memories[-1]["peak_mb"]
+                progress = f"{step:.4g} s a step, peak {peak:,.0f} MB"
+            left = (time.perf_counter() - start) / (number + 1) * (total - number - 1)
+            self.say(f"draw {draw + 1} of {settings.draws}, {result.row.label}: {progress} (about {left:.0f} s to go)")
+        return {result.row.label: result for result in results}
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the complete record, its page and its figure. Without matplotlib it leaves out the figure and says so."""
+        self.content["complete"] = True
+        self.save()
+        folder = Path(self.settings.output)
+        write_text(folder / f"{self.name}.md", markdown(self.content))
+        try:
+            save_figure(self.content, folder / f"{self.name}.png")
+        except MissingExtraError as error:
+            self.say(f"{self.name}.png was not drawn: {error}")
+        return self.content
+
+
 def run_bench(
     settings: BenchSettings, say: Say = print, command: str | None = None, measure: Measure = measure_apart
 ) -> dict[str, Any]:
@@ -162,43 +200,10 @@ def run_bench(
         ConfigError: The model or the device cannot be had.
         MissingExtraError: transformers is not installed.
     """
-    plan = blueprint(settings)
-    results = [RowResult(row) for row in settings.rows()]
-    record = header(settings, command) | {"model": plan.describe()}
-
-    def save() -> None:
-        record["rows"] = figures_of(results, record["model"]["tokens"])
-        write_json(Path(settings.output, "bench.json"), record)
-
-    save()
-    run_rows(results, settings, say, save, measure)
-    record["complete"] = True
-    save()
-    write_reports(record, settings, "bench", say)
-    return record
-
-
-def header(settings: BenchSettings, command: str | None) -> dict[str, Any]:
-    """Returns the parts of a record that are known before anything is measured."""
-    return {
-        "complete": False,
-        "command": command,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "settings": asdict(settings),
-        "machine": describe_machine(device_of(settings), settings.threads),
-        "model": None,
-        "rows": {},
-    }
-
-
-def write_reports(record: Mapping[str, Any], settings: BenchSettings, name: str, say: Say) -> None:
-    """Writes the page and the figure next to the JSON. Without matplotlib it leaves out the figure and says so."""
-    folder = Path(settings.output)
-    write_text(folder / f"{name}.md", markdown(record))
-    try:
-        save_figure(record, folder / f"{name}.png")
-    except MissingExtraError as error:
-        say(f"{name}.png was not drawn: {error}")
+    record = Record(settings, "bench", say, command, measure)
+    record.content["model"] = model = blueprint(settings).describe()
+    record.run_rows(settings, model["tokens"], record.content["rows"])
+    return record.finish()
 
 
 def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
