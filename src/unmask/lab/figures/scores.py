@@ -1,4 +1,4 @@
-"""The figures of scores for each task: over eps and exp, along a run, over budgets."""
+"""Draws scores for each task: over eps and exp, along a run, over budgets."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""The figures that show how a run's budget spreads over the tensors: tensor sparsity and sparsity entropy."""
+"""Draws how a run's budget spreads over the tensors: tensor sparsity and sparsity entropy, on axes from 0 to 1."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 from unmask.errors import DataError
@@ -21,7 +22,8 @@ def tensor_sparsity(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
         style: The colours of the page.
 
     Raises:
-        DataError: There are no records, one has no snapshots, or runs of one place cannot be averaged.
+        DataError: There are no records, one has no snapshots, or runs of one place cannot be averaged or have no x in
+            common.
         MissingExtraError: matplotlib is not installed.
     """
     return _course(records, lambda shot: shot["tensor_sparsity"], "tensor sparsity", style)
@@ -53,16 +55,17 @@ def _relative_entropy(shot: Snapshot) -> float:
 
 def _course(
     records: Iterable[Mapping[str, Any]], value: Callable[[Snapshot], float], y_label: str, style: Style
-) -> Any:
+) -> Figure:
     runs = check_records(records, "allocation")
     looks, names = look_of(list(grouped(runs, "method"))), labels(runs)
     x = "step" if all("step" in shot for run in runs for shot in run["allocation"]) else "used"
+    place = itemgetter(x)
 
     def draw(axes: Any, group: list[RunRecord]) -> None:
         for method, of_method in grouped(group, "method").items():
             look, budgets = looks[method], by_budget(of_method, names[method])
             for i, (label, its) in enumerate(budgets):
-                courses = [[(shot[x], value(shot)) for shot in run["allocation"]] for run in counting(its)]  # type: ignore[literal-required]
+                courses = [[(place(shot), value(shot)) for shot in run["allocation"]] for run in counting(its)]
                 draw_course(axes, courses, look, LINES[i % len(LINES)] if len(budgets) > 1 else look.line, label)
         axes.set_xlabel("training iteration (optimizer step)" if x == "step" else "unmasked weights")
         axes.set_ylabel(y_label)
