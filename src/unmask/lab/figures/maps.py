@@ -116,8 +116,8 @@ def heat_map(
         raise DataError("none of the tensors lies in a layer, so there is no map of layers; see unmask.methods.naming.")
     kinds = [*KINDS, *([OTHER] if outside and any(kind == OTHER for _, kind in counts) else [])]
     table = [[counts[layer, kind] / of if (layer, kind) in counts else math.nan for layer in layers] for kind in kinds]
-    inside = [counts[cell] / of for cell in counts if OTHER not in cell]
-    top = max(inside, default=0) or max(counts.values()) / of or 1.0
+    inside = [count for cell, count in counts.items() if OTHER not in cell]
+    top = (max(inside, default=0) or max(counts.values()) or of) / of
     colors = need("matplotlib.colors", "plot")
     fill = colors.LinearSegmentedColormap.from_list("fill", [colors.to_rgba(style.fill, a) for a in (0, 1)])
     image = axes.imshow(table, cmap=fill, vmin=0, vmax=top, aspect="auto", interpolation="nearest")
