@@ -161,9 +161,10 @@ def _legends(axes: Any, counts: Mapping[str, float], largest: float, style: Styl
     look = {"frameon": False, "fontsize": 8, "labelcolor": style.ink, "borderaxespad": 0}
     handles, names = axes.get_legend_handles_labels()
     entries = dict(zip(names, handles, strict=True))  # A method has one entry for all its budgets.
-    methods = axes.legend(entries.values(), entries, loc="upper left", bbox_to_anchor=(1.03, 1), **look)
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.03, 1), "scatteryoffsets": [0.5]}
+    methods = axes.legend(entries.values(), entries, **place, **look)
     for handle in methods.legend_handles:
-        if hasattr(handle, "set_sizes"):  # A marker, not a line across.
+        if hasattr(handle, "set_sizes"):  # A line across has no size.
             handle.set_sizes([49])
     axes.add_artist(methods)
     methods.set_clip_on(False)  # The layout makes no room for what may be clipped.
