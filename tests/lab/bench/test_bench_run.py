@@ -11,9 +11,8 @@ from bench_tiny import BUDGET, LINEAR, settings_for, write_config
 from unmask.lab.bench import rows
 from unmask.lab.bench.curves import run_curve, selection_cost
 from unmask.lab.bench.models import blueprint
-from unmask.lab.bench.rows import KINDS, Row
+from unmask.lab.bench.rows import KINDS, RAMP, Row, mid_run
 from unmask.lab.bench.run import RowResult, run_bench
-from unmask.lab.bench.schedule import RAMP, mid_run
 from unmask.lab.bench.shapes import SHAPES, Shape
 from unmask.lab.bench.tables import StepTime
 from unmask.lab.bench.worker import measure

@@ -12,9 +12,8 @@ from bench_tiny import BUDGET, settings_for, write_config
 from unmask.errors import ConfigError
 from unmask.lab.bench.contenders import Clock, build, shira_rank, state_bytes
 from unmask.lab.bench.models import blueprint
-from unmask.lab.bench.rows import Row
+from unmask.lab.bench.rows import RAMP, Row, mid_run
 from unmask.lab.bench.run import measure_apart
-from unmask.lab.bench.schedule import RAMP, mid_run
 from unmask.lab.bench.settings import BenchSettings
 from unmask.lab.bench.shapes import SHAPES, SIZES
 from unmask.lab.bench.worker import measure

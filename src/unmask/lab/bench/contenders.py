@@ -16,8 +16,7 @@ from torch.optim import Optimizer
 
 from unmask.errors import ConfigError, need
 from unmask.lab.bench.models import Batch, Blueprint
-from unmask.lab.bench.rows import Row
-from unmask.lab.bench.schedule import PLANNED_STEPS, RAMP, mid_run
+from unmask.lab.bench.rows import PLANNED_STEPS, RAMP, Row, mid_run
 from unmask.lab.bench.settings import BenchSettings
 from unmask.lab.bench.tables import StepTime
 from unmask.methods.presets import id3, random_mask, static_d3

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unmask.errors import ConfigError, need
-from unmask.lab.bench.schedule import RAMP
+from unmask.lab.bench.rows import RAMP
 from unmask.lab.bench.settings import BenchSettings
 from unmask.lab.bench.shapes import SHAPES, Shape
 

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from unmask.lab.figures.deltas import delta_figure
-from unmask.lab.figures.maps import allocation_maps
+from unmask.lab.figures.maps import allocation_maps, delta_figure
 from unmask.lab.figures.records import AllocationRow, CurvePoint, RunRecord, Snapshot
 from unmask.lab.figures.scores import budget_sweep, parameter_sweep, score_along_run
 from unmask.lab.figures.shares import score_against_share

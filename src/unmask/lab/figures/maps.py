@@ -1,4 +1,4 @@
-"""Draws heat maps of the places of a budget: module kinds by layers."""
+"""Draws the places of a budget: heat maps of module kinds by layers, and the figure of one delta."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from unmask.errors import DataError, need
-from unmask.lab.figures.charts import counting, note, short, which_runs
+from unmask.lab.figures.charts import count_axis, counting, note, short, which_runs
 from unmask.lab.figures.records import AllocationRow, RunRecord, Snapshot, check_records, grouped, labels
-from unmask.lab.figures.style import LIGHT, Figure, Style, dress, new_figure
+from unmask.lab.figures.style import LIGHT, SERIES, Figure, Style, dress, new_figure
 from unmask.methods.naming import KINDS, OTHER
 
 _KINDS = ("Key", "Query", "Value", "Attn Out", "FFN1", "FFN2", "other")
@@ -19,6 +19,8 @@ _CELL = 0.34, 0.25
 """The width and height of a cell in inches."""
 _RANKS = {"increment": 0, "repeat": 1}
 """The order of a figure's rows; other strategies follow."""
+_BARS = 24
+"""The most tensors whose densities the figure of a delta shows."""
 
 
 def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Figure:
@@ -89,6 +91,75 @@ def _panel(axes: Any, title: str, shots: Sequence[Snapshot], budget: int, style:
     elsewhere = sum(row["unmasked"] for row in rows if OTHER in (row["layer"], row["kind"])) / (len(shots) * budget)
     counts = f"{step}{short(shown)} of B = {short(budget)}{more}\nelsewhere {_few(elsewhere)}"
     axes.set_title(f"{title}\n{counts}", loc="left", fontsize=8.5, color=style.ink)
+
+
+def delta_figure(facts: Mapping[str, Any], style: Style = LIGHT) -> Figure:
+    """Draws what ``unmask inspect --json`` prints: the allocation, tensor densities, and their course over the slots.
+
+    Args:
+        facts: ``allocation`` (rows), ``tensors`` (name -> changed, of, density), ``weights``, and ``along``: snapshots
+            of rising budgets, which is empty if the delta does not hold the order of unmasking.
+        style: The colours of the page.
+
+    Raises:
+        DataError: The delta has no weight stored in part.
+        MissingExtraError: matplotlib is not installed.
+    """
+    along: Sequence[Snapshot] = facts["along"]
+    maps: list[tuple[str, Sequence[AllocationRow]]] = [(f"all {short(facts['weights'])} weights", facts["allocation"])]
+    if len(along) > 1:
+        maps.insert(0, (f"the first {short(along[0]['used'])} weights", along[0]["rows"]))
+    width = max(9.2 if len(along) > 1 else 6.2, 0.36 * len(layers_of(facts["allocation"])) + 1.2)
+    heights = [2.5 * len(maps), 0.2 * min(_BARS, len(facts["tensors"])) + 1.1]
+    figure = new_figure(width, sum(heights), style)
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    for part in (top, bottom):
+        part.set_facecolor("none")
+    for axes, (title, rows) in zip(top.subplots(len(maps), 1, squeeze=False).flat, maps, strict=True):
+        whole = sum(row["unmasked"] for row in rows)
+        if not whole:
+            raise DataError("an allocation without any unmasked weight cannot be drawn; give one from after a step.")
+        heat_map(axes, rows, whole / 100, style, _percent, outside=True)
+        axes.set_title(f"allocation of {title}, %", loc="left", fontsize=9, color=style.ink)
+    below = bottom.subplots(1, 2, width_ratios=[1, 1.1], squeeze=False)[0] if len(along) > 1 else [bottom.subplots()]
+    _densest(below[0], facts["tensors"], style)
+    if len(along) > 1:
+        _along(below[1], along, style)
+    return figure
+
+
+def _densest(axes: Any, tensors: Mapping[str, Mapping[str, float]], style: Style) -> None:
+    ordered = sorted(tensors.items(), key=lambda item: -item[1]["density"])
+    shown = ordered[:_BARS]
+    names = [name if len(name) <= 44 else f"...{name[-41:]}" for name, _ in shown]
+    bars = axes.barh(names, [100 * row["density"] for _, row in shown], color=SERIES[1], height=0.7)
+    axes.bar_label(bars, [f"{100 * row['density']:.2g}%" for _, row in shown], fontsize=7, padding=2, color=style.ink)
+    axes.invert_yaxis()
+    axes.margins(x=0.15, y=0.02)
+    rest = f", {len(shown)} of {len(ordered)} tensors" if len(ordered) > len(shown) else ""
+    axes.set_title(f"density of the densest{rest}", loc="left", fontsize=9, color=style.ink)
+    axes.set_xlabel("unmasked, % of the tensor's weights")
+    dress(axes, style, grid="x")
+    axes.tick_params(axis="y", labelsize=7, length=0)
+
+
+def _along(axes: Any, along: Sequence[Snapshot], style: Style) -> None:
+    used = [shot["used"] for shot in along]
+    axes.plot(used, [100 * shot["tensor_sparsity"] for shot in along], color=SERIES[0], marker="o", markersize=3.5)
+    count_axis(axes)
+    axes.set_xlabel("unmasked weights, in the order of unmasking")
+    axes.set_ylabel("tensor sparsity, %")
+    axes.set_ylim(bottom=0)
+    axes.set_title("tensor sparsity and sparsity entropy", loc="left", fontsize=9, color=style.ink)
+    dress(axes, style, grid="y")
+    axes.yaxis.label.set_color(SERIES[0])
+    other = axes.twinx()
+    other.plot(used, [shot["sparsity_entropy"] for shot in along], color=SERIES[1], marker="s", markersize=3.5)
+    other.set_ylabel("sparsity entropy, nats")
+    dress(other, style, grid="")
+    other.spines["right"].set(visible=True, color=style.muted)
+    other.spines["left"].set_visible(False)
+    other.yaxis.label.set_color(SERIES[1])
 
 
 def heat_map(
@@ -172,11 +243,11 @@ def _few(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-") if value else "0"
 
 
-def percent(value: float) -> str:
+def _percent(value: float) -> str:
     """Returns a percentage in few digits.
 
     Example:
-        >>> [percent(value) for value in (0.0, 0.01, 4.26, 41.2)]
+        >>> [_percent(value) for value in (0.0, 0.01, 4.26, 41.2)]
         ['0', '<0.1', '4.3', '41']
     """
     if value == 0:
