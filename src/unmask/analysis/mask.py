@@ -1,4 +1,4 @@
-"""Mask: which scalar weights are unmasked, as one view of a selection, a delta, or two checkpoints."""
+"""Describes which scalar weights are unmasked, in one form for a selection, a delta, or two checkpoints."""
 
 from __future__ import annotations
 
@@ -40,10 +40,7 @@ class Mask:
         return {n: (len(self.indices.get(n, ())), prod(shape)) for n, shape in sorted(self.shapes.items())}
 
     def like(self, model: nn.Module | Mapping[str, Tensor]) -> Mask:
-        """Returns the same mask, counted over all parameters of a model.
-
-        Args:
-            model: A module, or tensors by name.
+        """Returns the same mask, counted over all parameters of a model, which is a module or tensors by name.
 
         Raises:
             DeltaError: The model lacks one of the tensors, or has it in another shape.

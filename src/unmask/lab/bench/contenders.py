@@ -28,7 +28,7 @@ _RATE = 1e-4  # The learning rate of every optimizer. A step costs the same at a
 
 @dataclass
 class Contender:
-    """A contender is one row's model and optimizer, ready to train.
+    """The contender of a row: its model and its optimizer, ready to train.
 
     Attributes:
         row: The row.

@@ -32,9 +32,7 @@ def run_curve(
 
     Args:
         settings: The run, with a curve.
-        say: Takes lines of progress.
-        command: The command line, for the record.
-        measure: Measures a row; by default in a fresh process.
+        say, command, measure: The same as for `run_bench`.
         budgets: The budgets of the curve over the budget.
         models: The models of the other two curves, the smallest first; by default those of the curve. The curve over the
             size stops at a model where a row fails.

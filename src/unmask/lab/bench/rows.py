@@ -32,7 +32,7 @@ _SHARE = 0.8  # The timed steps and the warm-up unmask at most this share of the
 
 @dataclass(frozen=True)
 class Row:
-    """One method of a benchmark.
+    """The row of one method in a benchmark.
 
     Attributes:
         label: The name that the user wrote, for example ``"static"`` or ``"static@10000"``.
@@ -110,7 +110,7 @@ def parse_rows(text: str, budget: int) -> list[Row]:
 
 @dataclass(frozen=True)
 class MidRun:
-    """A schedule b(t) that measures a method in the middle of a training run.
+    """The schedule b(t) that measures a method in the middle of a training run.
 
     A ramp of `RAMP` steps unmasks ``start`` weights. The warm-up and the timed steps after it run in cycles. The first step
     of each cycle unmasks as many weights as a stride of a run of 1,000 steps does, so that the timed steps have about half

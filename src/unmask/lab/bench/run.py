@@ -76,11 +76,7 @@ class RowResult:
 
 
 def measure_apart(settings: BenchSettings, row: Row) -> dict[str, Any]:
-    """Measures a row in a fresh process, as `unmask.lab.bench.worker.measure` does, and waits for its end.
-
-    Returns:
-        The report, or ``error`` with the reason why there is none.
-    """
+    """Runs `unmask.lab.bench.worker.measure` in a fresh process; returns its report, or ``error`` with its reason."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")

@@ -15,7 +15,7 @@ from unmask.lab.training.fields import setting, settings_of
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Everything that a benchmark run depends on. The run writes it into its record.
+    """The settings that a benchmark run depends on. The run writes them into its record.
 
     The help text of each field says what the field means; the options of ``unmask bench`` are made from them.
 

@@ -30,7 +30,7 @@ Column = tuple[str, str]
 
 @dataclass(frozen=True)
 class Place:
-    """One method at one budget.
+    """The average score of one method at one budget.
 
     Attributes:
         method: The method's name.
