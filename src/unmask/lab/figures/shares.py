@@ -14,7 +14,7 @@ from unmask.lab.figures.charts import Point, draw_spread, metric_name, note, poi
 from unmask.lab.figures.records import RunRecord, check_records, grouped, trained
 from unmask.lab.figures.style import LIGHT, LINES, Figure, Look, Style, dress, look_of, new_figure
 
-_GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
+_GLUE = {"cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"}
 _GLUE_COLUMNS = 9
 """The number of GLUE's columns; MNLI has two."""
 _WHOLE = 0.5
@@ -72,19 +72,28 @@ def score_against_share(records: Iterable[Mapping[str, Any]], style: Style = LIG
     for axes, (model, group) in zip(figure.subplots(1, len(models), squeeze=False).flat, models.items(), strict=True):
         columns = _columns(group)
         places = _places(group, columns)
-        drawn = [place for place in places if not place.lacking]
-        rest = [place for place in places if place.lacking]
+        drawn, rest = [p for p in places if not p.lacking], [p for p in places if p.lacking]
         left = "; ".join(f"{p.method} at {short(p.trained)} ({', '.join(p.lacking)})" for p in rest)
         if not drawn:
             raise DataError(f"no method has a score in every column of {model}; these are lacking: {left}.")
         _draw(axes, drawn, looks, style)
-        name, text = _average(group, columns)
-        axes.set_ylabel(name)
-        title = f"{group[0]['task']} · {model}" if len(grouped(group, "task")) == 1 else model
+        tasks, over = grouped(group, "task"), "columns"
+        if len(tasks) == 1:
+            title, label = f"{group[0]['task']} · {model}", f"{metric_name(group[0])}, %"
+        elif tasks.keys() <= _GLUE:
+            title, label = model, "GLUE average, %"
+            if len(columns) < _GLUE_COLUMNS:
+                over = f"of GLUE's {_GLUE_COLUMNS} columns"
+        else:
+            title, label = model, f"average over {len(tasks)} tasks, %"
+        axes.set_ylabel(label)
         axes.set_title(title, loc="left", fontsize=9, color=style.ink)
         dress(axes, style)
-        texts += [f"{model}: {text}" if len(models) > 1 and text else text]
-        texts += [f"left out of {model}, because columns are lacking: {left}"] if left else []
+        if len(columns) > 1:
+            text = f"average of {len(columns)} {over}: {', '.join(name for _, name in columns)}"
+            texts.append(f"{model}: {text}" if len(models) > 1 else text)
+        if rest:
+            texts.append(f"left out of {model}, because columns are lacking: {left}")
     spread = any(len(_columns(group)) == 1 for group in models.values())
     note(figure, style, *texts, which_runs(runs, spread))
     return figure
@@ -122,18 +131,6 @@ def _places(runs: Sequence[RunRecord], columns: Sequence[Column]) -> list[Place]
     return places
 
 
-def _average(runs: Sequence[RunRecord], columns: Sequence[Column]) -> tuple[str, str]:
-    """Returns the label of the y axis, and a text that says which columns are averaged."""
-    tasks = {task for task, _ in columns}
-    over = f"average of {len(columns)} columns: {', '.join(label for _, label in columns)}" if len(columns) > 1 else ""
-    if len(tasks) == 1:
-        return f"{metric_name(runs[0])}, %", over
-    if tasks <= set(_GLUE):
-        whole = len(columns) == _GLUE_COLUMNS
-        return "GLUE average, %", over if whole else over.replace("columns", f"of GLUE's {_GLUE_COLUMNS} columns")
-    return f"average over {len(tasks)} tasks, %", over
-
-
 def _draw(axes: Any, places: Sequence[Place], looks: Mapping[str, Look], style: Style) -> None:
     """Draws the markers, the lines across, and their legends."""
     markers = [place for place in places if place.at.x <= 100 * _WHOLE]
@@ -158,11 +155,11 @@ def _draw(axes: Any, places: Sequence[Place], looks: Mapping[str, Look], style: 
 
 def _legends(axes: Any, counts: Mapping[str, float], largest: float, style: Style) -> None:
     """Draws two legends at the right of the axes: the methods, and the sizes of markers for some of the counts."""
-    look = {"frameon": False, "fontsize": 8, "labelcolor": style.ink, "borderaxespad": 0}
+    words = {"frameon": False, "fontsize": 8, "labelcolor": style.ink, "borderaxespad": 0}
     handles, names = axes.get_legend_handles_labels()
     entries = dict(zip(names, handles, strict=True))  # A method has one entry for all its budgets.
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.03, 1), "scatteryoffsets": [0.5]}
-    methods = axes.legend(entries.values(), entries, **place, **look)
+    methods = axes.legend(entries.values(), entries, **place, **words)
     for handle in methods.legend_handles:
         if hasattr(handle, "set_sizes"):  # A line across has no size.
             handle.set_sizes([49])
@@ -175,7 +172,7 @@ def _legends(axes: Any, counts: Mapping[str, float], largest: float, style: Styl
         line = partial(need("matplotlib.lines", "plot").Line2D, [], [], **marker)
         sizes = [line(markersize=_area(count, largest) ** 0.5, label=text) for text, count in shown]
         place = {"loc": "lower left", "bbox_to_anchor": (1.03, 0), "labelspacing": 0.9}
-        legend = axes.legend(handles=sizes, title="trained weights", title_fontsize=8, **place, **look)
+        legend = axes.legend(handles=sizes, title="trained weights", title_fontsize=8, **place, **words)
         legend.get_title().set_color(style.ink)
 
 
