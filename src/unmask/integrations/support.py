@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -208,24 +208,6 @@ def check_clip_scope(trainer: Trainer, scope: str) -> None:
 Trained = Callable[[Sequence[nn.Parameter]], tuple[Selection | None, Sequence[nn.Parameter]]]
 
 
-class _Clipping:
-    """Replaces ``accelerator.clip_grad_norm_``; see `clip_in`."""
-
-    def __init__(self, accelerator: Any, original: Callable[..., Any], trained: Trained) -> None:
-        self._accelerator, self.original, self._trained = accelerator, original, trained
-
-    def __call__(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2) -> Any:
-        parameters = list(parameters)
-        selection, others = self._trained(parameters)
-        if selection is None:
-            return self.original(parameters, max_norm, norm_type)
-        if selection.clip_scope == "selected":
-            return self.original([*selection.parameters(), *others], max_norm, norm_type)
-        self._accelerator.unscale_gradients()
-        scaler = self._accelerator.scaler
-        return clip_grad_norm_(selection, max_norm, 1.0 if scaler is None else scaler.get_scale(), others)
-
-
 def clip_in(trainer: Trainer, trained: Trained) -> None:
     """Makes a Trainer clip the gradient of a selection, by the norm that the selection's ``clip_scope`` names.
 
@@ -234,10 +216,30 @@ def clip_in(trainer: Trainer, trained: Trained) -> None:
         trained: Takes the parameters that the Trainer would clip; returns the live selection, and those of the parameters
             that are trained in addition. If it returns no selection, the Trainer clips as always.
     """
-    accelerator = trainer.accelerator
-    present = accelerator.clip_grad_norm_
-    original = present.original if isinstance(present, _Clipping) else present
-    accelerator.clip_grad_norm_ = _Clipping(accelerator, original, trained)
+    accelerator: Any = trainer.accelerator
+    original = getattr(accelerator.clip_grad_norm_, "original", accelerator.clip_grad_norm_)
+
+    def clip(parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2) -> Any:
+        parameters = list(parameters)
+        selection, others = trained(parameters)
+        if selection is None:
+            return original(parameters, max_norm, norm_type)
+        if selection.clip_scope == "selected":
+            return original([*selection.parameters(), *others], max_norm, norm_type)
+        accelerator.unscale_gradients()
+        scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+        return clip_grad_norm_(selection, max_norm, scale, others)
+
+    clip.original = original  # type: ignore[attr-defined]  # so that the next call replaces this function
+    accelerator.clip_grad_norm_ = clip
+
+
+def replace_methods(trainer: Trainer, replacements: Mapping[str, Callable]) -> dict[str, Callable]:
+    """Replaces methods of a Trainer by name, and returns its own."""
+    originals = {name: getattr(trainer, name) for name in replacements}
+    for name, method in replacements.items():
+        setattr(trainer, name, method)
+    return originals
 
 
 def keep_unwrapped(trainer: Trainer) -> None:

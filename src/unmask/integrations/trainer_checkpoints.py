@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from unmask.errors import SelectionError, UnmaskError, WriteError
 from unmask.files import discard
 from unmask.integrations.checkpoints import STATE_FILE, Checkpoint, differences, examine, newest, rotate, seal
+from unmask.integrations.support import replace_methods
 from unmask.selection.selection import Selection
 from unmask.selection.state import read_state
 
@@ -50,16 +51,13 @@ class WholeCheckpoints(TrainerCallback):
         self.settings: Mapping[str, Any] = {}
         self.resumed: Checkpoint | None = None
         self._steps = 0  # T
-        self._originals: dict[str, Callable] = {}  # the Trainer's own methods
         replacements = {
             "train": self._train,
             "set_initial_training_values": self._set_initial_training_values,
             "_save_checkpoint": self._save_checkpoint,
             "_load_from_checkpoint": self._load_from_checkpoint,
         }
-        for name, method in replacements.items():
-            self._originals[name] = getattr(trainer, name)
-            setattr(trainer, name, method)
+        self._originals = replace_methods(trainer, replacements)
 
     def remember(self, path: str) -> None:
         """Makes a checkpoint the one from which ``train()`` goes on.
@@ -118,22 +116,19 @@ class WholeCheckpoints(TrainerCallback):
         if given.should_save:
             discard(folder)  # a killed run or an earlier one may have left it
         trainer.accelerator.wait_for_everyone()
+        given.save_total_limit = None  # otherwise the Trainer removes older ones before this one is whole
         try:
-            given.save_total_limit = None  # otherwise the Trainer removes older ones before this one is whole
-            self._originals["_save_checkpoint"](*args, **kwargs)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as RuntimeError
-            raise _unwritable(folder, error) from error
+            with _writing(folder):
+                self._originals["_save_checkpoint"](*args, **kwargs)
         finally:
             given.save_total_limit = limit
         trainer.accelerator.wait_for_everyone()  # each other process writes the state of its RNG
         if not given.should_save:
             return
-        try:
+        with _writing(folder):
             if (folder / TRAINING_ARGS_NAME).exists():
                 torch.save(given, folder / TRAINING_ARGS_NAME)  # again, with the user's limit
             seal(folder, trainer.state.global_step, {**self.settings, "planned_steps": self._steps})
-        except (OSError, RuntimeError) as error:
-            raise _unwritable(folder, error) from error
         rotate(parent, folder, limit, trainer.state.best_model_checkpoint)
 
 
@@ -166,13 +161,17 @@ def state_to_resume(checkpoint: Checkpoint, selection: Selection, steps: int) ->
     )
 
 
-def _unwritable(checkpoint: Path, error: Exception) -> Exception:
-    """Removes the part of a checkpoint that was written, and returns the error to raise for the one that stopped it."""
-    if isinstance(error, UnmaskError):
-        return error
-    with suppress(OSError):
-        discard(checkpoint)
-    return WriteError(
-        f"the checkpoint {str(checkpoint)!r} cannot be written ({error}), so training stopped. Earlier checkpoints are kept: "
-        "make room, and resume from them."
-    )
+@contextmanager
+def _writing(checkpoint: Path) -> Iterator[None]:
+    """Removes the checkpoint if it cannot be written to its end, and turns the error into a `WriteError`."""
+    try:
+        yield
+    except UnmaskError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as RuntimeError
+        with suppress(OSError):
+            discard(checkpoint)
+        raise WriteError(
+            f"the checkpoint {str(checkpoint)!r} cannot be written ({error}), so training stopped. Earlier checkpoints are "
+            "kept: make room, and resume from them."
+        ) from error

@@ -3,6 +3,13 @@
 The import of this package registers the method ``UNMASK`` with PEFT. `peft.PeftModel.from_pretrained` needs the import, too.
 """
 
+# These parts of PEFT are not documented as public. They were tried with PEFT 0.20 and 0.21.
+# - All that is imported from ``peft.tuners.tuners_utils`` and ``peft.utils.other``.
+# - The closed enum ``PeftType``, to which `unmask.peft.config.peft_type` adds a member.
+# - The methods of ``BaseTuner`` that `SelectiveModel` overrides and PEFT calls, and the two attributes of the `PeftModel` that it
+#   sets: ``_upload_modified_files`` and ``_ddp_params_and_buffers_to_ignore``.
+# - ``_active_adapter`` and ``_disable_adapters`` of ``BaseTunerLayer``.
+
 from unmask.errors import need
 
 need("peft", "hf")

@@ -31,7 +31,8 @@ from unmask.reading import (
 )
 from unmask.selection.refusals import check_exchange
 
-_WORDS = {"accumulation": Accumulation, "gradients": Gradients, "exchange": Exchange, "clip_scope": ClipScope}
+OPTIONS = {"accumulation": Accumulation, "gradients": Gradients, "exchange": Exchange, "clip_scope": ClipScope}
+"""The options of `unmask.select` that a configuration has, and their words."""
 _REFUSED = {
     "fish": "it needs a loader, which no adapter_config.json can hold: use unmask.select(model, unmask.fish(...))",
     "full": "it has no budget: use modules_to_save",
@@ -126,7 +127,7 @@ class SelectiveConfig(PeftConfig):
         if self.method not in methods.PRESETS:
             known = [name for name in methods.PRESETS if name not in _REFUSED]
             raise MethodError(f"method = {self.method!r}; there are {', '.join(known)}.")
-        for name, words in _WORDS.items():
+        for name, words in OPTIONS.items():
             check_word(name, getattr(self, name), words)
         if self.budget is None and self.method != "bitfit":
             raise MethodError("budget is missing; give a count (320_000) or a share of the parameters ('0.17%').")
@@ -165,7 +166,7 @@ def _names(value: Any, where: str) -> Any:
 
 _FORM = fields(
     {
-        **dict.fromkeys(("method", "schedule", "allocation", *_WORDS), text),
+        **dict.fromkeys(("method", "schedule", "allocation", *OPTIONS), text),
         **dict.fromkeys(("heuristic", "scope"), optional(text)),
         **dict.fromkeys(("eps", "exp"), finite),
         **dict.fromkeys(("stride", "seed"), count),
