@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -232,14 +232,6 @@ def clip_in(trainer: Trainer, trained: Trained) -> None:
 
     clip.original = original  # type: ignore[attr-defined]  # so that the next call replaces this function
     accelerator.clip_grad_norm_ = clip
-
-
-def replace_methods(trainer: Trainer, replacements: Mapping[str, Callable]) -> dict[str, Callable]:
-    """Replaces methods of a Trainer by name, and returns its own."""
-    originals = {name: getattr(trainer, name) for name in replacements}
-    for name, method in replacements.items():
-        setattr(trainer, name, method)
-    return originals
 
 
 def keep_unwrapped(trainer: Trainer) -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from unmask.errors import ConfigError, MethodError, ScheduleNotRunError, SelectionError
@@ -27,7 +27,6 @@ from unmask.integrations.support import (
     keep_unwrapped,
     new_optimizer,
     open_inputs,
-    replace_methods,
 )
 from unmask.integrations.trainer_checkpoints import WholeCheckpoints, state_to_resume
 from unmask.methods.method import Method
@@ -38,7 +37,7 @@ from unmask.selection.state import read_state, write_state
 Selective = Selection | Method | Callable[[int], Method]
 
 
-class SelectiveCallback(TrainerCallback):
+class SelectiveCallback(WholeCheckpoints):
     """Makes a Trainer of any kind train a selection: ``trainer.add_callback(SelectiveCallback(trainer, method))``.
 
     The callback takes over:
@@ -74,6 +73,8 @@ class SelectiveCallback(TrainerCallback):
             belong to the selection, the run is too short for the schedule, or a step did not advance it.
     """
 
+    _replaced = (*WholeCheckpoints._replaced, "create_optimizer", "evaluate", "_save", "_load_best_model")
+
     def __init__(self, trainer: Trainer, selective: Selective, **options: Any) -> None:
         if isinstance(selective, Selection) and options:
             raise ConfigError(f"a selection is made already; give {', '.join(options)} to unmask.select.")
@@ -85,25 +86,13 @@ class SelectiveCallback(TrainerCallback):
                 "unmask.select(). Leave them out: under torchrun the selection reduces its own gradients. To shard a model, see "
                 "docs/distributed.md."
             )
-        self.trainer = trainer
+        super().__init__(trainer)
         self.selection: Selection | None = selective if isinstance(selective, Selection) else None
         self._selective, self._options = selective, options
         self._attempt: Attempt[dict[str, Any]] | None = None  # it holds the selection's state at its start
         self._builds: bool | None = None  # True if this callback makes the optimizer; None until that is known
-        self._checkpoints = WholeCheckpoints(trainer)
         self._checkpointing = self._finished = self._opened = False
         self._step = self._advanced = self._skipped = 0
-        replacements = {
-            "train": self._train,
-            "set_initial_training_values": self._set_initial_training_values,
-            "create_optimizer": self._create_optimizer,
-            "evaluate": self._evaluate,
-            "_save_checkpoint": self._save_checkpoint,
-            "_save": self._save,
-            "_load_from_checkpoint": self._load_from_checkpoint,
-            "_load_best_model": self._load_best_model,
-        }
-        self._originals = replace_methods(trainer, replacements)
         keep_unwrapped(trainer)
         clip_in(trainer, lambda parameters: (self.live, ()))  # the model's own parameters are frozen
 
@@ -130,14 +119,14 @@ class SelectiveCallback(TrainerCallback):
                 f"this Trainer has trained to the end of its run ({self.live}); a further train() would start the schedule "
                 "again, on trained weights. Take selection.delta() and build a new Trainer, or give resume_from_checkpoint=."
             )
-        return self._originals["train"](resume_from_checkpoint, *args, **kwargs)
+        return super()._train(resume_from_checkpoint, *args, **kwargs)
 
     def _set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """Begins an attempt, as soon as the Trainer knows how many steps it will make.
 
         It selects, or goes back to where the first attempt started; then it continues a checkpoint, if there is one.
         """
-        values = self._originals["set_initial_training_values"](*args, **kwargs)
+        values = super()._set_initial_training_values(*args, **kwargs)
         steps, model = int(values[-1]), cast(nn.Module, self.trainer.model)
         # A Trainer with model_init has made a new model for this attempt; the last model keeps its trained weights.
         if self._attempt is not None and (self.trainer.model_init is None or self.live.model is bare(model)):
@@ -159,8 +148,8 @@ class SelectiveCallback(TrainerCallback):
             self.selection = select(model, method, **self._options)
         check_run(self.trainer, self.live, steps)
         self._attempt = Attempt(self.trainer, (), self.live.state_dict())
-        if self._checkpoints.resumed is not None:
-            self.live.load_state_dict(state_to_resume(self._checkpoints.resumed, self.live, steps))
+        if self.resumed is not None:
+            self.live.load_state_dict(state_to_resume(self.resumed, self.live, steps))
         self._finished = False
         self._opened = open_inputs(self.trainer) or self._opened
         return values
@@ -179,7 +168,7 @@ class SelectiveCallback(TrainerCallback):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._checkpointing = True
         try:
-            self._originals["_save_checkpoint"](*args, **kwargs)
+            super()._save_checkpoint(*args, **kwargs)
         finally:
             self._checkpointing = False
 
@@ -192,12 +181,12 @@ class SelectiveCallback(TrainerCallback):
             write_state(self.live.state_dict(), folder / STATE_FILE)
             torch.save(self.trainer.args, folder / TRAINING_ARGS_NAME)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Remembers the checkpoint, and refuses one that is not whole; `_set_initial_training_values` loads it.
 
         The Trainer loads weights before it knows its number of steps, and the method may depend on that number.
         """
-        self._checkpoints.remember(resume_from_checkpoint)
+        self.remember(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self.live.load_state_dict(read_state(Path(str(self.trainer.state.best_model_checkpoint), STATE_FILE)))
@@ -271,7 +260,7 @@ class SelectiveTrainer(Trainer):
             if passes:
                 del model._hf_peft_config_loaded
         self._selective = SelectiveCallback(self, selection)
-        self._selective._checkpoints.settings = settings or {}
+        self._selective.settings = settings or {}
         self.add_callback(self._selective)
 
     @property

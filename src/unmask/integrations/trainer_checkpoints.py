@@ -16,7 +16,6 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from unmask.errors import SelectionError, UnmaskError, WriteError
 from unmask.files import discard
 from unmask.integrations.checkpoints import STATE_FILE, Checkpoint, differences, examine, newest, rotate, seal
-from unmask.integrations.support import replace_methods
 from unmask.selection.selection import Selection
 from unmask.selection.state import read_state
 
@@ -24,7 +23,7 @@ from unmask.selection.state import read_state
 class WholeCheckpoints(TrainerCallback):
     """Makes the checkpoints of any Trainer whole or not there: ``trainer.add_callback(WholeCheckpoints(trainer))``.
 
-    `SelectiveCallback` makes one itself. Give one to a Trainer that trains a PEFT adapter, ours or another. From then on:
+    Every `SelectiveCallback` is one. Give one to a Trainer that trains a PEFT adapter, ours or another. From then on:
 
     - Each checkpoint gets a ``manifest.json``, written last: it names each file with its size and SHA-256, and the step.
     - ``save_total_limit`` removes an older checkpoint only when the new one is whole, so a kill or a full disk at any moment
@@ -46,18 +45,17 @@ class WholeCheckpoints(TrainerCallback):
         WriteError: From ``train()``: a checkpoint cannot be written; earlier ones are kept.
     """
 
+    # The Trainer's methods that are replaced by those of the callback; the callback's have a leading underscore each.
+    _replaced: tuple[str, ...] = ("train", "set_initial_training_values", "_save_checkpoint", "_load_from_checkpoint")
+
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.settings: Mapping[str, Any] = {}
         self.resumed: Checkpoint | None = None
-        self._steps = 0  # T
-        replacements = {
-            "train": self._train,
-            "set_initial_training_values": self._set_initial_training_values,
-            "_save_checkpoint": self._save_checkpoint,
-            "_load_from_checkpoint": self._load_from_checkpoint,
-        }
-        self._originals = replace_methods(trainer, replacements)
+        self._planned = 0  # T
+        self._originals = {name: getattr(trainer, name) for name in self._replaced}
+        for name in self._replaced:
+            setattr(trainer, name, getattr(self, f"_{name.removeprefix('_')}"))
 
     def remember(self, path: str) -> None:
         """Makes a checkpoint the one from which ``train()`` goes on.
@@ -98,12 +96,12 @@ class WholeCheckpoints(TrainerCallback):
     def _set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """Checks the number of steps: this is the first moment at which the Trainer knows it."""
         values = self._originals["set_initial_training_values"](*args, **kwargs)
-        self._steps, an_epoch = int(values[-1]), int(values[1])
-        if self.resumed is None or self.resumed.step < self._steps:
+        self._planned, an_epoch = int(values[-1]), int(values[1])
+        if self.resumed is None or self.resumed.step < self._planned:
             return values
-        if self.resumed.step > self._steps:
+        if self.resumed.step > self._planned:
             raise SelectionError(
-                f"{str(self.resumed.path)!r} was saved at step {self.resumed.step:,}, and the run has {self._steps:,} steps. "
+                f"{str(self.resumed.path)!r} was saved at step {self.resumed.step:,}, and the run has {self._planned:,} steps. "
                 "Resume with the settings that the run was started with."
             )
         return (self.resumed.step // an_epoch, *values[1:])  # With no epoch left the Trainer takes no further step.
@@ -128,7 +126,7 @@ class WholeCheckpoints(TrainerCallback):
         with _writing(folder):
             if (folder / TRAINING_ARGS_NAME).exists():
                 torch.save(given, folder / TRAINING_ARGS_NAME)  # again, with the user's limit
-            seal(folder, trainer.state.global_step, {**self.settings, "planned_steps": self._steps})
+            seal(folder, trainer.state.global_step, {**self.settings, "planned_steps": self._planned})
         rotate(parent, folder, limit, trainer.state.best_model_checkpoint)
 
 
