@@ -49,8 +49,7 @@ class SelectiveCallback(WholeCheckpoints):
       and no weights. A resumed run is bitwise the uninterrupted one. Each is whole or not there; see `WholeCheckpoints`.
       ``trainer.save_model()`` still saves an ordinary model.
     - A second attempt in one run (``auto_find_batch_size``, or ``train()`` after an exception): it starts from the base weights.
-    - The random numbers of evaluation: evaluation draws none that training would draw, since a resumed run may not evaluate
-      again.
+    - The random numbers of evaluation: it draws none that training would draw, since a resumed run may not evaluate again.
 
     Args:
         trainer: The Trainer, built. The selection is made from its model.
@@ -61,8 +60,7 @@ class SelectiveCallback(WholeCheckpoints):
             ``gradients``, ``clip_scope``), unless a selection is given.
 
     Attributes:
-        selection: The selection; None until ``train()`` makes it. It stays live afterwards: take ``selection.delta()``, then
-            ``selection.release()``.
+        selection: The selection; None until ``train()`` makes it. It stays live until you release it.
 
     Raises:
         ConfigError: Options are given together with a selection; from ``train()``: an ``args.optim`` chooses its own parameters.
@@ -133,7 +131,8 @@ class SelectiveCallback(WholeCheckpoints):
             if self._builds:
                 self.trainer.optimizer = None  # `_create_optimizer` builds a new one
             self.live.load_state_dict(self._attempt.undo())
-            _drop_gradients(self.live)
+            for parameter in self.live.parameters():
+                parameter.grad = None
         if not isinstance(self._selective, Selection):
             if self.selection is not None:
                 self.selection.release()
@@ -211,7 +210,8 @@ class SelectiveCallback(WholeCheckpoints):
             )
         else:  # GradScaler skipped the step for an overflow
             self._skipped += 1
-            _drop_gradients(self.live)  # the Trainer's model.zero_grad() does not reach them
+            for parameter in self.live.parameters():
+                parameter.grad = None  # the Trainer's model.zero_grad() does not reach it
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         if self._opened:
@@ -231,11 +231,11 @@ class SelectiveTrainer(Trainer):
     Under torchrun the selection reduces the gradients: the model is not wrapped in DDP.
 
     Args:
-        selection: The first argument that `SelectiveCallback` takes after the Trainer: a selection (then build ``optimizers``
-            from ``selection.parameters()``), a method, or a function from the number of steps to a method.
+        selection: A selection (then build ``optimizers`` from ``selection.parameters()``), a method, or a function from the
+            number of steps to a method; see `SelectiveCallback`.
         settings: JSON values that go into each checkpoint's manifest.
         *args: The arguments of ``transformers.Trainer``.
-        **kwargs: The keyword arguments of ``transformers.Trainer``.
+        **kwargs: Its keyword arguments.
 
     Raises:
         SelectionError: The arguments ask for FSDP or DeepSpeed.
@@ -267,8 +267,3 @@ class SelectiveTrainer(Trainer):
     def selection(self) -> Selection:
         """The selection; ``train()`` makes it where a method was given."""
         return self._selective.live
-
-
-def _drop_gradients(selection: Selection) -> None:
-    for parameter in selection.parameters():
-        parameter.grad = None

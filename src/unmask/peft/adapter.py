@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from unmask.delta.delta import SparseDelta
 from unmask.delta.fingerprint import same_bits
-from unmask.errors import DeltaError, MethodError, ScheduleNotRunError
+from unmask.errors import MethodError, ScheduleNotRunError
 from unmask.gradients.wrappers import named_parameters
 from unmask.integrations.support import Attempt
 from unmask.peft.config import OPTIONS, SelectiveConfig
@@ -230,7 +229,7 @@ class Adapter:
         self.values.grad = gradient
         selection.watch()
 
-    # To and from a delta.
+    # Copies.
 
     def progress(self) -> Progress | None:
         """Returns what training needs to go on from the saved values; None before the first step, or if the config says so."""
@@ -241,31 +240,6 @@ class Adapter:
         rounded = any(tensor.dtype != self.values.dtype for tensor in self.layout.tensors)
         masters = slots.values[order].cpu() if rounded else None
         return Progress(order.to("cpu", torch.int32 if slots.used < 2**31 else torch.int64), masters)
-
-    def slots_of(self, delta: SparseDelta, progress: Progress | None = None) -> Slots:
-        """Returns a delta's entries as slots, or refuses a delta that does not fit. The base's tensors must hold the base."""
-        bounds = dict(zip(self.layout.names, self.layout.bounds.tolist(), strict=False))
-        foreign = [name for name in delta.sparse if name not in bounds]
-        if foreign:
-            raise DeltaError(
-                f"the adapter holds values of {foreign[0]!r}, which the config's target_modules do not cover."
-            )
-        if len(delta) > self.budget:
-            raise DeltaError(f"the adapter holds {len(delta):,} values; the config's budget is {self.budget:,}.")
-        used, parts = len(delta), sorted(delta.sparse.items())
-        positions = torch.full_like(self.ledger.positions, -1)
-        base, values = torch.zeros_like(self.ledger.base), torch.zeros_like(self.ledger.base)
-        if parts:
-            flat = torch.cat([entry.indices.cpu() + bounds[name] for name, entry in parts])
-            positions[:used] = flat.to(positions)
-            values[:used] = torch.cat([entry.values.to(values) for _, entry in parts])
-            base[:used] = self.layout.read(positions[:used], self.values.dtype)
-            for index, held, places in self.layout.split(positions[:used]):
-                whole = delta.whole.get(self.layout.names[index])
-                if whole is not None:  # a tensor that the delta brings whole is its own base
-                    base[places] = whole.reshape(-1)[held.to(whole.device)].to(base)
-        slots = Slots(positions, base, values, used, delta.provenance.step or 0)
-        return slots if progress is None else progress.arrange(slots, [entry.values for _, entry in parts])
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy, or a pickle, takes over: it is not live, and has the slots that this adapter has now."""

@@ -61,11 +61,12 @@ class SelectiveConfig(PeftConfig):
             ``"vector"``; None for the method's own scope.
         seed: The seed of ``random_mask``, and of the heuristic ``"random"``.
         allocation: How the budget spreads over the eligible tensors: ``"global"``, ``"tensor"``, ``"row"`` or ``"column"``.
-        accumulation: The selection under gradient accumulation, ``"candidates"`` or ``"exact"``, as of `unmask.select`.
-        gradients: How gradients are formed: ``"auto"``, ``"sampled"`` or ``"dense"``, as of `unmask.select`.
-        exchange: How several processes select together: ``"exact"``, ``"candidates"`` or ``"none"``, as of `unmask.select`.
+        accumulation: The selection under gradient accumulation, ``"candidates"`` or ``"exact"``. This option and the next
+            three are those of `unmask.select`.
+        gradients: How gradients are formed: ``"auto"``, ``"sampled"`` or ``"dense"``.
+        exchange: How several processes select together: ``"exact"``, ``"candidates"`` or ``"none"``.
         clip_scope: The norm that a ``transformers.Trainer`` (by ``max_grad_norm``) and `unmask.peft.clip_grad_norm_` clip by:
-            ``"selected"`` for that of what is trained, ``"all"`` for that of every eligible weight, as of `unmask.select`.
+            ``"selected"`` for that of what is trained, ``"all"`` for that of every eligible weight.
         target_modules: The modules whose parameters (those of modules inside them too) are eligible: names or name endings,
             one regular expression that matches whole names, or ``"all-linear"``; None for the whole model.
         exclude_modules: The modules whose parameters are not eligible: names or name endings, or one regular expression.
@@ -112,16 +113,9 @@ class SelectiveConfig(PeftConfig):
         self.peft_type = peft_type()
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
-        with refusing(
-            MethodError, "this SelectiveConfig", "Give another value (in adapter_config.json, if it stands there)."
-        ):
+        advice = "Give another value (in adapter_config.json, if it stands there)."
+        with refusing(MethodError, "this SelectiveConfig", advice):
             _FORM(vars(self), "config")
-            for name in ("target_modules", "exclude_modules"):
-                given = getattr(self, name)
-                try:
-                    re.compile(given if isinstance(given, str) else "")
-                except (re.error, RecursionError, OverflowError) as error:
-                    raise Malformed(f"{name} = {shown(given)} is not a regular expression ({error})") from error
         if self.method in _REFUSED:
             raise MethodError(f"method = {self.method!r}; {_REFUSED[self.method]}.")
         if self.method not in methods.PRESETS:
@@ -158,10 +152,14 @@ class SelectiveConfig(PeftConfig):
 
 
 def _names(value: Any, where: str) -> Any:
-    """Reads one regular expression, or some names."""
-    if isinstance(value, str):
-        return value
-    return items(text)(list(value) if isinstance(value, set) else value, where)
+    """Accepts one regular expression, or some names."""
+    if not isinstance(value, str):
+        return items(text)(list(value) if isinstance(value, set) else value, where)
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise Malformed(f"{where} = {shown(value)} is not a regular expression ({error})") from error
+    return value
 
 
 _FORM = fields(

@@ -21,7 +21,7 @@ from unmask.delta.record import before_training
 from unmask.errors import SelectionError
 from unmask.integrations.support import keep_unwrapped, running_trainer
 from unmask.peft.adapter import Adapter, changed
-from unmask.peft.saving import Progress
+from unmask.peft.saving import Progress, slots_of
 from unmask.peft.targets import Base, saved_whole
 
 
@@ -43,16 +43,18 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
     """The adapters of one base model.
 
     Attributes:
+        model: The base.
         adapters: The adapters by name.
         new: The names of the base's tensors that its checkpoint lacks; a saved adapter contains them.
         base_of_whole: The base's version of all tensors that an adapter may set whole: buffers, and those named in ``new``.
     """
 
+    model: nn.Module
     adapter_layer_names = ("unmask_values",)
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._model = (model,)  # a tuple, because the tuner registers the model as a submodule already
+        object.__setattr__(self, "model", model)  # not as a submodule, because it is one of the tuner already
         self.adapters: dict[str, Adapter] = {}
         self.unmask_values = Values()
         self._active_adapter = []
@@ -66,11 +68,6 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         self._paused: Adapter | None = None  # an adapter that goes on training when it is made active again
         self._digests: dict[str, str] | None = None
         model.requires_grad_(False)
-
-    @property
-    def model(self) -> nn.Module:
-        """The base."""
-        return self._model[0]
 
     @property
     def active(self) -> Adapter | None:
@@ -205,7 +202,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         self.settle()
         adapter = self.adapters[name]
         with self.base_restored():
-            slots = adapter.slots_of(delta, progress)
+            slots = slots_of(delta, progress, adapter.ledger)
         adapter.stop()
         written = adapter.written and not self._disable_adapters
         if written:

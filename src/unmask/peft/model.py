@@ -181,11 +181,7 @@ class SelectiveModel(BaseTuner):
     ) -> None:
         """Adds an adapter that is base + sum of w_i (adapter_i - base), at every weight that one of them sets.
 
-        Args:
-            adapters: Names of adapters.
-            weights: One weight w_i for each adapter.
-            adapter_name: The new adapter's name. Its budget is the number of weights it sets; it selects no further ones.
-            combination_type: It must be ``"linear"``.
+        The new adapter's budget is the number of weights that it sets, so it selects no further ones.
 
         Raises:
             ValueError: A name is unknown, missing or taken, or another combination is asked for.
@@ -211,7 +207,7 @@ class SelectiveModel(BaseTuner):
 
         Args:
             progressbar: It has no effect: the values are in place already.
-            safe_merge: If True, values that are not finite are refused.
+            safe_merge: True refuses values that are not finite.
             adapter_names: One adapter, which is made active first; None takes the active one.
 
         Raises:

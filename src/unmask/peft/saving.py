@@ -22,7 +22,7 @@ from unmask.delta.file import INDICES, SLOTS, VALUES, WHOLE, pack, unpack
 from unmask.errors import DeltaError
 from unmask.files import MOST_HEADER
 from unmask.peft.config import PREFIX
-from unmask.ranking.ledger import Slots
+from unmask.ranking.ledger import Ledger, Slots
 from unmask.reading import Malformed, fields, parse_json, refusing
 
 _BASE = "model."
@@ -66,6 +66,34 @@ class Progress:
         for held in (positions, base, precise):
             held[order] = held[:count].clone()
         return replace(slots, positions=positions, base=base, values=precise)
+
+
+def slots_of(delta: SparseDelta, progress: Progress | None, ledger: Ledger) -> Slots:
+    """Returns a delta's entries as slots of an adapter's ledger. The base's tensors must hold the base.
+
+    Raises:
+        DeltaError: The delta does not fit the adapter's tensors and budget, or the progress does not belong to it.
+    """
+    layout, used, parts = ledger.layout, len(delta), sorted(delta.sparse.items())
+    starts = dict(zip(layout.names, layout.starts, strict=True))
+    foreign = [name for name in delta.sparse if name not in starts]
+    if foreign:
+        raise DeltaError(f"the adapter holds values of {foreign[0]!r}, which the config's target_modules do not cover.")
+    if used > ledger.budget:
+        raise DeltaError(f"the adapter holds {used:,} values; the config's budget is {ledger.budget:,}.")
+    positions = torch.full_like(ledger.positions, -1)
+    base, values = torch.zeros_like(ledger.base), torch.zeros_like(ledger.base)
+    if parts:
+        flat = torch.cat([entry.indices.cpu() + starts[name] for name, entry in parts])
+        positions[:used] = flat.to(positions)
+        values[:used] = torch.cat([entry.values.to(values) for _, entry in parts])
+        base[:used] = layout.read(positions[:used], base.dtype)
+        for index, held, places in layout.split(positions[:used]):
+            whole = delta.whole.get(layout.names[index])
+            if whole is not None:  # a tensor that the delta brings whole is its own base
+                base[places] = whole.reshape(-1)[held.to(whole.device)].to(base)
+    slots = Slots(positions, base, values, used, delta.provenance.step or 0)
+    return slots if progress is None else progress.arrange(slots, [entry.values for _, entry in parts])
 
 
 def put_entries(

@@ -31,8 +31,9 @@ class Base:
 
     def __init__(self, model: nn.Module) -> None:
         self._wrappers = [name for name, each in model.named_modules() if isinstance(each, AuxiliaryTrainingWrapper)]
-        self.parameters: dict[str, nn.Parameter] = self._own(named_parameters(model))
-        self.buffers: dict[str, Tensor] = self._own(persistent_buffers(model))
+        parameters, buffers = named_parameters(model).items(), persistent_buffers(model).items()
+        self.parameters = {own: each for name, each in parameters if (own := self.name_of(name)) is not None}
+        self.buffers = {own: each for name, each in buffers if (own := self.name_of(name)) is not None}
 
     def name_of(self, name: str) -> str | None:
         """Returns the base's own name of a tensor or a module; None if it does not belong to the base."""
@@ -48,10 +49,6 @@ class Base:
     def tensors(self) -> dict[str, Tensor]:
         """The parameters and the persistent buffers by name."""
         return {**self.parameters, **self.buffers}
-
-    def _own(self, named: dict) -> dict:
-        names = {name: self.name_of(name) for name in named}
-        return {own: named[name] for name, own in names.items() if own is not None}
 
 
 def saved_whole(model: nn.Module, adapter: str) -> dict[str, Tensor]:
