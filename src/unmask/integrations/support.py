@@ -79,13 +79,13 @@ class Attempt(Generic[Held]):
 
     @property
     def running(self) -> bool:
-        """Returns True while the Trainer still makes this attempt."""
+        """True while the Trainer still makes this attempt."""
         trainer, state = self._trainer(), self._state
         return trainer is not None and trainer.state is state and state.global_step < state.max_steps
 
     @property
     def failed(self) -> bool:
-        """Returns True if the Trainer has begun another attempt at the same run."""
+        """True if the Trainer has begun another attempt at the same run."""
         trainer = self._trainer()
         if trainer is None or not trainer.args.auto_find_batch_size:
             return False
