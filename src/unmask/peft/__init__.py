@@ -14,10 +14,14 @@ from unmask.errors import need
 
 need("peft", "hf")
 
-from unmask.peft.config import SelectiveConfig, register  # noqa: E402
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402
+from peft.utils import register_peft_method  # noqa: E402
+
+from unmask.peft.config import NAME, PREFIX, SelectiveConfig, peft_type  # noqa: E402
 from unmask.peft.model import SelectiveModel  # noqa: E402
 from unmask.peft.verbs import clip_grad_norm_, delta, push_to_hub, status  # noqa: E402
 
-register(SelectiveConfig, SelectiveModel)
+if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(name=NAME.lower(), config_cls=SelectiveConfig, model_cls=SelectiveModel, prefix=PREFIX)
 
 __all__ = ["SelectiveConfig", "SelectiveModel", "clip_grad_norm_", "delta", "push_to_hub", "status"]

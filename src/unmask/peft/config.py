@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from peft.utils import PeftType, register_peft_method
+from peft.utils import PeftType
 
 from peft import PeftConfig
 from unmask.errors import MethodError
@@ -85,28 +85,26 @@ class SelectiveConfig(PeftConfig):
         'id3'
     """
 
-    budget: int | str | None = field(default=None, metadata={"help": "A count of weights, or a share such as '0.17%'."})
-    method: str = field(default="id3", metadata={"help": "Which weights are unmasked, and when."})
-    eps: float = field(default=1.0, metadata={"help": "Added to |w| in D3."})
-    exp: float = field(default=2.0, metadata={"help": "Exponent of D3."})
-    stride: int = field(default=1, metadata={"help": "Select every stride-th step."})
-    schedule: str = field(default="uniform", metadata={"help": "How the budget is spread over the steps."})
-    heuristic: str | None = field(default=None, metadata={"help": "The heuristic that ranks weights in place of D3."})
-    scope: str | None = field(
-        default=None, metadata={"help": "all, linear, bias or vector; without it the method's own."}
-    )
-    seed: int = field(default=0, metadata={"help": "The seed of random_mask."})
-    allocation: str = field(default="global", metadata={"help": "global, tensor, row or column."})
-    accumulation: str = field(default="candidates", metadata={"help": "candidates or exact."})
-    gradients: str = field(default="auto", metadata={"help": "auto, sampled or dense."})
-    exchange: str = field(default="exact", metadata={"help": "exact, candidates or none: several processes."})
-    clip_scope: str = field(default="selected", metadata={"help": "selected or all."})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that are eligible."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that are not."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
-    total_steps: int | None = field(default=None, metadata={"help": "Planned number of optimizer steps."})
-    training_state: bool = field(default=True, metadata={"help": "Save what training needs to go on bit for bit."})
-    record: dict[str, Any] | None = field(default=None, metadata={"help": "What the saved adapter holds."})
+    budget: int | str | None = None
+    method: str = "id3"
+    eps: float = 1.0
+    exp: float = 2.0
+    stride: int = 1
+    schedule: str = "uniform"
+    heuristic: str | None = None
+    scope: str | None = None
+    seed: int = 0
+    allocation: str = "global"
+    accumulation: str = "candidates"
+    gradients: str = "auto"
+    exchange: str = "exact"
+    clip_scope: str = "selected"
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    total_steps: int | None = None
+    training_state: bool = True
+    record: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,11 +192,3 @@ def peft_type() -> PeftType:
         PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
         type.__setattr__(PeftType, NAME, member)
     return PeftType[NAME]
-
-
-def register(config: type, tuner: type) -> None:
-    """Registers the method with PEFT, so that `get_peft_model`, `PeftModel.from_pretrained` and the rest find it."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=NAME.lower(), config_cls=config, model_cls=tuner, prefix=PREFIX)
