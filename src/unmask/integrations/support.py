@@ -73,7 +73,7 @@ class Attempt(Generic[Held]):
     def __init__(self, trainer: Trainer, tensors: Iterable[Tensor], held: Held) -> None:
         self._trainer, self._state, self._held = weakref.ref(trainer), trainer.state, held
         self._tensors = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        optimizer, self._schedule = _unwrapped(trainer.optimizer), trainer.lr_scheduler
+        optimizer, self._schedule = unwrapped(trainer.optimizer), trainer.lr_scheduler
         self._optimizer_state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
         self._schedule_state = {} if self._schedule is None else copy.deepcopy(self._schedule.state_dict())
 
@@ -100,7 +100,7 @@ class Attempt(Generic[Held]):
         for tensor, before in self._tensors:
             tensor.copy_(before)
         trainer = self._trainer()
-        optimizer = None if trainer is None else _unwrapped(trainer.optimizer)
+        optimizer = None if trainer is None else unwrapped(trainer.optimizer)
         if trainer is None or optimizer is None or self._optimizer_state is None:
             return self._held
         state = copy.deepcopy(self._optimizer_state)
@@ -115,7 +115,7 @@ class Attempt(Generic[Held]):
 # The optimizer and its schedule.
 
 
-def _unwrapped(optimizer: Any) -> Any:
+def unwrapped(optimizer: Any) -> Any:
     """Returns an optimizer without the wrapper that accelerate puts around it."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -145,26 +145,6 @@ def new_optimizer(trainer: Trainer, selection: Selection) -> Optimizer:
 
 
 # Checks.
-
-
-def check_optimizer(optimizer: Any, selection: Selection) -> None:
-    """Refuses an optimizer that was given to a Trainer and does not train the selection."""
-    if not any(p is selection.clock() for group in _unwrapped(optimizer).param_groups for p in group["params"]):
-        raise ScheduleNotRunError(
-            "the Trainer's optimizer does not hold the selected weights (it was built before unmask.select, or from "
-            "model.parameters()). Select first and build it from selection.parameters(), or give none: "
-            "SelectiveCallback builds the one that args.optim names."
-        )
-
-
-def check_schedule(optimizer: Any, schedule: Any) -> None:
-    """Refuses a learning-rate schedule that drives another optimizer."""
-    driven = _unwrapped(getattr(schedule, "optimizer", None))
-    if driven is not None and driven is not _unwrapped(optimizer):
-        raise ScheduleNotRunError(
-            "the learning-rate schedule drives another optimizer than the one that trains; build it from the optimizer given "
-            "in Trainer(..., optimizers=(optimizer, schedule)), or give None for it."
-        )
 
 
 def check_run(trainer: Trainer, selection: Selection, steps: int) -> None:

@@ -20,13 +20,12 @@ from unmask.gradients.wrappers import bare
 from unmask.integrations.checkpoints import STATE_FILE
 from unmask.integrations.support import (
     Attempt,
-    check_optimizer,
     check_run,
-    check_schedule,
     clip_in,
     keep_unwrapped,
     new_optimizer,
     open_inputs,
+    unwrapped,
 )
 from unmask.integrations.trainer_checkpoints import WholeCheckpoints, state_to_resume
 from unmask.methods.method import Method
@@ -158,8 +157,13 @@ class SelectiveCallback(WholeCheckpoints):
             self._builds = self.trainer.optimizer is None
         if self._builds:
             self.trainer.optimizer = new_optimizer(self.trainer, self.live)
-        else:
-            check_optimizer(self.trainer.optimizer, self.live)
+        held = [p for group in unwrapped(self.trainer.optimizer).param_groups for p in group["params"]]
+        if not any(p is self.live.clock() for p in held):
+            raise ScheduleNotRunError(
+                "the Trainer's optimizer does not hold the selected weights (it was built before unmask.select, or from "
+                "model.parameters()). Select first and build it from selection.parameters(), or give none: "
+                "SelectiveCallback builds the one that args.optim names."
+            )
         return self.trainer.optimizer
 
     # Checkpoints and evaluation.
@@ -198,7 +202,12 @@ class SelectiveCallback(WholeCheckpoints):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._step, self._advanced, self._skipped = self.live.step, 0, 0
-        check_schedule(kwargs.get("optimizer"), kwargs.get("lr_scheduler"))
+        driven = unwrapped(getattr(kwargs.get("lr_scheduler"), "optimizer", None))
+        if driven is not None and driven is not unwrapped(kwargs.get("optimizer")):
+            raise ScheduleNotRunError(
+                "the learning-rate schedule drives another optimizer than the one that trains; build it from the optimizer "
+                "given in Trainer(..., optimizers=(optimizer, schedule)), or give None for it."
+            )
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self.live.step > self._step:
