@@ -124,7 +124,8 @@ def rotate(parent: Path, newest: Path, keep: int | None, best: str | None = None
     """
     if keep is None or keep <= 0:
         return
-    last, there = _step_of(newest) or 0, folders(parent)
+    last = _step_of(newest) or 0
+    there = folders(parent)
     spared = {newest.resolve(), Path(best or newest).resolve()}
     others = [(step < last, step, path) for step, path in there.items() if path.resolve() not in spared]
     for _, _, path in sorted(others)[: max(0, len(there) - keep)]:
