@@ -150,6 +150,16 @@ def test_one_adapter_with_weight_one_is_itself_and_trains_no_further_weights():
     assert not torch.equal(outputs(model), results["default"])
 
 
+def test_a_combination_of_untrained_adapters_is_the_base():
+    base, model = wrapped()
+    model.add_adapter("second", config(method="repeat_d3"))
+    model.add_weighted_adapter(["default", "second"], [2.0, 1.0], "sum")
+    model.set_adapter("sum")
+    adapter = model.base_model.deltas.adapters["sum"]
+    assert (adapter.used, adapter.budget) == (0, 1)
+    assert torch.equal(outputs(model), outputs(base))
+
+
 @pytest.mark.parametrize(
     ("call", "match"),
     [

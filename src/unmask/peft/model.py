@@ -53,7 +53,7 @@ class SelectiveModel(BaseTuner):
         if isinstance(peft_config, PeftConfig):  # no PeftModel made it; PEFT 0.20 does not check uses_shared_state
             raise ValueError("selective adapters share state outside the base model; use peft.get_peft_model instead.")
         hooks = model._forward_pre_hooks.values()
-        if has_selection(model) or any(isinstance(getattr(hook, "__self__", None), Training) for hook in hooks):
+        if has_selection(model) or any(isinstance(getattr(hook, "__self__", None), SelectiveModel) for hook in hooks):
             raise MethodError(
                 "this base model has a selection or selective adapters already. To add an adapter: "
                 "peft_model.add_adapter(name, config); to start again: base = peft_model.unload(), or selection.release()."
@@ -95,7 +95,12 @@ class SelectiveModel(BaseTuner):
         self.deltas = SelectiveLayer(model)
         self.adapter_training = Training(self.deltas)
         self._ddp_params_and_buffers_to_ignore: list[str] = []
-        self._hook = model.register_forward_pre_hook(self.adapter_training.before_forward)
+        self._hook = model.register_forward_pre_hook(self._before_forward)
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        # A hook of `Training` itself would lead a deep copy to the layer while it walks the base's hooks, which the layer's
+        # `settle` changes.
+        self.adapter_training.before_forward()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds the adapter of ``self.peft_config[adapter_name]``; the adapter sets no weight yet."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +22,7 @@ class Training:
         self._layer = layer
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the start of a selection cannot be compiled
-    def before_forward(self, model: nn.Module, inputs: Any) -> None:
+    def before_forward(self) -> None:
         """Runs before each forward of the base: brings ``values`` into the tensors, and starts a selection if needed."""
         layer, adapter = self._layer, self._layer.active
         if adapter is None or layer.disable_adapters:
