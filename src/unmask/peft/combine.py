@@ -61,11 +61,10 @@ def combined_adapter(parts: Sequence[Adapter], weights: Sequence[float]) -> Adap
             at = torch.searchsorted(flat, own)
             base[at] = before
             change[at] += moved
-        places = slice(end, end + flat.numel())
-        slots.positions[places] = flat + start
-        slots.base[places] = base.to(slots.base)
-        slots.values[places] = (base + change).to(slots.values)
-        end = places.stop
+        first, end = end, end + flat.numel()
+        slots.positions[first:end] = flat + start
+        slots.base[first:end] = base.to(slots.base)
+        slots.values[first:end] = (base + change).to(slots.values)
     combined.load(replace(slots, used=used, step=1))
     return combined
 
