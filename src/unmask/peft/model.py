@@ -29,7 +29,7 @@ from unmask.peft.config import PREFIX
 from unmask.peft.layer import SelectiveLayer
 from unmask.peft.saving import is_entry, put_entries, take_entries
 from unmask.peft.targets import Base, eligible, saved_whole
-from unmask.peft.training import Training
+from unmask.peft.training import before_forward
 from unmask.selection.eligible import count_budget
 
 
@@ -41,7 +41,6 @@ class SelectiveModel(BaseTuner):
     Attributes:
         model: The base.
         deltas: The adapters.
-        adapter_training: The training of the active adapter.
     """
 
     prefix = PREFIX
@@ -93,14 +92,11 @@ class SelectiveModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.deltas = SelectiveLayer(model)
-        self.adapter_training = Training(self.deltas)
         self._ddp_params_and_buffers_to_ignore: list[str] = []
         self._hook = model.register_forward_pre_hook(self._before_forward)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        # A hook of `Training` itself would lead a deep copy to the layer while it walks the base's hooks, which the layer's
-        # `settle` changes.
-        self.adapter_training.before_forward()
+        before_forward(self.deltas)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds the adapter of ``self.peft_config[adapter_name]``; the adapter sets no weight yet."""

@@ -10,6 +10,7 @@ from peft import PeftModel
 from unmask.delta.delta import SparseDelta
 from unmask.errors import ScheduleNotRunError
 from unmask.peft.model import tuner_of
+from unmask.peft.training import trained
 from unmask.selection.clipping import clip_grad_norm_ as clip_selection
 
 
@@ -55,7 +56,7 @@ def clip_grad_norm_(model: PeftModel, max_norm: float, loss_scale: float = 1.0) 
     Raises:
         ScheduleNotRunError: No adapter is being trained.
     """
-    selection, others = tuner_of(model).adapter_training.trained(list(model.parameters()))
+    selection, others = trained(tuner_of(model).deltas, list(model.parameters()))
     if selection is None:
         raise ScheduleNotRunError(
             "there is no gradient to clip: no adapter is being trained. The order is loss.backward(), "
