@@ -3,12 +3,15 @@
 The import of this package registers the method ``UNMASK`` with PEFT. `peft.PeftModel.from_pretrained` needs the import, too.
 """
 
-# These parts of PEFT are not documented as public. They were tried with PEFT 0.20 and 0.21.
-# - All that is imported from ``peft.tuners.tuners_utils`` and ``peft.utils.other``.
+# PEFT does not document these parts as public. They were tried with PEFT 0.20 and 0.21.
+# - From ``peft.tuners.tuners_utils``: ``BaseTuner``, ``BaseTunerLayer``, ``check_target_module_exists``, ``_ExcludedModule`` and
+#   ``_maybe_include_all_linear_layers``; from ``peft.utils.other``: ``AuxiliaryTrainingWrapper`` and
+#   ``set_additional_trainable_modules``.
 # - The closed enum ``PeftType``, to which `unmask.peft.config.peft_type` adds a member.
-# - The methods of ``BaseTuner`` that `SelectiveModel` overrides and PEFT calls, and the two attributes of the `PeftModel` that it
-#   sets: ``_upload_modified_files`` and ``_ddp_params_and_buffers_to_ignore``.
-# - ``_active_adapter`` and ``_disable_adapters`` of ``BaseTunerLayer``.
+# - The methods of ``BaseTuner`` that `SelectiveModel` overrides: ``_pre_injection_hook``, ``_create_and_replace``,
+#   ``_enable_adapter_layers``, ``_check_merge_allowed``, ``_get_adapter_state_dict``, ``_remap_adapter_state_dict_for_load``.
+# - ``_upload_modified_files`` and ``_ddp_params_and_buffers_to_ignore`` of the `PeftModel`, which `SelectiveModel` sets.
+# - ``_active_adapter`` and ``_disable_adapters`` of ``BaseTunerLayer``, which `SelectiveLayer` sets.
 
 from unmask.errors import need
 
