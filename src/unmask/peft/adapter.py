@@ -229,7 +229,7 @@ class Adapter:
         self.values.grad = gradient
         selection.watch()
 
-    # Copies.
+    # Saving and copying.
 
     def progress(self) -> Progress | None:
         """Returns what training needs to go on from the saved values; None before the first step, or if the config says so."""
