@@ -191,10 +191,8 @@ Trained = Callable[[Sequence[nn.Parameter]], tuple[Selection | None, Sequence[nn
 def clip_in(trainer: Trainer, trained: Trained) -> None:
     """Makes a Trainer clip the gradient of a selection, by the norm that the selection's ``clip_scope`` names.
 
-    Args:
-        trainer: The Trainer.
-        trained: Takes the parameters that the Trainer would clip; returns the live selection, and those of the parameters
-            that are trained in addition. If it returns no selection, the Trainer clips as always.
+    ``trained`` takes the parameters that the Trainer would clip. It returns the live selection, and those of the parameters
+    that are trained in addition; if it returns no selection, the Trainer clips as always.
     """
     accelerator: Any = trainer.accelerator
     original = getattr(accelerator.clip_grad_norm_, "original", accelerator.clip_grad_norm_)

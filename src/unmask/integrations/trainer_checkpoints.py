@@ -131,12 +131,9 @@ class WholeCheckpoints(TrainerCallback):
 
 
 def state_to_resume(checkpoint: Checkpoint, selection: Selection, steps: int) -> dict[str, Any]:
-    """Reads the selection's state from a whole checkpoint, and refuses one of another budget or method.
+    """Reads the state that ``selection`` will load from a whole checkpoint, and refuses one of another budget or method.
 
-    Args:
-        checkpoint: The checkpoint.
-        selection: The selection that will load the state.
-        steps: The number of steps that the Trainer has planned now.
+    ``steps`` is the number of steps that the Trainer has planned now.
     """
     state = read_state(checkpoint.path / STATE_FILE)
     present = {"budget": selection.budget, "method": selection.method.describe()}
