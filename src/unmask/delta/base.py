@@ -87,9 +87,8 @@ def missing_from_checkpoint(model: nn.Module) -> set[str]:
     source = name_or_path(model)
     if not source:
         plain = plain_names(model)
-        found: dict[
-            str, nn.Module
-        ] = {}  # the transformers models that this one holds (a LightningModule, say), by place
+        # the transformers models that this one holds (a LightningModule, say), by place
+        found: dict[str, nn.Module] = {}
         for place, module in model.named_modules():
             inner = bare(module)
             outermost = not any(f"{plain(place)}.".startswith(f"{outer}.") for outer in found)
@@ -102,12 +101,8 @@ def missing_from_checkpoint(model: nn.Module) -> set[str]:
     prefix = str(getattr(model, "base_model_prefix", "") or "") + "."
     added = added_tensors(model)
     tensors = {name: tensor for name, tensor in base_tensors(model).items() if name not in added}
-
-    def is_stored(name: str) -> bool:
-        name = checkpoint_name(name)
-        return name in stored or name.removeprefix(prefix) in stored or prefix + name in stored
-
-    missing = {name for name in tensors if not is_stored(name)}
+    stored_as = {name: checkpoint_name(name) for name in tensors}
+    missing = {name for name, n in stored_as.items() if stored.isdisjoint({n, n.removeprefix(prefix), prefix + n})}
     share = sum(tensors[name].numel() for name in missing) / max(1, sum(t.numel() for t in tensors.values()))
     return missing if share < 0.5 else set()
 
