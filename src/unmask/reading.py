@@ -33,12 +33,7 @@ class Malformed(ValueError):
 
 @contextlib.contextmanager
 def refusing(error: type[UnmaskError], source: str, advice: str = "") -> Iterator[None]:
-    """Turns `Malformed` into an error of unmask that names the source.
-
-    Args:
-        error: The class of the error to raise.
-        source: The subject of the message: the name of what was read.
-        advice: The last sentence of the message, which says what to do.
+    """Turns `Malformed` into an error of unmask whose message names the source, and ends with the advice.
 
     Example:
         >>> from unmask.errors import DataError
@@ -81,11 +76,7 @@ def parse_json(
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file with `parse_json`.
-
-    Raises:
-        Malformed: `parse_json` refuses the text, or the file cannot be read.
-    """
+    """Reads a JSON file with `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path))
 
 
@@ -240,12 +231,9 @@ def mapping(inner: Form) -> Form:
 
 
 def fields(needed: Mapping[str, Form], further: Mapping[str, Form] | None = None, closed: bool = False) -> Form:
-    """Makes a form that accepts a mapping with named entries.
+    """Makes a form that accepts a mapping with entries that must be there, and ``further`` ones that may be there.
 
-    Args:
-        needed: The forms of the entries that must be there.
-        further: The forms of the entries that may be there.
-        closed: True refuses any other entry. False leaves it as it is.
+    A closed form refuses any other entry.
 
     Example:
         >>> fields({"step": count}, {"loss": number})({"step": 3, "name": "a"}, "the row")

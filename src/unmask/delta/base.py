@@ -41,10 +41,7 @@ def name_or_path(model: nn.Module) -> str | None:
 
 
 def added_tensors(model: nn.Module) -> set[str]:
-    """Returns the names of the parameters and persistent buffers that peft or `adapters` put into a model.
-
-    Args:
-        model: A ``PeftModel``, a model after ``adapters.init``, a module that holds one, or any other module, which has none.
+    """Returns the names of the parameters and persistent buffers that peft or `adapters` put into a model or its modules.
 
     Example:
         >>> added_tensors(nn.Linear(2, 2))

@@ -176,11 +176,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def settle(model: nn.Module, tensors: Iterable[Tensor]) -> None:
     """Hooks the layers whose sidecars are in use, and takes the hooks off the others.
 
-    From then on all of the model's quantised layers keep what they store as it is, until `detach`.
-
-    Args:
-        model: The model.
-        tensors: Some of its tensors; those that are not quantised need no hook.
+    From then on all of the model's quantised layers keep what they store as it is, until `detach`. The tensors are some of the
+    model's; those that are not quantised need no hook.
     """
     for tensor in tensors:
         if isinstance(tensor, QuantisedTensor):
@@ -230,13 +227,6 @@ def detach(model: nn.Module) -> None:
 
 
 def reach_biases(model: nn.Module) -> list[RemovableHandle]:
-    """Hooks the layers that hide their bias from taps, if the bias is tapped.
-
-    Args:
-        model: The model, whose tensors are tapped.
-
-    Returns:
-        The handles of the hooks. The caller must ``remove()`` them together with the taps.
-    """
+    """Hooks those layers with a tapped bias that hide it from taps. The caller must remove the hooks together with the taps."""
     layers = [source.layer for source in _readable(model) if source.hides_bias]
     return [layer.register_forward_hook(pass_to_bias) for layer in layers if isinstance(layer.bias, TappedParameter)]

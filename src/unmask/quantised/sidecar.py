@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -75,11 +76,16 @@ class Sidecar:
         """Sets every weight back to the payload's value."""
         self.put(self.flat, self._base)
 
-    def largest(self) -> tuple[Tensor, Tensor]:
-        """Returns the least and the largest weight."""
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields the current weights in blocks of rows, each with the number of its first row."""
         rows, columns = self.source.shape
         height = max(1, _BLOCK // max(1, columns))
-        parts = [self.rows(low, min(rows, low + height)).aminmax() for low in range(0, rows, height)]
+        for low in range(0, rows, height):
+            yield low, self.rows(low, min(rows, low + height))
+
+    def largest(self) -> tuple[Tensor, Tensor]:
+        """Returns the least and the largest weight."""
+        parts = [block.aminmax() for _, block in self.blocks()]
         return torch.stack([part.min for part in parts]).min(), torch.stack([part.max for part in parts]).max()
 
     def deviating(self) -> tuple[Tensor, Tensor]:
