@@ -8,12 +8,11 @@ value of them. PEFT libraries are known by their modules' own attributes (peft's
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from unmask.errors import SelectionError
 from unmask.gradients.wrappers import bare, named_parameters, persistent_buffers, plain_names
@@ -55,9 +54,11 @@ def added_tensors(model: nn.Module) -> set[str]:
             parts = (*layers, *getattr(module, "other_param_names", ()))
             prefixes += [plain(f"{place}.{part}.".removeprefix(".")) for part in parts]
         adapters = getattr(getattr(module, "adapters_config", None), "adapters", None)
-        if adapters is not None and hasattr(module, "get_adapter"):  # a module of `adapters`
-            found = [leaf for name in adapters for leaf in _leaves(module.get_adapter(name))]  # type: ignore[operator]
-            inserted |= {id(p) for leaf in found for p in leaf.parameters()}
+        if adapters is not None and hasattr(
+            module, "get_adapter"
+        ):  # a module of `adapters`, which gives nested modules
+            found = tree_leaves([module.get_adapter(name) for name in adapters])  # type: ignore[operator]
+            inserted |= {id(p) for leaf in found if isinstance(leaf, nn.Module) for p in leaf.parameters()}
     by_id = {name for name, p in named_parameters(model).items() if id(p) in inserted}
     return {name for name in base_tensors(model) if f"{name}.".startswith(tuple(prefixes))} | by_id
 
@@ -136,12 +137,3 @@ def _local_file(source: str, file: str) -> Path | None:
     except HFValidationError:  # ``source`` is a folder that no longer exists
         return None
     return Path(cached) if isinstance(cached, str) else None
-
-
-def _leaves(value: Any) -> Iterator[nn.Module]:
-    """Yields the modules in a nest of dictionaries; the listing of a model is one, that of a layer is a module or None."""
-    if isinstance(value, nn.Module):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _leaves(inner)

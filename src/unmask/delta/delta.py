@@ -24,6 +24,7 @@ from unmask.delta.provenance import Provenance
 from unmask.delta.sparse import SparseTensor, check_entry, check_slots
 from unmask.delta.writable import find_unwritable
 from unmask.errors import DeltaError
+from unmask.files import write_tensors
 from unmask.gradients.entries import put, take
 from unmask.quantised.layers import settle
 from unmask.quantised.tensor import QuantisedTensor
@@ -162,7 +163,7 @@ class SparseDelta:
             DeltaError: The metadata are no JSON values, or a known entry of them has another form than a reader expects.
             WriteError: The disk is full, or the file cannot be written there; a file that was there before is kept.
         """
-        return file.write(Path(path), self.sparse, self.whole, self.base, self.metadata)
+        return write_tensors(Path(path), *file.pack(self.sparse, self.whole, self.base, self.metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparseDelta:

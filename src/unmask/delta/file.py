@@ -20,24 +20,13 @@ from torch import Tensor
 from unmask.delta.provenance import METADATA
 from unmask.delta.sparse import SparseTensor
 from unmask.errors import DeltaError
-from unmask.files import checksum, read_tensors, write_tensors
+from unmask.files import checksum, read_tensors
 from unmask.reading import Malformed, bounded, count, fields, items, mapping, refusing, text
 
 FORMAT_VERSION = 2
 INDICES, VALUES, WHOLE, SLOTS = "::indices", "::values", "::whole", "::slots"
 
 Contents = tuple[dict[str, SparseTensor], dict[str, Tensor], str, dict[str, Any]]  # sparse, whole, base, metadata
-
-
-def write(
-    path: Path,
-    sparse: Mapping[str, SparseTensor],
-    whole: Mapping[str, Tensor],
-    base: str,
-    metadata: Mapping[str, Any],
-) -> Path:
-    """Writes a delta to ``path``, whole or not at all; see `pack` and `unmask.files.write_tensors` for the errors."""
-    return write_tensors(path, *pack(sparse, whole, base, metadata))
 
 
 def read(path: Path) -> Contents:
