@@ -1,4 +1,4 @@
-"""Holds what the processes of the distributed tests do; one process alone runs each function on the whole batch."""
+"""Holds the functions that the processes of the distributed tests run; one process alone runs each on the whole batch."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Cancelling(nn.Module):
 
 
 def cancelling(exchange: str) -> list[int]:
-    """Makes five entries whose gradients are large in each process and cancel, and a small one that is in all."""
+    """Makes five entries with large gradients that cancel over the processes, and one with a small gradient in all of them."""
     model = Cancelling()
     selection = unmask.select(model, unmask.id3(1, steps=1), exchange=exchange)
     sign = 1.0 if place()[0] == 0 else -1.0
@@ -129,7 +129,7 @@ def cancelling(exchange: str) -> list[int]:
 
 
 def nonfinite(exchange: str) -> tuple[list[str], Tensor, Tensor]:
-    """Poisons the last process's third batch; returns what all processes say, and how they go on without it."""
+    """Poisons the last process's third batch; returns the answers of all processes, and the result without that batch."""
     rank, count = place()
     torch.manual_seed(0)
     model, said = mlp(), []
@@ -184,7 +184,7 @@ def with_head(dtype: torch.dtype, wrap: bool, full: bool = False) -> dict[str, T
 
 
 def refused() -> list[str]:
-    """Returns what each process is told of: another method, other calibration data, other weights found late."""
+    """Returns the refusals of another method, of other calibration data, and of other weights that are found late."""
     rank, _ = place()
     said = []
     for method in (
@@ -231,7 +231,7 @@ def _refusal(call: Callable[[], Any]) -> str:
 
 
 def late(folder: str, seed: int | None) -> tuple[str, Tensor]:
-    """Makes the process group after the selection, from the same weights or (``seed`` None) from others."""
+    """Makes the process group after the selection, from the same weights or (for the ``seed`` None) from others."""
     rank, count = place()
     dist.destroy_process_group()
     torch.manual_seed(rank if seed is None else seed)

@@ -1,7 +1,7 @@
 """Makes every state that a kill could leave of a folder, and disks that are full from some operation on.
 
-Python tells of every file that it opens, makes, renames or removes (`sys.addaudithook`), before it does; what torch and
-safetensors write themselves is seen around their calls. Between two operations the content of a file may be cut anywhere.
+Python reports every file before it opens, makes, renames or removes it (`sys.addaudithook`). The files that torch and
+safetensors write themselves are reported around their calls. Between two operations a file may be cut anywhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _listen(event: str, args: tuple) -> None:
     path = args[_PLACE[event]]
     if isinstance(path, int | None) or (event == "open" and not _writes(args)):
         return
-    heard = _heard.pop()  # what it does itself is not heard
+    heard = _heard.pop()  # its own operations are not reported
     try:
         heard(event, os.path.abspath(os.fsdecode(path)))
     finally:
@@ -82,12 +82,12 @@ def hearing(folder: Path, on_event: Callable[[str, str], None]) -> Iterator[None
 
 
 def content(folder: Path) -> Content:
-    """Returns what is in a folder."""
+    """Returns the content of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def restore(held: Content, folder: Path) -> None:
-    """Makes a new folder of it."""
+    """Makes a new folder with that content."""
     folder.mkdir()
     for name, data in sorted(held.items()):
         if data is None:
