@@ -54,9 +54,8 @@ def added_tensors(model: nn.Module) -> set[str]:
             parts = (*layers, *getattr(module, "other_param_names", ()))
             prefixes += [plain(f"{place}.{part}.".removeprefix(".")) for part in parts]
         adapters = getattr(getattr(module, "adapters_config", None), "adapters", None)
-        if adapters is not None and hasattr(
-            module, "get_adapter"
-        ):  # a module of `adapters`, which gives nested modules
+        # a module of `adapters`, which gives a module, nested dictionaries of modules, or None
+        if adapters is not None and hasattr(module, "get_adapter"):
             found = tree_leaves([module.get_adapter(name) for name in adapters])  # type: ignore[operator]
             inserted |= {id(p) for leaf in found if isinstance(leaf, nn.Module) for p in leaf.parameters()}
     by_id = {name for name, p in named_parameters(model).items() if id(p) in inserted}
@@ -85,8 +84,7 @@ def missing_from_checkpoint(model: nn.Module) -> set[str]:
     source = name_or_path(model)
     if not source:
         plain = plain_names(model)
-        # the transformers models that this one holds (a LightningModule, say), by place
-        found: dict[str, nn.Module] = {}
+        found: dict[str, nn.Module] = {}  # by place, the transformers models that a LightningModule, say, holds
         for place, module in model.named_modules():
             inner = bare(module)
             outermost = not any(f"{plain(place)}.".startswith(f"{outer}.") for outer in found)
@@ -100,7 +98,7 @@ def missing_from_checkpoint(model: nn.Module) -> set[str]:
     added = added_tensors(model)
     tensors = {name: tensor for name, tensor in base_tensors(model).items() if name not in added}
     stored_as = {name: checkpoint_name(name) for name in tensors}
-    missing = {name for name, n in stored_as.items() if stored.isdisjoint({n, n.removeprefix(prefix), prefix + n})}
+    missing = {name for name, s in stored_as.items() if stored.isdisjoint({s, s.removeprefix(prefix), prefix + s})}
     share = sum(tensors[name].numel() for name in missing) / max(1, sum(t.numel() for t in tensors.values()))
     return missing if share < 0.5 else set()
 

@@ -45,7 +45,7 @@ def record_delta(
 
 
 def before_training(layout: Layout, slots: Slots, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns copies of those of some named tensors that have slots in use, with the weights from before training."""
+    """Returns copies of the named tensors that have slots in use, with the weights that they had before training."""
     originals: dict[str, Tensor] = {}
     for index, flat, places in layout.split(slots.positions[: slots.used]):
         name = layout.names[index]
