@@ -80,7 +80,6 @@ class SidecarHook:
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         x = args[0] if args else next(iter(kwargs.values()))
         stand_in = stand_in_of(self.tensor) if self.live else None
-        self.sidecar.follow()
         deviation = self.sidecar.deviation()
         if stand_in is None and deviation is None:
             return None

@@ -35,13 +35,6 @@ class Sidecar:
         """Returns another sidecar of the same payload, with the same entries."""
         return copy.copy(self)  # Both may share tensors, which are never changed in place.
 
-    def follow(self) -> None:
-        """Moves the entries to the device of the layer."""
-        device = self.source.device
-        if self.flat.device != device:
-            self.flat, self.values, self._base = (t.to(device) for t in (self.flat, self.values, self._base))
-            self._matrix = None
-
     def take(self, flat: Tensor) -> Tensor:
         """Returns the current weights at flat indices (m,): (m,) float32."""
         flat = flat.to(self.source.device)
@@ -94,7 +87,14 @@ class Sidecar:
         return self.flat[differ], self.values[differ]
 
     def deviation(self) -> SparseMatrix | None:
-        """Returns what the sidecar adds to the payload, as a sparse (out, in) matrix; None if it holds no entry."""
+        """Returns what the sidecar adds to the payload, as a sparse (out, in) matrix; None if it holds no entry.
+
+        The entries move to the device of the layer first.
+        """
+        device = self.source.device
+        if self.flat.device != device:
+            self.flat, self.values, self._base = (t.to(device) for t in (self.flat, self.values, self._base))
+            self._matrix = None
         if not self.flat.numel():
             return None
         if self._matrix is None:
