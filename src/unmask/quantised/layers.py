@@ -140,21 +140,8 @@ def pass_to_bias(layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None
         return None
     with torch._C.DisableTorchFunctionSubclass():
         proxy = site_of(bias).taps.use(bias)
-        return output + _Shadow.apply(proxy, output.dtype) if proxy.requires_grad else None
-
-
-class _Shadow(torch.autograd.Function):
-    """Zero, in the place of a bias that the layer has added already; the backward returns the bias's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, bias: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        ctx.dtype = bias.dtype
-        return bias.new_zeros((), dtype=dtype).expand(bias.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient.to(ctx.dtype), None
+        # The layer has added the bias already, so this adds zero; its backward gives the bias the output's gradient.
+        return output + (proxy - proxy.detach()).to(output.dtype) if proxy.requires_grad else None
 
 
 def hook_of(layer: nn.Module) -> SidecarHook | None:
