@@ -274,7 +274,7 @@ LATER = [
 ]
 
 
-def told(call: Callable[[], None]) -> tuple[str, str]:
+def error_of(call: Callable[[], None]) -> tuple[str, str]:
     """Returns (the class, the text) of the error that a process raises."""
     try:
         call()
@@ -287,7 +287,7 @@ def scenarios() -> dict[str, tuple[str, str]]:
     """Returns what each scenario raises; in between, all processes train as if nothing had happened."""
     results = {}
     for scenario in BEFORE + LATER:
-        results[scenario.__name__] = told(scenario)
+        results[scenario.__name__] = error_of(scenario)
         model, selection, optimizer = start()
         train(model, optimizer)
         assert selection.step == 2
@@ -323,7 +323,7 @@ def undisturbed() -> list[tuple[str, str]]:
     def refused_by_every_one() -> None:
         start(unmask.id3(10**6, steps=2))
 
-    return [told(call) for call in (scheduled, several_optimizers, gone_on, refused_by_every_one)]
+    return [error_of(call) for call in (scheduled, several_optimizers, gone_on, refused_by_every_one)]
 
 
 # A process that dies, or hangs.
@@ -335,7 +335,7 @@ def dies(folder: str) -> None:
     train(model, optimizer)
     if odd():
         os._exit(7)
-    _write(folder, told(lambda: train(model, optimizer)))
+    _write(folder, error_of(lambda: train(model, optimizer)))
 
 
 def hangs(folder: str) -> tuple[str, str, float]:
@@ -347,7 +347,7 @@ def hangs(folder: str) -> tuple[str, str, float]:
     begin = time.monotonic()
     while odd() and not Path(folder, "0.told").exists() and time.monotonic() < begin + 60:
         time.sleep(0.02)
-    text = told(lambda: train(model, optimizer))
+    text = error_of(lambda: train(model, optimizer))
     seconds = time.monotonic() - begin
     _write(folder, text)
     return (*text, seconds)
