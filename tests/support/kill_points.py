@@ -48,7 +48,7 @@ sys.addaudithook(_listen)
 
 @contextmanager
 def hearing(folder: Path, on_event: Callable[[str, str], None]) -> Iterator[None]:
-    """Calls ``on_event(event, path)`` before each operation under a folder; ``write`` is a file that torch or safetensors write."""
+    """Calls ``on_event(event, path)`` before each operation under a folder; ``write``: a file of torch or safetensors."""
     root = str(folder.resolve())
 
     def under_root(event: str, path: str) -> None:
