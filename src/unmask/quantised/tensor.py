@@ -36,8 +36,6 @@ class QuantisedTensor(Tensor):
         tensor.sidecar = sidecar
         return tensor
 
-    def __init__(self, sidecar: Sidecar, shape: tuple[int, ...] | None = None) -> None: ...
-
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
