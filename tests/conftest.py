@@ -3,7 +3,7 @@ from __future__ import annotations
 import gc
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before what reads it is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the libraries that read it are imported
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from unmask.methods import heuristics
 
 
 def pytest_collection_finish():
-    """What all the imports made is no garbage: no collection need look at it again, of which the tests ask for many."""
+    """Freezes the objects that the imports made, so that the many collections of the tests need not look at them again."""
     gc.collect()
     gc.freeze()
 
@@ -29,7 +29,7 @@ def _seed():
 
 @pytest.fixture
 def registry():
-    """The heuristics' registry, put back as it was after the test."""
+    """Returns the registry of heuristics, and puts it back as it was after the test."""
     before = dict(heuristics._REGISTRY)
     yield heuristics._REGISTRY
     heuristics._REGISTRY.clear()
@@ -38,7 +38,7 @@ def registry():
 
 @pytest.fixture
 def saved(tmp_path):
-    """(base, path of a delta with sparse, dense and buffer tensors, its bytes)."""
+    """Returns (the base, the path of a delta with sparse, dense and buffer tensors, the bytes of that file)."""
     base, _, selection = trained(dense="head")
     path = selection.delta("some/base").save(tmp_path / "delta.safetensors")
     return base, path, path.read_bytes()
