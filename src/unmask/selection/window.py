@@ -51,6 +51,20 @@ class Window:
         self._open = torch.empty(0, dtype=torch.int64)  # slots that the newcomers may take
         self._clear()
 
+    def _clear(self) -> None:
+        """Makes the window that of a step whose backwards have brought nothing yet."""
+        self.norm: Tensor | None = None
+        self.nonfinite: str | None = None
+        self._buffer: Tensor | None = None  # (B,) this backward's gradient of the slots
+        self._earlier: Tensor | None = None  # (B,) that of earlier ones: a slot of repeat-S may change twice
+        self._added: Tensor | None = None  # (c,) this backward's gradient of the candidates
+        self._ranker: Ranking | None = None
+        self._candidates: Ranked | None = None
+        self._by_tensor: dict[int, Entries] = {}  # of the candidates; an entry's slot is its place among them
+        self._dense: dict[int, Tensor] = {}
+        self._norms: dict[int, Tensor] = {}
+        self._offered: set[int] = set()
+
     def start(self, plan: Plan) -> None:
         """Begins a new step's window."""
         self.plan = plan
@@ -187,19 +201,6 @@ class Window:
         """Drops the tentative selection: no budget is consumed."""
         self.ledger.withdraw()
         self._clear()
-
-    def _clear(self) -> None:
-        self.norm: Tensor | None = None
-        self.nonfinite: str | None = None
-        self._buffer: Tensor | None = None  # (B,) this backward's gradient of the slots
-        self._earlier: Tensor | None = None  # (B,) that of earlier ones: a slot of repeat-S may change twice
-        self._added: Tensor | None = None  # (c,) this backward's gradient of the candidates
-        self._ranker: Ranking | None = None
-        self._candidates: Ranked | None = None
-        self._by_tensor: dict[int, Entries] = {}  # of the candidates; an entry's slot is its place among them
-        self._dense: dict[int, Tensor] = {}
-        self._norms: dict[int, Tensor] = {}
-        self._offered: set[int] = set()
 
     def _add(self, entries: Entries, gradient: Tensor) -> None:
         """Adds a gradient at entries to that of their slots."""
