@@ -1,4 +1,4 @@
-"""Several processes select and train as one does with the same global batch."""
+"""Tests that several processes select and train as one process does with the same global batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers import dense_gradients
 import unmask
 from unmask import MethodError, SelectionError
 
-EQUAL_TO_ONE = [  # what every process must reproduce, whatever travels
+EQUAL_TO_ONE = [  # every process must make the run of one process
     *({"method": name} for name in runs.METHODS if name != "most"),
     {"method": "most", "steps": 3},
     {"method": "id3", "bucket": 100},
@@ -35,7 +35,8 @@ CANDIDATES = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:step .* was to select:unmask.UnmaskWarning")  # "most" is more than has a gradient
+# The method "most" asks for more weights than have a gradient.
+@pytest.mark.filterwarnings("ignore:step .* was to select:unmask.UnmaskWarning")
 @pytest.mark.parametrize("count", [2, 4])
 def test_all_processes_are_bitwise_alike_and_equal_to_one(count, tmp_path):
     together = processes.run(count, tmp_path, runs.grid, EQUAL_TO_ONE + CANDIDATES)
@@ -48,7 +49,7 @@ def test_all_processes_are_bitwise_alike_and_equal_to_one(count, tmp_path):
         if case in EQUAL_TO_ONE or case["method"] in ("most", "pafi"):
             alone = runs.trained(**case)
             assert positions.sort().values.equal(alone[0].sort().values), case
-            order = alone[0].argsort()[positions.argsort().argsort()]  # rounding may swap two of one step
+            order = alone[0].argsort()[positions.argsort().argsort()]  # rounding may swap two weights of one step
             torch.testing.assert_close(values, alone[1][order], rtol=1e-4, atol=1e-6, msg=str(case))
 
 
@@ -80,7 +81,7 @@ def test_an_entry_that_no_process_puts_first_is_not_a_candidate(tmp_path):
 @pytest.mark.parametrize("budget", [40, 560])
 @pytest.mark.parametrize("bucket", [30, 1 << 22])
 def test_processes_may_reach_different_tensors(bucket, budget, tmp_path):
-    """With the larger budget, all are unmasked that some process reaches, and no others, in the order of one process."""
+    """The larger budget unmasks all weights that some process reaches, and no others, in the order of one process."""
     alone = runs.branches("exact", bucket, budget)
     for exchange in ("exact", "candidates"):
         for positions, values in processes.run(2, tmp_path / exchange, runs.branches, exchange, bucket, budget):
@@ -117,7 +118,7 @@ def test_a_grad_scaler_skips_the_same_steps_everywhere(tmp_path):
     ],
 )
 def test_tensors_trained_whole_are_reduced_too(count, dtype, wrap, full, tmp_path):
-    """Whether or not DDP wraps the model; half precision by its float32 master."""
+    """They are reduced with and without DDP around the model; those in half precision are by their float32 master."""
     first, *others = processes.run(count, tmp_path, runs.with_head, dtype, wrap, full)
     for other in others:
         assert all(torch.equal(other[name], tensor) for name, tensor in first.items())
@@ -169,7 +170,7 @@ def test_processes_may_train_apart(tmp_path):
 
 
 def test_bytes_on_the_wire(tmp_path):
-    """Budget 0.2% of N; dense DDP is 1. By the calls, and by the kernel's count of what came in."""
+    """Compares the bytes with those of dense DDP, by the calls and by the kernel's count of received bytes; B is 0.2% of N."""
     for measured in processes.run(2, tmp_path, runs.traffic):
         (kernel, called), counts = measured["dense"], []
         for way in ("candidates", "none selected", "exact"):
@@ -177,7 +178,7 @@ def test_bytes_on_the_wire(tmp_path):
         candidates, none, exact = counts
         assert max(candidates) <= 0.05
         assert max(none) <= 0.01
-        assert all(0.10 < share < 0.12 for share in exact)  # the dense gradient, on every tenth step
+        assert all(0.10 < share < 0.12 for share in exact)  # every tenth step sends the dense gradient
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Several processes on the engines that users have: torchrun, accelerate, transformers' Trainer."""
+"""Tests several processes under torchrun, accelerate and transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def assert_same_selection(left: Path, right: Path) -> None:
 
 @pytest.fixture
 def folders(tmp_path):
-    """Folders by name."""
+    """Returns a function that makes folders by name."""
 
     def folder(name: str) -> Path:
         (tmp_path / name).mkdir(exist_ok=True)
@@ -43,7 +43,7 @@ def run(count: int, folder: Path, function, *args, **options):
 
 
 def test_a_run_whose_process_died_goes_on_with_another_number_of_processes(folders):
-    """The page's script, by the exact exchange: one process, and two of which one dies at step 4, which then are four."""
+    """Runs the page's script in one process, and in two of which one dies at step 4; then four processes go on."""
     code = runs.snippet(0).replace('exchange="candidates"', 'exchange="exact"')
     death = "    if step == 4 and rank == 1: os._exit(1)\n"
     dying = code.replace("    optimizer.step()\n", "    optimizer.step()\n" + death)
@@ -91,7 +91,7 @@ def test_the_trainer_selects_as_one_process_and_goes_on_after_a_death(folders):
 
 @pytest.mark.parametrize("head", [False, True])
 def test_a_peft_model_in_an_ordinary_trainer_makes_the_run_of_one_process(head, folders):
-    """And a checkpoint of two processes is gone on with by one."""
+    """One process also continues from a checkpoint of two."""
     run(1, folders("one"), runs.config_alone, head)
     run(2, folders("two"), runs.config_alone, head)
     assert_same_selection(folders("one"), folders("two"))

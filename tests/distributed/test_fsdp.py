@@ -1,4 +1,4 @@
-"""FSDP2: a selection over shards is the unsharded one."""
+"""Tests that a selection on a model that FSDP2 has sharded is that on the unsharded model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def assert_same(sharded: dict, alone: dict, tolerance: dict | None = None) -> No
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_all_methods_select_as_unsharded(count, tmp_path):
-    """Three processes: the last holds fewer rows, and some tensors have none for it."""
+    """Of three processes, the last one holds fewer rows, and of some tensors none."""
     cases = [{"method": name} for name in runs.FSDP_METHODS]
     cases += [{"method": "id3", "gradients": "dense"}, {"method": "id3", "accumulation": "exact"}]
     together = processes.run(count, tmp_path, runs.fsdp_grid, cases)
@@ -27,8 +27,8 @@ def test_all_methods_select_as_unsharded(count, tmp_path):
         for other in others:
             assert other["values"].equal(first["values"]), case
             assert other["base"] == first["base"]
-        assert first["held"] < 1 / count + 0.1  # each holds its share of the weights alone
-        if count == 2:  # eight rows are two equal parts
+        assert first["held"] < 1 / count + 0.1  # each process holds its share of the weights only
+        if count == 2:  # eight rows divide into two equal parts
             alone = runs.fsdp(**case)
             assert_same(first, alone)
             assert first["base"] == alone["base"]  # the fingerprint of the base model

@@ -1,4 +1,4 @@
-"""Processes that differ, get out of step, die or hang: every one of them ends with an error that says which and why."""
+"""Tests that processes end with an error that names the process and the cause if one differs, is out of step, dies or hangs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiny import tiny_world
 from unmask import SparseDelta
 from unmask.distributed.facts import difference, header
 
-EXPECTED = {  # what the error of both processes must say
+EXPECTED = {  # the text that the error of both processes must have
     "another_schedule": ["b(1) is 1 in process 1 and 2 in process 0"],
     "another_rank_count": ["budget is 13 in process 1 and 12 in process 0"],
     "another_model": ["4.weight is (6, 6) of torch.float32 in process 1 and not there in process 0"],
@@ -50,7 +50,8 @@ EXPECTED = {  # what the error of both processes must say
     "a_head_by_another_rate": ["`values` or a tensor trained whole is another there"],
     "full_by_one_more_batch": ["process 1 is in the exchange of the tensors trained whole, step 2"],
 }
-OWN = {"refused_in_one": "MethodError", "unreadable_in_one": "OSError"}  # what the process that refuses raises itself
+# The error that the refusing process raises itself.
+OWN = {"refused_in_one": "MethodError", "unreadable_in_one": "OSError"}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_what_differs_is_refused_by_all_with_process_and_cause_and_all_can_go_on
 
 
 def test_what_is_the_same_in_all_is_no_difference(tmp_path):
-    """A rate schedule, another number of micro-batches, a second optimizer, a resume; what all refuse keeps its own error."""
+    """Tries a rate schedule, other numbers of micro-batches, a second optimizer and a resume; what all refuse keeps its error."""
     for *trained, refused in processes.run(2, tmp_path, runs.undisturbed):
         assert trained == [("nothing", "")] * 3
         assert refused[0] == "MethodError"
@@ -92,12 +93,12 @@ def test_a_process_that_hangs_is_named_when_the_timeout_is_over(tmp_path):
     first, second = processes.run(2, tmp_path / "processes", runs.hangs, str(tmp_path))
     assert first[0] == second[0] == "ProcessesDifferError"
     assert "process 1 did not take part" in first[1]
-    assert "all have lost each other" in second[1]  # it comes too late
+    assert "all have lost each other" in second[1]  # this process comes too late
     assert "(2 s here; init_process_group(timeout=...) sets it)" in first[1]
     assert 1.5 < first[2] < 30.0
 
 
-def test_the_odd_one_out_is_named_whichever_it_is():
+def test_each_process_is_named_that_differs_from_the_others():
     texts = [header("step 3", {"lr": rate, "eps": 1})[0] for rate in (0.2, 0.1, 0.1)]
     assert difference(texts, [0, 0, 0], "Mend it.").startswith(
         "process 0 differs from process 1 in step 3: lr is 0.2 in process 0 and 0.1 in process 1. Mend it."
@@ -119,14 +120,15 @@ def words(output: str, *more: object) -> list[object]:
 def world(tmp_path_factory):
     root = tiny_world(tmp_path_factory.mktemp("world"))
     config = root / "base" / "config.json"
-    settings = json.loads(config.read_text()) | {"attention_probs_dropout_prob": 0.0}  # each process draws its own
+    # With dropout, each process would draw other masks.
+    settings = json.loads(config.read_text()) | {"attention_probs_dropout_prob": 0.0}
     config.write_text(json.dumps(settings))
     return root
 
 
 @pytest.fixture(scope="module")
 def launched(world):
-    """The command in two processes with a store like torchrun's: (status, standard output, standard error) of each."""
+    """Returns a function that runs the command in two processes: (status, standard output, standard error) of each."""
 
     def launch(name: str, *more: object) -> list[tuple[int, str, str]]:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -139,7 +141,7 @@ def launched(world):
 
 
 def test_a_run_in_two_processes_is_that_of_one_and_the_first_alone_prints_and_writes(world, launched):
-    """Each takes half of the batch: twice the examples per step, so that the epochs are those of one process."""
+    """Each process takes half of a batch of twice the size, so that the epochs are those of one process."""
     first, second = launched("two", "--batch-size", 4)
     assert (first[0], second[0]) == (0, 0)
     assert first[1].count("before:") == first[1].count("after:") == first[1].count("delta:") == 1

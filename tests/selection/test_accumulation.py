@@ -1,4 +1,4 @@
-"""Micro-batches: gradients are those of the big batch, and a selection binds nobody before the optimizer steps."""
+"""Tests that micro-batches give the gradients of the big batch, and that a selection is final only after the optimizer's step."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_repeat_keeps_the_budget_exactly_and_what_leaves_is_the_base_again(mode)
     assert len(seen) > 20
 
 
-def test_a_slot_that_changes_hands_starts_with_fresh_optimizer_state():
+def test_a_slot_that_gets_another_weight_starts_with_fresh_optimizer_state():
     model = mlp()
     selection = unmask.select(model, unmask.repeat_d3(20))
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.0, momentum=0.9)

@@ -1,4 +1,4 @@
-"""A model that was changed after `select`: it trains as a user would expect, or the next forward, step or delta refuses it."""
+"""Tests that a model changed after `select` trains as a user would expect, or is refused by the next forward, step or delta."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def body(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def started(steps: int = 2, **patterns) -> tuple[nn.Sequential, unmask.Selection, torch.optim.Optimizer]:
-    """A model in the middle of its run: 6 of 12 weights are unmasked."""
+    """Returns a model in the middle of its run, where 6 of 12 weights are unmasked."""
     model = body()
     selection = unmask.select(model, unmask.id3(12, steps=4), **patterns)
     optimizer = torch.optim.AdamW(selection.parameters(), lr=0.05)
@@ -31,7 +31,7 @@ def started(steps: int = 2, **patterns) -> tuple[nn.Sequential, unmask.Selection
 
 
 def assert_continues(selection: unmask.Selection, optimizer: torch.optim.Optimizer) -> None:
-    """The state that a refused selection gives, on a fresh base, is the run as it was before the change."""
+    """Asserts that the state of a refused selection continues the run on a fresh base as before the change."""
     fresh = unmask.select(body(), unmask.id3(12, steps=4))
     fresh.load_state_dict(selection.state_dict())
     other = torch.optim.AdamW(fresh.parameters(), lr=0.05)
@@ -154,10 +154,10 @@ def test_resized_token_embeddings_move_no_other_weight():
     assert_same_tensors(snapshot(model), before)
 
 
-# Wrappers that are put around modules leave the parameters what they are.
+# Wrappers that are put around modules. They do not replace the parameters.
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo reads it
 def test_a_module_that_is_wrapped_later_trains_on():
     model, selection, optimizer = started()
     model[2] = torch.compile(model[2], backend="eager")
@@ -188,7 +188,7 @@ def test_a_converted_model_has_the_delta_of_the_converted_base():
     model, selection, optimizer = started()
     model.bfloat16()
     x = batches(1)[0].bfloat16()
-    loss = mean_square(model, x)  # the masters are rounded into the tensors again
+    loss = mean_square(model, x)  # this rounds the masters into the tensors again
     for name, flat in selection.indices.items():
         entries = selection.ledger.members(selection.ledger.layout.names.index(name))
         expected = selection.values.detach()[entries.slots].bfloat16()
@@ -251,7 +251,8 @@ def test_a_half_precision_head_keeps_its_master():
     train(model, optimizer, batches(1))
     for dense in selection.dense:
         assert torch.equal(dense.parameter, dense.master)
-        assert not torch.equal(dense.master, dense.master.bfloat16().float())  # more than bfloat16 holds
+        # The master holds more digits than bfloat16.
+        assert not torch.equal(dense.master, dense.master.bfloat16().float())
 
 
 # Writes in place.
@@ -296,7 +297,7 @@ def test_weights_loaded_in_the_middle_of_a_run():
         selection.delta()
     selection.load_state_dict(selection.state_dict())
     assert_same_tensors(snapshot(model), trained)
-    model.load_state_dict(trained)  # the same values
+    model.load_state_dict(trained)  # these are the same values
     train(model, optimizer, batches(4)[2:])
     straight, reference, _ = started(steps=4)
     assert_same_tensors(snapshot(model), snapshot(straight))
@@ -318,7 +319,7 @@ def test_an_unselected_weight_that_is_set_is_the_bases():
     model, selection, optimizer = started(include=r"^[02]\.")
     with torch.no_grad():
         model[4].weight.fill_(0.5)
-        model[0].weight.data = model[0].weight.data.clone()  # other memory, the same values
+        model[0].weight.data = model[0].weight.data.clone()  # this is other memory with the same values
     train(model, optimizer, batches(1))
     base = body()
     with torch.no_grad():
@@ -335,7 +336,7 @@ def test_limitation_writes_through_data_in_the_middle_of_a_run_are_overwritten_b
         selection.delta()
     train(model, optimizer, batches(1))
     assert not (model.get_parameter(name).detach() == 7.0).any()
-    selection.delta().apply(body())  # of the base that it was selected from
+    selection.delta().apply(body())  # the delta is one of the base that was selected from
 
 
 def test_a_head_whose_master_holds_other_values_is_refused():
@@ -435,14 +436,14 @@ def test_weights_that_share_a_part_of_their_memory_are_refused(share, names):
         unmask.select(model, unmask.id3(12, steps=3))
     assert_same_tensors(snapshot(model), before)
     assert all(p.requires_grad for p in model.parameters())
-    unmask.select(model, unmask.id3(12, steps=3), include=r"^4\.").release()  # none of those is trained
+    unmask.select(model, unmask.id3(12, steps=3), include=r"^4\.").release()  # none of the sharing tensors is trained
 
 
 def test_weights_that_lie_between_each_other_train():
     results = []
     for packed in (False, True):
         model = body()
-        if packed:  # as query, key and value may be columns of one matrix
+        if packed:  # query, key and value may be columns of one matrix
             matrix = torch.cat([model[0].weight.data, model[2].weight.data], 1)
             model[0].weight.data, model[2].weight.data = matrix[:, :6], matrix[:, 6:]
         _, optimizer = id3_run(model)
@@ -460,7 +461,7 @@ def test_copies_and_pickles_of_a_model_in_training_are_ordinary():
     assert b"unmask" not in pickled
     for copied in (copy.deepcopy(model), pickle.loads(pickled)):
         assert_same_tensors(snapshot(copied), snapshot(model))
-        replace_layer(copied)  # of no concern to the selection
+        replace_layer(copied)  # the selection must not see this
         copied.requires_grad_(True)
         mean_square(copied, batches(1)[0]).backward()
         assert copied[0].weight.grad is not None

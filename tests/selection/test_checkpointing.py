@@ -1,4 +1,4 @@
-"""Recomputed forwards, interrupted backwards, several graphs: the gradients stay those of ordinary autograd."""
+"""Tests that recomputed forwards, interrupted backwards and several graphs give the gradients of ordinary autograd."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(kind, function, *args):
 
 
 class Net(nn.Module):
-    """Segments with modules of their own, a shared one, and one that is also used outside of every segment."""
+    """A net of segments; one module is shared by segments, and one is also used outside of them."""
 
     def __init__(self, kind="none", nested=False):
         super().__init__()
@@ -54,13 +54,13 @@ def build(kind="none", nested=False, method=None):
 
 
 def dense_of(model, loss):
-    """By ordinary autograd, on a twin without checkpointing."""
+    """Returns the gradients by ordinary autograd, on a twin without checkpointing."""
     twin = Net()
     twin.load_state_dict(model.state_dict())
     return dense_gradients(twin, loss)
 
 
-def check(selection, dense):
+def assert_dense_gradient(selection, dense):
     torch.testing.assert_close(selection.values.grad, gradient_at_slots(selection, dense), rtol=1e-5, atol=1e-6)
 
 
@@ -72,7 +72,7 @@ every_kind = pytest.mark.parametrize(("kind", "nested"), PARAMS)
 def test_recomputed_segments_give_the_dense_gradient(kind, nested):
     model, selection = build(kind, nested)
     loss_of(model, data()).backward()
-    check(selection, dense_of(model, lambda m: loss_of(m, data())))
+    assert_dense_gradient(selection, dense_of(model, lambda m: loss_of(m, data())))
 
 
 @every_kind
@@ -104,14 +104,14 @@ def test_an_evaluation_between_forward_and_backward_changes_nothing(kind, nested
         loss_of(model, data(1))
         model.train()
     loss.backward()
-    check(selection, dense_of(model, lambda m: loss_of(m, data())))
+    assert_dense_gradient(selection, dense_of(model, lambda m: loss_of(m, data())))
 
 
 @every_kind
 def test_two_forwards_before_one_backward(kind, nested):
     model, selection = build(kind, nested)
     (loss_of(model, data()) + loss_of(model, data(1))).backward()
-    check(selection, dense_of(model, lambda m: loss_of(m, data()) + loss_of(m, data(1))))
+    assert_dense_gradient(selection, dense_of(model, lambda m: loss_of(m, data()) + loss_of(m, data(1))))
 
 
 @every_kind
@@ -120,7 +120,7 @@ def test_two_forwards_then_two_backwards(kind, nested):
     losses = [loss_of(model, data(i)) for i in range(2)]
     for loss in losses:
         loss.backward()
-    check(selection, dense_of(model, lambda m: loss_of(m, data()) + loss_of(m, data(1))))
+    assert_dense_gradient(selection, dense_of(model, lambda m: loss_of(m, data()) + loss_of(m, data(1))))
 
 
 @pytest.mark.parametrize("kind", ["none", "non-reentrant"])
@@ -129,18 +129,18 @@ def test_two_backwards_of_one_graph(kind):
     loss = loss_of(model, data())
     loss.backward(retain_graph=True)
     loss.backward()
-    check(selection, dense_of(model, lambda m: 2 * loss_of(m, data())))
+    assert_dense_gradient(selection, dense_of(model, lambda m: 2 * loss_of(m, data())))
 
 
 def hidden_state(model):
-    """Truncated backpropagation with an overlap: the second graph contains the first one."""
+    """Runs truncated backpropagation with an overlap: the second graph contains the first one."""
     hidden = model(data())
     yield hidden.sin().sum()
     yield model(hidden).cos().sum()
 
 
 def interleaved(model):
-    """The last graph was begun before the second backward."""
+    """Runs three graphs, of which the last begins before the second backward."""
     losses = [loss_of(model, data(i)) for i in range(3)]
     yield losses[0]
     losses.append(loss_of(model, data(3)))
@@ -159,7 +159,7 @@ def test_graphs_that_reach_across_an_earlier_backward(kind, losses, method, accu
     selection = unmask.select(model, method, accumulation=accumulation)
     for loss in losses(model):
         loss.backward(retain_graph=True)
-    check(selection, dense_of(model, lambda m: sum(losses(m))))
+    assert_dense_gradient(selection, dense_of(model, lambda m: sum(losses(m))))
 
 
 class Explosive(torch.autograd.Function):
@@ -191,7 +191,7 @@ def test_a_backward_that_dies_leaves_the_step_to_the_next_one(kind, nested, meth
         optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
 
         def backward(x, model=model):
-            loss_of(model, Explosive.apply(x)).backward()  # dies after most taps have fired
+            loss_of(model, Explosive.apply(x)).backward()  # this dies after most taps have handed their gradient over
 
         for i in range(3):
             if dies:
@@ -213,7 +213,7 @@ def test_a_backward_that_dies_leaves_the_step_to_the_next_one(kind, nested, meth
 
 @pytest.mark.parametrize(("accumulation", "counted"), [("candidates", [0, 2]), ("exact", [2])])
 def test_a_micro_batch_that_dies_does_not_count(accumulation, counted):
-    """Half of its dense gradients are in the sums of "exact" already, so there the window starts anew."""
+    """Under "exact", half of its dense gradients are in the sums already, so the window starts again."""
     model, twin = Net(), Net()
     twin.load_state_dict(model.state_dict())
     selection, expected = (unmask.select(m, unmask.static_d3(20), accumulation=accumulation) for m in (model, twin))
@@ -239,7 +239,7 @@ def test_a_gradient_for_the_inputs_does_not_disturb_the_selection(kind):
     assert selection.values.grad is None
     loss.backward()
     dense = dense_of(model, lambda m: loss_of(m, data()))
-    check(selection, dense)
+    assert_dense_gradient(selection, dense)
 
 
 def test_a_gradient_penalty_reaches_the_slots():
@@ -250,7 +250,7 @@ def test_a_gradient_penalty_reaches_the_slots():
 
     model, selection = build()
     penalty(model).backward()
-    check(selection, dense_of(model, penalty))
+    assert_dense_gradient(selection, dense_of(model, penalty))
 
 
 def test_checkpoint_sequential_over_all_layers():
@@ -258,7 +258,7 @@ def test_checkpoint_sequential_over_all_layers():
     dense = dense_gradients(model, lambda m: m(data(requires_grad=False)).sin().sum())
     selection = unmask.select(model, unmask.random_mask(budget="100%"))
     checkpoint_sequential(model, 3, data(), use_reentrant=True).sin().sum().backward()
-    check(selection, dense)
+    assert_dense_gradient(selection, dense)
 
 
 def test_limitation_reentrant_segments_that_share_a_module_need_training_mode_on_a_selecting_step():
@@ -267,4 +267,4 @@ def test_limitation_reentrant_segments_that_share_a_module_need_training_mode_on
         loss_of(model.eval(), data()).backward()
     assert selection.values.grad is None
     loss_of(model.train(), data()).backward()
-    check(selection, dense_of(model, lambda m: loss_of(m, data())))
+    assert_dense_gradient(selection, dense_of(model, lambda m: loss_of(m, data())))

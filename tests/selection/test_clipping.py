@@ -1,4 +1,4 @@
-"""Clipping by the norm of what is selected, and by that of the whole gradient."""
+"""Tests clipping by the norm of the selected gradient, and by that of the whole gradient."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_under_a_scaler_the_norm_is_that_of_the_unscaled_gradient():
 
 
 def test_an_overflow_outside_the_selection_counts_where_the_norm_is_that_of_all():
-    """As in full fine-tuning: a scaler skips the step, and without one it is refused."""
+    """A scaler skips the step, as in full fine-tuning; without a scaler, the step is refused."""
     for scope in ("selected", "all"):
         model = mlp()
         selection = unmask.select(model, unmask.random_mask(1), clip_scope=scope, gradients="dense")

@@ -1,4 +1,4 @@
-"""Evaluation along and after a run: once per model. Texts: tokenized when they are asked for."""
+"""Tests that each model is evaluated once, along or after a run, and that texts are tokenized when they are asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unmask.lab.tasks.text.spec import Examples
 
 
 class OneTrainer:
-    """As much of a Trainer as `evaluate_splits` needs; it counts what it computes."""
+    """The part of a Trainer that `evaluate_splits` needs; it counts its computations."""
 
     def __init__(self, *logged: dict[str, float]) -> None:
         self.state = SimpleNamespace(log_history=list(logged), global_step=20)
@@ -48,9 +48,9 @@ def test_what_the_last_step_found_is_not_computed_again():
     ("logged", "stage"),
     [
         ((), "after"),
-        (({**LAST, "step": 10},), "after"),  # of a model that has been trained on since
-        (({"step": 20, "eval_loss": 0.125},), "after"),  # not all of it
-        ((LAST,), "before"),  # a resumed run's log
+        (({**LAST, "step": 10},), "after"),  # the model was trained further since
+        (({"step": 20, "eval_loss": 0.125},), "after"),  # a metric is missing
+        ((LAST,), "before"),  # the log is that of a resumed run
     ],
 )
 def test_everything_else_is_computed(logged, stage):

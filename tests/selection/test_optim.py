@@ -1,4 +1,4 @@
-"""`SelectiveAdamW`: "global" is torch's AdamW, "entry" is Adam with a step counter per weight."""
+"""Tests that `SelectiveAdamW` is torch's AdamW under "global", and Adam with a step counter per weight under "entry"."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from unmask.selection.stepping import slots_in_use
 def test_global_is_bitwise_torchs_fused_adamw(method, dtype, weight_decay):
     runs = [begin(method, dtype, make, weight_decay=weight_decay) for make in (fused, SelectiveAdamW)]
     for model, selection, optimizer in runs:
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (t % 5) / 4)  # 0 on steps 0, 5, 10 ...
+        # The rate is 0 on steps 0, 5, 10 ...
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (t % 5) / 4)
         for x in data(23, dtype):
             train(model, optimizer, [x])
             schedule.step()
@@ -36,7 +37,7 @@ def test_global_is_bitwise_torchs_fused_adamw(method, dtype, weight_decay):
 
 
 @BOTH
-def test_parameters_of_no_selection_train_as_under_torchs_plain_adamw_whatever_their_strides(bias_correction):
+def test_parameters_of_no_selection_train_as_under_torchs_plain_adamw_for_any_strides(bias_correction):
     def parameters():
         turned = nn.Parameter(torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=DOUBLE).t())
         return [turned, nn.Parameter(torch.ones(5, 7, dtype=DOUBLE)), nn.Parameter(torch.tensor(1.5, dtype=DOUBLE))]
@@ -46,11 +47,11 @@ def test_parameters_of_no_selection_train_as_under_torchs_plain_adamw_whatever_t
     optimizers = [make(group, lr=0.1, weight_decay=0.1) for make, group in zip(kinds, groups, strict=True)]
     generator = torch.Generator().manual_seed(1)
     for _ in range(9):
-        gradient = torch.randn(7, 5, generator=generator, dtype=DOUBLE).t()  # neither contiguous nor an odd stride
+        gradient = torch.randn(7, 5, generator=generator, dtype=DOUBLE).t()  # it is not contiguous
         for group, optimizer in zip(groups, optimizers, strict=True):
             for p in group:
                 p.grad = gradient.clone() if p.ndim else gradient.sum()
-            group[1].grad = gradient  # column-major beside a row-major parameter
+            group[1].grad = gradient  # the gradient is column-major, the parameter row-major
             optimizer.step()
     for p, q in zip(*groups, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-15)
@@ -64,7 +65,7 @@ def test_a_device_without_a_fused_kernel_gets_torchs_other_adamw(monkeypatch):
     torch.testing.assert_close(*(snapshot(model) for model, _ in runs), rtol=1e-12, atol=1e-14)
 
 
-def test_groups_have_settings_of_their_own_and_schedulers_change_them():
+def test_groups_have_separate_settings_and_schedulers_change_them():
     runs = []
     for make in (fused, SelectiveAdamW):
         model, selection, _ = begin("id3")
@@ -74,7 +75,8 @@ def test_groups_have_settings_of_their_own_and_schedulers_change_them():
             {"params": dense, "betas": (0.8, 0.9)},
         ]
         optimizer = make(groups, lr=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.2, 0.02], total_steps=20)  # cycles b1 too
+        # This schedule cycles b1 too.
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.2, 0.02], total_steps=20)
         for x in data(12):
             train(model, optimizer, [x])
             schedule.step()
@@ -91,11 +93,11 @@ def test_bias_correction_may_differ_between_groups():
     assert all("age" not in optimizer.state[p] for p in dense)
 
 
-# Entry: against Adam with a step counter per weight, in plain Python.
+# Entry. The reference is Adam with a step counter per weight, in plain Python.
 
 
 class Naive:
-    """Every weight on its own; the mask by a full sort; gradients by ordinary autograd on an ordinary copy."""
+    """Steps each weight separately, finds the mask by a full sort, and takes gradients by autograd on an ordinary copy."""
 
     def __init__(self, model, method, weight_decay):
         self.model, self.method, self.weight_decay = copy.deepcopy(model), method, weight_decay
@@ -172,7 +174,7 @@ def test_entry_does_not_depend_on_the_size_of_a_chunk(chunk, monkeypatch):
 
 
 class Allocations(TorchDispatchMode):
-    """Sizes of the storages that operations return and that were not there before."""
+    """Records the sizes of the storages that operations allocate."""
 
     def __init__(self, known):
         super().__init__()
@@ -196,7 +198,7 @@ def test_a_step_allocates_nothing_of_the_budgets_size(bias_correction, monkeypat
     values = selection.values
     held = [values, values.grad, *optimizer.state[values].values()]
     with Allocations(held) as seen:
-        SelectiveAdamW.step.__wrapped__(optimizer)  # without the hooks, which scatter
+        SelectiveAdamW.step.__wrapped__(optimizer)  # this leaves out the hooks, which write into the model
     assert max(seen.sizes) <= 2 * 64 * torch.get_num_threads() * 4
 
 
@@ -217,7 +219,7 @@ def test_in_use_is_what_the_coming_step_trains(method):
     assert slots_in_use(selection.values) is None
 
 
-def test_a_selected_weight_whose_gradient_is_zero_grows_old_like_the_others():
+def test_a_selected_weight_whose_gradient_is_zero_ages_like_the_others():
     model = nn.Embedding(10, 4)
     selection = unmask.select(model, unmask.random_mask(30))
     optimizer = SelectiveAdamW(selection.parameters(), lr=LR, weight_decay=0.0, bias_correction="entry")
@@ -229,13 +231,13 @@ def test_a_selected_weight_whose_gradient_is_zero_grows_old_like_the_others():
         before = selection.values.detach().clone()
         optimizer.step()
     assert (optimizer.state[selection.values]["age"] == 6).all()
-    late = (selection.values - before)[rows == 9].abs() / LR  # step 6 of its own clock, its first gradient
+    late = (selection.values - before)[rows == 9].abs() / LR  # its first gradient comes at age 6
     torch.testing.assert_close(late, torch.full_like(late, first_move(6)), rtol=1e-3, atol=0)
 
 
 @BOTH
 def test_slots_not_in_use_stay_untouched(bias_correction):
-    """Whatever their gradient (a penalty on the whole vector has one); "global" steps whole lines of 64 slots."""
+    """A penalty on the whole vector gives them a gradient. "global" steps whole lines of 64 slots."""
     model, selection, optimizer = begin("id3", weight_decay=0.5, bias_correction=bias_correction)
     for x in data(4):
         (mean_square(model, x) + selection.values.sum()).backward()
@@ -247,7 +249,7 @@ def test_slots_not_in_use_stay_untouched(bias_correction):
     assert not any(s[edge:].any() for s in optimizer.state[selection.values].values() if s.ndim)
 
 
-def test_a_slot_that_changes_hands_is_young_again():
+def test_a_slot_that_gets_another_weight_starts_at_age_one():
     _, selection, optimizer = begin("repeat_d3", bias_correction="entry")
     train(selection.model, optimizer, data(10))
     before = selection.ledger.positions.clone()
@@ -260,11 +262,11 @@ def test_a_slot_that_changes_hands_is_young_again():
     assert torch.equal(optimizer.state[selection.values]["age"], expected)
 
 
-# A late weight's first move (docs/optim.md).
+# The first move of a weight that is unmasked late (docs/optim.md).
 
 
 def first_move(t, betas=BETAS):
-    """Under "global", in units of lr; weight decay and eps aside."""
+    """Returns the first move under "global" in units of lr, without weight decay and eps."""
     b1, b2 = betas
     return (1 - b1) / (1 - b1**t) / math.sqrt((1 - b2) / (1 - b2**t))
 
@@ -287,7 +289,7 @@ def test_the_first_move_of_a_late_weight(bias_correction):
 
 
 def late_weight(t):
-    """(parameter, optimizer) before step t, all gradients having been 0 so far."""
+    """Returns (parameter, optimizer) before step t, where all gradients have been 0 so far."""
     p = nn.Parameter(torch.zeros(1, dtype=DOUBLE))
     optimizer = SelectiveAdamW([p], lr=1.0, eps=1e-14, weight_decay=0.0)
     p.grad = torch.zeros_like(p)
@@ -317,7 +319,7 @@ def test_what_the_docs_say_of_first_moves_in_between():
 
 
 def test_later_moves_of_the_docs():
-    """The k-th move under a gradient that stays: lr (1 - b1^k) / sqrt(1 - b2^k), once b^t is 0."""
+    """Under a constant gradient, the k-th move is lr (1 - b1^k) / sqrt(1 - b2^k), once b^t is 0."""
     (p, optimizer), moves = late_weight(10**6), {}
     for k in range(1, 41):
         before, p.grad = p.item(), torch.full_like(p, 0.3)

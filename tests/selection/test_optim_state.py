@@ -1,4 +1,4 @@
-"""`SelectiveAdamW`: saved, copied, skipped, and given what cannot work."""
+"""Tests how `SelectiveAdamW` is saved and copied, how it skips, and which settings it refuses."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_copy_steps_like_the_original_once_every_slot_is_in_use(copied, bias_c
 
 
 @BOTH
-def test_a_step_that_a_grad_scaler_skips_makes_nobody_older(bias_correction):
+def test_a_step_that_a_grad_scaler_skips_increases_no_age(bias_correction):
     runs = []
     for poisoned in (False, True):
         model, selection, optimizer = begin("id3", bias_correction=bias_correction)
@@ -132,7 +132,7 @@ def test_parameters_without_a_gradient_are_left_out():
     assert p.grad is None
 
 
-# What cannot work.
+# Settings that cannot work.
 
 REFUSED = {
     "lr": (-1.0, math.nan, math.inf, "fast", torch.tensor(0.1)),

@@ -1,4 +1,4 @@
-"""The model with a live selection, as seen from outside: an ordinary model."""
+"""Tests that a model with a live selection looks like an ordinary model from outside."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from unmask import MethodError, SelectionError
 
 
 class Marked(nn.Parameter):
-    """A user's own kind of parameter."""
+    """A parameter class of a user."""
 
 
 @pytest.fixture
 def ordinary():
-    """A model with a frozen tensor, a tied one, and a parameter of another class."""
+    """Returns a model with a frozen tensor, a tied one, and a parameter of another class."""
     model = mlp(depth=3)
     model[2].weight = Marked(model[2].weight.detach())
     model[4].weight = model[0].weight
@@ -93,7 +93,7 @@ def test_copies_of_the_model_are_ordinary_frozen_models(ordinary, way):
     assert selection.step == 1
 
 
-def test_a_model_copied_before_select_trains_on_its_own():
+def test_a_model_copied_before_select_trains_by_itself():
     model = mlp()
     twin = copy.deepcopy(model)
     selection, optimizer = id3_run(model)
@@ -157,7 +157,7 @@ def test_limitation_functorch_transforms_refuse_a_live_selection(transform):
 
 
 def test_limitation_clipping_the_models_own_parameters_clips_nothing():
-    """They are frozen: clip ``selection.parameters()``, as `SelectiveTrainer` does."""
+    """They are frozen. ``selection.parameters()`` are to be clipped instead, as `SelectiveTrainer` does."""
     model = mlp()
     selection = unmask.select(model, unmask.random_mask(5))
     mean_square(model, batches(1)[0]).backward()

@@ -1,4 +1,4 @@
-"""The paper's Algorithm 1 (ID3) and its repeat-S, written out dense in plain torch: unmask makes the same, bit for bit."""
+"""Tests that unmask trains bit for bit as the paper's Algorithm 1 (ID3) and its repeat-S, which are dense plain torch here."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Tensor]], torch.optim.Optimizer]] = {
 class Paper:
     """Trains one flat vector of all weights by an ordinary optimizer, with a mask over the gradient.
 
-    Weight decay, momentum and moments are of what was ever tuned alone; all else stays as it was.
+    Weight decay, momentum and moments act only on the weights that were ever tuned; all others stay as they were.
 
     Attributes:
         theta: All N weights, in the order of tensor names.
-        mask: Which of them have a gradient in this step: Lambda_t of increment-S, the B picked of repeat-S.
-        tuned: Which of them ever had one: Lambda_T.
+        mask: True for the weights with a gradient in this step: Lambda_t of increment-S, the B picked of repeat-S.
+        tuned: True for the weights that ever had one: Lambda_T.
     """
 
     def __init__(
@@ -55,7 +55,8 @@ class Paper:
         importance = gradient.abs() / (self.theta.detach().abs() + self.eps) ** self.exp  # Eq. 1
         if self.strategy == "increment":
             due = BUDGET if self.t >= STEPS else BUDGET * (self.t + 1) // STEPS
-            self._pick(importance.masked_fill(self.mask, -math.inf), due - int(self.mask.sum()))  # u_t of the others
+            # It picks u_t of the other weights.
+            self._pick(importance.masked_fill(self.mask, -math.inf), due - int(self.mask.sum()))
         elif self.t % self.stride == 0:
             self.mask.zero_()
             self._pick(importance, BUDGET)
@@ -67,7 +68,7 @@ class Paper:
         return value.item()
 
     def _pick(self, importance: Tensor, count: int) -> None:
-        """Picks by Eq. 2; of equal importances the first in the order of names goes first."""
+        """Picks by Eq. 2; of weights of equal importance, it takes the first in the order of names."""
         self.mask[importance.argsort(descending=True, stable=True)[:count]] = True
 
     @torch.no_grad()
@@ -81,7 +82,7 @@ class Paper:
 
 
 def flat(indices: dict[str, Tensor], model: nn.Module) -> Tensor:
-    """The mask over all weights, in the order of tensor names."""
+    """Returns the mask over all weights, in the order of tensor names."""
     masks = []
     for name, p in sorted(model.named_parameters()):
         masks.append(torch.zeros(p.numel(), dtype=torch.bool))
@@ -122,7 +123,7 @@ def test_the_paper_s_algorithm_step_by_step_and_bit_for_bit(strategy, stride, ep
         assert BUDGET < selection.used < selection.values.numel() == paper.theta.numel()
 
 
-# ---------------------------------------------------------------- repeat-S that keeps what leaves
+# Repeat-S that keeps the weights that leave.
 
 
 def kept(stride: int = 1, budget: int = BUDGET, **changes) -> unmask.Method:
@@ -161,7 +162,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_also_between_two_selections(stop
     model, selection, optimizer = begin(stride=3)
     run(model, optimizer, range(stop))
     picked = as_lists(selection.picked)
-    loss(model, tokens(99)).backward()  # a backward that no step follows
+    loss(model, tokens(99)).backward()  # no step follows this backward
     assert selection.state_dict()["values"].shape == (selection.used,)
     path = write_state(selection.state_dict(), tmp_path / "state.safetensors")
     torch.save({"selection": selection.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
@@ -211,7 +212,7 @@ def test_a_backward_that_no_step_follows_leaves_no_trace():
     model, selection, optimizer = begin()
     twin, _, other = begin()
     for t in range(4):
-        loss(model, tokens(50 + t)).backward()  # dropped: as by a GradScaler, or a user
+        loss(model, tokens(50 + t)).backward()  # this backward is dropped, as by a GradScaler or a user
         optimizer.zero_grad()
         run(model, optimizer, [t])
         run(twin, other, [t])
@@ -222,7 +223,7 @@ def test_a_backward_that_no_step_follows_leaves_no_trace():
 @pytest.mark.parametrize("accumulation", ["exact", "candidates"])
 @pytest.mark.parametrize("stride", [1, 3])
 def test_micro_batches_pick_by_their_sum(accumulation, stride):
-    """The picks are of all weights, or of the 4 B best by the first micro-batch; their gradient is the sum either way."""
+    """All weights, or the 4 B best by the first micro-batch, may be picked; in both cases their gradient is the sum."""
     model = mixed(torch.float64)
     selection = unmask.select(model, kept(stride), accumulation=accumulation)
     optimizer, expected = torch.optim.SGD(selection.parameters(), lr=0.1, momentum=0.9), torch.empty(0)
@@ -249,7 +250,7 @@ def test_micro_batches_pick_by_their_sum(accumulation, stride):
 
 
 def dense_gradient(selection: unmask.Selection) -> Tensor:
-    """The gradient of ``values`` at its place among all weights."""
+    """Returns the gradient of ``values``, each entry at its place among all weights."""
     positions, tentative = selection.ledger.positions.clone(), selection.ledger.tentative
     if tentative is not None:
         positions[tentative.slots] = tentative.positions
@@ -280,14 +281,14 @@ def test_an_allocation_bounds_what_a_step_picks(allocation):
         shape = model.get_parameter(name).shape
         columns = math.prod(shape[1:]) if len(shape) > 1 else shape[0]
         line = {"tensor": picked * 0, "row": picked // columns, "column": picked % columns}[allocation]
-        if allocation == "column" and len(shape) == 1:  # a vector is one column
+        if allocation == "column" and len(shape) == 1:  # a vector counts as one column
             line, size = picked * 0, shape[0]
         else:
             size = {"tensor": math.prod(shape), "row": columns, "column": shape[0]}[allocation]
         assert line.bincount().max() <= math.ceil(BUDGET * size / total), name
 
 
-# ---------------------------------------------------------------- optimizers and clipping
+# Optimizers and clipping.
 
 
 @pytest.mark.parametrize("stride", [1, 3])
@@ -343,7 +344,7 @@ def test_clipping_is_by_the_masked_or_the_whole_gradient(scope):
         optimizer.zero_grad()
 
 
-def test_no_slot_changes_hands_so_that_quantised_optimizer_state_does_no_harm():
+def test_no_slot_gets_another_weight_so_that_quantised_optimizer_state_does_no_harm():
     for leaving, refused in (("restored", True), ("kept", False)):
         model = mixed()
         selection = unmask.select(model, unmask.repeat_d3(BUDGET, leaving=leaving))
@@ -372,7 +373,7 @@ def test_a_grad_scaler_that_skips_a_step_picks_nothing():
     assert steps[0][1] == steps[1][1] == BUDGET
 
 
-# ---------------------------------------------------------------- analysis, settings, refusals
+# Analysis, settings and refusals.
 
 
 def test_measures_are_over_all_that_was_tuned_and_a_snapshot_holds_the_picks_too():
@@ -402,7 +403,7 @@ def test_picked_is_all_of_the_selection_for_other_methods():
 
 
 def test_the_whole_of_the_model_may_be_the_budget():
-    """The run is then full fine-tuning, step by step."""
+    """The run is then full fine-tuning, in every step."""
     torch.manual_seed(0)
     model = mlp()
     twin = mlp()
@@ -435,7 +436,7 @@ def test_the_setting_goes_with_repeat_d3_alone():
         TrainConfig(**base, method="repeat_d3", leaving="reset")
 
 
-# ---------------------------------------------------------------- counts and Theorem 1
+# Counts and Theorem 1.
 
 
 def test_the_updates_of_increments_and_of_a_static_mask():
@@ -445,11 +446,11 @@ def test_the_updates_of_increments_and_of_a_static_mask():
 
 
 def sides_of_theorem_1(theta: Tensor, x: Tensor, eps: float, exp: float) -> tuple[Tensor, Tensor]:
-    """Sums over y: (sqrt(I(theta)), E[H(theta)]) of the model p(y = 1 | x) = sigmoid(theta x), per entry."""
+    """Returns (sqrt(I(theta)), E[H(theta)]) per entry for p(y = 1 | x) = sigmoid(theta x), by sums over y."""
     p = torch.sigmoid(theta * x)
     scores = [(1 - p) * x, -p * x]  # d/dtheta ln p(y | x), y = 1 and y = 0
     mean = p * scores[0] + (1 - p) * scores[1]
-    torch.testing.assert_close(mean, torch.zeros_like(mean))  # the proof's first step
+    torch.testing.assert_close(mean, torch.zeros_like(mean))  # this is the first step of the proof
     d3 = unmask.heuristic("d3", eps=eps, exp=exp)
     fisher = p * scores[0] ** 2 + (1 - p) * scores[1] ** 2
     return fisher.sqrt(), p * d3.score(theta, scores[0]) + (1 - p) * d3.score(theta, scores[1])

@@ -1,4 +1,4 @@
-"""Half precision, loss scaling, non-finite gradients, and what an optimizer may do to weights it should not touch."""
+"""Tests half precision, loss scaling, non-finite gradients, and that no optimizer touches unselected weights."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_float64_model_has_float64_masters():
 
 
 @pytest.mark.parametrize("method", METHODS[:2], ids=lambda m: m.name)
-@pytest.mark.parametrize("fused", [False, True])  # a fused optimizer skips the step inside its kernel
+@pytest.mark.parametrize("fused", [False, True])  # a fused optimizer skips a step inside its kernel
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_scaler_changes_nothing_but_an_overflow_that_it_skips_consumes_nothing(method, parts, fused):
     results = []
@@ -152,7 +152,7 @@ def test_a_scaler_changes_nothing_but_an_overflow_that_it_skips_consumes_nothing
 
 
 def test_a_state_taken_after_a_skipped_step_resumes_like_the_uninterrupted_run():
-    """The skipped step's tentative newcomers are in ``values`` until the next backward, but not in the state."""
+    """The weights that the skipped step proposed are in ``values`` until the next backward, but not in the state."""
     results = []
     for skip in (False, True):
         torch.manual_seed(0)
@@ -187,7 +187,7 @@ def test_a_non_finite_loss_is_refused_and_changes_nothing(method, at, poison):
     assert_same_tensors(*({k: s[k] for k in ("values", "base", "positions")} for s in (state, after)))
     assert (selection.step, selection.used) == (state["step"], state["used"])
     optimizer.zero_grad()
-    train(model, optimizer, batches(1))  # and goes on
+    train(model, optimizer, batches(1))  # the run goes on
     assert selection.step == state["step"] + 1
 
 

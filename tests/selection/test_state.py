@@ -1,4 +1,4 @@
-"""A selection's state: what it goes back to, what it may be loaded into, and its size."""
+"""Tests what a selection's state restores, which selections it may be loaded into, and how large it is."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from unmask import SelectionError
 
 @pytest.mark.parametrize("preset", ["id3", "repeat_d3", "pafi", "full"])
 def test_going_back_within_one_run(preset):
-    """As loading the best checkpoint does: into a selection that has moved on."""
+    """The state is loaded into a selection that has trained on since, as loading the best checkpoint does."""
     data = batches(8)
     model, selection, optimizer = begin_net(preset)
     train(model, optimizer, data[:2])
     saved, early, optimizer_state = selection.state_dict(), snapshot(model), copy.deepcopy(optimizer.state_dict())
     train(model, optimizer, data[2:])
     late = snapshot(model)
-    mean_square(model, data[0]).backward()  # and a batch in flight
+    mean_square(model, data[0]).backward()  # a backward waits for its step
     selection.load_state_dict(saved)
     optimizer.load_state_dict(optimizer_state)
     optimizer.zero_grad()
@@ -36,7 +36,7 @@ def test_going_back_within_one_run(preset):
 
 
 def test_a_state_loads_into_a_model_that_holds_the_trained_weights_already():
-    """A Trainer that loads the checkpoint's weights first."""
+    """A Trainer loads the checkpoint's weights first."""
     model, selection, optimizer = begin_net("id3")
     train(model, optimizer, batches(3))
     other, fresh, _ = begin_net("id3")

@@ -1,4 +1,4 @@
-"""The order of calls, and optimizers of every make-up."""
+"""Tests the order of calls, and optimizers of many kinds."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_backward_through_a_copy_of_the_model_is_no_step_of_the_selection():
 
 
 @pytest.mark.parametrize("zero_grad", ["optimizer", "model", "neither"])
-def test_the_gradient_is_spent_by_the_step_whoever_zeroes_it(zero_grad):
+def test_the_step_spends_the_gradient(zero_grad):
     """transformers' Trainer calls ``model.zero_grad()``, which reaches neither ``values`` nor half-precision masters."""
     model, twin = mlp(dtype=torch.bfloat16), mlp(dtype=torch.bfloat16)
     twin.load_state_dict(model.state_dict())
@@ -106,7 +106,7 @@ def test_slots_not_in_use_have_no_gradient_and_no_optimizer_state(heuristic):
         assert not any(state[due:].any() for state in optimizer.state[selection.values].values() if state.ndim)
 
 
-def test_two_selections_on_two_models_in_one_graph_do_not_meddle():
+def test_two_selections_on_two_models_in_one_graph_do_not_disturb_each_other():
     first, second, twins = mlp(), mlp(), [mlp(), mlp()]
     for model, twin in zip((first, second), twins, strict=True):
         twin.load_state_dict(model.state_dict())
@@ -132,7 +132,7 @@ def test_two_selections_on_two_models_in_one_graph_do_not_meddle():
     assert [s.step for s in selections] == [1, 1]
 
 
-def test_one_optimizer_serves_two_selections_and_parameters_of_its_own():
+def test_one_optimizer_serves_two_selections_and_other_parameters():
     first, second, extra = mlp(), mlp(), nn.Parameter(torch.ones(6))
     selections = [unmask.select(m, unmask.id3(10, steps=2)) for m in (first, second)]
     optimizer = torch.optim.AdamW(
@@ -197,7 +197,7 @@ def test_learning_rate_schedules_and_clipping_act_on_the_selected_weights_alone(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dense_tensors_train_whole_beside_the_budget(dtype):
+def test_dense_tensors_train_whole_outside_the_budget(dtype):
     model, x = mlp(dtype=dtype), batches(1, dtype=dtype)[0]
     gradients, before = dense_gradients(model, lambda m: mean_square(m, x)), snapshot(model)
     selection = unmask.select(model, unmask.id3(10, steps=3), dense="^4")
@@ -274,7 +274,7 @@ def _delta_of(model: torch.nn.Module) -> unmask.SparseDelta:
 
 
 class Emptied(torch.optim.AdamW):
-    """What a library builds from the parameters that require grad, where none does."""
+    """An optimizer that a library builds of the parameters that require grad, where none does."""
 
     def __init__(self) -> None:
         super().__init__([{"params": []}, {"params": []}], lr=0.1)
@@ -290,8 +290,10 @@ def test_an_optimizer_that_found_nothing_to_train_is_refused_at_its_first_step()
 
 
 def test_an_optimizer_of_the_dense_tensors_alone_is_refused_once_the_selected_gradient_was_wasted():
-    """What a library builds from the parameters that require grad, where a head does: at the first step it may be that the
-    other optimizer is to step next."""
+    """A library builds it of the parameters that require grad, where only a head does.
+
+    It is not refused at the first step, since another optimizer may step next.
+    """
     model = mlp()
     selection = unmask.select(model, unmask.id3(10, steps=3), dense="^4")
     head = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -323,7 +325,7 @@ def test_a_head_may_be_trained_alone_if_the_selected_gradient_is_dropped(set_to_
     "optimizer", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.Adagrad, unmask.SelectiveAdamW]
 )
 def test_optimizer_state_loaded_without_the_selections_is_refused(optimizer):
-    """As a Trainer that knows nothing of the selection resumes."""
+    """A Trainer that knows nothing of the selection resumes like this."""
     model = mlp()
     fresh = copy.deepcopy(model)
     selection = unmask.select(model, unmask.id3(10, steps=6))
@@ -349,7 +351,7 @@ def test_a_new_optimizer_goes_on_with_a_selection_that_has_stepped():
 
 
 class EightBit(torch.optim.SGD):
-    """Keeps a state in codes as bitsandbytes does: code 2 is 0."""
+    """Keeps a state in codes as bitsandbytes does; code 2 means 0."""
 
     def __init__(self, params, name="state1", codes=(-1.0, -0.5, 0.0, 1.0)):
         super().__init__(params, lr=0.1)
@@ -362,7 +364,7 @@ class EightBit(torch.optim.SGD):
                 self.state[p] = {self._name: torch.full(p.shape, 3, dtype=torch.uint8), "qmap1": self._codes}
 
 
-def test_a_slot_that_changes_hands_starts_from_the_code_of_zero_in_an_8_bit_state():
+def test_a_slot_that_gets_another_weight_starts_from_the_code_of_zero_in_an_8_bit_state():
     model = mlp()
     selection = unmask.select(model, unmask.repeat_d3(30))
     optimizer = EightBit(selection.parameters())
@@ -375,7 +377,7 @@ def test_a_slot_that_changes_hands_starts_from_the_code_of_zero_in_an_8_bit_stat
 
 
 @pytest.mark.parametrize("settings", [{"name": "codes"}, {"codes": (-1.0, 1.0)}])
-def test_a_state_in_an_unknown_code_is_refused_where_slots_change_hands(settings):
+def test_a_state_in_an_unknown_code_is_refused_where_slots_get_other_weights(settings):
     model = mlp()
     selection = unmask.select(model, unmask.repeat_d3(30))
     with pytest.raises(unmask.SelectionError, match="code that is not known"):
@@ -383,7 +385,7 @@ def test_a_state_in_an_unknown_code_is_refused_where_slots_change_hands(settings
 
 
 class Outer(torch.optim.AdamW):
-    """A user's subclass that steps through its super's step, whose hooks run inside its own."""
+    """A user's subclass that calls its super's step, whose hooks run inside those of the outer step."""
 
     def step(self, closure=None):
         return super().step(closure)

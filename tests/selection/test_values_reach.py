@@ -1,4 +1,4 @@
-"""Writes into ``values`` outside an optimizer's step reach the model, or are refused; each wrapper against a dense masked one."""
+"""Tests that writes into ``values`` outside an optimizer's step reach the model or are refused, also those of wrappers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ STEPS = 6
 
 
 def selected(model: nn.Module, selection: Selection) -> Tensor:
-    """What the model holds at the slots, in slot order."""
+    """Returns the model's weights at the slots, in slot order."""
     weights = torch.cat([p.detach().reshape(-1) for _, p in sorted(model.named_parameters())])
     return weights[selection.ledger.positions[: selection.used]]
 
 
 def holds(selection: Selection, wanted: Tensor) -> None:
-    """A forward, the delta and the state have these values."""
+    """Asserts that a forward, the delta and the state have these values."""
     selection.model(batches(1)[0])
     assert torch.equal(selected(selection.model, selection), wanted)
     assert torch.equal(selection.state_dict()["values"], wanted)
@@ -94,14 +94,14 @@ def test_each_way_to_read_the_model_sees_the_write(name):
     selection.values.data.copy_(new)
     seen = READS[name](selection)
     if seen is None:
-        with torch._C.DisableTorchFunctionSubclass():  # so that looking brings nothing in
+        with torch._C.DisableTorchFunctionSubclass():  # so that reading the tensors brings no write to them
             weights = torch.cat([p.detach().reshape(-1) for _, p in sorted(selection.model.named_parameters())])
         seen = weights[selection.ledger.positions[:20]]
     assert torch.equal(seen, new)
 
 
 def test_a_submodule_alone_and_a_functional_use_see_the_write():
-    selection = started(unmask.random_mask(126))  # every weight
+    selection = started(unmask.random_mask(126))  # the budget is every weight
     selection.values.data.zero_()
     layer = selection.model[2]
     assert not layer(torch.ones(6)).any()
@@ -172,7 +172,7 @@ def test_a_write_that_torch_does_not_count_is_refused_where_something_is_saved()
         with pytest.raises(SelectionError, match="hold different numbers"):
             save()
     with selection.writing():
-        selection.values.data = selection.values.detach().clone()  # as the error says
+        selection.values.data = selection.values.detach().clone()  # the error gives this advice
     holds(selection, torch.ones(20))
 
 
@@ -193,11 +193,11 @@ def test_without_a_write_no_tensor_is_touched():
     assert [p._version for p in selection.model.parameters()] == versions
 
 
-# Wrappers. The reference is the same wrapper around all weights, whose gradient and update are masked.
+# Wrappers. The reference is the same wrapper around all weights, with a masked gradient and a masked update.
 
 
 class Dense:
-    """The mask by indexing, the gradient by ordinary autograd through the dense weights; nothing of unmask computes here."""
+    """Masks by indexing, and takes the gradient by ordinary autograd through the dense weights, without unmask."""
 
     def __init__(self, selection: Selection) -> None:
         self.model = based().requires_grad_(False)
@@ -254,7 +254,7 @@ def test_wrappers_are_refused_where_weights_are_unmasked_later(wrapper, method):
     base = torch.cat([p.reshape(-1) for _, p in sorted(BASE.items())])
     with torch._C.DisableTorchFunctionSubclass():
         now = torch.cat([p.detach().reshape(-1) for _, p in sorted(selection.model.named_parameters())])
-    assert int((now != base).sum()) <= selection.used  # nothing but the steps before has moved
+    assert int((now != base).sum()) <= selection.used  # only the earlier steps have moved weights
 
 
 def test_a_refused_optimizer_leaves_a_selection_that_another_can_train():
@@ -267,7 +267,7 @@ def test_a_refused_optimizer_leaves_a_selection_that_another_can_train():
 
 
 class Anchored(torch.optim.Optimizer):
-    """Pulls towards an average of the past, under a name that nobody knows."""
+    """Pulls towards an average of the past, under a name that unmask does not know."""
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         super().__init__(params, {})
@@ -298,7 +298,7 @@ def test_torchs_optimizers_go_with_growing_methods(kind):
 
 
 def test_schedule_free_keeps_to_the_weights_of_a_static_gradient_method():
-    """All slots are there when its copy is made, and after a resume too."""
+    """All slots have their weights when the copy is made, also after a resume."""
     selection = unmask.select(based(), unmask.static_d3(60))
     ours = Free(selection.values)
     ours.optimizer.param_groups[0]["lr"] = 1e-12
@@ -339,7 +339,7 @@ def test_a_stored_copy_that_is_restored_before_the_next_forward_is_no_write():
 
 
 def test_the_average_of_the_model_itself_is_right_for_a_growing_method():
-    """A weight's average before it was unmasked is its base weight: the documented way."""
+    """Before a weight was unmasked, its average is its base weight. The documentation gives this way."""
     selection = unmask.select(based(), unmask.id3(60, steps=3))
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.5)
     average = torch.optim.swa_utils.AveragedModel(
@@ -350,7 +350,7 @@ def test_the_average_of_the_model_itself_is_right_for_a_growing_method():
         mean_square(selection.model, x).backward()
         optimizer.step()
         average.update_parameters(selection.model)
-        for n, p in selection.model.state_dict().items():  # the first update copies
+        for n, p in selection.model.state_dict().items():  # the first update makes a copy
             shadow[n] = shadow[n].lerp(p, 0.5) if step else p.clone()
     for n, p in average.module.named_parameters():
         assert torch.equal(p, shadow[n])

@@ -1,4 +1,4 @@
-"""Writes into ``values`` reach the model inside PEFT, a Trainer, a quantised base and a sharded model too."""
+"""Tests that writes into ``values`` also reach the model inside PEFT, a Trainer, a quantised base and a sharded model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def adapter_of(model: peft.PeftModel):
 
 
 def in_place(model: peft.PeftModel) -> torch.Tensor:
-    """What the base's tensors hold at the adapter's slots."""
+    """Returns the weights of the base's tensors at the adapter's slots."""
     adapter = adapter_of(model)
     slots = adapter.slots()
     return adapter.layout.read(slots.positions[: slots.used], torch.float32)
@@ -79,7 +79,7 @@ def test_a_write_before_the_merge_is_merged():
 
 @pytest.mark.parametrize("method", ["pafi", "random_mask"])
 def test_an_adapters_values_are_right_before_its_first_forward(method):
-    """An averager is made where the optimizer is: before any forward."""
+    """An averager is made when the optimizer is, before any forward."""
     _, model = wrapped(method=method, total_steps=None)
     before = adapter_of(model).values.detach().clone()
     model(batches(1)[0])
@@ -105,7 +105,7 @@ def test_schedule_free_with_a_growing_adapter_is_refused_at_its_first_step():
         free.step()
 
 
-def test_a_copied_adapter_sees_writes_of_its_own():
+def test_a_copied_adapter_sees_the_writes_into_its_values():
     _, model = wrapped(method="random_mask", total_steps=None)
     run(model, 2)
     twin, x = copy.deepcopy(model).eval(), batches(1)[0]
@@ -149,14 +149,14 @@ def test_a_quantised_layer_computes_with_what_was_written():
 
 
 def sharded_average() -> tuple[torch.Tensor, torch.Tensor]:
-    """Schedule-free on shards: what a forward in evaluation mode gives, and the same of a whole model with these weights."""
+    """Returns the output of a schedule-free run on shards in evaluation mode, and that of a whole model with its weights."""
     model = runs.shard(runs.blocks())
     selection = unmask.select(model, unmask.random_mask(40))
     free = Free(selection.values)
     for step in range(3):
         free.step(lambda step=step: runs.nets.loss(model, runs.part(runs.fsdp_batch(step))))
     with torch.no_grad():
-        model(runs.fsdp_batch(0))  # leaves the root unsharded
+        model(runs.fsdp_batch(0))  # this forward leaves the root unsharded
         selection.values.data.mul_(2.0)
         given = model(runs.fsdp_batch(0))
     whole = runs.blocks()

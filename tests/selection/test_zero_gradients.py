@@ -1,4 +1,4 @@
-"""A gradient that is zero says nothing: it selects nothing, the schedule waits for one that does, and says so once."""
+"""Tests that a gradient of zero selects nothing: the schedule waits for another one, and one warning says so."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ METHODS = {
 
 
 def masked(model: nn.Module, batch: Tensor) -> Tensor:
-    """The loss where all labels are -100: NaN, with a gradient of zero."""
+    """Returns the loss of a batch whose labels are all -100: NaN, with a gradient of zero."""
     labels = torch.full_like(batch[:, 1:], -100)
     return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), labels.flatten())
 
@@ -63,7 +63,7 @@ def test_a_first_batch_without_a_gradient_selects_nothing_and_the_next_one_makes
     assert (selection.used, selection.indices, selection.step) == (0, {}, 1)
     assert_same_tensors(base, snapshot(model))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is said once
+        warnings.simplefilter("error")  # the warning came once already
         take(model, optimizer, 1, silent=True)
         take(model, optimizer, 2)
     assert len(said) == 1
@@ -71,7 +71,7 @@ def test_a_first_batch_without_a_gradient_selects_nothing_and_the_next_one_makes
     assert_unselected_is_base(model, base, selection)
     picked = as_lists(selection.indices)
     twin, other, plain = begin(name, gradients=gradients)
-    if other.method.cumulative(0, B) == selection.used:  # else what was due is selected at once, and not in two steps
+    if other.method.cumulative(0, B) == selection.used:  # otherwise one step selects what is due in two
         take(twin, plain, 2)
         assert as_lists(other.indices) == picked
         assert_same_tensors(snapshot(twin), snapshot(model))
@@ -79,7 +79,7 @@ def test_a_first_batch_without_a_gradient_selects_nothing_and_the_next_one_makes
 
 @pytest.mark.parametrize("name", ["static_d3", "id3", "strided", "snip"])
 @pytest.mark.parametrize("silent", [{0}, {1, 2}, {0, 3, 5}])
-def test_the_run_is_the_dense_reference_s_whichever_steps_have_no_gradient(name, silent):
+def test_the_run_is_the_dense_reference_s_if_some_steps_have_no_gradient(name, silent):
     model, method = mixed(), METHODS[name]()
     names = [n for n, _ in model.named_parameters()]
     heuristic = method.heuristic
@@ -112,7 +112,7 @@ def test_repeat_keeps_its_picks_and_their_values_through_a_step_without_a_gradie
     assert as_lists(selection.picked) == picked
     assert_same_tensors(snapshot(model), before)
     take(model, optimizer, 4)
-    assert as_lists(selection.picked) == picked  # not yet: the next selecting step is 6
+    assert as_lists(selection.picked) == picked  # the next selecting step is 6
     take(model, optimizer, 5)
     take(model, optimizer, 6)
     assert as_lists(selection.picked) != picked
@@ -120,7 +120,7 @@ def test_repeat_keeps_its_picks_and_their_values_through_a_step_without_a_gradie
 
 
 class Halves(nn.Module):
-    """Two layers side by side; a batch reaches one of them, or both."""
+    """Two parallel layers; a batch reaches one of them, or both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ def test_a_first_micro_batch_without_a_gradient_leaves_the_choice_to_the_next(na
     models = []
     for silent in (0, 2):
         model, selection, optimizer = begin(name, accumulation=accumulation)
-        take(model, optimizer, 9)  # slots in use: the second window is not told from its values alone
+        take(model, optimizer, 9)  # slots are in use, so that ``values`` alone do not tell a second window
         for t in (0, 1, 2):
             for part in range(silent):
                 masked(model, tokens(20 + part)).backward()
@@ -247,7 +247,7 @@ def test_a_score_that_does_not_come_from_the_gradient_is_ranked_as_before(heuris
 def test_a_dropped_step_says_nothing():
     model, selection, optimizer = begin("id3")
     masked(model, tokens(0)).backward()
-    optimizer.zero_grad()  # and no step
+    optimizer.zero_grad()  # no step follows
     take(model, optimizer, 0)
     assert selection.used == 10
 
@@ -271,7 +271,7 @@ def test_an_adapter_waits_for_a_gradient_too():
 
 @pytest.mark.filterwarnings("ignore:step .* was to select:unmask.UnmaskWarning")
 def test_several_processes_wait_together(tmp_path):
-    """Step 0 has no gradient anywhere, step 1 in one process only; the second process's is what all select by."""
+    """No process has a gradient at step 0, and only the second one has one at step 1; all select by that one."""
     cases = [(name, exchange) for name in ("static_d3", "id3", "repeat_d3") for exchange in ("exact", "candidates")]
     first, second = processes.run(2, tmp_path, runs.grid, cases)
     for case, own, other in zip(cases, first, second, strict=True):
@@ -285,20 +285,20 @@ def test_several_processes_wait_together(tmp_path):
         torch.testing.assert_close(own[2], alone[2], rtol=1e-4, atol=1e-6)
 
 
-# ---------------------------------------------------------------- a loss that reaches no tensor of the selection
+# A loss that reaches no tensor of the selection.
 
 
 @pytest.mark.parametrize("gradients", ["auto", "dense"])
 @pytest.mark.parametrize("dense", [None, "right"])
 def test_a_batch_that_uses_no_tensor_with_slots_has_a_gradient_of_zero(gradients, dense):
-    """Of a static mask in one branch; the other is frozen, or trained whole."""
+    """A static mask lies in one branch; the other branch is frozen, or trained whole."""
     model, selection, step = halves(unmask.random_mask(5), include="left", dense=dense, gradients=gradients)
     base = snapshot(model)
     step("right")
     assert selection.step == 1
     assert torch.equal(model.left.weight, base["left.weight"])
     assert torch.equal(model.right.weight, base["right.weight"]) == (dense is None)
-    step("left", "right")  # accumulated: the sum is that of the first
+    step("left", "right")  # accumulated, the sum is the gradient of the first
     moved = (model.left.weight != base["left.weight"]).sum()
     assert moved == 5
     twin, _, other = halves(unmask.random_mask(5), include="left", gradients=gradients)
@@ -340,7 +340,8 @@ def test_a_forward_that_reaches_a_slot_or_needs_no_graph_is_left_alone():
     with torch.inference_mode():
         assert not model(x, "right").requires_grad
     inputs = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(model(inputs, "right"), inputs)  # of the inputs alone: no backward of the slots
+    # This asks for the gradient of the inputs only, so the slots have no backward.
+    (gradient,) = torch.autograd.grad(model(inputs, "right"), inputs)
     assert gradient.any()
     assert selection.values.grad is None
     selection.release()
@@ -355,7 +356,7 @@ def test_copies_and_pickles_of_the_model_know_nothing_of_it(tmp_path):
     x = batches(1, width=4)[0]
     torch.save(model, tmp_path / "model.pt")
     again = unmask.select(copy.deepcopy(model), unmask.pafi(3))
-    # before a forward the selection looks at the model too (unmask.selection.identity); of the original's hooks none is left
+    # One more hook checks the model before a forward (unmask.selection.identity). No hook of the original is left.
     assert (len(again.model._forward_hooks), len(again.model._forward_pre_hooks)) == (1, 2)
     again.release()
     assert not again.model._forward_hooks

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -42,9 +43,8 @@ def header(doing: str, facts: Mapping[str, Any]) -> tuple[bytes, tuple[int, int]
         >>> header("step 3", {"lr": 0.1})[0]
         b'{"doing": "step 3", "lr": 0.1}'
     """
-    text = json.dumps(
-        {_DOING: doing, **facts}, default=lambda value: type(value).__name__
-    ).encode()  # its own text may hold an address
+    # Of a value that JSON lacks, the class is given: the value's text may hold an address.
+    text = json.dumps({_DOING: doing, **facts}, default=lambda value: type(value).__name__).encode()
     return text, (int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True), len(text))
 
 
@@ -76,43 +76,42 @@ def difference(texts: Sequence[bytes], checksums: Sequence[int], advice: str) ->
     keys = list(dict.fromkeys(key for facts in by_rank for key in facts))
     differing = [key for key in keys if len({json.dumps(facts.get(key)) for facts in by_rank}) > 1]
     if not differing:
-        odd, usual = _odd(checksums)
+        *_, subject = _odd(checksums)
         return (
-            f"{_subject(odd)} from process {usual} in {by_rank[0][_DOING]}: `values` or a tensor trained whole is another there, "
+            f"{subject} in {by_rank[0][_DOING]}: `values` or a tensor trained whole is another there, "
             "though gradients and settings were the same. The state of an optimizer or a write into `values` was another, or the "
             "processes round differently. Load the same checkpoint in all of them, change `values` in all alike, and use "
             "machines of one kind, with as many threads in each process."
         )
-    odd, usual = _odd([json.dumps([facts.get(key) for key in differing]) for facts in by_rank])
+    odd, usual, subject = _odd([json.dumps([facts.get(key) for key in differing]) for facts in by_rank])
     shown = []
     for key in differing[:SHOWN]:
-        other, theirs = by_rank[odd[0]].get(key), by_rank[usual].get(key)
+        other, theirs = by_rank[odd].get(key), by_rank[usual].get(key)
         if isinstance(other, list) and isinstance(theirs, list) and len(theirs) > 8:
             # Of two long lists, only the elements that the other lacks are shown.
             other, theirs = (
                 [x for x in other if x not in theirs] or other,
                 [x for x in theirs if x not in other] or theirs,
             )
-        shown.append(f"{key} is {_short(other)} in process {odd[0]} and {_short(theirs)} in process {usual}")
+        shown.append(f"{key} is {_short(other)} in process {odd} and {_short(theirs)} in process {usual}")
     more = f"; {len(differing) - SHOWN} more differ" if len(differing) > SHOWN else ""
-    return f"{_subject(odd)} from process {usual} in {by_rank[0][_DOING]}: {'; '.join(shown)}{more}. {advice}"
+    return f"{subject} in {by_rank[0][_DOING]}: {'; '.join(shown)}{more}. {advice}"
 
 
-def _odd(values: Sequence[Any]) -> tuple[list[int], int]:
-    """Returns the processes that differ from the majority, and the first process of the majority (in a tie, process 0's)."""
+def _odd(values: Sequence[Any]) -> tuple[int, int, str]:
+    """Returns the first process that differs from the majority, the first of the majority, and words that name all who differ.
+
+    In a tie, the majority is process 0's.
+    """
     most = Counter(values).most_common(1)[0][0]
-    return [rank for rank, value in enumerate(values) if value != most], list(values).index(most)
-
-
-def _subject(odd: Sequence[int]) -> str:
-    if len(odd) == 1:
-        return f"process {odd[0]} differs"
-    return f"processes {', '.join(map(str, odd))} differ"
+    odd, usual = [rank for rank, value in enumerate(values) if value != most], list(values).index(most)
+    subject = f"process {odd[0]} differs" if len(odd) == 1 else f"processes {', '.join(map(str, odd))} differ"
+    return odd[0], usual, f"{subject} from process {usual}"
 
 
 def _short(value: Any) -> str:
     text = "not there" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 160 else f"{text[:157]}..."
+    return shorten(text, 160, placeholder="...")
 
 
 def refusal(error: BaseException | None) -> dict[str, str | None]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unmask.distributed.facts import checksum, difference, header
-from unmask.errors import MethodError, ProcessesDifferError
+from unmask.errors import MethodError, NonFiniteGradientError, ProcessesDifferError
 
 ROLL_CALL = 2.0  # seconds that a process which has lost the others waits for them to report the same
 _STORE_TIMEOUT = datetime.timedelta(seconds=10)
@@ -100,7 +102,7 @@ class Processes:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:  # gloo, NCCL and the store raise these, as does a destroyed group
-            raise ProcessesDifferError(_lost(self.group, self.doing, error)) from error
+            raise ProcessesDifferError(self._lost(error)) from error
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums a contiguous tensor over all processes, in place; the result is bitwise the same in all of them."""
@@ -110,6 +112,11 @@ class Processes:
     def mean(self, tensor: Tensor) -> Tensor:
         """Averages a contiguous tensor over all processes, in place, as DDP averages gradients."""
         return self.sum(tensor).div_(self.size)
+
+    def means(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the means of some tensors of one dtype over all processes, which exchange them as one vector."""
+        means = self.mean(torch.cat([t.reshape(-1) for t in tensors])).split([t.numel() for t in tensors])
+        return [mean.view(t.shape) for mean, t in zip(means, tensors, strict=True)]
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Returns the tensors of all processes, which have one shape and dtype: (processes, *shape)."""
@@ -122,6 +129,21 @@ class Processes:
         padded = tensor.new_zeros(max(lengths))
         padded[: tensor.numel()] = tensor
         return [part[:length] for part, length in zip(self.gather(padded), lengths, strict=True)]
+
+    def gather_columns(self, columns: Sequence[Tensor], error: Exception | None) -> list[list[Tensor]]:
+        """Returns for each column the vectors of all processes. A process's columns have one length, which the others learn.
+
+        A process that cannot send its columns gives the error instead; then all processes raise.
+        """
+        count = torch.tensor([-1 if error else columns[0].numel()], device=columns[0].device)
+        counts: list[int] = self.gather(count).squeeze(1).tolist()
+        if min(counts) < 0:
+            raise error or NonFiniteGradientError(
+                f"the gradient of process {counts.index(-1)} is not finite; its own error says where"
+            )
+        if not max(counts):
+            return [[column] * self.size for column in columns]
+        return [self.gather_ragged(column, counts) for column in columns]
 
     def differing(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, list[int]]:
         """Finds the tensors that differ between processes, and for each the ranks whose tensor is not process 0's.
@@ -141,62 +163,52 @@ class Processes:
         self._together(dist.broadcast, values, source)
         tensor.copy_(values)
 
+    def _lost(self, error: BaseException) -> str:
+        """Writes the error message of a call to the others that failed."""
+        said = shorten((str(error).splitlines() or [type(error).__name__])[0], 200, placeholder="...")
+        if not dist.is_initialized():
+            return f"the process group is gone in {self.doing}: it must live as long as the selection trains. torch says: {said}"
+        silent = self._silent_ranks()
+        if silent is None and self.size == 2:
+            silent = [1 - self.rank]
+        if silent:
+            ranks = ", ".join(map(str, silent))
+            who = f"process {ranks} did not take part: it has ended or died, hangs, or does something else"
+        else:
+            who = "another process did not take part in time" if silent is None else "all have lost each other"
+        timeout = "init_process_group(timeout=...)"
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):  # if torch reveals it
+            device = torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+            seconds = (self.group or dist.group.WORLD)._get_backend(device).options._timeout.total_seconds()  # type: ignore[union-attr]
+            timeout = f"{seconds:.0f} s here; {timeout} sets it"
+        return (
+            f"process {self.rank} of {self.size} has lost the others in {self.doing}: {who}. Look at the output of each process: "
+            "the earliest error is the cause. A process that dies is noticed at once, one that hangs when the process group's "
+            f"timeout is over ({timeout}). Go on from the last checkpoint, with any number of processes. torch says: {said}"
+        )
 
-def _lost(group: dist.ProcessGroup | None, doing: str, error: BaseException) -> str:
-    """Writes the error message for a process whose call to the others failed."""
-    said = (str(error).splitlines() or [type(error).__name__])[0]
-    said = said if len(said) <= 200 else f"{said[:197]}..."
-    if not dist.is_initialized():
-        return f"the process group is gone in {doing}: it must live as long as the selection trains. torch says: {said}"
-    ranks = list(range(dist.get_world_size(group)))
-    mine = dist.get_rank(group)
-    silent = _silent_ranks(group, mine, ranks)
-    if silent is None and len(ranks) == 2:
-        silent = [1 - mine]
-    if silent:
-        who = f"process {', '.join(map(str, silent))} did not take part: it has ended or died, hangs, or does something else"
-    else:
-        who = "another process did not take part in time" if silent is None else "all have lost each other"
-    return (
-        f"process {mine} of {len(ranks)} has lost the others in {doing}: {who}. Look at the output of each process: the earliest "
-        "error is the cause. A process that dies is noticed at once, one that hangs when the process group's timeout is "
-        f"over{_timeout_text(group)}. Go on from the last checkpoint, with any number of processes. torch says: {said}"
-    )
+    def _silent_ranks(self) -> list[int] | None:
+        """Returns the ranks that do not report a loss within `ROLL_CALL` seconds; None if the store cannot be reached."""
+        found: list[list[int]] = []
 
+        def call() -> None:
+            # One of these errors comes up if the process that hosts the store has died.
+            with contextlib.suppress(RuntimeError, ValueError, AttributeError):
+                store, ranks = dist.distributed_c10d._get_default_store(), range(self.size)
+                members = [r if self.group is None else dist.get_global_rank(self.group, r) for r in ranks]
+                store.set(f"unmask/lost/{members[self.rank]}", "1")
+                end = time.monotonic() + (ROLL_CALL if self.size > 2 else 0.0)  # of two processes it must be the other
+                while True:
+                    silent = [r for r in ranks if r != self.rank and not store.check([f"unmask/lost/{members[r]}"])]
+                    if not silent or time.monotonic() >= end:
+                        found.append(silent)
+                        return
+                    time.sleep(0.05)
 
-def _silent_ranks(group: dist.ProcessGroup | None, mine: int, ranks: list[int]) -> list[int] | None:
-    """Returns the ranks that do not report a loss within `ROLL_CALL` seconds; None if the store cannot be reached."""
-    found: list[list[int]] = []
-
-    def call() -> None:
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            members = [rank if group is None else dist.get_global_rank(group, rank) for rank in ranks]
-            store.set(f"unmask/lost/{members[mine]}", "1")
-            end = time.monotonic() + (ROLL_CALL if len(ranks) > 2 else 0.0)  # of two processes it must be the other
-            while True:
-                silent = [r for r in ranks if r != mine and not store.check([f"unmask/lost/{members[r]}"])]
-                if not silent or time.monotonic() >= end:
-                    found.append(silent)
-                    return
-                time.sleep(0.05)
-        except (RuntimeError, ValueError, AttributeError):  # the process that hosts the store has died
-            return
-
-    thread = threading.Thread(target=call, daemon=True)  # a store without its host may block
-    thread.start()
-    thread.join(ROLL_CALL + 1.0)
-    return found[0] if found else None
-
-
-def _timeout_text(group: dist.ProcessGroup | None) -> str:
-    """Names the group's timeout, if torch reveals it."""
-    try:
-        device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-        seconds = (group or dist.group.WORLD)._get_backend(device).options._timeout.total_seconds()  # type: ignore[union-attr]
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return " (init_process_group(timeout=...))"
-    return f" ({seconds:.0f} s here; init_process_group(timeout=...) sets it)"
+        thread = threading.Thread(target=call, daemon=True)  # a store without its host may block
+        thread.start()
+        thread.join(ROLL_CALL + 1.0)
+        return found[0] if found else None
 
 
 def first_to_say(text: str) -> bool:
@@ -214,9 +226,8 @@ def first_to_say(text: str) -> bool:
     key = f"unmask/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{hashlib.sha256(text.encode()).hexdigest()}"
     distributed: Any = dist
     try:
-        if (
-            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        ):  # it exists before the process group and outlives it
+        # This store exists before the process group and outlives it.
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = distributed.TCPStore(host, port, is_master=False, timeout=_STORE_TIMEOUT)
         else:

@@ -1,17 +1,7 @@
-"""Ranks entries by the mean gradient of several processes. Each class here is a `Ranking`.
-
-- `ExactRanking` averages the dense gradients over the processes, one bucket of tensors at a time, as backward produces them.
-  Every process then ranks the same numbers. Each process sends the dense gradient, as under DDP, and holds one bucket.
-- `CandidateRanking` lets each process offer the entries of a bucket that are among the k largest of its own gradient so far.
-  The processes average the gradient of all offered entries, and rank them. Each process sends O(k) numbers and holds one
-  bucket. The scores are exact, but an entry that no process offers is not considered.
-
-`Rounds` brings the tensors into one order for all processes, since each backward may reach them in another order.
-"""
+"""Ranks entries by the mean gradient of several processes: of all entries, or of those that each process offers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,113 +13,6 @@ from unmask.gradients.factors import Factors, as_dense, gradient_at
 from unmask.ranking.ledger import Ledger
 from unmask.ranking.ranker import NewRanker, Ranking
 from unmask.ranking.topk import Ranked, StreamingTopK
-
-
-class ExactRanking:
-    """Ranks by the dense gradient, averaged over the processes.
-
-    The given ranking receives the averaged gradients, which are the same in all processes.
-    """
-
-    def __init__(self, processes: Processes, ranking: Ranking, table: Ledger) -> None:
-        self._processes, self._ranking, self._table = processes, ranking, table
-        self._rounds = Rounds(processes, table, self._use)
-
-    def rank(self, index: int, gradient: Tensor | Factors) -> None:
-        """Implements `Ranking.rank`. If the gradient of some process is not finite, all processes raise."""
-        self._rounds.offer(index, as_dense(gradient))
-
-    def rank_zero(self, index: int) -> None:
-        self._rounds.offer(index, None)
-
-    def result(self) -> Ranked:
-        self._rounds.finish()
-        return self._ranking.result()
-
-    def _use(self, arrivals: list[Arrival]) -> None:
-        reached = [a for a in arrivals if a.anywhere]
-        for arrival in arrivals:
-            if not arrival.anywhere:
-                self._ranking.rank_zero(arrival.index)
-        if not reached:
-            return
-        base, shapes = self._table.base, [self._table.layout.tensors[a.index].shape for a in reached]
-        flat = [  # in the dtype of ``values``, as sums in bfloat16 would lose bits
-            base.new_zeros(shape.numel()) if a.gradient is None else as_dense(a.gradient).reshape(-1).to(base)
-            for a, shape in zip(reached, shapes, strict=True)
-        ]
-        parts = self._processes.mean(torch.cat(flat)).split([shape.numel() for shape in shapes])
-        for arrival, part, shape in zip(reached, parts, shapes, strict=True):
-            self._ranking.rank(arrival.index, part.view(shape))
-
-
-class CandidateRanking:
-    """Ranks by the exact mean gradient those entries that some process's own gradient ranks among the first k.
-
-    The heuristic of the rankers that ``new`` makes must score an entry by that entry's gradient alone.
-    """
-
-    def __init__(self, processes: Processes, new: NewRanker, table: Ledger) -> None:
-        self._processes, self._new, self._table = processes, new, table
-        self._own = new(table)
-        self._top = StreamingTopK(self._own.top.k, self._own.top.floor)
-        self._rounds = Rounds(processes, table, self._use)
-
-    def rank(self, index: int, gradient: Tensor | Factors) -> None:
-        """Implements `Ranking.rank`. If the gradient of some process is not finite, all processes raise."""
-        self._rounds.offer(index, gradient)
-
-    def rank_zero(self, index: int) -> None:
-        self._rounds.offer(index, None)
-
-    def result(self) -> Ranked:
-        self._rounds.finish()
-        return self._top.result()
-
-    def _use(self, arrivals: list[Arrival]) -> None:
-        union = self._union(arrivals)
-        if not union.numel():
-            return
-        layout, base = self._table.layout, self._table.base
-        own, gradients = {a.index: a.gradient for a in arrivals}, base.new_zeros(union.numel())
-        for index, entries in layout.entries(union):
-            gradient = own[index]
-            if gradient is not None:
-                gradients[entries.slots] = gradient_at(gradient, entries).to(gradients)
-        gradients = self._processes.mean(gradients)
-        weights = layout.read(union, base.dtype)
-        scores = self._own.heuristic.score(weights, gradients)
-        self._top.merge(Ranked(scores, union, gradients))
-
-    def _union(self, arrivals: list[Arrival]) -> Tensor:
-        """Returns the positions that any process offers, in ascending order."""
-        device, error = self._table.base.device, None
-        try:
-            offers = self._offers(arrivals).to(device)
-        except NonFiniteGradientError as own:
-            # The others wait for this process: it sends -1 first, and then all raise.
-            error, offers = own, torch.empty(0, dtype=torch.int64, device=device)
-        count = torch.tensor([-1 if error else offers.numel()], device=device)
-        counts: list[int] = self._processes.gather(count).squeeze(1).tolist()
-        if min(counts) < 0:
-            raise error or NonFiniteGradientError(
-                f"the gradient of process {counts.index(-1)} is not finite; its own error says where"
-            )
-        return torch.cat(self._processes.gather_ragged(offers, counts)).unique() if max(counts) else offers
-
-    def _offers(self, arrivals: list[Arrival]) -> Tensor:
-        """Returns the positions of those entries of the tensors that are among this process's first k so far."""
-        for arrival in arrivals:
-            if arrival.gradient is None:
-                self._own.rank_zero(arrival.index)
-            else:
-                self._own.rank(arrival.index, arrival.gradient)
-        positions = self._own.top.result().positions.sort().values
-        bounds = self._table.layout.bounds.tolist()
-        edges = [bounds[a.index : a.index + 2] for a in arrivals]
-        slices = torch.searchsorted(positions, torch.tensor(edges, device=positions.device)).tolist()
-        return torch.cat([positions[low:high] for low, high in slices])
-
 
 BUCKET = 1 << 22  # numbers in a bucket: 16 MiB of float32, about as much as in a bucket of DDP
 
@@ -152,32 +35,36 @@ class Arrival:
 
 
 class Rounds:
-    """Brings the gradients of one backward into an order that all processes share.
+    """Brings the gradients of one backward into an order that all processes share; each may reach the tensors in another one.
 
     A round is one exchange: the processes say which gradients they hold, and use those that are ready in all of them. A process
     begins a round when it holds a bucket of numbers, or when its backward has ended.
-
-    It calls ``use`` with each round's tensors in ascending order; they are the same in all processes.
     """
 
-    def __init__(self, processes: Processes, table: Ledger, use: Callable[[list[Arrival]], None]) -> None:
-        self._processes, self._device, self._use = processes, table.base.device, use
+    def __init__(self, processes: Processes, table: Ledger) -> None:
+        self._processes, self._table = processes, table
         self._sizes = [tensor.numel() for tensor in table.layout.tensors]
-        self._held: dict[int, Tensor | Factors | None] = {}
+        self._held: dict[int, Tensor | Factors | None] = {}  # None is a gradient of zero
         self._numbers = 0
 
-    def offer(self, index: int, gradient: Tensor | Factors | None) -> None:
-        """Takes a tensor's gradient; None means that it is zero in this process."""
+    def rank(self, index: int, gradient: Tensor | Factors) -> None:
+        """Implements `Ranking.rank`. If the gradient of some process is not finite, all processes raise."""
         self._held[index] = gradient
-        if gradient is not None:
-            self._numbers += self._sizes[index]
-            if self._numbers >= BUCKET:
-                self._round(done=False)
+        self._numbers += self._sizes[index]
+        if self._numbers >= BUCKET:
+            self._round(done=False)
+
+    def rank_zero(self, index: int) -> None:
+        self._held[index] = None
 
     def finish(self) -> None:
         """Ends this process's offers, and takes part in rounds until all processes have ended theirs."""
         while not self._round(done=True):
             pass
+
+    def _use(self, arrivals: list[Arrival]) -> None:
+        """Uses a round's tensors, which are in ascending order and the same in all processes."""
+        raise NotImplementedError
 
     def _round(self, done: bool) -> bool:
         """Makes one round; returns True if it was the last."""
@@ -185,7 +72,7 @@ class Rounds:
         for index, gradient in self._held.items():
             own[index] = _ZERO if gradient is None else _GRADIENT
         # (processes, tensors + 1): the state of each tensor in each process, and whether the process is done
-        states = self._processes.gather(torch.tensor(own, dtype=torch.uint8, device=self._device)).cpu()
+        states = self._processes.gather(torch.tensor(own, dtype=torch.uint8, device=self._table.base.device)).cpu()
         tensors, finished = states[:, :-1], states[:, -1:]
         ready = (tensors > 0).any(0) & ((tensors > 0) | (finished > 0)).all(0)
         anywhere = (tensors == _GRADIENT).any(0).tolist()
@@ -197,3 +84,86 @@ class Rounds:
         if arrivals:
             self._use(arrivals)
         return bool(finished.all())
+
+
+class ExactRanking(Rounds):
+    """Ranks by the dense gradient, averaged over the processes one bucket of tensors at a time, as backward produces them.
+
+    The given ranking receives the averaged gradients, which are the same in all processes. Each process sends the dense
+    gradient, as under DDP, and holds one bucket.
+    """
+
+    def __init__(self, processes: Processes, ranking: Ranking, table: Ledger) -> None:
+        super().__init__(processes, table)
+        self._ranking = ranking
+
+    def rank(self, index: int, gradient: Tensor | Factors) -> None:
+        super().rank(index, as_dense(gradient))
+
+    def result(self) -> Ranked:
+        self.finish()
+        return self._ranking.result()
+
+    def _use(self, arrivals: list[Arrival]) -> None:
+        reached = [a for a in arrivals if a.anywhere]
+        for arrival in arrivals:
+            if not arrival.anywhere:
+                self._ranking.rank_zero(arrival.index)
+        if not reached:
+            return
+        base, tensors = self._table.base, self._table.layout.tensors
+        gradients = [  # in the dtype of ``values``, as sums in bfloat16 would lose bits
+            base.new_zeros(tensors[a.index].shape) if a.gradient is None else as_dense(a.gradient).contiguous().to(base)
+            for a in reached
+        ]
+        for arrival, mean in zip(reached, self._processes.means(gradients), strict=True):
+            self._ranking.rank(arrival.index, mean)
+
+
+class CandidateRanking(Rounds):
+    """Ranks by the exact mean gradient those entries that some process's own gradient ranks among the first k so far.
+
+    Each process sends O(k) numbers and holds one bucket. An entry that no process offers is not considered. The heuristic of
+    the rankers that ``new`` makes must score an entry by that entry's gradient alone.
+    """
+
+    def __init__(self, processes: Processes, new: NewRanker, table: Ledger) -> None:
+        super().__init__(processes, table)
+        self._own = new(table)
+        self._top = StreamingTopK(self._own.top.k, self._own.top.floor)
+
+    def result(self) -> Ranked:
+        self.finish()
+        return self._top.result()
+
+    def _use(self, arrivals: list[Arrival]) -> None:
+        layout, base = self._table.layout, self._table.base
+        error: NonFiniteGradientError | None = None
+        try:
+            offers = self._offers(arrivals).to(base.device)
+        except NonFiniteGradientError as own:
+            error, offers = own, torch.empty(0, dtype=torch.int64, device=base.device)
+        union = torch.cat(self._processes.gather_columns([offers], error)[0]).unique()
+        if not union.numel():
+            return
+        held, gradients = {a.index: a.gradient for a in arrivals}, base.new_zeros(union.numel())
+        for index, entries in layout.entries(union):
+            gradient = held[index]
+            if gradient is not None:
+                gradients[entries.slots] = gradient_at(gradient, entries).to(gradients)
+        gradients = self._processes.mean(gradients)
+        scores = self._own.heuristic.score(layout.read(union, base.dtype), gradients)
+        self._top.merge(Ranked(scores, union, gradients))
+
+    def _offers(self, arrivals: list[Arrival]) -> Tensor:
+        """Returns the positions of those entries of the tensors that are among this process's first k so far."""
+        for arrival in arrivals:
+            if arrival.gradient is None:
+                self._own.rank_zero(arrival.index)
+            else:
+                self._own.rank(arrival.index, arrival.gradient)
+        positions = self._own.top.result().positions.sort().values
+        bounds = self._table.layout.bounds.tolist()
+        edges = [bounds[a.index : a.index + 2] for a in arrivals]
+        slices = torch.searchsorted(positions, torch.tensor(edges, device=positions.device)).tolist()
+        return torch.cat([positions[low:high] for low, high in slices])

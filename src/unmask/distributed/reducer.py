@@ -1,7 +1,7 @@
 """Lets a selection train in several processes: they start from the same weights, and average their gradients.
 
-Before each exchange it checks that all processes are
-at the same step with the same settings, so that a process which differs ends in an error and not in a deadlock.
+Before each exchange it checks that all processes are at the same step with the same settings, so that a process which differs
+ends in an error and not in a deadlock.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,12 +23,11 @@ from unmask.distributed.ranking import CandidateRanking, ExactRanking
 from unmask.distributed.sharding import ShardedLayout, ShardRanking, ShardTable, group_of, reshard
 from unmask.errors import ProcessesDifferError, SelectionError
 from unmask.methods.method import Exchange
-from unmask.ranking.ledger import Layout, Ledger
+from unmask.ranking.ledger import Ledger
 from unmask.ranking.plan import Plan
 from unmask.ranking.ranker import NewRanker, Ranking
 
 F = TypeVar("F", bound=Callable[..., Any])
-_CPU = torch.device("cpu")
 _SAME = "Give all processes the same"
 _SAME_METHOD = f"{_SAME} model, method, budget, patterns, accumulation and exchange."
 _SAME_STATE = f"{_SAME} state: load the file that one process has saved in all of them."
@@ -40,13 +39,8 @@ _SAME_OPTIMIZER = (
 class ProcessReducer:
     """Averages gradients over several processes: those over which the model is sharded, or those of a process group.
 
-    The process group may also be made after the selection, but before the first backward (transformers' Trainer does so).
-
-    Args:
-        model: The model, before anything is selected from it.
-        exchange: The way in which all processes rank together: ``"exact"`` or ``"candidates"``; ``"none"`` trains this process
-            by itself.
-        group: The process group; None for all processes.
+    The process group may also be made after the selection, but before the first backward (transformers' Trainer does so). The
+    arguments are those of `unmask.select`.
 
     Attributes:
         processes: The processes that train together; None if this one is alone, or has not joined them yet.
@@ -61,21 +55,12 @@ class ProcessReducer:
         self.processes: Processes | None = None
         reshard(model)
         self.sharded = group_of(model)
-        self._device, self._values = _CPU, torch.empty(0)
-        self._facts: Mapping[str, Any] = {}
-        self._tensors: Callable[[], Mapping[str, Tensor]] = dict
-        self._progress: Callable[[], tuple[int, list[Tensor]]] = lambda: (0, [])
         self._agreed: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # more than one, as an optimizer may wrap another
         self._optimizer: Optimizer | None = None  # the one that stepped last
         self._stepped: dict[str, Any] = {}  # that optimizer's settings at its last step
         # The plan and the micro-batch's number of a backward that has exchanged nothing yet.
         self._coming: tuple[Plan, int] | None = None
         self._micro = 0
-
-    @property
-    def several(self) -> bool:
-        """Returns True if this process trains with others."""
-        return self.processes is not None
 
     def share_weights(self, model: nn.Module) -> None:
         """Copies process 0's parameters and buffers to every process, as DDP does; only those that differ are sent."""
@@ -92,39 +77,22 @@ class ProcessReducer:
         for name in processes.differing(tensors, device):
             processes.take_first(tensors[name], device)
 
-    def layout(self, model: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str]) -> Layout:
-        """Returns the layout of the eligible tensors; it is a `ShardedLayout` if the model is sharded."""
-        if self.sharded is not None and names:
-            return ShardedLayout(model, names, self.sharded)
-        return Layout(names, [tensors[name] for name in names])
-
-    def expect(
-        self,
-        facts: Mapping[str, Any],
-        tensors: Callable[[], Mapping[str, Tensor]],
-        progress: Callable[[], tuple[int, list[Tensor]]],
-        values: Tensor,
-    ) -> None:
-        """Takes what must be the same in all processes.
-
-        These are the settings (JSON values by name), the tensors from which the selection starts, and at any time the step with
-        the tensors that training has changed by then. The processes exchange tensors on the device of ``values``.
-        """
-        self._facts, self._tensors, self._progress = facts, tensors, progress
-        self._values, self._device = values, values.device
+    def expect(self, facts: Mapping[str, Any], ledger: Ledger, whole: Mapping[str, Tensor]) -> None:
+        """Takes what must be the same in all processes: settings (JSON values), the ledger, and the tensors trained whole."""
+        self._facts, self._ledger, self._whole, self._device = facts, ledger, whole, ledger.values.device
 
     def join(self) -> None:
-        """Joins the other processes as soon as there are any, and checks that all hold the same selection.
-
-        Raises:
-            ProcessesDifferError: The selections or the weights differ.
-        """
+        """Joins the other processes as soon as there are any; raises a `ProcessesDifferError` if their selections differ."""
         processes = self._find() if self.processes is None else None
         if processes is None:
             return
-        facts = {**self._facts, "exchange": self._exchange, "the step": self._progress()[0]}
+        facts = {**self._facts, "exchange": self._exchange, "the step": self._ledger.step}
         processes.agree("the start of a selection", facts, self._device, _SAME_METHOD)
-        differing = processes.differing(self._tensors(), self._device)
+        ledger, layout = self._ledger, self._ledger.layout
+        plain = {} if self.sharded is not None else {n: layout.plain(i) for i, n in enumerate(layout.names)}
+        tensors = plain | {name: tensor.detach() for name, tensor in self._whole.items()}
+        tensors["the order of unmasking"] = ledger.positions
+        differing = processes.differing(tensors, self._device)
         if differing:
             name, ranks = next(iter(differing.items()))
             raise ProcessesDifferError(
@@ -137,11 +105,7 @@ class ProcessReducer:
 
     @contextlib.contextmanager
     def loading(self, state: Any) -> Iterator[None]:
-        """Checks that all processes load the same state, and afterwards that all of them have loaded it.
-
-        Raises:
-            ProcessesDifferError: Another process loads another state, or refuses it.
-        """
+        """Raises a `ProcessesDifferError` if another process loads another state, or refuses it."""
         self.join()
         if self.processes is not None:
             self.processes.agree("load_state_dict()", facts_of_state(state), self._device, _SAME_STATE)
@@ -160,18 +124,15 @@ class ProcessReducer:
             self.processes.agree("the end of load_state_dict()", refusal(error), self._device, _SAME_STATE)
 
     def stepping(self, optimizer: Optimizer) -> None:
-        """Runs before an optimizer's step. Before its first, all processes compare its class, its settings and its state.
+        """Raises a `ProcessesDifferError` if an optimizer's class, settings or state differ, before its first step.
 
         The next backward compares the settings again.
-
-        Raises:
-            ProcessesDifferError: They differ, or another process is at another place in its code.
         """
         if self.processes is None:
             return
         if optimizer not in self._agreed:
             facts = settings_of(optimizer) | state_of_optimizer(optimizer)
-            doing = f"the first step of an optimizer, step {self._progress()[0]} of the selection"
+            doing = f"the first step of an optimizer, step {self._ledger.step} of the selection"
             self.processes.agree(doing, facts, self._device, _SAME_OPTIMIZER)
             self._agreed.add(optimizer)
         self._optimizer, self._stepped = optimizer, settings_of(optimizer)
@@ -181,13 +142,13 @@ class ProcessReducer:
         self._optimizer = None
 
     def begin(self, plan: Plan, fresh: bool) -> None:
-        """Hears that a backward of the window starts; ``fresh`` is True for the first micro-batch of the step.
+        """Begins a backward of the window; ``fresh`` is True for the first micro-batch of the step.
 
         Raises:
             SelectionError: DeepSpeed's ZeRO has taken over ``values``. Its inner optimizer steps partitions of a copy instead,
                 so neither the schedule nor the model would follow. ZeRO 1 and 2 mark such parameters with ``_hp_mapping``.
         """
-        if hasattr(self._values, "_hp_mapping"):
+        if hasattr(self._ledger.values, "_hp_mapping"):
             raise SelectionError(
                 "DeepSpeed's ZeRO has taken over the selected weights, and steps copies of them that the model does not follow. "
                 "ZeRO shards optimizer state, which for a selection is B numbers: train with torchrun or accelerate alone (the "
@@ -197,13 +158,10 @@ class ProcessReducer:
         self._coming = (plan, 1 if fresh else self._micro + 1)
 
     def _meet(self) -> None:
-        """Checks before a backward's first exchange that all processes are at the same micro-batch of the same step.
+        """Raises a `ProcessesDifferError` if a process is at another micro-batch or step, before a backward's first exchange.
 
         The sizes of a backward's exchanges follow from the facts that are compared here, so they are the same in all
         processes. ``values`` and the optimizers' settings are compared, too.
-
-        Raises:
-            ProcessesDifferError: They differ.
         """
         if self.processes is None or self._coming is None:
             return
@@ -216,7 +174,7 @@ class ProcessReducer:
     def meet_for_dense(self) -> None:
         """Checks the same before the gradients of dense tensors are exchanged."""
         if self.processes is not None:
-            doing = f"the exchange of the tensors trained whole, step {self._progress()[0]}"
+            doing = f"the exchange of the tensors trained whole, step {self._ledger.step}"
             self.processes.agree(doing, self._settings(), self._device, _SAME_OPTIMIZER, self._checksum())
 
     def _settings(self) -> dict[str, Any]:
@@ -226,8 +184,11 @@ class ProcessReducer:
         return settings_of(self._optimizer) | {f"{key} at the last step": value for key, value in self._stepped.items()}
 
     def _checksum(self) -> Tensor:
-        sums = [checksum(tensor).to(self._device) for tensor in self._progress()[1]]
-        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.int64, device=self._device)
+        """Sums the bits of the values in use and of one tensor that is trained whole, at each step another one."""
+        ledger, whole = self._ledger, list(self._whole.values())
+        turn = ledger.step % max(1, len(whole))
+        trained = [ledger.values[: ledger.used], *whole[turn : turn + 1]]
+        return torch.stack([checksum(tensor.detach()).to(self._device) for tensor in trained]).sum()
 
     def _find(self) -> Processes | None:
         if self.sharded is not None:
@@ -269,7 +230,7 @@ def refused_by_all(select: F) -> F:
             with contextlib.suppress(Exception):  # this process raises its own error
                 processes = ProcessReducer(model, options.get("exchange", "exact"), options.get("group"))._find()
                 if processes is not None:
-                    device = next((p.device for p in model.parameters()), _CPU)
+                    device = next((p.device for p in model.parameters()), torch.device("cpu"))
                     processes.agree("select()", refusal(error), device, _SAME_METHOD)
             raise
 

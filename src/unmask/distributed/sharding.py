@@ -1,11 +1,4 @@
-"""Selects from a model that FSDP2 has sharded: each process holds some rows of every tensor.
-
-``fully_shard`` turns every parameter into a ``DTensor``. While a module runs, FSDP puts a plain parameter, always the same
-object, in its place. The selection taps that plain parameter and receives the whole gradient of this process's part of the
-batch. Then the gradients are averaged, each process scores the rows that it holds, and the best entries of all processes are
-merged. Every process holds all B trained values, and writes those that lie in its own rows. So the budget is global, and the
-selection is the same as on the unsharded model.
-"""
+"""Selects from a model that FSDP2 has sharded: each process holds some rows of every tensor."""
 
 from __future__ import annotations
 
@@ -58,9 +51,11 @@ def group_of(model: nn.Module) -> Processes | None:
 
 
 class ShardedLayout(Layout):
-    """A layout whose tensors are sharded by rows; all processes must call `read` and `plain` together.
+    """A layout whose tensors ``fully_shard`` has sharded by rows; all processes must call `read` and `plain` together.
 
-    The model is one after ``fully_shard``, and the named tensors are all sharded.
+    The model has ``DTensor``s as parameters. While a module runs, FSDP puts a plain parameter, always the same object, in the
+    place of each. It is this one that is tapped, and that receives the whole gradient of this process's part of the batch.
+    Every process holds all B trained values, and writes those that lie in its own rows.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], processes: Processes) -> None:
@@ -169,21 +164,11 @@ class ShardRanking:
 
     def result(self) -> Ranked:
         own, processes, base = self._ranker.result(), self._layout.processes, self._ranker.table.base
-        count = torch.tensor([-1 if self._error else own.positions.numel()], device=base.device)
-        counts: list[int] = processes.gather(count).squeeze(1).tolist()
-        if min(counts) < 0:
-            raise self._error or NonFiniteGradientError(
-                f"a gradient that process {counts.index(-1)} holds is not finite"
-            )
+        dtypes = (base.dtype, torch.int64, base.dtype)
+        columns = [column.to(base.device, dtype) for column, dtype in zip(own, dtypes, strict=True)]
         top = StreamingTopK(self._ranker.top.k)
-        if max(counts):
-            dtypes = (base.dtype, torch.int64, base.dtype)
-            columns = [
-                processes.gather_ragged(column.to(base.device, dtype), counts)
-                for column, dtype in zip(own, dtypes, strict=True)
-            ]
-            for scores, positions, payload in zip(*columns, strict=True):
-                top.merge(Ranked(scores, positions, payload))
+        for scores, positions, payload in zip(*processes.gather_columns(columns, self._error), strict=True):
+            top.merge(Ranked(scores, positions, payload))
         return top.result()
 
 
@@ -199,11 +184,10 @@ def catch_up_before_gather(model: nn.Module, catch_up: Callable[[], None]) -> li
     Returns:
         The hooks; the selection calls their ``remove()`` when it ends.
     """
-
-    def before(module: nn.Module, args: Any) -> None:
-        catch_up()
-
-    return [module.register_forward_pre_hook(before, prepend=True) for module in _fsdp_modules(model)]
+    return [
+        module.register_forward_pre_hook(lambda module, args: catch_up(), prepend=True)
+        for module in _fsdp_modules(model)
+    ]
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:

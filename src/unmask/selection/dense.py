@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from unmask.distributed.processes import Processes
 from unmask.distributed.ranking import BUCKET
 from unmask.distributed.reducer import ProcessReducer
 from unmask.gradients.writes import Writes
@@ -135,7 +135,9 @@ class DenseGradients:
 
     def __init__(self, tensors: Sequence[DenseTensor], reducer: ProcessReducer) -> None:
         self._tensors, self._reducer = list(tensors), reducer
-        self._task: weakref.ref[_Last] | None = None
+        self._task: weakref.ref[functools.partial[None]] | None = (
+            None  # of the average that a running backward will make
+        )
         self._hooks = [t.parameter.register_post_accumulate_grad_hook(self._arrived) for t in tensors]
 
     def remove(self) -> None:
@@ -147,20 +149,20 @@ class DenseGradients:
         """Has the average made at the end of the backward that has brought a first dense gradient."""
         self._reducer.join()
         if self._reducer.processes is not None and (self._task is None or self._task() is None):
-            callback = _Last(self)
-            self._task = weakref.ref(callback)
-            _at_the_end(callback)
+            average = functools.partial(self.reduce)  # autograd alone holds it, and drops it if the backward fails
+            self._task = weakref.ref(average)
+            # A callback that queues another one: this runs after all that the backward has queued, DDP's among them.
+            _at_the_end(functools.partial(_at_the_end, average))
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Averages all gradients; the backward is complete."""
         self._task, processes = None, self._reducer.processes
-        if processes is None:
-            raise AssertionError("only several processes have anything to reduce")
+        assert processes is not None, "only several processes have anything to reduce"
         self._reducer.meet_for_dense()
         masters = [t.master for t in self._tensors]
         reached = torch.tensor([m.grad is not None for m in masters], dtype=torch.uint8, device=masters[0].device)
-        bucket: list[Tensor] = []
+        buckets: list[list[Tensor]] = [[]]
         for master, anywhere in zip(masters, processes.sum(reached).tolist(), strict=True):
             if not anywhere:
                 continue
@@ -168,36 +170,15 @@ class DenseGradients:
                 master.grad = torch.zeros_like(master)
             elif master.grad.is_sparse:
                 master.grad = master.grad.to_dense()
-            gradient = master.grad
-            if bucket and (sum(g.numel() for g in bucket) >= BUCKET or bucket[0].dtype != gradient.dtype):
-                _mean(bucket, processes)
-                bucket = []
-            bucket.append(gradient)
-        if bucket:
-            _mean(bucket, processes)
+            last = buckets[-1]
+            if last and (sum(g.numel() for g in last) >= BUCKET or last[0].dtype != master.grad.dtype):
+                buckets.append([])
+            buckets[-1].append(master.grad)
+        for bucket in filter(None, buckets):
+            for gradient, mean in zip(bucket, processes.means(bucket), strict=True):
+                gradient.copy_(mean)
 
 
-def _mean(gradients: list[Tensor], processes: Processes) -> None:
-    """Replaces gradients of one dtype by their mean, in one exchange."""
-    flat = processes.mean(torch.cat([g.reshape(-1) for g in gradients]))
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view(gradient.shape))
-
-
-class _Last:
-    """A callback that runs after all others that a backward has queued, DDP's among them. It is dropped if the backward fails."""
-
-    def __init__(self, dense: DenseGradients) -> None:
-        self._dense = dense
-        self._queued = False
-
-    def __call__(self) -> None:
-        if self._queued:
-            self._dense.reduce()
-        else:
-            self._queued = True
-            _at_the_end(self)
-
-
-def _at_the_end(callback: Any) -> None:
+def _at_the_end(callback: functools.partial[None]) -> None:
+    """Queues a callback of the running backward."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]

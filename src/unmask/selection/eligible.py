@@ -12,7 +12,7 @@ from unmask.delta.base import added_tensors, missing_from_checkpoint
 from unmask.errors import MethodError
 from unmask.gradients.wrappers import named_parameters, persistent_buffers
 from unmask.methods.method import Method
-from unmask.methods.scopes import Patterns, Scope, as_patterns, matching
+from unmask.methods.scopes import Patterns, as_patterns, matching
 from unmask.quantised.layers import weights
 from unmask.quantised.sources import Unsupported, sources
 
@@ -27,7 +27,7 @@ class ModelFacts:
         dense: Names of the tensors that are trained whole, outside the budget, sorted.
         quantised: Names of the quantised weights.
         sharded: True if ``fully_shard`` has spread the model over processes.
-        budget: B, as a count.
+        budget: B, as a count; for `unmask.full` the number of weights it trains.
         named_new: Names of the tensors that the user calls new; None if the checkpoint has to tell.
         flags: Every parameter's ``requires_grad``, by name.
         buffers: Copies of the persistent buffers, by name.
@@ -69,57 +69,27 @@ def facts_of(
 ) -> ModelFacts:
     """Computes the facts of a model for a method; the arguments are those of ``unmask.select``.
 
-    Raises:
-        MethodError: A pattern finds nothing, nothing is eligible, or less than the budget is.
-    """
-    eligible, whole = resolve(model, method.scope, include, exclude, dense)
-    if method.whole:
-        eligible, whole = [], sorted({*eligible, *whole})
-    parameters = named_parameters(model)
-    return ModelFacts(
-        model,
-        eligible,
-        whole,
-        frozenset(sources(model)),
-        sharded,
-        count_budget(model, method, eligible),
-        None if new is None else matching(parameters, as_patterns(new), "new"),
-        {name: parameter.requires_grad for name, parameter in parameters.items()},
-        {name: buffer.detach().clone() for name, buffer in persistent_buffers(model).items()},
-    )
-
-
-def resolve(
-    model: nn.Module, scope: Scope, include: Patterns, exclude: Patterns, dense: Patterns
-) -> tuple[list[str], list[str]]:
-    """Applies a scope and the patterns of ``unmask.select`` to a model.
-
-    What ``dense`` finds is trained whole, outside the budget; it wins over the scope.
-
-    Returns:
-        The names of the eligible tensors and of the dense ones, each sorted. Of the tensors that are not float, only
-        quantised weights are eligible.
+    What ``dense`` finds is trained whole, outside the budget; it wins over the scope. Of the tensors that are not float, only
+    quantised weights are eligible.
 
     Raises:
-        MethodError: A pattern finds nothing, no tensor is left, or a tensor is quantised in a way that nothing can be
-            selected from.
+        MethodError: A pattern finds nothing, nothing is eligible, or less than the budget is. Or a tensor is quantised in a way
+            that nothing can be selected from.
     """
     parameters = named_parameters(model)
     if not parameters:
         raise MethodError("the model has no parameters; there is nothing to select from.")
-    dense_names = matching(parameters, as_patterns(dense), "dense")
+    whole = sorted(matching(parameters, as_patterns(dense), "dense"))
     quantised = sources(model)
-    frozen = [name for name in dense_names if name in quantised or not parameters[name].is_floating_point()]
-    if frozen and frozen[0] in quantised:
-        raise MethodError(
-            f"dense: {frozen[0]!r} is quantised and cannot be trained whole; leave it to the budget, or keep it out of the "
-            "quantisation (transformers: llm_int8_skip_modules=[...] or modules_to_not_convert=[...])."
-        )
-    if frozen:
-        raise MethodError(
-            f"dense: {frozen[0]!r} is {parameters[frozen[0]].dtype}, which has no gradient; leave it out."
-        )
-    names = set(scope.names(model)) - set(dense_names)
+    for name in whole:
+        if name in quantised:
+            raise MethodError(
+                f"dense: {name!r} is quantised and cannot be trained whole; leave it to the budget, or keep it out of the "
+                "quantisation (transformers: llm_int8_skip_modules=[...] or modules_to_not_convert=[...])."
+            )
+        if not parameters[name].is_floating_point():
+            raise MethodError(f"dense: {name!r} is {parameters[name].dtype}, which has no gradient; leave it out.")
+    names = set(method.scope.names(model)) - set(whole)
     if include is not None:
         names &= set(matching(parameters, as_patterns(include), "include"))
     names -= set(matching(parameters, as_patterns(exclude), "exclude"))
@@ -129,11 +99,23 @@ def resolve(
             raise MethodError(f"{name!r} {kind.reason}.")
     usable = {name for name in names if name in quantised or parameters[name].is_floating_point()}
     eligible = sorted(name for name in usable if parameters[name].numel())
-    if not eligible and not dense_names:
+    if not eligible and not whole:
         raise MethodError(
-            f"no tensor is left: scope {scope.kind!r} with include={include!r}, exclude={exclude!r} is empty."
+            f"no tensor is left: scope {method.scope.kind!r} with include={include!r}, exclude={exclude!r} is empty."
         )
-    return eligible, sorted(dense_names)
+    if method.whole:
+        eligible, whole = [], sorted({*eligible, *whole})
+    return ModelFacts(
+        model,
+        eligible,
+        whole,
+        frozenset(quantised),
+        sharded,
+        count_budget(model, method, whole if method.whole else eligible),
+        None if new is None else matching(parameters, as_patterns(new), "new"),
+        {name: parameter.requires_grad for name, parameter in parameters.items()},
+        {name: buffer.detach().clone() for name, buffer in persistent_buffers(model).items()},
+    )
 
 
 def count_budget(model: nn.Module, method: Method, eligible: list[str]) -> int:

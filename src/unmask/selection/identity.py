@@ -1,10 +1,4 @@
-"""Checks that a model still is what was selected from: the same tensors in the same places, with the same shapes and values.
-
-Torch lets a model be changed under a selection: a layer is replaced, an embedding resized, weights are converted or loaded.
-An `Identity` remembers what was there, and looks again at each forward, each optimizer step and each delta. It follows the
-changes that a selection can follow (another dtype or device, other memory with the same values) and refuses all others before
-anything is trained.
-"""
+"""Checks that a model still is what was selected from: the same tensors in the same places, with the same shapes and values."""
 
 from __future__ import annotations
 
@@ -24,7 +18,6 @@ from unmask.gradients.taps import TapSet
 from unmask.gradients.wrappers import has_memory, named_parameters, persistent_buffers
 from unmask.ranking.ledger import Ledger
 from unmask.selection.dense import DenseTensor
-from unmask.selection.storage import Ties
 
 _WAY = (
     "Nothing was trained since. Change a model first and select from it afterwards: selection.release() makes it an ordinary "
@@ -43,13 +36,10 @@ class _Seen:
 
     __slots__ = ("coarsest", "device", "dtype", "first", "pointer", "shape", "storage", "tensor")
 
-    first: float
-    coarsest: float
-
     def __init__(self, tensor: Tensor, before: _Seen | None = None) -> None:
         step = torch.finfo(tensor.dtype).eps
-        self.first = step if before is None else before.first
-        self.coarsest = step if before is None else max(step, before.coarsest)
+        self.first: float = step if before is None else before.first
+        self.coarsest: float = step if before is None else max(step, before.coarsest)
         self.tensor, self.shape, self.dtype, self.device = tensor, tensor.shape, tensor.dtype, tensor.device
         self.pointer = tensor.data_ptr()
         self.storage = StorageWeakRef(tensor.untyped_storage())  # memory that is used again is not taken for the same
@@ -58,15 +48,15 @@ class _Seen:
 class Identity:
     """Remembers what a model was when a selection was made from it, and finds what has changed.
 
-    While the taps are paused, the model may differ. ``shapes`` has the shapes of the eligible tensors at the time.
+    Torch lets a model be changed under a selection: a layer is replaced, an embedding resized, weights are converted or loaded.
+    Each forward, optimizer step and delta looks again. Changes that a selection can follow are followed (another dtype or
+    device, other memory with the same values); all others are refused before anything is trained. While the taps are paused,
+    the model may differ.
     """
 
-    def __init__(
-        self, model: nn.Module, ledger: Ledger, dense: Sequence[DenseTensor], taps: TapSet, ties: Ties
-    ) -> None:
-        self._model, self._ledger, self._taps, self._ties = model, ledger, taps, ties
+    def __init__(self, model: nn.Module, ledger: Ledger, dense: Sequence[DenseTensor], taps: TapSet) -> None:
+        self._model, self._ledger, self._taps = model, ledger, taps
         layout, named = ledger.layout, named_parameters(model)
-        self.shapes = [list(tensor.shape) for tensor in layout.tensors]
         own = [] if isinstance(layout, ShardedLayout) else list(zip(layout.names, layout.tensors, strict=True))
         own += [(d.name, d.parameter) for d in dense]
         self._own = {id(t): name for name, t in own if isinstance(t, nn.Parameter)}
@@ -78,7 +68,7 @@ class Identity:
         with torch._C.DisableTorchFunctionSubclass():
             self._seen = {i: _Seen(t) for i, t in enumerate(layout.tensors) if has_memory(t) and id(t) in self._own}
             self._dense = [(d, _Seen(d.parameter)) for d in dense]
-        self._remember_versions()
+        self.renew()
         self._started = self._in_peft = self._released = False
         self._hook: RemovableHandle | None = None
 
@@ -99,11 +89,10 @@ class Identity:
         self._look_around()
 
     def release(self) -> None:
-        """Ends all checks, and puts the ties back."""
+        """Ends all checks."""
         self._released = True
         if self._hook is not None:
             self._hook.remove()
-        self._ties.undo()
 
     def check(self, places: bool = True) -> None:
         """Checks that all is as it was, and follows the changes that a selection can follow.
@@ -129,11 +118,7 @@ class Identity:
         self._taps.checked = True
 
     def check_structure(self) -> None:
-        """Checks places and shapes alone, before values are set.
-
-        Raises:
-            SelectionError: A tensor was replaced or has another shape.
-        """
+        """Raises a `SelectionError` if a tensor was replaced or has another shape, before values are set."""
         with torch._C.DisableTorchFunctionSubclass():
             self._check_places()
             for index, seen in self._seen.items():
@@ -142,11 +127,7 @@ class Identity:
             self.check_dense()
 
     def check_result(self) -> None:
-        """Checks everything, with the values of all selected weights, before a delta is read off the model.
-
-        Raises:
-            SelectionError: What the model holds is not what was trained.
-        """
+        """Raises a `SelectionError` if the model does not hold what was trained, before a delta is read off it."""
         self.check()
         names = {*named_parameters(self._model), *persistent_buffers(self._model)}
         if names != self._names:
@@ -160,11 +141,7 @@ class Identity:
                 self._check_values(index)
 
     def check_dense(self) -> None:
-        """Checks the tensors that are trained whole, which a state holds.
-
-        Raises:
-            SelectionError: One was resized, or converted without a master that keeps its values.
-        """
+        """Raises a `SelectionError` if a tensor trained whole was resized, or converted and has no master with its values."""
         with torch._C.DisableTorchFunctionSubclass():
             for dense, seen in self._dense:
                 parameter = dense.parameter
@@ -182,7 +159,8 @@ class Identity:
         """Takes the model as it is now for right, after a state was loaded."""
         with torch._C.DisableTorchFunctionSubclass():
             self._seen = {index: _Seen(seen.tensor, seen) for index, seen in self._seen.items()}
-        self._remember_versions()
+            for index, seen in self._seen.items():
+                self._ledger.layout.versions[index] = seen.tensor._version
 
     # What is where.
 
@@ -277,12 +255,6 @@ class Identity:
         expected = torch.where(entries.slots < ledger.used, trained, base).to(tensor.device, tensor.dtype)
         if not torch.equal(take(tensor, entries.flat), expected):
             raise _overwritten(layout.names[index])
-
-    def _remember_versions(self) -> None:
-        layout = self._ledger.layout
-        with torch._C.DisableTorchFunctionSubclass():
-            for index, seen in self._seen.items():
-                layout.versions[index] = seen.tensor._version
 
 
 def _resized(name: str, seen: _Seen) -> SelectionError:

@@ -22,9 +22,8 @@ _FUSED = ("cpu", "cuda")  # The devices whose fused kernel is used.
 # A prefix of slots is a multiple of it: the fused kernel rounds a shorter tail differently from its vectors.
 _LINE = 64
 _CHUNK = 1 << 15  # The entries per thread on a CPU; 7 rows of them stay in its cache.
-_CHUNK_DEVICE = (
-    1 << 22
-)  # The entries on other devices: few kernel launches, and scratch that is small next to the model.
+# The entries on other devices: few kernel launches, and scratch that is small next to the model.
+_CHUNK_DEVICE = 1 << 22
 
 
 class SelectiveAdamW(Optimizer):
@@ -176,12 +175,12 @@ class SelectiveAdamW(Optimizer):
 
 def _step_alike(chosen: list[tuple[Tensor, dict[str, Tensor]]], group: Mapping[str, Any]) -> None:
     """Runs torch's AdamW on parameters with their states; of a selection's ``values``, on the slots in use."""
-    b1, b2 = group["betas"]
+    settings = {"beta1": group["betas"][0], "beta2": group["betas"][1]}
+    settings |= {name: group[name] for name in ("lr", "weight_decay", "eps")}
     for fused in (True, False):
         rows = []
         for p, state in chosen:
-            if p.grad is None:
-                raise AssertionError("only a parameter with a gradient makes a step")
+            assert p.grad is not None, "only a parameter with a gradient makes a step"
             # The fused kernel ignores strides, so the memory must be contiguous.
             alike = p.is_contiguous() and p.grad.is_contiguous() and p.grad.dtype == p.dtype
             if (alike and p.device.type in _FUSED) == fused:
@@ -192,30 +191,17 @@ def _step_alike(chosen: list[tuple[Tensor, dict[str, Tensor]]], group: Mapping[s
         if not rows:
             continue
         params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*rows, strict=True))
-        adamw(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            [],
-            steps,
-            fused=fused,
-            foreach=False if fused else None,
-            amsgrad=False,
-            beta1=b1,
-            beta2=b2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        adamw(params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=fused, amsgrad=False, maximize=False, **settings)
 
 
 def _step_slots(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
-    """Steps the slots in use by their ages, chunk by chunk, so that each row is read and written once."""
-    if p.grad is None:
-        raise AssertionError("only a parameter with a gradient makes a step")
-    in_use = slots_in_use(p)
+    """Steps the slots in use by their ages, chunk by chunk, so that each row is read and written once.
+
+    The bias corrections are computed as 1 - b^age = -expm1(age ln b), which is exact even if b^age is near 1.
+    """
+    assert p.grad is not None, "only a parameter with a gradient makes a step"
+    (b1, b2), lr, in_use = group["betas"], group["lr"], slots_in_use(p)
+    log_b1, log_b2 = (math.log(beta) if beta > 0 else -math.inf for beta in (b1, b2))
     used = p.numel() if in_use is None else in_use
     size = _CHUNK * torch.get_num_threads() if p.device.type == "cpu" else _CHUNK_DEVICE
     scratch = p.new_empty(2, min(used, size))
@@ -223,36 +209,15 @@ def _step_slots(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]
     rows = [p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"], state["age"]]
     for start in range(0, used, size):
         end = min(start + size, used)
-        chunk = [row[start:end] for row in rows]
-        _slot_adamw(*chunk, *scratch[:, : end - start], group)  # type: ignore[call-arg, arg-type]
-
-
-def _slot_adamw(
-    value: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    age: Tensor,
-    root: Tensor,
-    denominator: Tensor,
-    group: Mapping[str, Any],
-) -> None:
-    """Steps one chunk in place; all tensors are (n,), and ``root`` and ``denominator`` are scratch.
-
-    The bias corrections are computed as 1 - b^age = -expm1(age ln b), which is exact even if b^age is near 1.
-    """
-    (b1, b2), lr = group["betas"], group["lr"]
-    value.mul_(1 - lr * group["weight_decay"])
-    exp_avg.lerp_(grad, 1 - b1)
-    exp_avg_sq.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-    torch.mul(age, _log(b2), out=root).expm1_().neg_()  # 1 - b2^age
-    torch.div(exp_avg_sq, root, out=root).sqrt_().add_(group["eps"])
-    torch.mul(age, _log(b1), out=denominator).expm1_().mul_(root)  # (b1^age - 1) root: the minus sign of a descent
-    value.addcdiv_(exp_avg, denominator, value=lr)
-
-
-def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0 else -math.inf
+        value, grad, exp_avg, exp_avg_sq, age = (row[start:end] for row in rows)
+        root, denominator = scratch[:, : end - start]
+        value.mul_(1 - lr * group["weight_decay"])
+        exp_avg.lerp_(grad, 1 - b1)
+        exp_avg_sq.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+        torch.mul(age, log_b2, out=root).expm1_().neg_()  # 1 - b2^age
+        torch.div(exp_avg_sq, root, out=root).sqrt_().add_(group["eps"])
+        torch.mul(age, log_b1, out=denominator).expm1_().mul_(root)  # (b1^age - 1) root: the minus sign of a descent
+        value.addcdiv_(exp_avg, denominator, value=lr)
 
 
 def _named(p: Tensor) -> str:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from unmask.distributed.sharding import reshard
@@ -17,6 +17,7 @@ from unmask.gradients.writes import copy_in, copying_optimizer, same, stale_writ
 from unmask.methods.method import Method
 from unmask.ranking.ledger import Ledger
 from unmask.selection.dense import DenseTensor
+from unmask.selection.eligible import ModelFacts
 
 
 class OutsideWrites:
@@ -27,16 +28,10 @@ class OutsideWrites:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        ledger: Ledger,
-        dense: Sequence[DenseTensor],
-        taps: TapSet,
-        sharded: bool,
+        self, facts: ModelFacts, method: Method, ledger: Ledger, dense: Sequence[DenseTensor], taps: TapSet
     ) -> None:
-        self._model, self._method, self._ledger, self._dense = model, method, ledger, dense
-        self._taps, self._sharded = taps, sharded
+        self._model, self._sharded = facts.model, facts.sharded
+        self._method, self._ledger, self._dense, self._taps = method, ledger, dense, taps
         self._allowed = self.copied = False
         taps.writes, taps.take_in = ledger.writes, self.take_in
 
@@ -61,18 +56,14 @@ class OutsideWrites:
             self._allowed = False
 
     def catch_up(self) -> None:
-        """Brings new writes into ``values``, and into the masters of dense tensors, to the model.
-
-        Raises:
-            SelectionError: Gradients pick the weights, and the write was not made under `writing`.
-        """
+        """Brings new writes into ``values``, and into the masters of dense tensors, to the model; see `take_in`."""
         self._taps.catch_up()
         for tensor in self._dense:
             tensor.catch_up()
 
     @torch.no_grad()
     def take_in(self) -> None:
-        """Writes new ``values`` into the tensors, or refuses them."""
+        """Writes new ``values`` into the tensors, or raises a `SelectionError` if they may be those of a stale copy."""
         if self.known or self._allowed or self.copied:
             if self._sharded:
                 reshard(self._model)
@@ -100,11 +91,7 @@ class OutsideWrites:
 
     @torch.no_grad()
     def refuse_uncounted(self) -> None:
-        """Refuses writes that torch's version counters do not show, before anything is saved.
-
-        Raises:
-            SelectionError: ``values`` and the model's tensors hold different numbers.
-        """
+        """Raises a `SelectionError` for writes that torch's version counters do not show, before anything is saved."""
         if self._sharded:
             return  # to compare shards is a call of all processes together
         name = self.differing()
@@ -122,12 +109,9 @@ class OutsideWrites:
             self._taps.catch_up()
 
     def refuse_copies(self, optimizer: Optimizer, before: Tensor | None, used: int) -> None:
-        """Refuses an optimizer that has stepped and keeps a copy of slots whose weights are not known yet.
+        """Raises a `SelectionError` if an optimizer, which has stepped, keeps a copy of slots whose weights are not known yet.
 
         The step has trained the first ``used`` slots; ``before`` is (slots,) what ``values`` held when it began, if known.
-
-        Raises:
-            SelectionError: It keeps such a copy, and the method unmasks weights later on.
         """
         ledger = self._ledger
         name = None if self.known else copy_in(optimizer, ledger.values, before, used)

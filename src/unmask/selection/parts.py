@@ -8,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from unmask.distributed.reducer import ProcessReducer
 from unmask.gradients.taps import TapSet
+from unmask.methods.method import Method
 from unmask.ranking.ledger import Ledger
 from unmask.selection.dense import DenseGradients, DenseTensor
 from unmask.selection.eligible import ModelFacts
@@ -20,6 +21,7 @@ from unmask.selection.window import Window
 class Parts:
     """The finished parts of a selection, as `unmask.select` makes them."""
 
+    method: Method
     facts: ModelFacts
     ledger: Ledger
     dense: list[DenseTensor]

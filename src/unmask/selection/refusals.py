@@ -40,17 +40,27 @@ class Options:
 
 
 def refuse(method: Method, facts: ModelFacts, options: Options) -> None:
-    """Refuses a selection that cannot work, before anything is changed.
-
-    Raises:
-        MethodError: With what to do instead.
-    """
+    """Raises a `MethodError` for a selection that cannot work, before anything is changed."""
     refuse_renormalized(facts.model, facts.dense)
     if facts.sharded:
         _refuse_sharded(method, facts, options)
     refuse_overlaps(facts.model, facts.trained)
     method.schedule.check(facts.budget)
-    _refuse_quantised(method, facts)
+    budgeted = sorted(facts.quantised & set(facts.trained))
+    if method.whole and budgeted:
+        raise MethodError(f"{budgeted[0]!r} is quantised and cannot be trained whole; leave it out with exclude=.")
+    if method.heuristic.needs == "calibration" and budgeted:
+        raise MethodError(
+            f"{budgeted[0]!r} is quantised, and the calibration of {method.heuristic.name!r} would take one float per weight of "
+            "it; leave it out with exclude=, or take another method, such as unmask.static_d3."
+        )
+    # Without quantised weights, the checkpoint need not be read for what it lacks.
+    fresh = sorted(facts.quantised & facts.absent) if facts.quantised else []
+    if fresh:
+        raise MethodError(
+            f"{fresh[0]!r} is quantised but not in the base checkpoint, and a delta cannot carry quantised weights; keep new "
+            "layers out of the quantisation (transformers: llm_int8_skip_modules=[...] or modules_to_not_convert=[...])."
+        )
     base = sorted(set(facts.eligible) - facts.new()) if method.unselected == "zero" else []
     if base:
         raise MethodError(
@@ -61,11 +71,7 @@ def refuse(method: Method, facts: ModelFacts, options: Options) -> None:
 
 
 def check_exchange(exchange: str, method: Method) -> None:
-    """Refuses an exchange that is not known, or that does not go with the method.
-
-    Raises:
-        MethodError: It is one of these.
-    """
+    """Raises a `MethodError` for an exchange that is not known, or that does not go with the method."""
     check_word("exchange", exchange, Exchange)
     heuristic = method.heuristic
     ranks = heuristic.needs == "gradient" or method.strategy == "repeat"
@@ -77,12 +83,9 @@ def check_exchange(exchange: str, method: Method) -> None:
 
 
 def refuse_renormalized(model: nn.Module, dense: Iterable[str]) -> None:
-    """Refuses embeddings with ``max_norm``: every forward rewrites rows of them, selected or not.
+    """Raises a `MethodError` for an embedding with ``max_norm``: every forward rewrites rows of it, selected or not.
 
     To tensors that are trained, and stored, whole (``dense``), ``max_norm`` does no harm.
-
-    Raises:
-        MethodError: There is such an embedding.
     """
     parameters = named_parameters(model)
     whole = {id(parameters[name]) for name in dense}
@@ -96,11 +99,7 @@ def refuse_renormalized(model: nn.Module, dense: Iterable[str]) -> None:
 
 
 def refuse_dead_lora(model: nn.Module, trained: Set[str]) -> None:
-    """Refuses a fixed selection that trains nothing but A of LoRAs whose B is zero: no gradient ever reaches A.
-
-    Raises:
-        MethodError: It is such a selection.
-    """
+    """Raises a `MethodError` for a fixed selection of A alone in LoRAs whose B is zero: no gradient ever reaches A."""
     names = {id(p): name for name, p in named_parameters(model).items()}
     dead = set()
     for module in model.modules():
@@ -144,24 +143,4 @@ def _refuse_sharded(method: Method, facts: ModelFacts, options: Options) -> None
         raise MethodError(
             f"heuristic {heuristic.name!r} under allocation {method.allocation!r} needs whole tensors, which no process of a "
             "sharded model holds; use an elementwise heuristic without calibration, and allocation='global'."
-        )
-
-
-def _refuse_quantised(method: Method, facts: ModelFacts) -> None:
-    """Refuses what needs a quantised matrix whole: to train it so, to calibrate on it, or to store it."""
-    if not facts.quantised:
-        return
-    budgeted = sorted(facts.quantised & set(facts.trained))
-    if method.whole and budgeted:
-        raise MethodError(f"{budgeted[0]!r} is quantised and cannot be trained whole; leave it out with exclude=.")
-    if method.heuristic.needs == "calibration" and budgeted:
-        raise MethodError(
-            f"{budgeted[0]!r} is quantised, and the calibration of {method.heuristic.name!r} would take one float per weight of "
-            "it; leave it out with exclude=, or take another method, such as unmask.static_d3."
-        )
-    fresh = sorted(facts.quantised & facts.absent)
-    if fresh:
-        raise MethodError(
-            f"{fresh[0]!r} is quantised but not in the base checkpoint, and a delta cannot carry quantised weights; keep new "
-            "layers out of the quantisation (transformers: llm_int8_skip_modules=[...] or modules_to_not_convert=[...])."
         )

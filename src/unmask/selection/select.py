@@ -12,7 +12,7 @@ from unmask.calibration.estimates import estimates
 from unmask.delta.live import has_selection
 from unmask.distributed.facts import facts_of_method
 from unmask.distributed.reducer import ProcessReducer, refused_by_all
-from unmask.distributed.sharding import catch_up_before_gather
+from unmask.distributed.sharding import ShardedLayout, catch_up_before_gather
 from unmask.errors import MethodError
 from unmask.gradients.linear import handlers
 from unmask.gradients.taps import TapSet
@@ -21,7 +21,7 @@ from unmask.gradients.wrappers import bare, named_parameters, refuse_wrappers
 from unmask.methods.method import Accumulation, ClipScope, Exchange, Gradients, Method
 from unmask.methods.scopes import Patterns
 from unmask.quantised.layers import reach_biases, settle, weights
-from unmask.ranking.ledger import Ledger
+from unmask.ranking.ledger import Layout, Ledger
 from unmask.ranking.ranker import Ranker
 from unmask.selection.dense import DenseGradients, DenseTensor, catch_up_before_forward
 from unmask.selection.eligible import ModelFacts, facts_of
@@ -30,7 +30,7 @@ from unmask.selection.outside import OutsideWrites
 from unmask.selection.parts import Parts
 from unmask.selection.refusals import Options, check_exchange, refuse, refuse_dead_lora
 from unmask.selection.selection import Selection
-from unmask.selection.storage import Ties, refuse_absent
+from unmask.selection.storage import refuse_absent, tied
 from unmask.selection.window import Window
 
 if TYPE_CHECKING:
@@ -121,13 +121,13 @@ def select(
     check_exchange(exchange, method)
     refuse_absent(model)
     reducer = ProcessReducer(model, exchange, group)
-    with Ties(model) as ties:  # a tensor of several names is one tensor from here on
+    with tied(model) as untie:  # a tensor of several names is one tensor from here on
         reducer.share_weights(model)
         facts = facts_of(model, method, include, exclude, dense, new, reducer.sharded is not None)
         refuse(method, facts, options)
         ledger = _start_ledger(facts, method, reducer, values)
-        parts = _tap(facts, method, ledger, options, reducer, ties)
-        selection = Selection(method, parts, clip_scope)
+        parts = _tap(facts, method, ledger, options, reducer)
+        selection = Selection(parts, clip_scope, untie)
         selection.start()
         return selection
 
@@ -137,7 +137,12 @@ def _start_ledger(facts: ModelFacts, method: Method, reducer: ProcessReducer, va
 
     The model is not frozen yet: a calibration wants it as it was.
     """
-    layout = reducer.layout(facts.model, weights(facts.model), facts.eligible)
+    layout: Layout
+    if reducer.sharded is not None and facts.eligible:
+        layout = ShardedLayout(facts.model, facts.eligible, reducer.sharded)
+    else:
+        tensors = weights(facts.model)
+        layout = Layout(facts.eligible, [tensors[name] for name in facts.eligible])
     slots = facts.budget if facts.eligible else 0
     kept = method.leaving == "kept"
     double = any(tensor.dtype == torch.float64 for tensor in layout.tensors)
@@ -174,23 +179,18 @@ def known_positions(method: Method, ledger: Ledger, scores: dict[int, Tensor] | 
     return ranker.result().positions
 
 
-def _tap(
-    facts: ModelFacts, method: Method, ledger: Ledger, options: Options, reducer: ProcessReducer, ties: Ties
-) -> Parts:
-    """Freezes the model, taps the eligible tensors and puts hooks on the model."""
+def _tap(facts: ModelFacts, method: Method, ledger: Ledger, options: Options, reducer: ProcessReducer) -> Parts:
+    """Freezes the model, taps the eligible tensors, puts hooks on the model and tells other processes what they must share."""
     model, parameters = facts.model, named_parameters(facts.model)
     model.requires_grad_(False)
     dense = [DenseTensor(name, parameters[name]) for name in facts.dense]
-    _expect(facts, method, ledger, dense, options, reducer)
     dense_gradients = DenseGradients(dense, reducer)
-    measured = options.clip_scope == "all"
-    gradients = "dense" if measured else options.gradients
-    window = Window(ledger, method, options.accumulation, gradients != "dense", reducer, measured)
+    window = Window(ledger, method, options, reducer)
     training = weakref.ref(model)
     taps = TapSet(ledger.layout.tensors, window, lambda: bool((m := training()) and m.training))
-    outside = OutsideWrites(model, method, ledger, dense, taps, facts.sharded)
-    if gradients != "dense":
-        taps.handlers = handlers(dense=gradients == "auto")
+    outside = OutsideWrites(facts, method, ledger, dense, taps)
+    if window.sampled:
+        taps.handlers = handlers(dense=options.gradients == "auto")
     settle(model, ledger.layout.tensors)
     hooks = list(reach_biases(model))
     if facts.eligible:
@@ -198,32 +198,8 @@ def _tap(
     hooks += catch_up_before_forward(model, dense)
     if facts.sharded:
         hooks += catch_up_before_gather(model, taps.catch_up)
-    identity = Identity(model, ledger, dense, taps, ties)
-    return Parts(facts, ledger, dense, reducer, dense_gradients, window, taps, identity, outside, hooks)
-
-
-def _expect(
-    facts: ModelFacts,
-    method: Method,
-    ledger: Ledger,
-    dense: list[DenseTensor],
-    options: Options,
-    reducer: ProcessReducer,
-) -> None:
-    """Tells the reducer what must be the same in all processes that train together."""
-    layout = ledger.layout
-    budget = sum(d.parameter.numel() for d in dense) if method.whole else ledger.budget
-    described = facts_of_method(method, ledger.budget) | {"budget": budget, "accumulation": options.accumulation}
-    described |= {"the eligible tensors": layout.names, "the tensors trained whole": facts.dense}
-
-    def start() -> dict[str, Tensor]:
-        tensors = {} if facts.sharded else {name: layout.plain(index) for index, name in enumerate(layout.names)}
-        tensors |= {d.name: d.parameter.detach() for d in dense}
-        return tensors | {"the order of unmasking": ledger.positions}
-
-    def progress() -> tuple[int, list[Tensor]]:
-        turn = ledger.step % max(1, len(dense))  # of the dense tensors, another one at each step
-        trained = (ledger.values[: ledger.used], *(d.master for d in dense[turn : turn + 1]))
-        return ledger.step, [tensor.detach() for tensor in trained]
-
-    reducer.expect(described, start, progress, ledger.values)
+    identity = Identity(model, ledger, dense, taps)
+    same = facts_of_method(method, ledger.budget) | {"budget": facts.budget, "accumulation": options.accumulation}
+    same |= {"the eligible tensors": facts.eligible, "the tensors trained whole": facts.dense}
+    reducer.expect(same, ledger, {d.name: d.master for d in dense})
+    return Parts(method, facts, ledger, dense, reducer, dense_gradients, window, taps, identity, outside, hooks)

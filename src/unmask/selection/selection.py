@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from unmask.gradients.factors import total_norm
 from unmask.gradients.tapped import owner_of
 from unmask.gradients.unreached import unwatch_forwards
 from unmask.gradients.wrappers import named_parameters
-from unmask.methods.method import ClipScope, Method
+from unmask.methods.method import ClipScope
 from unmask.quantised.layers import settle, stored_in, weights
 from unmask.selection.parts import Parts
 from unmask.selection.state import StateKeeper
@@ -49,16 +49,15 @@ class Selection:
         clip_scope: The norm by which `unmask.clip_grad_norm_` clips.
     """
 
-    def __init__(self, method: Method, parts: Parts, clip_scope: ClipScope) -> None:
-        facts, ledger = parts.facts, parts.ledger
-        self.model, self.method, self.ledger, self.values = facts.model, method, ledger, ledger.values
+    def __init__(self, parts: Parts, clip_scope: ClipScope, untie: Callable[[], None]) -> None:
+        self.model, self.method, self.budget = parts.facts.model, parts.method, parts.facts.budget
+        self.ledger, self.values = parts.ledger, parts.ledger.values
         self.dense, self.clip_scope = parts.dense, clip_scope
-        self.budget = sum(d.parameter.numel() for d in parts.dense) if method.whole else ledger.budget
         self._parts, self._window, self._taps = parts, parts.window, parts.taps
         self._identity, self._outside, self._reducer = parts.identity, parts.outside, parts.reducer
-        self._states = StateKeeper(facts, method, ledger, parts.dense, parts.identity.shapes, self.budget)
-        self._steps = Steps(method, parts, self.check_model, self.owns)
-        self._released = False
+        self._states = StateKeeper(parts)
+        self._steps = Steps(parts, self.check_model, self.owns)
+        self._untie, self._released = untie, False
 
     def start(self) -> None:
         """Plans the first step, and serves optimizers and forwards from now on. `unmask.select` calls this last.
@@ -103,9 +102,9 @@ class Selection:
         """Returns what an optimizer trains: ``values``, then the dense tensors (their float32 masters, if they are half)."""
         return self._steps.parameters()
 
-    def clock(self) -> Tensor:
+    def pacing_parameter(self) -> Tensor:
         """Returns the first trained parameter. Each step of an optimizer that holds it advances the schedule by one."""
-        return self._steps.clock()
+        return self._steps.pacing_parameter()
 
     @property
     def indices(self) -> dict[str, Tensor]:
@@ -195,8 +194,11 @@ class Selection:
         unfinished accumulation are not part of it.
         """
         self._alive("state_dict")
-        if self._follows():
-            self._outside.refuse_uncounted()
+        # A model that is no longer what was selected from is left alone: ``values`` still hold what was trained.
+        if _passes(self._identity.check_structure):
+            self.catch_up()
+            if _passes(self._identity.check):
+                self._outside.refuse_uncounted()
         self._identity.check_dense()
         return self._states.save() | ({"copied": True} if self._outside.copied else {})
 
@@ -232,8 +234,7 @@ class Selection:
                 parameter.grad.mul_(factor.to(parameter.grad))
         return norm
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> AbstractContextManager[None]:
         """Says that a write into ``values`` inside the block puts back no copy from before some weight was unmasked.
 
         Where the order of unmasking is known from the start (`unmask.pafi`, `unmask.random_mask`, `unmask.fish`), writes need no
@@ -256,8 +257,7 @@ class Selection:
             3
         """
         self._alive("writing")
-        with self._outside.writing():
-            yield
+        return self._outside.writing()
 
     @torch.no_grad()
     def weights_of(self, model: nn.Module) -> Tensor:
@@ -359,6 +359,7 @@ class Selection:
         for name, parameter in named_parameters(self.model).items():
             parameter.requires_grad_(self._parts.facts.flags.get(name, parameter.requires_grad))
         self._identity.release()
+        self._untie()
         self._released = True
 
     def __repr__(self) -> str:
@@ -366,22 +367,15 @@ class Selection:
         of = f"of {self.budget:,}" if self.ledger.picked is None else f"at {self.budget:,} a step"
         return f"Selection({self.method.name}, used={self.used:,} {of}, step={self.step}{dense})"
 
-    def _follows(self) -> bool:
-        """Returns True if the model still is what was selected from, with new writes into ``values`` taken in.
-
-        If it is not, ``values`` still hold what was trained, so that a state can be saved.
-        """
-        try:
-            self._identity.check_structure()
-        except SelectionError:
-            return False
-        self.catch_up()
-        try:
-            self._identity.check()
-        except SelectionError:
-            return False
-        return True
-
     def _alive(self, what: str) -> None:
         if self._released:
             raise SelectionError(f"{what}() after release(): this selection has ended; call it before.")
+
+
+def _passes(check: Callable[[], None]) -> bool:
+    """Returns False if the check raises a `SelectionError`."""
+    try:
+        check()
+    except SelectionError:
+        return False
+    return True

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +18,30 @@ from unmask.errors import SelectionError
 from unmask.files import checksum, read_tensors, write_tensors
 from unmask.gradients.entries import take
 from unmask.gradients.wrappers import persistent_buffers
-from unmask.methods.method import Method
-from unmask.ranking.ledger import Ledger, Slots
+from unmask.ranking.ledger import Slots
 from unmask.reading import Malformed, count, fields, items, mapping, plain, refusing, text
-from unmask.selection.dense import DenseTensor
-from unmask.selection.eligible import ModelFacts
+from unmask.selection.parts import Parts
 
 VERSION = 1
+_cut = partial(textwrap.shorten, width=120, placeholder="...")
 
 
 class StateKeeper:
     """Saves the state of one selection, and restores it."""
 
-    def __init__(
-        self,
-        facts: ModelFacts,
-        method: Method,
-        ledger: Ledger,
-        dense: Sequence[DenseTensor],
-        shapes: list[list[int]],
-        budget: int,
-    ) -> None:
-        self._facts, self._method, self._ledger, self._dense = facts, method, ledger, dense
-        self._budget = budget
+    def __init__(self, parts: Parts) -> None:
+        self._facts, self._method, self._ledger, self._dense = parts.facts, parts.method, parts.ledger, parts.dense
         self._identity = {  # what must agree before a state can be loaded
             "version": VERSION,
-            "method": method.describe(),
-            "budget": budget,
-            "names": list(ledger.layout.names),
-            "shapes": shapes,
+            "method": parts.method.describe(),
+            "budget": parts.facts.budget,
+            "names": list(parts.ledger.layout.names),
+            "shapes": [list(tensor.shape) for tensor in parts.ledger.layout.tensors],
         }
 
     def save(self) -> dict[str, Any]:
         """Returns the state; see `unmask.Selection.state_dict`."""
-        whole = {"used": self._budget} if self._method.whole else {}
+        whole = {"used": self._facts.budget} if self._method.whole else {}
         buffers, before = persistent_buffers(self._facts.model), self._facts.buffers
         return {
             **copy.deepcopy(self._identity),
@@ -90,21 +82,30 @@ class StateKeeper:
             given = sorted(state[key]) if key == "dense" else state[key]
             if given != own:
                 raise SelectionError(
-                    f"the saved selection has another {key}: {_short(given)} where this one has {_short(own)}. Build the same "
-                    "selection (same model, method and patterns) before load_state_dict."
+                    f"the saved selection has another {key}: {_cut(repr(given))} where this one has {_cut(repr(own))}. Build the "
+                    "same selection (same model, method and patterns) before load_state_dict."
                 )
         device, dtype, room = ledger.values.device, ledger.values.dtype, ledger.values.numel()
-        used, most = state["used"], self._budget if self._method.whole else room
+        used, most = state["used"], self._facts.budget if self._method.whole else room
         if used > most or (self._method.whole and used != most):
             raise Malformed(f"used = {used:,} must be a count of slots in use, of {most:,}")
         length = used if kept else room
         values, base = (_tensor(state[key], key, (length,), dtype, device, finite=True) for key in ("values", "base"))
         positions = _tensor(state["positions"], "positions", (length,), torch.int64, device)
         slots = 0 if self._method.whole else used
-        _check_positions(positions, slots, ledger.layout.total, filled=kept or ledger.ordered)
+        filled = positions if kept or ledger.ordered else positions[:slots]
+        _check_distinct(filled, "positions", ledger.layout.total)
+        if (positions[filled.numel() :] != -1).any():
+            raise Malformed(f"positions must be -1 behind the {slots:,} slots in use")
         if values[slots:].any():
             raise Malformed(f"values holds weights behind its {slots:,} slots in use")
-        picked = _checked_picked(state["picked"], self._budget, used, device) if kept else None
+        picked = None
+        if kept:
+            size = state["picked"].numel() if isinstance(state["picked"], Tensor) else 0
+            picked = _tensor(state["picked"], "picked", (size,), torch.int64, device)
+            if size > self._facts.budget:
+                raise Malformed(f"picked must hold at most {self._facts.budget:,} slots")
+            _check_distinct(picked, "picked", used)
         masters = {tensor.name: tensor.master for tensor in self._dense}
         dense = {
             n: _tensor(state["dense"][n], f"dense.{n}", m.shape, m.dtype, m.device, True) for n, m in masters.items()
@@ -150,33 +151,12 @@ def _tensor(
     return value.detach().to(device)
 
 
-def _check_positions(positions: Tensor, used: int, total: int, filled: bool) -> None:
-    """Refuses positions that are no weights, or that occur twice. Slots after those in use are empty unless all are filled."""
-    held = positions if filled else positions[:used]
-    if held.numel() and (int(held.min()) < 0 or int(held.max()) >= total):
-        raise Malformed(
-            f"positions must lie in 0..{total - 1} in the slots in use, of which there are {held.numel():,}"
-        )
-    if held.unique().numel() < held.numel():
-        raise Malformed("positions holds a weight twice")
-    if (positions[held.numel() :] != -1).any():
-        raise Malformed(f"positions must be -1 behind the {used:,} slots in use")
-
-
-def _checked_picked(value: Any, budget: int, used: int, device: torch.device) -> Tensor:
-    """Returns the slots that the last step picked."""
-    size = value.numel() if isinstance(value, Tensor) else 0
-    picked = _tensor(value, "picked", (size,), torch.int64, device)
-    if size > budget or picked.unique().numel() < size:
-        raise Malformed(f"picked must hold at most {budget:,} slots, each once")
-    if size and (int(picked.min()) < 0 or int(picked.max()) >= used):
-        raise Malformed(f"picked must hold slots in use, of which there are {used:,}")
-    return picked
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+def _check_distinct(numbers: Tensor, where: str, end: int) -> None:
+    """Refuses whole numbers that are negative, not below ``end``, or there twice."""
+    if numbers.numel() and (int(numbers.min()) < 0 or int(numbers.max()) >= end):
+        raise Malformed(f"{where} must hold whole numbers below {end:,} in its {numbers.numel():,} entries in use")
+    if numbers.unique().numel() < numbers.numel():
+        raise Malformed(f"{where} holds a number twice")
 
 
 _GROUPS = ("dense", "buffers")  # mappings of tensors inside the state

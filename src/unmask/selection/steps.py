@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unmask.errors import ScheduleNotRunError, UnmaskWarning
-from unmask.methods.method import Method
+from unmask.errors import NonFiniteGradientError, ScheduleNotRunError, SelectionError, UnmaskWarning
 from unmask.ranking.plan import Plan
 from unmask.selection.parts import Parts
-from unmask.selection.stepping import Steppable, clear_state
+from unmask.selection.stepping import Steppable
 
 
 class Steps(Steppable):
     """Plans each optimizer step and makes it final; the optimizer's hooks call it (`unmask.selection.stepping`)."""
 
-    def __init__(self, method: Method, parts: Parts, check: Callable[[], None], owns: Callable[[Tensor], bool]) -> None:
+    def __init__(self, parts: Parts, check: Callable[[], None], owns: Callable[[Tensor], bool]) -> None:
         self.model, self.values = parts.facts.model, parts.ledger.values
-        self._method, self._ledger, self._dense = method, parts.ledger, parts.dense
+        self._method, self._ledger, self._dense = parts.method, parts.ledger, parts.dense
         self._window, self._taps, self._outside, self._reducer = parts.window, parts.taps, parts.outside, parts.reducer
         self._check, self._owns = check, owns
         self._said_missing = False
+        # What ``values`` held before the first step, of a method that picks by gradient.
+        self._before: Tensor | None = None
+        # The step and the gradient that waited while an optimizer of dense tensors alone stepped.
+        self._passed_over: tuple[int, weakref.ref[Tensor]] | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns what an optimizer trains: ``values`` if it has slots, then the dense tensors or their masters."""
@@ -52,61 +57,48 @@ class Steps(Steppable):
     # The methods of `Steppable`, which says what they mean.
 
     @property
-    def step(self) -> int:
-        return self._ledger.step
-
-    @property
     def in_use(self) -> int:
         return self._window.due
 
-    @property
-    def copies_matter(self) -> bool:
-        """True before the first step of a method that picks by gradient."""
-        return self.step == 0 and not self._outside.known
-
-    def clock(self) -> Tensor:
-        return self.parameters()[0]
+    def pacing_parameter(self) -> Tensor:
+        return self.values if self._ledger.budget else self._dense[0].master
 
     def owns(self, parameter: Tensor) -> bool:
         return self._owns(parameter)
 
-    def trains_outside_budget(self, held: Sequence[Tensor]) -> bool:
-        return bool(self._ledger.budget) and any(d.master is p for d in self._dense for p in held)
-
-    def has_gradient(self) -> bool:
-        window = self._window
-        if window.plan.selecting and self._ledger.tentative is None and window.nonfinite is None:
-            return False
-        return any(p.grad is not None for p in ([self.values] if self._ledger.budget else self.parameters()))
-
-    def nonfinite(self) -> str | None:
-        if self._window.nonfinite:
-            return self._window.nonfinite
-        if self.values.grad is not None and not torch.isfinite(self.values.grad).all():
-            return "the gradient of the selected weights is not finite"
-        for tensor in self._dense:  # one cheap pass: a sum of finite float32 gradients does not overflow in practice
-            if tensor.master.grad is not None and not torch.isfinite(tensor.master.grad.sum()):
-                return f"the gradient of {tensor.name!r} is not finite"
-        return None
-
-    def check_model(self) -> None:
-        self._check()
-
     def check_writes(self) -> None:
         self._outside.refuse_stale()
 
-    def check_optimizer(self, optimizer: Optimizer, before: Tensor | None) -> None:
-        self._outside.refuse_copies(optimizer, before, self._window.due)
-
     def before_step(self, optimizer: Optimizer) -> None:
-        """Gives a slot that gets another weight fresh optimizer state."""
+        self._check()
+        if not self._has_gradient():
+            raise ScheduleNotRunError(
+                "optimizer.step() was called, but no gradient has reached the selection since the last step, so the schedule "
+                "cannot run. The order is: loss.backward(), optimizer.step(), optimizer.zero_grad(); the forward must run after "
+                "unmask.select(), in grad mode, through the model that was selected from (not a copy of it)."
+            )
+        if reason := self._nonfinite():
+            raise NonFiniteGradientError(
+                f"{reason}. This step changed nothing: lower the learning rate, clip the gradient, or look at this batch's loss."
+            )
+        taken = optimizer.state.get(self.pacing_parameter(), {}).get("step")
+        if taken is not None and int(taken) > self._ledger.step:
+            raise ScheduleNotRunError(
+                f"the optimizer's state has taken {int(taken)} steps of the selected weights, the selection {self._ledger.step}: "
+                "a checkpoint was loaded in part. Load the selection's state of the same checkpoint too "
+                "(selection.load_state_dict; in a Trainer: SelectiveCallback), or start with a new optimizer."
+            )
         self._reducer.stepping(optimizer)
         tentative = self._ledger.tentative
         if self._window.plan.exchanging and tentative is not None:
-            clear_state(optimizer.state.get(self.values, {}), self.values, tentative.slots)
+            _clear_state(optimizer.state.get(self.values, {}), self.values, tentative.slots)
+        first = self._ledger.step == 0 and not self._outside.known
+        self._before = self.values.detach().clone() if first else None
 
-    def after_step(self) -> None:
-        """Makes the step final in the ledger, and plans the next one."""
+    def after_step(self, optimizer: Optimizer, held: Sequence[Tensor]) -> None:
+        before, self._before = self._before, None
+        self._outside.refuse_copies(optimizer, before, self._window.due)
+        self._sync_dense(held)
         plan, tentative = self._window.plan, self._ledger.tentative
         if tentative is None and plan.selecting:
             raise ScheduleNotRunError(
@@ -132,8 +124,70 @@ class Steps(Steppable):
                 stacklevel=1,
             )
 
-    def sync_dense(self, held: Sequence[Tensor]) -> None:
+    def before_other_step(self, held: Sequence[Tensor]) -> None:
+        waiting, passed_over = self.values.grad, self._passed_over
+        if waiting is None or not self._has_gradient():
+            return
+        again = passed_over is not None and passed_over[0] == self._ledger.step and passed_over[1]() is waiting
+        if not held or (again and self._holds_dense(held)):
+            raise ScheduleNotRunError(
+                f"this optimizer holds {'the dense tensors alone' if held else 'no parameter'}, and the gradient of the selected "
+                "weights was used by none, so no weight is unmasked. Build it from the selection: "
+                "torch.optim.AdamW(selection.parameters(), lr=...), and hand it over: Trainer(..., optimizers=(optimizer, None))."
+            )
+
+    def after_other_step(self, held: Sequence[Tensor]) -> None:
+        self._sync_dense(held)
+        if self._holds_dense(held) and self.values.grad is not None:
+            self._passed_over = (self._ledger.step, weakref.ref(self.values.grad))
+
+    def _has_gradient(self) -> bool:
+        """Returns True if a backward has reached the selection since the last step."""
+        window = self._window
+        if window.plan.selecting and self._ledger.tentative is None and window.nonfinite is None:
+            return False
+        return any(p.grad is not None for p in ([self.values] if self._ledger.budget else self.parameters()))
+
+    def _nonfinite(self) -> str | None:
+        """Returns words for what is not finite among this step's gradients; None if all are finite."""
+        if self._window.nonfinite:
+            return self._window.nonfinite
+        if self.values.grad is not None and not torch.isfinite(self.values.grad).all():
+            return "the gradient of the selected weights is not finite"
+        for tensor in self._dense:  # one cheap pass: a sum of finite float32 gradients does not overflow in practice
+            if tensor.master.grad is not None and not torch.isfinite(tensor.master.grad.sum()):
+                return f"the gradient of {tensor.name!r} is not finite"
+        return None
+
+    def _holds_dense(self, held: Sequence[Tensor]) -> bool:
+        """Returns True if these parameters include dense tensors, which are trained next to ``values``."""
+        return bool(self._ledger.budget) and any(d.master is p for d in self._dense for p in held)
+
+    def _sync_dense(self, held: Sequence[Tensor]) -> None:
         """Rounds those dense tensors' masters into the model that an optimizer holds."""
         for tensor in self._dense:
             if any(tensor.master is p for p in held):
                 tensor.sync()
+
+
+def _clear_state(states: Mapping[str, Any], values: Tensor, slots: Tensor) -> None:
+    """Gives slots of ``values`` fresh optimizer state: zeros, in the code in which an 8-bit optimizer writes them.
+
+    Raises:
+        SelectionError: A state is quantized, and its code for 0 is not known.
+    """
+    for name, state in states.items():
+        if not isinstance(state, Tensor) or state.shape != values.shape:
+            continue
+        if state.is_floating_point():
+            state[slots] = 0
+            continue
+        codes = states.get(name.replace("state", "qmap"))  # bitsandbytes writes state1 in codes of qmap1, and so on
+        zeros = (codes == 0).nonzero().flatten().tolist() if isinstance(codes, Tensor) else []
+        if not name.startswith("state") or not zeros:
+            raise SelectionError(
+                "repeat-S gives a weight that enters the selection fresh optimizer state, but this optimizer's "
+                f"{name!r} is quantized in a code that is not known here; use one with float32 state, or a method that does "
+                "not exchange weights (id3, or repeat_d3 with leaving='kept')."
+            )
+        state[slots] = zeros[0]

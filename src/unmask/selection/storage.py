@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,7 @@ from unmask.quantised.layers import weights
 
 
 def refuse_absent(model: nn.Module) -> None:
-    """Refuses a model if one of its tensors holds no data here.
-
-    Raises:
-        MethodError: A parameter or buffer has no shape yet, is on the meta device, or was made in inference mode.
-    """
+    """Raises a `MethodError` if a tensor has no shape yet, is on the meta device, or was made in inference mode."""
     for name, tensor in (named_parameters(model) | persistent_buffers(model)).items():
         if is_lazy(tensor):
             raise MethodError(f"{name!r} has no shape yet (a lazy module); run one forward before unmask.select().")
@@ -38,50 +34,42 @@ def refuse_absent(model: nn.Module) -> None:
             )
 
 
-class Ties:
-    """Makes parameters that share one memory one parameter, until `undo`. An error inside ``with`` undoes it too.
+@contextlib.contextmanager
+def tied(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Makes parameters that share one memory one parameter, until the yielded function is called. An error undoes it too.
 
     Then autograd sums their gradients, and a budget counts them once. The first one, in the order of ``named_parameters()``,
-    stands for all.
+    stands for all; afterwards the others have its memory.
     """
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    first: dict[tuple, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            memory = None if parameter is None else memory_of(parameter)
+            if parameter is not None and memory is not None and first.setdefault(memory, parameter) is not parameter:
+                replaced.append((module, name, parameter))
+                setattr(module, name, first[memory])
 
-    def __init__(self, model: nn.Module) -> None:
-        self._replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-        first: dict[tuple, nn.Parameter] = {}
-        for module in model.modules():
-            for name, parameter in list(module._parameters.items()):
-                memory = None if parameter is None else memory_of(parameter)
-                if parameter is None or memory is None:
-                    continue
-                if first.setdefault(memory, parameter) is not parameter:
-                    self._replaced.append((module, name, parameter))
-                    setattr(module, name, first[memory])
-
-    def __enter__(self) -> Ties:
-        return self
-
-    def __exit__(self, kind: Any, *error: Any) -> None:
-        if kind is not None:
-            self.undo()
-
-    def undo(self) -> None:
-        """Puts the parameters back; they share the memory of the one that stood for them."""
-        for module, name, parameter in self._replaced:
+    def undo() -> None:
+        for module, name, parameter in replaced:
             standing = module._parameters.get(name)
             if standing is not None:
                 with torch._C.DisableTorchFunctionSubclass():
                     parameter.data = standing.detach()
                 setattr(module, name, parameter)
-        self._replaced.clear()
+        replaced.clear()
+
+    try:
+        yield undo
+    except BaseException:
+        undo()
+        raise
 
 
 def refuse_overlaps(model: nn.Module, trained: Iterable[str]) -> None:
-    """Refuses trained tensors whose entries share memory with other entries, of the same tensor or of another parameter.
+    """Raises a `MethodError` if entries of a trained tensor share memory with others, of the tensor or of another parameter.
 
     The model's ties are made one parameter already.
-
-    Raises:
-        MethodError: There is such a tensor; the error names it.
     """
     trained = set(trained)
     placed = {name: tensor for name, tensor in weights(model).items() if has_memory(tensor)}
@@ -92,16 +80,15 @@ def refuse_overlaps(model: nn.Module, trained: Iterable[str]) -> None:
                 "trained apart. Give it memory of its own first: parameter.data = parameter.data.clone()."
             )
     spans = sorted((_span(tensor), name) for name, tensor in placed.items())
-    cluster: list[str] = []
+    clusters: list[list[str]] = []
     end = 0
     for (low, high), name in spans:
-        if cluster and low < end:
-            cluster.append(name)
-        else:
-            _refuse_shared(cluster, placed, trained)
-            cluster = [name]
+        if low >= end:
+            clusters.append([])
+        clusters[-1].append(name)
         end = max(end, high)
-    _refuse_shared(cluster, placed, trained)
+    for cluster in clusters:
+        _refuse_shared(cluster, placed, trained)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -1,20 +1,4 @@
-"""Collects the gradients of the slots between two optimizer steps, and makes the tentative selection of the coming step.
-
-A selection made in a backward is tentative until the optimizer steps: a dropped batch, or a step that a GradScaler skips,
-consumes no budget. Under gradient accumulation the selection is one of two:
-
-- ``"candidates"``: the first micro-batch ranks all entries and keeps the first ``4 u_t``; their gradients are then summed
-  over all micro-batches, and the best u_t by the summed gradient are unmasked. With one micro-batch this is the exact
-  selection. The gradients of the unmasked weights are exact either way.
-- ``"exact"``: dense gradients are summed over the micro-batches of a selecting step (N numbers, as in full fine-tuning).
-
-Where repeat-S keeps the weights that leave (`unmask.Method.leaving`), ``values`` has a slot for every weight, and only the B
-picked weights have a gradient: at a step that selects it comes with the ranking, at the others from the entries of the last
-picks.
-
-Each of several processes has a window, and all windows hold the same: every micro-batch's gradient of the slots is averaged
-over the processes before ``values`` receives it, and the ranking uses the averaged gradient (`unmask.distributed.ranking`).
-"""
+"""Collects the gradients of the slots between two optimizer steps, and makes the tentative selection of the coming step."""
 
 from __future__ import annotations
 
@@ -26,11 +10,12 @@ from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at, total_norm
 from unmask.gradients.taps import in_pieces, stale
-from unmask.methods.method import Accumulation, Method
+from unmask.methods.method import Method
 from unmask.ranking.ledger import Ledger
 from unmask.ranking.plan import Plan
 from unmask.ranking.ranker import Ranker, Ranking
 from unmask.ranking.topk import Ranked, in_order
+from unmask.selection.refusals import Options
 
 OVERSAMPLE = 4  # candidates kept per entry to be unmasked
 
@@ -38,29 +23,37 @@ OVERSAMPLE = 4  # candidates kept per entry to be unmasked
 class Window:
     """The *window*, the time between two optimizer steps: it receives the gradients that the taps see in this time.
 
-    If it is ``sampled``, a step that does not select asks for the entries of its slots only; if it is ``measured``, every
-    step forms all gradients, for their norm.
+    A selection made in a backward is tentative until the optimizer steps: a dropped batch, or a step that a GradScaler skips,
+    consumes no budget. Under gradient accumulation the selection is one of two:
+
+    - ``"candidates"``: the first micro-batch ranks all entries and keeps the first ``4 u_t``; their gradients are then summed
+      over all micro-batches, and the best u_t by the summed gradient are unmasked. With one micro-batch this is the exact
+      selection. The gradients of the unmasked weights are exact either way.
+    - ``"exact"``: dense gradients are summed over the micro-batches of a selecting step (N numbers, as in full fine-tuning).
+
+    Each of several processes has a window, and all windows hold the same, since gradients are averaged before they are used.
 
     Attributes:
+        sampled: True if a step that does not select asks for the entries of its slots only.
+        measured: True if every step forms all gradients, for their norm.
         plan: What the coming step does.
         norm: The norm of all gradients so far, 0-d; None where it is not measured.
         nonfinite: Says what was not finite in a backward of this window; None if all was finite.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        method: Method,
-        accumulation: Accumulation,
-        sampled: bool,
-        reducer: ProcessReducer,
-        measured: bool,
-    ) -> None:
-        self.ledger, self.values, self.method, self.accumulation = ledger, ledger.values, method, accumulation
+    def __init__(self, ledger: Ledger, method: Method, options: Options, reducer: ProcessReducer) -> None:
+        self.ledger, self.values, self.method, self.accumulation = ledger, ledger.values, method, options.accumulation
         self.reducer = reducer
-        self.sampled, self.measured = sampled, measured
-        self.norm: Tensor | None = None
+        self.measured = options.clip_scope == "all"
+        self.sampled = options.gradients != "dense" and not self.measured
         self.plan = Plan(0, 0, 0, 0, repeat=False)
+        self._inside: dict[int, Entries] = {}  # the entries that this step trains: of a known order, or the last picks
+        self._open = torch.empty(0, dtype=torch.int64)  # slots that the newcomers may take
+        self._clear()
+
+    def _clear(self) -> None:
+        """Makes the window that of a step whose backwards have brought nothing yet."""
+        self.norm: Tensor | None = None
         self.nonfinite: str | None = None
         self._buffer: Tensor | None = None  # (B,) this backward's gradient of the slots
         self._earlier: Tensor | None = None  # (B,) that of earlier ones: a slot of repeat-S may change twice
@@ -68,11 +61,9 @@ class Window:
         self._ranker: Ranking | None = None
         self._candidates: Ranked | None = None
         self._by_tensor: dict[int, Entries] = {}  # of the candidates; an entry's slot is its place among them
-        self._inside: dict[int, Entries] = {}  # the entries that this step trains: of a known order, or the last picks
         self._dense: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
         self._offered: set[int] = set()
-        self._open = torch.empty(0, dtype=torch.int64)  # slots that the newcomers may take
 
     def start(self, plan: Plan) -> None:
         """Begins a new step's window."""
@@ -99,10 +90,10 @@ class Window:
         if self.plan.selecting or not self.sampled:
             return None
         active = self._active(index)
-        if active is None:
-            none = torch.empty(0, dtype=torch.int64, device=self.values.device)
-            return self.ledger.layout.at(index, none, none)
-        return active
+        if active is not None:
+            return active
+        none = torch.empty(0, dtype=torch.int64, device=self.values.device)
+        return self.ledger.layout.at(index, none, none)
 
     def factored(self, index: int) -> bool:
         """Returns True if the whole gradient may come as `Factors`."""
@@ -126,7 +117,7 @@ class Window:
         unused = self.measured and self.plan.active + self.plan.newcomers == 0  # no slot is in use: zeros say nothing
         fresh = gradient is None or not (unused or gradient.any())
         self.reducer.begin(self.plan, fresh)
-        if self.measured and self.reducer.several:
+        if self.measured and self.reducer.processes is not None:
             raise SelectionError(
                 "clip_scope='all' needs the norm of the mean gradient of all processes, which is not exchanged; use "
                 "clip_scope='selected', whose norm is the same in all of them."
@@ -211,12 +202,6 @@ class Window:
         self.ledger.withdraw()
         self._clear()
 
-    def _clear(self) -> None:
-        self.nonfinite = None
-        self._buffer = self._ranker = self._candidates = self._earlier = self._added = None
-        self._by_tensor, self._dense, self._offered = {}, {}, set()
-        self.norm, self._norms = None, {}
-
     def _add(self, entries: Entries, gradient: Tensor) -> None:
         """Adds a gradient at entries to that of their slots."""
         if self._buffer is not None:
@@ -247,11 +232,11 @@ class Window:
             if ranked.positions.numel():  # otherwise the next micro-batch is the first that ranks
                 self._candidates, self._by_tensor = ranked, dict(self.ledger.layout.entries(ranked.positions))
             return ranked.first(self.plan.newcomers)
-        candidates = self._candidates  # of a further micro-batch: the first one's, by their summed gradients
-        if candidates is None or self._added is None:
-            raise AssertionError("a further micro-batch has candidates")
-        self.reducer.mean(self._added)
-        candidates.payload.add_(self._added)
+        candidates, added = self._candidates, self._added  # those of the first micro-batch, by their summed gradients
+        assert candidates is not None, "a further micro-batch has candidates"
+        assert added is not None, "a further micro-batch has candidates"
+        self.reducer.mean(added)
+        candidates.payload.add_(added)
         if self.method.by_entry:  # otherwise a score needs whole tensors, and the first order stands
             heuristic = self.method.heuristic
             weights = self.ledger.layout.read(candidates.positions, self.ledger.base.dtype)
@@ -266,25 +251,37 @@ class Window:
                 ranker.rank_zero(index)
 
     def _settle(self, ranked: Ranked, buffer: Tensor) -> None:
-        """Proposes the best weights for slots, and gives these their gradient."""
+        """Proposes the best weights for slots, and gives these their gradient.
+
+        Where weights may leave, one of the best that has a slot keeps it, and the others get slots of weights that leave.
+        """
         missing = self.plan.newcomers - ranked.positions.numel()
-        ranked, slots = self._exchanged(ranked)
-        # Without an exchange only empty slots are open. To count them would make the host wait for a GPU.
-        fresh = int((slots >= self.plan.used).sum().item()) if self.plan.exchanging else slots.numel()
+        slots = self._open[: ranked.positions.numel()]
+        fresh = slots.numel()  # all are empty if no weight may leave; to count them would make the host wait for a GPU
+        if self.plan.exchanging:
+            held, best = self.ledger.positions[self._open], ranked.positions.to(self.ledger.positions.device)
+            ranked = ranked.where(~torch.isin(ranked.positions, held.to(ranked.positions.device)))
+            slots, count = self._open[~torch.isin(held, best)], ranked.positions.numel()
+            if count < slots.numel():  # too few weights have a gradient: empty slots go first, the other weights stay
+                vacant = slots >= self.plan.used
+                slots = torch.cat([slots[vacant], slots[~vacant]])[:count].sort().values
+            fresh = int((slots >= self.plan.used).sum().item())
         positions, payload = ranked.positions.to(buffer.device), ranked.payload.to(buffer)
-        gathered = buffer.clone() if self.plan.exchanging else None
         earlier = self.ledger.tentative
         if earlier is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
             self.ledger.withdraw()
             self.values.grad[earlier.slots] = 0.0 if self._earlier is None else self._earlier[earlier.slots]
             self.values.grad[slots] = 0
-        if gathered is not None:
-            self._earlier = gathered if self._earlier is None else self._earlier + gathered
+        if self.plan.exchanging:
+            self._earlier = buffer.clone() if self._earlier is None else self._earlier + buffer
         self.ledger.propose(positions, slots, fresh, missing)
         buffer[slots] = payload
 
     def _settle_kept(self, ranked: Ranked, buffer: Tensor) -> None:
-        """Gives the picks their gradient, and no other slot one. Picks without a slot get the next slots, in order of rank."""
+        """Gives the picks their gradient, and no other slot one. Picks without a slot get the next slots, in order of rank.
+
+        At a step that does not select, the gradient comes from the entries of the last picks.
+        """
         earlier = self.ledger.tentative
         if earlier is not None and self.values.grad is not None:  # an earlier micro-batch's choice: undo it
             self.ledger.withdraw()
@@ -299,23 +296,10 @@ class Window:
         stay = picked if picked.numel() else self.plan.picked  # no gradient at all: the picks stay
         self.ledger.propose(positions, slots, slots.numel(), missing, stay)
 
-    def _exchanged(self, ranked: Ranked) -> tuple[Ranked, Tensor]:
-        """Returns the best weights that are not unmasked already, and slots for them: open ones that no best weight holds."""
-        if not self.plan.exchanging:  # the open slots are empty
-            return ranked, self._open[: ranked.positions.numel()]
-        held, best = self.ledger.positions[self._open], ranked.positions.to(self.ledger.positions.device)
-        entrants = ranked.where(~torch.isin(ranked.positions, held.to(ranked.positions.device)))
-        free, count = self._open[~torch.isin(held, best)], entrants.positions.numel()
-        if count < free.numel():  # too few weights have a gradient: empty slots go first, and the other weights stay
-            vacant = free >= self.plan.used
-            free = torch.cat([free[vacant], free[~vacant]])[:count].sort().values
-        return entrants, free
-
     def _new_ranker(self, keep: int) -> Ranking:
         """Returns a ranking of this step that keeps the first ``keep`` entries."""
         method, plan = self.method, self.plan
-
-        def new(table: Ledger) -> Ranker:
-            return Ranker(method.heuristic, table, method.allocation, keep, plan.step, not plan.repeat)
-
-        return self.reducer.ranking(new, self.ledger)
+        return self.reducer.ranking(
+            lambda table: Ranker(method.heuristic, table, method.allocation, keep, plan.step, not plan.repeat),
+            self.ledger,
+        )
