@@ -33,10 +33,10 @@ class Net(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(12, 8, padding_idx=0)
         self.positions = nn.Embedding(T, 8)
-        self.table = nn.Parameter(torch.randn(1, T, 8))  # a broadcast tensor: loop
+        self.table = nn.Parameter(torch.randn(1, T, 8))  # A broadcast tensor needs the loop.
         self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8, bias=False)
-        self.conv = nn.Conv1d(8, 8, 3, padding=1)  # loop
-        self.twice = nn.Linear(8, 8)  # used twice: loop
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)  # It needs the loop.
+        self.twice = nn.Linear(8, 8)  # It is used twice, so it needs the loop.
         self.dropout, self.frozen = nn.Dropout(0.5), nn.BatchNorm1d(8)
         self.queries, self.unused = nn.Parameter(torch.randn(2, 8)), nn.Linear(2, 2)
         self.head = nn.Linear(8, CLASSES)
@@ -63,7 +63,7 @@ def loader(sizes, length=T):
 
 
 def reference(model, calibration):
-    """Computes the definition: E over examples of the power of the example's own gradient, in eval mode."""
+    """Computes the mean over examples of the power of each example's own gradient, in eval mode."""
     model = copy.deepcopy(model).eval().requires_grad_(True)
     singles = [{k: v[i : i + 1] for k, v in b.items()} for b in calibration.loader for i in range(len(b["labels"]))]
     singles = singles[: calibration.num_samples]
@@ -108,19 +108,19 @@ statistics = [
 ]
 
 
-def both(function):
+def with_every_statistic(function):
     for mark in statistics:
         function = mark(function)
     return function
 
 
-@both
+@with_every_statistic
 @pytest.mark.parametrize(("sizes", "samples"), [([4, 4, 4], 10), ([7], 7), ([1, 3], 100), ([T, T], 2 * T), ([2, 2], 3)])
 def test_the_estimate_is_the_loop_over_single_examples(sample_type, grad_type, sizes, samples):
     assert_is_reference(Net(), Calibration(loader(sizes), samples, sample_type, grad_type))
 
 
-@both
+@with_every_statistic
 def test_a_transformers_model(sample_type, grad_type):
     labels = {"num_labels": CLASSES, "problem_type": "single_label_classification"}
     model = bert_classifier(12, intermediate_size=24, max_position_embeddings=8, initializer_range=0.02, **labels)
@@ -131,7 +131,7 @@ def test_a_transformers_model(sample_type, grad_type):
     assert_is_reference(model, Calibration(data, 10, sample_type, grad_type))
 
 
-def test_only_what_needs_the_loop_gets_it(monkeypatch):
+def test_only_tensors_that_need_the_loop_get_it(monkeypatch):
     seen = []
     loop = fisher_module._loop
     monkeypatch.setattr(
@@ -151,7 +151,7 @@ def test_only_what_needs_the_loop_gets_it(monkeypatch):
 @pytest.mark.parametrize("position_ids", ["flat", "row"])
 @pytest.mark.parametrize("batch", [T, T + 1, T - 1])
 def test_a_sequence_as_long_as_the_batch_is_large_is_not_taken_for_the_batch(batch, position_ids):
-    """Tries position ids of shape (T,), as in GPT code, and a sequence-first linear layer."""
+    """Takes position ids of shape (T,), as in GPT code, and a sequence-first linear layer."""
 
     class Positions(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Checks SparseAdapter: each criterion equals a dense reference by hand, and pruned weights are and stay zero."""
+"""Checks that each criterion of SparseAdapter equals a dense reference by hand, and that pruned weights stay zero."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_grasp_differentiates_attention_twice() -> None:
 
 
 def test_synflow_of_one_round_is_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks R = 1'(|U| (|D| 1 + |d|) + |u|): a path's flow is the product of what flows in and what flows on."""
+    """Checks R = 1'(|U| (|D| 1 + |d|) + |u|): a path's flow is the product of the flow into it and the flow out of it."""
     monkeypatch.setattr(synflow, "ROUNDS", 1)
     model = adapted()
     layout = laid_out(model)
@@ -103,7 +103,7 @@ def test_synflow_of_one_round_is_the_closed_form(monkeypatch: pytest.MonkeyPatch
         module = model.get_submodule(name)
         down, up = module.adapter_down[0], module.adapter_up
         D, d, U, u = (p.detach().abs() for p in (down.weight, down.bias, up.weight, up.bias))
-        onward = U.sum(0)  # how much of each narrow unit reaches the sum of outputs
+        onward = U.sum(0)  # This is how much of each narrow unit reaches the sum of outputs.
         torch.testing.assert_close(scores[f"{name}.adapter_down.0.weight"], D * onward[:, None])
         torch.testing.assert_close(scores[f"{name}.adapter_down.0.bias"], d * onward)
         torch.testing.assert_close(scores[f"{name}.adapter_up.weight"], U * (D.sum(1) + d))
@@ -118,7 +118,7 @@ def test_synflow_falls_exponentially_and_ends_at_the_budget() -> None:
 
 
 def _synflow_by_hand(model: nn.Module, budget: int, total: int) -> dict[str, list[int]]:
-    """Runs the same loop on a network that is really pruned, round by round."""
+    """Runs the same loop on a network that is pruned round by round."""
     with torch.no_grad():
         for p in inside(model).values():
             p.abs_()
@@ -161,12 +161,12 @@ def test_synflow_in_dora_counts_the_magnitude() -> None:
     )
 
 
-# What is kept, and what becomes of the rest.
+# The weights that stay, and the others.
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("rest", ["zero", "kept"])
-def test_what_is_pruned_is_zero_or_at_its_init_and_stays_so(criterion: str, rest: str) -> None:
+def test_pruned_weights_are_zero_or_at_their_initial_values_and_stay_so(criterion: str, rest: str) -> None:
     model = adapted(torch.float32)
     initial, data = snapshot(model), labelled((4, 4, 3), torch.float32)
     method = unmask.sparse_adapter(20, criterion, data, loss=cross_entropy, pruned=rest)
@@ -188,7 +188,7 @@ def test_what_is_pruned_is_zero_or_at_its_init_and_stays_so(criterion: str, rest
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "snip", "grasp"])
-def test_what_stays_is_the_best_by_a_plain_sort(criterion: str) -> None:
+def test_the_weights_that_stay_are_the_best_by_a_plain_sort(criterion: str) -> None:
     model = adapted()
     layout = laid_out(model)
     calibration = Calibration(DATA, loss=cross_entropy)
@@ -217,7 +217,7 @@ def test_a_calibration_leaves_the_model_as_it_was(criterion: str) -> None:
 @pytest.mark.parametrize("rest", ["zero", "kept"])
 def test_the_delta_holds_the_pruned_module_whole(rest: str, tmp_path) -> None:
     model, fresh = adapted(seed=1), adapted(seed=1)
-    for module in (fresh.one, fresh.two):  # a fresh process draws other adapters on the same base
+    for module in (fresh.one, fresh.two):  # A fresh process draws other adapters on the same base.
         for p in module.parameters():
             nn.init.normal_(p)
     before = snapshot(fresh)
@@ -257,7 +257,7 @@ def test_resuming_with_other_calibration_data_is_refused_and_changes_nothing() -
 # Refusals.
 
 
-def refuse(match: str, model: nn.Module, method: unmask.Method, **patterns: object) -> None:
+def assert_refused(match: str, model: nn.Module, method: unmask.Method, **patterns: object) -> None:
     before = snapshot(model)
     with pytest.raises(MethodError, match=match):
         unmask.select(model, method, **patterns)
@@ -265,19 +265,19 @@ def refuse(match: str, model: nn.Module, method: unmask.Method, **patterns: obje
 
 
 def test_pruning_the_base_is_refused() -> None:
-    refuse("is a tensor of the base model", adapted(), unmask.sparse_adapter(5, "magnitude"))
-    refuse("is a tensor of the base model", lora_bert(), unmask.sparse_adapter(5, "magnitude"))
+    assert_refused("is a tensor of the base model", adapted(), unmask.sparse_adapter(5, "magnitude"))
+    assert_refused("is a tensor of the base model", lora_bert(), unmask.sparse_adapter(5, "magnitude"))
 
 
 @pytest.mark.parametrize("criterion", ["snip", "synflow"])
 def test_a_criterion_that_vanishes_in_a_fresh_lora_is_refused(criterion: str) -> None:
     method = unmask.sparse_adapter(40, criterion, sentences(1))
-    refuse("zero for every eligible weight.*init_lora_weights", lora_bert(), method, include="lora_")
+    assert_refused("zero for every eligible weight.*init_lora_weights", lora_bert(), method, include="lora_")
 
 
-def test_a_lora_whose_b_is_pruned_away_is_refused_and_a_share_of_each_tensor_is_the_way_round() -> None:
+def test_a_lora_whose_b_is_pruned_away_is_refused_and_a_share_of_each_tensor_avoids_that() -> None:
     method = unmask.sparse_adapter(40, "magnitude")
-    refuse("LoRA's A alone", lora_bert(), method, include="lora_")
+    assert_refused("LoRA's A alone", lora_bert(), method, include="lora_")
     selection = unmask.select(lora_bert(), method.but(allocation="tensor"), include="lora_")
     assert {name.split("lora_")[1][0] for name in selection.indices} == {"A", "B"}
 
@@ -294,7 +294,7 @@ def test_a_lora_whose_b_is_pruned_away_is_refused_and_a_share_of_each_tensor_is_
         ("needs a calibration", lambda: unmask.pafi(5).but(heuristic=unmask.heuristic("grasp"))),
     ],
 )
-def test_what_cannot_work_is_refused_when_it_is_built(match: str, build) -> None:
+def test_a_method_that_cannot_work_is_refused_when_it_is_built(match: str, build) -> None:
     with pytest.raises(MethodError, match=match):
         build()
 
@@ -302,7 +302,9 @@ def test_what_cannot_work_is_refused_when_it_is_built(match: str, build) -> None
 @pytest.mark.parametrize("criterion", ["snip", "grasp"])
 def test_data_that_cannot_be_used_is_refused(criterion: str) -> None:
     patterns = {"include": INSIDE, "new": INSIDE}
-    refuse("loader is empty", adapted(), unmask.sparse_adapter(5, criterion, [], loss=cross_entropy), **patterns)
+    assert_refused(
+        "loader is empty", adapted(), unmask.sparse_adapter(5, criterion, [], loss=cross_entropy), **patterns
+    )
     broken = [(torch.full((2, 5), torch.nan, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))]
     with pytest.raises(unmask.NonFiniteGradientError, match="is not finite"):
         unmask.select(adapted(), unmask.sparse_adapter(5, criterion, broken, loss=cross_entropy), **patterns)
@@ -310,7 +312,7 @@ def test_data_that_cannot_be_used_is_refused(criterion: str) -> None:
 
 def test_grasp_from_a_generator_that_runs_dry_is_refused() -> None:
     once = iter(DATA)
-    refuse(
+    assert_refused(
         "the second time",
         adapted(),
         unmask.sparse_adapter(5, "grasp", once, loss=cross_entropy),
@@ -320,4 +322,4 @@ def test_grasp_from_a_generator_that_runs_dry_is_refused() -> None:
 
 
 def test_synflow_outside_added_layers_is_refused() -> None:
-    refuse("no part of one", adapted(), unmask.sparse_adapter(5, "synflow"), include=r"head", new="head")
+    assert_refused("no part of one", adapted(), unmask.sparse_adapter(5, "synflow"), include=r"head", new="head")

@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=["bands", "halves", "as it decides"])
 def always(request, monkeypatch):
-    """Forces bands of a few rows, or bfloat16 first: tests are too small for the choice."""
+    """Forces bands of a few rows, or bfloat16 first; these products are too small for the choice to differ."""
     if request.param != "as it decides":
         monkeypatch.setattr(factors, "_MOST", 2.0)
         monkeypatch.setattr(factors, "BAND", 64)
@@ -54,7 +54,7 @@ def test_every_entry_above_is_found(dtype, shape, share):
     exact = (given.left.double().t() @ given.right.double()).reshape(-1)
     least = exact.abs().quantile(1 - share).item()
     pieces = given.above(lambda: least)
-    if pieces is None:  # only where the norms rule out too little for the product to be worth dividing
+    if pieces is None:  # This is right only where the norms rule out too little.
         rows, columns = (x.double().norm(dim=0) for x in (given.left, given.right))
         some, near = rows * columns.max() >= 0.5 * least, columns * rows.max() >= 0.5 * least
         assert some.double().mean() * near.double().mean() > factors._SOME
@@ -68,8 +68,8 @@ def test_every_entry_above_is_found(dtype, shape, share):
     torch.testing.assert_close(
         values.double(), exact[flat], rtol=8 * eps, atol=shape[0] * eps * exact.abs().max().item()
     )
-    if not factors._halves_pay(given.left):  # whose error is bounded by the largest norm
-        assert exact[flat].abs().min() >= 0.5 * least  # little more than was asked for
+    if not factors._halves_pay(given.left):  # Its error is bounded by the largest norm.
+        assert exact[flat].abs().min() >= 0.5 * least  # Little more was found than was asked for.
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_factors_that_are_not_finite_are_formed_whole(spoilt):
         assert given.above(lambda: 1e30) is None
 
 
-def test_a_product_in_bfloat16_that_rules_out_too_little_was_in_vain(monkeypatch):
+def test_a_product_in_bfloat16_that_rules_out_too_little_is_given_up(monkeypatch):
     monkeypatch.setattr(factors, "_halves_pay", lambda x: True)
     given = uneven(200, 64, 64)
     given.left, given.right = given.left.sign(), given.right.sign()
@@ -114,12 +114,12 @@ def test_a_product_in_bfloat16_that_rules_out_too_little_was_in_vain(monkeypatch
 
 @pytest.mark.parametrize("seed", range(20))
 def test_rounding_to_bfloat16_loses_no_entry(seed, monkeypatch):
-    """The cut-off is the largest entry's own magnitude, and factors round as badly as they can."""
+    """Takes the largest entry's own magnitude as the cut-off, and factors that round as badly as they can."""
     monkeypatch.setattr(factors, "_halves_pay", lambda x: True)
     monkeypatch.setattr(factors, "_SOME", 0.0)
     generator = torch.Generator().manual_seed(seed)
     left, right = ((1 + 2.0**-8 * (0.5 - 1e-4)) * torch.randn(64, 32, generator=generator).sign() for _ in "12")
-    left[:, 3] = right[:, 5] = left[:, 3].abs()  # no signs cancel
+    left[:, 3] = right[:, 5] = left[:, 3].abs()  # No terms cancel.
     given = Factors(left, right, torch.float32)
     largest = given.dense().abs().max().item()
     pieces = given.above(lambda: largest)
@@ -143,7 +143,7 @@ def test_an_input_that_has_changed_gets_new_norms():
         assert found[0].tolist() == [0, 3, 6]
         right[:, 0] = 1
     factors.forget()
-    assert factors._last.of is None
+    assert factors._last_norms.x is None
 
 
 @pytest.mark.parametrize("steps", range(1, 24))
@@ -238,15 +238,15 @@ class Net(nn.Module):
 
     def forward(self, ids):
         x = self.up(self.table(ids)).tanh()
-        x = self.again(self.again(x).tanh())  # one weight, two uses
+        x = self.again(self.again(x).tanh())  # One weight is used twice.
         return self.down(x.view(-1, 8))
 
 
 IDS = torch.tensor([[1, 5, 5], [49, 0, 7]])
 
 
-def both(backward):
-    """Returns the first selection's result with dense gradients and with factors, after ``backward(model)``."""
+def assert_factors_train_as_dense(backward):
+    """Compares two steps with dense gradients and with factors; ``backward(model)`` runs each step's backward."""
     results = []
     for gradients in ("dense", "sampled"):
         torch.manual_seed(0)
@@ -270,7 +270,7 @@ def test_a_gradient_for_the_inputs_alone_leaves_nothing_behind():
         assert probe.abs().sum() > 0
         loss_of(model, IDS).backward()
 
-    both(backward)
+    assert_factors_train_as_dense(backward)
 
 
 def test_one_graph_backward_twice():
@@ -279,7 +279,7 @@ def test_one_graph_backward_twice():
         value.backward(retain_graph=True)
         value.backward()
 
-    both(backward)
+    assert_factors_train_as_dense(backward)
 
 
 def test_a_gradient_penalty():
@@ -289,7 +289,7 @@ def test_a_gradient_penalty():
         (gradient,) = torch.autograd.grad(out.square().sum(), hidden, create_graph=True)
         (out.sum() + gradient.square().sum()).backward()
 
-    both(backward)
+    assert_factors_train_as_dense(backward)
 
 
 def test_a_backward_that_dies_leaves_nothing_behind():
@@ -308,10 +308,10 @@ def test_a_backward_that_dies_leaves_nothing_behind():
             (3 * model.again(x)).sum().backward()
         loss_of(model, IDS).backward()
 
-    both(backward)
+    assert_factors_train_as_dense(backward)
 
 
-def test_an_overflow_is_refused_at_the_step():
+def test_an_overflow_is_refused_when_the_optimizer_steps():
     model = Net()
     selection = unmask.select(model, unmask.id3(60, steps=2), gradients="sampled")
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
@@ -334,11 +334,11 @@ class Largest(TorchDispatchMode):
 
 
 def test_a_layer_that_cannot_reach_the_cut_is_not_formed():
-    """The second layer runs backward first and sets the cut-off, which few rows of the first one reach."""
+    """Checks it where the second layer, whose backward runs first, sets a cut-off that few rows of the first one reach."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False))
     with torch.no_grad():
-        model[1].weight[:, 3:] *= 1e-4  # so that three rows of the first layer's gradient are large
+        model[1].weight[:, 3:] *= 1e-4  # Now three rows of the first layer's gradient are large.
     selection = unmask.select(model, unmask.id3(4, steps=1), gradients="auto")
     value = model(torch.randn(20, 128)).sum()
     with Largest() as seen:

@@ -58,7 +58,7 @@ def test_selected_weights_move_by_their_own_gradient_and_no_others_move(case):
 
 
 @pytest.mark.parametrize("mode", ["candidates", "exact"])
-def test_dense_gradients_are_received_one_by_one_and_let_go(mode):
+def test_dense_gradients_are_received_one_by_one_and_freed(mode):
     """Checks that a layer's gradients are freed before the next layer's are formed, in every micro-batch."""
     model = mlp(width=16, depth=12)
     selection = unmask.select(model, unmask.id3(budget=50, steps=2), accumulation=mode)
@@ -85,7 +85,7 @@ def test_dense_gradients_are_received_one_by_one_and_let_go(mode):
     for _ in range(3):
         mean_square(model, torch.randn(3, 16)).backward()
     assert len(most) == 3 * 24
-    assert max(most) <= 3  # one layer's, and what autograd has just formed of the next
+    assert max(most) <= 3  # This is one layer's, and the part of the next that autograd has just formed.
     assert not behind
 
 
@@ -147,7 +147,7 @@ class Custom(nn.Module):
 
 
 def test_limitation_a_custom_autograd_function_hides_its_tensors_gradient():
-    """Shows that Function.apply avoids __torch_function__: such a tensor counts as one that the loss does not reach."""
+    """Shows that Function.apply avoids __torch_function__, so that such a tensor counts as one that the loss does not reach."""
     model = Custom()
     selection = unmask.select(model, unmask.static_d3(budget=6))
     model(X).sum().backward()
@@ -156,7 +156,7 @@ def test_limitation_a_custom_autograd_function_hides_its_tensors_gradient():
 
 
 def test_a_custom_autograd_function_works_on_a_view_of_the_tensor():
-    """The way round: any operation on the tensor first, such as ``weight.view_as(weight)``."""
+    """Shows how to avoid that limitation: any operation on the tensor comes first, such as ``weight.view_as(weight)``."""
     model = Custom()
     model.forward = lambda x: Square.apply(x, model.weight.view_as(model.weight)) + model.bias
     selection = unmask.select(model, unmask.random_mask(budget=12))

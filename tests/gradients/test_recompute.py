@@ -60,7 +60,7 @@ def test_the_gradient_is_bitwise_that_of_a_saved_input(name, method, dtype, monk
         model(X.to(dtype)).square().sum().backward()
 
     assert torch.equal(*(gradient(model, backward, on, monkeypatch, method) for on in (True, False)))
-    assert len(found) == (name != "scaled")  # a number is not saved as a tensor; and none where that was switched off
+    assert len(found) == (name != "scaled")  # A number is not saved as a tensor.
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -114,7 +114,7 @@ def test_an_activation_that_was_changed_in_place_is_saved():
         change()
         assert origin(x) is None
     x.mul_(torch.full_like(x, 2.0, requires_grad=True))
-    made = origin(x)  # a product of two tensors now, which can be made again
+    made = origin(x)  # It is a product of two tensors now, which can be made again.
     assert made is not None
     assert torch.equal(again(made), x)
 

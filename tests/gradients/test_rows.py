@@ -53,7 +53,7 @@ def test_zeros_in_the_columns_that_are_probed_do_not_make_a_row_zero():
 
 
 def test_every_place_of_a_sequence_is_sampled():
-    for place in range(0, 105, 8):  # the last 24 tokens of 128, say, are padding
+    for place in range(0, 105, 8):  # 24 tokens of each 128 are padding, the last ones or others.
         g = torch.ones(16, 128, 8)
         g[:, place : place + 24] = 0
         assert live_rows(g.view(-1, 8)) is not None
@@ -68,7 +68,7 @@ def test_spread_rows():
 
 
 class Pooled(nn.Module):
-    """Has two layers over tokens, of which a loss may see a few."""
+    """Has two layers over tokens; a loss may see a few of them."""
 
     def __init__(self):
         super().__init__()
@@ -134,7 +134,7 @@ def test_second_derivatives_through_a_weight_of_which_nothing_is_wanted(monkeypa
     twice = linear._differentiable
     monkeypatch.setattr(linear, "_differentiable", lambda *args: calls.append(args[4]) or twice(*args))
     with torch.no_grad():
-        model.first.weight.mul_(1e3)  # its D3 scores are small, those of the other weight large
+        model.first.weight.mul_(1e3)  # Its D3 scores are small now, and those of the other weight large.
     selection = unmask.select(model, unmask.id3(8, steps=8, stride=4))
     optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
     x = torch.randn(4, 32, 12, dtype=torch.float64)
@@ -149,7 +149,7 @@ def test_second_derivatives_through_a_weight_of_which_nothing_is_wanted(monkeypa
         (slope,) = torch.autograd.grad(net(inputs).pow(2).sum(), inputs, create_graph=True)
         (again,) = torch.autograd.grad(slope.pow(2).sum(), inputs)
         grads.append((slope, again))
-    assert None in calls  # the placeholder of a weight whose gradient is not wanted
+    assert None in calls  # A weight whose gradient is not wanted has no placeholder.
     torch.testing.assert_close(grads[0], grads[1])
 
 

@@ -34,9 +34,9 @@ def operands(tokens, rows, columns, dtype=torch.float32, seed=0):
 
 
 def assert_exact(g, x, entries, how):
-    """Compares with float64: float32 dot products of this length may err so far; half precision rounds once."""
+    """Compares with float64, within the error of float32 dot products of this length; half precision rounds once more."""
     exact = (g.double().t() @ x.double()).reshape(-1)[entries.flat]
-    size = (g.double().abs().t() @ x.double().abs()).reshape(-1)[entries.flat]  # of the terms that are summed
+    size = (g.double().abs().t() @ x.double().abs()).reshape(-1)[entries.flat]  # The sum of the terms' magnitudes.
     result = sampled_product(g, x, entries, how)
     wide = torch.float64 if g.dtype == torch.float64 else torch.float32
     assert result.dtype == wide
@@ -119,12 +119,12 @@ def in_a_fresh_thread(function):
     return results[0]
 
 
-def test_a_smaller_call_sees_nothing_of_a_bigger_one_before_it():
+def test_a_product_does_not_depend_on_larger_ones_before_it():
     jobs = []
     for tokens, rows, columns in [(600, 512, 512), (3, 20, 30), (257, 30, 512), (129, 512, 20), (1, 5, 4)]:
         job = (*operands(tokens, rows, columns), scattered(rows, columns, 20), "sampled")
         jobs.append((job, in_a_fresh_thread(lambda job=job: sampled_product(*job))))
-    huge = torch.full((600, 700), torch.nan)  # every buffer that is kept is full of NaN now
+    huge = torch.full((600, 700), torch.nan)  # It fills every buffer that is kept with NaN.
     for spoil in (huge, huge.t().contiguous().t()):
         sampled_product(spoil, spoil, scattered(700, 700, 3), "sampled")
     for job, expected in [*jobs, *reversed(jobs)]:
@@ -144,12 +144,12 @@ def test_the_same_memory_with_other_contents_or_strides_is_another_operand():
         for left, right in ((g, x), (x, g), (g[:48], x[:48].t()), (g[:48], x[:48]), (g[:200], x[:200]), (g, x)):
             assert_exact(left, right, scattered(48, 48, 300), "sampled")
         change()
-    for _ in range(5):  # freed, and perhaps allocated again at the same place
+    for _ in range(5):  # Each input may take the place of the one before it.
         assert_exact(g, torch.randn(300, 48), scattered(48, 48, 300), "sampled")
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_the_operands_are_not_changed_and_the_result_is_nobody_elses(how):
+def test_the_operands_are_not_changed_and_a_later_product_leaves_the_result_alone(how):
     g, x = operands(200, 48, 40)
     before = g.clone(), x.clone()
     first = sampled_product(g, x, PLACES["scattered"], how)
@@ -198,7 +198,7 @@ def test_not_a_number_stays_in_its_row_and_column():
         assert torch.equal(~torch.isfinite(result), spoilt)
 
 
-# The choice.
+# The choice of the product.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -233,7 +233,7 @@ def test_few_tokens_do_not_pay_for_a_sampled_product():
     assert chosen == ["dense", "sampled", "sampled"]
 
 
-def test_the_dense_product_is_not_chosen_where_it_is_not_on_offer():
+def test_the_dense_product_is_not_chosen_where_it_is_not_allowed():
     for dtype, tokens, count in itertools.product(DTYPES, (0, 1, 256, 5000), (0, 1, 64, 2000, 64 * 64)):
         assert choose(scattered(64, 64, count), tokens, dtype, CPU, dense=False) in HOW
 
@@ -244,7 +244,7 @@ def test_spread_counts_rows_and_columns_that_hold_entries():
     assert spread(PLACES["all"]) == (48, 40)
 
 
-# Gradients in rows.
+# The gradient of an embedding.
 
 
 @pytest.mark.parametrize("padding", [None, 0, 4])

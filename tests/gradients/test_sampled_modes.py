@@ -63,7 +63,7 @@ MODES = {
 
 @pytest.fixture(params=["compact", "sampled"])
 def how(request, monkeypatch):
-    """Forces every product that is not dense, where there is one."""
+    """Forces one of the products that are not dense."""
     monkeypatch.setattr(linear, "choose", lambda *args, **options: request.param)
     monkeypatch.setattr(factors, "choose", lambda *args, **options: request.param)
     monkeypatch.setattr(factors, "_MOST", 2.0)
@@ -97,7 +97,7 @@ def test_a_run_is_that_of_dense_gradients(mode, method):
     options = MODES[mode]
     (dense, expected), (sampled, result) = (trained(METHODS[method], kind, **options) for kind in ("dense", "sampled"))
     assert dense.used == sampled.used == sampled.budget
-    if options.get("autocast"):  # bfloat16 may turn ties around: most of the mask, and losses as near
+    if options.get("autocast"):  # bfloat16 may turn ties around, so most of the mask must agree.
         theirs, ours = ({(n, i) for n, flat in as_lists(s.indices).items() for i in flat} for s in (dense, sampled))
         assert len(theirs & ours) >= 0.9 * len(theirs)
         return

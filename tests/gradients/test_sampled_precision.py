@@ -42,7 +42,7 @@ def autocast(dtype):
 
 
 def exact(selection, g, x, transposed):
-    """Returns the gradient at the slots in float64, of the unchanged g and x."""
+    """Returns the gradient at the slots, computed in float64."""
     g, x = g.double().reshape(-1, g.shape[-1]), x.double().reshape(-1, x.shape[-1])
     whole = {"weight": x.t() @ g if transposed else g.t() @ x, "bias": g.sum(0)}
     flat = torch.cat([whole[name].reshape(-1) for name in selection.ledger.layout.names])
@@ -99,7 +99,7 @@ def test_autocast_of_one_layer(given, dtype, shape, bias, how):
     assert torch.equal(x.grad, twin.grad)
     eps = torch.finfo(dtype if how == "compact" else torch.float32).eps
     wanted = exact(selection, g, x.detach().to(dtype), False).float()
-    names = selection.ledger.layout.names  # the bias is summed in float32 either way
+    names = selection.ledger.layout.names  # The bias is summed in float32 in both ways.
     assert selection.values.grad.shape == wanted.shape
     assert names == (["bias", "weight"] if bias else ["weight"])
     torch.testing.assert_close(selection.values.grad, wanted, rtol=20 * eps, atol=60 * eps)
@@ -179,7 +179,7 @@ def test_a_scaler_under_float16_autocast_skips_an_overflow_and_trains(method):
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-3)
 
 
-def test_the_converted_input_is_that_of_the_moment():
+def test_an_input_that_changes_between_two_layers_is_converted_again():
     """Checks that query, key and value share a conversion, and that a changed input is converted again."""
     model = nn.ModuleList([layer(bias=False), layer(bias=False)])
     selection = selected(model, budget="100%")
@@ -190,7 +190,7 @@ def test_the_converted_input_is_that_of_the_moment():
         second = model[1](x)
     torch.testing.assert_close(second, 3 * first, rtol=2e-2, atol=1e-2)
     (first.sum() + second.sum()).backward()
-    halves = selection.values.grad[selection.ledger.positions.argsort()].view(2, -1)  # a slot's number is its rank
+    halves = selection.values.grad[selection.ledger.positions.argsort()].view(2, -1)  # Slots are in order of rank.
     torch.testing.assert_close(halves[1], 3 * halves[0], rtol=2e-2, atol=1e-2)
 
 

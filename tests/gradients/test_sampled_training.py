@@ -23,7 +23,7 @@ from unmask.gradients import linear
 
 @pytest.fixture(params=["compact", "sampled"])
 def how(request, monkeypatch):
-    """Sets the product of every linear operation; tests are too small for the cost model to take the second one."""
+    """Sets the product of every linear operation; these products are too small for the cost model to take the second one."""
     monkeypatch.setattr(linear, "choose", lambda *args, **options: request.param)
     return request.param
 
@@ -83,7 +83,7 @@ def test_a_tied_network_trains_as_with_dense_gradients(method, gradients, alloca
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-5)
 
 
-PATTERNS = {  # which of a Linear's tensors are selected, trained whole, or neither
+PATTERNS = {  # These say which of a Linear's tensors are selected, trained whole, or neither.
     "weight alone": {"include": "weight"},
     "bias alone": {"include": "bias"},
     "both": {},

@@ -1,7 +1,7 @@
 """Runs the Triton kernel of the sampled product by Triton's interpreter, and compiles it for absent GPUs.
 
-The interpreter must be chosen before triton is imported, so this file is also the script that runs the cases in a process
-of its own; the tests compare what it saved.
+The interpreter must be chosen before triton is imported, so this file is also the script that runs the cases in another
+process; the tests compare what it saved.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ def special() -> dict[str, Case]:
     fine = Case(torch.full((1, 1), 1 + 2.0**-20), torch.full((1, 1), 1 + 2.0**-21), at, at)
     many = Case(torch.ones(6000, 1).bfloat16(), torch.ones(6000, 1).bfloat16(), at, at)
     same = make(70, 6, 9, 1)
-    far = torch.empty(2**31 + 2, dtype=torch.bfloat16).as_strided(
-        (3, 2), (2**30, 1)
-    )  # all but 6 elements stay untouched
+    far = torch.empty(2**31 + 2, dtype=torch.bfloat16).as_strided((3, 2), (2**30, 1))  # Only 6 elements are touched.
     far.copy_(torch.arange(6.0).view(3, 2))
     return {
         "overflows float16": full,
@@ -135,7 +133,7 @@ def special() -> dict[str, Case]:
 
 
 def parts() -> dict[str, Case]:
-    """Returns the entries of one case in several lots."""
+    """Returns parts of the entries of one case."""
     whole = make(300, 50, 60, 100)
     picks = {
         "all": slice(None),
@@ -287,12 +285,12 @@ def test_strides_and_index_dtypes_do_not_matter(runs, layout):
 def test_special_values_and_places(runs, name):
     case, result = special()[name], runs["once"][f"special: {name}"]
     assert_exact(result, case)
-    if len(case.rows) == 1:  # chosen so that float32 holds the result exactly, or nearest
+    if len(case.rows) == 1:  # These are chosen so that float32 rounds the result once at most.
         assert result.item() == reference(case)[0].float().item()
 
 
 @needs_triton
-def test_what_is_not_finite_stays_in_its_row_and_column(runs):
+def test_a_number_that_is_not_finite_stays_in_its_row_and_column(runs):
     case = spoilt()["spoilt"]
     hit = (case.rows == 3) | (case.columns == 2)
     assert 0 < hit.sum() < len(hit)
@@ -325,7 +323,7 @@ def test_compiles_without_atomics_or_tensor_cores(assembly, gpu, dtype):
     bytes_read = {
         "_sample_kernel": 2 * 16 * 512,
         "_transpose_kernel": 64 * 64 * dtype.itemsize,
-    }  # of g and x, per block
+    }  # per block
     for name, count in bytes_read.items():
         assert len(re.findall(wide, kernels[name][0])) == count // (16 * 4 * gpu[2]), name
     assert re.search(r"fma\.rn\.f32|fma_f32|fmac_f32", kernels["_sample_kernel"][0])
@@ -389,7 +387,7 @@ def test_without_triton_nothing_is_available():
     python("-c", IMPORT + "sys.modules['triton'] = None\nassert not ts.available('cpu')", TRITON_INTERPRET="1")
 
 
-def test_a_triton_that_does_not_run_is_said_and_not_used(tmp_path):
+def test_a_triton_that_does_not_run_is_not_used_and_a_warning_says_so(tmp_path):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise RuntimeError('no driver')")
     python("-c", FAILING, str(tmp_path), TRITON_INTERPRET="1")

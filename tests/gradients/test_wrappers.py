@@ -71,7 +71,7 @@ def run(wrap, wrapped_first: bool = True) -> tuple[nn.Module, unmask.Selection]:
     ],
     ids=["compile", "DataParallel", "compiled inside", "wrapped inside", "accelerate", "Fabric", "both"],
 )
-def test_a_wrapped_model_is_the_plain_one(wrap, wrapped_first):
+def test_a_wrapped_model_trains_as_the_plain_one(wrap, wrapped_first):
     plain, reference = run(lambda m: m)
     _, selection = run(wrap, wrapped_first)
     assert as_lists(selection.indices) == as_lists(reference.indices)
@@ -108,7 +108,7 @@ def test_a_wrapped_model_is_known_to_be_selected_from():
         selection.delta().apply(nn.DataParallel(model))
 
 
-# Heads that the checkpoint lacks.
+# New heads, which the checkpoint lacks.
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_a_compiled_model_with_a_lora(checkpoint):
     assert any("lora_A" in name for name in results[0][2])
 
 
-# Refused, with the reason.
+# Wrappers that are refused.
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_fsdp1_is_refused(one_process):
 
 def test_data_parallel_over_several_devices_is_refused():
     wrapped = nn.DataParallel(body())
-    wrapped.device_ids = [0, 1]  # as on a machine with two GPUs
+    wrapped.device_ids = [0, 1]  # This is so on a machine with two GPUs.
     with pytest.raises(MethodError, match=r"DataParallel over 2 devices.*torchrun"):
         unmask.select(nn.Sequential(wrapped), unmask.pafi(3))
 
@@ -288,7 +288,7 @@ def test_a_model_made_in_inference_mode_is_refused():
         unmask.select(model, unmask.pafi(3))
 
 
-# What needs nothing.
+# Changed models that work without a wrapper's name.
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_a_parametrized_layer_trains_its_own_parameters(norm):
     torch.testing.assert_close(fresh(x), trained(x))
 
 
-def test_functional_call_with_other_tensors_computes_with_those_and_harms_nothing():
+def test_functional_call_computes_with_the_given_tensors_and_leaves_the_selection_working():
     model = body()
     selection = unmask.select(model, unmask.id3(12, steps=2))
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)

@@ -1,4 +1,4 @@
-"""Methods are values: what cannot work is refused when it is built; what can, any heuristic with any strategy, meets b(t)."""
+"""Checks that a method that cannot work is refused when it is built, and that every other composition meets b(t)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from unmask.ranking import ranker as streamed
         "1.0005K",
     ],
 )
-def test_a_budget_that_is_none_is_refused_by_every_preset(budget):
+def test_an_invalid_budget_is_refused_by_every_preset(budget):
     for preset in (unmask.pafi, unmask.static_d3, unmask.repeat_d3, unmask.random_mask, unmask.bitfit):
         with pytest.raises(MethodError, match="budget ="):
             preset(budget)
@@ -89,7 +89,7 @@ def test_a_share_may_be_of_the_eligible_weights(budget, count):
     assert unmask.select(mlp(), unmask.pafi(budget), **eligible).budget == count
 
 
-def test_a_ratio_is_exact_and_a_share_of_what_is_not_known_is_refused():
+def test_a_ratio_is_exact_and_a_share_of_an_unknown_number_is_refused():
     assert Budget.parse("320K of 184M").of(184_000_000) == 320_000
     assert Budget.parse("320K") == Budget.parse(320_000) != Budget.parse("320K of 1.33M eligible")
     with pytest.raises(MethodError, match="not known here"):
@@ -129,7 +129,7 @@ def test_a_budget_above_the_eligible_weights_is_refused_and_the_model_left_alone
         lambda: unmask.register_heuristic("mine", lambda w, g: g, needs="fisher"),
     ],
 )
-def test_what_cannot_work_is_refused_when_it_is_built(build, registry):
+def test_parts_that_cannot_work_are_refused_when_they_are_built(build, registry):
     known = set(registry)
     with pytest.raises(MethodError):
         build()
@@ -200,7 +200,7 @@ def test_pafi_takes_the_smallest_weights():
     assert as_lists(unmask.select(model, unmask.pafi(30)).indices) == first_k(scores, 30)
 
 
-def test_a_random_mask_is_its_seed_and_spreads_evenly():
+def test_a_random_mask_follows_from_its_seed_and_spreads_evenly():
     masks = [as_lists(unmask.select(mlp(width=30), unmask.random_mask(900, seed=seed)).indices) for seed in (0, 0, 1)]
     assert masks[0] == masks[1] != masks[2]
     share = sum(map(len, masks[0].values())) / (3 * 30 * 31)
@@ -249,7 +249,7 @@ def test_a_heuristic_may_return_the_weight_or_the_gradient_itself(function, regi
         (lambda w, g: g.sum(-1), MethodError, "one score per weight"),
     ],
 )
-def test_scores_that_are_no_ranking_are_refused_and_nothing_is_changed(function, error, why, registry):
+def test_scores_that_give_no_ranking_are_refused_and_nothing_is_changed(function, error, why, registry):
     model = mlp(depth=2)
     before = snapshot(model)
     heuristic = unmask.register_heuristic("odd", function)
@@ -346,7 +346,7 @@ def test_a_heuristic_is_replaced_only_when_asked_or_by_a_cell_that_is_run_again(
     assert unmask.register_heuristic("mine", _other_score, overwrite=True).function is _other_score
     monkeypatch.setattr(_score, "__module__", "__main__")
     with pytest.raises(MethodError, match="already registered"):
-        unmask.register_heuristic("mine", _score)  # the other one is not of the notebook
+        unmask.register_heuristic("mine", _score)  # The registered function is not one of the notebook.
     monkeypatch.setattr(_other_score, "__module__", "__main__")
     assert unmask.register_heuristic("mine", _score).function is _score
 
@@ -382,7 +382,7 @@ def test_a_method_is_shown_in_one_line_without_addresses(method):
         assert str(value) in shown or value in ({}, [])
 
 
-def test_a_scope_is_refused_if_it_cannot_be():
+def test_an_invalid_scope_is_refused():
     for wrong in (
         lambda: unmask.Scope("lines"),
         lambda: unmask.Scope("patterns"),

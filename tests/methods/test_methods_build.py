@@ -1,4 +1,4 @@
-"""Methods by name: every preset builds itself, and what is not known is refused."""
+"""Checks that every preset builds itself by its name, and that unknown names are refused."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def test_a_name_that_slips_past_the_configuration_is_no_other_method(name):
         adapter.build(3)
 
 
-OF_AN_ADAPTER = [name for name in methods.PRESETS if name not in ("fish", "full", "sparse_adapter")]
+ADAPTER_METHODS = [name for name in methods.PRESETS if name not in ("fish", "full", "sparse_adapter")]
 
 
-@pytest.mark.parametrize("name", OF_AN_ADAPTER)
+@pytest.mark.parametrize("name", ADAPTER_METHODS)
 def test_an_adapter_s_method_is_the_preset_of_that_name(name):
     config = SelectiveConfig(
         budget=30, method=name, eps=0.5, exp=1.0, stride=2, seed=5, total_steps=9, allocation="row", scope="linear"
@@ -106,7 +106,7 @@ def test_an_adapter_s_method_is_the_preset_of_that_name(name):
 def test_an_adapter_refuses_the_methods_that_it_cannot_have(name, why):
     with pytest.raises(MethodError, match=f"method = '{name}'; .*{why}"):
         SelectiveConfig(budget=3, method=name)
-    with pytest.raises(MethodError, match=rf"method = 'id4'; there are {', '.join(OF_AN_ADAPTER)}\."):
+    with pytest.raises(MethodError, match=rf"method = 'id4'; there are {', '.join(ADAPTER_METHODS)}\."):
         SelectiveConfig(budget=3, method="id4")
 
 
@@ -131,7 +131,7 @@ def test_every_front_door_takes_every_heuristic_scope_and_allocation(door, name)
 
 
 @pytest.mark.parametrize("door", FRONT_DOORS)
-def test_every_front_door_refuses_what_is_not_known_or_does_not_go_together(door):
+def test_every_front_door_refuses_unknown_words_and_parts_that_do_not_go_together(door):
     for given, why in (
         ({"heuristic": "magnitude"}, "is called 'small_magnitude' here"),
         ({"heuristic": "magic"}, "unknown heuristic 'magic'"),

@@ -1,4 +1,4 @@
-"""Layers and module kinds, on the names that transformers' own models have."""
+"""Checks layers and module kinds on the names that transformers' own models have."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPT = {
     "vocab_size": 20,
 }
 
-# how many matrices of each kind a layer has; the fused ones have none of their own
+# How many matrices of each kind a layer has; fused ones count for none of the three.
 FAMILIES = {
     "Bert": (SMALL, {}),
     "Roberta": (SMALL, {}),
@@ -58,7 +58,7 @@ def test_every_layer_has_every_kind(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_is_lost_in_the_table(family):
+def test_the_table_counts_every_weight_once(family):
     shapes = shapes_of(family, FAMILIES[family][0])
     generator = torch.Generator().manual_seed(0)
     indices = {
@@ -71,7 +71,7 @@ def test_nothing_is_lost_in_the_table(family):
     assert sum(row["unmasked"] for row in rows) == len(mask)
     assert sum(row["of"] for row in rows) == mask.weights
     assert {row["layer"] for row in rows} == {"0", "1", "other"}
-    if family != "ModernBert":  # its query, key and value stand in one matrix
+    if family != "ModernBert":  # Its query, key and value are in one matrix.
         assert {row["kind"] for row in rows if row["layer"] == "0"} == {*KINDS, "other"}
 
 
@@ -106,5 +106,5 @@ def test_a_lora_counts_with_its_module():
 @pytest.mark.parametrize(
     "name", ["classifier.out_proj.weight", "bert.pooler.dense.weight", "embeddings.value.weight", "0.weight"]
 )
-def test_what_is_outside_the_layers_is_other(name):
+def test_a_tensor_outside_the_layers_is_other(name):
     assert (layer_of(name), kind_of(name)) == (None, "other")

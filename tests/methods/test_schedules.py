@@ -1,3 +1,5 @@
+"""Checks that every schedule spends exactly the budget, and that an invalid one is refused."""
+
 from __future__ import annotations
 
 import itertools
@@ -21,7 +23,7 @@ def test_every_schedule_spends_exactly_the_budget_and_never_takes_back(name, T, 
         plan = Schedule.of(name, T, stride)
         counts = [plan.cumulative(t, B) for t in range(-1, T + 5)]
         assert counts[0] == 0
-        assert counts[T] == B == counts[-1]  # b(T - 1), and for good
+        assert counts[T] == B == counts[-1]  # b(T - 1), and b(t) of every later step
         assert all(later - earlier >= 0 for earlier, later in itertools.pairwise(counts))
 
 

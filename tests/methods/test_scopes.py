@@ -1,4 +1,4 @@
-"""Which tensors a method may touch."""
+"""Checks which tensors a method may select from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledger of the slots: against plain indexing, and through the steps of a selection."""
+"""Checks the ledger of the slots against plain indexing, and through the steps of a selection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unmask.ranking.ledger import Layout, Ledger, Slots
 
 
 def ledger(slots: int = 6) -> Ledger:
-    """Slots for a matrix, an empty tensor and a vector, whose weights are their positions."""
+    """Makes slots for a matrix, an empty tensor and a vector, whose weights are their positions."""
     tensors = [torch.arange(12.0).view(3, 4), torch.zeros(0), torch.arange(12.0, 17.0)]
     return Ledger(Layout(["a", "b", "c"], tensors), nn.Parameter(torch.zeros(slots)), slots)
 
@@ -22,7 +22,7 @@ def weights(of: Ledger) -> Tensor:
 
 
 def proposed(positions: list[int]) -> Ledger:
-    """A ledger that has committed these positions, with 100 added to each weight, and proposes 7 for slot 0."""
+    """Makes a ledger that has committed these positions, with 100 added to each weight, and proposes 7 for slot 0."""
     held = ledger()
     held.propose(torch.tensor(positions), torch.arange(len(positions)), fresh=len(positions), missing=0)
     held.commit(len(positions))
@@ -65,7 +65,7 @@ def test_a_proposal_is_in_no_snapshot_and_a_snapshot_restores_all():
     saved = held.snapshot()
     held.commit(2)
     with torch.no_grad():
-        held.values[:2] += 1  # weight 7 is trained now, and has no slot in the snapshot
+        held.values[:2] += 1  # Weight 7 is trained now, and has no slot in the snapshot.
     held.scatter()
     held.restore(saved)
     expected = torch.arange(17.0)
@@ -83,7 +83,7 @@ def test_slots_not_in_use_are_zero_in_a_snapshot_and_leave_the_tensors_alone():
     held.unmask(2)
     held.commit(2)
     with torch.no_grad():
-        held.values.add_(1.0)  # also what is not in use
+        held.values.add_(1.0)  # Slots that are not in use change too.
     held.scatter()
     expected = torch.arange(17.0)
     expected[[16, 0]] += 1
@@ -144,4 +144,4 @@ def test_a_waiting_choice_of_repeat_s_does_not_make_values_and_model_differ():
     in_model = held.layout.read(held.positions[: held.used], torch.float32)
     assert torch.equal(held.trained()[: held.used], in_model)
     assert not torch.equal(held.values[: held.used], in_model)
-    assert selection.state_dict()["used"] == 5  # refuses nothing
+    assert selection.state_dict()["used"] == 5  # The state is not refused.

@@ -1,4 +1,4 @@
-"""The ranking of many tensors is that of one plain sort of all scores, for every form in which a gradient comes."""
+"""Compares the ranking of many tensors with one plain sort of all scores, for every form in which a gradient comes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GRADIENTS = {
 
 
 def numbers(kind: str, generator: torch.Generator) -> list[Tensor]:
-    """Gradients: with many ties; or negative where they are large; or with whole rows of zeros."""
+    """Draws gradients with many ties, with negative ones where they are large, or with whole rows of zeros."""
     drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
     if kind == "ties":
         return [g.mul(2).round() for g in drawn]
@@ -31,7 +31,7 @@ def numbers(kind: str, generator: torch.Generator) -> list[Tensor]:
 
 
 def plain_ranking(layout: Layout, name: str, gradients: list[Tensor], keep: int) -> list[int]:
-    """Positions by one sort: score descending, then position ascending, without what is held or tells nothing."""
+    """Returns positions by score descending, then position ascending, without those that are held or score too little."""
     of = heuristic(name)
     scores = torch.cat([of.score(w.detach(), g).reshape(-1) for w, g in zip(layout.tensors, gradients, strict=True)])
     held = set(HELD.tolist())
@@ -77,7 +77,7 @@ def test_a_tensor_that_the_loss_did_not_reach_takes_part_as_one_of_gradient_zero
 
 
 def test_an_entry_whose_computed_score_exceeds_its_bound_by_rounding_is_not_lost():
-    """|w g| rounds in float32, and the bound max |w| times |g| does not."""
+    """Takes |w g|, which rounds in float32, while the bound max |w| times |g| does not."""
     of = heuristic("snip")
     generator = torch.Generator().manual_seed(1)
     for _ in range(50):

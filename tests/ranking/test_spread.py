@@ -1,4 +1,4 @@
-"""Selections that spread: caps on tensors, rows and columns; LIFT, the example of a heuristic over whole tensors."""
+"""Checks the caps on tensors, rows and columns, and LIFT, the example of a heuristic over whole tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unmask.ranking import ranker as streamed
 
 
 def net():
-    """Two rows and two columns of the first layer have gradients far above the rest; one tensor is never reached."""
+    """Makes a model whose first layer has two rows and two columns of large gradients; no loss reaches one tensor."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Identity(), nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 4), nn.LayerNorm(4))
     with torch.no_grad():
@@ -50,7 +50,7 @@ SCORES = {
 
 
 def greedy(scores, k, group):
-    """In order of score, if it is above 0 and the group has room: ``group(name, flat) -> (key, cap)``."""
+    """Takes entries by score, if it is above 0 and their group has room; ``group(name, flat)`` is its key and its cap."""
     entries = [(-s, n, i) for n in sorted(scores) for i, s in enumerate(scores[n].reshape(-1).tolist())]
     chosen, filled = {}, {}
     for score, name, i in sorted(entries):
@@ -81,7 +81,8 @@ def test_caps_under_one_ranking(allocation, name, block, monkeypatch):
     expected = greedy(scores_of(model, SCORES[name], x), budget, group)
     method = unmask.static_d3(budget).but(allocation=allocation, heuristic=unmask.heuristic(name))
     selection = unmask.select(model, method)
-    short = sum(map(len, expected.values())) < budget  # a tensor's share that the loss does not reach
+    # The loss does not reach one tensor, whose share is not selected.
+    short = sum(map(len, expected.values())) < budget
     with (
         pytest.warns(UnmaskWarning, match=rf"selected {sum(map(len, expected.values()))}\b") if short else nullcontext()
     ):
@@ -115,7 +116,7 @@ def test_caps_hold_while_the_selection_grows_or_is_exchanged(strategy, heuristic
         lambda: unmask.select(mlp(), unmask.id3(3, steps=2).but(allocation="row"), exchange="candidates"),
     ],
 )
-def test_what_cannot_work_is_refused(build):
+def test_an_allocation_that_cannot_work_is_refused(build):
     with pytest.raises(MethodError, match="allocation"):
         build()
 
@@ -125,7 +126,7 @@ def test_what_cannot_work_is_refused(build):
 
 @pytest.fixture
 def lift(registry):
-    """The module, its heuristic registered for this test alone."""
+    """Loads the example, whose heuristic is registered for this test alone."""
     path = ROOT / "experiments" / "lift.py"
     spec = importlib.util.spec_from_file_location("lift_example", path)
     module = importlib.util.module_from_spec(spec)
@@ -146,7 +147,7 @@ def test_a_low_rank_approximation_is_the_truncated_svd(lift, shape, rank):
 
 
 @pytest.mark.parametrize("shape", [(60, 50), (50, 60)])
-def test_of_a_large_matrix_it_is_nearly_that_and_always_the_same(lift, shape, monkeypatch):
+def test_the_approximation_of_a_large_matrix_is_nearly_the_truncated_svd_and_is_deterministic(lift, shape, monkeypatch):
     monkeypatch.setattr(lift, "EXACT", 8)
     generator = torch.Generator().manual_seed(1)
     u, v = (torch.linalg.qr(torch.randn(n, 50, generator=generator)).Q for n in shape)

@@ -1,3 +1,5 @@
+"""Compares the streaming top-k with a plain sort."""
+
 from __future__ import annotations
 
 import itertools
@@ -10,7 +12,7 @@ from unmask.ranking.topk import Ranked, StreamingTopK
 
 
 def plain_sort(scores: torch.Tensor, k: int) -> list[int]:
-    """Score descending, then position ascending; -inf never enters."""
+    """Returns the first k positions by score descending, then position ascending; -inf never enters."""
     ranked = sorted((-score, position) for position, score in enumerate(scores.tolist()) if score != -float("inf"))
     return [position for _, position in ranked[:k]]
 
@@ -49,7 +51,7 @@ def test_many_blocks_of_one_entry_keep_the_buffer_small():
     assert largest <= 3 * 4 + 1
 
 
-def test_a_tie_across_blocks_goes_to_the_smaller_position_whichever_comes_first():
+def test_a_tie_across_blocks_goes_to_the_smaller_position_in_any_order_of_the_blocks():
     late_first = StreamingTopK(1)
     late_first.update(torch.ones(3), 10, torch.ones(3))
     late_first.update(torch.ones(3), 0, torch.zeros(3))

@@ -51,10 +51,10 @@ def batches(calibration: Calibration) -> Iterator[Any]:
 
 
 def batch_size(batch: Any) -> int:
-    """Returns the number of examples in a batch: the first dimension of its first tensor.
+    """Returns the number of examples in a batch: the first dimension of its first tensor that has one.
 
     Raises:
-        MethodError: The batch holds no tensor that has a dimension.
+        MethodError: The batch holds no such tensor.
 
     Example:
         >>> import torch
@@ -94,14 +94,7 @@ def singles(batch: Any) -> Iterator[Any]:
 def objectives(model: nn.Module, batch: Any, size: int, calibration: Calibration) -> Iterator[Tensor]:
     """Yields scalars whose gradients per example add up, squared or absolute, to the statistic of a batch.
 
-    Args:
-        model: The model.
-        batch: The batch of examples.
-        size: The number of examples in the batch.
-        calibration: The statistic: the loss of the labels, or the expectation over the classes that the model predicts.
-
-    Returns:
-        0-d tensors: sums, not means, over the batch. One for ``sample_type="label"``, one per class for ``"expect"``.
+    They are sums, not means, over the ``size`` examples: one for ``sample_type="label"``, one per class for ``"expect"``.
 
     Raises:
         MethodError: The model cannot take the batch, or it returns no loss or no class logits.

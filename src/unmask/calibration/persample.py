@@ -1,8 +1,4 @@
-"""Adds up per-example gradient statistics of a batch, from the inputs and output gradients of layers.
-
-For a linear layer an example's weight gradient is ``g_n^T x_n`` (its tokens summed). So the sum over examples of its squares
-needs one batched product per layer and no loop over examples in Python.
-"""
+"""Adds up per-example gradient statistics of a batch, from the inputs and output gradients of layers."""
 
 from __future__ import annotations
 
@@ -64,10 +60,8 @@ class PerSampleTaps(Receiver):
     def start(self, size: int, probing: bool = False) -> None:
         """Announces a forward of ``size`` examples.
 
-        Args:
-            size: The number of examples.
-            probing: The forward has no backward. It only finds tensors whose use hides the examples, so no dimension may
-                pass for the batch by chance.
+        A ``probing`` forward has no backward. It only finds tensors whose use hides the examples, so no dimension may pass for
+        the batch by chance.
         """
         self._size, self._probing = size, probing
         self._uses.clear()

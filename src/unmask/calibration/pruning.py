@@ -1,9 +1,4 @@
-"""Scores weights by SNIP and GraSP, for pruning at initialisation, from exact gradients of the examples' mean loss.
-
-Gradients and Hessian-vector products are taken for the eligible tensors alone. So inside a LoRA or an adapter they are small,
-even if the base is large. Nothing is linearised, and the loss is the model's own: GraSP's authors divide the logits by a
-temperature of 200; SparseAdapter's code does not, and neither does this file.
-"""
+"""Scores weights by SNIP and GraSP, for pruning at initialisation, from exact gradients of the examples' mean loss."""
 
 from __future__ import annotations
 
@@ -15,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unmask.calibration.batches import batch_size, batches, frozen_evaluation, objectives
-from unmask.errors import MethodError, NonFiniteGradientError
+from unmask.errors import MethodError
 from unmask.methods.method import Calibration
 from unmask.ranking.ledger import Layout
 
@@ -35,27 +30,20 @@ def connection_sensitivity(model: nn.Module, layout: Layout, calibration: Calibr
 
     Raises:
         MethodError: The loader is empty.
-        NonFiniteGradientError: A gradient is not finite.
     """
     with _trainable(model, layout):
         gradients = _mean_gradient(model, layout, calibration)
-    return _checked(layout, [(g * w).abs() for g, w in zip(gradients, _weights(layout), strict=True)])
+    return {i: (g * w).abs() for i, (g, w) in enumerate(zip(gradients, _weights(layout), strict=True))}
 
 
 def gradient_flow(model: nn.Module, layout: Layout, calibration: Calibration) -> dict[int, Tensor]:
     """Computes GraSP's score ``w (H dL/dw)``: eq. 8 of arXiv 2002.07376 with its sign turned, so that the highest stay.
 
-    Args:
-        model: The model. It runs in evaluation mode and is left in the mode and with the flags it had.
-        layout: The eligible tensors.
-        calibration: The examples whose mean loss is L, with Hessian H. They are taken from the loader twice.
-
-    Returns:
-        The score by tensor index, of the tensor's shape, float32 (float64 for a float64 tensor).
+    H is the Hessian of the mean loss L. GraSP's authors divide the logits by a temperature of 200; SparseAdapter's code does not,
+    and neither does this function. The arguments and the result are those of `connection_sensitivity`.
 
     Raises:
         MethodError: The loader is empty, or it gives nothing the second time.
-        NonFiniteGradientError: A product is not finite.
     """
 
     def product(loss: Tensor) -> Sequence[Tensor | None]:
@@ -71,7 +59,7 @@ def gradient_flow(model: nn.Module, layout: Layout, calibration: Calibration) ->
         gradients = _mean_gradient(model, layout, calibration)
         again = "the calibration loader gave nothing the second time; give a list of batches or a DataLoader."
         products = _mean(model, layout, calibration, product, again)
-    return _checked(layout, [h * w for h, w in zip(products, _weights(layout), strict=True)])
+    return {i: h * w for i, (h, w) in enumerate(zip(products, _weights(layout), strict=True))}
 
 
 @contextlib.contextmanager
@@ -116,10 +104,3 @@ def _weights(layout: Layout) -> Gradients:
     """Returns the eligible weights, in float32 at least."""
     plain = [layout.plain(index) for index in range(len(layout.tensors))]
     return [weight if weight.dtype == torch.float64 else weight.float() for weight in plain]
-
-
-def _checked(layout: Layout, scores: Gradients) -> dict[int, Tensor]:
-    for name, score in zip(layout.names, scores, strict=True):
-        if not torch.isfinite(score).all():
-            raise NonFiniteGradientError(f"the pruning score of {name!r} is not finite; look at the loader's labels.")
-    return dict(enumerate(scores))

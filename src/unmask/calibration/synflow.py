@@ -1,11 +1,4 @@
-"""Scores the weights of added modules by SynFlow: iterative pruning by synaptic flow, without data (arXiv 2006.05467).
-
-As in SparseAdapter's code, each added module is a network for itself. Its weights are replaced by their magnitudes, it is fed
-with ones, and R is the sum of all outputs. So softmax, LayerNorm and the base's weights play no part. The non-linearity between
-the two layers of a bottleneck is the identity, as ReLU is on these positive inputs. Dropout, a LoRA's scaling and the residual
-are left out. The score of a weight is ``|w| dR/d|w|``. The budget is reached in `ROUNDS` rounds of exponentially falling density,
-and each round scores what the last one left.
-"""
+"""Scores the weights of added modules by SynFlow: iterative pruning by synaptic flow, without data (arXiv 2006.05467)."""
 
 from __future__ import annotations
 
@@ -23,7 +16,13 @@ Stage = nn.Linear | nn.Parameter
 
 
 def synaptic_flow(model: nn.Module, layout: Layout, budget: int) -> dict[int, Tensor]:
-    """Computes scores whose ``budget`` best are the weights that SynFlow keeps.
+    """Computes scores ``|w| dR/d|w|`` whose ``budget`` best are the weights that SynFlow keeps.
+
+    As in SparseAdapter's code, each added module is a network for itself. Its weights are replaced by their magnitudes, it is
+    fed with ones, and R is the sum of all outputs. So softmax, LayerNorm and the base's weights play no part. The non-linearity
+    between the two layers of a bottleneck is the identity, as ReLU is on these positive inputs. Dropout, a LoRA's scaling and
+    the residual are left out. The budget is reached in `ROUNDS` rounds of exponentially falling density, and each round scores
+    what the last one left.
 
     Args:
         model: The model, with LoRA layers of peft or bottleneck adapters.
@@ -50,53 +49,49 @@ def synaptic_flow(model: nn.Module, layout: Layout, budget: int) -> dict[int, Te
                 f"synflow knows the linear layers of peft's LoRA and of bottleneck adapters; {name!r} is no part of one. "
                 "Narrow the selection with include= and exclude=, or take another criterion."
             )
-    weights = [layout.plain(index).double().abs() for index in range(len(layout.tensors))]
-    alive = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
-    total = sum(weight.numel() for weight in weights)
+    weights = torch.cat([layout.plain(index).double().abs().reshape(-1) for index in range(len(layout.tensors))])
+    alive = torch.ones_like(weights, dtype=torch.bool)
     for k in range(1, ROUNDS + 1):
-        flows = _flow(paths, layout, weights, alive)
-        scores = [flow.masked_fill(~mask, -1.0) for flow, mask in zip(flows, alive, strict=True)]
-        if not any(score.any() for score in scores):
+        magnitudes = (weights * alive).requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(_flow(paths, _by_tensor(magnitudes, layout)), magnitudes)
+        scores = (magnitudes.detach() * gradient).masked_fill(~alive, -1.0)
+        if not scores.any():
             break  # There is no flow at all, as through a LoRA whose B is zero. The caller refuses that.
         if k < ROUNDS:
-            keep = max(budget, round(total * (budget / total) ** (k / ROUNDS)))
-            alive = _best(scores, keep)
-    return {i: score.to(torch.promote_types(layout.tensors[i].dtype, torch.float32)) for i, score in enumerate(scores)}
+            keep = max(budget, round(layout.total * (budget / layout.total) ** (k / ROUNDS)))
+            alive = torch.zeros_like(alive)
+            alive[scores.argsort(descending=True, stable=True)[:keep]] = True  # A tie goes to the first.
+    parts = _by_tensor(scores, layout).values()
+    dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in layout.tensors]
+    return {i: part.to(dtype) for i, (part, dtype) in enumerate(zip(parts, dtypes, strict=True))}
 
 
-def _flow(paths: list[list[Stage]], layout: Layout, weights: list[Tensor], alive: list[Tensor]) -> list[Tensor]:
-    """Returns ``|w| dR/d|w|`` of every weight; weights that were pruned count as zero."""
-    leaves = [(w * mask).requires_grad_() for w, mask in zip(weights, alive, strict=True)]
-    by_id = {id(tensor): leaf for tensor, leaf in zip(layout.tensors, leaves, strict=True)}
+def _by_tensor(flat: Tensor, layout: Layout) -> dict[int, Tensor]:
+    """Cuts a number for every eligible weight into tensors, by the id of each of the layout's."""
+    parts = flat.split([tensor.numel() for tensor in layout.tensors])
+    return {id(tensor): part.view(tensor.shape) for tensor, part in zip(layout.tensors, parts, strict=True)}
+
+
+def _flow(paths: list[list[Stage]], magnitudes: dict[int, Tensor]) -> Tensor:
+    """Returns R; tensors that have no magnitudes here are not eligible, and keep theirs."""
 
     def magnitude(tensor: Tensor) -> Tensor:
-        return by_id[id(tensor)] if id(tensor) in by_id else tensor.detach().double().abs()
+        return magnitudes[id(tensor)] if id(tensor) in magnitudes else tensor.detach().double().abs()
 
-    with torch.enable_grad():
-        sums = []
-        for path in paths:
-            first = path[0]
-            assert isinstance(first, nn.Linear)
-            x = first.weight.new_ones(first.in_features, dtype=torch.float64)
-            for stage in path:
-                if isinstance(stage, nn.Parameter):
-                    x = x * magnitude(stage).reshape(-1)
-                else:
-                    x = magnitude(stage.weight) @ x
-                    x = x if stage.bias is None else x + magnitude(stage.bias)
-            sums.append(x.sum().cpu())
-        total = torch.stack(sums).sum()
-        gradients = torch.autograd.grad(total, leaves)
-    return [leaf.detach() * gradient for leaf, gradient in zip(leaves, gradients, strict=True)]
-
-
-def _best(scores: list[Tensor], keep: int) -> list[Tensor]:
-    """Returns masks of the ``keep`` highest scores of all tensors together; a tie goes to the first."""
-    flat = torch.cat([score.reshape(-1) for score in scores])
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask[flat.argsort(descending=True, stable=True)[:keep]] = True
-    parts = mask.split([score.numel() for score in scores])
-    return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
+    sums = []
+    for path in paths:
+        first = path[0]
+        assert isinstance(first, nn.Linear)
+        x = first.weight.new_ones(first.in_features, dtype=torch.float64)
+        for stage in path:
+            if isinstance(stage, nn.Parameter):
+                x = x * magnitude(stage).reshape(-1)
+            else:
+                x = magnitude(stage.weight) @ x
+                x = x if stage.bias is None else x + magnitude(stage.bias)
+        sums.append(x.sum().cpu())
+    return torch.stack(sums).sum()
 
 
 def _paths(model: nn.Module) -> Iterator[list[Stage]]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unmask.gradients.entries import take_gradient
 from unmask.gradients.tapped import StandIn, TappedParameter, stand_in_of
 
 
@@ -48,23 +47,17 @@ class SampledEmbedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         g = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)
         rows = embedding_gradient(g, ids.reshape(-1), ctx.shape, ctx.padding)
-        if ctx.stand_in.pending is None:
-            return None, None, take_gradient(rows, ctx.stand_in.entries), None, None
-        ctx.stand_in.pending.put(rows.detach())
-        return None, None, g.new_zeros(1), None, None
+        return None, None, ctx.stand_in.pass_on(rows), None, None
 
 
 def embedding_gradient(g: Tensor, ids: Tensor, shape: torch.Size, padding: int | None) -> Tensor:
-    """Makes an embedding's gradient as a sparse tensor in whole rows.
+    """Makes an embedding's gradient as a coalesced sparse tensor in whole rows; a row's tokens are summed in their order.
 
     Args:
         g: The gradient of the output: (T, columns).
         ids: The row that each token read: (T,) int64.
         shape: The shape of the table.
         padding: The row whose gradient is zero; None if there is none.
-
-    Returns:
-        A coalesced sparse tensor of the table's shape. The tokens of a row are summed in their order.
     """
     if padding is not None:
         kept = (ids != padding).nonzero().squeeze(1)

@@ -12,14 +12,9 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def take(tensor: Tensor, flat: Tensor) -> Tensor:
-    """Returns the entries of a tensor at flat indices, without a copy of a non-contiguous tensor.
+    """Returns the entries of a tensor of any shape and strides, without a copy of the rest: (m,) of its dtype, on its device.
 
-    Args:
-        tensor: The tensor; it may have any shape and strides.
-        flat: (m,) int64 row-major indices, on any device.
-
-    Returns:
-        (m,) of the tensor's dtype, on its device.
+    The row-major indices ``flat`` are (m,) int64, on any device.
 
     Example:
         >>> take(torch.arange(6).view(2, 3).t(), torch.tensor([1, 2])).tolist()
@@ -37,15 +32,7 @@ def put(tensor: Tensor, flat: Tensor, values: Tensor) -> None:
 
 
 def take_columns(x: Tensor, columns: Tensor) -> Tensor:
-    """Returns ``x[:, columns]``.
-
-    Args:
-        x: (T, n).
-        columns: (m,) int64, on the device of x.
-
-    Returns:
-        (T, m).
-    """
+    """Returns ``x[:, columns]``, (T, m), of x (T, n) and columns (m,) int64 on its device."""
     if x.device.type == "cpu":  # Here a gather is faster than index_select, most of all in bfloat16.
         return x.gather(1, columns.expand(x.shape[0], -1))
     return x.index_select(1, columns)
@@ -53,20 +40,11 @@ def take_columns(x: Tensor, columns: Tensor) -> Tensor:
 
 def as_rows(tensor: Tensor) -> Tensor:
     """Returns a tensor as a matrix: the first dimension by the others. A vector or a scalar becomes one row."""
-    if tensor.ndim < 2:
-        return tensor.reshape(1, -1)
-    return tensor.reshape(tensor.shape[0], -1)
+    return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.flatten(1)
 
 
 def among(flat: Tensor, members: Tensor) -> Tensor:
-    """Tells for each index whether it is one of the members.
-
-    Args:
-        flat: The indices, int64, of any shape.
-        members: (n,) int64, ascending, on the device of ``flat``.
-
-    Returns:
-        bool, of the shape of ``flat``.
+    """Tells for each index, int64 of any shape, whether it is one of the members: (n,) int64, ascending, on its device.
 
     Example:
         >>> among(torch.tensor([5, 1, 2]), torch.tensor([2, 5])).tolist()
@@ -81,10 +59,8 @@ def among(flat: Tensor, members: Tensor) -> Tensor:
 class Entries:
     """Some entries of one tensor, and the slots they belong to.
 
-    The tensor is seen as a matrix: its first dimension by the others. A vector is one row.
-
     Attributes:
-        shape: The shape (rows, columns) of the matrix.
+        shape: The shape (rows, columns) of the tensor as a matrix; see `as_rows`.
         flat: The entries' row-major indices: (m,) int64, ascending, on the tensor's device.
         slots: The entries' slots: (m,) int64, on the device of ``values``.
     """
@@ -126,15 +102,9 @@ class Entries:
 
 
 def take_gradient(gradient: Tensor, entries: Entries) -> Tensor:
-    """Returns the entries of a whole gradient.
+    """Returns the m entries of a tensor's whole gradient, (m,): 0 in the rows that a sparse gradient does not hold.
 
-    Args:
-        gradient: The gradient of a tensor: dense, of its shape; or sparse in whole rows and coalesced, as `embedding_gradient`
-            makes it.
-        entries: The m entries of that tensor.
-
-    Returns:
-        (m,) of the gradient's dtype; 0 in the rows that a sparse gradient does not hold.
+    The gradient is dense, of the tensor's shape, or sparse in whole rows and coalesced, as `embedding_gradient` makes it.
     """
     if not gradient.is_sparse:
         return take(gradient, entries.flat)

@@ -1,26 +1,18 @@
 """Keeps a linear layer's weight gradient as two factors, and multiplies them whole, at some entries, or where it is large.
 
-By Cauchy and Schwarz, ``|sum_t l[t, i] r[t, j]| <= |l[:, i]| |r[:, j]|``. A ranking knows the least value that still matters
-to it, so rows and columns whose norms are too small for it need no product at all. Where that rules out too little, a float32
-product is formed in bfloat16 first, on CPUs that multiply it faster: the same norms bound its error, and only the entries that
-it leaves are computed exactly.
-
 The last functions of this file work on a gradient in any of its forms: dense, sparse in whole rows, or `Factors`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from unmask.gradients import sampled
 from unmask.gradients.entries import Entries, take_columns, take_gradient
-from unmask.gradients.sampled import choose, sampled_product
+from unmask.gradients.sampled import LastInput, choose, last_blocks, sampled_product
 
 BAND = 1 << 18  # The entries of the product that are formed at a time.
 NORMS = 128  # The tokens that are squared at a time on a CPU.
@@ -29,6 +21,9 @@ _SOME = 0.3  # The same share, above which the product in bfloat16 is cheaper, o
 _FEW = 1 / 32  # The share of all entries that the product in bfloat16 may leave; above it the whole product is cheaper.
 _HALF = 2.0**-8  # The largest relative error of rounding to bfloat16, whose significand has 8 bits.
 _GATHER = 100.0  # The cost of gathering a column, in multiplications per token.
+_FAST_HALVES = any(  # True on a CPU with instructions for bfloat16
+    getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+)
 
 
 class Factors:
@@ -68,6 +63,10 @@ class Factors:
     def above(self, least: Callable[[], float]) -> Iterator[tuple[Tensor, Tensor]] | None:
         """Finds the entries of large magnitude.
 
+        By Cauchy and Schwarz, ``|sum_t l[t, i] r[t, j]| <= |l[:, i]| |r[:, j]|``, so rows and columns whose norms are too
+        small need no product. Where that rules out too little, a float32 product is formed in bfloat16 first, on CPUs that
+        multiply it faster. The same norms bound its error, and only the entries that it leaves are computed exactly.
+
         Args:
             least: Returns the least magnitude that still matters, a positive number. It is called again before each piece,
                 and its answer may grow.
@@ -76,41 +75,34 @@ class Factors:
             An iterator over pieces: flat indices (n,) and values (n,). Together the pieces hold every entry of at least that
             magnitude, and perhaps some smaller ones. None if the whole product is cheaper, or if a factor is not finite.
         """
-        rows, columns = _norms(self.left), _shared_norms(self.right)
+        rows, columns = _norms(self.left), _last_norms.of(self.right, _norms)
         tallest, widest = rows.max().item(), columns.max().item()
         if not math.isfinite(tallest * widest):
             return None
         # How far rounding may lift a computed entry over the bound by the norms, as a share of it.
-        tokens = self.left.shape[0] * torch.finfo(torch.float32).eps
-        rounding = min(0.5, 1e-4 + tokens + 4 * torch.finfo(self.left.dtype).eps)
+        of_sum = self.left.shape[0] * torch.finfo(torch.float32).eps
+        rounding = min(0.5, 1e-4 + of_sum + 4 * torch.finfo(self.left.dtype).eps)
         cut = least() * (1 - rounding)
         some, near = ((n * m >= cut).nonzero().squeeze(1) for n, m in ((rows, widest), (columns, tallest)))
         area = some.numel() * near.numel() / (rows.numel() * columns.numel())
-        if area > _SOME and _halves_pay(self.left):
-            found = self._in_halves(some, near, rows, cut)
-            if found is None:
+        if area <= _SOME or not _halves_pay(self.left):
+            if area > _MOST:
                 return None
-            return iter([(found, self.at(Entries((rows.numel(), columns.numel()), found, found)))])
-        if area > _MOST:
-            return None
-        return self._bands(some[rows[some].argsort(descending=True)], rows, columns, lambda: least() * (1 - rounding))
-
-    def _in_halves(self, some: Tensor, near: Tensor, rows: Tensor, cut: float) -> Tensor | None:
-        """Returns the entries of some rows and near columns that a product in bfloat16 cannot rule out; None if too many."""
+            order = some[rows[some].argsort(descending=True)]
+            return self._bands(order, rows, columns, lambda: least() * (1 - rounding))
         left, right = (
             x if kept.numel() == x.shape[1] else take_columns(x, kept)
             for x, kept in ((self.left, some), (self.right, near))
         )
         product = left.to(torch.bfloat16).t() @ right.to(torch.bfloat16)
-        widest = _shared_norms(self.right).max()
-        # The error, as a share of |left_i| |right_j|: of both rounded inputs, and of the sum in float32.
-        error = 2.01 * _HALF + self.left.shape[0] * torch.finfo(torch.float32).eps
-        # The product itself is rounded to bfloat16, too: hence the last factor.
-        bound = (cut - error * rows[some] * widest) * (1 - _HALF)
+        # The error, as a share of |left_i| |right_j|: of both rounded inputs, and of the sum in float32. The product itself is
+        # rounded to bfloat16, too: hence the last factor.
+        bound = (cut - (2.01 * _HALF + of_sum) * rows[some] * widest) * (1 - _HALF)
         row, column = (product.abs() >= bound.unsqueeze(1)).nonzero().unbind(1)
-        if row.numel() > _FEW * rows.numel() * self.right.shape[1]:
+        if row.numel() > _FEW * rows.numel() * columns.numel():
             return None
-        return some[row] * self.right.shape[1] + near[column]
+        found = some[row] * columns.numel() + near[column]
+        return iter([(found, self.at(Entries((rows.numel(), columns.numel()), found, found)))])
 
     def _bands(
         self, order: Tensor, rows: Tensor, columns: Tensor, least: Callable[[], float]
@@ -133,13 +125,7 @@ class Factors:
 
 def _halves_pay(x: Tensor) -> bool:
     """Returns True if float32 factors multiply much faster in bfloat16, summed in float32."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and _cpu_multiplies_halves()
-
-
-@functools.cache
-def _cpu_multiplies_halves() -> bool:
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    return _FAST_HALVES and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _norms(x: Tensor) -> Tensor:
@@ -151,29 +137,13 @@ def _norms(x: Tensor) -> Tensor:
     return total.sqrt_()
 
 
-class _Last(threading.local):
-    """The input whose norms a thread took last, and these norms."""
-
-    key: tuple | None = None
-    of: Tensor | None = None  # A reference to the input keeps its address from being used by another tensor.
-    norms: Tensor | None = None
-
-
-_last = _Last()
-
-
-def _shared_norms(x: Tensor) -> Tensor:
-    """Returns the norms of an input's columns, and keeps them: the layers of query, key and value have the same input."""
-    key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x._version)
-    if _last.norms is None or _last.key != key:
-        _last.key, _last.of, _last.norms = key, x, _norms(x)
-    return _last.norms
+_last_norms = LastInput()
 
 
 def forget() -> None:
     """Releases the activations that were kept for the next product; the end of a backward calls it."""
-    _last.key = _last.of = _last.norms = None
-    sampled.forget()
+    _last_norms.forget()
+    last_blocks.forget()
 
 
 class PendingGradient:
@@ -231,11 +201,8 @@ def add(a: Tensor | Factors, b: Tensor | Factors) -> Tensor:
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Returns the 2-norm of all entries of several tensors together, without a copy of any of them.
 
-    Args:
-        tensors: Gradients of any shapes, floating dtypes and devices. A sparse one must be coalesced.
-
-    Returns:
-        0-d, on the first tensor's device (on the CPU if there is none); float64 if one of the tensors is, else float32.
+    They have any shapes, floating dtypes and devices; a sparse one must be coalesced. The norm is 0-d, on the first one's device
+    (on the CPU if there is none), and float64 if one of them is, else float32.
 
     Example:
         >>> total_norm([torch.tensor([[3.0]]), torch.tensor([4.0], dtype=torch.bfloat16)]).item()

@@ -1,13 +1,4 @@
-"""Runs linear layers so that their backward forms no dense weight gradient.
-
-A handler of this file takes the place of ``F.linear`` or ``torch.addmm`` where the weight's proxy is a placeholder (see
-``taps.py``), or where the weight's gradient is not wanted. The output and the gradient of the input are those of torch. The
-weight's gradient is made at the placeholder's entries, or goes into its `PendingGradient` as `Factors`. In all other cases
-autograd does the work, and its dense gradient is read out. The backward saves two kinds of work:
-
-- On a CPU it leaves out the tokens whose gradient is zero (`live_rows`).
-- An input that an activation made is not saved, but made again (`origin`).
-"""
+"""Runs linear layers so that their backward forms no dense weight gradient; the output and the input's gradient are torch's."""
 
 from __future__ import annotations
 
@@ -27,7 +18,7 @@ from unmask.gradients.entries import Entries, take, take_columns
 from unmask.gradients.factors import Factors
 from unmask.gradients.sampled import Product, choose, sampled_product
 from unmask.gradients.tapped import Handler, StandIn, TappedParameter, stand_in_of
-from unmask.gradients.taps import Collect, Gather
+from unmask.gradients.taps import ByPlaceholder
 
 LEAST = 64  # The tokens below which none is left out.
 SHARE = 0.85  # The share of the tokens that may be left, at most, for leaving the others out to pay.
@@ -36,11 +27,7 @@ _FEW = 16  # The number of columns that are looked at first.
 
 
 def handlers(dense: bool) -> dict[Any, Handler]:
-    """Makes the handlers of linear layers and embeddings, for `TapSet.handlers`.
-
-    Args:
-        dense: Lets autograd run an operation whose dense product is the cheapest.
-    """
+    """Makes `TapSet.handlers`; ``dense`` lets autograd run a linear operation whose dense product is the cheapest."""
     linear = _LinearHandlers(dense)
     return {F.linear: linear.linear, torch.addmm: linear.addmm, F.embedding: embedding}
 
@@ -57,9 +44,9 @@ class _Setup:
 
 
 class _LinearHandlers:
-    """The handlers of linear operations; they remember the last input that autocast converted.
+    """The handlers of linear operations; they leave to autograd those whose dense gradient is wanted, or is the cheapest.
 
-    The layers of query, key and value have the same input, which is then converted once.
+    They remember the last input that autocast converted: the layers of query, key and value have the same one.
     """
 
     def __init__(self, dense: bool) -> None:
@@ -117,7 +104,10 @@ class _LinearHandlers:
 
 
 class SampledLinear(torch.autograd.Function):
-    """``x W^T + b`` (or ``x W + b``); the backward makes the weight's gradient at its entries only, or as `Factors`."""
+    """``x W^T + b`` (or ``x W + b``); the backward makes the weight's gradient at its entries only, or as `Factors`.
+
+    On a CPU it leaves out the tokens whose gradient is zero (`live_rows`).
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -206,15 +196,9 @@ def _differentiable(
                 "a second derivative (create_graph=True) under autocast does not reach the sampled gradients' input; run this "
                 "loss without autocast, or use unmask.select(..., gradients='dense')."
             )
-        pending, flat_x = setup.stand_in.pending, x.reshape(-1, x.shape[-1])
-        product = flat_x.t() @ g if setup.transposed else g.t() @ flat_x
-        if pending is None:
-            grad_placeholder = take(product, setup.stand_in.entries.flat).to(placeholder.dtype)
-            live = None if weight is None else Gather.apply(placeholder, weight, setup.stand_in.entries)
-        else:
-            pending.put(product.detach())
-            grad_placeholder = torch.zeros_like(placeholder)
-            live = None if weight is None else Collect.apply(placeholder, weight, pending)
+        flat_x = x.reshape(-1, x.shape[-1])
+        grad_placeholder = setup.stand_in.pass_on(flat_x.t() @ g if setup.transposed else g.t() @ flat_x)
+        live = None if weight is None else ByPlaceholder.apply(placeholder, weight, setup.stand_in)
     if live is not None:
         grad_x = (g @ (live.t() if setup.transposed else live)).view(ctx.shape).to(ctx.dtype)
     sums = g.sum(0)
@@ -226,17 +210,12 @@ def _differentiable(
 
 
 def live_rows(g: Tensor) -> Tensor | None:
-    """Finds the rows that are not zero.
-
-    Args:
-        g: The gradient of an output: (T, n).
+    """Finds the rows of an output's gradient (T, n) that are not zero: (t,) int64, ascending.
 
     Returns:
-        (t,) int64, ascending; None if more than `SHARE` of the rows are not zero, or if a sample of the rows holds no zero
-        row.
+        The rows; None if more than `SHARE` of them are not zero, or if a sample of the rows holds no zero row.
 
     Example:
-        >>> import torch
         >>> g = torch.zeros(100, 4)
         >>> g[7, 3] = 1.0
         >>> live_rows(g).tolist()
@@ -283,7 +262,7 @@ def origin(x: Tensor) -> Node | None:
     """
     node = x.grad_fn
     found = None if node is None or x.output_nr else _AGAIN.get(node.name())
-    if node is None or found is None:
+    if found is None:
         return None
     # Saved tensors that go through hooks (checkpointing, offloading) may be asked for only once each.
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)

@@ -1,23 +1,13 @@
-"""Computes chosen entries of a product ``g^T x``, and estimates which way of doing so is the cheapest.
-
-For a linear layer's weight, ``grad[i, j] = sum_t g[t, i] x[t, j]`` over tokens t. m of its entries cost a transposition of g
-and x and m dot products, instead of a dense product of rows x columns. There are three ways:
-
-- On a CPU, ``torch.sparse.sampled_addmm`` runs in float32 (in float64 for float64) on pieces of `PIECE` tokens, laid out in
-  blocks of `DEPTH` tokens. Temporaries have the size of a piece, and half precision is converted piece by piece.
-- On CUDA, the Triton kernel in ``triton_sampled.py`` runs.
-- On any device, where few rows and columns hold all entries, the dense product of these rows and columns is formed.
-
-A cost model picks the cheapest way. Its constants for CPUs follow what ``benchmarks/crossover.py`` measures.
-"""
+"""Computes chosen entries of a product ``g^T x``, as of a linear layer's weight gradient, and picks the cheapest way to do so."""
 
 from __future__ import annotations
 
 import functools
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +25,7 @@ SHARED = 1 << 21  # The largest input, in scalars, whose blocks are kept for the
 
 @dataclass(frozen=True)
 class Cost:
-    """Nanoseconds per token that the parts of a product cost, all threads together.
+    """Nanoseconds per token that the parts of a product cost, all threads together; ``benchmarks/crossover.py`` measures them.
 
     Attributes:
         dense: The cost of one multiplication in a dense product.
@@ -66,18 +56,10 @@ _CUDA = {
 
 
 def choose(entries: Entries, tokens: int, dtype: torch.dtype, device: torch.device, dense: bool = True) -> Product:
-    """Returns the name of the cheapest product.
+    """Returns the name of the product that gives a weight's wanted entries at the least cost.
 
-    Args:
-        entries: The entries of the weight that are wanted.
-        tokens: The number of tokens T that the product sums over.
-        dtype: The dtype of the activations.
-        device: The device of the activations.
-        dense: Allows the dense product as an answer.
-
-    Returns:
-        ``"dense"``: the whole product; ``"compact"``: the dense product of the rows and columns that hold entries;
-        ``"sampled"``: the entries alone.
+    It is ``"dense"``, the whole product, where ``dense`` allows that; ``"compact"``, the dense product of the rows and columns
+    that hold entries; or ``"sampled"``, the entries alone. The activations have ``tokens`` rows, and this dtype and device.
     """
     table = _CPU if device.type == "cpu" else _CUDA
     costs = table.get(dtype, table[torch.bfloat16])
@@ -99,16 +81,15 @@ def spread(entries: Entries) -> tuple[int, int]:
 
 
 def sampled_product(g: Tensor, x: Tensor, entries: Entries, how: Product) -> Tensor:
-    """Computes ``(g^T x)[entries]``.
+    """Computes m entries of ``g^T x``: (m,) float32, float64 for float64.
+
+    On a CPU, ``"sampled"`` holds temporaries of the size of a piece of `PIECE` tokens, and converts half precision by the piece.
 
     Args:
         g: (T, rows), with any strides and float dtype.
         x: (T, columns), of g's dtype and device.
         entries: The m entries of the (rows, columns) product.
         how: ``"compact"`` or ``"sampled"``, the answer of `choose`.
-
-    Returns:
-        (m,) float32, float64 for float64.
 
     Example:
         >>> g, x = torch.eye(3), torch.arange(6.0).view(3, 2)
@@ -120,34 +101,24 @@ def sampled_product(g: Tensor, x: Tensor, entries: Entries, how: Product) -> Ten
     if not entries.flat.numel() or not g.shape[0]:
         return torch.zeros(entries.flat.shape, dtype=wide, device=g.device)
     if how == "compact" or not _has_sampled(g.dtype, g.device):
-        return _compact(g, x, entries).to(wide)
-    if g.device.type == "cpu":
-        return _on_cpu(g, x, entries, wide)
-    return triton_sampled.triton_sampled_product(g, x, entries.rows, entries.columns)
-
-
-def _has_sampled(dtype: torch.dtype, device: torch.device) -> bool:
-    return device.type == "cpu" or (dtype != torch.float64 and triton_sampled.available(device))
-
-
-def _compact(g: Tensor, x: Tensor, entries: Entries) -> Tensor:
-    """Reads the entries out of the dense product of the rows and columns that hold entries."""
-    rows, columns = entries.used_rows, entries.used_columns
-    row, column = entries.rows, entries.columns
-    if rows.numel() < g.shape[1]:
-        g, row = take_columns(g, rows), torch.searchsorted(rows, row)
-    if columns.numel() < x.shape[1]:
-        x, column = take_columns(x, columns), torch.searchsorted(columns, column)
-    return (g.t() @ x)[row, column]
-
-
-def _on_cpu(g: Tensor, x: Tensor, entries: Entries, wide: torch.dtype) -> Tensor:
-    """Computes the entries alone, piece by piece; each piece is a batch of products over blocks of tokens."""
+        rows, columns = entries.used_rows, entries.used_columns
+        row, column = entries.rows, entries.columns
+        if rows.numel() < g.shape[1]:
+            g, row = take_columns(g, rows), torch.searchsorted(rows, row)
+        if columns.numel() < x.shape[1]:
+            x, column = take_columns(x, columns), torch.searchsorted(columns, column)
+        return (g.t() @ x)[row, column].to(wide)
+    if g.device.type != "cpu":
+        return triton_sampled.triton_sampled_product(g, x, entries.rows, entries.columns)
     total = torch.zeros(entries.flat.shape, dtype=wide)
     pieces = _pieces(g.shape[0], max(entries.shape))
-    shared = _shared(x, pieces, wide)
+
+    def all_blocks(x: Tensor) -> list[Tensor]:
+        return [_blocks(x[low:high], depth, wide, f"x from {low}") for low, high, depth in pieces]
+
+    shared = last_blocks.of(x, all_blocks, wide, len(pieces)) if x.numel() <= SHARED else None
     for i, (low, high, depth) in enumerate(pieces):
-        batch = (high - low) // depth
+        batch = (high - low) // depth  # A piece is a batch of products over blocks of tokens.
         zeros = torch.zeros(1, dtype=wide).expand(batch, total.numel())
         places = entries.starts.expand(batch, -1), entries.columns.expand(batch, -1)
         wanted = csr_matrix(*places, zeros, (batch, *entries.shape))
@@ -155,6 +126,10 @@ def _on_cpu(g: Tensor, x: Tensor, entries: Entries, wide: torch.dtype) -> Tensor
         blocks_x = shared[i] if shared else _blocks(x[low:high], depth, wide, "x")
         total += torch.sparse.sampled_addmm(wanted, blocks_g, blocks_x.transpose(1, 2), beta=0.0).values().sum(0)
     return total
+
+
+def _has_sampled(dtype: torch.dtype, device: torch.device) -> bool:
+    return device.type == "cpu" or (dtype != torch.float64 and triton_sampled.available(device))
 
 
 def _pieces(tokens: int, width: int) -> list[tuple[int, int, int]]:
@@ -169,10 +144,32 @@ def _pieces(tokens: int, width: int) -> list[tuple[int, int, int]]:
     return pieces
 
 
+class LastInput(threading.local):
+    """The result of a computation on the last input of a thread; the layers of query, key and value have the same input."""
+
+    key: tuple | None = None
+    x: Tensor | None = None  # A reference to the input keeps its address from being used by another tensor.
+    result: Any = None
+
+    def of(self, x: Tensor, compute: Callable[[Tensor], Any], *options: Any) -> Any:
+        """Returns ``compute(x)``, which depends on x and the options alone; keeps it until another input or `forget`."""
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x._version, *options)
+        if self.key != key:
+            self.forget()  # The computation may write over the last result, and then fail.
+            self.result = compute(x)
+            self.key, self.x = key, x
+        return self.result
+
+    def forget(self) -> None:
+        """Releases the input and the result; the end of a backward calls it."""
+        self.key = self.x = self.result = None
+
+
+last_blocks = LastInput()
+
+
 class _Scratch(threading.local):
     """The memory that a thread keeps between calls."""
-
-    shared: tuple[tuple, Tensor, list[Tensor]] | None = None
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -186,22 +183,6 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
-
-
-def forget() -> None:
-    """Releases the activations that were kept for the next product; the end of a backward calls it."""
-    _scratch.shared = None
-
-
-def _shared(x: Tensor, pieces: list[tuple[int, int, int]], dtype: torch.dtype) -> list[Tensor] | None:
-    """Returns the blocks of an input, and keeps them: the layers of query, key and value have the same input."""
-    if x.numel() > SHARED:
-        return None
-    key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version, dtype, len(pieces))
-    if _scratch.shared is None or _scratch.shared[0] != key:
-        blocks = [_blocks(x[low:high], depth, dtype, f"x from {low}") for low, high, depth in pieces]
-        _scratch.shared = (key, x, blocks)  # The reference to x keeps its address from being used by another tensor.
-    return _scratch.shared[2]
 
 
 def _blocks(piece: Tensor, depth: int, dtype: torch.dtype, name: str) -> Tensor:

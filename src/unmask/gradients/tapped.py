@@ -1,7 +1,4 @@
-"""Intercepts every operation on a frozen parameter: the parameter stays the same object, and only its class is swapped.
-
-What an operation gets in such a parameter's place is decided by an `Interceptor`, which is the `TapSet` of ``taps.py``.
-"""
+"""Intercepts every operation on a frozen parameter: the parameter stays the same object, and only its class is swapped."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from unmask.gradients.entries import Entries
+from unmask.gradients.entries import Entries, take_gradient
 from unmask.gradients.factors import PendingGradient
 
 SITE = "_unmask_site"  # The attribute of a tapped tensor that holds its `Site`.
@@ -21,7 +18,7 @@ _VIEWS = {torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.H.__get_
 _IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 # These functions concern the parameter as an object, or its memory, and get the parameter itself.
 _RAW = (
-    {f"__{name}__" for name in ("get", "set", "delete", "setitem", "hash", "repr", "format", "reduce_ex", "len")}
+    {f"__{name}__" for name in ("set", "delete", "setitem", "hash", "repr", "format", "reduce_ex", "len")}
     | {f"__i{name}__" for name in _IN_PLACE}
     | {"register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "detach", "data_ptr"}
     | {"size", "dim", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size", "get_device"}
@@ -51,12 +48,20 @@ class StandIn:
 
     @property
     def alias(self) -> bool:
-        """Returns True if the proxy is an alias, which any operation can compute with."""
+        """True if the proxy is an alias, which any operation can compute with."""
         return self.entries is None and self.pending is None
+
+    def pass_on(self, gradient: Tensor) -> Tensor:
+        """Returns the placeholder's gradient, made of the whole gradient of one use: dense, or sparse in rows and coalesced."""
+        if self.entries is not None:
+            return take_gradient(gradient, self.entries).to(self.proxy.dtype)
+        assert self.pending is not None, "an alias gets its gradient from autograd"
+        self.pending.put(gradient.detach())
+        return torch.zeros(1, dtype=self.proxy.dtype, device=gradient.device)
 
 
 class Interceptor(Protocol):
-    """Decides what operations get in the place of tapped tensors.
+    """Decides what operations get in the place of tapped tensors. It is the `TapSet` of ``taps.py``.
 
     Attributes:
         owner: The selection that the tensors belong to.
@@ -115,10 +120,14 @@ class TappedParameter(nn.Parameter):
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # A compiler must not see this state: its graph breaks here.
 def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        if _is_raw(func, args):
-            if func in _READ:
-                site_of(args[0]).taps.catch_up()
-            return func(*args, **kwargs)
+        # A function that writes into another tensor uses the parameter's value, so only the first argument counts.
+        if args and isinstance(args[0], TappedParameter):
+            name = getattr(func, "__name__", "")
+            changes = name.endswith("_") and not name.startswith("__")
+            if changes or name in _RAW or (name == "__get__" and func not in _VIEWS):
+                if func in _READ:
+                    site_of(args[0]).taps.catch_up()
+                return func(*args, **kwargs)
         for value in (*args, *kwargs.values()):
             if isinstance(value, TappedParameter):
                 handler = site_of(value).taps.handlers.get(func)
@@ -127,19 +136,6 @@ def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
                     return result
                 break
         return func(*substitute(args), **substitute(kwargs))
-
-
-def _is_raw(func: Any, args: tuple) -> bool:
-    """Returns True if a function concerns the parameter as an object.
-
-    A function that writes into another tensor uses the parameter's value instead, so only the first argument counts.
-    """
-    if not (args and isinstance(args[0], TappedParameter)):
-        return False
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return func not in _VIEWS
-    return name in _RAW or (name.endswith("_") and not name.startswith("__"))
 
 
 def _plain(parameter: Tensor) -> Tensor:

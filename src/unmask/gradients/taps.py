@@ -1,20 +1,4 @@
-"""Taps: the points of autograd's graph at which the gradient of a frozen tensor is seen once, handed over, and freed.
-
-A tapped parameter stays the same object under the same name; only its class changes, to `TappedParameter`. Its
-``__torch_function__`` hands autograd a *proxy* in its place: an alias that requires grad. So autograd itself differentiates any
-operation on the parameter, in a Linear, in an LSTM's flat weights, in a functional call, or in a layer that gradient
-checkpointing recomputes. The proxy's backward hands the dense gradient over and frees it.
-
-Where the receiver asks for some entries only, the proxy is a *placeholder*: a vector of as many zeros, whose gradient is that
-of the entries. An operation then uses the weight by way of `Gather`, which reads the entries out of each use's dense gradient;
-the operations in ``linear.py`` and ``embedding.py`` make the placeholder's gradient without a dense one. A placeholder of one
-zero stands for a whole tensor: all uses add their gradients to a `PendingGradient`, a linear layer's as `Factors`.
-
-`TapSet` promises its receiver, for each outermost backward: ``begin`` once, then ``receive`` for each tensor with the sum over
-all its uses, then ``end`` once. A backward that fails is followed by ``abort``. The sum may come in pieces in two cases: a graph
-holds forwards from before and after another backward, or segments of reentrant checkpointing share a module of a model that is
-not in training mode. A receiver that cannot add up pieces raises `in_pieces`.
-"""
+"""Taps: the points of autograd's graph at which the gradient of a frozen tensor is seen once, handed over, and freed."""
 
 from __future__ import annotations
 
@@ -28,16 +12,19 @@ import torch
 from torch import Tensor
 
 from unmask.errors import SelectionError
-from unmask.gradients.entries import Entries, take_gradient
+from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, PendingGradient, add
-from unmask.gradients.tapped import Handler, Site, StandIn, TappedParameter, attach, detach, has_site, site_of
+from unmask.gradients.tapped import Handler, Site, StandIn, TappedParameter, attach, detach, site_of
 from unmask.gradients.writes import Writes
 
 
 class Receiver(Protocol):
-    """The consumer of the gradients that a `TapSet` sees.
+    """The consumer of the gradients that a `TapSet` sees; by default it takes whole gradients.
 
-    The defaults are those of a receiver that takes whole gradients and does nothing at the start and the end of a backward.
+    For each outermost backward come ``begin`` once, then ``receive`` for each tensor with the sum over all its uses, then
+    ``end`` once; if it fails, ``abort``. The sum may come in pieces in two cases: a graph holds forwards from before and after
+    another backward, or segments of reentrant checkpointing share a module of a model that is not in training mode. A receiver
+    that cannot add up pieces raises `in_pieces`.
     """
 
     def wanted(self, index: int) -> bool:
@@ -68,7 +55,13 @@ class Receiver(Protocol):
 
 
 class TapSet:
-    """The taps of one selection; it decides what operations get in the place of the tapped tensors.
+    """The taps of one selection; it gives operations a *proxy* in the place of each tapped tensor.
+
+    Usually the proxy is an alias that requires grad, so autograd differentiates any operation on it. Its backward hands the
+    dense gradient over and frees it. Where the receiver asks for some entries only, the proxy is a *placeholder*, a vector of
+    as many zeros, whose gradient is that of the entries. An operation then uses the weight through `ByPlaceholder`, or is one
+    of ``linear.py`` and ``embedding.py``, which form no dense gradient. A placeholder of one zero stands for a whole tensor,
+    whose uses add their gradients to a `PendingGradient`.
 
     Args:
         tensors: The frozen tensors. Their places in this sequence are their indices in all calls. A tensor that is no
@@ -86,7 +79,7 @@ class TapSet:
         take_in: Brings such writes into the tensors.
         check: Raises an error if the model is no longer the one that was selected from.
         checked: True if `check` has run since the last backward.
-        paused: True between `pause` and `resume`.
+        paused: True between `pause` and `resume`, and after `remove`: the tensors are not tapped.
     """
 
     def __init__(self, tensors: Sequence[Tensor], receiver: Receiver, training: Callable[[], bool]) -> None:
@@ -111,9 +104,8 @@ class TapSet:
         self.resume()
 
     def remove(self) -> None:
-        """Makes every tensor an ordinary one again."""
-        for tensor in self._tensors:
-            detach(tensor)
+        """Makes every tensor an ordinary one again, for good."""
+        self.pause()
         self.owner = None
         self.forget()
 
@@ -137,8 +129,8 @@ class TapSet:
     def _renew(self) -> None:
         """Makes the next use of each tensor get a new proxy, for a backward is over.
 
-        A new proxy for every forward keeps the memory low. Autograd runs the nodes made last first, so a proxy that was made
-        just before its layer hands its gradient over just after the layer's backward.
+        Autograd runs the nodes made last first. So a proxy that was made just before its layer hands its gradient over just
+        after the layer's backward, which keeps the memory low.
         """
         for site in self._sites:
             site.stand_in = None
@@ -152,11 +144,7 @@ class TapSet:
         stand_in = self.stand_in(parameter)
         if stand_in is None:
             return parameter
-        if stand_in.entries is not None:
-            return Gather.apply(stand_in.proxy, parameter, stand_in.entries)
-        if stand_in.pending is not None:
-            return Collect.apply(stand_in.proxy, parameter, stand_in.pending)
-        return stand_in.proxy
+        return stand_in.proxy if stand_in.alias else ByPlaceholder.apply(stand_in.proxy, parameter, stand_in)
 
     def catch_up(self) -> None:
         """Brings pending writes to ``values`` into the tensors, which are about to be read."""
@@ -194,11 +182,8 @@ class TapSet:
         entries, pending = self._receiver.entries(site.index), None
         if entries is None:
             if parameter.ndim != 2 or not self._receiver.factored(site.index):
-                whole = (
-                    parameter
-                    if isinstance(parameter, TappedParameter)
-                    else _zeros(parameter, parameter.shape, parameter.dtype)
-                )
+                ordinary = isinstance(parameter, TappedParameter)
+                whole = parameter if ordinary else _zeros(parameter, parameter.shape, parameter.dtype)
                 return StandIn(Tap.apply(self._anchor, whole, self, site.index, None, None))
             pending = PendingGradient()
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -222,11 +207,6 @@ class TapSet:
         else:
             self._received = True
             self._receiver.receive(index, gradient, entries)
-
-    @property
-    def serves(self) -> bool:
-        """Returns True if the tensors are tapped: not between `pause` and `resume`, nor after `remove`."""
-        return has_site(self._tensors[0])
 
     def signal(self) -> None:
         """Counts the running backward, which brings no gradient, as one whose gradients are zero."""
@@ -297,34 +277,17 @@ class Tap(torch.autograd.Function):
         return (None,) * 6
 
 
-class Gather(torch.autograd.Function):
-    """The weight, in the place of a placeholder for some entries; its backward reads them out of the dense gradient."""
+class ByPlaceholder(torch.autograd.Function):
+    """The weight, in the place of its placeholder; the backward passes the dense gradient on to the stand-in."""
 
     @staticmethod
-    def forward(ctx: Any, placeholder: Tensor, weight: Tensor, entries: Entries) -> Tensor:  # type: ignore[override]
-        ctx.entries, ctx.dtype = entries, placeholder.dtype
+    def forward(ctx: Any, placeholder: Tensor, weight: Tensor, stand_in: StandIn) -> Tensor:  # type: ignore[override]
+        ctx.stand_in = stand_in
         return weight.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        gradient = gradient.coalesce() if gradient.is_sparse else gradient
-        return take_gradient(gradient, ctx.entries).to(ctx.dtype), None, None
-
-
-class Collect(torch.autograd.Function):
-    """The weight, in the place of a placeholder for all of it; its backward adds the gradient to the pending sum."""
-
-    @staticmethod
-    def forward(ctx: Any, placeholder: Tensor, weight: Tensor, pending: PendingGradient) -> Tensor:  # type: ignore[override]
-        ctx.pending = pending
-        ctx.save_for_backward(placeholder)
-        return weight.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (placeholder,) = ctx.saved_tensors
-        ctx.pending.put(gradient.detach().coalesce() if gradient.is_sparse else gradient.detach())
-        return torch.zeros_like(placeholder), None, None
+        return ctx.stand_in.pass_on(gradient.coalesce() if gradient.is_sparse else gradient), None, None
 
 
 def in_pieces() -> SelectionError:

@@ -1,9 +1,4 @@
-"""Computes chosen entries of a product ``g^T x`` on a GPU, by a Triton kernel.
-
-The first call imports Triton and compiles the kernels. The operands are copied token-contiguous, a chunk of tokens at a time, so
-that a dot product reads whole cache lines. Every program takes the same number of entries, and there are no atomics: the dtype
-and the shapes alone give the order in which an entry's terms are added.
-"""
+"""Computes chosen entries of a product ``g^T x`` on a GPU, by a Triton kernel, which the first call compiles."""
 
 from __future__ import annotations
 
@@ -46,7 +41,9 @@ def available(device: torch.device | str) -> bool:
 def triton_sampled_product(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Computes ``p_k = sum_t g[t, rows_k] x[t, columns_k]``: chosen entries of a linear layer's weight gradient.
 
-    Products and sums are float32 (no TF32). Equal calls give equal bits, which do not depend on the other entries.
+    Products and sums are float32 (no TF32). The operands are copied token-contiguous, a chunk of tokens at a time, so that a
+    dot product reads whole cache lines. There are no atomics: the dtype and the shapes alone give the order in which an entry's
+    terms are added, so equal calls give equal bits, which do not depend on the other entries.
 
     Args:
         g: The output gradient: (T, out) float32, bfloat16 or float16, with any strides.
@@ -66,13 +63,16 @@ def triton_sampled_product(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) 
         >>> triton_sampled_product(g, x, at, at).tolist() if available(g.device) else [3.0]
         [3.0]
     """
-    given = ", ".join(f"{str(v.dtype)[6:]} {tuple(v.shape)} on {v.device}" for v in (g, x, rows, columns))
+    wrong = None
     if g.ndim != 2 or x.ndim != 2 or len(g) != len(x) or rows.ndim != 1 or rows.shape != columns.shape:
-        raise SelectionError(f"g, x, rows, columns are {given}; their shapes must be (T, out), (T, in), (m,) and (m,).")
-    if g.dtype not in DTYPES or x.dtype != g.dtype or not {rows.dtype, columns.dtype} <= {torch.int32, torch.int64}:
-        raise SelectionError(f"g, x, rows, columns are {given}; g and x need one of {DTYPES}, the others an integer.")
-    if any(v.device != g.device for v in (x, rows, columns)):
-        raise SelectionError(f"g, x, rows, columns are {given}; move them to one device.")
+        wrong = "their shapes must be (T, out), (T, in), (m,) and (m,)"
+    elif g.dtype not in DTYPES or x.dtype != g.dtype or not {rows.dtype, columns.dtype} <= {torch.int32, torch.int64}:
+        wrong = f"g and x need one of {DTYPES}, the others an integer"
+    elif any(v.device != g.device for v in (x, rows, columns)):
+        wrong = "move them to one device"
+    if wrong is not None:
+        given = ", ".join(f"{str(v.dtype)[6:]} {tuple(v.shape)} on {v.device}" for v in (g, x, rows, columns))
+        raise SelectionError(f"g, x, rows, columns are {given}; {wrong}.")
     if not available(g.device):
         raise SelectionError(f"Triton does not run on {str(g.device)!r}; ask available(), and use plain torch instead.")
     return _product(g, x, rows, columns)

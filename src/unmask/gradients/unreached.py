@@ -1,9 +1,4 @@
-"""Lets a backward run, with gradients of zero, after a forward that uses no tensor whose gradient is wanted.
-
-All slots may lie in a branch of the model that a batch does not use. No output would then require grad, and ``backward`` would
-fail with torch's own error; with several processes, the others would wait. So hooks add a signal to the model's output: a zero
-whose backward tells the taps that a backward runs. A forward that uses a wanted tensor is left as it is.
-"""
+"""Lets a backward run, with gradients of zero, after a forward that uses no tensor whose gradient is wanted."""
 
 from __future__ import annotations
 
@@ -19,7 +14,11 @@ from unmask.gradients.taps import TapSet
 
 
 def watch_forwards(model: nn.Module, taps: TapSet) -> None:
-    """Gives a selection's model the hooks, until `unwatch_forwards`."""
+    """Adds a *signal* to the model's outputs where a forward uses no wanted tensor, until `unwatch_forwards`.
+
+    All slots may lie in a branch of the model that a batch does not use. No output would then require grad, and ``backward``
+    would fail; with several processes, the others would wait. The signal is a zero whose backward tells the taps that one runs.
+    """
     unwatch_forwards(model)  # A copied model has the hooks of its original.
     hook = _Hook(taps)
     model.register_forward_pre_hook(hook)
@@ -34,11 +33,7 @@ def unwatch_forwards(model: nn.Module) -> None:
 
 
 class _Hook:
-    """The hook before and after a model's forward. Copies and pickles of it do nothing; to load a pickle needs no unmask.
-
-    Args:
-        taps: The taps of the selection; None in a copy.
-    """
+    """The hook before and after a model's forward. Copies and pickles of it do nothing; to load a pickle needs no unmask."""
 
     def __init__(self, taps: TapSet | None) -> None:
         self._taps = (lambda: None) if taps is None else weakref.ref(taps)
@@ -59,7 +54,7 @@ class _Hook:
         if not output:  # This is the hook before the forward.
             self._served = taps.served
             return None
-        if not taps.serves or taps.served != self._served:
+        if taps.paused or taps.served != self._served:
             return None
         floats = [leaf for leaf in tree_leaves(output[0]) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         # With tensors that are trained whole, the outputs that do not depend on them stay as they are.

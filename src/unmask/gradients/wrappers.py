@@ -1,8 +1,4 @@
-"""Finds the plain model inside wrappers, and names its tensors as the plain model does.
-
-`torch.compile`, `DataParallel` and similar wrappers hold the model as a submodule, so that every name in it gets a prefix. They
-may also hold parts of a model. No library is imported: their classes are recognised by name.
-"""
+"""Finds the plain model, or parts of it, inside wrappers such as `torch.compile`'s, and names its tensors without prefixes."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from torch import Tensor, nn
 from unmask.errors import MethodError
 from unmask.gradients.tapped import TappedParameter
 
-# The attribute in which each wrapper keeps its module. The classes come from torch, DeepSpeed or Lightning.
+# The attribute in which each wrapper keeps its module. The classes are recognised by name, so that no library is imported.
 _INSIDE = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
@@ -54,11 +50,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def refuse_wrappers(model: nn.Module) -> None:
-    """Refuses wrappers, around a model or inside it, in which a selection cannot work.
-
-    Raises:
-        MethodError: There is such a wrapper.
-    """
+    """Refuses with a MethodError the wrappers, around a model or inside it, in which a selection cannot work."""
     for name, module in model.named_modules():
         kind = _kind(module)
         if kind in _REFUSED:
@@ -124,10 +116,9 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def memory_of(tensor: Tensor) -> tuple | None:
-    """Returns a key that two tensors share if they are the same view of the same memory.
+    """Returns a key that two parameters share if they are the same view of the same memory.
 
-    Returns:
-        The key; None for a tensor that is no parameter, is on the meta device, or has no memory (see `has_memory`).
+    It is None for a tensor that is no parameter, is on the meta device, or has no memory (see `has_memory`).
     """
     with torch._C.DisableTorchFunctionSubclass():
         if not isinstance(tensor, nn.Parameter) or tensor.is_meta or not has_memory(tensor):

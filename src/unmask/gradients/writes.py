@@ -54,10 +54,6 @@ class Writes:
 
     Torch does not count writes to NumPy's view of the memory, or to another tensor that shares it; they are not seen.
 
-    Attributes:
-        parameter: The parameter.
-        seen: The parameter's version at the last `take`.
-
     Example:
         >>> writes = Writes(nn.Parameter(torch.zeros(2)))
         >>> with torch.no_grad():
@@ -99,7 +95,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def copy_in(optimizer: Optimizer, values: nn.Parameter, before: Tensor | None, used: int) -> str | None:
-    """Returns the name of an optimizer's state tensor that is a copy of ``values``, or an average of its past.
+    """Returns the name of an optimizer's state tensor that is a copy of ``values``, or an average of its past; None without one.
 
     Such a tensor is recognised by the name that optimizers give it, or by its contents after the first step: each of its
     numbers lies between what ``values`` held before the step and what it holds now.
@@ -109,9 +105,6 @@ def copy_in(optimizer: Optimizer, values: nn.Parameter, before: Tensor | None, u
         values: The trained vector: (B,).
         before: What ``values`` held when the step began: (B,). None restricts the search to names.
         used: The number of slots in use, which are the first of ``values``.
-
-    Returns:
-        The name; None if the optimizer keeps no such tensor.
     """
     state = {
         k: s for k, s in optimizer.state.get(values, {}).items() if isinstance(s, Tensor) and s.shape == values.shape

@@ -1,10 +1,4 @@
-"""Heuristics: functions (weight, gradient) -> score that say which scalar weights are unmasked first.
-
-The weights with the highest scores are unmasked. Scores are float32 (float64 for float64 weights) and have the weight's
-shape. A heuristic says what it ``needs``: ``"gradient"``, the gradient of the current step; ``"weight"``, the weight alone;
-``"calibration"``, an estimate that ``unmask.select`` makes before training (`unmask.calibration.estimates`); or
-``"nothing"``, a seed alone.
-"""
+"""Heuristics: functions (weight, gradient) -> score that say which scalar weights are unmasked first, those of the highest."""
 
 from __future__ import annotations
 
@@ -34,7 +28,8 @@ class Heuristic:
         name: The name in the registry, e.g. ``"d3"``.
         function: ``function(weight, gradient, **parameters) -> score``. All three tensors have one shape, with any number of
             dimensions.
-        needs: What the score depends on; the module's text lists the values.
+        needs: What the score depends on: ``"gradient"``, the gradient of the current step; ``"weight"``, the weight alone;
+            ``"calibration"``, an estimate that ``unmask.select`` makes before training; or ``"nothing"``, a seed alone.
         parameters: The keyword arguments that are bound to the function, e.g. ``{"eps": 1.0, "exp": 2.0}``.
         elementwise: True if an entry's score depends on that entry alone. If False, the function sees whole tensors.
         ceiling: ``ceiling(weight, **parameters) -> f`` with ``0 <= score <= f |g|`` for every entry of that block of
@@ -51,7 +46,7 @@ class Heuristic:
 
     @property
     def floor(self) -> float:
-        """Returns the score that an entry must exceed to be selected: 0 where a zero gradient makes the score 0, else -inf.
+        """The score that an entry must exceed to be selected: 0 where a zero gradient makes the score 0, else -inf.
 
         Example:
             >>> heuristic("d3").floor, heuristic("small_magnitude").floor
@@ -111,9 +106,10 @@ def d3(weight: Tensor, gradient: Tensor, eps: float = 1.0, exp: float = 2.0) -> 
     return gradient.abs() / (weight.abs() + eps) ** exp
 
 
-def _largest(weight: Tensor) -> float:
-    low, high = (x.item() for x in weight.aminmax())
-    return max(-low, high)  # NaN, if there is one
+def largest(tensor: Tensor) -> float:
+    """Returns the largest magnitude; NaN if there is one."""
+    low, high = (x.item() for x in tensor.aminmax())
+    return max(-low, high)
 
 
 def _d3_ceiling(weight: Tensor, eps: float = 1.0, exp: float = 2.0) -> float:
@@ -121,7 +117,7 @@ def _d3_ceiling(weight: Tensor, eps: float = 1.0, exp: float = 2.0) -> float:
         return 1.0
     if eps <= 0:
         return math.inf
-    return float(eps**-exp) if exp > 0 else float((_largest(weight) + eps) ** -exp)
+    return float(eps**-exp) if exp > 0 else float((largest(weight) + eps) ** -exp)
 
 
 def gradient_magnitude(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -166,7 +162,7 @@ _REGISTRY: dict[str, Heuristic] = {
     for h in (
         Heuristic("d3", d3, ceiling=_d3_ceiling),
         Heuristic("gradient", gradient_magnitude, ceiling=lambda weight: 1.0),
-        Heuristic("snip", snip, ceiling=_largest),
+        Heuristic("snip", snip, ceiling=largest),
         Heuristic("small_magnitude", small_magnitude, needs="weight"),
         Heuristic("large_magnitude", large_magnitude, needs="weight"),
         Heuristic("fisher", calibrated, needs="calibration"),  # arXiv 2111.09839
@@ -177,8 +173,6 @@ _REGISTRY: dict[str, Heuristic] = {
         Heuristic("constant", constant, needs="weight"),
     )
 }
-
-
 _BUILT_IN = frozenset(_REGISTRY)
 _RENAMED = {"magnitude": "small_magnitude"}
 

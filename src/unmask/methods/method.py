@@ -37,15 +37,7 @@ Inside = Literal["lora", "dora", "shira", "pfeiffer", "houlsby"]
 
 
 def check_word(name: str, value: Any, words: Any) -> None:
-    """Refuses a value that is not one of an option's words.
-
-    Args:
-        name: The option's name.
-        value: The given value.
-        words: The option's type, a ``Literal``.
-
-    Raises:
-        MethodError: The value is not among the words.
+    """Refuses, with a MethodError, a value of the option ``name`` that is not one of its words, a ``Literal``'s.
 
     Example:
         >>> check_word("leaving", "kept", Leaving)

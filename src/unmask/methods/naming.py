@@ -1,9 +1,8 @@
 """Reads from a tensor's name its layer and the kind of its module.
 
-The kinds are those of a transformer layer: key, query, value, attention output, and the two halves of the feed-forward
-network. The names of BERT, RoBERTa, MPNet, DeBERTa, DistilBERT, ModernBERT, T5, BART, OPT, Llama and GPT-2 are known, and
-those of models that descend from them. Everything else is ``"other"``, so that counts by kind add up: embeddings, normalisations,
-heads, and projections that hold queries, keys and values in another order.
+The names of BERT, RoBERTa, MPNet, DeBERTa, DistilBERT, ModernBERT, T5, BART, OPT, Llama and GPT-2 are known, and those of models
+that descend from them. Everything else is ``"other"``, so that counts by kind add up: embeddings, normalisations, heads, and
+projections that hold queries, keys and values in another order.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -52,13 +51,7 @@ def id3(
 
 
 def static_d3(budget: BudgetLike, eps: float = 1.0, exp: float = 2.0) -> Method:
-    """Builds static-S by D3: it selects all of the budget by the first step's gradient.
-
-    Args:
-        budget: B, a count or a share of the model's weights.
-        eps: The number added to |w| in D3.
-        exp: The exponent of D3.
-    """
+    """Builds static-S by D3: it selects all of the budget by the first step's gradient. `id3` describes the arguments."""
     return Method("static_d3", Budget.parse(budget), _d3(eps, exp), "static")
 
 
@@ -69,8 +62,8 @@ def repeat_d3(
 
     Args:
         budget: B, a count or a share of the model's weights.
-        eps: The number added to |w| in D3.
-        exp: The exponent of D3.
+        eps: The number added to |w| in D3; see `id3`.
+        exp: The exponent of D3; see `id3`.
         stride: The number of steps from one selection to the next; the B stay the same in between.
         leaving: ``"restored"``: a weight that leaves goes back to its base value, and one that enters starts with fresh
             optimizer state, so that the budget is exact at every step. ``"kept"``: the paper's repeat-S
@@ -116,12 +109,7 @@ def bitfit(budget: BudgetLike | None = None, ndim1: bool = False) -> Method:
 
 
 def random_mask(budget: BudgetLike, seed: int = 0) -> Method:
-    """Builds a random mask: it selects B weights, drawn uniformly without replacement, before training.
-
-    Args:
-        budget: B, a count or a share of the model's weights.
-        seed: The seed of the draw.
-    """
+    """Builds a random mask: it selects B weights, drawn uniformly without replacement by the seed, before training."""
     return Method("random_mask", Budget.parse(budget), heuristic("random", seed=seed), "static")
 
 
@@ -215,10 +203,9 @@ def build(name: str, settings: Mapping[str, Any]) -> Method:
 
 
 def _d3(eps: float, exp: float) -> Heuristic:
-    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (eps, exp))
-    if not numbers or not (eps >= 0 and math.isfinite(eps) and math.isfinite(exp)) or (eps == 0 and exp > 0):
+    bound = heuristic("d3", eps=eps, exp=exp)
+    if eps < 0 or (eps == 0 and exp > 0):
         raise MethodError(
-            f"eps = {eps!r:.80}, exp = {exp!r:.80}; both must be finite numbers, and eps above 0, or a zero weight divides by "
-            "zero where exp > 0."
+            f"eps = {eps!r}, exp = {exp!r}; eps must be above 0, or a zero weight divides by zero where exp > 0."
         )
-    return heuristic("d3", eps=eps, exp=exp)
+    return bound

@@ -1,9 +1,4 @@
-"""Unmasking schedules: how many weights are unmasked by each step.
-
-A schedule is a function ``b(t, T, B)``. It gives the number of scalar weights that are unmasked once step t (counted from 0)
-has selected, out of a budget B that is planned over T steps. So step t unmasks ``u_t = b(t) - b(t - 1)`` weights. From step
-``T - 1`` on the budget is always exact, ``b(t) = B``, also if the function returns less there.
-"""
+"""Unmasking schedules ``b(t, T, B)``: how many weights are unmasked once step t (from 0) of T has selected, of a budget B."""
 
 from __future__ import annotations
 
@@ -70,7 +65,9 @@ _NEVER_DOWN = (uniform, front_loaded, at_once)
 
 @dataclass(frozen=True)
 class Schedule:
-    """A schedule bound to its number of steps and its stride.
+    """A schedule bound to its number of steps and its stride. Step t unmasks ``u_t = b(t) - b(t - 1)`` weights.
+
+    From step ``T - 1`` on the budget is always exact, ``b(t) = B``, also if the function returns less there.
 
     Attributes:
         function: The function ``b(t, T, B)``, from this module or your own.
@@ -98,12 +95,7 @@ class Schedule:
 
     @classmethod
     def of(cls, which: str | Cumulative, steps: int, stride: int = 1) -> Schedule:
-        """Builds a schedule from a name or a callable.
-
-        Args:
-            which: A key of `SCHEDULES`, or a callable b(t, T, B).
-            steps: T.
-            stride: The stride.
+        """Builds a schedule from a key of `SCHEDULES`, or a callable b(t, T, B).
 
         Raises:
             MethodError: The name is not known, or a number is not allowed.
@@ -131,7 +123,7 @@ class Schedule:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def cumulative(self, t: int, budget: int) -> int:
-        """Returns b(t), the number of weights unmasked after step t has selected; ``b(-1) = 0``, ``b(t) = B`` for t >= T - 1.
+        """Returns b(t), the number of weights unmasked after step t has selected; ``b(-1) = 0``.
 
         Raises:
             MethodError: The function returned something other than a whole number in 0..B.
@@ -158,7 +150,7 @@ class Schedule:
         return whole
 
     def check(self, budget: int) -> None:
-        """Walks through the schedule once and refuses one that decreases. The integer ones of this module cannot decrease.
+        """Walks through the schedule once and refuses one that decreases.
 
         Raises:
             MethodError: b(t) < b(t - 1) for some t, a value out of range, or too many steps to walk.
@@ -168,8 +160,7 @@ class Schedule:
         if self.steps // self.stride > MOST_WALKED:
             raise MethodError(
                 f"steps = {self.steps:,} with stride = {self.stride:,}; this schedule is checked step by step before training, "
-                f"for {MOST_WALKED:,} selecting steps at most. Take a larger stride, or 'uniform' or "
-                "'front-loaded'."
+                f"for {MOST_WALKED:,} selecting steps at most. Take a larger stride, or 'uniform' or 'front-loaded'."
             )
         previous = 0
         for t in range(self.stride - 1, self.steps, self.stride):

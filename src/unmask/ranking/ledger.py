@@ -1,8 +1,7 @@
 """The ledger of a selection: which scalar weight each slot of ``values`` holds, and what the weight was before training.
 
 The *position* of a scalar weight is its number among all scalar weights of the eligible tensors, concatenated in name order.
-A *slot* is an entry of the trainable vector ``values``. The ledger costs O(B) memory for a model of any size. Where the
-weights that leave are kept (`unmask.Method.leaving`), there are as many slots as weights.
+A *slot* is an entry of the trainable vector ``values``.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from unmask.ranking.plan import Tentative
 
 
 class Layout:
-    """The eligible tensors in name order, and the position of each tensor's first scalar weight.
+    """The eligible tensors in name order, and the positions of their weights.
 
     Attributes:
         names: The tensors' names, sorted.
@@ -127,18 +126,13 @@ class Ledger:
     """The table of which weight each slot of ``values`` holds, and what it was before training. It alone writes into ``values``.
 
     A backward *proposes* weights for slots; `withdraw` takes the proposal back, and the optimizer's step makes it final
-    by `commit`.
-
-    Args:
-        layout: The eligible tensors.
-        values: (slots,) the parameter that an optimizer trains; its device and dtype are the ledger's.
-        budget: B, of which an allocation gives each tensor, row or column its share.
-        kept: True where repeat-S keeps the weights that leave, so that ``values`` has a slot for every weight.
+    by `commit`. The table takes O(B) memory for a model of any size.
 
     Attributes:
         layout: The eligible tensors.
-        values: The parameter.
-        budget: B.
+        values: (slots,) the parameter that an optimizer trains; its device and dtype are the ledger's. It has a slot for every
+            weight if ``kept`` was given, for repeat-S that keeps the weights that leave (`unmask.Method.leaving`).
+        budget: B, of which an allocation gives each tensor, row or column its share.
         positions: (slots,) int64 positions of the weights; -1 where a slot is empty.
         base: (slots,) the weights before training.
         held: The number of slots up to the last one that has a weight; more than ``used`` where the order is known.

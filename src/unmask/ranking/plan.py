@@ -41,11 +41,7 @@ class Plan:
 
     @property
     def due(self) -> int:
-        """The number of slots in use after the step, if it finds all newcomers.
-
-        Repeat-S that keeps the weights that leave does not know how many of its picks are new; for it this is the number
-        before the step.
-        """
+        """The number of slots in use after the step, if it finds all newcomers; with ``picked``, that before the step."""
         if self.picked is not None:
             return self.used
         return self.newcomers if self.repeat and self.selecting else self.active + self.newcomers

@@ -26,10 +26,7 @@ class Quota:
     columns: Tensor | None = None
 
     def apply(self, scores: Tensor, first: int) -> Tensor:
-        """Sets the scores that exceed the bound of a row or a column to -inf.
-
-        The scores are (n, columns), of n rows from ``first`` on; of all rows if columns have bounds.
-        """
+        """Sets the scores (n, columns) beyond the bound of a row, from ``first`` on, or of a column of all rows to -inf."""
         if self.rows is not None:
             return best_of_rows(scores, self.rows[first : first + scores.shape[0]])
         return scores if self.columns is None else best_of_rows(scores.t(), self.columns).t()
@@ -38,12 +35,8 @@ class Quota:
 def quota(allocation: Allocation, weight: Tensor, budget: int, total: int, held: Tensor | None) -> Quota:
     """Returns what one tensor may still receive: ``ceil(B n / N)`` of each group of n weights, less what is unmasked.
 
-    Args:
-        allocation: The way in which the budget is spread: over nothing, tensors, rows or columns.
-        weight: The tensor. A vector is one group, even if rows or columns are bounded.
-        budget: B.
-        total: N, the number of eligible weights.
-        held: (m,) int64 flat indices that are unmasked already and count against the bound; None if there are none.
+    B is the budget, and N the total number of eligible weights. A vector is one group, even if rows or columns are bounded.
+    ``held`` are the (m,) int64 flat indices that are unmasked already and count against the bound; None if there are none.
     """
     if allocation == "global":
         return Quota()
@@ -61,9 +54,7 @@ def quota(allocation: Allocation, weight: Tensor, budget: int, total: int, held:
 
 
 def best_of_rows(scores: Tensor, bounds: Tensor) -> Tensor:
-    """Sets all scores but the ``bounds[r]`` best of each row r to -inf; a tie goes to the smaller column.
-
-    The scores are (rows, columns), the bounds (rows,) int64.
+    """Sets all scores (rows, columns) but the ``bounds[r]`` best of each row r to -inf; a tie goes to the smaller column.
 
     Example:
         >>> best_of_rows(torch.tensor([[1.0, 3.0, 3.0], [1.0, 2.0, 3.0]]), torch.tensor([1, 2])).tolist()

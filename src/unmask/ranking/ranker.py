@@ -1,10 +1,4 @@
-"""Ranks the entries of many tensors by the score of a heuristic, one tensor's gradient at a time, block by block.
-
-Temporaries have the size of a block, not of a tensor. Once k entries are known, their least score rules out others. Where the
-heuristic has a `ceiling`, one look at the largest |g| of a block tells whether any of its entries can reach that score, and only
-the entries that can are scored; such blocks follow the order in which the gradient lies in memory. Otherwise blocks are runs of
-whole rows (for a tensor of one dimension: of entries), so that flat indices are consecutive even in a transposed gradient.
-"""
+"""Ranks the entries of many tensors by the score of a heuristic, one tensor's gradient at a time, block by block."""
 
 from __future__ import annotations
 
@@ -18,7 +12,7 @@ from torch import Tensor
 from unmask.errors import MethodError, NonFiniteGradientError
 from unmask.gradients.entries import among, as_rows, take
 from unmask.gradients.factors import Factors, as_dense
-from unmask.methods.heuristics import Heuristic
+from unmask.methods.heuristics import Heuristic, largest
 from unmask.methods.method import Allocation
 from unmask.ranking.ledger import Ledger
 from unmask.ranking.quotas import quota
@@ -43,7 +37,10 @@ class Ranking(Protocol):
 
 
 class Ranker:
-    """Ranks the entries of many tensors, one after the other, under one budget.
+    """Ranks the entries of many tensors, one after the other, under one budget. Temporaries have the size of a block.
+
+    Once k entries are known, their least score rules out others. Where the heuristic has a `ceiling`, the largest |g| of a block
+    tells whether any of its entries can reach that score, and only the entries that can are scored.
 
     Args:
         heuristic: The heuristic that scores entries.
@@ -55,13 +52,7 @@ class Ranker:
     """
 
     def __init__(
-        self,
-        heuristic: Heuristic,
-        table: Ledger,
-        allocation: Allocation,
-        keep: int,
-        step: int,
-        exclude_members: bool,
+        self, heuristic: Heuristic, table: Ledger, allocation: Allocation, keep: int, step: int, exclude_members: bool
     ) -> None:
         self.heuristic, self.table, self.allocation = heuristic, table, allocation
         self.step, self.exclude_members = step, exclude_members
@@ -81,15 +72,27 @@ class Ranker:
             NonFiniteGradientError: A score is NaN or infinite.
             MethodError: The heuristic's scores have another shape than the weight.
         """
-        if isinstance(gradient, Factors) and self._rank_factors(index, gradient):
-            return
         if isinstance(gradient, Tensor) and gradient.is_sparse and self._vanishes:
             self._rank_rows(index, gradient)
             return
+        weight = self.table.layout.plain(index)
+        bounded = self._vanishes and self.top.least is not None and weight.ndim > 1
+        factor = self.heuristic.bound(weight) if bounded else None
+        if isinstance(gradient, Factors) and factor is not None and self.top.least:
+            pieces = gradient.above(lambda: self._least() / factor)
+            if pieces is not None:  # Otherwise the factors' norms rule out too little.
+                for flat, values in pieces:
+                    self._offer(index, flat, values)
+                return
         whole = None if gradient is None else as_dense(gradient)
-        if whole is not None and whole.ndim > 1 and self._rank_by_look(index, whole):
+        if whole is None or factor is None:
+            self._rank_whole(index, whole)
             return
-        self._rank_whole(index, whole)
+        grads, columns = as_rows(whole), as_rows(weight).shape[1]
+        if grads.stride(0) == 1 and grads.shape[0] > 1:  # A transposed one is read in the order of its memory.
+            self._look(index, grads.t(), factor, lambda line, place: place * columns + line)
+        else:
+            self._look(index, grads, factor, lambda line, place: line * columns + place)
 
     def rank_zero(self, index: int) -> None:
         """Offers a tensor that the loss did not reach: its gradient is zero, which may rule out all of it."""
@@ -126,7 +129,7 @@ class Ranker:
         return None if members is None else members.flat
 
     def _blocks(self, weight: Tensor, gradient: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Cuts a weight and its gradient into blocks: (flat index of the first entry, weights, gradients)."""
+        """Cuts a weight and its gradient into blocks of consecutive entries: (flat index of the first, weights, gradients)."""
         rows, grads = as_rows(weight), None if gradient is None else as_rows(gradient)
         columns = rows.shape[1]
         if rows.shape[0] == 1 and self.heuristic.elementwise:  # A vector may be long, so it is cut up.
@@ -141,51 +144,19 @@ class Ranker:
             part = slice(row, row + height)
             yield row * columns, rows[part], None if grads is None else grads[part]
 
-    def _rank_by_look(self, index: int, gradient: Tensor) -> bool:
-        """Offers the entries that a look at |g| does not rule out; returns False if a look cannot rule out any (yet)."""
-        if not self._vanishes or self.top.least is None:
-            return False
-        weight = as_rows(self.table.layout.plain(index))
-        factor = self.heuristic.bound(weight)
-        if factor is None:
-            return False
-        grads, columns = as_rows(gradient), weight.shape[1]
-        across = (
-            grads.stride(0) == 1 and grads.shape[0] > 1
-        )  # A transposed gradient is read in the order of its memory.
-        lines = grads.t() if across else grads
+    def _look(self, index: int, lines: Tensor, factor: float, flat: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Offers those gradients of a matrix that may reach the least score, at the flat indices ``flat(line, place)``."""
         block = GLANCE if lines.device.type == "cpu" else lines.numel()
         height = max(1, block // max(1, lines.shape[1]))
         for low in range(0, lines.shape[0], height):
-            part = slice(low, low + height)
-            found = self._contenders(index, lines[part], factor)
-            if found is not None:
-                line, place = found[:, 0] + low, found[:, 1]
-                self._offer(index, place * columns + line if across else line * columns + place, lines[line, place])
-        return True
-
-    def _contenders(self, index: int, g: Tensor, factor: float) -> Tensor | None:
-        """Returns the places (n, 2) of a block's entries that may reach the least score; None if none can."""
-        low, high = (x.item() for x in g.aminmax())
-        peak = max(-low, high)
-        if not math.isfinite(peak):
-            raise self._not_finite(index, peak)
-        least = self._least() * (1 - 2 * torch.finfo(g.dtype).eps)
-        if peak * factor < least:
-            return None
-        return (g.abs() >= least / factor).nonzero()
-
-    def _rank_factors(self, index: int, gradient: Factors) -> bool:
-        """Offers the entries that the factors' norms do not rule out; returns False if they rule out too little (yet)."""
-        if not self._vanishes or not self.top.least:
-            return False
-        factor = self.heuristic.bound(self.table.layout.plain(index))
-        found = None if factor is None else gradient.above(lambda: self._least() / factor)
-        if found is None:
-            return False
-        for flat, values in found:
-            self._offer(index, flat, values)
-        return True
+            g = lines[low : low + height]
+            peak = largest(g)
+            if not math.isfinite(peak):
+                raise self._not_finite(index, peak)
+            least = self._least() * (1 - 2 * torch.finfo(g.dtype).eps)
+            if peak * factor >= least:
+                line, place = (g.abs() >= least / factor).nonzero().unbind(1)
+                self._offer(index, flat(line + low, place), g[line, place])
 
     def _least(self) -> float:
         """Returns the score to reach, less what rounding may lift a score over its ceiling."""
@@ -197,20 +168,14 @@ class Ranker:
         if not rows.numel():  # All tokens of an embedding were padding.
             return
         columns = values.shape[1]
-        weight = self.table.layout.plain(index)
-        factor = None if self.top.least is None else self.heuristic.bound(weight[rows])
+        factor = None if self.top.least is None else self.heuristic.bound(self.table.layout.plain(index)[rows])
+        if factor is not None:
+            self._look(index, values, factor, lambda line, place: rows[line] * columns + place)
+            return
         height = max(1, BLOCK // columns)
         for low in range(0, rows.numel(), height):
-            g = values[low : low + height]
-            if factor is not None:
-                found = self._contenders(index, g, factor)
-                if found is None:
-                    continue
-                row, column = found[:, 0], found[:, 1]
-                self._offer(index, rows[low + row] * columns + column, g[row, column])
-            else:
-                flat = rows[low : low + height, None] * columns + torch.arange(columns, device=rows.device)
-                self._offer(index, flat.view(-1), g.reshape(-1))
+            flat = rows[low : low + height, None] * columns + torch.arange(columns, device=rows.device)
+            self._offer(index, flat.view(-1), values[low : low + height].reshape(-1))
 
     def _offer(self, index: int, flat: Tensor, gradient: Tensor) -> None:
         """Scores entries at flat indices and offers those that are not unmasked yet."""

@@ -1,9 +1,4 @@
-"""Keeps the k best entries of a stream: exactly, in an order without ties, and in parts that can be merged.
-
-The order is total: score descending, then position ascending. A position is the place of a scalar weight in the concatenation
-of all eligible tensors (in the order of their names). So the result does not depend on the order in which blocks arrive, on how
-the stream is cut into blocks, or on how a device breaks ties.
-"""
+"""Keeps the k best entries of a stream: exactly, in an order without ties, and in parts that can be merged."""
 
 from __future__ import annotations
 
@@ -44,7 +39,8 @@ class Ranked(NamedTuple):
 class StreamingTopK:
     """Keeps the k first entries of a stream under (score descending, position ascending).
 
-    Entries of score ``-inf`` never enter, so that a caller can exclude some. Memory is O(k + block).
+    The order is total, so the result does not depend on the order of the blocks, on how the stream is cut into them, or on how a
+    device breaks ties. Entries of score ``-inf`` never enter, so that a caller can exclude some. Memory is O(k + block).
 
     Args:
         k: The number of entries to keep, at least 0.
