@@ -158,7 +158,7 @@ class SelectiveCallback(WholeCheckpoints):
         if self._builds:
             self.trainer.optimizer = new_optimizer(self.trainer, self.live)
         held = [p for group in unwrapped(self.trainer.optimizer).param_groups for p in group["params"]]
-        if not any(p is self.live.clock() for p in held):
+        if not any(p is self.live.pacing_parameter() for p in held):
             raise ScheduleNotRunError(
                 "the Trainer's optimizer does not hold the selected weights (it was built before unmask.select, or from "
                 "model.parameters()). Select first and build it from selection.parameters(), or give none: "
