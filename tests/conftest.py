@@ -3,7 +3,7 @@ from __future__ import annotations
 import gc
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before what reads it is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the libraries that read it are imported
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ _COSTS = forge_for_session()  # the choice of a product, and with it the last bi
 
 
 def pytest_collection_finish():
-    """What all the imports made is no garbage: no collection need look at it again, of which the tests ask for many."""
+    """Freezes the objects that the imports made, so that the many collections of the tests need not look at them again."""
     gc.collect()
     gc.freeze()
 
@@ -32,7 +32,7 @@ def _seed():
 
 @pytest.fixture
 def registry():
-    """The heuristics' registry, put back as it was after the test."""
+    """Returns the registry of heuristics, and puts it back as it was after the test."""
     before = dict(heuristics._REGISTRY)
     yield heuristics._REGISTRY
     heuristics._REGISTRY.clear()
@@ -41,7 +41,7 @@ def registry():
 
 @pytest.fixture
 def saved(tmp_path):
-    """(base, path of a delta with sparse, dense and buffer tensors, its bytes)."""
+    """Returns (the base, the path of a delta with sparse, dense and buffer tensors, the bytes of that file)."""
     base, _, selection = trained(dense="head")
     path = selection.delta("some/base").save(tmp_path / "delta.safetensors")
     return base, path, path.read_bytes()

@@ -1,4 +1,4 @@
-"""Every method, in float32 and bfloat16, against the plain dense reference: same selection, same values, 50 steps."""
+"""Compares every method, in float32 and bfloat16, with the plain dense reference: same selection and values for 50 steps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def cubic(t: int) -> int:
 
 
 def fisher_scores(model: nn.Module) -> Tensor:
-    """Batches of one, dense."""
+    """Returns the diagonal Fisher information by dense gradients of one example at a time."""
     total: dict[str, Tensor] = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
     for row in tokens(1000, 16):
         loss(model, row[None]).backward()
@@ -87,8 +87,10 @@ CASES = {
 }
 
 
-def compare(model: nn.Module, twin: nn.Module, method: Method, reference: DenseReference, steps: int = STEPS) -> None:
-    """Steps both side by side; the selection's model must equal the reference's, bit for bit, at every step."""
+def assert_equals_reference(
+    model: nn.Module, twin: nn.Module, method: Method, reference: DenseReference, steps: int = STEPS
+) -> None:
+    """Steps both together and asserts that model, loss and mask equal the reference's, bit for bit."""
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     selection = unmask.select(model, method, gradients="dense")
     optimizer = torch.optim.AdamW(selection.parameters(), **ADAMW)
@@ -112,9 +114,10 @@ def compare(model: nn.Module, twin: nn.Module, method: Method, reference: DenseR
     )
 
 
-def nearly(scores: Tensor, method: Method) -> Tensor:
-    """A bfloat16 sum over a batch differs in its last bits from a sum over examples, so the selections of Fish differ in a
-    few entries near the cut-off: checks that they are few, and gives the one that was made.
+def mask_of_fish(scores: Tensor, method: Method) -> Tensor:
+    """Returns the mask that Fish selects in bfloat16, and asserts that only a few entries near the cut-off differ.
+
+    A bfloat16 sum over a batch differs in its last bits from a sum over examples.
     """
     probe = mixed(torch.bfloat16)
     made = mask_of(unmask.select(probe, method), probe)
@@ -141,10 +144,10 @@ def test_method_equals_the_dense_reference(name: str, dtype: torch.dtype) -> Non
     case, model, twin = CASES[name], mixed(dtype), mixed(dtype)
     score = case.score(mixed(dtype)) if case.given else case.score  # type: ignore[call-arg]
     if case.given and dtype == torch.bfloat16:
-        score = nearly(score, case.method)
+        score = mask_of_fish(score, case.method)
     names = [n for n, _ in twin.named_parameters()]
     reference = DenseReference(twin, names, score, case.cumulative, BUDGET, case.repeat, case.kept, **ADAMW)
-    compare(model, twin, case.method, reference)
+    assert_equals_reference(model, twin, case.method, reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -157,7 +160,7 @@ def test_bitfit_equals_training_the_biases(budget: int | None, dtype: torch.dtyp
     reference = DenseReference(
         twin, [n for n, _ in twin.named_parameters()], everything, lambda t: count, count, **ADAMW
     )
-    compare(model, twin, unmask.bitfit(budget), reference)
+    assert_equals_reference(model, twin, unmask.bitfit(budget), reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -167,7 +170,7 @@ def test_random_mask_trains_as_the_dense_reference_with_that_mask(dtype: torch.d
     drawn = mask_of(unmask.select(probe, method), probe).float()
     assert drawn.sum() == BUDGET
     names = [n for n, _ in twin.named_parameters()]
-    compare(model, twin, method, DenseReference(twin, names, drawn, all_at_once, BUDGET, **ADAMW))
+    assert_equals_reference(model, twin, method, DenseReference(twin, names, drawn, all_at_once, BUDGET, **ADAMW))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -190,7 +193,7 @@ def test_full_equals_ordinary_fine_tuning_with_float32_masters(dtype: torch.dtyp
 
 
 def test_uniform_schedule_sums_to_half_of_the_static_updates() -> None:
-    """Where T divides B: the sum of |Lambda_t| is B (T + 1) / 2 (the paper's theorem), counted on a run with ties."""
+    """Counts a run with ties: where T divides B, the sum of |Lambda_t| is B (T + 1) / 2 (the paper's theorem)."""
     model = mixed(torch.bfloat16)
     selection = unmask.select(model, unmask.id3(BUDGET, STEPS))
     optimizer, total = torch.optim.AdamW(selection.parameters(), lr=1e-3), 0

@@ -1,4 +1,4 @@
-"""The core needs torch, numpy and safetensors, and nothing else."""
+"""Checks that the core needs torch, numpy and safetensors alone, and imports torch late."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_methods_are_composed_without_torch():
 
 
 def test_type_checkers_see_the_public_names():
-    """The stub has the names of the table, and the presets of their module."""
+    """Checks that the stub has the public names, and takes the presets from their module."""
     tree = ast.parse((Path(unmask.__file__).with_name("__init__.pyi")).read_text())
     lines = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     stars = [node.module for node in lines if node.names[0].name == "*"]

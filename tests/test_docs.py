@@ -1,4 +1,4 @@
-"""Every page's Python code runs, and its commands, names, files and links exist."""
+"""Runs the Python code of every page, and checks that its commands, names, files and links exist."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ELSEWHERE = {
     "distributed.md": ("support/engine_runs.py", "its code needs several processes"),
     "lightning.md": ("integrations/test_lightning.py", "three tests share its run"),
 }
-"""The pages whose code other tests run: the file that runs it, and the reason."""
+"""The pages whose code other tests run, with the file that runs it and the reason."""
 
 LIBRARIES = {"peft.md": "trl", "quantised.md": "bitsandbytes", "trainer.md": "trl"}
 """The optional library that a page's code needs. Without it, the page's test is skipped."""
@@ -38,9 +38,9 @@ FILE = re.compile(r"(?!checkpoints/)[\w-]+(/[\w-]+)+\.(py|yaml|csv|md|sh)")
 """A file of this project, as the prose names it: from the checkout or from ``src/unmask``."""
 
 given: dict[str, Callable[[Path], Names]] = {}
-"""What a page takes as given: a function from an empty folder to the names."""
+"""The names that a page takes as given, made by a function of an empty folder."""
 true_of: dict[str, Callable[[Names, str], None]] = {}
-"""What must be true when a page's code has run: a function of its names and of what it printed."""
+"""The assertions about a page whose code has run, as a function of its names and its output."""
 
 
 def of(table: dict[str, Any], page: str) -> Callable[[Any], Any]:
@@ -230,7 +230,7 @@ def test_no_pages_python_code_is_left_out(name):
 
 
 def command_of(arguments: list[str]) -> tuple[click.Command, list[str]]:
-    """The command that some arguments of ``unmask`` name, and its own arguments."""
+    """Returns the command that some arguments of ``unmask`` name, and the arguments of that command."""
     group = typer.main.get_command(app)
     with click.Context(group, info_name="unmask") as context:
         name, command, rest = group.resolve_command(context, arguments)
@@ -240,7 +240,7 @@ def command_of(arguments: list[str]) -> tuple[click.Command, list[str]]:
 
 @pytest.mark.parametrize("name", [name for name in pages.PAGES if pages.blocks(name, "sh")])
 def test_the_commands_of_a_page_are_accepted(name):
-    """``unmask`` takes their options and settings; the scripts, make targets and extras that they name exist."""
+    """Checks options and settings of ``unmask``, and that the scripts, make targets and extras of the commands exist."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     settings = {field.name for field in fields(TrainConfig)}
@@ -261,7 +261,7 @@ def test_the_commands_of_a_page_are_accepted(name):
 
 @pytest.mark.parametrize("name", pages.PAGES)
 def test_the_names_in_the_prose_of_a_page_exist(name):
-    """Dotted names of unmask, ``unmask`` commands with their options, and paths of files."""
+    """Checks dotted names of unmask, ``unmask`` commands with their options, and paths of files."""
     for code in pages.inline_code(name):
         if dotted := re.match(r"(unmask(?:\.\w+)+)(?!\.\w*\*)", code):
             assert exists(dotted[1]), code

@@ -1,4 +1,4 @@
-"""Every reader and some thousand damaged or hostile files: what is read is right, and all else is refused in our own words."""
+"""Checks that every reader reads a damaged or hostile file right, or refuses it with an error of unmask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong is said in our own words: hostile values, absurd numbers, full disks, Ctrl-C, and places that are none."""
+"""Checks that hostile values, absurd numbers, full disks, unusable places and Ctrl-C end with an error of unmask."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_many_small_values_are_refused_before_they_take_memory():
 
 
 def test_a_large_header_of_a_delta_is_refused_before_it_takes_memory(tmp_path):
-    """28 MB of empty lists took 814 MB of memory once."""
+    """Checks a header with 28 MB of empty lists, which once took 814 MB of memory."""
     path = tmp_path / "large.safetensors"
     save_file({"w::whole": torch.zeros(1)}, path, metadata={"unmask": "[" + "[]," * 9_300_000 + "0]"})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -93,9 +93,9 @@ HOSTILE_YAML = {
     + "".join(f"{c}: &{c} {{<<: [{', '.join([f'*{b}'] * 9)}]}}\n" for b, c in zip("abcdefgh", "bcdefghi", strict=True)),
     "itself": "a: &a [*a]",
     "merges itself": "a: &a {<<: *a}",
-    "a date that is none": "a: 2020-99-99",
-    "a bool that is none": "a: !!bool foo",
-    "an int that is none": "a: !!int ''",
+    "an impossible date": "a: 2020-99-99",
+    "no bool": "a: !!bool foo",
+    "no int": "a: !!int ''",
     "a long int": "a: " + "1" * 5000,
     "a key that is a number": "1: 2",
     "a list": "- 1",
@@ -124,7 +124,7 @@ def test_yaml_in_another_encoding_is_refused(tmp_path):
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**400, -(2**40), 1.5, True, [], {}, "1e999", "x"])
 @pytest.mark.parametrize("key", ["max_steps", "batch_size", "lora_r"])
-def test_a_count_that_is_none_is_refused(key, value):
+def test_a_value_that_is_no_count_is_refused(key, value):
     with pytest.raises(ConfigError, match=key):
         build(RUN | {key: value})
     with pytest.raises(ConfigError, match=key):
@@ -237,7 +237,7 @@ def test_a_row_of_outputs_without_a_batch_is_named(tmp_path):
 
 
 def test_a_state_that_fails_half_way_changes_nothing(tmp_path):
-    """The last thing to be loaded is wrong: before, all the rest was loaded by then."""
+    """Checks a state whose last part to be loaded is wrong: once all the rest was loaded by then."""
     model, other = nn.Sequential(mlp(), nn.BatchNorm1d(6)), nn.Sequential(mlp(), nn.BatchNorm1d(6))
     other.load_state_dict(model.state_dict())
     selection, mine = (unmask.select(m, unmask.id3(10, steps=3), dense="1") for m in (model, other))
@@ -354,7 +354,7 @@ FILES = ("inspect", "delta", "report")  # they write a file, the others a folder
 
 
 def test_the_table_of_writers_has_every_command_with_an_output():
-    """`methods` prints, and `--list` of `delta` too."""
+    """Checks all commands but `methods`, which only prints."""
     from unmask.cli.app import app
 
     names = {each.name or each.callback.__name__ for each in app.registered_commands}
@@ -364,7 +364,7 @@ def test_the_table_of_writers_has_every_command_with_an_output():
 @pytest.mark.parametrize("place", ["is", "below", "far below", "read only"])
 @pytest.mark.parametrize("command", WRITERS)
 def test_every_command_refuses_its_output_before_any_work(command, place, tmp_path, monkeypatch):
-    """Neither model nor data are there, which a command that began its work would say instead."""
+    """Gives neither a model nor data: a command that begins its work would name these first."""
 
     def begun(*args: object, **kwargs: object) -> None:
         raise AssertionError("work has begun")
@@ -395,7 +395,7 @@ def test_every_command_refuses_its_output_before_any_work(command, place, tmp_pa
 
 @contextlib.contextmanager
 def small_files(size):
-    """No file of this process can grow beyond ``size`` bytes: what a full disk does, but for the error's number."""
+    """Keeps the files of this process below ``size`` bytes, as a full disk does; only the number of the error differs."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -406,7 +406,7 @@ def small_files(size):
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_is_named_and_what_was_there_is_kept(tmp_path):
+def test_a_full_disk_is_named_and_the_old_files_are_kept(tmp_path):
     _, _, selection = trained(dense="head")
     path = selection.delta().save(tmp_path / "delta.safetensors")
     state = write_state(selection.state_dict(), tmp_path / "state.safetensors")
@@ -443,7 +443,7 @@ def test_python_m_unmask_prints_one_line(tmp_path):
 @pytest.mark.parametrize(
     "place", ["unmask.lab.training.training.set_up", "unmask.lab.training.training._Run._report_start"]
 )
-def test_ctrl_c_before_the_first_step_says_what_is_kept(place, world, monkeypatch):
+def test_ctrl_c_before_the_first_step_is_one_line_too(place, world, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 

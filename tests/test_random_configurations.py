@@ -1,4 +1,4 @@
-"""Random configurations: each is refused in our own words, or it keeps the budget, the base's other weights, delta and resume."""
+"""Checks that a random configuration is refused by unmask, or keeps all promises: budget, other weights, delta, resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of run: stopped and resumed, it ends as the uninterrupted run does, bit for bit."""
+"""Checks that every kind of run, stopped and resumed, ends as the uninterrupted run does, bit for bit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """A run, and how it is stopped and resumed.
+    """The two ways of one run: without interruption, or stopped and resumed.
 
     Attributes:
         whole: Makes the uninterrupted run in a folder, and returns all that a resumed one must agree on.
@@ -55,7 +55,7 @@ NEEDS: dict[str, str] = {}
 """The optional library of a run. Without it, the run is skipped."""
 
 
-# Loops of the user's own.
+# Loops that a user writes.
 
 
 def through_torch_save(state: dict[str, Any], folder: Path) -> Any:
@@ -131,7 +131,7 @@ for method, dtype in optim_runs.PAIRS:
 
 
 def trainer_run(build: Callable[[Path], tuple[Trainer, Callable[[], State]]], stops: tuple[int, ...]) -> Run:
-    """A Trainer that saves a checkpoint at every step; ``build`` returns it, and what gives its state."""
+    """Returns the run of a Trainer that saves a checkpoint at every step; ``build`` returns it, and a function for its state."""
 
     def whole(folder: Path) -> State:
         trainer, state = build(folder / "whole")
@@ -296,7 +296,7 @@ def cut_back(folder: Path, stop: int) -> None:
 
 
 def command_run(make: Callable[[Path], object], words: tuple[object, ...], stops: tuple[int, ...]) -> Run:
-    """``unmask train WORDS`` to ``run`` in a folder that ``make`` fills."""
+    """Returns the run of ``unmask train WORDS`` to ``run`` in a folder that ``make`` fills."""
 
     def whole(folder: Path) -> State:
         make(folder)
@@ -330,12 +330,12 @@ NEEDS["unmask-train-pfeiffer"] = "adapters"
 RUNS["unmask-train-tags"] = command_run(tagger_world, tagger_words("run"), (16,))
 
 
-# All of them.
+# The tests.
 
 
 @pytest.fixture(autouse=True)
 def _accelerate_forgets_the_precision() -> Iterator[None]:
-    """accelerate keeps the precision of the first Trainer for the whole process."""
+    """Resets the precision of the first Trainer, which accelerate keeps for the whole process."""
     from accelerate.state import AcceleratorState
 
     yield
@@ -343,7 +343,7 @@ def _accelerate_forgets_the_precision() -> Iterator[None]:
 
 
 def rows() -> Iterator[Any]:
-    """The names of the runs. The libraries' own warnings are no errors; a plain loop may give no warning at all."""
+    """Yields the names of the runs. Warnings of the libraries are no errors; a plain loop may give no warning at all."""
     for name in RUNS:
         ours = name.startswith(("loop", "SelectiveAdamW"))
         yield pytest.param(name, marks=[] if ours else [pytest.mark.filterwarnings("default")])
@@ -361,7 +361,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name: str, tmp_path: Pat
 
 @pytest.mark.filterwarnings("default")
 def test_a_run_that_ctrl_c_stops_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
-    """The signal comes in the middle of a step. The run saves a checkpoint and says how to go on."""
+    """Sends the signal in the middle of a step. The run saves a checkpoint and says how to go on."""
     steps = []
 
     def interrupt(*_: object) -> None:

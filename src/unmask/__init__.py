@@ -7,20 +7,12 @@ same names for type checkers. The presets are those of `unmask.methods.presets.P
 from importlib import import_module
 from typing import Any
 
+from unmask import errors
+
 __version__ = "0.1.0"
 
 _NAMES = {
-    "errors": (
-        *("ConfigError", "DataError", "DeltaError", "MethodError", "MissingExtraError", "NonFiniteGradientError"),
-        *(
-            "ProcessesDifferError",
-            "ScheduleNotRunError",
-            "SelectionError",
-            "UnmaskError",
-            "UnmaskWarning",
-            "WriteError",
-        ),
-    ),
+    "errors": [name for name in vars(errors) if name.endswith(("Error", "Warning"))],
     "delta.delta": ("SparseDelta",),
     "delta.sparse": ("SparseTensor",),
     "methods.budget": ("Budget",),

@@ -101,12 +101,8 @@ def cannot_write(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def writing_to(path: str | os.PathLike[str], kept: str = "what was there before is kept") -> Iterator[None]:
-    """Turns any library's error about a full disk or a read-only place into a `WriteError`.
-
-    Args:
-        path: The file or folder that the message names.
-        kept: The part of the message that says what the user still has.
+def writing_to(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns any library's error about a full disk or a read-only place into a `WriteError` that names the path.
 
     Raises:
         WriteError: The path cannot be written to.
@@ -126,16 +122,12 @@ def writing_to(path: str | os.PathLike[str], kept: str = "what was there before 
         if why is None:
             raise
         raise WriteError(
-            f"{str(path)!r} cannot be written ({why}); {kept}. Free some space, or write elsewhere."
+            f"{str(path)!r} cannot be written ({why}); what was there before is kept. Free some space, or write elsewhere."
         ) from error
 
 
 def need(module: str, extra: str) -> ModuleType:
-    """Imports an optional dependency, or says which extra installs it.
-
-    Args:
-        module: The dotted name of the module, such as ``"sklearn.metrics"``.
-        extra: The extra of unmask that installs it, such as ``"eval"``.
+    """Imports an optional dependency (``"sklearn.metrics"``), or says which extra of unmask (``"eval"``) installs it.
 
     Raises:
         MissingExtraError: The module's package is not installed.

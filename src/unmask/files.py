@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile  # noqa: F401 (The example of `replacing` uses it.)
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,8 +127,7 @@ def sweep_up(folder: Path) -> None:
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
-            with suppress(FileNotFoundError):
-                left.unlink()
+            left.unlink(missing_ok=True)
 
 
 # Tensors with a JSON header.
@@ -142,7 +141,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """
     from safetensors.torch import save_file
 
-    with writing_to(path), replacing(path) as part:
+    with replacing(path) as part:
         save_file(dict(tensors), part, metadata={_KEY: json.dumps(header, sort_keys=True)})
     return path
 
@@ -210,11 +209,9 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def check_folder(path: str | os.PathLike[str], name: str = "output") -> Path:
-    """Returns the path of a folder that can be written to, or refuses it. It does not make the folder.
+    """Returns the path of a folder that can be written to, or refuses it. The folder need not exist, and is not made.
 
-    Args:
-        path: The folder. It need not exist.
-        name: The option or setting that the message names.
+    The name is that of the option or setting, for the message.
 
     Raises:
         ConfigError: The path is a file, or lies below one, or cannot be written to.
@@ -224,17 +221,11 @@ def check_folder(path: str | os.PathLike[str], name: str = "output") -> Path:
         Traceback (most recent call last):
         unmask.errors.ConfigError: output = '/dev/null/run': '/dev/null' is a file; give a folder.
     """
-    path = Path(path)
-    _check(path, _nearest(path, name, "folder"), name, "folder")
-    return path
+    return _check(Path(path), name, "folder")
 
 
 def check_file(path: str | os.PathLike[str], name: str = "output") -> Path:
-    """Returns the path of a file that can be written or overwritten, or refuses it. It does not make the file.
-
-    Args:
-        path: The file. The folders above it need not exist.
-        name: The option or setting that the message names.
+    """Returns the path of a file that can be written or overwritten, or refuses it; see `check_folder`.
 
     Raises:
         ConfigError: The path is a folder, or lies below a file, or its folder cannot be written to.
@@ -244,28 +235,24 @@ def check_file(path: str | os.PathLike[str], name: str = "output") -> Path:
         Traceback (most recent call last):
         unmask.errors.ConfigError: --output = '/dev/null/report.html': '/dev/null' is a file; give another file.
     """
-    path = Path(path)
-    there = _nearest(path, name, "file")
-    if path.is_dir():
-        raise ConfigError(f"{name} = {str(path)!r} is a folder; give the name of a file.")
-    _check(path, path.absolute().parent if there == path else there, name, "file")
-    return path
+    return _check(Path(path), name, "file")
 
 
-def _nearest(path: Path, name: str, what: str) -> Path:
-    """Returns the path itself if it exists, else the nearest folder or file above it that does."""
+def _check(path: Path, name: str, what: str) -> Path:
+    """Returns the path of a ``"file"`` or ``"folder"``, or refuses it."""
     if "\0" in str(path):
         raise ConfigError(f"{name} = {str(path)!r} is no name of a {what}; give another.")
     try:
-        return next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
+        nearest = next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
     except OSError as error:  # The name may be too long, for example.
         raise ConfigError(f"{name} = {str(path)!r:.200}: {error.strerror}; give another {what}.") from error
-
-
-def _check(path: Path, there: Path, name: str, what: str) -> None:
-    """Refuses a path whose nearest existing parent ``there`` is not a folder that can be written to."""
-    if not there.is_dir():
+    if what == "file" and nearest == path:
+        if path.is_dir():
+            raise ConfigError(f"{name} = {str(path)!r} is a folder; give the name of a file.")
+        nearest = path.absolute().parent
+    if not nearest.is_dir():
         article = "a" if what == "folder" else "another"
-        raise ConfigError(f"{name} = {str(path)!r}: {str(there)!r} is a file; give {article} {what}.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{name} = {str(path)!r}: {str(there)!r} cannot be written to; give another {what}.")
+        raise ConfigError(f"{name} = {str(path)!r}: {str(nearest)!r} is a file; give {article} {what}.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name} = {str(path)!r}: {str(nearest)!r} cannot be written to; give another {what}.")
+    return path

@@ -33,12 +33,7 @@ class Malformed(ValueError):
 
 @contextlib.contextmanager
 def refusing(error: type[UnmaskError], source: str, advice: str = "") -> Iterator[None]:
-    """Turns `Malformed` into an error of unmask that names the source.
-
-    Args:
-        error: The class of the error to raise.
-        source: The subject of the message: the name of what was read.
-        advice: The last sentence of the message, which says what to do.
+    """Turns `Malformed` into an error of unmask whose message names the source, and ends with the advice.
 
     Example:
         >>> from unmask.errors import DataError
@@ -56,16 +51,7 @@ def refusing(error: type[UnmaskError], source: str, advice: str = "") -> Iterato
 def parse_json(
     text: str | bytes, most_bytes: int = MOST_BYTES, most_values: int = MOST_VALUES, large: bool = False
 ) -> Any:
-    """Parses a JSON text whose size, depth and numbers are within bounds.
-
-    Args:
-        text: The JSON text.
-        most_bytes: The greatest length of the text.
-        most_values: The most values that it may have.
-        large: True accepts whole numbers of more than 63 bits.
-
-    Returns:
-        The parsed value.
+    """Parses a JSON text whose size, depth and numbers are within bounds; ``large`` accepts numbers of more than 63 bits.
 
     Raises:
         Malformed: The text is not JSON in UTF-8, is too large or too deep, or holds a number or character out of bounds.
@@ -90,11 +76,7 @@ def parse_json(
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file with `parse_json`.
-
-    Raises:
-        Malformed: `parse_json` refuses the text, or the file cannot be read.
-    """
+    """Reads a JSON file with `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path))
 
 
@@ -126,23 +108,16 @@ def read_text(path: Path) -> str:
 
 
 def bounded(value: Any, most: int = 2 * MOST_VALUES, large: bool = False) -> Any:
-    """Returns a value if its depth, its size, and its numbers and characters are within bounds.
+    """Returns a value of mappings, lists and plain values if its depth and size, its numbers and characters are within bounds.
 
-    A value that a file repeats by reference (an alias in YAML) counts each time.
-
-    Args:
-        value: The value, made of mappings, lists and plain values.
-        most: The most values that it may hold.
-        large: True accepts whole numbers of more than 63 bits.
+    It may hold ``most`` values; one that a file repeats by reference (an alias in YAML) counts each time. ``large`` accepts
+    whole numbers of more than 63 bits.
 
     Raises:
         Malformed: The value is out of bounds.
     """
-    level, held = [value], 0
+    level, held = [value], 1
     for _ in range(DEEPEST):
-        held += len(level)
-        if held > most:
-            raise Malformed(f"it has more than {most:,} values")
         inner: list[Any] = []
         for each in level:
             if isinstance(each, Mapping):
@@ -157,11 +132,11 @@ def bounded(value: Any, most: int = 2 * MOST_VALUES, large: bool = False) -> Any
                     raise Malformed("it has half a character (a lone surrogate)") from error
             elif not large and isinstance(each, int) and not -_LARGEST <= each < _LARGEST:
                 raise Malformed("it has a whole number of more than 63 bits")
-            if len(inner) > most:
+            if held + len(inner) > most:
                 raise Malformed(f"it has more than {most:,} values")
         if not inner:
             return value
-        level = inner
+        level, held = inner, held + len(inner)
     raise Malformed(f"it is nested deeper than {DEEPEST} levels")
 
 
@@ -182,25 +157,24 @@ def plain(value: Any, where: str) -> Any:
     return value
 
 
-def text(value: Any, where: str) -> str:
-    """Accepts a text."""
-    if not isinstance(value, str):
-        raise Malformed(f"{where} = {shown(value)} must be a text")
-    return value
+def _form(accepts: Callable[[Any], bool], wanted: str) -> Form:
+    """Makes a form that accepts some values; the message says which are ``wanted``."""
+
+    def form(value: Any, where: str) -> Any:
+        if not accepts(value):
+            raise Malformed(f"{where} = {shown(value)} must be {wanted}")
+        return value
+
+    return form
 
 
-def flag(value: Any, where: str) -> bool:
-    """Accepts true or false."""
-    if not isinstance(value, bool):
-        raise Malformed(f"{where} = {shown(value)} must be true or false")
-    return value
-
-
-def count(value: Any, where: str) -> int:
-    """Accepts a whole number from 0 of at most 63 bits."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _LARGEST:
-        raise Malformed(f"{where} = {shown(value)} must be a whole number from 0")
-    return value
+text = _form(lambda value: isinstance(value, str), "a text")
+flag = _form(lambda value: isinstance(value, bool), "true or false")
+count = _form(
+    lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST,
+    "a whole number from 0",
+)
+scalar = _form(lambda value: value is None or isinstance(value, str | int | float), "a text or a number")
 
 
 def number(value: Any, where: str) -> float:
@@ -219,22 +193,10 @@ def finite(value: Any, where: str) -> float:
     return value
 
 
-def scalar(value: Any, where: str) -> Any:
-    """Accepts a text, a number, true, false or null."""
-    if value is not None and not isinstance(value, str | int | float | bool):
-        raise Malformed(f"{where} = {shown(value)} must be a text or a number")
-    return value
-
-
 def one_of(*words: Any) -> Form:
     """Makes a form that accepts some values, of exactly their type."""
-
-    def form(value: Any, where: str) -> Any:
-        if not any(type(value) is type(word) and value == word for word in words):
-            raise Malformed(f"{where} = {shown(value)} must be {' or '.join(map(str, words))}")
-        return value
-
-    return form
+    wanted = " or ".join(map(str, words))
+    return _form(lambda value: any(type(value) is type(word) and value == word for word in words), wanted)
 
 
 def optional(inner: Form) -> Form:
@@ -269,12 +231,9 @@ def mapping(inner: Form) -> Form:
 
 
 def fields(needed: Mapping[str, Form], further: Mapping[str, Form] | None = None, closed: bool = False) -> Form:
-    """Makes a form that accepts a mapping with named entries.
+    """Makes a form that accepts a mapping with entries that must be there, and ``further`` ones that may be there.
 
-    Args:
-        needed: The forms of the entries that must be there.
-        further: The forms of the entries that may be there.
-        closed: True refuses any other entry. False leaves it as it is.
+    A closed form refuses any other entry.
 
     Example:
         >>> fields({"step": count}, {"loss": number})({"step": 3, "name": "a"}, "the row")

@@ -1,4 +1,4 @@
-"""Analyses on cases worked by hand, on identities, and on real selections, deltas and checkpoints."""
+"""Tests the analyses on cases worked by hand, on identities, and on real selections, deltas and checkpoints."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ def random_mask(seed: int, counts: dict[str, int], sizes: dict[str, int]):
     return mask_over(flat, {name: (size,) for name, size in sizes.items()})
 
 
-# ---------------------------------------------------------------- numbers
+# ---------------------------------------------------------------- measures of masks
 
 
-def test_by_hand():
+def test_measures_of_a_mask_worked_by_hand():
     assert len(HAND) == 3
     assert tensor_sparsity(HAND) == pytest.approx(1 / 3)
     assert densities(HAND) == {"a": 0.5, "b": pytest.approx(1 / 6), "c": 0.0}
-    assert sparsity_entropy(HAND) == pytest.approx(2 * math.log(2) - 0.75 * math.log(3))  # densities 1/2, 1/6: 3/4, 1/4
-    assert sparsity_entropy(HAND, of="share") == pytest.approx(math.log(3) - 2 / 3 * math.log(2))  # shares 2/3, 1/3
+    # The densities 1/2 and 1/6 are divided by their sum: 3/4 and 1/4. The shares are 2/3 and 1/3.
+    assert sparsity_entropy(HAND) == pytest.approx(2 * math.log(2) - 0.75 * math.log(3))
+    assert sparsity_entropy(HAND, of="share") == pytest.approx(math.log(3) - 2 / 3 * math.log(2))
     shot = allocation_snapshot(HAND)
     assert (shot["sparsity_entropy"], shot["sparsity_entropy_share"]) == (
         sparsity_entropy(HAND, of="density"),
@@ -67,7 +68,7 @@ def test_entropy_lies_between_one_tensor_and_an_even_spread():
     assert 0 < sparsity_entropy(random_mask(0, {"a": 1, "b": 7}, sizes)) < math.log(2)
 
 
-def test_entropy_of_densities_is_of_equally_dense_tensors_of_any_size():
+def test_tensors_of_all_sizes_count_alike_in_the_entropy_of_densities():
     mask = random_mask(0, {"a": 2, "b": 20}, {"a": 10, "b": 100})
     assert sparsity_entropy(mask) == pytest.approx(math.log(2))
     assert sparsity_entropy(mask, of="share") == pytest.approx(math.log(11) - 10 / 11 * math.log(10))
@@ -88,7 +89,7 @@ def test_overlap_by_hand_and_its_identities():
 
 
 def test_the_expected_overlap_is_the_average_over_random_masks():
-    """Scopes that agree in part: a mask of a and b against one of b and c."""
+    """The scopes agree in part: one mask is over a and b, the other over b and c."""
     found = []
     for seed in range(400):
         draw = torch.randperm(30, generator=torch.Generator().manual_seed(seed))
@@ -101,7 +102,7 @@ def test_the_expected_overlap_is_the_average_over_random_masks():
     assert sum(found) / len(found) == pytest.approx(pair.expected, abs=0.2)
 
 
-def test_chance_is_not_guessed_where_scopes_are_not_known():
+def test_the_expected_overlap_is_none_where_scopes_are_not_known():
     delta = trained()[2].delta()
     assert overlap(delta, delta).expected == pytest.approx(len(delta) ** 2 / delta.metadata["eligible"]["weights"])
     assert overlap(delta, HAND).expected is None
@@ -126,7 +127,7 @@ def test_uniform_increments_make_half_the_updates_of_a_static_mask(budget, steps
     unmask.id3(12, steps=5), unmask.id3(12, steps=6, stride=4), unmask.id3(12, steps=6, schedule="front-loaded"),
     unmask.static_d3(12), unmask.repeat_d3(12), unmask.repeat_d3(12, stride=3, leaving="kept"), unmask.pafi(12),
 ])  # fmt: skip
-def test_updates_are_what_a_run_counts_and_go_on_after_the_schedule(method):
+def test_updates_equal_those_counted_in_a_run_that_goes_on_after_the_schedule(method):
     model = mlp()
     selection = unmask.select(model, method)
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.01)
@@ -134,12 +135,12 @@ def test_updates_are_what_a_run_counts_and_go_on_after_the_schedule(method):
     for x in batches(8):
         model(x).square().mean().backward()
         optimizer.step()
-        counted += sum(len(flat) for flat in selection.picked.values())  # what this step has trained
+        counted += sum(len(flat) for flat in selection.picked.values())  # the weights that this step has trained
         optimizer.zero_grad()
     assert gradient_updates(method, 12, steps=8) == counted
 
 
-def test_updates_refuse_what_they_cannot_count():
+def test_updates_that_cannot_be_counted_are_refused():
     with pytest.raises(MethodError, match="give steps="):
         gradient_updates(unmask.pafi(5), 5)
     with pytest.raises(MethodError, match="whole tensors"):
@@ -165,7 +166,7 @@ def test_rank_correlation_is_pearsons_of_the_mean_ranks():
 
 def test_drift_by_hand():
     first = {"a": torch.tensor([5.0, 1.0]), "b": torch.tensor([4.0, 3.0])}
-    second = {"a": torch.tensor([5.0, 4.0]), "b": torch.tensor([1.0, 4.0])}  # tie at 4: a goes before b
+    second = {"a": torch.tensor([5.0, 4.0]), "b": torch.tensor([1.0, 4.0])}  # of the two 4s, that of a comes first
     third = {"a": torch.tensor([0.0, 0.0]), "b": torch.tensor([9.0, 8.0])}
     near, far = drift([first, second, third], k=2)
     assert (near.earlier, near.later, near.top_overlap, near.expected) == (0, 1, 0.5, 0.5)
@@ -185,7 +186,7 @@ def test_drift_by_hand():
 
 
 @pytest.mark.parametrize(("method", "stays"), [(unmask.id3(12, steps=4), True), (unmask.repeat_d3(12), False)])
-def test_only_repeat_s_turns_over(method, stays):
+def test_only_repeat_s_has_a_turnover(method, stays):
     model = mlp()
     selection = unmask.select(model, method)
     optimizer = torch.optim.AdamW(selection.parameters(), lr=0.05)
@@ -232,7 +233,7 @@ def test_prefixes_of_the_slots_are_the_masks_of_earlier_steps(tmp_path):
     assert len(mask_of(selection, 0)) == 0
 
 
-def test_what_has_no_order_is_not_cut():
+def test_a_smaller_mask_is_refused_where_no_order_of_unmasking_is_known():
     model = mlp()
     selection = unmask.select(model, unmask.repeat_d3(5))
     with pytest.raises(SelectionError, match="picks again"):
@@ -249,7 +250,7 @@ def test_what_has_no_order_is_not_cut():
         mask_of(HAND, used=1)
 
 
-def test_a_delta_without_its_scope_or_its_parts_says_so():
+def test_a_delta_that_lacks_its_scope_or_has_whole_tensors_only_is_refused():
     base, _, selection = trained()
     delta = selection.delta()
     old = SparseDelta(delta.sparse, delta.whole, delta.base, {})

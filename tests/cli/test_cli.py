@@ -1,4 +1,4 @@
-"""The command line as a user types it, on a tiny model and toy data."""
+"""Tests the command line as a user types it, on a tiny model and toy data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import unmask
 from unmask.lab.training.recipe import rate
 from unmask.lab.training.settings import read_yaml
 
-# the Trainer's own warnings are not what is tested here
+# These tests are not about the Trainer's own warnings.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 
@@ -49,7 +49,7 @@ def test_methods_lists_every_preset(world: Path) -> None:
 
 @pytest.mark.parametrize("name", unmask.PRESETS)
 def test_train_makes_the_method_that_is_named(name: str, world: Path) -> None:
-    """The delta's metadata, the summary and the configuration all name it."""
+    """The delta's metadata, the summary and the configuration name the method."""
     more: list[object] = ["--method", name, "--max-steps", 1]
     if name == "sparse_adapter":
         more += ["--into", "lora", "--set", "criterion=random"]
@@ -69,7 +69,7 @@ def test_without_a_method_the_recipe_runs_and_the_config_says_so(world: Path) ->
     run(*words, cwd=world)
     config = read_yaml(world / "recipe" / "config.yaml")
     assert (config["method"], config["scope"]) == ("random_mask", "linear")
-    assert config["lr"] == 0.05, "the command's own"
+    assert config["lr"] == 0.05, "the command names a rate"
     at = words.index("--lr")
     run(*words[:at], *words[at + 2 :], "--overwrite", cwd=world)
     settings, summary = (read_yaml(world / "recipe" / name) for name in ("config.yaml", "summary.json"))
@@ -79,7 +79,7 @@ def test_without_a_method_the_recipe_runs_and_the_config_says_so(world: Path) ->
     assert not any("embedding" in name.lower() or name.endswith("bias") for name in delta.sparse)
 
 
-def test_train_leaves_delta_config_metrics_and_summary(trained: Path) -> None:
+def test_train_writes_delta_config_metrics_and_summary(trained: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["used"] == summary["budget"] == 120
     assert summary["steps"] == 24
@@ -102,14 +102,14 @@ def test_the_written_config_repeats_the_run_bit_for_bit(trained: Path, world: Pa
         assert torch.equal(entry.indices, again.sparse[name].indices)
 
 
-def test_eval_gives_the_figure_of_training(trained: Path, world: Path) -> None:
+def test_eval_prints_the_metrics_of_training(trained: Path, world: Path) -> None:
     words = ("eval", "base", "run/delta.safetensors", "--data", "dev.csv", "--text", "review", "--label", "verdict")
     printed = run(*words, cwd=world).stdout
     after = json.loads((trained / "summary.json").read_text())["after"]
     assert f"eval (32): accuracy {after['accuracy']:.4f}, f1 {after['f1']:.4f}" in printed
 
 
-def test_apply_writes_the_model_that_base_plus_delta_is(trained: Path, world: Path) -> None:
+def test_apply_writes_the_model_of_base_plus_delta(trained: Path, world: Path) -> None:
     run("apply", "base", "run/delta.safetensors", "--output", "merged", cwd=world)
     merged = AutoModelForSequenceClassification.from_pretrained(world / "merged")
     base = AutoModelForSequenceClassification.from_pretrained(world / "base", num_labels=2)
@@ -121,8 +121,8 @@ def test_apply_writes_the_model_that_base_plus_delta_is(trained: Path, world: Pa
     assert "not empty" in refused.stderr
 
 
-def test_a_head_that_the_checkpoint_lacks_travels_without_being_named(world: Path) -> None:
-    """The library alone: the head is in the budget's scope, its random init is in no checkpoint."""
+def test_a_head_that_the_checkpoint_lacks_is_in_the_delta_without_being_named(world: Path) -> None:
+    """Uses the library alone. The head is in the budget's scope, and its random init is in no checkpoint."""
     models = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -137,7 +137,7 @@ def test_a_head_that_the_checkpoint_lacks_travels_without_being_named(world: Pat
         assert torch.equal(p, q), name
 
 
-def test_inspect_adds_up(trained: Path, world: Path) -> None:
+def test_the_counts_of_inspect_add_up(trained: Path, world: Path) -> None:
     facts = json.loads(run("inspect", "run/delta.safetensors", "--json", cwd=world).stdout)
     assert facts["weights"] == 120
     for view in ("layers", "kinds", "tensors"):
@@ -165,12 +165,12 @@ def test_bias_correction_entry_is_recorded_and_another_one_is_refused_on_resume(
     assert "\n  bias_correction: entry -> global\n" in refused.stderr
 
 
-def test_a_rate_of_its_own_for_the_head_is_printed(world: Path) -> None:
+def test_another_rate_for_the_head_is_printed(world: Path) -> None:
     printed = run(*train_words("head", "--max-steps", 2, "--set", "dense_lr=0.01"), cwd=world).stdout
     assert "(dense 0.01)" in " ".join(printed.split())
 
 
-def test_checkpoints_cost_the_budget_not_the_model(trained: Path) -> None:
+def test_the_size_of_checkpoints_depends_on_the_budget(trained: Path) -> None:
     (checkpoint,) = sorted((trained / "checkpoints").glob("checkpoint-24"))
     state = (checkpoint / "selection.safetensors").stat().st_size
     assert state < 120 * (4 + 4 + 8) + 12_000  # values, base, positions; names, shapes and the small head
@@ -201,7 +201,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_bad_input_is_one_clear_message(what: str, world: Path) -> None:
+def test_bad_input_gives_one_clear_message(what: str, world: Path) -> None:
     words, message = REFUSED[what]
     done = run(*train_words("refused"), *words, cwd=world, check=False)
     assert done.returncode == 1
@@ -209,7 +209,7 @@ def test_bad_input_is_one_clear_message(what: str, world: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_long_texts_are_cut_at_what_the_model_has_positions_for(world: Path) -> None:
+def test_long_texts_are_cut_at_the_positions_of_the_model(world: Path) -> None:
     long = world / "long.csv"
     long.write_text("review,verdict\n" + "\n".join(f"{'film ' * 60}{w},{v}" for w, v in (("fine", 1), ("dull", 0)) * 4))
     words = ("--data", "long.csv", "--eval", "long.csv", "--set", "max_steps=1", "--set", "max_length=64")
@@ -217,7 +217,7 @@ def test_long_texts_are_cut_at_what_the_model_has_positions_for(world: Path) -> 
     assert unmask.SparseDelta.load(world / "long" / "delta.safetensors").metadata["task"]["max_length"] == 32
 
 
-def test_a_run_is_not_written_over(trained: Path, world: Path) -> None:
+def test_a_run_is_not_overwritten(trained: Path, world: Path) -> None:
     before = (trained / "delta.safetensors").read_bytes()
     done = run(*train_words("run"), cwd=world, check=False)
     assert done.returncode == 1
@@ -226,7 +226,7 @@ def test_a_run_is_not_written_over(trained: Path, world: Path) -> None:
 
 
 def test_a_diverging_run_stops_with_a_message(world: Path) -> None:
-    """Weights overflow at once: no delta of NaN is written, and the message says what happened."""
+    """The weights overflow at once. No delta of NaN is written, and the message says what happened."""
     done = run(*train_words("nan"), "--lr", "1e38", "--set", "max_grad_norm=0", cwd=world, check=False)
     assert done.returncode == 1
     assert "not finite" in done.stderr or "NaN" in done.stderr
@@ -255,8 +255,8 @@ def test_every_method_runs_from_the_command_line(method: str, world: Path) -> No
     assert summary["steps"] == 3
 
 
-def test_checkpointing_and_accumulation_do_not_change_what_is_learnt(world: Path) -> None:
-    """Recomputed activations give the same run; micro-batches of 4 the same selection sizes as one batch of 16."""
+def test_checkpointing_and_accumulation_do_not_change_the_run(world: Path) -> None:
+    """The run with recomputed activations is the same. Micro-batches of 4 select as many weights as one batch of 16."""
     steps = ("--set", "max_steps=4")
     run(*train_words("plain"), *steps, cwd=world)
     run(*train_words("recomputed"), *steps, "--set", "gradient_checkpointing=true", cwd=world)

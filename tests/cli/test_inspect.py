@@ -1,4 +1,4 @@
-"""`unmask inspect`, its figure, and what a run of `unmask train` leaves of its allocation."""
+"""Tests `unmask inspect`, its figure, and the allocation that a run of `unmask train` records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unmask.errors import ConfigError
 from unmask.lab.figures import allocation_maps
 from unmask.lab.training.config import TrainConfig
 
-# the Trainer's own warnings are not what is tested here
+# These tests are not about the Trainer's own warnings.
 pytestmark = pytest.mark.filterwarnings("default")
 
 SETTINGS = ("--set", "eval_steps=6", "--set", "order=true")
@@ -37,7 +37,7 @@ def course(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "allocation.jsonl").read_text().splitlines()]
 
 
-def test_the_facts_add_up(world, delta):
+def test_the_counts_of_inspect_add_up(world, delta):
     facts = json.loads(run("inspect", "run/delta.safetensors", "--json", cwd=world).stdout)
     for view in ("layers", "kinds", "tensors"):
         assert sum(row["changed"] for row in facts[view].values()) == 120
@@ -53,7 +53,7 @@ def test_the_facts_add_up(world, delta):
     assert words in " ".join(printed.split())
 
 
-def test_the_allocation_in_the_course_of_the_run_is_that_of_the_slots(world, delta):
+def test_the_allocation_along_the_run_is_that_of_the_slots(world, delta):
     rows = course(world / "run")
     assert [(row["step"], row["used"]) for row in rows] == [(1, 5), (6, 30), (12, 60), (18, 90), (24, 120)]
     for row in rows:
@@ -69,7 +69,7 @@ def test_the_allocation_in_the_course_of_the_run_is_that_of_the_slots(world, del
         ]
 
 
-def test_repeat_s_leaves_its_course_too(world):
+def test_repeat_s_records_its_allocation_too(world):
     run(*train_words("repeat", "--method", "repeat_d3", "--set", "eval_steps=12"), cwd=world)
     assert [(row["step"], row["used"]) for row in course(world / "repeat")] == [(1, 120), (12, 120), (24, 120)]
     records = [
@@ -80,7 +80,7 @@ def test_repeat_s_leaves_its_course_too(world):
     assert len(allocation_maps(records).axes) == 8  # panels and their colour bars
 
 
-def test_repeat_s_that_keeps_what_leaves_shows_its_picks_too(world):
+def test_repeat_s_that_keeps_weights_records_its_picks_too(world):
     run(*train_words("kept", "--method", "repeat_d3", "--set", "leaving=kept", "--set", "eval_steps=12"), cwd=world)
     rows = course(world / "kept")
     assert [row["step"] for row in rows] == [1, 12, 24]
@@ -93,13 +93,13 @@ def test_repeat_s_that_keeps_what_leaves_shows_its_picks_too(world):
 
 
 def test_a_merged_checkpoint_shows_the_same_mask(world, delta):
-    """Base and merged folders: the base has no head, and its names lack the prefix."""
+    """Compares the folders of base and merged model. The base has no head, and its names lack the prefix."""
     run("apply", "base", "run/delta.safetensors", "--output", "merged", cwd=world)
     found = overlap(changed(world / "base", world / "merged"), delta)
     assert (found.common, found.a) == (found.a, found.b)
 
 
-def test_plot_draws_files_beside_the_tables(world):
+def test_plot_draws_files_and_prints_the_tables(world):
     done = run("inspect", "run/delta.safetensors", "--plot", "figure", cwd=world)
     assert "by module kind" in done.stdout
     assert [name for name in ("figure.png", "figure-dark.png", "figure.svg") if not (world / name).stat().st_size] == []

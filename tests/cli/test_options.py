@@ -1,4 +1,4 @@
-"""Options, help and the reference page come from the fields of the settings classes."""
+"""Tests that options, help and the reference page come from the fields of the settings classes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import unmask
 from unmask.cli.app import app
+from unmask.cli.options import SweepOptions
 from unmask.cli.reference import filled, main
 from unmask.errors import ConfigError
 from unmask.lab.bench.settings import BenchSettings
@@ -23,7 +24,7 @@ RUN = ("--model", "m", "--output", "o", "--task", "rte", "--budget", "1%")
 
 
 def configured(monkeypatch: pytest.MonkeyPatch, *words: str) -> TrainConfig:
-    """The configuration that `unmask train` hands to the run."""
+    """Returns the configuration that `unmask train` passes to the run."""
     found: list[TrainConfig] = []
     module = pytest.importorskip("unmask.lab.training.training")
     monkeypatch.setattr(module, "train", lambda config, **_: found.append(config))
@@ -32,7 +33,10 @@ def configured(monkeypatch: pytest.MonkeyPatch, *words: str) -> TrainConfig:
     return found[0]
 
 
-@pytest.mark.parametrize(("command", "settings"), [("train", TrainConfig), ("bench", BenchSettings)])
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [("train", TrainConfig), ("bench", BenchSettings), ("sweep", SweepOptions), ("reproduce", SweepOptions)],
+)
 def test_every_setting_is_an_option_with_its_help(command, settings):
     shown = " ".join(CliRunner().invoke(app, [command, "--help"], terminal_width=1000).output.split())
     for field in dataclasses.fields(settings):
@@ -61,7 +65,7 @@ def test_options_make_the_configuration_that_python_makes(monkeypatch, tmp_path,
     assert configured(monkeypatch, *RUN, *words) == TrainConfig(**plain | method | expected)
 
 
-def test_an_option_goes_over_the_file_and_set_over_the_option(monkeypatch, tmp_path):
+def test_an_option_overrides_the_file_and_set_overrides_the_option(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text("lr: 0.1\nseed: 3\nepochs: 7\n")
     config = configured(monkeypatch, *RUN, "--config", "run.yaml", "--lr", "0.2", "--seed", "4", "--set", "seed=5")
@@ -148,6 +152,14 @@ def test_bench_reads_its_options_as_texts():
     assert (found.budget, found.dropout, found.methods) == (1000, 0.1, "id3,lora")
     with pytest.raises(ConfigError, match=r"steps = '1\.5' is no int"):
         converted(BenchSettings, {"steps": "1.5"})
+
+
+@pytest.mark.parametrize("option", ["workers", "threads"])
+def test_a_sweep_without_workers_or_threads_is_refused_before_its_runs_are_listed(option):
+    words = ["reproduce", "table4", "--model", "m", "--dry-run", f"--{option}", "0"]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, ConfigError)
+    assert f"{option} = 0; it must be 1 or more" in str(done.exception)
 
 
 def test_methods_lists_every_preset_and_part():

@@ -1,4 +1,4 @@
-"""`apply` writes all of a delta or nothing; NaN and -0.0 that training did not touch are no obstacle."""
+"""Checks that `apply` writes all of a delta or nothing, and that NaN and -0.0 which training did not touch do no harm."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ NAN = float("nan")
 
 @pytest.fixture
 def made() -> tuple[nn.Module, nn.Module, SparseDelta]:
-    """(base, tuned, delta): a part of the body, a dense head, running statistics."""
+    """Returns (base, tuned, delta); the delta has a part of the body, a dense head and running statistics."""
     base, tuned, selection = trained(dense="head")
     return base, tuned, selection.delta()
 
 
-# ---------------------------------------------------------------- tensors that cannot be written
+# Tensors that cannot be written.
 
 
 def expanded(tensor: Tensor, folder: Path) -> Tensor:
@@ -52,7 +52,7 @@ def inferred(tensor: Tensor, folder: Path) -> Tensor:
 
 
 def mapped(tensor: Tensor, folder: Path) -> Tensor:
-    """A copy in memory that the system lets nobody write: a write would end the process."""
+    """Returns a copy in memory that may only be read: a write would end the process."""
     file = folder / "weights"
     file.write_bytes(tensor.numpy().tobytes())
     with file.open("rb") as stream:
@@ -88,7 +88,7 @@ def test_a_tensor_that_cannot_be_written_is_refused_before_any_is(made, place, r
     assert_same_tensors(before, {n: t.detach() for n, t in base.named_parameters() if n != place})
 
 
-def test_what_can_be_written_is_not_refused():
+def test_tensors_that_can_be_written_are_not_refused():
     strides = torch.arange(24.0)
     views = {
         "transposed": strides.view(4, 6).t(),
@@ -101,7 +101,7 @@ def test_what_can_be_written_is_not_refused():
     }
     assert find_unwritable(views) is None
     for view in views.values():
-        view.copy_(torch.zeros(view.shape))  # as torch has it
+        view.copy_(torch.zeros(view.shape))  # torch can write it too
     assert find_unwritable({"overlapping": strides.as_strided((2, 3), (2, 1))}) is not None
     with torch.inference_mode():
         assert find_unwritable({"inferred": torch.zeros(2)}) is None
@@ -116,7 +116,7 @@ def test_a_failure_in_the_middle_is_undone(made, failing, error, monkeypatch):
     def fails_once(*args):
         calls.append(args)
         if len(calls) == failing + 1:
-            put(*args)  # the worst: it is written, and then it fails
+            put(*args)  # the worst case: the tensor is written before the error
             raise error
         put(*args)
 
@@ -146,7 +146,7 @@ def test_a_tensor_that_refuses_for_good_leaves_the_others_as_they_were(made, mon
     assert_same_tensors(before, snapshot(base))
 
 
-def test_a_failure_beside_quantised_weights_is_undone_too(monkeypatch):
+def test_a_failure_with_quantised_weights_is_undone_too(monkeypatch):
     model, base = quantised("int8"), quantised("int8")
     selection = unmask.select(model, unmask.random_mask(40))
     model(batches(1, width=WIDTH)[0]).square().mean().backward()
@@ -171,11 +171,11 @@ def test_a_failure_beside_quantised_weights_is_undone_too(monkeypatch):
     assert not torch.equal(base(x), out)
 
 
-# ---------------------------------------------------------------- NaN and -0.0
+# NaN and -0.0.
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf"), -0.0])
-def test_what_the_model_s_own_new_head_holds_is_displaced_and_comes_back(made, value):
+def test_the_values_of_the_models_own_new_head_are_displaced_and_come_back(made, value):
     base, tuned, delta = made
     base.head.weight.data.fill_(value)
     before = snapshot(base)
@@ -248,7 +248,7 @@ def test_an_adapter_s_untouched_buffer_may_hold_nan():
     assert_same_tensors(snapshot(base), base_state(model))
 
 
-# ---------------------------------------------------------------- the comparison, and the fingerprint
+# The comparison and the fingerprint.
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_bits_of_views_and_of_other_kinds_of_tensors():
 
 
 class Parts(nn.Module):
-    """Every kind of tensor that a fingerprint is asked about."""
+    """Holds every kind of tensor that a fingerprint covers or leaves out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -295,8 +295,8 @@ class Parts(nn.Module):
         self.register_buffer("passing", torch.zeros(2), persistent=False)
 
 
-def test_the_fingerprint_is_what_the_docs_say():
-    """Written out by docs/delta.md alone: SHA-256 over names and digests; of each its dtype, shape and bytes."""
+def test_the_fingerprint_is_the_one_that_the_docs_describe():
+    """Computes the fingerprint by docs/delta.md: SHA-256 over names and digests, each of a dtype, a shape and bytes."""
     expected = hashlib.sha256()
     parts = [
         ("empty", "torch.float32", [0, 4], b""),
@@ -323,7 +323,7 @@ def test_the_fingerprint_is_what_the_docs_say():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int16, torch.bool, torch.complex64])
 def test_the_fingerprint_does_not_depend_on_the_machine_s_byte_order(dtype, monkeypatch):
-    """A machine that keeps the most significant byte first is played by reversing each number's bytes."""
+    """Reverses the bytes of each number, as a machine has them that keeps the most significant byte first."""
     tensor = torch.tensor([1, 0, 3]).to(dtype)
     expected = bytes(fingerprint.tensor_bytes(tensor))
     size = tensor.element_size() // (2 if dtype.is_complex else 1)

@@ -1,4 +1,4 @@
-"""The delta: exact, reversible, self-checking; what does not fit changes nothing."""
+"""Checks that a delta is exact and reversible, and that applying one that does not fit changes nothing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_running_statistics_travel():
 
 
 def test_new_tensors_travel_with_their_unselected_initial_values():
-    """The base checkpoint lacks the head: a fresh process draws another one."""
+    """Checks a head that the base checkpoint lacks: a fresh process draws another one."""
     base, tuned, selection = trained(method=unmask.id3(9, steps=3), new="^head")
     selected = selection.indices.get("head.weight", torch.empty(0))
     assert selected.numel() < base.head.weight.numel()
@@ -88,7 +88,7 @@ def test_an_untrained_selections_delta_changes_nothing():
     assert_same_tensors(snapshot(model), snapshot(base))
 
 
-def test_indices_cost_four_bytes_and_the_metadata_says_what_it_is(saved):
+def test_indices_cost_four_bytes_and_the_metadata_describe_the_run(saved):
     _, path, _ = saved
     tensors, header = files.read_tensors(path)
     assert {t.dtype for key, t in tensors.items() if key.endswith("::indices")} == {torch.int32}
@@ -98,10 +98,10 @@ def test_indices_cost_four_bytes_and_the_metadata_says_what_it_is(saved):
     assert json.loads(json.dumps(header)) == header
 
 
-# Refusals: the model is bitwise unchanged in every one.
+# Refusals, which leave the model bitwise unchanged.
 
 
-def refuse(delta, model, match):
+def assert_refused(delta, model, match):
     before = snapshot(model)
     with pytest.raises(DeltaError, match=match):
         delta.apply(model)
@@ -109,7 +109,7 @@ def refuse(delta, model, match):
 
 
 def test_another_base_is_refused(saved):
-    refuse(SparseDelta.load(saved[1]), travelling(seed=1), "not the delta's base")
+    assert_refused(SparseDelta.load(saved[1]), travelling(seed=1), "not the delta's base")
 
 
 def test_one_flipped_bit_in_an_untouched_weight_of_the_base_is_refused(saved):
@@ -117,18 +117,18 @@ def test_one_flipped_bit_in_an_untouched_weight_of_the_base_is_refused(saved):
     delta = SparseDelta.load(path)
     free = next(i for i in range(36) if i not in delta.sparse["turned"].indices.tolist())
     base.turned.data.view(torch.int32)[free // 6, free % 6] ^= 1
-    refuse(delta, base, "not the delta's base")
+    assert_refused(delta, base, "not the delta's base")
 
 
 def test_applying_twice_is_refused(saved):
     base, path, _ = saved
     delta = SparseDelta.load(path)
     delta.apply(base)
-    refuse(delta, base, "already applied")
+    assert_refused(delta, base, "already applied")
 
 
 def test_another_dtype_is_refused_with_what_to_do(saved):
-    refuse(SparseDelta.load(saved[1]), travelling(torch.bfloat16), r"load the base with dtype=torch.float32")
+    assert_refused(SparseDelta.load(saved[1]), travelling(torch.bfloat16), r"load the base with dtype=torch.float32")
 
 
 @pytest.mark.parametrize("name", ["head", "turned"])
@@ -138,25 +138,25 @@ def test_another_shape_is_refused(saved, name):
         model.head = nn.Linear(9, 3)
     else:
         model.turned = nn.Parameter(torch.randn(6, 7))
-    refuse(SparseDelta.load(saved[1]), model, "has shape")
+    assert_refused(SparseDelta.load(saved[1]), model, "has shape")
 
 
 def test_a_model_that_lacks_a_tensor_is_refused(saved):
     model = travelling()
     del model.head
-    refuse(SparseDelta.load(saved[1]), model, r"no tensor 'head.bias' \(nor 1 more\)")
+    assert_refused(SparseDelta.load(saved[1]), model, r"no tensor 'head.bias' \(nor 1 more\)")
 
 
 def test_a_model_with_one_tensor_more_is_refused(saved):
     model = travelling()
     model.extra = nn.Parameter(torch.zeros(1))
-    refuse(SparseDelta.load(saved[1]), model, "not the delta's base")
+    assert_refused(SparseDelta.load(saved[1]), model, "not the delta's base")
 
 
 def test_a_live_selection_is_refused(saved):
     base, path, _ = saved
     unmask.select(base, unmask.id3(3, steps=1))
-    refuse(SparseDelta.load(path), base, r"release\(\)")
+    assert_refused(SparseDelta.load(path), base, r"release\(\)")
 
 
 def test_a_delta_is_frozen_and_taking_it_does_not_stop_the_run():

@@ -1,4 +1,4 @@
-"""The delta's file: every damaged byte is noticed, and saving is all or nothing."""
+"""Checks the delta's file: reading notices every damaged byte, and saving writes the whole file or nothing."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_nothing_in_the_file_is_pickled(saved):
     head = 8 + int.from_bytes(data[:8], "little")
     layout = json.loads(data[8:head])
     spans = sorted(t["data_offsets"] for key, t in layout.items() if key != "__metadata__")
-    assert [low for low, _ in spans] == [0, *(high for _, high in spans[:-1])]  # tensors, and no byte besides
+    assert [low for low, _ in spans] == [0, *(high for _, high in spans[:-1])]  # the tensors, and no other byte
     assert spans[-1][1] == len(data) - head
 
 

@@ -1,4 +1,4 @@
-"""The metadata of a delta: written alike by `unmask.select` and the PEFT method, read back as they were written."""
+"""Checks the metadata of a delta: they describe the selection, and are read back as they were written."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def trained(method: unmask.Method, model: nn.Module | None = None) -> unmask.Sel
 )
 def test_a_delta_says_what_the_selection_was(method):
     selection = trained(method)
-    said = selection.delta("some/base").provenance
-    assert said.method == selection.method.describe()
-    assert (said.budget, said.used, said.step) == (selection.budget, selection.used, 2)
-    assert said.eligible == {"tensors": len(selection.ledger.layout.names), "weights": selection.ledger.layout.total}
-    assert said.dense == [d.name for d in selection.dense]
-    assert (said.base_id, said.quantised) == ("some/base", None)
-    assert said.parameters == sum(p.numel() for p in mlp().parameters())
-    assert said.versions["torch"] == torch.__version__
+    found = selection.delta("some/base").provenance
+    assert found.method == selection.method.describe()
+    assert (found.budget, found.used, found.step) == (selection.budget, selection.used, 2)
+    assert found.eligible == {"tensors": len(selection.ledger.layout.names), "weights": selection.ledger.layout.total}
+    assert found.dense == [d.name for d in selection.dense]
+    assert (found.base_id, found.quantised) == ("some/base", None)
+    assert found.parameters == sum(p.numel() for p in mlp().parameters())
+    assert found.versions["torch"] == torch.__version__
 
 
 def test_metadata_come_back_as_they_went_in(tmp_path):

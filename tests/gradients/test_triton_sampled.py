@@ -1,7 +1,7 @@
 """Runs the Triton kernel of the sampled product by Triton's interpreter, and compiles it for absent GPUs.
 
-The interpreter must be chosen before triton is imported, so this file is also the script that runs the cases in a process
-of its own; the tests compare what it saved.
+The interpreter must be chosen before triton is imported, so this file is also the script that runs the cases in another
+process; the tests compare what it saved.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The example of docs/lightning.md."""
+"""Tests the example of docs/lightning.md."""
 
 from __future__ import annotations
 

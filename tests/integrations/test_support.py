@@ -1,4 +1,4 @@
-"""What the Trainer's two users share: an attempt that can be undone, and the search for the Trainer that runs."""
+"""Tests the support for Trainers: an attempt that can be undone, the search for the running Trainer, clipping, DDP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def trainer_of(optimizer, schedule, batch=8):
 
 
 class Holder:
-    """Has the attributes of a Trainer that an attempt reads."""
+    """Stands in for a Trainer with the attributes that an attempt reads."""
 
     def __init__(self, optimizer, lr_scheduler, state):
         self.optimizer, self.lr_scheduler, self.state = optimizer, lr_scheduler, state
@@ -100,7 +100,7 @@ def test_without_a_live_selection_the_trainers_own_clipping_is_called_with_its_a
     accelerator = SimpleNamespace(clip_grad_norm_=lambda *args: calls.append(args))
     trainer = SimpleNamespace(accelerator=accelerator)
     clip_in(trainer, lambda parameters: (None, []))
-    clip_in(trainer, lambda parameters: (None, []))  # replaces the first, and is not wrapped around it
+    clip_in(trainer, lambda parameters: (None, []))  # the second call replaces the first one's function
     parameter = torch.nn.Parameter(torch.zeros(1))
     accelerator.clip_grad_norm_(iter([parameter]), 0.5)
     assert calls == [([parameter], 0.5, 2)]

@@ -1,4 +1,4 @@
-"""transformers' Trainer on a selection: the run of a loop by hand, checkpoints of O(B) bytes, exact resume."""
+"""Tests transformers' Trainer on a selection: it makes the run of a plain loop, and its checkpoints have O(B) bytes."""
 
 from __future__ import annotations
 
@@ -46,17 +46,19 @@ METHODS = {
 
 
 def mean_over_the_step(outputs, labels, num_items_in_batch=None):
-    """Some versions take the mean for models whose forward has ``**kwargs``, some the sum of the micro-batches' means."""
+    """Returns the mean over all micro-batches of a step; versions of transformers differ in their own."""
     return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
-def by_hand(method, accumulation=1, max_norm=1.0, epochs=2, dense=None):
-    """What the Trainer is to do, as a plain loop over the data in order, without dropout."""
+def plain_loop(method, accumulation=1, max_norm=1.0, epochs=2, dense=None):
+    """Trains as the Trainer must: a plain loop over the data in order, without dropout."""
     model, data = bert(dropout=0.0), Tokens()
     batches = [[data[i] for i in range(j, j + 4)] for j in range(0, 20, 4)]
     groups = [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)] * epochs
     selection = unmask.select(model, method(len(groups)) if callable(method) else method, dense=dense)
-    optimizer = torch.optim.SGD(selection.parameters(), lr=0.3)  # Adam would blow up the rounding of tiny gradients
+    optimizer = torch.optim.SGD(
+        selection.parameters(), lr=0.3
+    )  # Adam would enlarge the rounding errors of tiny gradients
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (len(groups) - t) / len(groups))
     model.train()
     for group in groups:
@@ -72,8 +74,8 @@ def by_hand(method, accumulation=1, max_norm=1.0, epochs=2, dense=None):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_trainers_run_is_that_of_a_loop_by_hand(method, accumulation, tmp_path):
-    model, expected = by_hand(METHODS[method], accumulation, max_norm=0.3)
+def test_the_trainer_makes_the_run_of_a_plain_loop(method, accumulation, tmp_path):
+    model, expected = plain_loop(METHODS[method], accumulation, max_norm=0.3)
     trainer, callback = selective(
         tmp_path,
         METHODS[method],
@@ -91,7 +93,7 @@ def test_the_trainers_run_is_that_of_a_loop_by_hand(method, accumulation, tmp_pa
     assert callback.live.step == expected.step == trainer.state.max_steps
 
 
-def test_exactly_the_budget_moves_and_the_logged_norm_is_that_of_what_is_trained(tmp_path):
+def test_exactly_the_budget_changes_and_the_logged_norm_is_of_what_is_trained(tmp_path):
     model = bert()
     base, norms = snapshot(model), []
     trainer, callback = selective(tmp_path, model=model, max_grad_norm=0.3, weight_decay=0.1)
@@ -108,7 +110,7 @@ def test_exactly_the_budget_moves_and_the_logged_norm_is_that_of_what_is_trained
 
 
 def state_of(trainer, selection):
-    """All that a run must agree on with another, to the last bit."""
+    """Returns every tensor in which two equal runs must agree bit for bit."""
     moments = dict(enumerate(trainer.optimizer.state.values()))
     return {
         **snapshot(selection.model),
@@ -120,7 +122,7 @@ def state_of(trainer, selection):
     }
 
 
-def test_evaluating_along_the_way_changes_no_bit_of_the_run(tmp_path):
+def test_evaluation_during_training_changes_no_bit_of_the_run(tmp_path):
     results = []
     for changes in ({}, {"eval_strategy": "steps", "eval_steps": 2}):
         trainer, callback = selective(tmp_path, given={"eval_dataset": Tokens(8)}, **changes)
@@ -140,7 +142,7 @@ def test_a_checkpoint_has_o_of_b_bytes(tmp_path):
         trainer.train()
         sizes[width, budget] = folder_bytes(tmp_path / f"{width}-{budget}" / "checkpoint-5")
     assert abs(sizes[64, 60] - sizes[16, 60]) < 300
-    # Values, base values and two moments in float32, positions in int64.
+    # Each entry has a value, a base value and two moments in float32, and a position in int64.
     assert sizes[64, 10_060] - sizes[64, 60] == pytest.approx(10_000 * (4 * 4 + 8), rel=0.01)
 
 
@@ -183,7 +185,7 @@ def test_bf16_autocast_trains_float32_weights(tmp_path):
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in trainer.state.log_history[:-1])
 
 
-@pytest.mark.parametrize(  # a fused optimizer skips the step inside its kernel
+@pytest.mark.parametrize(  # a fused optimizer skips a step inside its kernel
     ("clip_scope", "optim"),
     [("selected", "adamw_torch"), ("selected", "adamw_torch_fused"), ("all", "adamw_torch_fused")],
 )
@@ -209,7 +211,7 @@ def test_a_scaler_changes_nothing_and_a_step_that_it_skips_consumes_nothing(clip
         assert (callback.live.step, callback.live.used) == (6, 60)
         results.append(snapshot(trainer.model))
         norms.append([row["grad_norm"] for row in trainer.state.log_history[:-1]])
-    assert norms[1] == pytest.approx(norms[0], rel=0.05)  # of the unscaled gradient, in float16
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)  # both are norms of the unscaled gradient; one is in float16
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-3)
     assert_same_tensors(results[1], results[2])
 
@@ -222,7 +224,7 @@ def test_a_run_whose_every_step_was_skipped_is_an_error(tmp_path, monkeypatch):
         trainer.train()
 
 
-# Clipping by the norm of all.
+# Clipping by the norm of the whole gradient.
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -247,7 +249,7 @@ def test_clip_scope_all_logs_the_norm_that_full_fine_tuning_logs(accumulation, t
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
-def test_clip_scope_all_with_accumulation_says_what_it_needs(tmp_path):
+def test_clip_scope_all_with_accumulation_asks_for_exact_accumulation(tmp_path):
     trainer, _ = selective(tmp_path, options={"clip_scope": "all"}, gradient_accumulation_steps=2)
     with pytest.raises(unmask.SelectionError, match="accumulation='exact'"):
         trainer.train()
@@ -274,7 +276,7 @@ def test_gradient_checkpointing_makes_the_same_run(reentrant, exclude, tmp_path)
 
 
 class Patches(Dataset):
-    """Two-colour pictures."""
+    """Holds pictures of one of two colours."""
 
     def __len__(self):
         return 8
@@ -289,7 +291,7 @@ def vit():
 
 
 def test_reentrant_checkpointing_of_a_model_whose_inputs_are_no_tokens(tmp_path):
-    """transformers opens the way for gradients for token models alone."""
+    """transformers itself lets gradients through the inputs of token models only."""
     results = []
     for checkpointing in (False, True):
         trainer, callback = selective(
@@ -337,7 +339,7 @@ def test_an_attempt_that_ran_out_of_memory_leaves_nothing_behind(how, batches, t
     assert_unselected_is_base(trainer.model, base | trained_whole, callback.live)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch._dynamo asks for it
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch._dynamo causes this warning
 def test_an_attempt_on_a_compiled_model_of_model_init_is_undone_too(tmp_path):
     def build(size, **changes):
         trainer = Ordered(
@@ -377,7 +379,7 @@ def test_a_run_that_died_starts_from_the_base_again(tmp_path):
 @pytest.mark.parametrize("method", ["id3", "repeat"])
 def test_8_bit_adamw_trains_exactly_the_budget(method, tmp_path):
     pytest.importorskip("bitsandbytes")
-    budget = 5_000  # bitsandbytes keeps 8-bit state from 4,096 entries on
+    budget = 5_000  # bitsandbytes keeps 8-bit state for tensors of 4,096 entries or more
     methods = {"id3": id3(budget), "repeat": unmask.repeat_d3(budget)}
     settings = {"optim": "adamw_bnb_8bit", "learning_rate": 1e-3}
     straight, callback = selective(tmp_path, methods[method], bert(32), **settings)
@@ -387,7 +389,7 @@ def test_8_bit_adamw_trains_exactly_the_budget(method, tmp_path):
     assert_unselected_is_base(straight.model, base, callback.live)
 
 
-# A Trainer that knows nothing of the selection, but for the optimizer.
+# A Trainer that gets only the optimizer of a selection.
 
 
 def plain(folder, model, selection, optimizer=None, **changes):
@@ -437,7 +439,7 @@ def test_a_plain_trainer_that_resumes_without_the_mask_is_refused(tmp_path):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
-# Wrong orders.
+# Uses that are refused.
 
 
 def test_an_optimizer_built_before_the_selection_is_refused_before_the_first_step(tmp_path):
@@ -487,12 +489,12 @@ def test_an_optimizer_that_does_not_step_is_an_error_at_once(tmp_path):
     selection = unmask.select(model, unmask.id3(60, steps=10))
     optimizer = Idle(selection.parameters(), lr=0.1)
     trainer, _ = selective(tmp_path, selection, model, given={"optimizers": (optimizer, None)})
-    optimizer.step = types.MethodType(lambda self, closure=None: None, optimizer)  # not even torch's hooks run
+    optimizer.step = types.MethodType(lambda self, closure=None: None, optimizer)  # then not even torch's hooks run
     with pytest.raises(unmask.ScheduleNotRunError, match="step 1 of the Trainer did not reach the selection"):
         trainer.train()
 
 
-def test_another_model_than_the_selections_is_refused(tmp_path):
+def test_a_model_other_than_the_selections_is_refused(tmp_path):
     selection = unmask.select(bert(), unmask.id3(60, steps=10))
     optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
     trainer, _ = selective(tmp_path, selection, bert(), given={"optimizers": (optimizer, None)})
@@ -500,7 +502,7 @@ def test_another_model_than_the_selections_is_refused(tmp_path):
         trainer.train()
 
 
-def test_training_again_is_refused_until_the_next_selection(tmp_path):
+def test_a_second_train_is_refused(tmp_path):
     trainer, _ = selective(tmp_path)
     trainer.train()
     with pytest.raises(unmask.SelectionError, match="trained to the end"):
@@ -512,7 +514,7 @@ def test_model_init_makes_a_new_model_and_the_callback_a_new_selection(tmp_path)
     callback = SelectiveCallback(trainer, id3())
     trainer.add_callback(callback)
     models = []
-    for _ in range(2):  # as a hyperparameter search does
+    for _ in range(2):  # a hyperparameter search does this
         trainer.train()
         assert callback.live.model is trainer.model
         assert callback.live.used == 60
@@ -531,13 +533,13 @@ def test_an_optimizer_that_takes_its_parameters_from_the_model_is_refused(optim,
 
 
 @pytest.mark.parametrize("what", ["id3", 5, lambda steps: steps])
-def test_what_is_no_method_is_refused(what, tmp_path):
+def test_a_value_that_is_no_method_is_refused(what, tmp_path):
     trainer, _ = selective(tmp_path, what)
     with pytest.raises(unmask.MethodError, match="give a method"):
         trainer.train()
 
 
-def test_options_beside_a_selection_are_refused(tmp_path):
+def test_options_together_with_a_selection_are_refused(tmp_path):
     model = bert()
     trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=Tokens())
     with pytest.raises(unmask.ConfigError, match=r"give dense to unmask\.select"):

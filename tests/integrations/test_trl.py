@@ -1,4 +1,4 @@
-"""TRL's trainers on a selection, without peft."""
+"""Tests TRL's trainers on a selection, without PEFT."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
 
-def seated(trainer, method=None, **options):
+def with_callback(trainer, method=None, **options):
     callback = SelectiveCallback(trainer, method or id3(BUDGET), **options)
     trainer.add_callback(callback)
     return callback
@@ -25,11 +25,11 @@ def seated(trainer, method=None, **options):
 
 @pytest.mark.parametrize("build", [sft, dpo, grpo])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_exactly_the_budget_moves_and_the_rest_is_bitwise_the_base(build, accumulation, tmp_path):
+def test_exactly_the_budget_changes_and_the_rest_is_bitwise_the_base(build, accumulation, tmp_path):
     model = llama()
     base = snapshot(model)
     trainer = build(tmp_path, model, gradient_accumulation_steps=accumulation, max_grad_norm=0.1)
-    callback = seated(trainer)
+    callback = with_callback(trainer)
     trainer.train()
     selection = callback.live
     assert (selection.used, selection.step, trainer.state.global_step) == (BUDGET, 4, 4)
@@ -41,15 +41,15 @@ def test_exactly_the_budget_moves_and_the_rest_is_bitwise_the_base(build, accumu
 
 
 def named(model):
-    """Each tensor once, though the model may tie some."""
+    """Returns each tensor once, even if the model ties some."""
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def test_dense_tensors_and_clipping_by_the_whole_norm_and_the_delta(tmp_path):
+def test_dense_tensors_clipping_by_the_whole_norm_and_the_delta_work_together(tmp_path):
     model = llama()
     base = snapshot(model)
     trainer = sft(tmp_path, model, max_grad_norm=0.01, gradient_accumulation_steps=2)
-    callback = seated(trainer, dense=r"^model\.norm", clip_scope="all", accumulation="exact")
+    callback = with_callback(trainer, dense=r"^model\.norm", clip_scope="all", accumulation="exact")
     trainer.train()
     trained = {"model.norm.weight": snapshot(model)["model.norm.weight"]}
     assert not torch.equal(trained["model.norm.weight"], base["model.norm.weight"])
@@ -62,7 +62,7 @@ def test_dense_tensors_and_clipping_by_the_whole_norm_and_the_delta(tmp_path):
 
 
 def test_grpo_generates_with_the_weights_that_are_being_trained(tmp_path):
-    """What it generates in step 2 depends on what step 1 changed."""
+    """The completions of step 2 depend on the changes of step 1."""
     completions = []
     for lr in (0.0, 0.5):
         trainer = grpo(tmp_path, llama(), learning_rate=lr, max_steps=2, lr_scheduler_type="constant")
@@ -71,7 +71,7 @@ def test_grpo_generates_with_the_weights_that_are_being_trained(tmp_path):
         trainer.reward_funcs[0] = lambda completions, reward=reward, kept=kept, **k: (
             kept.append(completions) or reward(completions, **k)
         )
-        seated(trainer, unmask.id3(400, steps=2))
+        with_callback(trainer, unmask.id3(400, steps=2))
         trainer.train()
         completions.append(kept)
     assert completions[0][0] == completions[1][0]

@@ -83,7 +83,7 @@ def test_apply_writes_an_ordinary_lora(kind: str, world: Path) -> None:
     assert torch.equal(outputs(ordinary), outputs(from_run(world, kind)))
 
 
-def test_the_ordinary_lora_knows_its_base(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ordinary_lora_names_its_base(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("apply", "base", "lora/delta.safetensors", "--output", "auto", "--adapter", cwd=world)
     monkeypatch.chdir(world)
     model = AutoPeftModelForSequenceClassification.from_pretrained("auto", num_labels=2)
@@ -97,7 +97,7 @@ def test_apply_merges_up_to_rounding(kind: str, world: Path) -> None:
     torch.testing.assert_close(outputs(merged), outputs(from_run(world, kind)), rtol=1e-4, atol=1e-5)
 
 
-def test_inspect_says_what_it_is_inside_of(world: Path) -> None:
+def test_inspect_names_the_modules_that_the_delta_is_inside_of(world: Path) -> None:
     printed = run("inspect", "lora/delta.safetensors", cwd=world).stdout
     assert "inside lora (alpha 8.0, dropout 0.0, r 4" in printed
     facts = json.loads(run("inspect", "lora/delta.safetensors", "--json", cwd=world).stdout)
@@ -118,7 +118,7 @@ def test_sparse_adapter_runs_from_the_command_line(rest: str, world: Path) -> No
     assert zeros == (sum(p.numel() for p in inside.values()) - kept if rest == "zero" else 0)
 
 
-# Refusals.
+# ---------------------------------------------------------------- refusals
 
 
 @pytest.mark.skipif(_has_adapters(), reason="adapters is installed")

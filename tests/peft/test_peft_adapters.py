@@ -1,4 +1,4 @@
-"""Several deltas on one base: set, add, delete, combine; the base comes through every change bit for bit."""
+"""Tests several adapters on one base: adding, setting, deleting and combining them never changes a bit of the base."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ pytestmark = pytest.mark.filterwarnings(OLD_NAMES)
 
 
 def two(dtype=torch.float32):
-    """(a base, a PEFT model with the trained adapters default and second, their outputs)."""
+    """Returns (a base, a PEFT model with the trained adapters default and second, their outputs by name)."""
     base, model = wrapped(dtype, modules_to_save=["head"])
     run(model, 3)
     results = {"default": outputs(model)}
     model.add_adapter("second", config(method="pafi", budget=12, target_modules=["embed", "body.0"]))
-    assert torch.equal(outputs(model), results["default"])  # added, not active
+    assert torch.equal(outputs(model), results["default"])  # it is added, but not active
     model.set_adapter("second")
-    assert torch.equal(outputs(model), outputs(base))  # trained by nobody yet, with the base's head
+    assert torch.equal(outputs(model), outputs(base))  # it is untrained, and has the base's head
     run(model, 2, seed=8)
     return base, model, results | {"second": outputs(model)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_setting_swaps_the_deltas_exactly(dtype):
+def test_setting_an_adapter_swaps_the_values_exactly(dtype):
     base, model, results = two(dtype)
     for name in ("default", "second", "second", "default"):
         model.set_adapter(name)
@@ -48,7 +48,7 @@ def test_setting_inside_disable_adapter_takes_effect_outside():
 
 
 def test_training_goes_on_after_another_adapter_was_active():
-    """Bit for bit the run that nothing interrupted, with the same optimizer."""
+    """With the same optimizer the run is bit for bit the uninterrupted one."""
     _, model = wrapped(budget=40, total_steps=4)
     _, alone = wrapped(budget=40, total_steps=4)
     model.add_adapter("second", config())
@@ -62,8 +62,7 @@ def test_training_goes_on_after_another_adapter_was_active():
     assert torch.equal(
         model.base_model.deltas.adapters["default"].values, alone.base_model.deltas.adapters["default"].values
     )
-    got, expected = base_state(model), base_state(alone)
-    assert_same_tensors(expected, got)
+    assert_same_tensors(base_state(alone), base_state(model))
 
 
 def test_only_the_active_adapter_is_trainable():
@@ -99,7 +98,7 @@ def test_deleting_an_inactive_adapter_changes_nothing():
     assert_same_tensors(snapshot(base), snapshot(model.base_model.unload()))
 
 
-def test_two_at_once_are_refused():
+def test_two_active_adapters_at_once_are_refused():
     _, model, results = two()
     with pytest.raises(ValueError, match="add_weighted_adapter"):
         model.base_model.set_adapter(["default", "second"])
@@ -151,6 +150,16 @@ def test_one_adapter_with_weight_one_is_itself_and_trains_no_further_weights():
     assert not torch.equal(outputs(model), results["default"])
 
 
+def test_a_combination_of_untrained_adapters_is_the_base():
+    base, model = wrapped()
+    model.add_adapter("second", config(method="repeat_d3"))
+    model.add_weighted_adapter(["default", "second"], [2.0, 1.0], "sum")
+    model.set_adapter("sum")
+    adapter = model.base_model.deltas.adapters["sum"]
+    assert (adapter.used, adapter.budget) == (0, 1)
+    assert torch.equal(outputs(model), outputs(base))
+
+
 @pytest.mark.parametrize(
     ("call", "match"),
     [
@@ -161,7 +170,7 @@ def test_one_adapter_with_weight_one_is_itself_and_trains_no_further_weights():
         ((["default"], [1.0], "x", "svd"), "'linear' only"),
     ],
 )
-def test_a_combination_that_cannot_be_is_refused(call, match):
+def test_an_impossible_combination_is_refused(call, match):
     _, model, _ = two()
     with pytest.raises(ValueError, match=match):
         model.add_weighted_adapter(*call)
@@ -179,8 +188,8 @@ def test_running_statistics_belong_to_their_adapter():
     assert_same_tensors(snapshot(travelling()), snapshot(model.unload()))
 
 
-def test_a_switch_between_forward_and_backward_leaves_graph_and_gradient_good():
-    """As preference optimization does with a reference adapter, under gradient accumulation too."""
+def test_a_switch_between_forward_and_backward_changes_neither_graph_nor_gradient():
+    """Preference optimization does this with a reference adapter, under gradient accumulation too."""
     results = []
     for switch in (False, True):
         _, model = wrapped()
@@ -202,7 +211,7 @@ def test_a_switch_between_forward_and_backward_leaves_graph_and_gradient_good():
 
 
 @pytest.mark.parametrize("then", ["step", "train", "save", "copy", "delete", "unload", "load", "move"])
-def test_an_adapter_that_waits_to_train_on_is_like_any_inactive_one(then, tmp_path):
+def test_a_paused_adapter_is_like_any_inactive_one(then, tmp_path):
     _, model = wrapped()
     run(model, 2)
     expected = vars(model.base_model.deltas.active.slots())
@@ -211,7 +220,7 @@ def test_an_adapter_that_waits_to_train_on_is_like_any_inactive_one(then, tmp_pa
     mean_square(model, batches(1)[0]).backward()  # a gradient that no step has used
     model.set_adapter("other")
     adapter = model.base_model.deltas.adapters["default"]
-    if then == "step":  # of an optimizer that holds what waits
+    if then == "step":  # this optimizer holds the paused adapter's values
         optimizer.step()
     elif then == "train":
         run(model, 1)

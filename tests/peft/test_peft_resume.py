@@ -1,4 +1,4 @@
-"""Training on from a saved adapter, with the config alone, is the uninterrupted run bit for bit."""
+"""Tests that training goes on from a saved adapter as in the uninterrupted run, bit for bit; only the config is given."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def peft_trainer(folder, model=None, kind: type[Trainer] = Trainer, given=None, 
 
 
 def state_of(trainer) -> dict[str, torch.Tensor]:
-    """All that a run must agree on with another, to the last bit."""
+    """Returns every tensor in which two equal runs must agree bit for bit."""
     adapter = trainer.model.base_model.deltas.active
     moments = [v for state in trainer.optimizer.state.values() for v in state.values()]
     return {
@@ -59,13 +59,14 @@ def test_a_checkpoint_has_o_of_b_bytes(tmp_path):
         peft_trainer(folder, bert(width), given=given, save_strategy="epoch").train()
         kept = [p for p in (folder / "checkpoint-5").rglob("*") if p.name not in ("trainer_state.json", "README.md")]
         sizes[width, budget] = sum(path.stat().st_size for path in kept)
-    assert abs(sizes[64, 60] - sizes[16, 60]) < 5_000, sizes  # names of tensors; the weights are 16 times as many
-    # Indices, values and order, 4 bytes each, after half of the steps; two moments of 4 bytes for each entry of the budget.
+    assert abs(sizes[64, 60] - sizes[16, 60]) < 5_000, sizes  # the tensors' names; there are 16 times as many weights
+    # After half of the steps there are indices, values and order of 4 bytes each for half of the budget; the optimizer holds
+    # two moments of 4 bytes for each entry of the budget.
     assert sizes[64, 10_060] - sizes[64, 60] == pytest.approx(5_000 * 3 * 4 + 10_000 * 2 * 4, rel=0.1)
 
 
 def continued(tmp_path, model, optimizer, fresh: torch.nn.Module, **given) -> peft.PeftModel:
-    """The model as a fresh process finds it in two files, trained one more step."""
+    """Returns the model that a new process loads from two files (adapter and optimizer), after one more training step."""
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter", is_trainable=True).train()
     other = optimizer_of(again)
@@ -74,7 +75,7 @@ def continued(tmp_path, model, optimizer, fresh: torch.nn.Module, **given) -> pe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loop_of_ones_own_goes_on_from_save_pretrained(dtype, tmp_path):
+def test_a_users_own_loop_goes_on_from_save_pretrained(dtype, tmp_path):
     _, model = wrapped(dtype, modules_to_save=["head"])
     optimizer = optimizer_of(model)
     run(model, 2, optimizer)
@@ -84,7 +85,7 @@ def test_a_loop_of_ones_own_goes_on_from_save_pretrained(dtype, tmp_path):
     assert torch.equal(model.base_model.deltas.active.values, again.base_model.deltas.active.values)
 
 
-def test_without_training_state_a_file_holds_the_values_alone_and_a_loaded_adapter_is_saved_as_it_was(tmp_path):
+def test_training_state_false_saves_values_alone_and_a_loaded_adapter_is_saved_unchanged(tmp_path):
     _, model = wrapped(torch.bfloat16)
     run(model, 2)
     for name, training_state in (("with", True), ("without", False)):
@@ -116,7 +117,7 @@ def test_an_altered_training_state_is_refused(key, change, match, tmp_path):
 
 
 def headless(folder: Path) -> torch.nn.Module:
-    """A base whose head the checkpoint lacks: another random one each time."""
+    """Returns a base whose head the checkpoint lacks, so that each call draws another one."""
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
 
 
@@ -134,7 +135,7 @@ def test_a_budget_in_a_head_that_the_checkpoint_lacks_is_saved_and_goes_on(activ
             optimizer.step()
             optimizer.zero_grad()
 
-    model.eval()  # no dropout
+    model.eval()  # this turns dropout off
     head = model.get_base_model().classifier.weight.detach().clone()
     train(model, optimizer, 3)
     expected = snapshot(model.get_base_model())
@@ -152,7 +153,10 @@ def test_a_budget_in_a_head_that_the_checkpoint_lacks_is_saved_and_goes_on(activ
     train(again, other, 1)
     assert_same_tensors(snapshot(model.get_base_model()), snapshot(again.get_base_model()))
     assert again.base_model.deltas.active.used == 50
-    for each in (model, again):  # the head is stored as it was before training, the adapter's entries over it
+    for each in (
+        model,
+        again,
+    ):  # the head is stored as it was before training; the adapter's entries are applied over it
         assert torch.equal(unmask.peft.delta(each).whole["classifier.weight"], head)
     bases = [each.base_model.deltas.active.slots().base for each in (model, again)]
     assert torch.equal(*bases)
@@ -161,12 +165,12 @@ def test_a_budget_in_a_head_that_the_checkpoint_lacks_is_saved_and_goes_on(activ
     assert_same_tensors(snapshot(plain), snapshot(again.get_base_model()))
 
 
-# What else a Trainer does.
+# Further features of the Trainer.
 
 
 @pytest.mark.parametrize("batches", [1, 3])
 def test_an_attempt_that_ran_out_of_memory_leaves_nothing_behind(batches, tmp_path):
-    """The run is that of a Trainer with the smaller batch from the start: its number of steps, the base's weights."""
+    """The run equals that of a Trainer that has the smaller batch from the start."""
     fresh = peft_trainer(tmp_path / "fresh", bert(dropout=0.0), kind=Ordered, per_device_train_batch_size=7)
     fresh.train()
     settings = {"per_device_train_batch_size": 8, "auto_find_batch_size": True}
@@ -180,7 +184,7 @@ def test_an_attempt_that_ran_out_of_memory_leaves_nothing_behind(batches, tmp_pa
     )
 
 
-def test_a_second_train_goes_on_as_any_peft_models_does(tmp_path):
+def test_a_second_train_goes_on_as_with_any_peft_model(tmp_path):
     trainer = peft_trainer(tmp_path, kind=Ordered, max_steps=3)
     trainer.train()
     values = trainer.model.base_model.deltas.active.values.detach().clone()
@@ -226,7 +230,7 @@ def test_a_step_that_the_scaler_skips_consumes_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_clip_scope_all_is_the_norm_that_full_fine_tuning_logs(accumulation, tmp_path):
-    """Of everything eligible and of modules_to_save, which is the whole model here."""
+    """The norm is of all eligible weights and of modules_to_save, which are the whole model here."""
     settings = {"learning_rate": 0.0, "gradient_accumulation_steps": accumulation, "max_grad_norm": 0.05}
     full = Ordered(model=bert(dropout=0.0), args=arguments(tmp_path, **settings), train_dataset=Tokens())
     full.train()
@@ -238,7 +242,7 @@ def test_clip_scope_all_is_the_norm_that_full_fine_tuning_logs(accumulation, tmp
 
 
 @pytest.mark.parametrize("scope", ["selected", "all"])
-def test_clipping_in_a_loop_of_ones_own(scope):
+def test_clipping_in_a_users_own_loop(scope):
     _, model = wrapped(modules_to_save=["head"], clip_scope=scope)
     run(model, 1)
     with pytest.raises(unmask.ScheduleNotRunError, match="no adapter is being trained"):
@@ -253,11 +257,11 @@ def test_clipping_in_a_loop_of_ones_own(scope):
     assert after == pytest.approx(1e-3 * before / norm, rel=1e-2)
 
 
-def test_two_configs_of_one_object_are_kept_apart(tmp_path):
+def test_two_adapters_of_one_config_object_have_records_of_their_own(tmp_path):
     given = config(method="pafi")
     model = peft.get_peft_model(travelling(), given).train()
     model.add_adapter("other", given)
     run(model, 2)
     model.save_pretrained(tmp_path)
-    used = [peft.PeftConfig.from_pretrained(path).record["step"] for path in (tmp_path, tmp_path / "other")]
-    assert used == [2, 0]
+    steps = [peft.PeftConfig.from_pretrained(path).record["step"] for path in (tmp_path, tmp_path / "other")]
+    assert steps == [2, 0]

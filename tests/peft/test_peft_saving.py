@@ -1,4 +1,4 @@
-"""The PEFT method on disk and on the hub: reloaded bit for bit, refused where it does not belong, and a card that says it."""
+"""Tests adapters on disk and on the hub: exact reloading, refusals of a wrong base or a damaged file, and the model card."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_an_adapter_comes_back_bit_for_bit(tmp_path, dtype, low_memory, name):
     assert_same_tensors(snapshot(travelling(dtype)), snapshot(again.unload()))
 
 
-def test_the_file_is_small_and_says_what_it_holds(tmp_path):
+def test_the_file_holds_the_budget_and_the_saved_modules_only(tmp_path):
     model, _ = saved(tmp_path, modules_to_save=["head"])
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     values = {key: t for key, t in tensors.items() if key.endswith(".unmask_values")}
@@ -66,7 +66,7 @@ def test_the_configuration_comes_back(tmp_path):
     assert loaded.record["fingerprint"].startswith("sha256:")
 
 
-def test_several_adapters_save_and_load_apart(tmp_path):
+def test_several_adapters_are_saved_and_loaded_separately(tmp_path):
     _, model = wrapped()
     run(model)
     model.add_adapter("second", config(method="pafi"))
@@ -94,7 +94,7 @@ def test_an_adapter_loaded_as_trainable_trains_on(tmp_path):
 
 
 def test_loading_into_an_adapter_that_trains_replaces_what_it_holds(tmp_path):
-    """As load_best_model_at_end does."""
+    """A Trainer with load_best_model_at_end does this."""
     model, expected = saved(tmp_path)
     run(model, 2)
     assert not torch.equal(outputs(model), expected)
@@ -117,7 +117,7 @@ def test_saving_while_disabled_or_between_backward_and_step_saves_the_adapter(tm
 
 
 @pytest.mark.parametrize("change", ["weight", "dtype"])
-def test_another_base_is_refused_and_left_alone(tmp_path, change):
+def test_another_base_is_refused_and_unchanged(tmp_path, change):
     saved(tmp_path)
     other = travelling(torch.bfloat16) if change == "dtype" else travelling(seed=1)
     before = snapshot(other)
@@ -155,7 +155,7 @@ def test_the_adapter_as_a_delta_applies_to_the_plain_base(tmp_path):
 
 @pytest.fixture
 def classifier(tmp_path):
-    """(a folder with a tiny BERT, a trained PEFT model of it with a new head)."""
+    """Returns (a folder with a tiny BERT, a trained PEFT model of it with a new head)."""
     folder = tiny_model(tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     given = unmask.peft.SelectiveConfig(task_type="SEQ_CLS", budget=50, target_modules="all-linear", total_steps=2)
@@ -181,16 +181,16 @@ def logits(model):
 def test_a_head_that_the_checkpoint_lacks_travels_with_the_adapter(tmp_path, classifier):
     folder, model = classifier
     model.save_pretrained(tmp_path / "adapter")
-    torch.manual_seed(99)  # another random head
+    torch.manual_seed(99)  # the new base gets another random head
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert torch.equal(logits(again), logits(model))
     assert torch.equal(logits(again.merge_and_unload()), logits(model))
 
 
-def test_the_model_card_says_what_was_trained(tmp_path, classifier):
+def test_the_model_card_describes_the_adapter(tmp_path, classifier):
     folder, model = classifier
-    for _ in range(2):  # saved twice, one section
+    for _ in range(2):  # the second save must not add a second section
         model.save_pretrained(tmp_path / "adapter")
     card = (tmp_path / "adapter" / "README.md").read_text()
     record = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["record"]
@@ -201,7 +201,7 @@ def test_the_model_card_says_what_was_trained(tmp_path, classifier):
 
 
 class Hub:
-    """What transformers calls of the hub; nothing leaves this process."""
+    """Stands in for the hub with the methods that transformers calls; nothing leaves this process."""
 
     def __init__(self):
         self.repo, self.options, self.files = {}, {}, {}

@@ -1,4 +1,4 @@
-"""The PEFT method in transformers' Trainer, and the page that shows it."""
+"""Tests the PEFT method in transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def trained(folder: Path, **arguments: object) -> peft.PeftModel:
         ({"num_train_epochs": 1, "gradient_accumulation_steps": 3}, 2),
     ],
 )
-def test_total_steps_fill_themselves(tmp_path, arguments, steps):
+def test_the_trainer_fills_in_total_steps(tmp_path, arguments, steps):
     model = trained(tmp_path, **arguments)
     adapter = model.base_model.deltas.active
     assert (model.peft_config["default"].total_steps, adapter.step, adapter.used) == (steps, steps, 60)
@@ -77,7 +77,7 @@ def test_the_trainer_clips_the_norm_of_what_is_trained(tmp_path):
 
 
 def test_training_goes_on_after_the_values_were_moved():
-    """Moving ends the live selection, and the next forward starts it anew: the same run, bit for bit."""
+    """Moving ends the live selection, and the next forward starts a new one. The run stays the same, bit for bit."""
     (_, model), (_, alone) = wrapped(), wrapped()
     optimizer, other = optimizer_of(model), optimizer_of(alone)
     for seed in range(4):

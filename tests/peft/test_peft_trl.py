@@ -1,4 +1,4 @@
-"""TRL's trainers with the config alone: ``peft_config=SelectiveConfig(...)``."""
+"""Tests TRL's trainers with nothing but ``peft_config=SelectiveConfig(...)``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def adapter_of(model: peft.PeftModel):
 
 
 @pytest.mark.parametrize("build", [sft, dpo, grpo])
-def test_the_budget_moves_and_the_rest_is_the_base(build, tmp_path):
+def test_exactly_the_budget_changes(build, tmp_path):
     trainer = build(tmp_path, llama(), peft_config=config(), gradient_accumulation_steps=2, max_grad_norm=0.1)
     trainer.train()
     adapter = adapter_of(trainer.model)
@@ -44,7 +44,7 @@ def test_the_budget_moves_and_the_rest_is_the_base(build, tmp_path):
 
 @pytest.mark.parametrize("build", [dpo, grpo])
 def test_the_reference_of_a_trained_adapter_is_that_adapter(build, tmp_path):
-    """TRL copies the adapter to one named ref, and switches to it between the policy's forward and its backward."""
+    """TRL copies the adapter to one named ref, and activates that one between the policy's forward and its backward."""
     first = sft(tmp_path / "sft", llama(dropout=0.0), peft_config=config(), learning_rate=0.5)
     first.train()
     first.model.save_pretrained(tmp_path / "adapter")
@@ -55,7 +55,7 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(build, tmp_path):
     adapters = model.base_model.deltas.adapters
     assert set(adapters) == {"default", "ref"}
     assert adapters["default"].step == 6
-    if build is dpo:  # at the first step the policy is the reference: the loss is log 2
+    if build is dpo:  # at the first step the policy is the reference, so the loss is log 2
         assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert any(not torch.equal(p, trained[name]) for name, p in model.get_base_model().named_parameters())
     model.set_adapter("ref")

@@ -58,7 +58,7 @@ def assert_same_run(net: nn.Module, method: unmask.Method, **options: str) -> un
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["random", "id3", "id3, stride"])
-def test_as_on_the_float_weights(kind, method):
+def test_training_equals_training_on_the_float_weights(kind, method):
     net = quantised(kind)
     before = payload(net)
     selection = assert_same_run(net, METHODS[method]().but(scope=MATRICES))
@@ -181,7 +181,7 @@ def test_inputs_of_every_shape(kind):
 
 
 class Watch(TorchDispatchMode):
-    """Records the largest float tensor that unmask's own code makes, and not what the base's library makes."""
+    """Records the size of the largest float tensor that unmask's own code makes, not the base's library."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ def test_nothing_is_dequantised_whole(kind, monkeypatch):
         assert watch.largest < matrix // 4
 
 
-def test_what_cannot_work_is_refused_before_training():
+def test_methods_that_cannot_work_are_refused_before_training():
     net = quantised("nf4")
     with pytest.raises(MethodError, match=r"'down.weight' is quantised and cannot be trained whole; leave it out"):
         unmask.select(net, unmask.full())

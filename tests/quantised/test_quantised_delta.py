@@ -54,10 +54,10 @@ def test_saved_loaded_and_applied_it_computes_bit_for_bit(kind, mode, tmp_path):
     assert not has_sidecars(fresh)
     reference = quantised(kind)
     assert unmask.delta.delta.base_tensors(fresh).keys() == unmask.delta.delta.base_tensors(reference).keys()
-    unmask.SparseDelta.load(path).apply(fresh)  # which checks that it is the base again, bit for bit
+    unmask.SparseDelta.load(path).apply(fresh)  # this checks that it is the base again, bit for bit
 
 
-def test_the_delta_says_what_it_was_made_on():
+def test_the_delta_names_the_kind_of_its_base():
     _, selection, _ = trained("nf4 nested")
     assert selection.delta().metadata["quantised"] == ["bitsandbytes nf4"]
     entry = selection.delta().sparse["up.weight"]
@@ -116,7 +116,7 @@ def test_resume_continues_bit_for_bit(kind):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "torchao"])
-def test_release_keeps_what_was_trained_and_detach_takes_it_off(kind):
+def test_release_keeps_the_trained_weights_and_detach_takes_them_off(kind):
     net, selection, _ = trained(kind, include=r"(up|down)\.weight")
     x = data(30)
     before = net(x).detach()

@@ -73,7 +73,7 @@ def test_a_sidecar_overlays_and_forgets():
     assert torch.equal(sidecar.rows(1, 3), expected[1:3])
     assert torch.equal(sidecar.take(torch.tensor([3, 4, 70])), expected.view(-1)[[3, 4, 70]])
     earlier = sidecar.copy()
-    sidecar.put(torch.tensor([3]), base.view(-1)[3:4])  # back at the base, as what leaves a repeated selection
+    sidecar.put(torch.tensor([3]), base.view(-1)[3:4])  # back at the base, as an entry that leaves a repeated selection
     sidecar.put(torch.tensor([9]), torch.tensor([1.0]))
     assert sidecar.flat.tolist() == [9, 70]
     assert torch.equal(earlier.rows(0, HIDDEN), expected)
@@ -165,7 +165,7 @@ def _activations() -> nn.Module:
         (_activations, "only int8 weights with float activations"),
     ],
 )
-def test_what_cannot_be_selected_from_is_named(make, reason):
+def test_kinds_that_cannot_be_selected_from_are_named(make, reason):
     with pytest.raises(MethodError, match=reason):
         unmask.select(make(), unmask.id3(5, steps=1))
 

@@ -1,4 +1,4 @@
-"""Holds what the processes of test_processes_agree.py do: each differs from the others in one thing."""
+"""Holds the functions that the processes of test_processes_agree.py run: one process differs in one thing."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def saved(steps: int = 2) -> tuple[dict[str, Any], dict[str, Any]]:
     return states
 
 
-# What differs before training.
+# Differences before training.
 
 
 def another_schedule() -> None:
@@ -122,7 +122,7 @@ def loaded_in_one() -> None:
     train(model, optimizer)
 
 
-# What is known at the first step.
+# Differences that are known at the first step.
 
 
 def another_rate() -> None:
@@ -150,7 +150,7 @@ def optimizer_state_in_one() -> None:
     train(model, optimizer)
 
 
-# What comes later.
+# Differences that come later.
 
 
 def one_more_micro_batch() -> None:
@@ -225,7 +225,7 @@ def moments_changed() -> None:
 
 
 def a_head_by_another_rate() -> None:
-    """Changes only the head's optimizer, which the selection is not told of."""
+    """Changes only the head's optimizer, which the selection does not know."""
     model, selection, _ = start(dense=r"^4\.")
     values, *head = selection.parameters()
     optimizers = [torch.optim.SGD([values], lr=1e-2), torch.optim.SGD(head, lr=0.2 if odd() else 0.1)]
@@ -236,7 +236,7 @@ def a_head_by_another_rate() -> None:
 
 
 def full_by_one_more_batch() -> None:
-    """Trains in full, which has no `values`: only the tensors trained whole are exchanged."""
+    """Trains in full, without `values`, so that the processes exchange only the tensors trained whole."""
     model, _, optimizer = start(unmask.full())
     train(model, optimizer)
     for micro in range(1 + odd()):
@@ -274,7 +274,7 @@ LATER = [
 ]
 
 
-def told(call: Callable[[], None]) -> tuple[str, str]:
+def error_of(call: Callable[[], None]) -> tuple[str, str]:
     """Returns (the class, the text) of the error that a process raises."""
     try:
         call()
@@ -287,7 +287,7 @@ def scenarios() -> dict[str, tuple[str, str]]:
     """Returns what each scenario raises; in between, all processes train as if nothing had happened."""
     results = {}
     for scenario in BEFORE + LATER:
-        results[scenario.__name__] = told(scenario)
+        results[scenario.__name__] = error_of(scenario)
         model, selection, optimizer = start()
         train(model, optimizer)
         assert selection.step == 2
@@ -295,7 +295,7 @@ def scenarios() -> dict[str, tuple[str, str]]:
 
 
 def undisturbed() -> list[tuple[str, str]]:
-    """Runs what may look like a difference, and is none."""
+    """Trains with settings that differ in form alone, which no process may refuse."""
 
     def scheduled() -> None:
         model, _, optimizer = start(dense=r"^4\.")
@@ -323,19 +323,19 @@ def undisturbed() -> list[tuple[str, str]]:
     def refused_by_every_one() -> None:
         start(unmask.id3(10**6, steps=2))
 
-    return [told(call) for call in (scheduled, several_optimizers, gone_on, refused_by_every_one)]
+    return [error_of(call) for call in (scheduled, several_optimizers, gone_on, refused_by_every_one)]
 
 
 # A process that dies, or hangs.
 
 
 def dies(folder: str) -> None:
-    """Makes the last process die between two steps; the others write what they are told."""
+    """Makes the last process die between two steps; the others write the error that they get."""
     model, _, optimizer = start()
     train(model, optimizer)
     if odd():
         os._exit(7)
-    _write(folder, told(lambda: train(model, optimizer)))
+    _write(folder, error_of(lambda: train(model, optimizer)))
 
 
 def hangs(folder: str) -> tuple[str, str, float]:
@@ -347,9 +347,11 @@ def hangs(folder: str) -> tuple[str, str, float]:
     begin = time.monotonic()
     while odd() and not Path(folder, "0.told").exists() and time.monotonic() < begin + 60:
         time.sleep(0.02)
-    text = told(lambda: train(model, optimizer))
+    text = error_of(lambda: train(model, optimizer))
     seconds = time.monotonic() - begin
     _write(folder, text)
+    while len([*Path(folder).glob("*.told")]) < 2 and time.monotonic() < begin + 60:
+        time.sleep(0.02)  # The store, by which the last process learns why, ends with the first process.
     return (*text, seconds)
 
 

@@ -1,4 +1,4 @@
-"""Holds what the processes of the distributed tests do; one process alone runs each function on the whole batch."""
+"""Holds the functions that the processes of the distributed tests run; one process alone runs each on the whole batch."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Cancelling(nn.Module):
 
 
 def cancelling(exchange: str) -> list[int]:
-    """Makes five entries whose gradients are large in each process and cancel, and a small one that is in all."""
+    """Makes five entries with large gradients that cancel over the processes, and one with a small gradient in all of them."""
     model = Cancelling()
     selection = unmask.select(model, unmask.id3(1, steps=1), exchange=exchange)
     sign = 1.0 if place()[0] == 0 else -1.0
@@ -129,10 +129,10 @@ def cancelling(exchange: str) -> list[int]:
 
 
 def nonfinite(exchange: str) -> tuple[list[str], Tensor, Tensor]:
-    """Poisons the last process's third batch; returns what all processes say, and how they go on without it."""
+    """Poisons the last process's third batch; returns the answers of all processes, and the result without that batch."""
     rank, count = place()
     torch.manual_seed(0)
-    model, said = mlp(), []
+    model, outcomes = mlp(), []
     selection = unmask.select(model, unmask.id3(12, steps=4, stride=2), exchange=exchange)
     optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
     for step, poisoned in enumerate([False, True, False, True, False, False]):
@@ -141,11 +141,11 @@ def nonfinite(exchange: str) -> tuple[list[str], Tensor, Tensor]:
         model(mine).square().mean().backward()
         try:
             optimizer.step()
-            said.append(f"step {selection.step}")
+            outcomes.append(f"step {selection.step}")
         except NonFiniteGradientError:
-            said.append("refused")
+            outcomes.append("refused")
         optimizer.zero_grad()
-    return said, selection.ledger.positions.clone(), selection.values.detach().clone()
+    return outcomes, selection.ledger.positions.clone(), selection.values.detach().clone()
 
 
 def scaled() -> tuple[list[int], Tensor]:
@@ -184,23 +184,23 @@ def with_head(dtype: torch.dtype, wrap: bool, full: bool = False) -> dict[str, T
 
 
 def refused() -> list[str]:
-    """Returns what each process is told of: another method, other calibration data, other weights found late."""
+    """Returns the refusals of another method, of other calibration data, and of other weights that are found late."""
     rank, _ = place()
-    said = []
+    refusals = []
     for method in (
         lambda: unmask.id3(10 + rank, steps=3),
         lambda: unmask.fish(10, [torch.randn(4, 6, generator=torch.Generator().manual_seed(rank))], loss=_squares),
     ):
         torch.manual_seed(0)
         model = mlp()
-        said.append(_refusal(lambda model=model, method=method: unmask.select(model, method())))
+        refusals.append(_refusal(lambda model=model, method=method: unmask.select(model, method())))
         assert all(type(p) is nn.Parameter for p in model.parameters())
     unmask.select(model, unmask.id3(5, steps=2))
-    said.append(_refusal(lambda: DistributedDataParallel(model)))
+    refusals.append(_refusal(lambda: DistributedDataParallel(model)))
     for member in (0, 1):
         group = dist.new_group([member])
-        said.append(_refusal(lambda group=group: unmask.select(mlp(), unmask.id3(5, steps=2), group=group)))
-    return said
+        refusals.append(_refusal(lambda group=group: unmask.select(mlp(), unmask.id3(5, steps=2), group=group)))
+    return refusals
 
 
 def in_pairs() -> tuple[Tensor, Tensor]:
@@ -231,7 +231,7 @@ def _refusal(call: Callable[[], Any]) -> str:
 
 
 def late(folder: str, seed: int | None) -> tuple[str, Tensor]:
-    """Makes the process group after the selection, from the same weights or (``seed`` None) from others."""
+    """Makes the process group after the selection, from the same weights or (for the ``seed`` None) from others."""
     rank, count = place()
     dist.destroy_process_group()
     torch.manual_seed(rank if seed is None else seed)
@@ -508,7 +508,7 @@ def fsdp_variant(case: str) -> dict[str, Any]:
 
 def fsdp_nonfinite() -> list[str]:
     """Makes the second process's loss NaN on the first and third step."""
-    said, model = [], shard(blocks())
+    outcomes, model = [], shard(blocks())
     selection = unmask.select(model, unmask.id3(40, steps=4))
     optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
     for step in range(4):
@@ -516,11 +516,11 @@ def fsdp_nonfinite() -> list[str]:
         (loss * (torch.nan if step in (0, 2) and place()[0] == 1 else 1.0)).backward()
         try:
             optimizer.step()
-            said.append(f"step {selection.step}")
+            outcomes.append(f"step {selection.step}")
         except NonFiniteGradientError:
-            said.append("refused")
+            outcomes.append("refused")
         optimizer.zero_grad()
-    return said
+    return outcomes
 
 
 def fsdp_head() -> tuple[Tensor, Tensor, Tensor]:
@@ -556,7 +556,7 @@ def fsdp_refused() -> dict[str, str]:
     def foreign() -> None:
         torch.optim.SGD(held.parameters(), lr=0.1).step()
 
-    said = {
+    refusals = {
         "candidates": _refusal(lambda: unmask.select(shard(blocks()), id3, exchange="candidates")),
         "dense": _refusal(lambda: unmask.select(shard(blocks()), id3, dense="head")),
         "rows": _refusal(lambda: unmask.select(shard(blocks()), id3.but(allocation="row"))),
@@ -568,7 +568,7 @@ def fsdp_refused() -> dict[str, str]:
         "optimizer": _refusal(foreign),
     }
     selection.release()
-    return said
+    return refusals
 
 
 def _partly_sharded() -> nn.Module:

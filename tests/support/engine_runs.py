@@ -1,4 +1,4 @@
-"""Holds what the processes of the engines' tests do: a page's script, accelerate, transformers' Trainer."""
+"""Holds the functions that the processes of the engines' tests run: a page's script, accelerate, and the Trainer."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def accelerated(folder: str, accumulation: int) -> None:
 
 
 def refused(folder: str) -> str:
-    """Returns what ``SelectiveTrainer`` says to FSDP in the arguments."""
+    """Returns the error of ``SelectiveTrainer`` for FSDP in the arguments."""
     model = bert_classifier(30, max_position_embeddings=512)
     settings = TrainingArguments(folder, use_cpu=True, fsdp=True, fsdp_config={"version": 2}, report_to="none")
     selection = unmask.select(model, unmask.id3(20, steps=2))
@@ -81,11 +81,11 @@ def trainer(folder: str, early: bool = False, dies: bool = False, resume: bool =
     """Trains a tiny BERT with a head for 12 steps.
 
     Args:
-        folder: Where.
-        early: Select before the process group is made, from the same weights; otherwise from other ones in each process.
-        dies: Process 1 dies at step 6.
-        resume: Go on from the last checkpoint.
-        **arguments: For ``TrainingArguments``.
+        folder: The folder of the run.
+        early: True selects before the process group is made, from the same weights; False from other ones in each process.
+        dies: True makes process 1 die at step 6.
+        resume: True goes on from the last checkpoint.
+        **arguments: Further ``TrainingArguments``.
     """
     os.chdir(folder)
     count, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])

@@ -1,4 +1,4 @@
-"""Holds what several test files need: tiny models, dense gradients by autograd, selection by a plain sort."""
+"""Holds tiny models, dense gradients by autograd, and selection by a plain sort, which several test files need."""
 
 from __future__ import annotations
 

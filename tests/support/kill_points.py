@@ -1,7 +1,7 @@
 """Makes every state that a kill could leave of a folder, and disks that are full from some operation on.
 
-Python tells of every file that it opens, makes, renames or removes (`sys.addaudithook`), before it does; what torch and
-safetensors write themselves is seen around their calls. Between two operations the content of a file may be cut anywhere.
+Python reports every file before it opens, makes, renames or removes it (`sys.addaudithook`). The files that torch and
+safetensors write themselves are reported around their calls. Between two operations a file may be cut anywhere.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from safetensors import SafetensorError
 
 Content = dict[str, bytes | None]  # by path inside the folder; None for a folder
 _PLACE = {"os.rename": 1, "os.mkdir": 0, "os.remove": 0, "os.rmdir": 0, "os.truncate": 0, "open": 0}
-_heard: list[Callable[[str, str], None]] = []
+_listeners: list[Callable[[str, str], None]] = []
 
 
 def _listen(event: str, args: tuple) -> None:
-    if not _heard or event not in _PLACE:
+    if not _listeners or event not in _PLACE:
         return
     path = args[_PLACE[event]]
     if isinstance(path, int | None) or (event == "open" and not _writes(args)):
         return
-    heard = _heard.pop()  # what it does itself is not heard
+    listener = _listeners.pop()  # its own operations are not reported
     try:
-        heard(event, os.path.abspath(os.fsdecode(path)))
+        listener(event, os.path.abspath(os.fsdecode(path)))
     finally:
-        _heard.append(heard)
+        _listeners.append(listener)
 
 
 def _writes(args: tuple) -> bool:
@@ -48,10 +48,10 @@ sys.addaudithook(_listen)
 
 @contextmanager
 def hearing(folder: Path, on_event: Callable[[str, str], None]) -> Iterator[None]:
-    """Calls ``on_event(event, path)`` before each operation under a folder; ``write``: torch or safetensors write a file."""
+    """Calls ``on_event(event, path)`` before each operation under a folder; ``write``: a file of torch or safetensors."""
     root = str(folder.resolve())
 
-    def heard(event: str, path: str) -> None:
+    def under_root(event: str, path: str) -> None:
         if path == root or path.startswith(root + os.sep):
             on_event(event, path)
 
@@ -65,29 +65,29 @@ def hearing(folder: Path, on_event: Callable[[str, str], None]) -> Iterator[None
         return writing
 
     def _listen_to_write(path: str) -> None:
-        one = _heard.pop()
+        listener = _listeners.pop()
         try:
-            one("write", os.path.abspath(path))
+            listener("write", os.path.abspath(path))
         finally:
-            _heard.append(one)
+            _listeners.append(listener)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "save", around(torch.save, 1))
         patch.setattr(safetensors.torch, "save_file", around(safetensors.torch.save_file, 1))
-        _heard.append(heard)
+        _listeners.append(under_root)
         try:
             yield
         finally:
-            _heard.clear()
+            _listeners.clear()
 
 
 def content(folder: Path) -> Content:
-    """Returns what is in a folder."""
+    """Returns the content of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def restore(held: Content, folder: Path) -> None:
-    """Makes a new folder of it."""
+    """Makes a new folder with that content."""
     folder.mkdir()
     for name, data in sorted(held.items()):
         if data is None:

@@ -65,7 +65,7 @@ def tiny_tagger(folder: Path) -> Path:
 
 
 def tagger_world(root: Path) -> Path:
-    """Makes a folder with what a run on tagged sentences needs: ``base``, and ``data`` with three splits."""
+    """Makes a folder for a run on tagged sentences: ``base``, and ``data`` with three splits."""
     tiny_tagger(root / "base")
     (root / "data").mkdir()
     for split, count in (("train", 64), ("dev", 24), ("test", 16)):

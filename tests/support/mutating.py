@@ -1,4 +1,4 @@
-"""The mutator of all fuzz tests: damaged bytes, JSON values and tensors that depend on the seed alone."""
+"""Makes the damaged bytes, JSON values and tensors of all fuzz tests, which depend on the seed alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Mutator:
     """Makes mutations; the same ones from the same seed.
 
     Args:
-        seed: Of everything that is drawn.
+        seed: The seed of every draw.
     """
 
     def __init__(self, seed: int) -> None:

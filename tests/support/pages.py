@@ -31,8 +31,8 @@ def run_page(name: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
     """Runs the Python blocks of a page in order, as one program.
 
     Args:
-        name: The page.
-        names: What the page takes as given, such as ``model`` and ``loader``.
+        name: The page's file name.
+        names: The names that the page takes as given, such as ``model`` and ``loader``.
 
     Returns:
         All names of the program at its end.

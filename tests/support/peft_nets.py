@@ -1,4 +1,4 @@
-"""Holds what the tests of the PEFT method share: a base with a head and statistics, a tiny BERT, and training."""
+"""Holds the base with a head and statistics, and the training, that the tests of the PEFT method share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a function in several processes, as torchrun does, and brings back what each returned."""
+"""Runs a function in several processes, as torchrun does, and collects the results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_CONTEXT = multiprocessing.get_context("forkserver")  # what takes long is imported once, in a process without threads
+_CONTEXT = multiprocessing.get_context("forkserver")  # the slow imports run once, in a process without threads
 _CONTEXT.set_forkserver_preload(
     [
         "torch.distributed.fsdp",
@@ -31,12 +31,12 @@ def run(
     """Returns ``[function(*args) in process 0, ... 1, ...]``; fails with the traceback of the first process that has one.
 
     Args:
-        count: How many processes.
-        folder: For what they leave.
-        function: Of a module, so that it can be pickled.
-        *args: Its arguments.
-        group: Make the process group; False: leave it to the function, by the environment that torchrun sets.
-        dies: They are expected to fail.
+        count: The number of processes.
+        folder: The folder for their results and errors.
+        function: A function of a module, so that it can be pickled.
+        *args: The function's arguments.
+        group: True makes the process group; False leaves that to the function, by the environment that torchrun sets.
+        dies: True expects the processes to fail.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:

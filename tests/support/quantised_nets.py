@@ -21,7 +21,7 @@ LIBRARY = {kind: "torchao" if kind.startswith("torchao") else "bitsandbytes" for
 
 
 class Block(nn.Module):
-    """Has two linear layers that get quantised, and a norm and a head that do not; `used` twice within one forward, if asked."""
+    """Has two linear layers that get quantised, and a norm and a head that do not; ``twice`` uses the two twice per forward."""
 
     def __init__(self, checkpointed: bool | None = None, twice: bool = False) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def _with_bitsandbytes(net: Block, kind: str) -> None:
 
 def _with_torchao(net: Block, groups: bool) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch, at what torchao does when it is imported
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns when torchao is imported
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
         from torchao.quantization.granularity import PerGroup, PerRow
     config = Int8WeightOnlyConfig(granularity=PerGroup(32) if groups else PerRow(), set_inductor_config=False)
@@ -88,7 +88,7 @@ def whole(tensor: QuantisedTensor) -> Tensor:
 
 
 def as_float(net: nn.Module) -> Block:
-    """The float network that a quantised one computes as, to rounding."""
+    """Returns the float network that computes the same as a quantised one, up to rounding."""
     twin = plain(checkpointed=net.checkpointed, twice=net.twice)
     named = dict(twin.named_parameters())
     with torch.no_grad():

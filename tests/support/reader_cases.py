@@ -1,7 +1,8 @@
-"""Holds what a fuzz test does to each reader: a case is a function of its seed, and ends as "same", "other" or "refused".
+"""Holds the cases of a fuzz test for each reader: a case is a function of its seed, and ends as "same", "other" or "refused".
 
-"same": what was read is what was written. "other": it is another value, which is valid by the rules and was taken as it
-stands (checked against a plain second reading). "refused": an `UnmaskError`, and nothing was changed. Anything else raises.
+"same" means that the value read is the value written. "other" means that it is another value, which is valid by the rules and
+was taken as it stands (a plain second reading checks this). "refused" means that an `UnmaskError` was raised, and nothing was
+changed. Any other end raises an error.
 """
 
 from __future__ import annotations
@@ -114,12 +115,12 @@ def signed_delta(folder: Path) -> Case:
 
 
 def _sign(path: Path, tensors: dict[str, Tensor], header: Any) -> None:
-    """Writes a delta with a right checksum, as far as there is one for such a header."""
+    """Writes a delta with a right checksum, if there is one for such a header."""
     text = dumps(header)
     try:
         signed = {**header, "checksum": files.checksum(json.loads(text), tensors)}
         text = dumps(signed)
-    except (TypeError, RecursionError, ValueError):  # no mapping, or too deep for Python's own reader
+    except (TypeError, RecursionError, ValueError):  # not a mapping, or too deep for Python's own reader
         pass
     save_file({name: t.contiguous().clone() for name, t in tensors.items()}, path, metadata={"unmask": text})
 
@@ -427,7 +428,7 @@ def sweep_record(folder: Path) -> Case:
 
 
 def show(folder: Path) -> str:
-    """Returns all that a report says of a study in words."""
+    """Returns all the text of a report of a study."""
     study = read_study(folder)
     parts = [
         markdown(found) for found in tables(study.cells, study.results, study.protocol, study.choice, study.claims)
@@ -511,7 +512,7 @@ def outputs(folder: Path) -> Case:
     return case
 
 
-# The user's data. What is read is held against a second, plain reading; an error names the file.
+# The user's data. A second, plain reading checks the value that was read; an error names the file.
 
 _SECONDS = 10  # that one small file may take
 _LONGEST = 3000  # characters of an error, for every content of the file
@@ -523,7 +524,7 @@ def data_case(paths: list[Path], written: Callable[[Path, Mutator], bytes], read
     Args:
         paths: The files, as they are to be read.
         written: A file's bytes with its values changed by the mutator.
-        read: Reads a file, and checks what it read.
+        read: Reads a file, and checks the value.
     """
     original = {path: path.read_bytes() for path in paths}
     whole = {path: read(path) for path in paths}
@@ -600,7 +601,7 @@ def _as_parquet(rows: list[Any]) -> bytes:
             columns[name] = pyarrow.array([repr(cell) for cell in cells])
     try:
         pyarrow.parquet.write_table(pyarrow.table(columns), out)
-    except (pyarrow.ArrowException, UnicodeError):  # what parquet cannot hold
+    except (pyarrow.ArrowException, UnicodeError):  # values that parquet cannot hold
         pyarrow.parquet.write_table(pyarrow.table({"x": [1]}), out)
     return out.getvalue()
 

@@ -1,7 +1,7 @@
-"""The plain dense reference: float32 masters of every eligible weight, a boolean mask and AdamW, both of size N.
+"""The plain dense reference: float32 masters of every eligible weight, a boolean mask and AdamW, all of size N.
 
-Nothing of unmask's machinery is used: gradients come from ordinary autograd on ordinary parameters, the selection is a
-full sort, and what is not in the mask is put back after every step.
+It uses no code of unmask: gradients come from ordinary autograd on ordinary parameters, the selection is a full sort, and
+weights outside the mask are put back after every step.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ class DenseReference:
         self,
         model: nn.Module,
         names: list[str],
-        score: Callable[[Tensor, Tensor], Tensor] | Tensor,  # of (weights, gradients), both (N,); or given scores
+        score: Callable[[Tensor, Tensor], Tensor]
+        | Tensor,  # a function of (weights, gradients), both (N,); or fixed scores
         cumulative: Callable[[int], int],
         budget: int,
         repeat: bool | int = False,
-        kept: bool = False,  # repeat: what leaves stays as it is, without a gradient
-        above: float = -torch.inf,  # a lower score, or this one, selects nothing
+        kept: bool = False,  # for repeat: a weight that leaves stays as it is, without a gradient
+        above: float = -torch.inf,  # this score and lower ones select nothing
         **adamw: float,
     ) -> None:
         parameters = dict(model.named_parameters())
@@ -36,7 +37,7 @@ class DenseReference:
         self.base = self._weights()
         self.master = nn.Parameter(self.base.clone())
         self.mask = torch.zeros_like(self.base, dtype=torch.bool)
-        self.picked = self.mask  # what has a gradient: of `kept`, the last picks
+        self.picked = self.mask  # the weights with a gradient: with `kept`, the last picks
         self.optimizer = torch.optim.AdamW([self.master], **adamw)
         self.t = 0
 

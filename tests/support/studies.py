@@ -1,4 +1,4 @@
-"""Makes up a study with everything that a report can show, and with names that need escaping."""
+"""Makes up a study with all parts that a report can show, and with names that need escaping."""
 
 from __future__ import annotations
 

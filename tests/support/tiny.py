@@ -56,7 +56,7 @@ def toy_csv(path: Path, count: int = 64, seed: int = 0) -> Path:
 
 
 def tiny_world(root: Path) -> Path:
-    """Makes a folder with what a run on one's own data needs: ``base``, ``train.csv``, ``dev.csv``."""
+    """Makes a folder for a run on the user's own data: ``base``, ``train.csv``, ``dev.csv``."""
     tiny_model(root / "base")
     toy_csv(root / "train.csv", 64, seed=0)
     toy_csv(root / "dev.csv", 32, seed=1)

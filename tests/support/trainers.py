@@ -88,7 +88,7 @@ def selective(
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen_garbage() -> Iterator[None]:
-    """Freezes what the libraries hold for good: ``train()`` collects garbage twice and need not walk it each time."""
+    """Freezes the objects of the libraries, so that the two garbage collections of each ``train()`` need not walk them."""
     gc.collect()
     gc.freeze()
     yield

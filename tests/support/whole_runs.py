@@ -41,7 +41,7 @@ def small_world(root: Path) -> TrainConfig:
 
 
 def go(config: TrainConfig, output: Path, **how: Any) -> Outcome:
-    """Trains into a folder, quietly."""
+    """Trains into a folder without output."""
     return train(replace(config, output=str(output)), console=Console(quiet=True), **how)
 
 
@@ -54,7 +54,7 @@ def recorded(config: TrainConfig, **how: Any) -> Recorder:
 
 
 def result(folder: Path) -> tuple[bytes, list[dict]]:
-    """Returns what a run leaves, without clock times: the delta's bytes and the rows of metrics."""
+    """Returns the results of a run without clock times: the delta's bytes and the rows of metrics."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steady = [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k} for row in rows]
     return (folder / "delta.safetensors").read_bytes(), [row for row in steady if "train_loss" not in row]
@@ -70,7 +70,7 @@ def newest_step(folder: Path) -> int:
 
 
 def go_on(config: TrainConfig, state: Content, folder: Path) -> str:
-    """Does what a user does after a kill: ``--resume``, or what the refusal says instead; returns what it was."""
+    """Goes on after a kill as a user would, by ``--resume`` or as the refusal advises; returns which of them it was."""
     restore(state, folder)
     try:
         go(config, folder, resume=True)

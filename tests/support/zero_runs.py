@@ -1,4 +1,4 @@
-"""Holds what the processes of `test_zero_gradients.py` do; each function also runs in one process."""
+"""Holds the functions that the processes of `test_zero_gradients.py` run; each also runs in one process."""
 
 from __future__ import annotations
 

@@ -4,8 +4,7 @@ from unmask.analysis.allocation import allocation, grouped, snapshot, snapshots
 from unmask.analysis.checkpoints import changed
 from unmask.analysis.drift import Drift, drift, rank_correlation, turnover
 from unmask.analysis.mask import Mask, mask_of, mask_over
-from unmask.analysis.measures import Overlap, densities, overlap, sparsity_entropy, tensor_sparsity
-from unmask.analysis.updates import gradient_updates
+from unmask.analysis.measures import Overlap, densities, gradient_updates, overlap, sparsity_entropy, tensor_sparsity
 
 __all__ = [
     "Drift",

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from unmask.analysis.mask import mask_of, mask_over, prefixes
+from unmask.analysis.mask import mask_of, mask_over
 from unmask.analysis.measures import Source, sparsity_entropy, tensor_sparsity
 from unmask.delta.delta import SparseDelta
+from unmask.errors import MethodError
 from unmask.methods.naming import KINDS, OTHER, kinds_of, layer_labels
 from unmask.selection.selection import Selection
 
@@ -117,10 +118,15 @@ def snapshots(source: Selection | SparseDelta, points: int = 10) -> list[dict[st
         points: The number of snapshots, in equal steps of the count of unmasked weights.
 
     Raises:
+        MethodError: ``points`` is below 1.
         SelectionError: The selection has no order of unmasking (repeat-S): take a `snapshot` in the course of the run.
         DeltaError: The delta does not carry its order.
     """
-    return [snapshot(mask) for mask in prefixes(source, points)]
+    if points < 1:
+        raise MethodError(f"points = {points}; it must be at least 1.")
+    total = len(mask_of(source))
+    counts = dict.fromkeys(-(-total * i // points) for i in range(1, points + 1))
+    return [snapshot(mask_of(source, used)) for used in counts]
 
 
 def _place(layer: str, kind: str) -> tuple[bool, str, int, int]:

@@ -8,18 +8,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from unmask.analysis.mask import Mask, mask_over
 from unmask.delta.base import base_tensors
+from unmask.delta.fingerprint import same_entries
 from unmask.errors import DeltaError
 from unmask.reading import fields, mapping, read_json, refusing, text
 
 Checkpoint = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def changed(base: Checkpoint, tuned: Checkpoint) -> Mask:
@@ -39,6 +37,7 @@ def changed(base: Checkpoint, tuned: Checkpoint) -> Mask:
         DeltaError: A file is missing or damaged, no name is in both, or shapes or dtypes differ.
 
     Example:
+        >>> import torch
         >>> base = {"w": torch.zeros(2, 3)}
         >>> changed(base, {"model.w": torch.tensor([[0.0, 0, 1], [0, 0, -0.0]])}).indices
         {'model.w': tensor([2, 5])}
@@ -60,12 +59,8 @@ def changed(base: Checkpoint, tuned: Checkpoint) -> Mask:
             )
         if after.is_floating_point():
             shapes[other] = tuple(after.shape)
-            indices[other] = (_bits(before) != _bits(after)).nonzero().squeeze(1)
+            indices[other] = (~same_entries(before, after)).reshape(-1).nonzero().squeeze(1)
     return mask_over(indices, shapes)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()])
 
 
 def _pairs(base: list[str], tuned: list[str]) -> dict[str, str]:
@@ -85,29 +80,24 @@ def _read(source: Checkpoint) -> tuple[list[str], Callable[[str], Tensor]]:
     if isinstance(source, Mapping):
         return list(source), source.__getitem__
     path = Path(source)
-    files = _files(path)
+    index, file = path / "model.safetensors.index.json", path / "model.safetensors" if path.is_dir() else path
+    if index.is_file():
+        with refusing(DeltaError, repr(str(index)), "Take another copy."):
+            found = fields({"weight_map": mapping(text)})(read_json(index), "the index")
+        files = {name: path / part for name, part in found["weight_map"].items()}
+    elif file.is_file():
+        with _opened(file) as opened:
+            files = dict.fromkeys(opened.keys(), file)
+    else:
+        raise DeltaError(
+            f"there is no checkpoint at {str(path)!r}; give a folder that holds model.safetensors, or a file."
+        )
 
     def load(name: str) -> Tensor:
         with _opened(files[name]) as opened:
             return opened.get_tensor(name)
 
     return list(files), load
-
-
-def _files(path: Path) -> dict[str, Path]:
-    """Returns the file of each tensor, by the tensor's name."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        with refusing(DeltaError, repr(str(index)), "Take another copy."):
-            found = fields({"weight_map": mapping(text)})(read_json(index), "the index")
-        return {name: path / file for name, file in found["weight_map"].items()}
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise DeltaError(
-            f"there is no checkpoint at {str(path)!r}; give a folder that holds model.safetensors, or a file."
-        )
-    with _opened(file) as opened:
-        return dict.fromkeys(opened.keys(), file)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""Mask: which scalar weights are unmasked, as one view of a selection, a delta, or two checkpoints."""
+"""Describes which scalar weights are unmasked, in one form for a selection, a delta, or two checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -40,10 +40,7 @@ class Mask:
         return {n: (len(self.indices.get(n, ())), prod(shape)) for n, shape in sorted(self.shapes.items())}
 
     def like(self, model: nn.Module | Mapping[str, Tensor]) -> Mask:
-        """Returns the same mask, counted over all parameters of a model.
-
-        Args:
-            model: A module, or tensors by name.
+        """Returns the same mask, counted over all parameters of a model, which is a module or tensors by name.
 
         Raises:
             DeltaError: The model lacks one of the tensors, or has it in another shape.
@@ -94,10 +91,21 @@ def mask_of(source: Selection | SparseDelta | Mask, used: int | None = None) -> 
     """
     if used is not None:
         _check_used(source, used)
-    if isinstance(source, SparseDelta):
-        return _of_delta(source, used)
     if isinstance(source, Mask):
         return source
+    if isinstance(source, SparseDelta):
+        if source.whole and not source.sparse:
+            raise DeltaError(
+                "this delta holds whole tensors only, so it has no mask; compare two checkpoints instead: "
+                "unmask.analysis.changed(base, tuned)."
+            )
+        held = {
+            name: entry.indices if used is None or entry.slots is None else entry.indices[entry.slots < used]
+            for name, entry in source.sparse.items()
+        }
+        eligible = source.provenance.eligible or {}
+        mask = mask_over(held, {name: entry.shape for name, entry in source.sparse.items()})
+        return replace(mask, tensors=eligible.get("tensors"), weights=eligible.get("weights"))
     layout = source.ledger.layout
     if source.method.whole:
         return mask_over(source.indices, {dense.name: tuple(dense.parameter.shape) for dense in source.dense})
@@ -111,21 +119,6 @@ def orders(source: Selection | SparseDelta) -> bool:
     if isinstance(source, Selection):
         return source.method.strategy != "repeat" and not source.method.whole
     return bool(source.sparse) and all(entry.slots is not None for entry in source.sparse.values())
-
-
-def prefixes(source: Selection | SparseDelta, points: int) -> Iterator[Mask]:
-    """Yields the nested masks of ``points`` budgets from about ``len / points`` to ``len``, in equal steps.
-
-    Raises:
-        MethodError: ``points`` is below 1.
-        SelectionError: The selection has no order of unmasking (repeat-S).
-        DeltaError: The delta does not carry its order.
-    """
-    if points < 1:
-        raise MethodError(f"points = {points}; it must be at least 1.")
-    total = len(mask_of(source))
-    for used in dict.fromkeys(-(-total * i // points) for i in range(1, points + 1)):
-        yield mask_of(source, used)
 
 
 def _check_used(source: Selection | SparseDelta | Mask, used: int) -> None:
@@ -144,22 +137,3 @@ def _check_used(source: Selection | SparseDelta | Mask, used: int) -> None:
     held = source.used if isinstance(source, Selection) else len(source)
     if not 0 <= used <= held:
         raise MethodError(f"used = {used}; {held:,} weights are unmasked, so it must be from 0 to {held}.")
-
-
-def _of_delta(delta: SparseDelta, used: int | None) -> Mask:
-    if delta.whole and not delta.sparse:
-        raise DeltaError(
-            "this delta holds whole tensors only, so it has no mask; compare two checkpoints instead: "
-            "unmask.analysis.changed(base, tuned)."
-        )
-    eligible = delta.provenance.eligible or {}
-    mask = Mask(
-        {name: entry.indices for name, entry in sorted(delta.sparse.items()) if entry.numel},
-        {name: entry.shape for name, entry in delta.sparse.items()},
-        eligible.get("tensors"),
-        eligible.get("weights"),
-    )
-    if used is None:
-        return mask
-    first = {n: e.indices[e.slots < used] for n, e in delta.sparse.items() if e.slots is not None}
-    return replace(mask, indices={name: flat for name, flat in sorted(first.items()) if flat.numel()})

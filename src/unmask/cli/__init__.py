@@ -42,16 +42,12 @@ def main() -> None:
 
 def _end(message: str, status: int) -> NoReturn:
     """Prints an error and ends. Under torchrun only the first process that has the error prints it, with its rank."""
-    rank, printing = "0", True
+    process = ""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from unmask.distributed.processes import first_to_say
 
-        rank, printing = os.environ.get("RANK", "0"), first_to_say(message)
-    if printing:
-        print(
-            f"unmask: {message}" if rank == "0" else f"unmask, process {rank}: {message}", file=sys.stderr, flush=True
-        )
+        if not first_to_say(message):
+            sys.exit(status)
+        process = "" if os.environ.get("RANK", "0") == "0" else f", process {os.environ['RANK']}"
+    print(f"unmask{process}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
-
-
-__all__ = ["main"]

@@ -1,7 +1,9 @@
-"""The commands of ``unmask`` and their options."""
+"""The commands of ``unmask`` and their options. Their work is imported when they run."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,9 +11,9 @@ import typer
 import typer.core
 
 from unmask import __version__
-from unmask.cli import sweeps
-from unmask.cli.options import SettingsCommand
+from unmask.cli.options import SettingsCommand, SweepOptions
 from unmask.errors import UnmaskError
+from unmask.lab.training.fields import converted
 
 
 class InterruptedCommandError(UnmaskError):
@@ -56,9 +58,7 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
 def demo(
     budget: Annotated[str, typer.Option(help="The number of scalar weights to unmask: a count or a share.")] = "20000",
     steps: Annotated[int, typer.Option(help="The number of optimizer steps.", min=1)] = 200,
-    output: Annotated[
-        Path | None, typer.Option(help="The folder for the delta; without it, a folder in the cache.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The folder for the delta; without it, one in the cache.")] = None,
 ) -> None:
     """Fine-tune a real encoder on real reviews with ID3, on this CPU, in under three minutes."""
     from unmask.cli.demo import run_demo
@@ -74,9 +74,7 @@ class _TrainCommand(SettingsCommand):
 def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings; options and --set go over it.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting as key=value, as in the YAML file.")
-    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting, key=value, as in the YAML file.")] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -87,14 +85,9 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume",
-            help="Continue from the newest whole checkpoint in the output, with the settings that the run was started with.",
-        ),
+        typer.Option("--resume", help="Continue from the output's newest whole checkpoint with the run's settings."),
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the run in the output, and start a new one there.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output by a new one.")] = False,
 ) -> None:
     """Train a delta on a known task or on your own data."""
     from unmask.files import check_folder
@@ -117,32 +110,21 @@ def evaluate(
         Path | None, typer.Argument(help="The delta file; without it the base alone solves word problems.")
     ] = None,
     task: Annotated[
-        str | None,
-        typer.Option(help="The task; without it, the delta's own. Word problems: gsm8k,svamp,..."),
+        str | None, typer.Option(help="The task; without it, the delta's own. Word problems: gsm8k,svamp,...")
     ] = None,
     data_dir: Annotated[str | None, typer.Option(help="The folder with the task's files; without it, the hub.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Your evaluation data: csv, tsv, jsonl, json, parquet, conll.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="Your own data: csv, tsv, jsonl, json, parquet, conll.")] = None,
     text: Annotated[str, typer.Option(help="The text column.")] = "text",
     text_pair: Annotated[str | None, typer.Option(help="The second text column.")] = None,
     label: Annotated[str, typer.Option(help="The label column.")] = "label",
     batch_size: Annotated[int, typer.Option(help="The number of examples per forward pass.", min=1)] = 64,
-    limit: Annotated[
-        int | None, typer.Option(help="Solve only the first so many word problems of each set.", min=1)
-    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Solve only so many word problems of each set.", min=1)] = None,
     output: Annotated[
-        str | None,
-        typer.Option(help="The folder for generated texts; without it, one next to the delta, or under runs."),
+        str | None, typer.Option(help="The folder for generated texts; without it, next to the delta or under runs.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the texts that were generated there before.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the texts generated there before.")] = False,
     set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="A setting of word problems as key=value: prompt, max_new_tokens, rule, ... (docs/tasks.md)."
-        ),
+        list[str] | None, typer.Option("--set", help="A setting of word problems, such as rule=last (docs/tasks.md).")
     ] = None,
 ) -> None:
     """Evaluate base + delta on a task. Outputs of word problems are kept, so that a killed evaluation can go on."""
@@ -162,8 +144,7 @@ def inspect(
     top: Annotated[int, typer.Option(help="The number of rows to show per table.", min=1)] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[
-        Path | None,
-        typer.Option(help="Draw the allocation too: into a .png or .svg file, or without an ending into both."),
+        Path | None, typer.Option(help="Draw the allocation too, into a .png or .svg file, or without an ending both.")
     ] = None,
 ) -> None:
     """Show what a delta changes: per layer and module kind, sizes, provenance."""
@@ -178,8 +159,7 @@ def apply(
     delta: Annotated[Path, typer.Argument(help="The delta file.")],
     output: Annotated[Path, typer.Option(help="The folder for the merged checkpoint.")],
     adapter: Annotated[
-        bool,
-        typer.Option("--adapter", help="Write an ordinary LoRA or adapter folder (of a run inside one)."),
+        bool, typer.Option("--adapter", help="Write an ordinary LoRA or adapter folder (of a run inside one).")
     ] = False,
 ) -> None:
     """Write base + delta as an ordinary checkpoint, or as an ordinary LoRA or adapter."""
@@ -191,18 +171,11 @@ def apply(
 @app.command()
 def delta(
     checkpoint: Annotated[
-        Path,
-        typer.Argument(help="The folder RUN/checkpoints/checkpoint-N, or RUN, the output folder of `unmask train`."),
+        Path, typer.Argument(help="RUN/checkpoints/checkpoint-N, or RUN, the output folder of `unmask train`.")
     ],
-    step: Annotated[
-        int | None, typer.Option(help="The step of the checkpoint of RUN; without it, the last one.", min=1)
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="The file to write; without it, RUN/series/step-N.safetensors.")
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The run's base model: a folder or a hub id; without it, where the run found it.")
-    ] = None,
+    step: Annotated[int | None, typer.Option(help="The step of the checkpoint; without it, the last.", min=1)] = None,
+    output: Annotated[Path | None, typer.Option(help="The file; without it, RUN/series/step-N.safetensors.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base (a folder or a hub id); without it, the run's.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the checkpoints, and write nothing.")] = False,
 ) -> None:
     """Write the delta of a checkpoint: one run gives a series of models of smaller budgets."""
@@ -229,13 +202,77 @@ class _BenchCommand(SettingsCommand):
 @app.command(cls=_BenchCommand)
 def bench(context: typer.Context) -> None:
     """Measure step time, memory and size on disk against other ways to fine-tune."""
-    import shlex
-    import sys
-
     from unmask.cli.bench import run
 
     run(context.obj, shlex.join(["unmask", *sys.argv[1:]]))
 
 
-for command in (sweeps.sweep, sweeps.reproduce, sweeps.report):
-    app.command()(command)
+class _SweepCommand(SettingsCommand):
+    settings = ("unmask.cli.options", "SweepOptions")
+
+
+_Axis = Annotated[list[str] | None, typer.Option(help="Other values of an axis: --axis task=mrpc,rte --axis seed=0,1.")]
+_Only = Annotated[list[str] | None, typer.Option(help="Run some methods or values only: --only method=id3,pafi.")]
+_Set = Annotated[list[str] | None, typer.Option("--set", help="A setting of every run: --set max_steps=100.")]
+
+
+@app.command(cls=_SweepCommand)
+def sweep(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="The sweep's YAML file; see docs/reproduce.md.")],
+    output: Annotated[Path, typer.Option(help="The folder for results; runs that are done there are not done again.")],
+    model: Annotated[str | None, typer.Option(help="The base model: a folder or a hub id.")] = None,
+    axis: _Axis = None,
+    only: _Only = None,
+    set_: _Set = None,
+) -> None:
+    """Run a grid of trainings from a YAML file; stop it and start it again as you like."""
+    from unmask.cli.sweeping import changed, go
+    from unmask.lab.study.parsing import read_sweep
+
+    options = SweepOptions(**converted(SweepOptions, context.obj))
+    go(changed(read_sweep(file), axis, only, set_, model=model, data_dir=options.data_dir), output, options)
+
+
+@app.command(cls=_SweepCommand)
+def reproduce(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="table1 to table5, fig1, fig4 to fig9.")],
+    model: Annotated[str, typer.Option(help="The base model: a folder or a hub id.")],
+    scale: Annotated[str, typer.Option(help="full: the paper's runs; small: a few steps of each, to try it.")] = "full",
+    preset: Annotated[
+        str, typer.Option(help="paper: the paper's settings, seeds and protocol (its Table 7); tuned: this project's.")
+    ] = "paper",
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="paper: four runs, each learning rate with another seed, of which the best three count. seeds: the rate "
+            "is chosen on the first seed, and all seeds count, with an interval. both: the runs of both. Default: the preset's."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default runs/reproduce/NAME-SCALE[-tuned].")] = None,
+    axis: _Axis = None,
+    only: _Only = None,
+    set_: _Set = None,
+) -> None:
+    """Run a table or a figure of the paper on your model."""
+    from unmask.cli.sweeping import changed, go, with_protocol
+    from unmask.lab.study.paper import load
+
+    options = SweepOptions(**converted(SweepOptions, context.obj))
+    loaded = with_protocol(load(name, scale, preset), protocol)  # type: ignore[arg-type]  # checked by load
+    folder = Path("runs", "reproduce", "-".join([name, scale, *([] if preset == "paper" else [preset])]))
+    go(changed(loaded, axis, only, set_, model=model, data_dir=options.data_dir), output or folder, options)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of sweeps, or of runs of `unmask train`.")],
+    output: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+) -> None:
+    """Write one HTML page with the tables, figures and runs of sweeps."""
+    from unmask.files import check_file
+    from unmask.lab.report import write_report
+
+    path = write_report(runs, check_file(output, "--output"))
+    print(f"report in {path} ({path.stat().st_size:,} bytes)")

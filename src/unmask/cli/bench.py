@@ -8,8 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from unmask.errors import ConfigError
 from unmask.files import check_folder
+from unmask.lab.bench import tables
 from unmask.lab.bench.settings import BenchSettings
 from unmask.lab.training.fields import converted
 
@@ -21,8 +25,6 @@ def run(given: dict[str, Any], command: str) -> None:
         raise ConfigError(f"--curve {settings.curve} goes over a series of models; leave --model out.")
     check_folder(settings.output, "--output")
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
-    from unmask.lab.bench import tables
-
     say = partial(print, flush=True)
     if settings.curve:
         from unmask.lab.bench.curves import run_curve
@@ -47,16 +49,7 @@ def run(given: dict[str, Any], command: str) -> None:
 
 def _print_table(header: Sequence[str], lines: list[list[str]]) -> None:
     """Prints a table: with rich in a terminal that is wide enough, else as aligned text."""
-    from unmask.lab.bench import tables
-
-    text = tables.plain(header, lines)
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(text + "\n")
-        return
-    console = Console()
+    text, console = tables.plain(header, lines), Console()
     if not console.is_terminal or console.width < max(map(len, text.splitlines())) + 3 * len(header):
         print(text + "\n")
         return

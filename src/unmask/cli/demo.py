@@ -46,34 +46,6 @@ def run_demo(budget: str, steps: int, output: Path | None) -> None:
         f"({selection.budget / total:.3%}) and the new head ({selection.dense_numel:,})"
     )
     console.print(f"accuracy before: {_accuracy(model, tokenizer, data, held_out):.4f}")
-    _train(model, tokenizer, selection, data, steps, console)
-    scores = predict(model.eval(), tokenizer, held_out, _LENGTH)
-    console.print(f"accuracy after:  {compute(data.spec, scores, held_out.labels)['accuracy']:.4f}")
-
-    delta = selection.delta(str(folder)).with_metadata(task=describe(data.spec, _LENGTH))
-    path = delta.save((output or cache_folder() / "demo") / "delta.safetensors")
-    base_bytes = (folder / "model.safetensors").stat().st_size
-    console.print(f"delta: {path}: {path.stat().st_size:,} bytes (the base model: {base_bytes:,})")
-    command = [sys.executable, "-m", "unmask.cli.demo", str(folder), str(path)]
-    reloaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    here = _digest(scores)
-    if reloaded != here:
-        raise SystemExit(f"unmask: base + delta gave other predictions in a fresh process ({reloaded} is not {here}).")
-    console.print(
-        f"base + delta in a fresh process: the same {len(scores):,} predictions, bit for bit (sha256 {here[:16]}...)"
-    )
-    console.print(f"done in {time.perf_counter() - start:.0f} s. Look into it with: unmask inspect {path}")
-
-
-def _train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    selection: unmask.Selection,
-    data: TaskData,
-    steps: int,
-    console: Console,
-) -> None:
-    """Trains with a loop as a user would write it, under a progress bar."""
     torch.manual_seed(_SEED)
     optimizer = torch.optim.AdamW(selection.parameters(), lr=_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
@@ -94,6 +66,22 @@ def _train(
             progress.update(bar, advance=1, loss=f"{smooth:.3f}", used=f"{selection.used:,} of {selection.budget:,}")
             if (step + 1) % 40 == 0:
                 progress.update(bar, metric=f"{_accuracy(model, tokenizer, data, probe):.3f}")
+    scores = predict(model.eval(), tokenizer, held_out, _LENGTH)
+    console.print(f"accuracy after:  {compute(data.spec, scores, held_out.labels)['accuracy']:.4f}")
+
+    delta = selection.delta(str(folder)).with_metadata(task=describe(data.spec, _LENGTH))
+    path = delta.save((output or cache_folder() / "demo") / "delta.safetensors")
+    base_bytes = (folder / "model.safetensors").stat().st_size
+    console.print(f"delta: {path}: {path.stat().st_size:,} bytes (the base model: {base_bytes:,})")
+    command = [sys.executable, "-m", "unmask.cli.demo", str(folder), str(path)]
+    reloaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    here = _digest(scores)
+    if reloaded != here:
+        raise SystemExit(f"unmask: base + delta gave other predictions in a fresh process ({reloaded} is not {here}).")
+    console.print(
+        f"base + delta in a fresh process: the same {len(scores):,} predictions, bit for bit (sha256 {here[:16]}...)"
+    )
+    console.print(f"done in {time.perf_counter() - start:.0f} s. Look into it with: unmask inspect {path}")
 
 
 def _accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: TaskData, on: Examples) -> float:

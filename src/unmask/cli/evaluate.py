@@ -14,6 +14,7 @@ from unmask.lab.models import load_base, load_tuned, on_accelerator, task_of
 from unmask.lab.tasks.names import TASKS
 from unmask.lab.tasks.protocol import Request
 from unmask.lab.tasks.registry import kind_of
+from unmask.lab.training.setup import in_words
 
 
 def run_eval(source: str, delta_path: Path | None, request: Request, batch_size: int) -> None:
@@ -31,7 +32,10 @@ def run_eval(source: str, delta_path: Path | None, request: Request, batch_size:
         described: Mapping[str, Any] = {"kind": "generation", "name": name}
     else:
         described = task_of(delta)
-    _refuse_generations_own(described, request)
+    own = {"limit": "--limit", "output": "--output", "options": "--set", "overwrite": "--overwrite"}
+    names = [option for name, option in own.items() if getattr(request, name)]
+    if names and kind_of(described).head != "generation":
+        raise ConfigError(f"{', '.join(names)}: for word problems only; {described['name']!r} has no use for it.")
     request = replace(request, model=source, delta=None if delta_path is None else str(delta_path))
     task = kind_of(described).reload(described, request)
     if delta is None:
@@ -39,17 +43,4 @@ def run_eval(source: str, delta_path: Path | None, request: Request, batch_size:
     else:
         model, tokenizer = load_tuned(source, delta)
     for scored in task.score(on_accelerator(model.eval()), tokenizer, described, batch_size):
-        metrics = ", ".join(f"{name} {value:.4f}" for name, value in scored.metrics.items())
-        print(f"{scored.split} ({scored.count:,}): {metrics}", flush=True)
-
-
-def _refuse_generations_own(described: Mapping[str, Any], request: Request) -> None:
-    given = {
-        "--limit": request.limit,
-        "--output": request.output,
-        "--set": request.options,
-        "--overwrite": request.overwrite,
-    }
-    names = [name for name, value in given.items() if value]
-    if names and kind_of(described).head != "generation":
-        raise ConfigError(f"{', '.join(names)}: for word problems only; {described['name']!r} has no use for it.")
+        print(f"{scored.split} ({scored.count:,}): {in_words(scored.metrics)}", flush=True)

@@ -18,8 +18,6 @@ from unmask.errors import DeltaError
 from unmask.files import check_file
 from unmask.methods.naming import layer_of, without_layer
 
-_POINTS = 10
-
 
 def run_inspect(path: Path, top: int, as_json: bool, plot: Path | None = None) -> None:
     """Prints a delta's tables, or all of it as JSON, and draws it if there is a path for that."""
@@ -33,7 +31,7 @@ def run_inspect(path: Path, top: int, as_json: bool, plot: Path | None = None) -
     if plot is not None:
         if not len(delta):
             raise DeltaError("this delta holds whole tensors only, so there is no allocation to draw.")
-        along = snapshots(delta, _POINTS) if orders(delta) and facts["tensor_sparsity"] is not None else []
+        along = snapshots(delta, 10) if orders(delta) and facts["tensor_sparsity"] is not None else []
         for written in write_figure(lambda style: delta_figure({**facts, "along": along}, style), plot):
             print(f"written: {written}", file=sys.stderr)
     if as_json:
@@ -43,13 +41,40 @@ def run_inspect(path: Path, top: int, as_json: bool, plot: Path | None = None) -
 
 
 def _print(facts: dict[str, Any], top: int) -> None:
+    """Prints size, method and base, what the delta was trained inside of, how its weights spread, and the tables."""
     console = Console(highlight=False)
-    console.print(_header(facts))
+    said = Provenance.from_json(facts["metadata"])
+    method, step = said.method or {}, "?" if said.step is None else said.step
+    used, budget = ("?" if count is None else count for count in (said.used, said.budget))
+    kept = method.get("leaving") == "kept"  # then more weights were tuned than the budget has
+    words = f"{used} tuned at a budget of {budget} a step" if kept else f"{used} of a budget of {budget} used"
+    console.print(
+        f"{facts['file']}: {facts['weights']:,} weights in {facts['bytes']:,} bytes ({facts['bytes_per_weight']} bytes each)\n"
+        f"method {method.get('name', '?')} {method.get('parameters', {})}, {words} after {step} steps\n"
+        f"base {said.base_id!r} ({said.parameters or 0:,} parameters), fingerprint {facts['base'][:23]}..."
+    )
+    if said.into:
+        settings = ", ".join(f"{key} {value}" for key, value in said.into.items() if key != "kind")
+        console.print(f"inside {said.into['kind']} ({settings})")
     if facts["weights"]:
-        console.print(_spread(facts))
+        of = "" if facts["eligible"] is None else f" of {facts['eligible']['tensors']}"
+        sparsity = "" if facts["tensor_sparsity"] is None else f" (tensor sparsity {facts['tensor_sparsity']:.1%})"
+        console.print(
+            f"in {len(facts['tensors'])}{of} tensors{sparsity}; sparsity entropy {facts['sparsity_entropy']:.3f} nats of the "
+            f"densities, {facts['sparsity_entropy_share']:.3f} of the shares"
+        )
     console.print("'of' counts the weights of the tensors that changed")
     for title, key in (("by layer", "layer"), ("by module kind", "kind"), ("by tensor", "tensor")):
-        console.print(_table(title, key, facts[f"{key}s"], top))
+        table = Table(title=title, title_justify="left")
+        table.add_column(key)
+        for column in ("changed", "of", "density"):
+            table.add_column(column, justify="right")
+        rows = sorted(facts[f"{key}s"].items(), key=lambda item: -item[1]["changed"])
+        for name, row in rows[:top]:
+            table.add_row(name, f"{row['changed']:,}", f"{row['of']:,}", f"{row['density']:.4%}")
+        if len(rows) > top:
+            table.add_row(f"({len(rows) - top} more)", "", "", "")
+        console.print(table)
     under = facts["initial"]
     if under:
         console.print(
@@ -83,46 +108,3 @@ def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:
         "base": delta.base,
         "metadata": dict(delta.metadata),
     }
-
-
-def _header(facts: dict[str, Any]) -> str:
-    """Returns the first lines: size, method, base, and what the delta was trained inside of."""
-    said = Provenance.from_json(facts["metadata"])
-    method, step = said.method or {}, "?" if said.step is None else said.step
-    used, budget = ("?" if count is None else count for count in (said.used, said.budget))
-    kept = method.get("leaving") == "kept"  # then more weights were tuned than the budget has
-    words = f"{used} tuned at a budget of {budget} a step" if kept else f"{used} of a budget of {budget} used"
-    lines = [
-        f"{facts['file']}: {facts['weights']:,} weights in {facts['bytes']:,} bytes ({facts['bytes_per_weight']} bytes each)",
-        f"method {method.get('name', '?')} {method.get('parameters', {})}, {words} after {step} steps",
-        f"base {said.base_id!r} ({said.parameters or 0:,} parameters), fingerprint {facts['base'][:23]}...",
-    ]
-    if said.into:
-        settings = ", ".join(f"{key} {value}" for key, value in said.into.items() if key != "kind")
-        lines.append(f"inside {said.into['kind']} ({settings})")
-    return "\n".join(lines)
-
-
-def _spread(facts: dict[str, Any]) -> str:
-    """Returns words on how the weights spread over tensors."""
-    held = len(facts["tensors"])
-    eligible = facts["eligible"]
-    of = "" if eligible is None else f" of {eligible['tensors']}"
-    sparsity = "" if facts["tensor_sparsity"] is None else f" (tensor sparsity {facts['tensor_sparsity']:.1%})"
-    entropy = (
-        f"{facts['sparsity_entropy']:.3f} nats of the densities, {facts['sparsity_entropy_share']:.3f} of the shares"
-    )
-    return f"in {held}{of} tensors{sparsity}; sparsity entropy {entropy}"
-
-
-def _table(title: str, key: str, rows: dict[str, dict[str, float]], top: int) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(key)
-    for column in ("changed", "of", "density"):
-        table.add_column(column, justify="right")
-    ordered = sorted(rows.items(), key=lambda item: -item[1]["changed"])
-    for name, row in ordered[:top]:
-        table.add_row(name, f"{row['changed']:,}", f"{row['of']:,}", f"{row['density']:.4%}")
-    if len(ordered) > top:
-        table.add_row(f"({len(ordered) - top} more)", "", "", "")
-    return table

@@ -1,19 +1,19 @@
-"""Makes the options of a command from the fields of a settings class."""
+"""Makes the options of a command from the fields of a settings class, and holds the settings that sweeps share."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
 import typer.main
 
-if TYPE_CHECKING:
-    from unmask.lab.training.fields import Setting
+from unmask.errors import ConfigError
+from unmask.lab.training.fields import setting, settings_of
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", tuple: "TEXT,TEXT"}
 
@@ -21,12 +21,9 @@ _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", tuple: "TEXT,TEXT"}
 class SettingsCommand(typer.core.TyperCommand):
     """A command that has one option for each field of a settings class, and then the options of its function.
 
-    The settings class is imported when the options are needed, so that ``unmask --help`` does not wait for it. The command's
-    function finds the options that were typed in ``context.obj``, as texts (booleans for flags);
-    `unmask.lab.training.fields.converted` reads them.
-
-    Attributes:
-        settings: The module and the name of the settings class, a dataclass whose fields have a help text.
+    ``settings`` names the module and the settings class, a dataclass whose fields have a help text. It is imported when the
+    options are needed, so that ``unmask --help`` does not wait for it. The command's function finds the options that were
+    typed in ``context.obj``, as texts (booleans for flags); `unmask.lab.training.fields.converted` reads them.
     """
 
     settings: tuple[str, str]
@@ -34,13 +31,33 @@ class SettingsCommand(typer.core.TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Returns the command's parameters, those of the settings among them."""
-        if not self._made:
-            from unmask.lab.training.fields import settings_of
+        if self._made:
+            return super().get_params(ctx)
+        module, class_name = self.settings
+        known = settings_of(getattr(import_module(module), class_name))
+        self._made, parameters = tuple(known), []
+        for each in known.values():
+            flag, name = bool in each.types, each.name.replace("_", "-")
+            # Without a default the help text says what happens without the option.
+            without = each.default in (dataclasses.MISSING, None, ())
+            option = typer.Option(
+                f"--{name}/--no-{name}" if flag else f"--{name}",
+                metavar=None if flag else "|".join([*(_METAVARS[one] for one in each.types), *each.words]),
+                help=each.help + ("" if without else f" [default: {plain(each.default)}]"),
+                show_default=False,
+            )
+            kind: Any = Annotated[bool | None, option] if flag else Annotated[str | None, option]
+            form = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(each.name, form, default=None, annotation=kind))
 
-            module, name = self.settings
-            known = settings_of(getattr(import_module(module), name))
-            self._made = tuple(known)
-            self.params = [*_options(known), *self.params]
+        # typer makes options from a function's signature; this function's parameters are the settings.
+        def carrier() -> None: ...
+
+        carrier.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        carrier.__annotations__ = {p.name: p.annotation for p in parameters}
+        app = typer.Typer(add_completion=False)
+        app.command()(carrier)
+        self.params = [*typer.main.get_command(app).params, *self.params]
         return super().get_params(ctx)
 
     def invoke(self, ctx: Any) -> Any:
@@ -50,30 +67,22 @@ class SettingsCommand(typer.core.TyperCommand):
         return super().invoke(ctx)
 
 
-def _options(known: Mapping[str, Setting]) -> list[Any]:
-    """Returns typer's options for settings: those of a function whose parameters are the settings."""
+@dataclass(frozen=True)
+class SweepOptions:
+    """The options that ``unmask sweep`` and ``unmask reproduce`` share, with their help texts."""
 
-    def carrier() -> None: ...
+    data_dir: str | None = setting(None, "The folder with the tasks' files; without it they come from the hub.")
+    workers: int = setting(1, "The number of worker processes; several can share a GPU.")
+    threads: int | None = setting(None, "CPU threads of each worker; without it the cores are shared out.")
+    devices: tuple[str, ...] = setting((), "The GPUs for the workers in turn, as CUDA numbers: 0,1.")
+    engine: Literal["local", "ray"] = setting("local", "local: on this machine; ray: on a Ray cluster (extra ray).")
+    dry_run: bool = setting(False, "List the runs in order, and run nothing.")
+    retry_failed: bool = setting(False, "Do failed runs again.")
 
-    parameters = []
-    for setting in known.values():
-        flag, name = bool in setting.types, setting.name.replace("_", "-")
-        # Without a default the help text says what happens without the option.
-        without = setting.default in (dataclasses.MISSING, None, ())
-        option = typer.Option(
-            f"--{name}/--no-{name}" if flag else f"--{name}",
-            metavar=None if flag else "|".join([*(_METAVARS[one] for one in setting.types), *setting.words]),
-            help=setting.help + ("" if without else f" [default: {plain(setting.default)}]"),
-            show_default=False,
-        )
-        kind: Any = Annotated[bool | None, option] if flag else Annotated[str | None, option]
-        form = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(setting.name, form, default=None, annotation=kind))
-    carrier.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    carrier.__annotations__ = {p.name: p.annotation for p in parameters}
-    app = typer.Typer(add_completion=False)
-    app.command()(carrier)
-    return list(typer.main.get_command(app).params)
+    def __post_init__(self) -> None:
+        for name, value in (("workers", self.workers), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value}; it must be 1 or more.")
 
 
 def plain(value: Any) -> str:

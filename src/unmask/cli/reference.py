@@ -1,6 +1,6 @@
-"""Writes the tables of docs/cli.md from the settings classes: ``python -m unmask.cli.reference --write docs/cli.md``.
+"""Writes the table of settings in docs/cli.md from their class: ``python -m unmask.cli.reference --write docs/cli.md``.
 
-``--check docs/cli.md`` writes nothing, and ends with status 1 if the tables in the file are not up to date.
+``--check docs/cli.md`` writes nothing, and ends with status 1 if the table in the file is not up to date.
 """
 
 from __future__ import annotations
@@ -14,29 +14,22 @@ from unmask.cli.options import plain
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.fields import settings_of
 
-_TABLES = {"settings of unmask train": TrainConfig}
+_START, _END = "<!-- table: settings of unmask train -->\n", "<!-- end -->"
 
 
-def table(settings: type) -> str:
-    """Returns a Markdown table of a settings class: each setting's name, default and help text."""
+def filled(page: str) -> str:
+    """Returns a page with its table made again: each setting's name, default and help text, between two comments."""
+    place = re.compile(f"({_START}).*?({_END})", re.DOTALL)
+    if not place.search(page):
+        raise ValueError(f"the page has no line {_START.strip()!r} with a line {_END!r} after it")
     rows = ["| setting | default | |", "|---|---|---|"]
-    for each in settings_of(settings).values():
+    for each in settings_of(TrainConfig).values():
         default = "(must be given)" if each.default is dataclasses.MISSING else plain(each.default)
         words = f" One of {', '.join(f'`{word}`' for word in each.words)}." if not each.types else ""
         text = (each.help + words).replace("|", r"\|")
         rows.append(f"| `{each.name}` | {default} | {text} |")
-    return "\n".join(rows)
-
-
-def filled(page: str) -> str:
-    """Returns a page with its tables made again. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
-    for name, settings in _TABLES.items():
-        place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not place.search(page):
-            raise ValueError(f"the page has no line '<!-- table: {name} -->' with a line '<!-- end -->' after it")
-        made = table(settings)
-        page = place.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", page)  # type: ignore[misc]
-    return page
+    table = "".join(f"{row}\n" for row in rows)
+    return place.sub(lambda found: f"{found[1]}{table}{found[2]}", page)
 
 
 def main(arguments: list[str]) -> int:

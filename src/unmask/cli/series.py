@@ -9,6 +9,7 @@ from typing import Any
 from unmask.errors import ConfigError
 from unmask.files import check_file, check_folder
 from unmask.lab.training.series import checkpoint_state, deltas, find_run
+from unmask.lab.training.setup import in_words
 
 
 def write_delta(path: Path, step: int | None, output: Path | None, base: str | None) -> None:
@@ -29,7 +30,7 @@ def write_delta(path: Path, step: int | None, output: Path | None, base: str | N
     file, held = delta.save(folder.series_file(chosen) if output is None else output), delta.metadata
     print(f"step {chosen}: {held['used']:,} weights unmasked by then (budget {held['budget']:,})")
     if "after" in held:
-        print(f"evaluated at that step: {_line(held['after'])}")
+        print(f"evaluated at that step: {in_words(held['after'])}")
     print(f"delta: {file} ({file.stat().st_size:,} bytes)")
     if held["method"]["strategy"] != "increment":
         print(
@@ -55,8 +56,4 @@ def list_checkpoints(path: Path, given: Mapping[str, Any]) -> None:
         if used is None:
             print(f"{step:>8}  {'-':>12}  incomplete or damaged")
         else:
-            print(f"{step:>8}  {used:>12,}  {_line(evaluated[step]) if step in evaluated else '-'}")
-
-
-def _line(metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            print(f"{step:>8}  {used:>12,}  {in_words(evaluated[step]) if step in evaluated else '-'}")

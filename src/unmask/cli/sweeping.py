@@ -1,11 +1,12 @@
-"""``unmask sweep``, ``reproduce`` and ``report``: run grids of trainings and write their tables and pages."""
+"""``unmask sweep`` and ``unmask reproduce``: run grids of trainings and write their tables."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,45 +15,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from unmask.cli.options import SweepOptions
 from unmask.errors import ConfigError, MissingExtraError
-from unmask.files import check_file, check_folder, write_text
+from unmask.files import check_folder, write_text
 from unmask.lab.study.cells import Cell, distinct, expand
 from unmask.lab.study.choosing import due
 from unmask.lab.study.live import describe, outcome
 from unmask.lab.study.records import records
-from unmask.lab.study.scheduler import SweepReport, run_sweep
+from unmask.lab.study.scheduler import run_sweep
 from unmask.lab.study.spec import Sweep
 from unmask.lab.study.store import Result, Store
 from unmask.lab.study.tables import markdown, tables
 from unmask.lab.training.settings import parse_assignments
 
-
-@dataclass(frozen=True)
-class Options:
-    """The options that ``unmask sweep`` and ``unmask reproduce`` share; `unmask.cli.sweeps` describes them."""
-
-    model: str | None
-    data_dir: str | None
-    workers: int
-    threads: int | None
-    devices: str | None
-    engine: str
-    axis: list[str] | None
-    only: list[str] | None
-    set_: list[str] | None
-    dry_run: bool
-    retry_failed: bool
-
-    @classmethod
-    def among(cls, given: Mapping[str, Any]) -> Options:
-        """Returns the options among a command's arguments."""
-        return cls(**{each.name: given[each.name] for each in fields(cls)})
+_Texts = Sequence[str] | None
 
 
-def go(sweep: Sweep, output: Path, options: Options) -> None:
-    """Runs a sweep and prints and writes its table, or lists its runs. It exits with status 1 if runs failed."""
+def go(sweep: Sweep, output: Path, options: SweepOptions) -> None:
+    """Runs a sweep and writes its table and figures, or lists its runs. Ends with status 1 if runs failed."""
     check_folder(output, "--output")
-    sweep = changed(sweep, options)
     cells, store, console = expand(sweep), Store(output), Console()
     if options.dry_run:
         console.print(listing(sweep, cells, store.results()))
@@ -62,34 +43,50 @@ def go(sweep: Sweep, output: Path, options: Options) -> None:
         store,
         workers=options.workers,
         threads=options.threads,
-        devices=[part.strip() for part in options.devices.split(",")] if options.devices else (),
-        engine=cast(Any, options.engine),
+        devices=options.devices,
+        engine=options.engine,
         retry_failed=options.retry_failed,
         console=console,
         command=shlex.join(["unmask", *sys.argv[1:]]),
         cells=cells,
     )
-    _finish(sweep, store, made, console)
+    found = tables(made.cells, made.results, sweep.protocol, sweep.choice, sweep.claims)
+    shown = found if sweep.protocol.pair else found[:1]  # the report has the others
+    text = "\n\n".join([*sweep.notes, *map(markdown, shown)])
+    write_text(store.folder / "table.md", f"{text}\n")
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say(text)
+    if sweep.figures:
+        from unmask.lab.report.drawing import draw_files
+
+        rows = records(made.cells, made.results, sweep.protocol, sweep.choice)
+        try:
+            for path in draw_files(sweep.figures, rows, store.folder / "figures"):
+                say(f"figure: {path}")
+        except MissingExtraError as error:
+            say(f"no figures: {error}")
+    say(f"report: unmask report {store.folder} --output report.html")
+    for result in made.failed:
+        say(f"{result['id']}  {outcome(result)}", style="red")
+    if made.failed:
+        say(f"{len(made.failed)} runs failed; --retry-failed does them again. Logs: {store.folder / 'logs'}")
+        raise typer.Exit(1)
 
 
-def changed(sweep: Sweep, options: Options) -> Sweep:
-    """Returns the sweep with the changes of the command line: axes, then filters, then settings."""
-    for axis, values in _pairs("--axis", options.axis).items():
+def changed(sweep: Sweep, axes: _Texts, only: _Texts, assignments: _Texts, **given: str | None) -> Sweep:
+    """Returns the sweep with the changes of the command line: axes, then filters, then settings (given or assigned)."""
+    for axis, values in _pairs("--axis", axes).items():
         sweep = sweep.with_axis(axis, values)
-    sweep = sweep.only(_pairs("--only", options.only))
-    given = {"model": options.model, "data_dir": options.data_dir}
     settings = {key: value for key, value in given.items() if value is not None}
-    return sweep.with_settings(settings | parse_assignments(options.set_ or []))
+    return sweep.only(_pairs("--only", only)).with_settings(settings | parse_assignments(assignments or []))
 
 
 def with_protocol(sweep: Sweep, kind: str | None) -> Sweep:
-    """Returns the sweep under another protocol."""
-    if kind not in (None, "paper", "seeds", "both"):
-        raise ConfigError(f"protocol = {kind!r}; it must be paper, seeds or both.")
+    """Returns the sweep under another protocol, which the protocol's class checks; None leaves the sweep's own."""
     return sweep if kind is None else replace(sweep, protocol=replace(sweep.protocol, kind=cast(Any, kind)))
 
 
-def _pairs(option: str, texts: Sequence[str] | None) -> dict[str, list[str]]:
+def _pairs(option: str, texts: _Texts) -> dict[str, list[str]]:
     pairs = {}
     for text in texts or ():
         key, sign, values = text.partition("=")
@@ -113,39 +110,3 @@ def listing(sweep: Sweep, cells: Sequence[Cell], results: dict[str, Result]) -> 
         )
         shown.add_row(str(number), cell.id, escape(describe(cell)), escape(state))
     return shown
-
-
-def _finish(sweep: Sweep, store: Store, made: SweepReport, console: Console) -> None:
-    found = tables(made.cells, made.results, sweep.protocol, sweep.choice, sweep.claims)
-    shown = found if sweep.protocol.pair else found[:1]  # the report has the others
-    text = "\n\n".join([*sweep.notes, *map(markdown, shown)])
-    write_text(store.folder / "table.md", f"{text}\n")
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    if sweep.figures:
-        from unmask.lab.report.drawing import draw_files
-
-        rows = records(made.cells, made.results, sweep.protocol, sweep.choice)
-        try:
-            for path in draw_files(sweep.figures, rows, store.folder / "figures"):
-                console.print(f"figure: {path}", markup=False, highlight=False)
-        except MissingExtraError as error:
-            console.print(f"no figures: {error}", markup=False)
-    console.print(
-        f"report: unmask report {store.folder} --output report.html", markup=False, highlight=False, soft_wrap=True
-    )
-    if made.failed:
-        for result in made.failed:
-            console.print(
-                f"{result['id']}  {outcome(result)}", style="red", markup=False, highlight=False, soft_wrap=True
-            )
-        console.print(f"{len(made.failed)} runs failed; --retry-failed does them again. Logs: {store.folder / 'logs'}")
-        raise typer.Exit(1)
-
-
-def run_report(folders: Sequence[Path], output: Path) -> None:
-    """Writes the HTML report of sweeps or runs."""
-    check_file(output, "--output")
-    from unmask.lab.report import write_report
-
-    path = write_report(folders, output)
-    print(f"report in {path} ({path.stat().st_size:,} bytes)")

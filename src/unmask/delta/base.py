@@ -8,12 +8,11 @@ value of them. PEFT libraries are known by their modules' own attributes (peft's
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from unmask.errors import SelectionError
 from unmask.gradients.wrappers import bare, named_parameters, persistent_buffers, plain_names
@@ -41,10 +40,7 @@ def name_or_path(model: nn.Module) -> str | None:
 
 
 def added_tensors(model: nn.Module) -> set[str]:
-    """Returns the names of the parameters and persistent buffers that peft or `adapters` put into a model.
-
-    Args:
-        model: A ``PeftModel``, a model after ``adapters.init``, a module that holds one, or any other module, which has none.
+    """Returns the names of the parameters and persistent buffers that peft or `adapters` put into a model or its modules.
 
     Example:
         >>> added_tensors(nn.Linear(2, 2))
@@ -58,9 +54,10 @@ def added_tensors(model: nn.Module) -> set[str]:
             parts = (*layers, *getattr(module, "other_param_names", ()))
             prefixes += [plain(f"{place}.{part}.".removeprefix(".")) for part in parts]
         adapters = getattr(getattr(module, "adapters_config", None), "adapters", None)
-        if adapters is not None and hasattr(module, "get_adapter"):  # a module of `adapters`
-            found = [leaf for name in adapters for leaf in _leaves(module.get_adapter(name))]  # type: ignore[operator]
-            inserted |= {id(p) for leaf in found for p in leaf.parameters()}
+        # a module of `adapters`, which gives a module, nested dictionaries of modules, or None
+        if adapters is not None and hasattr(module, "get_adapter"):
+            found = tree_leaves([module.get_adapter(name) for name in adapters])  # type: ignore[operator]
+            inserted |= {id(p) for leaf in found if isinstance(leaf, nn.Module) for p in leaf.parameters()}
     by_id = {name for name, p in named_parameters(model).items() if id(p) in inserted}
     return {name for name in base_tensors(model) if f"{name}.".startswith(tuple(prefixes))} | by_id
 
@@ -87,9 +84,7 @@ def missing_from_checkpoint(model: nn.Module) -> set[str]:
     source = name_or_path(model)
     if not source:
         plain = plain_names(model)
-        found: dict[
-            str, nn.Module
-        ] = {}  # the transformers models that this one holds (a LightningModule, say), by place
+        found: dict[str, nn.Module] = {}  # by place, the transformers models that a LightningModule, say, holds
         for place, module in model.named_modules():
             inner = bare(module)
             outermost = not any(f"{plain(place)}.".startswith(f"{outer}.") for outer in found)
@@ -102,12 +97,8 @@ def missing_from_checkpoint(model: nn.Module) -> set[str]:
     prefix = str(getattr(model, "base_model_prefix", "") or "") + "."
     added = added_tensors(model)
     tensors = {name: tensor for name, tensor in base_tensors(model).items() if name not in added}
-
-    def is_stored(name: str) -> bool:
-        name = checkpoint_name(name)
-        return name in stored or name.removeprefix(prefix) in stored or prefix + name in stored
-
-    missing = {name for name in tensors if not is_stored(name)}
+    stored_as = {name: checkpoint_name(name) for name in tensors}
+    missing = {name for name, s in stored_as.items() if stored.isdisjoint({s, s.removeprefix(prefix), prefix + s})}
     share = sum(tensors[name].numel() for name in missing) / max(1, sum(t.numel() for t in tensors.values()))
     return missing if share < 0.5 else set()
 
@@ -144,12 +135,3 @@ def _local_file(source: str, file: str) -> Path | None:
     except HFValidationError:  # ``source`` is a folder that no longer exists
         return None
     return Path(cached) if isinstance(cached, str) else None
-
-
-def _leaves(value: Any) -> Iterator[nn.Module]:
-    """Yields the modules in a nest of dictionaries; the listing of a model is one, that of a layer is a module or None."""
-    if isinstance(value, nn.Module):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _leaves(inner)

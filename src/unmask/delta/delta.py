@@ -24,6 +24,7 @@ from unmask.delta.provenance import Provenance
 from unmask.delta.sparse import SparseTensor, check_entry, check_slots
 from unmask.delta.writable import find_unwritable
 from unmask.errors import DeltaError
+from unmask.files import write_tensors
 from unmask.gradients.entries import put, take
 from unmask.quantised.layers import settle
 from unmask.quantised.tensor import QuantisedTensor
@@ -162,7 +163,7 @@ class SparseDelta:
             DeltaError: The metadata are no JSON values, or a known entry of them has another form than a reader expects.
             WriteError: The disk is full, or the file cannot be written there; a file that was there before is kept.
         """
-        return file.write(Path(path), self.sparse, self.whole, self.base, self.metadata)
+        return write_tensors(Path(path), *file.pack(self.sparse, self.whole, self.base, self.metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
@@ -179,17 +180,26 @@ class SparseDelta:
         Raises:
             DeltaError: A tensor of the delta is missing, or has another shape or dtype.
         """
-        absent = [name for name in (*self.sparse, *self.whole) if name not in tensors]
+        whole = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.whole.items()}
+        expected = {name: (entry.shape, entry.values.dtype) for name, entry in self.sparse.items()} | whole
+        absent = [name for name in expected if name not in tensors]
         if absent:
             raise DeltaError(
                 f"the model has no tensor {absent[0]!r}"
                 + (f" (nor {len(absent) - 1} more)" if absent[1:] else "")
                 + f"; the delta was made on {self._base_name()}. Load that model, with the same head."
             )
-        for name, entry in self.sparse.items():
-            _check_same(name, entry.shape, entry.values.dtype, tensors[name])
-        for name, tensor in self.whole.items():
-            _check_same(name, tuple(tensor.shape), tensor.dtype, tensors[name])
+        for name, (shape, dtype) in expected.items():
+            tensor = tensors[name]
+            if tuple(tensor.shape) != shape:
+                raise DeltaError(
+                    f"{name!r} has shape {tuple(tensor.shape)} in this model and {shape} in the delta's base."
+                )
+            if tensor.dtype != dtype:
+                raise DeltaError(
+                    f"{name!r} is {tensor.dtype} in this model and {dtype} in the delta's base; load the base with "
+                    f"dtype={dtype}, apply, and cast afterwards."
+                )
 
     def _check_model(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuses a model that is not the base, or that cannot be written."""
@@ -223,13 +233,3 @@ def refuse_diverged(trained: Mapping[str, Tensor]) -> None:
     for name, tensor in trained.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DeltaError(f"the tensor {name!r} holds NaN or infinite values: training has diverged.")
-
-
-def _check_same(name: str, shape: tuple[int, ...], dtype: torch.dtype, tensor: Tensor) -> None:
-    if tuple(tensor.shape) != shape:
-        raise DeltaError(f"{name!r} has shape {tuple(tensor.shape)} in this model and {shape} in the delta's base.")
-    if tensor.dtype != dtype:
-        raise DeltaError(
-            f"{name!r} is {tensor.dtype} in this model and {dtype} in the delta's base; load the base with dtype={dtype}, "
-            "apply, and cast afterwards."
-        )

@@ -20,29 +20,13 @@ from torch import Tensor
 from unmask.delta.provenance import METADATA
 from unmask.delta.sparse import SparseTensor
 from unmask.errors import DeltaError
-from unmask.files import checksum, read_tensors, write_tensors
+from unmask.files import checksum, read_tensors
 from unmask.reading import Malformed, bounded, count, fields, items, mapping, refusing, text
 
 FORMAT_VERSION = 2
 INDICES, VALUES, WHOLE, SLOTS = "::indices", "::values", "::whole", "::slots"
 
 Contents = tuple[dict[str, SparseTensor], dict[str, Tensor], str, dict[str, Any]]  # sparse, whole, base, metadata
-
-
-def write(
-    path: Path,
-    sparse: Mapping[str, SparseTensor],
-    whole: Mapping[str, Tensor],
-    base: str,
-    metadata: Mapping[str, Any],
-) -> Path:
-    """Writes a delta to ``path``, whole or not at all; the contents are those of `pack`.
-
-    Raises:
-        DeltaError: The metadata are no JSON values, or a known entry of them has another form than a reader expects.
-        WriteError: The disk is full, or the file cannot be written there; a file that was there before is kept.
-    """
-    return write_tensors(path, *pack(sparse, whole, base, metadata))
 
 
 def read(path: Path) -> Contents:
@@ -57,9 +41,7 @@ def read(path: Path) -> Contents:
 def pack(
     sparse: Mapping[str, SparseTensor], whole: Mapping[str, Tensor], base: str, metadata: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the tensors and the header of a delta's file.
-
-    The arguments are the fields of `unmask.SparseDelta`.
+    """Returns the tensors and the header of the file of a delta with these fields.
 
     Raises:
         DeltaError: The metadata are no JSON values, or a known entry of them has another form than a reader expects.
@@ -89,9 +71,7 @@ def pack(
 
 
 def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], source: str) -> Contents:
-    """Returns what `pack` got: sparse, whole, base and metadata.
-
-    The source says in error texts where the tensors and the header come from.
+    """Returns what `pack` got: sparse, whole, base and metadata. Error texts name the ``source`` of the file's content.
 
     Raises:
         DeltaError: The file has another format version, was altered, or is not of the form that `pack` makes.

@@ -20,28 +20,19 @@ from unmask.ranking.ledger import Layout
 from unmask.reading import Form, count, fields, items, mapping, number, optional, plain, refusing, text
 
 _METHOD = {
-    **dict.fromkeys(("name", "strategy", "leaving"), text),
+    "name": text,
+    "strategy": text,
+    "leaving": text,
     "parameters": mapping(plain),
     "steps": count,
     "stride": count,
 }
 _INTO = {"r": count, "alpha": number, "dropout": number, "targets": items(text), "reduction": number, "seed": count}
-METADATA: Form = fields(
-    {},
-    {
-        "method": fields({}, _METHOD),
-        **dict.fromkeys(("budget", "used", "step", "parameters"), count),
-        "eligible": fields({"tensors": count, "weights": count}),
-        "dense": items(text),
-        "base_id": optional(text),
-        "versions": mapping(plain),
-        "quantised": items(text),
-        "into": optional(fields({"kind": text}, _INTO, closed=True)),
-        "after": mapping(number),
-        "checkpoint": text,
-    },
-)
-"""The form of the metadata: each known entry is checked if it is there. Any further entry is the user's."""
+
+
+def _entry(form: Form) -> Any:
+    """Declares an entry of the metadata, which has this form if it is there."""
+    return field(default=None, metadata={"form": form})
 
 
 @dataclass(frozen=True)
@@ -68,20 +59,20 @@ class Provenance:
         more: All further entries, which are the user's.
     """
 
-    method: Mapping[str, Any] | None = None
-    budget: int | None = None
-    used: int | None = None
-    step: int | None = None
-    eligible: Mapping[str, int] | None = None
-    dense: Sequence[str] | None = None
-    base_id: str | None = None
-    parameters: int | None = None
-    quantised: Sequence[str] | None = None
-    versions: Mapping[str, Any] | None = None
+    method: Mapping[str, Any] | None = _entry(fields({}, _METHOD))
+    budget: int | None = _entry(count)
+    used: int | None = _entry(count)
+    step: int | None = _entry(count)
+    eligible: Mapping[str, int] | None = _entry(fields({"tensors": count, "weights": count}))
+    dense: Sequence[str] | None = _entry(items(text))
+    base_id: str | None = _entry(optional(text))
+    parameters: int | None = _entry(count)
+    quantised: Sequence[str] | None = _entry(items(text))
+    versions: Mapping[str, Any] | None = _entry(mapping(plain))
     task: Any = None
-    into: Mapping[str, Any] | None = None
-    after: Mapping[str, float] | None = None
-    checkpoint: str | None = None
+    into: Mapping[str, Any] | None = _entry(optional(fields({"kind": text}, _INTO, closed=True)))
+    after: Mapping[str, float] | None = _entry(mapping(number))
+    checkpoint: str | None = _entry(text)
     more: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -112,6 +103,10 @@ class Provenance:
         return {key: value for key, value in named.items() if value is not None or key == "base_id"} | dict(self.more)
 
 
+METADATA = fields({}, {f.name: f.metadata["form"] for f in fields_of(Provenance) if f.metadata})
+"""The form of the metadata: each known entry is checked if it is there. Any further entry is the user's."""
+
+
 def provenance_of(
     model: nn.Module,
     method: Method,
@@ -124,10 +119,7 @@ def provenance_of(
     base_id: str | None,
     parameters: int,
 ) -> Provenance:
-    """Returns what the metadata of a delta say that is recorded now.
-
-    The keywords are fields of `Provenance`; ``parameters`` counts those of the base.
-    """
+    """Returns the provenance of a delta that is recorded now. The keywords are its fields."""
     kinds = sorted({t.sidecar.source.kind for t in weights(model).values() if isinstance(t, QuantisedTensor)})
     return Provenance(
         method.describe(),

@@ -45,10 +45,7 @@ def record_delta(
 
 
 def before_training(layout: Layout, slots: Slots, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns copies of those tensors that have slots in use, with the weights that they had before training.
-
-    The tensors, by name, may be any of the layout's and others.
-    """
+    """Returns copies of the named tensors that have slots in use, with the weights that they had before training."""
     originals: dict[str, Tensor] = {}
     for index, flat, places in layout.split(slots.positions[: slots.used]):
         name = layout.names[index]

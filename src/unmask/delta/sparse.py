@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,18 +40,12 @@ def check_entry(name: str, entry: SparseTensor) -> None:
     Raises:
         DeltaError: The shape, the indices or the values are not those of a trained tensor.
     """
-    numel = 1
-    for size in entry.shape:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise DeltaError(f"{name!r} has shape {entry.shape}, which no tensor has; the delta is damaged.")
-        numel *= size
-    if numel >= 2**63:
+    are_sizes = all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in entry.shape)
+    if not are_sizes or math.prod(entry.shape) >= 2**63:
         raise DeltaError(f"{name!r} has shape {entry.shape}, which no tensor has; the delta is damaged.")
-    indices = entry.indices
-    if not all(isinstance(t, Tensor) for t in (indices, entry.values)) or indices.dtype not in (
-        torch.int64,
-        torch.int32,
-    ):
+    numel, indices = math.prod(entry.shape), entry.indices
+    are_tensors = isinstance(indices, Tensor) and isinstance(entry.values, Tensor)
+    if not are_tensors or indices.dtype not in (torch.int64, torch.int32):
         raise DeltaError(f"{name!r} must have indices and values as tensors, the indices int64; the delta is damaged.")
     if indices.ndim != 1 or indices.shape != entry.values.shape:
         raise DeltaError(

@@ -10,13 +10,9 @@ from torch import Tensor
 
 
 def find_unwritable(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """Finds the first tensor that cannot be written in place.
+    """Returns the name of the first tensor that cannot be written in place, and why; None if all can be written.
 
-    Args:
-        tensors: Detached tensors by name. Those that are not stored as plain numbers are taken for writable.
-
-    Returns:
-        The tensor's name, and the reason as the end of a sentence about it; None if all can be written.
+    The tensors are detached. Those that are not stored as plain numbers are taken for writable.
 
     Example:
         >>> find_unwritable({"a": torch.zeros(2), "b": torch.zeros(1).expand(2)})

@@ -54,7 +54,7 @@ class Checkpoint:
 
     @property
     def whole(self) -> bool:
-        """Returns True if a run can go on from it."""
+        """True if a run can go on from it."""
         return self.fault is None
 
 
@@ -86,8 +86,7 @@ def examine(folder: Path) -> Checkpoint:
     try:
         named = _step_of(folder)
         if (folder / MANIFEST).exists():
-            manifest = _manifest(folder)
-            _compare(folder, manifest["files"])
+            manifest = _sealed(folder)
             step, settings, note = manifest["step"], manifest["settings"], None
         else:
             step, settings = _agreeing(folder), None
@@ -125,14 +124,11 @@ def rotate(parent: Path, newest: Path, keep: int | None, best: str | None = None
     """
     if keep is None or keep <= 0:
         return
-    last = _step_of(newest)
-    others = [
-        (last is not None and step < last, step, path)
-        for step, path in folders(parent).items()
-        if path != newest and (best is None or path.resolve() != Path(best).resolve())
-    ]
-    there = len(folders(parent))
-    for _, _, path in sorted(others)[: max(0, there - keep)]:
+    last = _step_of(newest) or 0
+    there = folders(parent)
+    spared = {newest.resolve(), Path(best or newest).resolve()}
+    others = [(step < last, step, path) for step, path in there.items() if path.resolve() not in spared]
+    for _, _, path in sorted(others)[: max(0, len(there) - keep)]:
         discard(path)
     sweep_up(parent)
 
@@ -167,7 +163,8 @@ def _digest(held: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _sealed(folder: Path) -> dict[str, Any]:
+    """Reads the manifest. Refuses files that differ from it, and further files that a Trainer would read."""
     try:
         held = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         digest = held.pop("digest")
@@ -177,24 +174,21 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise _Fault(f"its {MANIFEST} has version {held.get('version')!r}, and this unmask reads version {VERSION}")
     if digest != _digest(held):
         raise _Fault(f"its {MANIFEST} is damaged: it was altered after it was written")
-    return dict(held)  # `seal` wrote it, as the digest shows; its form needs no check
-
-
-def _compare(folder: Path, files: Mapping[str, Any]) -> None:
-    """Refuses files that differ from the manifest, and further files that a Trainer would read."""
-    for name, held in files.items():
+    files = held["files"]  # `seal` wrote it, as the digest shows; its form needs no check
+    for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             raise _Fault(f"its file {name} is missing")
-        if path.stat().st_size != held["size"]:
-            raise _Fault(f"its file {name} has {path.stat().st_size:,} bytes instead of {held['size']:,}")
-        if _sha256(path) != held["sha256"]:
+        if path.stat().st_size != expected["size"]:
+            raise _Fault(f"its file {name} has {path.stat().st_size:,} bytes instead of {expected['size']:,}")
+        if _sha256(path) != expected["sha256"]:
             raise _Fault(
                 f"its file {name} is damaged or belongs to another checkpoint (its SHA-256 is not the manifest's)"
             )
     for path in folder.iterdir():
         if path.name not in files and _READ.fullmatch(path.name):
             raise _Fault(f"its file {path.name} was not written with it (it is not in {MANIFEST})")
+    return dict(held)
 
 
 def _agreeing(folder: Path) -> int:

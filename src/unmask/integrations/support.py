@@ -73,19 +73,19 @@ class Attempt(Generic[Held]):
     def __init__(self, trainer: Trainer, tensors: Iterable[Tensor], held: Held) -> None:
         self._trainer, self._state, self._held = weakref.ref(trainer), trainer.state, held
         self._tensors = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        optimizer, self._schedule = _unwrapped(trainer.optimizer), trainer.lr_scheduler
+        optimizer, self._schedule = unwrapped(trainer.optimizer), trainer.lr_scheduler
         self._optimizer_state = None if optimizer is None else copy.deepcopy(optimizer.state_dict())
         self._schedule_state = {} if self._schedule is None else copy.deepcopy(self._schedule.state_dict())
 
     @property
     def running(self) -> bool:
-        """Returns True while the Trainer still makes this attempt."""
+        """True while the Trainer still makes this attempt."""
         trainer, state = self._trainer(), self._state
         return trainer is not None and trainer.state is state and state.global_step < state.max_steps
 
     @property
     def failed(self) -> bool:
-        """Returns True if the Trainer has begun another attempt at the same run."""
+        """True if the Trainer has begun another attempt at the same run."""
         trainer = self._trainer()
         if trainer is None or not trainer.args.auto_find_batch_size:
             return False
@@ -100,7 +100,7 @@ class Attempt(Generic[Held]):
         for tensor, before in self._tensors:
             tensor.copy_(before)
         trainer = self._trainer()
-        optimizer = None if trainer is None else _unwrapped(trainer.optimizer)
+        optimizer = None if trainer is None else unwrapped(trainer.optimizer)
         if trainer is None or optimizer is None or self._optimizer_state is None:
             return self._held
         state = copy.deepcopy(self._optimizer_state)
@@ -115,7 +115,7 @@ class Attempt(Generic[Held]):
 # The optimizer and its schedule.
 
 
-def _unwrapped(optimizer: Any) -> Any:
+def unwrapped(optimizer: Any) -> Any:
     """Returns an optimizer without the wrapper that accelerate puts around it."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -145,27 +145,6 @@ def new_optimizer(trainer: Trainer, selection: Selection) -> Optimizer:
 
 
 # Checks.
-
-
-def check_optimizer(optimizer: Any, selection: Selection) -> None:
-    """Refuses an optimizer that was given to a Trainer and does not train the selection."""
-    pacing = selection.pacing_parameter()
-    if not any(p is pacing for group in _unwrapped(optimizer).param_groups for p in group["params"]):
-        raise ScheduleNotRunError(
-            "the Trainer's optimizer does not hold the selected weights (it was built before unmask.select, or from "
-            "model.parameters()). Select first and build it from selection.parameters(), or give none: "
-            "SelectiveCallback builds the one that args.optim names."
-        )
-
-
-def check_schedule(optimizer: Any, schedule: Any) -> None:
-    """Refuses a learning-rate schedule that drives another optimizer."""
-    driven = _unwrapped(getattr(schedule, "optimizer", None))
-    if driven is not None and driven is not _unwrapped(optimizer):
-        raise ScheduleNotRunError(
-            "the learning-rate schedule drives another optimizer than the one that trains; build it from the optimizer given "
-            "in Trainer(..., optimizers=(optimizer, schedule)), or give None for it."
-        )
 
 
 def check_run(trainer: Trainer, selection: Selection, steps: int) -> None:
@@ -209,36 +188,28 @@ def check_clip_scope(trainer: Trainer, scope: str) -> None:
 Trained = Callable[[Sequence[nn.Parameter]], tuple[Selection | None, Sequence[nn.Parameter]]]
 
 
-class _Clipping:
-    """Replaces ``accelerator.clip_grad_norm_``; see `clip_in`."""
-
-    def __init__(self, accelerator: Any, original: Callable[..., Any], trained: Trained) -> None:
-        self._accelerator, self.original, self._trained = accelerator, original, trained
-
-    def __call__(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2) -> Any:
-        parameters = list(parameters)
-        selection, others = self._trained(parameters)
-        if selection is None:
-            return self.original(parameters, max_norm, norm_type)
-        if selection.clip_scope == "selected":
-            return self.original([*selection.parameters(), *others], max_norm, norm_type)
-        self._accelerator.unscale_gradients()
-        scaler = self._accelerator.scaler
-        return clip_grad_norm_(selection, max_norm, 1.0 if scaler is None else scaler.get_scale(), others)
-
-
 def clip_in(trainer: Trainer, trained: Trained) -> None:
     """Makes a Trainer clip the gradient of a selection, by the norm that the selection's ``clip_scope`` names.
 
-    Args:
-        trainer: The Trainer.
-        trained: Takes the parameters that the Trainer would clip; returns the live selection, and those of the parameters
-            that are trained in addition. If it returns no selection, the Trainer clips as always.
+    ``trained`` takes the parameters that the Trainer would clip. It returns the live selection, and those of the parameters
+    that are trained in addition; if it returns no selection, the Trainer clips as always.
     """
-    accelerator = trainer.accelerator
-    present = accelerator.clip_grad_norm_
-    original = present.original if isinstance(present, _Clipping) else present
-    accelerator.clip_grad_norm_ = _Clipping(accelerator, original, trained)
+    accelerator: Any = trainer.accelerator
+    original = getattr(accelerator.clip_grad_norm_, "original", accelerator.clip_grad_norm_)
+
+    def clip(parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2) -> Any:
+        parameters = list(parameters)
+        selection, others = trained(parameters)
+        if selection is None:
+            return original(parameters, max_norm, norm_type)
+        if selection.clip_scope == "selected":
+            return original([*selection.parameters(), *others], max_norm, norm_type)
+        accelerator.unscale_gradients()
+        scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+        return clip_grad_norm_(selection, max_norm, scale, others)
+
+    clip.original = original  # type: ignore[attr-defined]  # so that the next call replaces this function
+    accelerator.clip_grad_norm_ = clip
 
 
 def keep_unwrapped(trainer: Trainer) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from unmask.selection.state import read_state
 class WholeCheckpoints(TrainerCallback):
     """Makes the checkpoints of any Trainer whole or not there: ``trainer.add_callback(WholeCheckpoints(trainer))``.
 
-    `SelectiveCallback` makes one itself. Give one to a Trainer that trains a PEFT adapter, ours or another. From then on:
+    Every `SelectiveCallback` is one. Give one to a Trainer that trains a PEFT adapter, ours or another. From then on:
 
     - Each checkpoint gets a ``manifest.json``, written last: it names each file with its size and SHA-256, and the step.
     - ``save_total_limit`` removes an older checkpoint only when the new one is whole, so a kill or a full disk at any moment
@@ -45,21 +45,17 @@ class WholeCheckpoints(TrainerCallback):
         WriteError: From ``train()``: a checkpoint cannot be written; earlier ones are kept.
     """
 
+    # The Trainer's methods that are replaced by those of the callback; the callback's have a leading underscore each.
+    _replaced: tuple[str, ...] = ("train", "set_initial_training_values", "_save_checkpoint", "_load_from_checkpoint")
+
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.settings: Mapping[str, Any] = {}
         self.resumed: Checkpoint | None = None
-        self._steps = 0  # T
-        self._originals: dict[str, Callable] = {}  # the Trainer's own methods
-        replacements = {
-            "train": self._train,
-            "set_initial_training_values": self._set_initial_training_values,
-            "_save_checkpoint": self._save_checkpoint,
-            "_load_from_checkpoint": self._load_from_checkpoint,
-        }
-        for name, method in replacements.items():
-            self._originals[name] = getattr(trainer, name)
-            setattr(trainer, name, method)
+        self._planned = 0  # T
+        self._originals = {name: getattr(trainer, name) for name in self._replaced}
+        for name in self._replaced:
+            setattr(trainer, name, getattr(self, f"_{name.removeprefix('_')}"))
 
     def remember(self, path: str) -> None:
         """Makes a checkpoint the one from which ``train()`` goes on.
@@ -100,12 +96,12 @@ class WholeCheckpoints(TrainerCallback):
     def _set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """Checks the number of steps: this is the first moment at which the Trainer knows it."""
         values = self._originals["set_initial_training_values"](*args, **kwargs)
-        self._steps, an_epoch = int(values[-1]), int(values[1])
-        if self.resumed is None or self.resumed.step < self._steps:
+        self._planned, an_epoch = int(values[-1]), int(values[1])
+        if self.resumed is None or self.resumed.step < self._planned:
             return values
-        if self.resumed.step > self._steps:
+        if self.resumed.step > self._planned:
             raise SelectionError(
-                f"{str(self.resumed.path)!r} was saved at step {self.resumed.step:,}, and the run has {self._steps:,} steps. "
+                f"{str(self.resumed.path)!r} was saved at step {self.resumed.step:,}, and the run has {self._planned:,} steps. "
                 "Resume with the settings that the run was started with."
             )
         return (self.resumed.step // an_epoch, *values[1:])  # With no epoch left the Trainer takes no further step.
@@ -118,32 +114,26 @@ class WholeCheckpoints(TrainerCallback):
         if given.should_save:
             discard(folder)  # a killed run or an earlier one may have left it
         trainer.accelerator.wait_for_everyone()
+        given.save_total_limit = None  # otherwise the Trainer removes older ones before this one is whole
         try:
-            given.save_total_limit = None  # otherwise the Trainer removes older ones before this one is whole
-            self._originals["_save_checkpoint"](*args, **kwargs)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as RuntimeError
-            raise _unwritable(folder, error) from error
+            with _writing(folder):
+                self._originals["_save_checkpoint"](*args, **kwargs)
         finally:
             given.save_total_limit = limit
         trainer.accelerator.wait_for_everyone()  # each other process writes the state of its RNG
         if not given.should_save:
             return
-        try:
+        with _writing(folder):
             if (folder / TRAINING_ARGS_NAME).exists():
                 torch.save(given, folder / TRAINING_ARGS_NAME)  # again, with the user's limit
-            seal(folder, trainer.state.global_step, {**self.settings, "planned_steps": self._steps})
-        except (OSError, RuntimeError) as error:
-            raise _unwritable(folder, error) from error
+            seal(folder, trainer.state.global_step, {**self.settings, "planned_steps": self._planned})
         rotate(parent, folder, limit, trainer.state.best_model_checkpoint)
 
 
 def state_to_resume(checkpoint: Checkpoint, selection: Selection, steps: int) -> dict[str, Any]:
-    """Reads the selection's state from a whole checkpoint, and refuses one of another budget or method.
+    """Reads the state that ``selection`` will load from a whole checkpoint, and refuses one of another budget or method.
 
-    Args:
-        checkpoint: The checkpoint.
-        selection: The selection that will load the state.
-        steps: The number of steps that the Trainer has planned now.
+    ``steps`` is the number of steps that the Trainer has planned now.
     """
     state = read_state(checkpoint.path / STATE_FILE)
     present = {"budget": selection.budget, "method": selection.method.describe()}
@@ -166,13 +156,17 @@ def state_to_resume(checkpoint: Checkpoint, selection: Selection, steps: int) ->
     )
 
 
-def _unwritable(checkpoint: Path, error: Exception) -> Exception:
-    """Removes the part of a checkpoint that was written, and returns the error to raise for the one that stopped it."""
-    if isinstance(error, UnmaskError):
-        return error
-    with suppress(OSError):
-        discard(checkpoint)
-    return WriteError(
-        f"the checkpoint {str(checkpoint)!r} cannot be written ({error}), so training stopped. Earlier checkpoints are kept: "
-        "make room, and resume from them."
-    )
+@contextmanager
+def _writing(checkpoint: Path) -> Iterator[None]:
+    """Removes the checkpoint if it cannot be written to its end, and turns the error into a `WriteError`."""
+    try:
+        yield
+    except UnmaskError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as RuntimeError
+        with suppress(OSError):
+            discard(checkpoint)
+        raise WriteError(
+            f"the checkpoint {str(checkpoint)!r} cannot be written ({error}), so training stopped. Earlier checkpoints are "
+            "kept: make room, and resume from them."
+        ) from error

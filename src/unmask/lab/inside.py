@@ -11,7 +11,7 @@ import importlib
 import re
 import warnings
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -63,12 +63,10 @@ class Into:
 
     def describe(self) -> dict[str, Any]:
         """Returns the settings that the kind uses, as JSON values; `into_of` reads them."""
-        settings = asdict(self) | {"targets": list(self.targets)}
-        lora = ("kind", "r", "alpha", "dropout", "targets")
-        keys = {"shira": ("kind", "r", "targets", "seed"), "lora": lora, "dora": lora}.get(
-            self.kind, ("kind", "reduction")
-        )
-        return {key: settings[key] for key in keys}
+        if not self.is_lora:
+            return {"kind": self.kind, "reduction": self.reduction}
+        more = {"seed": self.seed} if self.kind == "shira" else {"alpha": self.alpha, "dropout": self.dropout}
+        return {"kind": self.kind, "r": self.r, **more, "targets": list(self.targets)}
 
 
 @dataclass(frozen=True)
@@ -103,11 +101,7 @@ def into_of(delta: SparseDelta) -> Into | None:
 
 
 def require(into: Into) -> None:
-    """Checks that this environment can add the modules.
-
-    Raises:
-        MissingExtraError: The library that adds them is not installed.
-    """
+    """Raises a MissingExtraError if the library that adds the modules is not installed."""
     if into.is_lora:
         need("peft", "hf")
     elif not _has_adapters():
@@ -120,7 +114,7 @@ def require(into: Into) -> None:
 def insert(model: Any, into: Into, missing: Collection[str], seed: int) -> Inserted:
     """Adds a LoRA or adapters to a base model, in place.
 
-    ``missing`` names the tensors that the base checkpoint lacks (a new head). The seed is that of the modules' random init.
+    ``missing`` names the tensors that the base checkpoint lacks (a new head). ``seed`` seeds the modules' random init.
 
     Raises:
         MissingExtraError: The library that adds them is not installed.
@@ -160,8 +154,7 @@ def insert(model: Any, into: Into, missing: Collection[str], seed: int) -> Inser
 def save_adapter(model: Any, into: Into, folder: Path) -> None:
     """Writes the trained modules and the head as an ordinary folder of their library.
 
-    ``PeftModel.from_pretrained(base, folder)`` loads that of a LoRA, and ``model.load_adapter(folder)`` of the `adapters`
-    library that of bottleneck adapters.
+    ``PeftModel.from_pretrained(base, folder)`` loads a LoRA, and ``model.load_adapter(folder)`` bottleneck adapters.
     """
     with _quiet():
         if into.is_lora:
@@ -195,46 +188,31 @@ def _with_lora(model: nn.Module, into: Into, missing: Collection[str]) -> nn.Mod
         nested = any(place.startswith(f"{outer}.") for outer in whole)
         if place and inside and not nested and all(name in missing for name in inside):
             whole.append(place)
-    shared: dict[str, Any] = {"task_type": _task_type(model), "r": into.r, "modules_to_save": whole or None}
-    shared["target_modules"] = _targets(model, into, whole)
-    lora: dict[str, Any] = {"lora_alpha": into.alpha, "lora_dropout": into.dropout, "use_dora": into.kind == "dora"}
-    config = (
-        peft.ShiraConfig(random_seed=into.seed, **shared) if into.kind == "shira" else peft.LoraConfig(**lora, **shared)
-    )
-    return peft.get_peft_model(model, config)  # type: ignore[arg-type, return-value]
-
-
-def _targets(model: nn.Module, into: Into, whole: Collection[str]) -> list[str] | str | None:
-    """Returns the modules that get a LoRA, as peft takes them. Its "all-linear" would take a token classifier's head too."""
-    import peft
-
-    linear = [name for name, module in model.named_modules() if is_linear(module)]
-    if into.targets == ("layer-linear",):
-        found = [name for name in linear if layer_of(f"{name}.weight") is not None]
-        if not found:
-            raise ConfigError("lora_targets = layer-linear finds no numbered layers with linear layers in them.")
-        return found
-    if into.targets != ("all-linear",):
-        return list(into.targets) or None
-    if _task_type(model) != peft.TaskType.TOKEN_CLS:
-        return "all-linear"
-    by_peft = ("classifier", "score")  # peft trains these whole
-    heads = tuple(f"{name}." for name in (*whole, *by_peft))
-    return [name for name in linear if not f"{name}.".startswith(heads)]
-
-
-def _task_type(model: nn.Module) -> Any:
-    """Returns peft's name for the task of the model's head. It decides which heads peft trains, and how it loads a LoRA."""
-    import peft
-
-    endings = {
+    # The task of the model's head decides which heads peft trains, and how it loads a LoRA.
+    tasks = {
         "ForSequenceClassification": peft.TaskType.SEQ_CLS,
         "ForTokenClassification": peft.TaskType.TOKEN_CLS,
         "ForCausalLM": peft.TaskType.CAUSAL_LM,
         "LMHeadModel": peft.TaskType.CAUSAL_LM,
     }
-    name = type(model).__name__
-    return next((kind for ending, kind in endings.items() if name.endswith(ending)), None)
+    task = next((task for ending, task in tasks.items() if type(model).__name__.endswith(ending)), None)
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
+    targets: list[str] | str | None = list(into.targets) or None
+    if into.targets == ("layer-linear",):
+        targets = [name for name in linear if layer_of(f"{name}.weight") is not None]
+        if not targets:
+            raise ConfigError("lora_targets = layer-linear finds no numbered layers with linear layers in them.")
+    elif into.targets == ("all-linear",):
+        targets = "all-linear"
+        if task == peft.TaskType.TOKEN_CLS:  # of a token classifier, peft's "all-linear" would take the head too
+            heads = tuple(f"{name}." for name in (*whole, "classifier", "score"))  # peft trains the last two whole
+            targets = [name for name in linear if not f"{name}.".startswith(heads)]
+    both: dict[str, Any] = {"task_type": task, "r": into.r, "target_modules": targets, "modules_to_save": whole or None}
+    lora: dict[str, Any] = {"lora_alpha": into.alpha, "lora_dropout": into.dropout, "use_dora": into.kind == "dora"}
+    config = (
+        peft.ShiraConfig(random_seed=into.seed, **both) if into.kind == "shira" else peft.LoraConfig(**lora, **both)
+    )
+    return peft.get_peft_model(model, config)  # type: ignore[arg-type, return-value]
 
 
 def _has_adapters() -> bool:

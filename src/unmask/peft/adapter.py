@@ -17,14 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from unmask.delta.delta import SparseDelta
 from unmask.delta.fingerprint import same_bits
-from unmask.delta.record import before_training
-from unmask.errors import DeltaError, MethodError, ScheduleNotRunError
+from unmask.errors import MethodError, ScheduleNotRunError
 from unmask.gradients.wrappers import named_parameters
 from unmask.integrations.support import Attempt
-from unmask.peft.config import SelectiveConfig
-from unmask.peft.progress import Progress
+from unmask.peft.config import OPTIONS, SelectiveConfig
+from unmask.peft.saving import Progress
 from unmask.ranking.ledger import Layout, Ledger, Slots
 from unmask.selection.select import known_positions, select
 from unmask.selection.selection import Selection
@@ -37,7 +35,9 @@ class Adapter:
     Attributes:
         config: Its configuration.
         budget: B.
-        ledger: Its slots while it does not train; its layout has the eligible tensors, by the base's names of them.
+        layout: The eligible tensors, by the base's names of them.
+        values: (B,) the parameter that an optimizer trains.
+        ledger: Its slots while it does not train.
         whole: Further tensors of the base that the adapter sets whole, by the base's names: buffers that its training
             changed, and tensors that the base's checkpoint lacks.
         selection: The live selection, while it trains.
@@ -48,10 +48,11 @@ class Adapter:
 
     def __init__(self, config: SelectiveConfig, budget: int, parameters: Mapping[str, nn.Parameter]) -> None:
         self.config, self.budget = config, budget
-        layout = Layout(list(parameters), list(parameters.values()))
+        self.layout = layout = Layout(list(parameters), list(parameters.values()))
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in layout.tensors) else torch.float32
         zeros = torch.zeros(budget, dtype=dtype, device=layout.tensors[0].device)
-        self.ledger = Ledger(layout, nn.Parameter(zeros, requires_grad=False), budget)
+        self.values = nn.Parameter(zeros, requires_grad=False)
+        self.ledger = Ledger(layout, self.values, budget)
         self.whole: dict[str, Tensor] = {}
         self.selection: Selection | None = None
         self.written = False
@@ -67,16 +68,6 @@ class Adapter:
                 positions = known_positions(method, self.ledger).to(self.values.device)
                 self.values.copy_(layout.read(positions, self.values.dtype))
                 self.ledger.writes.take()
-
-    @property
-    def layout(self) -> Layout:
-        """The eligible tensors, by the base's names of them."""
-        return self.ledger.layout
-
-    @property
-    def values(self) -> nn.Parameter:
-        """(B,) the parameter that an optimizer trains."""
-        return self.ledger.values
 
     @property
     def live(self) -> Ledger:
@@ -127,28 +118,20 @@ class Adapter:
         """Starts the live selection, on the device where the base is now. The values must be in the tensors."""
         self.expect(False)
         # PEFT ignores ``normalise`` in a config, with a warning, so this looks at the method in the adapter's record.
-        method = (self.config.record or {}).get("method")
-        if isinstance(method, Mapping) and "normalise" in method:
+        recorded = (self.config.record or {}).get("method")
+        if isinstance(recorded, Mapping) and "normalise" in recorded:
             raise MethodError(
-                f"this adapter was trained with normalise = {method['normalise']!r}, which unmask no longer has, so it cannot be "
-                "trained further here; load it with is_trainable=False, or train it with the version of unmask that saved it."
+                f"this adapter was trained with normalise = {recorded['normalise']!r}, which unmask no longer has, so it cannot "
+                "be trained further here; load it with is_trainable=False, or train it with the version of unmask that saved it."
             )
         held = self.slots()
         self.layout.write(held.positions[: held.used], held.base[: held.used])  # selecting starts from base weights
         names = {id(p): name for name, p in named_parameters(model).items()}
         pattern = "|".join(re.escape(names[id(p)]) for p in self.layout.tensors)
+        method = self.config.build(self.budget)
+        options = {name: getattr(self.config, name) for name in OPTIONS}
         with _others_left(model, self.layout):
-            selection = select(
-                model,
-                self.config.build(self.budget),
-                include=f"^(?:{pattern})$",
-                new=[],
-                accumulation=self.config.accumulation,  # type: ignore[arg-type]  # checked by SelectiveConfig
-                gradients=self.config.gradients,  # type: ignore[arg-type]
-                exchange=self.config.exchange,  # type: ignore[arg-type]
-                clip_scope=self.config.clip_scope,  # type: ignore[arg-type]
-                values=self.values,
-            )
+            selection = select(model, method, include=f"^(?:{pattern})$", new=[], values=self.values, **options)
         selection.leave_forwards()
         if held.step or held.used:
             selection.load_state_dict({**selection.state_dict(), **held.entries(), "buffers": {}})
@@ -166,7 +149,6 @@ class Adapter:
             selection.release()
         self.load(held)
 
-    @torch.no_grad()
     def load(self, slots: Slots) -> None:
         """Takes over slots, while it neither trains nor is written, or while the tensors hold just these values."""
         self.ledger.load(slots)
@@ -230,56 +212,39 @@ class Adapter:
                 if self.selection is not None:
                     self.selection.resume()
 
-    # To and from a delta.
+    @contextlib.contextmanager
+    def paused(self, base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Takes this adapter, which trains, out of the tensors inside the block. Its graph and gradient stay valid.
 
-    def initial(self, name: str, tensor: Tensor) -> Tensor:
-        """Returns a copy of one of the base's tensors with the base's weights in this adapter's slots."""
-        return before_training(self.layout, self.slots(), {name: tensor.detach()}).get(name, tensor.detach().clone())
+        Preference optimization needs this for a reference adapter, between the policy's forward and its backward.
+        """
+        selection = self.selection
+        assert selection is not None
+        with self.absent(base_whole, tensors):
+            gradient, self.values.grad = self.values.grad, None
+            selection.unwatch()  # an optimizer that steps now does not train this adapter
+            self.written = False
+            yield
+        self.written = True
+        self.values.grad = gradient
+        selection.watch()
+
+    # Saving and copying.
 
     def progress(self) -> Progress | None:
-        """Returns what training needs to go on from the saved values; None if there is no step to go on from, or no wish to."""
+        """Returns what training needs to go on from the saved values; None before the first step, or if the config says so."""
         if self.step == 0 or not self.config.training_state:
             return None
-        return Progress.of(self.slots(), any(t.dtype != self.values.dtype for t in self.layout.tensors))
-
-    def slots_of(self, delta: SparseDelta, progress: Progress | None = None) -> Slots:
-        """Returns a delta's entries as slots, or refuses a delta that does not fit. The base's tensors must hold the base."""
-        bounds = dict(zip(self.layout.names, self.layout.bounds.tolist(), strict=False))
-        foreign = [name for name in delta.sparse if name not in bounds]
-        if foreign:
-            raise DeltaError(
-                f"the adapter holds values of {foreign[0]!r}, which the config's target_modules do not cover."
-            )
-        if len(delta) > self.budget:
-            raise DeltaError(f"the adapter holds {len(delta):,} values; the config's budget is {self.budget:,}.")
-        used, parts = len(delta), sorted(delta.sparse.items())
-        positions = torch.full_like(self.ledger.positions, -1)
-        base, values = torch.zeros_like(self.ledger.base), torch.zeros_like(self.ledger.base)
-        if parts:
-            flat = torch.cat([entry.indices.cpu() + bounds[name] for name, entry in parts])
-            positions[:used] = flat.to(positions)
-            values[:used] = torch.cat([entry.values.to(values) for _, entry in parts])
-            base[:used] = self.layout.read(positions[:used], self.values.dtype)
-            for index, held, places in self.layout.split(positions[:used]):
-                whole = delta.whole.get(self.layout.names[index])
-                if whole is not None:  # a tensor that the delta brings whole is its own base
-                    base[places] = whole.reshape(-1)[held.to(whole.device)].to(base)
-        slots = Slots(positions, base, values, used, delta.provenance.step or 0)
-        if progress is not None:
-            progress.check([entry.values for _, entry in parts])
-            slots = progress.arrange(slots)
-        return slots
+        slots = self.slots()
+        order = slots.positions[: slots.used].argsort()
+        rounded = any(tensor.dtype != self.values.dtype for tensor in self.layout.tensors)
+        masters = slots.values[order].cpu() if rounded else None
+        return Progress(order.to("cpu", torch.int32 if slots.used < 2**31 else torch.int64), masters)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what a copy, or a pickle, takes over: it is not live, and has the slots that this adapter has now."""
-        slots = self.slots()
-        return {
-            **vars(self),
-            "ledger": self.ledger.copy_of(slots),
-            "selection": None,
-            "attempt": None,
-            "_absent": False,
-        }
+        ledger = self.ledger.copy_of(self.slots())
+        return {**vars(self), "ledger": ledger, "selection": None, "attempt": None, "_absent": False}
 
 
 def changed(base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -304,29 +269,6 @@ def _others_left(model: nn.Module, layout: Layout) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-class Pause:
-    """Takes an adapter that trains out of the tensors for a while. Its graph and gradient stay valid.
-
-    Preference optimization does this with a reference adapter, between the policy's forward and its backward.
-    """
-
-    def __init__(self, adapter: Adapter, base_whole: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        assert adapter.selection is not None
-        self.adapter, self._selection = adapter, adapter.selection
-        self._inside = contextlib.ExitStack()
-        self._inside.enter_context(adapter.absent(base_whole, tensors))
-        self._gradient, adapter.values.grad = adapter.values.grad, None
-        self._selection.unwatch()  # an optimizer that steps now does not train this adapter
-        adapter.written = False
-
-    def end(self) -> None:
-        """Puts the adapter's values back into the tensors, which hold the base; its training goes on."""
-        self._inside.close()
-        self.adapter.written = True
-        self.adapter.values.grad = self._gradient
-        self._selection.watch()
 
 
 class Waiting(Steppable):

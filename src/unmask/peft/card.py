@@ -103,11 +103,10 @@ def _escaped(words: str) -> str:
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])|[^\w .,:/()+%@-]", lambda found: f"&#{ord(found[0])};", line)
 
 
-_COUNTS = dict.fromkeys(("budget", "used", "parameters", "whole", "step"), count)
 _RECORD = fields(
     {
         "method": fields({"name": text, "parameters": mapping(plain), "steps": count}),
-        **_COUNTS,
+        **dict.fromkeys(("budget", "used", "parameters", "whole", "step"), count),
         "base_id": optional(text),
         "fingerprint": text,
         "dense": items(text),

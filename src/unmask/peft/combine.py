@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from unmask.peft.adapter import Adapter
-from unmask.peft.config import SelectiveConfig
-from unmask.ranking.ledger import Layout, Slots
 
 
 def refuse_combination(
@@ -29,53 +27,46 @@ def refuse_combination(
         raise ValueError(f"combination_type = {combination_type!r}; deltas of single weights combine 'linear' only.")
 
 
-def combined_config(configs: Sequence[SelectiveConfig], names: Sequence[str], budget: int) -> SelectiveConfig:
-    """Returns a configuration that covers the parameters ``names`` and whose budget is used up: nothing more is selected."""
-    owners = {name.rpartition(".")[0] for name in names}
-    whole = sorted({module for config in configs for module in config.modules_to_save or ()})
-    return replace(
-        configs[0],
+def combined_adapter(parts: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Returns the combination as an adapter whose budget is used up: it selects nothing more. The sums are in float64."""
+    parameters: dict[str, nn.Parameter] = {}
+    held: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}  # by tensor: flat indices, base weights, weighted changes
+    for part, weight in zip(parts, weights, strict=True):
+        slots = part.slots()
+        for index, flat, places in part.layout.split(slots.positions[: slots.used]):
+            name, before = part.layout.names[index], slots.base[places].double()
+            parameters[name] = cast(nn.Parameter, part.layout.tensors[index])
+            held.setdefault(name, []).append((flat, before, weight * (slots.values[places].double() - before)))
+    entries = {name: torch.cat([flat for flat, _, _ in held[name]]).unique() for name in sorted(held)}
+    used = sum(flat.numel() for flat in entries.values())
+    if not used:  # no adapter has selected anything yet
+        parameters = {parts[0].layout.names[0]: cast(nn.Parameter, parts[0].layout.tensors[0])}
+    owners = {name.rpartition(".")[0] for name in parameters}
+    config = replace(
+        parts[0].config,
         method="id3",
-        budget=budget,
+        budget=max(1, used),
         total_steps=1,
         target_modules=None if "" in owners else sorted(owners),
         exclude_modules=None,
-        modules_to_save=whole or None,
+        modules_to_save=sorted({module for part in parts for module in part.config.modules_to_save or ()}) or None,
         allocation="global",
         record=None,
     )
-
-
-def union(adapters: Sequence[Adapter]) -> tuple[dict[str, nn.Parameter], int]:
-    """Returns the parameters in which adapters hold slots, by name, and the number of weights that they hold (at least 1)."""
-    parameters: dict[str, nn.Parameter] = {}
-    held: dict[str, list[Tensor]] = {}
-    for adapter in adapters:
-        slots = adapter.slots()
-        for index, flat, _ in adapter.layout.split(slots.positions[: slots.used]):
-            name = adapter.layout.names[index]
-            parameters[name] = cast(nn.Parameter, adapter.layout.tensors[index])
-            held.setdefault(name, []).append(flat)
-    count = sum(torch.cat(flats).unique().numel() for flats in held.values())
-    if not parameters:  # no adapter has selected anything yet
-        parameters = {adapters[0].layout.names[0]: cast(nn.Parameter, adapters[0].layout.tensors[0])}
-    return dict(sorted(parameters.items())), max(1, count)
-
-
-def combined_slots(adapters: Sequence[Adapter], weights: Sequence[float], into: Adapter) -> Slots:
-    """Returns the slots of the combination; the sums are made in float64."""
-    parts = [_in_layout(adapter, into.layout) for adapter in adapters]
-    positions = torch.cat([places for places, _, _ in parts]).unique()
-    total = torch.zeros(positions.numel(), dtype=torch.float64, device=positions.device)
-    base = torch.zeros_like(total)
-    for (places, before, values), weight in zip(parts, weights, strict=True):
-        at = torch.searchsorted(positions, places)
-        base[at] = before
-        total[at] += weight * (values - before)
-    slots, used = into.slots(), positions.numel()
-    slots.positions[:used], slots.base[:used] = positions, base.to(slots.base)
-    slots.values[:used] = (base + total).to(slots.values)
-    return replace(slots, used=used, step=1)
+    combined = Adapter(config, max(1, used), dict(sorted(parameters.items())))
+    slots, end = combined.slots(), 0
+    for start, (name, flat) in zip(combined.layout.starts, entries.items(), strict=False):
+        base, change = torch.zeros_like(flat, dtype=torch.float64), torch.zeros_like(flat, dtype=torch.float64)
+        for own, before, moved in held[name]:
+            at = torch.searchsorted(flat, own)
+            base[at] = before
+            change[at] += moved
+        first, end = end, end + flat.numel()
+        slots.positions[first:end] = flat + start
+        slots.base[first:end] = base.to(slots.base)
+        slots.values[first:end] = (base + change).to(slots.values)
+    combined.load(replace(slots, used=used, step=1))
+    return combined
 
 
 @torch.no_grad()
@@ -93,17 +84,3 @@ def combine_whole(
                 total = total + weight * (own - before) if base[name].is_floating_point() else own
         combined[name] = total.to(base[name].dtype)
     return combined
-
-
-def _in_layout(adapter: Adapter, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns an adapter's positions in another layout, and its base weights and values there, in float64."""
-    slots, starts = adapter.slots(), dict(zip(layout.names, layout.starts, strict=True))
-    positions, order = [], []
-    for index, flat, places in adapter.layout.split(slots.positions[: slots.used]):
-        positions.append(flat + starts[adapter.layout.names[index]])
-        order.append(places)
-    if not positions:
-        none = slots.positions[:0]
-        return none, none.double(), none.double()
-    at = torch.cat(order)
-    return torch.cat(positions), slots.base[at].double(), slots.values[at].double()

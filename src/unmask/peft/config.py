@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from peft.utils import PeftType, register_peft_method
+from peft.utils import PeftType
 
 from peft import PeftConfig
 from unmask.errors import MethodError
@@ -31,7 +31,8 @@ from unmask.reading import (
 )
 from unmask.selection.refusals import check_exchange
 
-_WORDS = {"accumulation": Accumulation, "gradients": Gradients, "exchange": Exchange, "clip_scope": ClipScope}
+OPTIONS = {"accumulation": Accumulation, "gradients": Gradients, "exchange": Exchange, "clip_scope": ClipScope}
+"""The options of `unmask.select` that a configuration has, and their words."""
 _REFUSED = {
     "fish": "it needs a loader, which no adapter_config.json can hold: use unmask.select(model, unmask.fish(...))",
     "full": "it has no budget: use modules_to_save",
@@ -60,11 +61,12 @@ class SelectiveConfig(PeftConfig):
             ``"vector"``; None for the method's own scope.
         seed: The seed of ``random_mask``, and of the heuristic ``"random"``.
         allocation: How the budget spreads over the eligible tensors: ``"global"``, ``"tensor"``, ``"row"`` or ``"column"``.
-        accumulation: The selection under gradient accumulation, ``"candidates"`` or ``"exact"``, as of `unmask.select`.
-        gradients: How gradients are formed: ``"auto"``, ``"sampled"`` or ``"dense"``, as of `unmask.select`.
-        exchange: How several processes select together: ``"exact"``, ``"candidates"`` or ``"none"``, as of `unmask.select`.
+        accumulation: The selection under gradient accumulation, ``"candidates"`` or ``"exact"``. This option and the next
+            three are those of `unmask.select`.
+        gradients: How gradients are formed: ``"auto"``, ``"sampled"`` or ``"dense"``.
+        exchange: How several processes select together: ``"exact"``, ``"candidates"`` or ``"none"``.
         clip_scope: The norm that a ``transformers.Trainer`` (by ``max_grad_norm``) and `unmask.peft.clip_grad_norm_` clip by:
-            ``"selected"`` for that of what is trained, ``"all"`` for that of every eligible weight, as of `unmask.select`.
+            ``"selected"`` for that of what is trained, ``"all"`` for that of every eligible weight.
         target_modules: The modules whose parameters (those of modules inside them too) are eligible: names or name endings,
             one regular expression that matches whole names, or ``"all-linear"``; None for the whole model.
         exclude_modules: The modules whose parameters are not eligible: names or name endings, or one regular expression.
@@ -83,50 +85,41 @@ class SelectiveConfig(PeftConfig):
         'id3'
     """
 
-    budget: int | str | None = field(default=None, metadata={"help": "A count of weights, or a share such as '0.17%'."})
-    method: str = field(default="id3", metadata={"help": "Which weights are unmasked, and when."})
-    eps: float = field(default=1.0, metadata={"help": "Added to |w| in D3."})
-    exp: float = field(default=2.0, metadata={"help": "Exponent of D3."})
-    stride: int = field(default=1, metadata={"help": "Select every stride-th step."})
-    schedule: str = field(default="uniform", metadata={"help": "How the budget is spread over the steps."})
-    heuristic: str | None = field(default=None, metadata={"help": "The heuristic that ranks weights in place of D3."})
-    scope: str | None = field(
-        default=None, metadata={"help": "all, linear, bias or vector; without it the method's own."}
-    )
-    seed: int = field(default=0, metadata={"help": "The seed of random_mask."})
-    allocation: str = field(default="global", metadata={"help": "global, tensor, row or column."})
-    accumulation: str = field(default="candidates", metadata={"help": "candidates or exact."})
-    gradients: str = field(default="auto", metadata={"help": "auto, sampled or dense."})
-    exchange: str = field(default="exact", metadata={"help": "exact, candidates or none: several processes."})
-    clip_scope: str = field(default="selected", metadata={"help": "selected or all."})
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that are eligible."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules that are not."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
-    total_steps: int | None = field(default=None, metadata={"help": "Planned number of optimizer steps."})
-    training_state: bool = field(default=True, metadata={"help": "Save what training needs to go on bit for bit."})
-    record: dict[str, Any] | None = field(default=None, metadata={"help": "What the saved adapter holds."})
+    budget: int | str | None = None
+    method: str = "id3"
+    eps: float = 1.0
+    exp: float = 2.0
+    stride: int = 1
+    schedule: str = "uniform"
+    heuristic: str | None = None
+    scope: str | None = None
+    seed: int = 0
+    allocation: str = "global"
+    accumulation: str = "candidates"
+    gradients: str = "auto"
+    exchange: str = "exact"
+    clip_scope: str = "selected"
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    total_steps: int | None = None
+    training_state: bool = True
+    record: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
-        with refusing(
-            MethodError, "this SelectiveConfig", "Give another value (in adapter_config.json, if it stands there)."
-        ):
+        advice = "Give another value (in adapter_config.json, if it stands there)."
+        with refusing(MethodError, "this SelectiveConfig", advice):
             _FORM(vars(self), "config")
-            for name in ("target_modules", "exclude_modules"):
-                given = getattr(self, name)
-                try:
-                    re.compile(given if isinstance(given, str) else "")
-                except (re.error, RecursionError, OverflowError) as error:
-                    raise Malformed(f"{name} = {shown(given)} is not a regular expression ({error})") from error
         if self.method in _REFUSED:
             raise MethodError(f"method = {self.method!r}; {_REFUSED[self.method]}.")
         if self.method not in methods.PRESETS:
             known = [name for name in methods.PRESETS if name not in _REFUSED]
             raise MethodError(f"method = {self.method!r}; there are {', '.join(known)}.")
-        for name, words in _WORDS.items():
+        for name, words in OPTIONS.items():
             check_word(name, getattr(self, name), words)
         if self.budget is None and self.method != "bitfit":
             raise MethodError("budget is missing; give a count (320_000) or a share of the parameters ('0.17%').")
@@ -157,15 +150,19 @@ class SelectiveConfig(PeftConfig):
 
 
 def _names(value: Any, where: str) -> Any:
-    """Reads one regular expression, or some names."""
-    if isinstance(value, str):
-        return value
-    return items(text)(list(value) if isinstance(value, set) else value, where)
+    """Accepts one regular expression, or some names."""
+    if not isinstance(value, str):
+        return items(text)(list(value) if isinstance(value, set) else value, where)
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise Malformed(f"{where} = {shown(value)} is not a regular expression ({error})") from error
+    return value
 
 
 _FORM = fields(
     {
-        **dict.fromkeys(("method", "schedule", "allocation", *_WORDS), text),
+        **dict.fromkeys(("method", "schedule", "allocation", *OPTIONS), text),
         **dict.fromkeys(("heuristic", "scope"), optional(text)),
         **dict.fromkeys(("eps", "exp"), finite),
         **dict.fromkeys(("stride", "seed"), count),
@@ -195,11 +192,3 @@ def peft_type() -> PeftType:
         PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
         type.__setattr__(PeftType, NAME, member)
     return PeftType[NAME]
-
-
-def register(config: type, tuner: type) -> None:
-    """Registers the method with PEFT, so that `get_peft_model`, `PeftModel.from_pretrained` and the rest find it."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=NAME.lower(), config_cls=config, model_cls=tuner, prefix=PREFIX)

@@ -11,16 +11,17 @@ from collections.abc import Container
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from unmask.delta.base import missing_from_checkpoint
 from unmask.delta.delta import SparseDelta
 from unmask.delta.fingerprint import digest, fingerprint
+from unmask.delta.record import before_training
 from unmask.errors import SelectionError
 from unmask.integrations.support import keep_unwrapped, running_trainer
-from unmask.peft.adapter import Adapter, Pause, changed
-from unmask.peft.private import BaseTunerLayer
-from unmask.peft.progress import Progress
+from unmask.peft.adapter import Adapter, changed
+from unmask.peft.saving import Progress, slots_of
 from unmask.peft.targets import Base, saved_whole
 
 
@@ -42,16 +43,18 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
     """The adapters of one base model.
 
     Attributes:
+        model: The base.
         adapters: The adapters by name.
         new: The names of the base's tensors that its checkpoint lacks; a saved adapter contains them.
         base_of_whole: The base's version of all tensors that an adapter may set whole: buffers, and those named in ``new``.
     """
 
+    model: nn.Module
     adapter_layer_names = ("unmask_values",)
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._model = (model,)  # a tuple, because the tuner registers the model as a submodule already
+        object.__setattr__(self, "model", model)  # not as a submodule, because it is one of the tuner already
         self.adapters: dict[str, Adapter] = {}
         self.unmask_values = Values()
         self._active_adapter = []
@@ -61,14 +64,10 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._disabled = contextlib.ExitStack()  # keeps the base's values in the tensors while adapters are disabled
         self._left: Adapter | None = None  # the adapter that was active when adapters were disabled
-        self._pause: Pause | None = None  # an adapter that goes on training when it is made active again
+        self._pause = contextlib.ExitStack()  # keeps `_paused` out of the tensors
+        self._paused: Adapter | None = None  # an adapter that goes on training when it is made active again
         self._digests: dict[str, str] | None = None
         model.requires_grad_(False)
-
-    @property
-    def model(self) -> nn.Module:
-        """The base."""
-        return self._model[0]
 
     @property
     def active(self) -> Adapter | None:
@@ -155,7 +154,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         return next(name for name, each in self.adapters.items() if each is adapter)
 
     def _train(self, adapter: Adapter, trainable: bool) -> None:
-        if not trainable and (self._pause is None or self._pause.adapter is not adapter):
+        if not trainable and adapter is not self._paused:
             adapter.stop()
         adapter.values.requires_grad_(trainable)
         adapter.expect(trainable and adapter.selection is None and adapter is self.active)
@@ -166,26 +165,27 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
                 new.write(self.tensors())
             return
         if old is not None and old.written:
-            if old.selection is not None and new is not None and self._pause is None:
-                self._pause = Pause(old, self.base_of_whole, self.tensors())
+            if old.selection is not None and new is not None and self._paused is None:
+                self._pause.enter_context(old.paused(self.base_of_whole, self.tensors()))
+                self._paused = old
             else:
                 old.withdraw(self.base_of_whole, self.tensors())
-        if self._pause is not None and self._pause.adapter is new:
-            self._pause.end()
-            self._pause = None
+        if new is not None and new is self._paused:
+            self._pause.close()
+            self._paused = None
         elif new is not None:
             new.write(self.tensors())
 
     def settle(self) -> None:
         """Ends the training of an adapter that was paused while another became active; the adapter keeps its state."""
-        if self._pause is None:
+        paused, active = self._paused, self.active
+        if paused is None:
             return
-        active, paused = self.active, self._pause.adapter
         written = active is not None and active.written
         if active is not None and written:
             active.withdraw(self.base_of_whole, self.tensors())
-        self._pause.end()
-        self._pause = None
+        self._pause.close()
+        self._paused = None
         paused.withdraw(self.base_of_whole, self.tensors())
         if active is not None and written:
             active.write(self.tensors())
@@ -202,7 +202,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
         self.settle()
         adapter = self.adapters[name]
         with self.base_restored():
-            slots = adapter.slots_of(delta, progress)
+            slots = slots_of(delta, progress, adapter.ledger)
         adapter.stop()
         written = adapter.written and not self._disable_adapters
         if written:
@@ -236,7 +236,7 @@ class SelectiveLayer(nn.Module, BaseTunerLayer):
             whole = {name: tensors[name] for name in sorted({*self.new, *changed(self.base_of_whole, tensors)})}
         else:
             whole = {n: adapter.whole.get(n, self.base_of_whole[n]) for n in sorted({*self.new, *adapter.whole})}
-        return {name: adapter.initial(name, tensor) for name, tensor in whole.items()}
+        return {n: t.clone() for n, t in whole.items()} | before_training(adapter.layout, adapter.slots(), whole)
 
     def fingerprint(self, without: Container[str]) -> str:
         """Returns the base's fingerprint over all tensors but those named; they are hashed once until it is moved or cast."""

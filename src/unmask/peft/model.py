@@ -6,6 +6,8 @@ import copy
 from typing import Any, Literal, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 from transformers.utils.hub import PushToHubMixin
 
@@ -22,13 +24,12 @@ from unmask.integrations.support import calling, running_trainer
 from unmask.methods.budget import Budget
 from unmask.peft.adapter import Adapter
 from unmask.peft.card import complete_card
-from unmask.peft.combine import combine_whole, combined_config, combined_slots, refuse_combination, union
+from unmask.peft.combine import combine_whole, combined_adapter, refuse_combination
 from unmask.peft.config import PREFIX
 from unmask.peft.layer import SelectiveLayer
-from unmask.peft.private import AuxiliaryTrainingWrapper, BaseTuner, set_additional_trainable_modules
 from unmask.peft.saving import is_entry, put_entries, take_entries
 from unmask.peft.targets import Base, eligible, saved_whole
-from unmask.peft.training import Training
+from unmask.peft.training import before_forward
 from unmask.selection.eligible import count_budget
 
 
@@ -40,7 +41,6 @@ class SelectiveModel(BaseTuner):
     Attributes:
         model: The base.
         deltas: The adapters.
-        adapter_training: The training of the active adapter.
     """
 
     prefix = PREFIX
@@ -92,12 +92,11 @@ class SelectiveModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         self.deltas = SelectiveLayer(model)
-        self.adapter_training = Training(self.deltas)
         self._ddp_params_and_buffers_to_ignore: list[str] = []
         self._hook = model.register_forward_pre_hook(self._before_forward)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        self.adapter_training.before_forward()
+        before_forward(self.deltas)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds the adapter of ``self.peft_config[adapter_name]``; the adapter sets no weight yet."""
@@ -183,24 +182,17 @@ class SelectiveModel(BaseTuner):
     ) -> None:
         """Adds an adapter that is base + sum of w_i (adapter_i - base), at every weight that one of them sets.
 
-        Args:
-            adapters: Names of adapters.
-            weights: One weight w_i for each adapter.
-            adapter_name: The new adapter's name. Its budget is the number of weights it sets; it selects no further ones.
-            combination_type: It must be ``"linear"``.
+        The new adapter's budget is the number of weights that it sets, so it selects no further ones.
 
         Raises:
             ValueError: A name is unknown, missing or taken, or another combination is asked for.
         """
         refuse_combination(adapters, weights, adapter_name, combination_type, sorted(self.peft_config))
         parts = [self.deltas.adapters[name] for name in adapters]
-        parameters, count = union(parts)
-        config = combined_config([part.config for part in parts], list(parameters), count)
-        self.peft_config[adapter_name] = config
-        combined = Adapter(config, count, parameters)
-        combined.load(combined_slots(parts, weights, combined))
-        base = self.deltas.base_of_whole
-        combined.whole = combine_whole([self.deltas.whole_of(part) for part in parts], weights, base)
+        combined = combined_adapter(parts, weights)
+        self.peft_config[adapter_name] = combined.config
+        whole = [self.deltas.whole_of(part) for part in parts]
+        combined.whole = combine_whole(whole, weights, self.deltas.base_of_whole)
         self._add(adapter_name, combined)
         saved = combine_whole([saved_whole(self.model, name) for name in adapters], weights, self.deltas.tensors())
         with torch.no_grad():
@@ -216,7 +208,7 @@ class SelectiveModel(BaseTuner):
 
         Args:
             progressbar: It has no effect: the values are in place already.
-            safe_merge: If True, values that are not finite are refused.
+            safe_merge: True refuses values that are not finite.
             adapter_names: One adapter, which is made active first; None takes the active one.
 
         Raises:
@@ -305,18 +297,13 @@ class SelectiveModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: Any,
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: Any
     ) -> dict[str, Tensor]:
         return {key: tensor for key, tensor in state_dict.items() if is_entry(key, adapter_name)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         return {f"{key}.{adapter_name}" if is_entry(key, None) else key: tensor for key, tensor in state_dict.items()}
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import copy
 
+from peft.tuners.tuners_utils import _ExcludedModule, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft import PeftConfig
 from unmask.errors import MethodError
 from unmask.gradients.wrappers import named_parameters, persistent_buffers
 from unmask.methods.method import Method
 from unmask.peft.config import SelectiveConfig
-from unmask.peft.private import (
-    AuxiliaryTrainingWrapper,
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
 from unmask.quantised.sources import sources
 from unmask.selection.refusals import refuse_renormalized
 
@@ -35,11 +30,10 @@ class Base:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._wrappers = [
-            name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
-        self.parameters: dict[str, nn.Parameter] = self._own(named_parameters(model))
-        self.buffers: dict[str, Tensor] = self._own(persistent_buffers(model))
+        self._wrappers = [name for name, each in model.named_modules() if isinstance(each, AuxiliaryTrainingWrapper)]
+        parameters, buffers = named_parameters(model).items(), persistent_buffers(model).items()
+        self.parameters = {own: each for name, each in parameters if (own := self.name_of(name)) is not None}
+        self.buffers = {own: each for name, each in buffers if (own := self.name_of(name)) is not None}
 
     def name_of(self, name: str) -> str | None:
         """Returns the base's own name of a tensor or a module; None if it does not belong to the base."""
@@ -55,10 +49,6 @@ class Base:
     def tensors(self) -> dict[str, Tensor]:
         """The parameters and the persistent buffers by name."""
         return {**self.parameters, **self.buffers}
-
-    def _own(self, named: dict) -> dict:
-        names = {name: self.name_of(name) for name in named}
-        return {own: named[name] for name, own in names.items() if own is not None}
 
 
 def saved_whole(model: nn.Module, adapter: str) -> dict[str, Tensor]:
@@ -85,8 +75,20 @@ def eligible(model: nn.Module, config: SelectiveConfig, method: Method) -> dict[
     if isinstance(config.target_modules, set):
         config.target_modules = sorted({own for name in config.target_modules if (own := base.name_of(name))})
     refuse_renormalized(model, ())
-    targets, excluded = _matched(model, base, config)
-    inside, outside = _below(model, base, targets), _below(model, base, excluded)
+    rules = copy.copy(config)
+    if config.target_modules is None:
+        rules.target_modules = ".*"  # PEFT's matcher matches nothing if there is no target; here that means everything
+    inside: set[int] = set()  # ids of parameters, since tied weights have several names
+    outside: set[int] = set()
+    for name, module in model.named_modules():
+        own = base.name_of(name)
+        if own is None or (not own and config.target_modules is not None):
+            continue
+        result = check_target_module_exists(rules, own)
+        if isinstance(result, _ExcludedModule):
+            outside.update(map(id, module.parameters()))
+        elif result:
+            inside.update(map(id, module.parameters()))
     parameters = named_parameters(model)
     scope = {id(parameters[name]) for name in method.scope.names(model)}
     wanted = (inside & scope) - outside
@@ -101,53 +103,16 @@ def eligible(model: nn.Module, config: SelectiveConfig, method: Method) -> dict[
         for name, parameter in sorted(base.parameters.items())
         if id(parameter) in wanted and parameter.is_floating_point() and parameter.numel()
     }
+    names = [name for name, _ in model.named_modules() if name]
+    examples = ", ".join([*names[:3], "...", *names[-2:]] if len(names) > 5 else names) or "(none)"
     if not chosen:
         raise MethodError(
             f"target_modules = {config.target_modules!r}, exclude_modules = {config.exclude_modules!r} and modules_to_save = "
             f"{config.modules_to_save!r} leave no tensor of the base for {method.name!r}; the base's modules are like "
-            f"{_some(model)}."
+            f"{examples}."
         )
     if config.exclude_modules and not outside:
         raise MethodError(
-            f"exclude_modules = {config.exclude_modules!r} excludes nothing; modules are like {_some(model)}."
+            f"exclude_modules = {config.exclude_modules!r} excludes nothing; modules are like {examples}."
         )
     return chosen
-
-
-def _matched(model: nn.Module, base: Base, config: SelectiveConfig) -> tuple[set[str], set[str]]:
-    """Returns the names of the base's modules that are targeted, and of those that are excluded."""
-    # PEFT's matcher matches nothing if there is no target; here no target means the whole model.
-    wanted: PeftConfig | SimpleNamespace = config
-    if config.target_modules is None:
-        wanted = SimpleNamespace(**{**vars(config), "target_modules": ".*"})
-    targets: set[str] = set()
-    excluded: set[str] = set()
-    for name, _ in model.named_modules():
-        own = base.name_of(name)
-        if own is None or (not own and config.target_modules is not None):
-            continue
-        result = check_target_module_exists(wanted, own)
-        if isinstance(result, _ExcludedModule):
-            excluded.add(own)
-        elif result:
-            targets.add(own)
-    return targets, excluded
-
-
-def _below(model: nn.Module, base: Base, modules: set[str]) -> set[int]:
-    """Returns the ids of the parameters in these modules, under any of their names (tied weights have two)."""
-    found = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        own = base.name_of(name)
-        if own is None:
-            continue
-        parts = own.split(".")[:-1]
-        owners = (".".join(parts[:count]) for count in range(len(parts) + 1))  # "", "a" and "a.b" of "a.b.weight"
-        if not modules.isdisjoint(owners):
-            found.add(id(parameter))
-    return found
-
-
-def _some(model: nn.Module) -> str:
-    names = [name for name, _ in model.named_modules() if name]
-    return ", ".join([*names[:3], "...", *names[-2:]] if len(names) > 5 else names) or "(none)"

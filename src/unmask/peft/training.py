@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,69 +16,65 @@ from unmask.peft.targets import saved_whole
 from unmask.selection.selection import Selection
 
 
-class Training:
-    """The training of a layer's active adapter."""
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the start of a selection cannot be compiled
+def before_forward(layer: SelectiveLayer) -> None:
+    """Runs before each forward of the base: brings ``values`` into the tensors, and starts a selection if needed."""
+    adapter = layer.active
+    if adapter is None or layer.disable_adapters:
+        return
+    adapter.catch_up()
+    if not torch.is_grad_enabled():
+        return
+    if not adapter.values.requires_grad:
+        adapter.stop()  # the user froze it by hand
+        return
+    _follow(layer, adapter)
+    if adapter.selection is not None:
+        adapter.selection.check_model()
+        return
+    config = adapter.config
+    if config.needs_total_steps:
+        config.total_steps, adapter.asked = planned_steps(running_trainer()), True
+    if not config.needs_total_steps:
+        layer.settle()
+        adapter.start(layer.model)
+    elif layer.model.training:
+        name = layer.name_of(adapter)
+        raise MethodError(
+            f"adapter {name!r} spreads its budget over total_steps, which is not set, and no transformers Trainer runs this "
+            "step. Give SelectiveConfig(total_steps=...) the planned number of optimizer steps, or set "
+            f"model.peft_config[{name!r}].total_steps before the first step."
+        )
 
-    def __init__(self, layer: SelectiveLayer) -> None:
-        self._layer = layer
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the start of a selection cannot be compiled
-    def before_forward(self) -> None:
-        """Runs before each forward of the base: brings ``values`` into the tensors, and starts a selection if needed."""
-        layer, adapter = self._layer, self._layer.active
-        if adapter is None or layer.disable_adapters:
-            return
-        adapter.catch_up()
-        if not torch.is_grad_enabled():
-            return
-        if not adapter.values.requires_grad:
-            adapter.stop()  # the user froze it by hand
-            return
-        self._follow(adapter)
-        if adapter.selection is not None:
-            adapter.selection.check_model()
-            return
-        config = adapter.config
-        if config.needs_total_steps:
-            config.total_steps, adapter.asked = planned_steps(running_trainer()), True
-        if not config.needs_total_steps:
-            layer.settle()
-            adapter.start(layer.model)
-        elif layer.model.training:
-            name = layer.name_of(adapter)
-            raise MethodError(
-                f"adapter {name!r} spreads its budget over total_steps, which is not set, and no transformers Trainer runs this "
-                "step. Give SelectiveConfig(total_steps=...) the planned number of optimizer steps, or set "
-                f"model.peft_config[{name!r}].total_steps before the first step."
-            )
+def _follow(layer: SelectiveLayer, adapter: Adapter) -> None:
+    """Finds the Trainer's attempt that this forward belongs to, and undoes an attempt that has failed."""
+    attempt = adapter.attempt
+    if attempt is None and adapter.selection is not None:
+        return  # the user's own loop: no Trainer needs to be looked for at each forward
+    if attempt is not None and attempt.running:
+        return
+    trainer = running_trainer()
+    if attempt is not None and attempt.failed:
+        adapter.withdraw(layer.base_of_whole, layer.tensors())
+        slots, adapter.whole = attempt.undo()
+        adapter.load(slots)
+        adapter.write(layer.tensors())
+        if adapter.asked:
+            adapter.config.total_steps = None
+    adapter.attempt = None
+    if trainer is None or planned_steps(trainer) is None:
+        return
+    copies = saved_whole(layer.model, layer.name_of(adapter))
+    adapter.attempt = Attempt(trainer, copies.values(), (adapter.slots(), layer.whole_of(adapter)))
+    if adapter.config.clip_scope == "all":
+        check_clip_scope(trainer, "all")
+        clip_in(trainer, functools.partial(trained, layer))
 
-    def _follow(self, adapter: Adapter) -> None:
-        """Finds the Trainer's attempt that this forward belongs to, and undoes an attempt that has failed."""
-        attempt = adapter.attempt
-        if attempt is None and adapter.selection is not None:
-            return  # the user's own loop: no Trainer needs to be looked for at each forward
-        if attempt is not None and attempt.running:
-            return
-        trainer = running_trainer()
-        if attempt is not None and attempt.failed:
-            adapter.withdraw(self._layer.base_of_whole, self._layer.tensors())
-            slots, adapter.whole = attempt.undo()
-            adapter.load(slots)
-            adapter.write(self._layer.tensors())
-            if adapter.asked:
-                adapter.config.total_steps = None
-        adapter.attempt = None
-        if trainer is None or planned_steps(trainer) is None:
-            return
-        copies = saved_whole(self._layer.model, self._layer.name_of(adapter))
-        adapter.attempt = Attempt(trainer, copies.values(), (adapter.slots(), self._layer.whole_of(adapter)))
-        if adapter.config.clip_scope == "all":
-            check_clip_scope(trainer, "all")
-            clip_in(trainer, self.trained)
 
-    def trained(self, parameters: Sequence[nn.Parameter]) -> tuple[Selection | None, list[nn.Parameter]]:
-        """Returns the active adapter's live selection, if any, and those of the parameters that are trained in addition."""
-        adapter = self._layer.active
-        if adapter is None or adapter.selection is None:
-            return None, []
-        return adapter.selection, [p for p in parameters if p.requires_grad and p is not adapter.values]
+def trained(layer: SelectiveLayer, parameters: Sequence[nn.Parameter]) -> tuple[Selection | None, list[nn.Parameter]]:
+    """Returns the active adapter's live selection, if any, and those of the parameters that are trained in addition."""
+    adapter = layer.active
+    if adapter is None or adapter.selection is None:
+        return None, []
+    return adapter.selection, [p for p in parameters if p.requires_grad and p is not adapter.values]

@@ -10,6 +10,7 @@ from peft import PeftModel
 from unmask.delta.delta import SparseDelta
 from unmask.errors import ScheduleNotRunError
 from unmask.peft.model import tuner_of
+from unmask.peft.training import trained
 from unmask.selection.clipping import clip_grad_norm_ as clip_selection
 
 
@@ -35,12 +36,7 @@ def delta(model: PeftModel, adapter_name: str | None = None) -> SparseDelta:
 
 
 def status(model: PeftModel, adapter_name: str | None = None) -> str:
-    """Describes an adapter in one line: selected weights, budget, steps, and how many numbers are trained whole.
-
-    Args:
-        model: A PEFT model.
-        adapter_name: The adapter's name; None takes the active one.
-    """
+    """Describes an adapter (None: the active one) in a line: selected weights, budget, steps, and numbers trained whole."""
     return tuner_of(model).deltas.describe(_name(model, adapter_name))
 
 
@@ -52,7 +48,7 @@ def clip_grad_norm_(model: PeftModel, max_norm: float, loss_scale: float = 1.0) 
     Args:
         model: A PEFT model.
         max_norm: The largest norm allowed.
-        loss_scale: The argument of the same name of `unmask.clip_grad_norm_`.
+        loss_scale: As of `unmask.clip_grad_norm_`.
 
     Returns:
         The norm before clipping, 0-d.
@@ -60,7 +56,7 @@ def clip_grad_norm_(model: PeftModel, max_norm: float, loss_scale: float = 1.0) 
     Raises:
         ScheduleNotRunError: No adapter is being trained.
     """
-    selection, others = tuner_of(model).adapter_training.trained(list(model.parameters()))
+    selection, others = trained(tuner_of(model).deltas, list(model.parameters()))
     if selection is None:
         raise ScheduleNotRunError(
             "there is no gradient to clip: no adapter is being trained. The order is loss.backward(), "
@@ -70,15 +66,10 @@ def clip_grad_norm_(model: PeftModel, max_norm: float, loss_scale: float = 1.0) 
 
 
 def push_to_hub(model: PeftModel, repo_id: str, **options: Any) -> str:
-    """Uploads a PEFT model's adapters with their model card, by ``model.push_to_hub(repo_id, **options)``.
+    """Uploads a PEFT model's adapters with their model card, by ``model.push_to_hub``, and returns the commit's address.
 
-    Args:
-        model: A PEFT model.
-        repo_id: The repository, ``"user/name"``; it is created if it does not exist.
-        **options: The options of any model of transformers: ``private``, ``token``, ``commit_message`` and others.
-
-    Returns:
-        The commit's address.
+    The repository ``"user/name"`` is created if it does not exist. The options are those of any model of transformers:
+    ``private``, ``token``, ``commit_message`` and others.
     """
     return str(model.push_to_hub(repo_id, **options))
 

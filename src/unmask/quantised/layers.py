@@ -81,7 +81,6 @@ class SidecarHook:
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         x = args[0] if args else next(iter(kwargs.values()))
         stand_in = stand_in_of(self.tensor) if self.live else None
-        self.sidecar.follow()
         deviation = self.sidecar.deviation()
         if stand_in is None and deviation is None:
             return None
@@ -142,21 +141,8 @@ def pass_to_bias(layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None
         return None
     with torch._C.DisableTorchFunctionSubclass():
         proxy = site_of(bias).taps.use(bias)
-        return output + _Shadow.apply(proxy, output.dtype) if proxy.requires_grad else None
-
-
-class _Shadow(torch.autograd.Function):
-    """Zero, in the place of a bias that the layer has added already; the backward returns the bias's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, bias: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        ctx.dtype = bias.dtype
-        return bias.new_zeros((), dtype=dtype).expand(bias.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient.to(ctx.dtype), None
+        # The layer has added the bias already, so this adds zero; its backward gives the bias the output's gradient.
+        return output + (proxy - proxy.detach()).to(output.dtype) if proxy.requires_grad else None
 
 
 def hook_of(layer: nn.Module) -> SidecarHook | None:
@@ -177,11 +163,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def settle(model: nn.Module, tensors: Iterable[Tensor]) -> None:
     """Hooks the layers whose sidecars are in use, and takes the hooks off the others.
 
-    From then on all of the model's quantised layers keep what they store as it is, until `detach`.
-
-    Args:
-        model: The model.
-        tensors: Some of its tensors; those that are not quantised need no hook.
+    From then on all of the model's quantised layers keep what they store as it is, until `detach`. The tensors are some of the
+    model's; those that are not quantised need no hook.
     """
     for tensor in tensors:
         if isinstance(tensor, QuantisedTensor):
@@ -231,13 +214,6 @@ def detach(model: nn.Module) -> None:
 
 
 def reach_biases(model: nn.Module) -> list[RemovableHandle]:
-    """Hooks the layers that hide their bias from taps, if the bias is tapped.
-
-    Args:
-        model: The model, whose tensors are tapped.
-
-    Returns:
-        The handles of the hooks. The caller must ``remove()`` them together with the taps.
-    """
+    """Hooks those layers with a tapped bias that hide it from taps. The caller must remove the hooks together with the taps."""
     layers = [source.layer for source in _readable(model) if source.hides_bias]
     return [layer.register_forward_hook(pass_to_bias) for layer in layers if isinstance(layer.bias, TappedParameter)]

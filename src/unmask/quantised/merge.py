@@ -12,7 +12,6 @@ from unmask.quantised.layers import is_trained, weights
 from unmask.quantised.sources import Unsupported, sources
 from unmask.quantised.tensor import QuantisedTensor
 
-_BLOCK = 1 << 20  # The weights that are de-quantised at a time.
 # The attributes by which transformers knows a quantised model, and would save it as one.
 _MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
@@ -46,7 +45,16 @@ def dequantise_and_merge(model: nn.Module, dtype: torch.dtype = torch.float32) -
             raise SelectionError(f"cannot merge: {name!r} {source.reason}.")
     for tensor in weights(model).values():
         if isinstance(tensor, QuantisedTensor):
-            model = _replaced(model, tensor.sidecar.source.layer, _ordinary(tensor, dtype))
+            old = tensor.sidecar.source.layer
+            new = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta").train(old.training)
+            weight = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+            for low, block in tensor.sidecar.blocks():
+                weight[low : low + len(block)] = block
+            new.weight, new.bias = nn.Parameter(weight, requires_grad=False), old.bias
+            if model is old:
+                return new
+            for parent in model.modules():
+                parent._modules.update({name: new for name, child in parent._modules.items() if child is old})
     marked: Any = model
     if getattr(marked, "is_quantized", False):  # transformers would save the model as a quantised one.
         for mark in _MARKS:
@@ -54,28 +62,4 @@ def dequantise_and_merge(model: nn.Module, dtype: torch.dtype = torch.float32) -
         if hasattr(marked.config, "quantization_config"):
             del marked.config.quantization_config
         marked.is_quantized = False
-    return model
-
-
-def _ordinary(tensor: QuantisedTensor, dtype: torch.dtype) -> nn.Linear:
-    """Makes an ordinary layer with a quantised one's current weights, block by block."""
-    rows, columns = tensor.shape
-    layer: Any = tensor.sidecar.source.layer
-    made = nn.Linear(columns, rows, bias=False, device="meta")
-    made.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=tensor.device), requires_grad=False)
-    height = max(1, _BLOCK // max(1, columns))
-    for low in range(0, rows, height):
-        made.weight[low : low + height] = tensor[low : low + height].to(dtype)
-    made.bias = layer.bias
-    return made.train(layer.training)
-
-
-def _replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Puts a new layer in the place of an old one; returns the model, which may be the layer itself."""
-    if model is old:
-        return new
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -33,13 +34,6 @@ class Sidecar:
     def copy(self) -> Sidecar:
         """Returns another sidecar of the same payload, with the same entries."""
         return copy.copy(self)  # Both may share tensors, which are never changed in place.
-
-    def follow(self) -> None:
-        """Moves the entries to the device of the layer."""
-        device = self.source.device
-        if self.flat.device != device:
-            self.flat, self.values, self._base = (t.to(device) for t in (self.flat, self.values, self._base))
-            self._matrix = None
 
     def take(self, flat: Tensor) -> Tensor:
         """Returns the current weights at flat indices (m,): (m,) float32."""
@@ -75,11 +69,16 @@ class Sidecar:
         """Sets every weight back to the payload's value."""
         self.put(self.flat, self._base)
 
-    def largest(self) -> tuple[Tensor, Tensor]:
-        """Returns the least and the largest weight."""
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields the current weights in blocks of rows, each with the number of its first row."""
         rows, columns = self.source.shape
         height = max(1, _BLOCK // max(1, columns))
-        parts = [self.rows(low, min(rows, low + height)).aminmax() for low in range(0, rows, height)]
+        for low in range(0, rows, height):
+            yield low, self.rows(low, min(rows, low + height))
+
+    def largest(self) -> tuple[Tensor, Tensor]:
+        """Returns the least and the largest weight."""
+        parts = [block.aminmax() for _, block in self.blocks()]
         return torch.stack([part.min for part in parts]).min(), torch.stack([part.max for part in parts]).max()
 
     def deviating(self) -> tuple[Tensor, Tensor]:
@@ -88,7 +87,14 @@ class Sidecar:
         return self.flat[differ], self.values[differ]
 
     def deviation(self) -> SparseMatrix | None:
-        """Returns what the sidecar adds to the payload, as a sparse (out, in) matrix; None if it holds no entry."""
+        """Returns what the sidecar adds to the payload, as a sparse (out, in) matrix; None if it holds no entry.
+
+        The entries move to the device of the layer first.
+        """
+        device = self.source.device
+        if self.flat.device != device:
+            self.flat, self.values, self._base = (t.to(device) for t in (self.flat, self.values, self._base))
+            self._matrix = None
         if not self.flat.numel():
             return None
         if self._matrix is None:

@@ -81,6 +81,12 @@ class Unsupported:
     reason: str
 
 
+_UNREADY = Unsupported(
+    "is not quantised yet; move the model to its device first, or, if it is a new head, keep it out of the quantisation "
+    f"(transformers: llm_int8_skip_modules=[...]), {_ADVICE}"
+)
+
+
 class Int8(Source):
     """The reader of bitsandbytes' Linear8bitLt: int8 in rows, and a scale per row."""
 
@@ -198,18 +204,40 @@ class TorchaoInt8(Source):
         return codes * weight.scale[block].float()
 
 
-def source_of(layer: nn.Module) -> Source | Unsupported | None:
+def source_of(layer: Any) -> Source | Unsupported | None:
     """Returns the reader of a layer's weight, or the reason why there is none; None if the weight is not quantised."""
     weight: Any = layer._parameters.get("weight")  # Not layer.weight, which may be computed.
     if weight is None:
         return None
     names = {kind.__name__ for kind in type(layer).__mro__ if kind.__module__.startswith("bitsandbytes.")}
     if "Linear8bitLt" in names:
-        return _int8(layer, weight)
+        if layer.state.has_fp16_weights:
+            return Unsupported(f"keeps float weights; build its Linear8bitLt with has_fp16_weights=False, {_ADVICE}")
+        return Int8(layer) if weight.dtype == torch.int8 and _row_maxima(layer) is not None else _UNREADY
     if "Linear4bit" in names:
-        return _four_bit(layer, weight)
+        state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+        if state is None:
+            return _UNREADY
+        if hasattr(state, "packing_format_for_cpu"):  # The first repacking sets it, and nothing removes it.
+            return Unsupported(
+                "was evaluated before, and bitsandbytes then repacked it for this CPU and rounded its scales, so it is no "
+                f"longer the weight that was loaded; load the model again and evaluate it after unmask.select, {_ADVICE}"
+            )
+        if getattr(weight, "quant_state", None) is None:
+            weight.quant_state = state  # The layer's own forward does the same.
+        return FourBit(layer)
     if type(weight).__module__.startswith("torchao."):
-        return _torchao(layer, weight)
+        if not isinstance(layer, nn.Linear) or type(layer).__name__ == "NonDynamicallyQuantizableLinear":
+            return Unsupported(
+                f"is quantised, and only linear layers can have a sidecar, no {type(layer).__name__}; {_ADVICE[3:]}"
+            )
+        activations = getattr(weight, "act_quant_kwargs", None), getattr(weight, "act_pre_scale", None)
+        if type(weight).__name__ != "Int8Tensor" or weight.ndim != 2 or activations != (None, None):
+            return Unsupported(
+                f"is a torchao {type(weight).__name__}; only int8 weights with float activations (Int8WeightOnlyConfig) can "
+                f"be selected from: quantise it that way, {_ADVICE}"
+            )
+        return TorchaoInt8(layer)
     if type(weight).__module__.startswith("bitsandbytes."):
         return Unsupported(
             f"is in bitsandbytes' {type(layer).__name__}, which cannot be saved; keep that layer unquantised"
@@ -231,49 +259,6 @@ def sources(model: nn.Module) -> dict[str, Source | Unsupported]:
                 source if len(layers) == 1 else Unsupported(f"is quantised and shared by layers; {_ADVICE[3:]}")
             )
     return found
-
-
-def _int8(layer: Any, weight: Any) -> Source | Unsupported:
-    if layer.state.has_fp16_weights:
-        return Unsupported(f"keeps float weights; build its Linear8bitLt with has_fp16_weights=False, {_ADVICE}")
-    if weight.dtype != torch.int8 or _row_maxima(layer) is None:
-        return _unready()
-    return Int8(layer)
-
-
-def _four_bit(layer: Any, weight: Any) -> Source | Unsupported:
-    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
-    if state is None:
-        return _unready()
-    if hasattr(state, "packing_format_for_cpu"):  # The first repacking sets it, and nothing removes it.
-        return Unsupported(
-            "was evaluated before, and bitsandbytes then repacked it for this CPU and rounded its scales, so it is no longer "
-            f"the weight that was loaded; load the model again and evaluate it after unmask.select, {_ADVICE}"
-        )
-    if getattr(weight, "quant_state", None) is None:
-        weight.quant_state = state  # The layer's own forward does the same.
-    return FourBit(layer)
-
-
-def _torchao(layer: nn.Module, weight: Any) -> Source | Unsupported:
-    if not isinstance(layer, nn.Linear) or type(layer).__name__ == "NonDynamicallyQuantizableLinear":
-        return Unsupported(
-            f"is quantised, and only linear layers can have a sidecar, no {type(layer).__name__}; {_ADVICE[3:]}"
-        )
-    activations = getattr(weight, "act_quant_kwargs", None), getattr(weight, "act_pre_scale", None)
-    if type(weight).__name__ != "Int8Tensor" or weight.ndim != 2 or activations != (None, None):
-        return Unsupported(
-            f"is a torchao {type(weight).__name__}; only int8 weights with float activations (Int8WeightOnlyConfig) can be "
-            f"selected from: quantise it that way, {_ADVICE}"
-        )
-    return TorchaoInt8(layer)
-
-
-def _unready() -> Unsupported:
-    return Unsupported(
-        "is not quantised yet; move the model to its device first, or, if it is a new head, keep it out of the quantisation "
-        f"(transformers: llm_int8_skip_modules=[...]), {_ADVICE}"
-    )
 
 
 def _row_maxima(layer: Any) -> Any:

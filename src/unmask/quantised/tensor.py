@@ -36,8 +36,6 @@ class QuantisedTensor(Tensor):
         tensor.sidecar = sidecar
         return tensor
 
-    def __init__(self, sidecar: Sidecar, shape: tuple[int, ...] | None = None) -> None: ...
-
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
@@ -59,18 +57,13 @@ class QuantisedTensor(Tensor):
 
 def _alias(tensor: QuantisedTensor, shape: Any = None) -> QuantisedTensor:
     """Returns the same matrix, with its own shape or as a vector."""
-    if shape is None:
-        return QuantisedTensor(tensor.sidecar, tuple(tensor.shape))
-    whole = tensor.sidecar.source.shape
-    sizes = list(shape)
-    if -1 in sizes:
-        known = -torch.Size(sizes).numel()
-        sizes[sizes.index(-1)] = tensor.numel() // max(1, known)
-    if sizes not in ([tensor.numel()], list(whole)):
-        raise NotImplementedError(
-            f"a quantised matrix {whole} cannot be seen as {tuple(shape)}, only as itself or as a vector."
-        )
-    return QuantisedTensor(tensor.sidecar, tuple(sizes))
+    shape = tensor.shape if shape is None else shape
+    for own in ((tensor.numel(),), tensor.sidecar.source.shape):
+        if len(shape) == len(own) and all(asked in (-1, size) for asked, size in zip(shape, own, strict=True)):
+            return QuantisedTensor(tensor.sidecar, own)
+    raise NotImplementedError(
+        f"a quantised matrix {tensor.sidecar.source.shape} cannot be seen as {tuple(shape)}, only as itself or as a vector."
+    )
 
 
 def _slice(tensor: QuantisedTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Tensor:

@@ -190,8 +190,8 @@ def _step_alike(chosen: list[tuple[Tensor, dict[str, Tensor]]], group: Mapping[s
                 rows.append((*row, state["step"]))
         if not rows:
             continue
-        *columns, steps = (list(column) for column in zip(*rows, strict=True))
-        adamw(*columns, [], steps, fused=fused, amsgrad=False, maximize=False, **settings)
+        params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*rows, strict=True))
+        adamw(params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=fused, amsgrad=False, maximize=False, **settings)
 
 
 def _step_slots(p: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:

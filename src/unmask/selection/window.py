@@ -54,6 +54,21 @@ class Window:
         self._open = torch.empty(0, dtype=torch.int64)  # slots that the newcomers may take
         self._clear()
 
+    def _clear(self) -> None:
+        """Makes the window that of a step whose backwards have brought nothing yet."""
+        self.norm: Tensor | None = None
+        self.nonfinite: str | None = None
+        self._parts: list[tuple[Tensor, Tensor]] = []  # slots and gradients that are not in the buffer yet
+        self._buffer: Tensor | None = None  # (B,) this backward's gradient of the slots
+        self._earlier: Tensor | None = None  # (B,) that of earlier ones: a slot of repeat-S may change twice
+        self._added: Tensor | None = None  # (c,) this backward's gradient of the candidates
+        self._ranker: Ranking | None = None
+        self._candidates: Ranked | None = None
+        self._by_tensor: dict[int, Entries] | None = None  # of the candidates; an entry's slot is its place among them
+        self._dense: dict[int, Tensor] = {}
+        self._norms: dict[int, Tensor] = {}
+        self._offered: set[int] = set()
+
     def start(self, plan: Plan) -> None:
         """Begins a new step's window."""
         self.plan = plan
@@ -194,20 +209,6 @@ class Window:
         """Drops the tentative selection: no budget is consumed."""
         self.ledger.withdraw()
         self._clear()
-
-    def _clear(self) -> None:
-        self.norm: Tensor | None = None
-        self.nonfinite: str | None = None
-        self._parts: list[tuple[Tensor, Tensor]] = []  # slots and gradients that are not in the buffer yet
-        self._buffer: Tensor | None = None  # (B,) this backward's gradient of the slots
-        self._earlier: Tensor | None = None  # (B,) that of earlier ones: a slot of repeat-S may change twice
-        self._added: Tensor | None = None  # (c,) this backward's gradient of the candidates
-        self._ranker: Ranking | None = None
-        self._candidates: Ranked | None = None
-        self._by_tensor: dict[int, Entries] | None = None  # of the candidates; an entry's slot is its place among them
-        self._dense: dict[int, Tensor] = {}
-        self._norms: dict[int, Tensor] = {}
-        self._offered: set[int] = set()
 
     def _add(self, entries: Entries, gradient: Tensor) -> None:
         """Adds a gradient at entries to that of their slots; where the host runs ahead, at the end, and all at once."""

@@ -1,4 +1,4 @@
-"""These tests need the `adapters` library, in an environment of its own: `make test-adapters`."""
+"""Skips these tests where the `adapters` library is missing; `make test-adapters` runs them in a separate environment."""
 
 from __future__ import annotations
 

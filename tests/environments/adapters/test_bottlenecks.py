@@ -1,4 +1,4 @@
-"""Inside bottleneck adapters of the `adapters` library, Pfeiffer's and Houlsby's, under transformers 4.57."""
+"""Tests selection inside the bottleneck adapters (Pfeiffer, Houlsby) of the `adapters` library, under transformers 4.57."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ INSIDE = rf"\.adapters\.{NAME}\."
 
 
 def adapted_bert(kind: str = "houlsby", seed: int = 0) -> nn.Module:
-    """The base is always the same; ``seed`` is of the adapters' init."""
+    """Returns the one base with new adapters; ``seed`` is that of the adapters' initialisation."""
     model = tiny_bert()
     adapters.init(model)
     torch.manual_seed(100 + seed)
@@ -54,12 +54,14 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_the_library_added_is_known_from_its_own_listing(kind: str) -> None:
+def test_the_added_tensors_are_found_by_the_librarys_own_listing(kind: str) -> None:
     model = adapted_bert(kind)
     added = added_tensors(model)
     assert added == {name for name, _ in model.named_parameters() if f".adapters.{NAME}." in name}
     places = {"pfeiffer": 1, "houlsby": 2}[kind]
-    assert len(added) == 2 * places * 4  # layers, places in each, two layers of weight and bias
+    assert (
+        len(added) == 2 * places * 4
+    )  # two encoder layers, `places` adapters in each, weight and bias of two linear layers
     names = {name for name, _ in model.named_parameters()}
     assert names - added == {name for name, _ in tiny_bert().named_parameters()}
 
@@ -99,7 +101,7 @@ def test_sparse_adapter_prunes_to_zero_and_trains_the_rest(kind: str, criterion:
     train_steps(model, torch.optim.AdamW(selection.parameters(), lr=0.05), sentences(3), loss)  # type: ignore[arg-type]
     nonzero = {name: int(p.count_nonzero()) for name, p in model.named_parameters() if "adapters" in name}
     assert selection.used == 80
-    assert sum(nonzero.values()) <= 80  # a bias that is kept starts at zero, and may stay there for want of a gradient
+    assert sum(nonzero.values()) <= 80  # a kept bias starts at zero, and stays zero without a gradient
     assert sum(nonzero.values()) > 40
     assert all(count <= selection.indices.get(name, torch.empty(0)).numel() for name, count in nonzero.items())
 

@@ -1,10 +1,10 @@
-"""Runs PEFT's own tests for custom models against the plug-in, and counts what passes by test.
+"""Runs PEFT's own tests for custom models with unmask's method, and counts the outcomes by test.
 
     pip download --no-binary :all: --no-deps peft==0.21.2 && tar xzf peft-0.21.2.tar.gz
     python tests/environments/peft_own/run.py peft-0.21.2/tests [pytest's arguments]
 
-Of ``test_custom_models.py`` those tests are run that PEFT runs with every method: the cases below take the place of PEFT's list.
-Nothing of PEFT's is kept here. docs/peft.md says what does not pass, and why.
+From ``test_custom_models.py`` it runs the tests that PEFT runs with every method, with the cases below in place of PEFT's
+list. This repository holds no code of PEFT's. docs/peft.md says which tests fail, and why.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CASES = [
 
 
 class Plugin:
-    """Puts the cases in PEFT's list's place, keeps the tests that take them, and counts."""
+    """Replaces PEFT's list of cases, keeps the tests that take them, and counts outcomes."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Counter] = defaultdict(Counter)
@@ -50,8 +50,8 @@ class Plugin:
         cases = getattr(getattr(collector, "obj", None), "TEST_CASES", None)
         if isinstance(cases, list) and (not cases or cases[0][2] is not unmask.peft.SelectiveConfig):
             rows = [(title, model, unmask.peft.SelectiveConfig, {**BUDGETED, **given}) for title, model, given in CASES]
-            cases[:] = rows  # in place: the tests' parametrization holds this list
-            # an adapter of ours sets no weight at first, and has no setting for that
+            cases[:] = rows  # it changes in place, because the tests' parametrization holds this list
+            # A selective adapter sets no weight at first, and has no setting for that.
             collector.obj.set_init_weights_false = lambda config_cls, kwargs: kwargs
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -75,7 +75,7 @@ def _config(item: pytest.Item) -> object:
 
 
 def _stand_in() -> None:
-    """PEFT's helpers import diffusers for tests that are not run here."""
+    """Registers a stand-in for diffusers, which PEFT's helpers import for tests that are not run here."""
     module = types.ModuleType("diffusers")
     module.StableDiffusionPipeline = object  # type: ignore[attr-defined]
     sys.modules.setdefault("diffusers", module)

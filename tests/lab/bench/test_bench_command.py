@@ -1,4 +1,4 @@
-"""The command ``unmask bench``. No assertion is about a time."""
+"""Tests the command ``unmask bench``. No assertion is about a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def command(*words):
     return code, out.getvalue(), err.getvalue()
 
 
-def test_the_command_prints_its_tables_and_says_where_they_are(tmp_path, monkeypatch):
+def test_the_command_prints_its_tables_and_names_its_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = write_config(tmp_path / "tinybert")
     options = ("--model", folder, "--batch-size", 2, "--seq-len", 8, "--budget", BUDGET, "--threads", 1, "--draws", 1)

@@ -1,4 +1,4 @@
-"""The benchmark as a whole, on a model of a few thousand weights in this process. No assertion is about a time."""
+"""Tests the whole benchmark on a model of a few thousand weights, in this process. No assertion is about a time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from bench_tiny import BUDGET, LINEAR, settings_for, write_config
 from unmask.lab.bench import rows
 from unmask.lab.bench.curves import run_curve, selection_cost
 from unmask.lab.bench.models import blueprint
-from unmask.lab.bench.rows import KINDS, Row
+from unmask.lab.bench.rows import KINDS, RAMP, Row, mid_run
 from unmask.lab.bench.run import RowResult, run_bench
-from unmask.lab.bench.schedule import RAMP, mid_run
 from unmask.lab.bench.shapes import SHAPES, Shape
 from unmask.lab.bench.tables import StepTime
 from unmask.lab.bench.worker import measure
@@ -30,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """(settings, record, output folder, progress) of a run of every row, measured in this process."""
+    """Runs every row in this process; returns the settings, the record, the output folder and the lines of progress."""
     output, said = tmp_path_factory.mktemp("bench"), []
     settings = settings_for(folder, output)
     record = run_bench(settings, said.append, "unmask bench", measure)
@@ -38,7 +37,7 @@ def whole(folder, tmp_path_factory):
 
 
 def report_of(seconds: float, peak: float = 100.0, count: int = 1) -> dict:
-    """Returns the report of a process whose steps take so many seconds."""
+    """Returns the report of a process whose steps take so many seconds each."""
     steps = [{"draw": 0, "forward": seconds / 4, "backward": seconds / 2, "optimizer": seconds / 4, "selecting": False}]
     memory = {"peak_mb": peak, "before_mb": 50.0, "host_peak_mb": peak, "state_bytes": 8, "saved_bytes": 40}
     return {"steps": steps * count, "weights": {"trainable": 10, "trained": 10}, "memory": memory}
@@ -83,7 +82,7 @@ def test_figures_agree_with_the_raw_steps(whole):
         assert len(row["memory_by_draw"]) == settings.draws
 
 
-def test_only_strided_rows_select_now_and_then(whole):
+def test_rows_with_a_stride_select_once_in_a_cycle_and_exact_id3_at_every_step(whole):
     _, record, _, _ = whole
     rows = record["rows"]
     marks = {label: [step["selecting"] for step in rows[label]["steps"]] for label in rows}
@@ -105,7 +104,7 @@ def test_trained_weights_are_counted(whole):
     assert weights["shira"]["trained"] == sum(a + b for a, b in LINEAR)  # rank 1 is the nearest to 200
     density = BUDGET / sum(a * b for a, b in LINEAR)
     assert weights["super"]["trained"] == sum(int(a * b * density) for a, b in LINEAR)
-    assert weights["authors"]["trained"] == settings.warmup + settings.steps  # one weight a step
+    assert weights["authors"]["trained"] == settings.warmup + settings.steps  # it unmasks one weight a step
     for row in settings.rows():
         if row.selects:
             last = RAMP + settings.warmup + row.cycle * row.cycles(settings.steps) - 1
@@ -113,14 +112,15 @@ def test_trained_weights_are_counted(whole):
             assert weights[row.label]["trained"] == schedule(last, 0, BUDGET), row.label
 
 
-def test_memory_figures(whole):
+def test_memory_and_bytes_on_disk_are_those_of_the_tensors(whole):
     settings, record, _, _ = whole
     memories = {label: row["memory"] for label, row in record["rows"].items()}
     total = record["model"]["parameters"]
     tensors = sum(1 for _ in blueprint(settings).build().parameters())
     assert memories["full"]["state_bytes"] == 2 * 4 * total + 4 * tensors
     assert memories["static"]["state_bytes"] == 2 * 4 * BUDGET + 4
-    assert memories["authors"]["state_bytes"] == 2 * 4 * total + 4 * tensors + total  # and a mask of bytes
+    masks = total  # The authors' optimizer also keeps a mask of one byte a weight.
+    assert memories["authors"]["state_bytes"] == 2 * 4 * total + 4 * tensors + masks
     assert memories["full"]["saved_bytes"] == 4 * total
     assert memories["frozen"]["saved_bytes"] is None
     for label, figures in memories.items():
@@ -143,7 +143,7 @@ def test_one_row_runs_at_a_time_and_each_draw_begins_with_another(folder, tmp_pa
     assert begun == " ".join(rounds).split()
 
 
-def test_a_ratio_is_the_median_of_the_draws_own_ratios_and_memory_is_the_median_draws(folder, tmp_path):
+def test_a_ratio_is_the_median_over_the_draws_and_memory_is_that_of_the_median_draw(folder, tmp_path):
     seconds = {"frozen": iter([1.0, 2.0, 4.0]), "static": iter([1.5, 2.0, 8.0])}
     peaks = iter([300.0, 100.0, 200.0, 50.0, 50.0, 50.0])
     settings = settings_for(folder, tmp_path, methods="static,frozen", draws=3)
@@ -185,7 +185,7 @@ def test_a_row_that_fails_is_left_out_from_then_on_and_the_rest_runs(folder, tmp
     assert "| full | failed |" in (tmp_path / "bench.md").read_text()
 
 
-def test_a_run_that_is_stopped_leaves_what_it_has(folder, tmp_path):
+def test_a_run_that_is_stopped_keeps_the_steps_that_it_has_measured(folder, tmp_path):
     calls = []
 
     def stop(settings, row):
@@ -200,12 +200,12 @@ def test_a_run_that_is_stopped_leaves_what_it_has(folder, tmp_path):
     assert not record["complete"]
     assert [len(row["steps"]) for row in record["rows"].values()] == [2, 4]
     assert record["rows"]["static"]["ratios"]["frozen"]["ratio"] == 1.0
-    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]  # and no partial file
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]  # there is no partial file
 
 
 @pytest.fixture
 def tiny_shapes(monkeypatch):
-    """Names of two small shapes, the smaller first."""
+    """Adds two small shapes, and returns their names, the smaller first."""
     dims = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     for layers in (1, 2):
         shape = Shape(f"tiny{layers}", "bert", dims | {"num_hidden_layers": layers})

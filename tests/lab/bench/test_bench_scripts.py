@@ -1,4 +1,4 @@
-"""The scripts of ``benchmarks/`` that judge a record and write its tables, on a record without a model."""
+"""Tests the scripts of ``benchmarks/`` that judge a record and write its tables, on a record without a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bars(monkeypatch):
 
 @pytest.fixture
 def record(tmp_path):
-    """The record of a run of two draws in which static takes 1.05 and id3-10 1.06 of the frozen step."""
+    """Returns the record of two draws in which static takes 1.05 and id3-10 1.06 times the frozen step."""
     seconds = {"frozen": 1.0, "static": 1.05, "id3-10": 1.06, "id3": 1.2, "full": 2.0}
     peaks = {"frozen": 100.0, "static": 120.0, "id3-10": 120.0, "id3": 160.0, "full": 200.0}
 
@@ -49,7 +49,7 @@ def at_the_reference(record: dict) -> dict:
     return record | {"settings": settings, "model": record["model"] | {"batch_size": 16, "seq_len": 128}}
 
 
-def test_every_row_of_a_bar_can_be_asked_for(bars):
+def test_every_row_of_a_bar_is_a_row_of_the_benchmark(bars):
     assert len(bars.BARS) == 11
     assert [bar.limit for bar in bars.BARS] == [1.05, 0.88, 0.62, 0.93, 0.65, 0.65, 0.95, 0.70, 1.28, 1.15, 0.90]
     rows = [row for bar in bars.BARS for row in (*bar.numerators, bar.denominator)]
@@ -74,7 +74,7 @@ def test_bars_are_met_missed_or_not_measured(bars, record):
     assert found[0]["measured"] == pytest.approx(1.05)
     assert found[0]["draws"]["each"] == pytest.approx([1.05, 1.05])
     assert found[0]["amortised"] is None
-    assert found[1]["amortised"] == pytest.approx(1.06)  # every step of this record takes as long
+    assert found[1]["amortised"] == pytest.approx(1.06)  # all steps of this record take equally long
     assert found[2]["measured"] == 0.8
     assert found[3]["measured"] is None
     assert [line[1] for line in bars.table(found)] == ["static", "id3-10", "id3"]
@@ -89,10 +89,10 @@ def test_bars_apply_to_one_configuration_only(bars, record):
     assert bars.off_reference(reference | {"settings": reference["settings"] | {"dtype": "autocast"}}) == []
     cuda = reference | {"machine": reference["machine"] | {"device": "cuda"}}
     assert bars.off_reference(cuda) == ["device is cuda, not cpu"]
-    assert len(bars.off_reference(record)) == 5  # model, budget, threads, batch size, length
+    assert len(bars.off_reference(record)) == 5  # it differs in model, budget, threads, batch size and length
 
 
-def test_pages_take_new_sections_and_keep_the_others(bars, record, tmp_path, monkeypatch):
+def test_a_page_gets_new_sections_and_keeps_its_others(bars, record, tmp_path, monkeypatch):
     import page
 
     out, folder = tmp_path / "OUT", tmp_path / "results"
@@ -100,7 +100,7 @@ def test_pages_take_new_sections_and_keep_the_others(bars, record, tmp_path, mon
     (folder / "reference.md").write_text("# Title\n\n## Fused AdamW and Super-Tuning\n\nkept\n")
     (out / "reference/bench.json").write_text(json.dumps(at_the_reference(record)))
     monkeypatch.setattr(sys, "argv", ["page.py", str(out), str(folder)])
-    for _ in range(2):  # the second time nothing changes
+    for _ in range(2):  # The second time nothing changes.
         page.main()
         text = (folder / "reference.md").read_text()
         titles = re.findall(r"^## (.+)$", text, re.MULTILINE)
@@ -111,7 +111,7 @@ def test_pages_take_new_sections_and_keep_the_others(bars, record, tmp_path, mon
     assert [path.name for path in folder.iterdir()] == ["reference.md"]
 
 
-def test_the_kept_pages_name_their_runs_and_hold_their_bars(bars):
+def test_the_pages_of_results_name_their_runs_and_have_every_bar(bars):
     import page
 
     for name, (heading, runs) in page.PAGES.items():

@@ -1,4 +1,4 @@
-"""The benchmark's settings, rows and arithmetic, on values worked by hand: no model, no clock."""
+"""Tests the benchmark's settings, rows and arithmetic on values worked by hand, without a model or a clock."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_ratio_is_the_median_of_the_draws_ratios_of_medians():
     assert by_draw(above) == {0: 2.0, 1: 6.0, 2: 8.0}
     found = ratio(above, below)
     assert found["ratio"] == 2.5
-    assert found["draws"]["each"] == [2.0, 3.0]  # of the draws that both have
+    assert found["draws"]["each"] == [2.0, 3.0]  # the two draws that both rows have
     assert ratio(steps(1.0), steps(1.0, draw=1)) is None
 
 

@@ -1,4 +1,4 @@
-"""Building and training one row, on a model of a few thousand weights. No assertion is about a time."""
+"""Tests how one row is built and trained, on a model of a few thousand weights. No assertion is about a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from bench_tiny import BUDGET, settings_for, write_config
 from unmask.errors import ConfigError
 from unmask.lab.bench.contenders import Clock, build, shira_rank, state_bytes
 from unmask.lab.bench.models import blueprint
-from unmask.lab.bench.rows import Row
+from unmask.lab.bench.rows import RAMP, Row, mid_run
 from unmask.lab.bench.run import measure_apart
-from unmask.lab.bench.schedule import RAMP, mid_run
 from unmask.lab.bench.settings import BenchSettings
 from unmask.lab.bench.shapes import SHAPES, SIZES
 from unmask.lab.bench.worker import measure
@@ -36,7 +35,7 @@ def test_shapes_are_those_of_the_models_they_are_named_after():
     assert sizes == sorted(sizes)
     assert (sizes[0], sizes[-1]) == (11_171_074, 956_646_914)
     assert counts == {
-        "roberta-base": 124_647_170,  # with a head of two classes
+        "roberta-base": 124_647_170,  # its head has two classes
         "minilm": 22_713_986,
         "mpnet": 109_488_002,
         "smollm2": 134_515_008,
@@ -72,14 +71,14 @@ def test_all_rows_start_from_the_same_weights_and_see_the_same_batches(folder, t
 
 
 @pytest.mark.parametrize("dropout", [None, 0.0, 0.3])
-def test_dropout_is_the_configs_own_or_what_is_asked_for(folder, tmp_path, dropout):
+def test_dropout_is_that_of_the_config_or_of_the_settings(folder, tmp_path, dropout):
     plan = blueprint(settings_for(folder, tmp_path, dropout=dropout))
     found = {module.p for module in plan.build().modules() if isinstance(module, torch.nn.Dropout)}
     assert found == {0.1 if dropout is None else dropout}
     assert plan.describe()["dropout"]["hidden_dropout_prob"] == (0.1 if dropout is None else dropout)
 
 
-def test_the_frozen_floor_goes_back_to_the_embeddings_and_forms_no_weight_gradient(folder, tmp_path):
+def test_the_frozen_row_goes_back_to_the_embeddings_and_forms_no_weight_gradient(folder, tmp_path):
     settings = settings_for(folder, tmp_path, methods="frozen")
     plan = blueprint(settings)
     contender = build(settings.rows()[0], plan, settings)
@@ -105,7 +104,7 @@ def test_a_step_trains_and_leaves_no_gradient_behind(folder, tmp_path):
 
 
 def test_cuda_events_time_the_phases_and_the_cpu_waits_once(monkeypatch):
-    waits, clock = [], iter([10.0, 15.0, 45.0])  # milliseconds on the stream
+    waits, clock = [], iter([10.0, 15.0, 45.0])  # in milliseconds
 
     class Event:
         def __init__(self, enable_timing):
@@ -140,10 +139,10 @@ def test_every_row_runs_in_half_precision(folder, tmp_path, dtype):
 
 
 @pytest.mark.slow
-def test_a_fresh_process_measures_the_same_row_in_memory_of_its_own(folder, tmp_path):
+def test_a_fresh_process_measures_the_same_row_and_only_its_own_memory(folder, tmp_path):
     settings = settings_for(folder, tmp_path, methods="id3-10")
     row = settings.rows()[0]
-    ballast = torch.ones(2**28)  # 1 GiB here must not count there
+    ballast = torch.ones(2**28)  # This GiB must not count in the other process.
     there, here = measure_apart(settings, row), measure(settings, row)
     del ballast
     assert there["weights"] == here["weights"]
@@ -153,13 +152,13 @@ def test_a_fresh_process_measures_the_same_row_in_memory_of_its_own(folder, tmp_
 
 
 @pytest.mark.slow
-def test_a_row_that_cannot_be_built_is_an_error_of_its_process(folder, tmp_path):
+def test_a_row_that_cannot_be_built_is_reported_as_an_error_by_its_process(folder, tmp_path):
     settings = settings_for(folder, tmp_path, methods="shira")
     elsewhere = dataclasses.replace(settings, model=str(tmp_path / "nothing/here"))
     assert measure_apart(elsewhere, settings.rows()[0])["error"].startswith("ConfigError: model")
 
 
-def test_a_killed_process_is_told_from_one_that_failed(folder, tmp_path, monkeypatch):
+def test_a_killed_process_has_another_reason_than_one_that_failed(folder, tmp_path, monkeypatch):
     settings = settings_for(folder, tmp_path, methods="static")
     row, program = settings.rows()[0], tmp_path / "python"
     monkeypatch.setattr("unmask.lab.bench.run.sys.executable", str(program))
@@ -191,9 +190,9 @@ def test_id3_is_timed_around_half_of_its_budget(kind, budget, warmup, steps):
     assert counts[-1] - schedule.start == schedule.total <= 0.8 * budget
     before = [counts[RAMP + warmup - 1], *timed]
     marks = [b > a for a, b in zip(before, timed, strict=False)]
-    if schedule.total >= schedule.cycles:  # every cycle selects, at its first step
+    if schedule.total >= schedule.cycles:  # Then every cycle selects, at its first step.
         assert marks == ([True] + [False] * (row.cycle - 1)) * row.cycles(steps)
-    if budget >= 1_000:  # as much as the planned run of 1,000 steps unmasks, unless that is too much in all
+    if budget >= 1_000:  # A cycle unmasks as much as a run of 1,000 steps does, unless that is too much in all.
         share = min(budget * row.stride / 1_000, 0.8 * budget / schedule.cycles)
         assert all(int(share) <= b - a <= share + 1 for a, b in zip(before, timed, strict=False) if b > a)
 
@@ -203,7 +202,7 @@ def test_a_cycle_of_a_long_stride_is_short():
     assert [Row(k, k, 1).cycles(10) for k in ("static", "id3-7", "id3-10", "id3-100")] == [10, 2, 1, 3]
 
 
-def test_shira_takes_the_nearest_rank_and_leaves_out_what_has_no_room():
+def test_shira_takes_the_nearest_rank_and_leaves_out_layers_without_room():
     layers = {"wide": (768, 3072), "square": (768, 768), "out": (768, 2)}
     assert shira_rank(layers, 3840 + 1536 + 770) == (1, ["wide", "square", "out"])
     assert shira_rank(layers, 11_000) == (2, ["wide", "square"])
@@ -213,7 +212,7 @@ def test_shira_takes_the_nearest_rank_and_leaves_out_what_has_no_room():
         shira_rank({"thin": (1, 8)}, 5)
 
 
-def test_the_budget_of_a_tiny_row_is_reached_in_the_middle(folder, tmp_path):
+def test_a_tiny_row_is_measured_around_the_middle_of_its_budget(folder, tmp_path):
     settings = settings_for(folder, tmp_path, methods="id3,id3-10,id3-100")
     for row in settings.rows():
         report = measure(settings, row)

@@ -1,4 +1,4 @@
-"""Tests the figures: they draw what the records say, refuse what cannot be drawn, and are legible on both pages."""
+"""Tests that the figures draw what the records say, refuse what cannot be drawn, and are legible on both pages."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run(method: str = "id3", budget: int = 1000, seed: int = 0, score: float = 0
 
 
 def best_runs(scores: tuple[float, ...], **more) -> list[dict]:
-    """The paper's four runs at one place, seeds and rates in pairs, of which the best three count."""
+    """Returns the paper's four runs at one place: each has its own seed and rate, and the best three count."""
     pairs = zip(range(6, 10), RATES, scores, strict=True)
     return [run(seed=seed, score=score, best=3, **more) | {"lr": lr} for seed, lr, score in pairs]
 
@@ -76,7 +76,7 @@ def all_runs() -> list[dict]:
 
 
 def sweep_runs() -> list[dict]:
-    """A full grid of eps and exp."""
+    """Returns a run for each pair of eps and exp."""
     return [
         run(score=0.5 + eps / 10 + exp / 100, parameters={"eps": eps, "exp": exp}) | {"name": f"{eps} {exp}"}
         for eps in (0.0, 0.5, 1.0)
@@ -93,7 +93,7 @@ def lines_of(axes, colour: str) -> list:
 
 
 def note_of(figure) -> str:
-    """What is written below the panels, without its line breaks."""
+    """Returns the text below the panels, without its line breaks."""
     return figure.get_supxlabel().replace("\n", " ")
 
 
@@ -102,11 +102,11 @@ def legend_of(axes) -> list[str]:
 
 
 def markers_of(axes) -> list[tuple[float, float, float]]:
-    """x, y and area of every marker of a scatter."""
+    """Returns x, y and area of every marker of a scatter."""
     return [(*c.get_offsets()[0], c.get_sizes()[0]) for c in axes.collections]
 
 
-def test_importing_waits_for_neither_torch_nor_matplotlib():
+def test_importing_the_figures_imports_neither_torch_nor_matplotlib():
     code = "import sys, unmask.lab.figures; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -126,13 +126,14 @@ def contrast(a: str, b: str) -> float:
 
 
 def lab(rgb: list[float]) -> tuple[float, float, float]:
-    rows = ((0.4339, 0.3762, 0.1899), (0.2126, 0.7152, 0.0722), (0.0177, 0.1095, 0.8728))  # XYZ over that of white
+    # The rows give X, Y and Z, each divided by that of white.
+    rows = ((0.4339, 0.3762, 0.1899), (0.2126, 0.7152, 0.0722), (0.0177, 0.1095, 0.8728))
     xyz = (max(0.0, sum(w * c for w, c in zip(row, rgb, strict=True))) for row in rows)
     x, y, z = (t ** (1 / 3) if t > 0.008856 else 7.787 * t + 16 / 116 for t in xyz)
     return 116 * y - 16, 500 * (x - y), 200 * (y - z)
 
 
-SIGHT = {  # linear RGB as seen without red, and without green cones (Machado et al. 2009)
+SIGHT = {  # how linear RGB is seen without red and without green cones (Machado et al. 2009)
     "all cones": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
     "no red": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
     "no green": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
@@ -140,7 +141,7 @@ SIGHT = {  # linear RGB as seen without red, and without green cones (Machado et
 
 
 @pytest.mark.parametrize("sight", SIGHT)
-def test_colours_stay_apart_for_colour_blind_readers(sight):
+def test_colour_blind_readers_can_tell_the_colours_apart(sight):
     seen = [
         lab([sum(w * c for w, c in zip(row, linear(colour), strict=True)) for row in SIGHT[sight]]) for colour in SERIES
     ]
@@ -165,7 +166,7 @@ GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 
 
 def glue_runs(method: str, budget: int, score: float, tasks: tuple[str, ...] = GLUE_TASKS) -> list[dict]:
-    """A run per task; MNLI's second column is 0.09 lower, so the average of nine is 0.01 below the score."""
+    """Returns a run per task. MNLI's second column is 0.09 lower, so the average of nine is 0.01 below the score."""
     both = {"mnli-m": score, "mnli-mm": score - 0.09}
     return [
         run(method, budget, score=score, **({"columns": both} if task == "mnli" else {})) | {"task": task}
@@ -180,7 +181,7 @@ def test_figure_1_shows_the_average_of_all_columns_over_the_share_in_percent():
     (x, y, small), (x4, y4, large) = markers_of(axes)
     assert (x, x4) == (pytest.approx(0.1), pytest.approx(0.4))
     assert (y, y4) == (pytest.approx(80), pytest.approx(84))
-    assert large == pytest.approx(4 * small)  # in proportion to the count of trained weights
+    assert large == pytest.approx(4 * small)  # the area is proportional to the count of trained weights
     assert [list(line.get_ydata()) for line in axes.lines] == [[pytest.approx(89)] * 2]
     assert (axes.get_xscale(), axes.get_xlim()[0], axes.get_ylabel()) == ("linear", 0, "GLUE average, %")
     assert sorted(legend_of(axes)) == ["100", "400", "full, 100K weights", "id3"]
@@ -209,12 +210,12 @@ def test_figure_1_says_what_is_averaged(tasks, label, note):
 
 def test_figure_1_chooses_the_best_runs_column_by_column():
     runs = best_runs((0.1, 0.4, 0.5, 0.6), method="id3")
-    second = (0.9, 0.0, 0.9, 0.9)  # here the first run is among the best, there the second
+    second = (0.9, 0.0, 0.9, 0.9)  # in this column the first run is among the best and the second is not
     runs = [r | {"columns": {"a": r["score"], "b": value}} for r, value in zip(runs, second, strict=True)]
     figure = score_against_share(runs)
     (axes,) = figure.axes
     assert [y for _, y, _ in markers_of(axes)] == [pytest.approx((50 + 90) / 2)]
-    assert not list(axes.lines)  # the average of several columns has no deviation
+    assert not list(axes.lines)  # an average of several columns has no deviation
     assert "means of the best 3 runs" in note_of(figure)
     assert "vertical" not in note_of(figure)
 
@@ -230,7 +231,7 @@ def test_figure_1_draws_a_method_only_where_it_has_all_columns():
         score_against_share(apart)
 
 
-def test_figure_1_takes_budgets_that_a_head_makes_differ_as_one():
+def test_figure_1_takes_budgets_that_differ_by_the_size_of_a_head_as_one():
     runs = [run(budget=1000) | {"task": "rte"}, run(budget=1001) | {"task": "mnli"}, run(budget=1100) | {"task": "rte"}]
     figure = score_against_share(runs)
     assert len(markers_of(figure.axes[0])) == 1
@@ -242,7 +243,7 @@ def test_points_are_means_over_seeds_with_their_interval():
     for figure, x, scale in ((score_against_share(runs), (1, 5), 100), (budget_sweep(runs), (1000, 5000), 1)):
         (axes,) = figure.axes
         spreads = [line for line in lines_of(axes, look_of(["id3"])["id3"].colour) if line.get_alpha()]
-        half = stats.t.ppf(0.975, 2) * 0.01 / 3**0.5  # (1 + 0.95) / 2
+        half = stats.t.ppf(0.975, 2) * 0.01 / 3**0.5  # 0.975 = (1 + 0.95) / 2
         for line, place, mean in zip(spreads, x, (0.11, 0.51), strict=True):
             assert list(line.get_xdata()) == pytest.approx([place] * 2)
             assert list(line.get_ydata()) == pytest.approx([scale * (mean - half), scale * (mean + half)])
@@ -255,7 +256,7 @@ def test_points_are_means_over_seeds_with_their_interval():
 
 def test_the_best_runs_have_their_deviation_and_not_an_interval():
     runs = best_runs((0.3, 0.5, 0.7, 0.6), budget=1000) + best_runs((0.9, 0.1, 0.2, 0.3), budget=2000)
-    figure = budget_sweep(runs[:-1])  # three of the four at 2000 are there
+    figure = budget_sweep(runs[:-1])  # the fourth run at 2000 is missing
     (axes,) = figure.axes
     means, *spreads = axes.lines
     assert list(means.get_ydata()) == pytest.approx([0.6, 0.4])
@@ -271,7 +272,7 @@ def test_the_best_runs_have_their_deviation_and_not_an_interval():
     assert note_of(figure) == "the best run of each setting; runs differ in seed and learning rate"
 
 
-def test_the_budget_sweep_stands_over_counts_on_a_linear_axis():
+def test_the_budget_sweep_has_counts_on_a_linear_axis():
     budgets = (80_000, 160_000, 320_000, 640_000)
     runs = [run("id3", b, strategy="increment") for b in budgets]
     runs += [run("repeat_d3", b, score=0.5, strategy="repeat", trained=7 * b) for b in budgets]
@@ -301,14 +302,14 @@ def test_the_curve_of_a_run_is_its_mean_over_seeds_by_updated_weights():
     assert list(mean.get_ydata()) == pytest.approx([0.56, 0.61, 0.66, 0.71])
     (across,) = [line for line in lines_of(axes, RED) if line.get_linestyle() == "--"]
     assert list(across.get_ydata()) == pytest.approx([0.6, 0.6])
-    assert list(across.get_xdata()) == [0, 1]  # in units of the axes: from the left to the right end
+    assert list(across.get_xdata()) == [0, 1]  # in units of the axes, so it goes from the left to the right end
     (point,) = lines_of(axes, look_of(["pafi"])["pafi"].colour)
     assert (list(point.get_xdata()), list(point.get_ydata())) == ([500], [0.65])
     assert sorted(legend_of(axes)) == ["increment-S", "pafi", "repeat-S, 7K tuned"]
     assert (axes.get_xscale(), axes.get_xlim()[0], axes.get_xlabel()) == ("linear", 0, "number of updated weights")
 
 
-def test_repeat_s_has_a_line_for_each_budget_and_increment_s_too():
+def test_repeat_s_and_increment_s_have_a_line_for_each_budget():
     other = [{**r, "budget": 2000, "trained": 2 * r.get("trained", 1000)} for r in all_runs()]
     (axes,) = score_along_run([*all_runs(), *other]).axes
     assert sorted(legend_of(axes)) == [
@@ -321,7 +322,7 @@ def test_repeat_s_has_a_line_for_each_budget_and_increment_s_too():
         score_along_run(only)
 
 
-def test_of_the_best_runs_the_curve_is_that_of_the_highest_score():
+def test_the_curve_of_the_best_runs_is_that_of_the_run_with_the_highest_score():
     runs = best_runs((0.5, 0.8, 0.6, 0.7), strategy="increment")
     runs = [r | {"curve": [{"step": 1, "used": u, "score": r["score"] - u / 1e4} for u in (500, 1000)]} for r in runs]
     figure = score_along_run(runs)
@@ -330,7 +331,7 @@ def test_of_the_best_runs_the_curve_is_that_of_the_highest_score():
     assert "the run with the highest score" in note_of(figure)
 
 
-def test_the_parameter_sweep_has_a_row_for_each_parameter_at_the_others_reference():
+def test_the_parameter_sweep_has_a_row_for_each_parameter_at_one_value_of_the_other():
     runs = [r | {"task": task, "metric": metric} for task, metric in (("cola", "matthews"), ("rte", "accuracy"))
             for r in sweep_runs()]  # fmt: skip
     figure = parameter_sweep(runs)
@@ -345,21 +346,21 @@ def test_the_parameter_sweep_has_a_row_for_each_parameter_at_the_others_referenc
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in exp.lines] == [
         ([-1, 2], pytest.approx([0.59, 0.62]))]  # fmt: skip
     assert eps.get_ylim() == exp.get_ylim()
-    named = [r | {"method": f"eps {r['parameters']['eps']}"} for r in sweep_runs()]  # a method for each value
+    named = [r | {"method": f"eps {r['parameters']['eps']}"} for r in sweep_runs()]  # each value has its own method
     assert list(parameter_sweep(named).axes[0].lines[0].get_xdata()) == [0, 0.5, 1]
     with pytest.raises(DataError, match="two runs of one seed"):
         parameter_sweep([*sweep_runs(), *({**r, "method": "static_d3"} for r in sweep_runs())])
     assert "2 runs at other values of both are not shown" in note_of(parameter_sweep(sweep_runs()))
 
 
-def test_the_parameter_sweep_takes_other_references_and_leaves_out_a_row_without_a_sweep():
+def test_the_parameter_sweep_compares_at_other_values_and_leaves_out_a_row_without_a_sweep():
     (axes,) = parameter_sweep([r for r in sweep_runs() if r["parameters"]["exp"] == -1], exp=-1).axes
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.49, 0.54, 0.59])
     endless = run(parameters={"eps": math.inf, "exp": 2.0})
     figure = parameter_sweep([*sweep_runs(), endless])
     assert list(figure.axes[0].lines[0].get_xdata()) == [0, 0.5, 1]
     assert "infinite values" in note_of(figure)
-    lone = run(parameters={"eps": 0.5, "exp": 2.0}) | {"task": "rte"}  # a task with a point of one of the sweeps
+    lone = run(parameters={"eps": 0.5, "exp": 2.0}) | {"task": "rte"}  # its task has a point in one of the sweeps
     _, eps, _, exp = parameter_sweep([*sweep_runs(), lone]).axes
     assert ([len(line.get_xdata()) for axes in (eps, exp) for line in axes.lines]) == [1, 0]
     with pytest.raises(DataError, match=r"no sweep at exp = 0 or at eps = 9: the runs have eps \[0.0, 0.5, 1.0\]"):
@@ -369,7 +370,7 @@ def test_the_parameter_sweep_takes_other_references_and_leaves_out_a_row_without
 
 
 def heat(axes) -> dict[tuple[float, float], str]:
-    """A map's cells: (column, row) -> what is written there."""
+    """Returns the text of each of a map's cells, by (column, row)."""
     return {text.get_position(): text.get_text() for text in axes.texts}
 
 
@@ -389,11 +390,11 @@ def test_figure_7_has_kinds_by_layers_and_shares_of_the_budget():
         assert axes.get_ylim()[0] > axes.get_ylim()[1]  # Key is at the top
     assert heat(maps[0]) == {(0, 1): "0.01", (1, 2): "0.03"}
     assert heat(maps[1]) == {(0, 1): "0.2", (1, 2): "0.6"}
-    assert [bar.get_ylim() for bar in bars] == [(0, 0.03), (0, 0.6)] * 2  # a colour scale for each panel
+    assert [bar.get_ylim() for bar in bars] == [(0, 0.03), (0, 0.6)] * 2  # each panel has its own colour scale
     assert maps[0].images[0].get_array()[2, 1] == pytest.approx(0.03)
 
 
-def test_the_cells_and_elsewhere_make_what_is_unmasked_of_the_budget():
+def test_the_cells_and_the_share_elsewhere_add_up_to_the_unmasked_share_of_the_budget():
     rows = [
         {"layer": layer, "kind": kind, "unmasked": 7 * i + j, "of": 900}
         for i, layer in enumerate([*map(str, range(12)), "other"])
@@ -407,7 +408,7 @@ def test_the_cells_and_elsewhere_make_what_is_unmasked_of_the_budget():
     assert [t.get_text() for t in end.get_xticklabels()] == [f"L={n}" for n in range(1, 13)]
 
 
-def test_of_repeat_s_the_map_shows_what_the_step_picked():
+def test_the_map_of_repeat_s_shows_the_weights_that_the_step_picked():
     more = {"picked": [{"layer": "0", "kind": "key", "unmasked": 50, "of": 100}]}
     runs = [run("repeat_d3", 50, allocation=[shot(1, 50, 0.9, **more), shot(4, 1000, 0.2, **more)])]
     _, end, *_ = allocation_maps(runs).axes
@@ -419,7 +420,7 @@ def test_one_method_has_two_maps_and_further_tasks_and_budgets_are_further_rows(
     alone = [run(allocation=[shot(4, 1000, 0.2), shot(1, 50, 0.9)])]
     start, end, *bars = allocation_maps(alone).axes
     assert len(bars) == 2
-    assert start.get_title(loc="left").startswith("(a) id3, start")  # the first step, not the first of the list
+    assert start.get_title(loc="left").startswith("(a) id3, start")  # the first step comes second in the list
     assert end.get_title(loc="left").startswith("(b) id3, end")
     more = [*alone, alone[0] | {"task": "rte"}, alone[0] | {"budget": 2000}]
     assert [axes.get_title(loc="left")[:3] for axes in allocation_maps(more).axes[:6]] == ["(a)", "(b)"] * 3
@@ -436,7 +437,7 @@ def test_maps_of_seeds_are_averaged():
     assert "200 of B = 1K" in start.get_title(loc="left")
 
 
-def test_the_map_of_a_delta_shows_percentages_that_make_a_hundred():
+def test_the_percentages_in_the_map_of_a_delta_add_up_to_a_hundred():
     tensors = {"a": {"changed": 1, "of": 2, "density": 0.5}}
     axes, *_ = delta_figure({"allocation": ROWS, "tensors": tensors, "weights": 50, "along": []}).axes
     assert sum(float(text) for text in heat(axes).values()) == pytest.approx(100)
@@ -528,7 +529,7 @@ def test_runs_that_are_not_seeds_of_one_setting_are_not_averaged():
 
 
 @pytest.mark.parametrize("figure", FIGURES)
-def test_svg_takes_the_pages_ink_and_is_the_same_every_time(figure):
+def test_svg_takes_the_pages_colour_of_text_and_is_the_same_every_time(figure):
     first, again = (svg(lambda style: FIGURES[figure](runs_of(figure), style), salt=figure) for _ in range(2))
     assert first == again
     assert first.startswith("<svg")
@@ -537,7 +538,7 @@ def test_svg_takes_the_pages_ink_and_is_the_same_every_time(figure):
     assert not re.search(r"(?:href|src)=\"https?:", first)
 
 
-def test_three_files_or_the_one_that_is_named(tmp_path):
+def test_a_figure_is_written_as_three_files_or_as_the_one_that_is_named(tmp_path):
     def draw(style):
         return score_against_share(all_runs(), style)
 

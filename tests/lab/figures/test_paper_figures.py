@@ -1,4 +1,4 @@
-"""The paper's figures (arXiv 2408.14470 v1), typed once; presets, tables and budgets are held against them, both ways."""
+"""Compares presets, tables and budgets with the paper's figures (arXiv 2408.14470 v1), which are typed once, here."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TABLES = {
     8M    |SparseAdapter+Pfeiffer|90.88|58.95|89.41|77.03|79.07
     8M    |ID3+Pfeiffer          |90.71|59.84|89.95|79.42|79.98
     """,
-    # the paper's columns are the methods; here a method is a row, as in the other tables
+    # The paper's columns are the methods. Here a method is a row, as in the other tables.
     "table4": """
     Budget|Method |CoNLL2003
     184M  |Full-FT|96.69 0.18
@@ -115,7 +115,7 @@ SEVENTH_B = """
     SingleEq   | Accuracy                         | -  | 80   | 256
 """
 
-# names here of the paper's rows and columns
+# The names that this project has for the paper's rows and columns.
 ROWS = {
     "Full-FT": "full", "R-Mask": "random_mask", "Fish": "fish", "PaFi": "pafi", "BitFit": "bitfit", "ID3": "id3",
     "LoRA(r=8)": "lora", "PaFi+LoRA(r=8)": "pafi+lora", "ID3+LoRA(r=8)": "id3+lora",
@@ -123,7 +123,7 @@ ROWS = {
     "LoRA(r=32)": "lora_r32", "LoRA(r=2)": "lora_r2", "LoRA(r=4)": "lora_r4",
     "PaFi+LoRA(r=32)": "pafi+lora", "ID3+LoRA(r=32)": "id3+lora",
 }  # fmt: skip
-WHOLE = {"full", "bitfit", "lora", "pfeiffer", "lora_r32", "lora_r2", "lora_r4"}  # rows without a budget to choose
+WHOLE = {"full", "bitfit", "lora", "pfeiffer", "lora_r32", "lora_r2", "lora_r4"}  # these rows have no budget to choose
 OF = {
     "table1": "of 184M", "table2": "of 1.33M eligible", "table3": "of 201M eligible", "table4": "of 184M",
     "table5": "of 56M eligible",
@@ -141,12 +141,12 @@ def lines(text: str) -> list[list[str]]:
 
 
 def key(name: str) -> str:
-    """The paper's name of a task as this project has it, but for MNLI's two columns."""
+    """Returns this project's name for a task of the paper; MNLI's two columns keep their own names."""
     return name.lower() if name.startswith("MNLI-") else name.lower().replace("-", "")
 
 
 def printed(table: str) -> list[tuple[str, str, dict[str, str], str | None]]:
-    """Every printed row: its budget, its row here, its scores by column (mean and deviation), its average."""
+    """Returns the budget, the method, the scores by column (mean and deviation) and the average of every printed row."""
     header, *rows = lines(TABLES[table])
     columns = [key(name) for name in header[2:] if not name.startswith("Av")]
     found = []
@@ -157,7 +157,7 @@ def printed(table: str) -> list[tuple[str, str, dict[str, str], str | None]]:
 
 
 def as_texts(name: str) -> dict:
-    """A data file without any number read: what stands in it, digit by digit."""
+    """Reads a data file without converting numbers, so that every digit is compared."""
     package = "unmask.lab.training" if name in PRESETS else "unmask.lab.study"
     text = files(package).joinpath("data", f"{name}.yaml").read_text("utf-8")
     return yaml.load(text, yaml.BaseLoader)
@@ -183,8 +183,7 @@ def test_the_claims_are_the_printed_figures_digit_by_digit(name):
     assert shown == printed(name), "a figure is shown as it is printed"
 
 
-def test_the_figures_typed_here_are_consistent():
-    """The averages that the notes say are means of their columns, and those that are not."""
+def test_the_averages_typed_here_are_means_of_their_columns_except_those_that_the_notes_name():
     for name in ("table1", "table2", "table3", "table5"):
         for count, method, scores, average in printed(name):
             mean = fmean(float(score.split()[0]) for score in scores.values())
@@ -219,7 +218,7 @@ def test_every_row_is_run_as_four_pairs_of_rate_and_seed(name):
 
 
 @pytest.mark.parametrize(("name", "run"), [("table5", ("3e-4", 42))] + [(f"fig{n}", ("3e-4", 7)) for n in (7, 8, 9)])
-def test_what_the_paper_ran_once_is_run_once(name, run):
+def test_an_experiment_that_the_paper_ran_once_is_run_once(name, run):
     sweep, found = cells(name)
     assert {(cell.labels["lr"], cell.labels["seed"]) for cell in due(found, sweep.protocol, sweep.choice, {})} == {run}
     places = {cell.group("lr", "seed") for cell in found}
@@ -237,7 +236,8 @@ def test_the_presets_have_what_table_7a_prints_and_no_more():
         assert own["full_rates"] == ([] if family == "arithmetic" else FULL_RATES.split())
         column["batch_size"] = column.pop("batch size")
         if family != "arithmetic":
-            assert (column.pop("sample_type"), column.pop("grad_type")) == ("label", "square")  # what unmask.fish does
+            # These two are what `unmask.fish` always does, so there is no setting for them.
+            assert (column.pop("sample_type"), column.pop("grad_type")) == ("label", "square")
         lora = {name: column.pop(name) for name in ("lora_r", "lora_alpha") if name in column}
         assert {name: str(value) for name, value in own["settings"].items()} == column
         modules = own.get("lora", {}).pop("lora_targets", None)
@@ -254,7 +254,8 @@ def test_the_presets_have_what_table_7b_prints_and_no_more():
     tests = [rows.pop(name) for name in ("gsm8k", "svamp", "multiarith", "addsub", "aqua", "singleeq")]
     assert {tuple(row) for row in tests} == {("Accuracy", "-", "80", "256")}
     metric, _, steps, _ = tests[0]
-    rows["math10k"] = [metric, *rows["math10k"][1:2], steps, rows["math10k"][3]]  # one run trains and solves
+    # One run of this project trains on Math10K and solves the test sets.
+    rows["math10k"] = [metric, *rows["math10k"][1:2], steps, rows["math10k"][3]]
     tasks = {}
     for values in read("paper")["families"].values():
         tasks |= values["tasks"]
@@ -302,11 +303,11 @@ def test_a_single_run_under_the_papers_preset_is_one_of_its_runs():
     assert preset("cola").run("repeat_d3")["leaving"] == "kept"
 
 
-# What the paper counts.
+# The numbers of weights that the paper prints.
 
 
 def deberta(cls: str = "DebertaV2ForSequenceClassification"):
-    """DeBERTa-v3-base's shape, without weights."""
+    """Builds a model of DeBERTa-v3-base's shape, without weights."""
     import transformers
 
     config = transformers.DebertaV2Config(
@@ -319,7 +320,7 @@ def deberta(cls: str = "DebertaV2ForSequenceClassification"):
 
 
 def lora_of(model: torch.nn.Module, **settings: object) -> tuple[set[str], int]:
-    """The modules that got a LoRA, and how many weights it added."""
+    """Returns the modules that got a LoRA, and how many weights it added."""
     with quiet(), torch.device("meta"):
         inserted = insert(model, Into("lora", **settings), (), seed=0)
     sizes = dict(inserted.model.named_parameters())
@@ -343,7 +344,7 @@ def test_lora_lies_in_the_six_printed_modules_of_every_layer_of_deberta(cls):
     modules, added = lora_of(deberta(cls), r=8, targets=tuple(preset("cola").lora["lora_targets"]))
     assert len(modules) == 12 * 6
     kinds = {re.sub(r"deberta\.encoder\.layer\.\d+\.", "", name) for name in modules}
-    # output.dense is the one after intermediate.dense; attention.output.dense is named on its own
+    # output.dense is the layer after intermediate.dense. attention.output.dense has its own entry.
     assert kinds == {name if "." in name else f"attention.self.{name}" for name in MODULES["nlu"]}
     assert f"{added / 1e6:.2f}M" == "1.33M"
     assert Budget.parse("320K of 1.33M eligible").of(10**9, added) == pytest.approx(320_000, rel=0.003)
@@ -370,7 +371,7 @@ def test_a_lora_of_llama_7b_has_the_printed_numbers_of_weights():
     targets = tuple(preset("math10k").lora["lora_targets"])
     counts = {}
     for r in (2, 4, 32):
-        config = transformers.LlamaConfig(num_hidden_layers=1)  # its other defaults are those of Llama-7B, of 32 layers
+        config = transformers.LlamaConfig(num_hidden_layers=1)  # all other defaults are Llama-7B's, which has 32 layers
         with torch.device("meta"):
             model = transformers.LlamaForCausalLM(config)
         counts[r] = 32 * lora_of(model, r=r, targets=targets)[1]
@@ -380,7 +381,7 @@ def test_a_lora_of_llama_7b_has_the_printed_numbers_of_weights():
     assert Budget.parse("7M of 56M eligible").of(10**10, counts[32]) == pytest.approx(counts[4], rel=0.001)
 
 
-# The figures' grids, and what the files say.
+# The grids of the figures, and the notes in the files.
 
 
 def test_the_figures_have_the_printed_tasks_budgets_and_values():
@@ -408,7 +409,7 @@ def test_figure_4_has_two_sweeps_that_share_the_papers_point():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_file_says_what_is_not_said(name):
+def test_every_file_names_what_the_paper_does_not_say(name):
     texts = read(name, "unmask.lab.study")
     assert texts["unsaid"]
     assert all(sentence.startswith("The paper does not ") for sentence in texts["unsaid"])
@@ -420,7 +421,7 @@ def test_every_file_says_what_is_not_said(name):
     assert ("adapters' width" in silence) == (into == "pfeiffer")
 
 
-def test_what_is_unsaid_has_an_explicit_setting():
+def test_everything_that_the_paper_does_not_say_has_an_explicit_setting():
     topics = {
         "warm-up": {"warmup": 0.0}, "decay of the learning rate": {}, "clipping": {"max_grad_norm": 1.0},
         "weight decay": {"weight_decay": 0.0}, "optimizer": {"bias_correction": "global"}, "Dropout": {},
@@ -448,7 +449,7 @@ def test_pafi_in_a_new_lora_is_spread_over_the_tensors():
         assert {method for method, allocation in spread if allocation == "tensor"} == {"pafi+lora"}
 
 
-def test_no_file_has_what_was_once_guessed():
+def test_no_file_contains_the_guesses_of_earlier_versions():
     folders = [files(package).joinpath("data") for package in ("unmask.lab.study", "unmask.lab.training")]
     for path in (path for folder in folders for path in folder.iterdir()):
         text = path.read_text("utf-8")

@@ -1,4 +1,4 @@
-"""Tests the report of sweeps: its tables are right, it loads nothing from elsewhere, and no text from runs is executed."""
+"""Tests the report of sweeps: its tables are right, it needs no network, and no text from runs is executed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from studies import EVIL, VALUES, write_study
 
 from unmask.errors import ConfigError, DataError
 from unmask.lab.report import read_study, write_report
+from unmask.lab.report.drawing import draw_files, inline
+from unmask.lab.study.records import records
 from unmask.lab.study.spec import Protocol
 from unmask.lab.study.tables import figure, markdown, table
 
@@ -19,7 +21,7 @@ VOID = {"meta", "input", "br", "path", "use", "image", "line", "rect", "circle"}
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and gathers texts and attributes."""
+    """Checks that the tags nest, and collects texts and attributes."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -59,7 +61,7 @@ def text(study, tmp_path_factory):
     return write_report([study], tmp_path_factory.mktemp("out") / "report.html").read_text("utf-8")
 
 
-def test_what_comes_from_runs_is_escaped(text):
+def test_texts_from_runs_are_escaped(text):
     page = Page(text)
     assert page.tags.count("script") == 1
     assert "<script>alert" not in text
@@ -79,7 +81,7 @@ def test_the_page_needs_no_network(text):
     assert "default-src 'none'" in text
 
 
-def test_light_dark_and_narrow_are_provided_for(text):
+def test_the_page_fits_light_dark_and_narrow_screens(text):
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
     assert 'content="light dark"' in text
@@ -88,7 +90,7 @@ def test_light_dark_and_narrow_are_provided_for(text):
 def test_every_run_has_a_row_with_its_configuration(text, study):
     rows = text[text.index('class="sortable"') :].split("</tbody>")[0]
     known = read_study(study)
-    assert rows.count("<tr>") - 1 == len(known.results)  # one is the heading
+    assert rows.count("<tr>") - 1 == len(known.results)  # One row is the heading.
     for run_id in known.results:
         assert f"<code>{run_id}</code>" in rows
     assert rows.count("<dt>max_steps</dt><dd>60</dd>") == len(known.results)
@@ -113,7 +115,7 @@ def test_the_tables_figures_are_those_of_the_results(study):
     assert full.entries["mrpc"].trained == 20_000_000 - 770
 
 
-def test_the_two_protocols_differ_where_they_should(study):
+def test_the_two_protocols_show_different_figures(study):
     known = read_study(study)
     seeds, paper = (
         table(known.cells, known.results, Protocol(kind=kind, best=2), known.choice) for kind in ("seeds", "paper")
@@ -143,6 +145,17 @@ def test_figures_are_drawn_into_the_page(text):
     assert "not drawn" not in text
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
+
+
+def test_a_figure_with_a_name_that_matplotlib_cannot_read_is_left_out(study, tmp_path):
+    pytest.importorskip("matplotlib")
+    known = read_study(study)
+    runs = records(known.cells, known.results, known.protocol, known.choice)
+    odd = [{**run, "method": f"$\\frac$ {run['method']}"} for run in runs]  # Matplotlib reads it as mathematics.
+    assert draw_files(["fig1"], odd, tmp_path / "odd") == []
+    (shown,) = inline(["fig1"], odd, "s0")
+    assert (shown["svg"], "frac" in shown["fault"]) == (None, True)
+    assert len(draw_files(["fig1"], runs, tmp_path / "plain")) == 3
 
 
 def test_two_studies_stand_on_one_page(study, tmp_path):
@@ -184,12 +197,12 @@ def test_folders_without_runs_are_refused(tmp_path):
         read_study(tmp_path)
 
 
-def test_a_folder_is_no_output(study, tmp_path):
+def test_a_folder_as_the_output_is_refused(study, tmp_path):
     with pytest.raises(ConfigError, match="is a folder"):
         write_report([study], tmp_path)
 
 
-def test_the_command(study, tmp_path):
+def test_the_command_writes_the_report(study, tmp_path):
     done = run("report", study, "--output", "out.html", cwd=tmp_path)
     assert done.stdout.startswith("report in out.html")
     assert run("report", "none", cwd=tmp_path, check=False).returncode == 1

@@ -51,7 +51,7 @@ def wait_for(condition, seconds=30.0):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A Ray of two CPUs, with a token of its own, so that Ray writes none to the user's home."""
+    """Starts a Ray of two CPUs. It is given a token, so that Ray writes none to the user's home."""
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     paths = os.pathsep.join(path for path in sys.path if path)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
@@ -89,18 +89,18 @@ def test_closing_with_patience_lets_a_run_save_and_go_on_later(cluster, tmp_path
     store, cell = Store(tmp_path), expand(sweep())[0]
     store.write_plan(plan(sweep(), [cell]))
     engine = RayEngine(store, "sweep_runs:stepping", workers=1, threads=1)
-    engine.submit(Order(cell.id, cell.labels, cell.settings))
+    engine.submit(Order(cell))
     wait_for(lambda: times(tmp_path, cell.id, "steps") >= 3)
     engine.close(patience=20.0)
     assert (store.result(cell.id), 3 <= times(tmp_path, cell.id, "steps") < 20) == (None, True)
-    engine.submit(Order(cell.id, cell.labels, cell.settings))
+    engine.submit(Order(cell))
     (outcome,) = engine.wait(20.0)
     assert (outcome.status, store.result(cell.id)["steps"]) == ("done", 20)
     engine.close()
-    assert ray.is_initialized()  # It is the user's own, so the engine leaves it.
+    assert ray.is_initialized()  # The engine did not start this Ray, so it leaves it running.
 
 
-def test_what_cannot_work_on_the_cluster_is_refused(cluster, tmp_path):
+def test_settings_that_cannot_work_on_the_cluster_are_refused(cluster, tmp_path):
     with pytest.raises(ConfigError, match="threads = 3; the largest node of the Ray cluster has 2 CPUs"):
         run(tmp_path, "quick", threads=3)
     with pytest.raises(ConfigError, match="devices = 0; Ray assigns GPUs itself"):
@@ -118,7 +118,7 @@ t.run(sys.argv[1], "stepping", workers=2, threads=1)
 """
 
 
-def test_a_killed_sweep_takes_its_runs_along_and_goes_on_where_it_was(cluster, tmp_path):
+def test_the_runs_of_a_killed_sweep_end_and_the_next_sweep_goes_on_where_they_were(cluster, tmp_path):
     paths = os.pathsep.join(path for path in sys.path if path)
     driver = subprocess.Popen(
         [sys.executable, "-c", COMMAND, str(tmp_path)],
@@ -126,8 +126,7 @@ def test_a_killed_sweep_takes_its_runs_along_and_goes_on_where_it_was(cluster, t
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    found = lambda: [path for path in Path(tmp_path).glob("runs/*/steps") if path.read_text().count("\n") >= 3]  # noqa: E731
-    wait_for(found)
+    wait_for(lambda: any(path.read_text().count("\n") >= 3 for path in tmp_path.glob("runs/*/steps")))
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     pids = {int(pid) for path in tmp_path.glob("runs/*/steps") for pid in path.read_text().split()}

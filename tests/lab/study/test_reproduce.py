@@ -1,4 +1,4 @@
-"""Every table and figure of the paper as a sweep: complete, expandable, small enough when asked, under either preset."""
+"""Tests the sweeps of the paper's tables and figures: their runs under both presets, in full and at the small scale."""
 
 from __future__ import annotations
 
@@ -34,10 +34,8 @@ def test_every_sweep_expands_to_runs_that_can_be_configured(name, which):
     assert sweep.title
     made = distinct(due(small, small_sweep.protocol, small_sweep.choice, {}))
     assert 1 <= len(made) <= (16 if name in FIGURES else 20)
-    assert len(distinct(small)) < len(distinct(full)) or name in (
-        "table5",
-        "fig7",
-    )  # which have no more than these runs
+    # The full table 5 and figure 7 have no more runs than the small ones.
+    assert len(distinct(small)) < len(distinct(full)) or name in ("table5", "fig7")
     assert all(cell.settings["max_steps"] <= 60 for cell in small)
     assert all(cell.settings["eval_steps"] < cell.settings["max_steps"] for cell in small)
     assert all(cell.settings.get("max_length", 128) <= 128 for cell in small)
@@ -57,7 +55,7 @@ def test_the_small_scale_has_two_of_the_papers_pairs_at_most(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_tuned_preset_replaces_the_papers_settings_whole(name):
+def test_the_tuned_preset_replaces_all_of_the_papers_settings(name):
     sweep, found = cells(name, which="tuned")
     known = preset(sweep.axes["task"][0], "tuned")
     assert (sweep.protocol.kind, sweep.choice.setting, sweep.choice.seeds, sweep.choice.by) == (
@@ -67,7 +65,7 @@ def test_the_tuned_preset_replaces_the_papers_settings_whole(name):
         "loss",
     )
     assert sweep.axes["seed"] == known.seeds == (0, 1, 2, 3)
-    assert not any("warmup" in cell.settings for cell in found)  # 0.06, the default
+    assert not any("warmup" in cell.settings for cell in found)  # The default is 0.06.
     into = sweep.settings.get("into")
     for row in sweep.rows:
         assert row.grid == {"lr": known.grid(row.settings.get("method", "id3"), into)}
@@ -87,19 +85,19 @@ def test_under_the_protocol_seeds_the_papers_rates_are_tried_on_its_first_seed(n
     assert len(first) == len(found) / 4
 
 
-def test_the_presets_reach_the_runs_and_give_way_to_what_is_said():
+def test_the_presets_reach_the_runs_and_given_settings_override_them():
     _, full = cells("table1")
     cola = next(c for c in full if c.labels["task"] == "cola" and c.labels["method"] == "id3")
     assert (cola.settings["epochs"], cola.settings["max_length"], cola.settings["eval_steps"]) == (20.0, 256, 200)
-    assert "exp" not in cola.settings  # 2 is the default
+    assert "exp" not in cola.settings  # The default is 2.
     longer = load("table1").with_settings({"model": "m", "epochs": 1})
     assert {c.settings["epochs"] for c in expand(longer)} == {1.0}
     other = load("table4").with_axis("task", ["wnut17"]).with_settings({"model": "m"})
     assert {(c.settings["epochs"], c.settings["max_length"]) for c in expand(other)} == {(20.0, 384)}
 
 
-def test_the_settings_of_a_file_go_over_its_presets():
-    _, found = cells("table5")  # whose preset has lora_r = 8
+def test_the_settings_of_a_file_override_those_of_its_preset():
+    _, found = cells("table5")  # The preset of its task has lora_r = 8.
     assert {c.labels["method"]: c.settings.get("lora_r") for c in found} == {
         "lora_r32": 32, "lora_r2": 2, "lora_r4": 4, "pafi+lora": 32, "id3+lora": 32,
     }  # fmt: skip
@@ -141,7 +139,7 @@ def test_every_file_is_listed_and_ships_with_the_package():
 def test_the_experiments_folder_shows_the_same_files():
     shown = ROOT / "experiments" / "reproduce" / "table1.yaml"
     if not shown.exists():
-        pytest.skip("not a checkout")
+        pytest.skip("this is not a checkout")
     assert shown.read_text("utf-8") == files("unmask.lab.study").joinpath("data", "table1.yaml").read_text("utf-8")
 
 
@@ -169,8 +167,8 @@ def test_the_command_lists_the_papers_runs(tmp_path):
     assert not list(tmp_path.rglob("sweep.json"))
 
 
-def test_small_settings_leave_a_methods_own_alone():
-    """A LoRA of rank 2 once became one of the small scale's rank, seven times the budget that it was compared at."""
+def test_the_small_scale_does_not_override_a_methods_settings():
+    """A LoRA of rank 2 once got the rank of the small scale, and so seven times the budget at which it was compared."""
     values = {
         "settings": {"model": "m", "task": "rte", "budget": "1%"},
         "methods": {"thin": {"settings": {"lora_r": 2}}, "other": {}},

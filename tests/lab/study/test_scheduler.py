@@ -1,4 +1,4 @@
-"""Tests sweeps of made-up runs in real worker processes: each run is made once, and a kill loses little."""
+"""Tests sweeps of made-up runs in real worker processes: each run is made once, and goes on after a kill."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import sweep_runs
 from rich.console import Console
 
-from unmask.errors import ConfigError, DataError
+from unmask.errors import ConfigError, DataError, UnmaskError
 from unmask.lab.study import Store, expand, parse, run_sweep
 from unmask.lab.study.scheduler import SweepInterruptedError
 
@@ -56,14 +56,14 @@ def test_every_run_is_done_once_and_skipped_afterwards(tmp_path):
     assert "printed by the run 0" in Store(tmp_path).log_path(ids[0]).read_text()
 
 
-def test_more_seeds_run_only_what_is_new(tmp_path):
+def test_more_seeds_make_only_the_new_runs(tmp_path):
     run(sweep(), tmp_path, "quick")
     report = run(sweep(seeds=(0, 1)), tmp_path, "quick")
     assert len(report.results) == 6
     assert {times(tmp_path, i) for i in report.results} == {1}
 
 
-def test_a_failure_is_recorded_and_done_again_only_when_asked(tmp_path):
+def test_a_failed_run_is_recorded_and_made_again_only_when_asked(tmp_path):
     report = run(sweep(), tmp_path, "failing")
     (failed,) = report.failed
     assert failed["error"]["type"] == "ValueError"
@@ -86,7 +86,7 @@ def test_a_run_whose_worker_is_killed_is_tried_once_more(tmp_path):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_what_is_shown_while_it_runs(tmp_path, terminal):
+def test_a_running_sweep_shows_its_runs_and_their_counts(tmp_path, terminal):
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=terminal, width=120, color_system=None)
     plan = sweep(methods={"odd [bold]": {"grid": {"lr": ["1e-3", "1e-2"]}}})
@@ -111,14 +111,14 @@ def test_the_other_seeds_run_at_the_chosen_rate_alone(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_runner_that_is_not_there_is_refused(tmp_path):
+def test_a_function_that_cannot_be_imported_and_a_count_of_no_workers_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no_such"):
         run(sweep(), tmp_path, "no_such")
     with pytest.raises(ConfigError, match="workers = 0"):
         run(sweep(), tmp_path, "quick", workers=0)
 
 
-def test_a_result_in_pieces_is_named(tmp_path):
+def test_a_damaged_result_is_refused(tmp_path):
     report = run(sweep(), tmp_path, "quick")
     path = Store(tmp_path).result_path(next(iter(report.results)))
     path.write_text('{"status": "do')
@@ -164,8 +164,8 @@ def alive(pid):
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def test_killed_at_any_point_it_goes_on_where_it_was(tmp_path):
-    """Kills the whole sweep several times; every step of every run is done just once in the end."""
+def test_a_sweep_that_is_killed_at_any_point_goes_on_where_it_was(tmp_path):
+    """The whole sweep is killed several times. In the end every step of every run has been done exactly once."""
     for ended in range(3):
         parent = start(tmp_path, 2)
         wait_for(
@@ -182,7 +182,7 @@ def test_killed_at_any_point_it_goes_on_where_it_was(tmp_path):
     assert {times(tmp_path, i, "steps") for i in report.results} == {20}
 
 
-def test_what_a_process_left_that_was_killed_as_it_wrote_is_removed(tmp_path):
+def test_the_part_file_of_a_process_that_was_killed_while_writing_is_removed(tmp_path):
     run_id = expand(sweep())[0].id
     part = Store(tmp_path).result_path(run_id).with_name(f".{run_id}.jsonabc.part")
     part.parent.mkdir()
@@ -204,7 +204,7 @@ def test_two_sweeps_over_one_folder_share_the_work(tmp_path):
     assert len(pids) == 2  # Both commands have made some of the runs.
 
 
-def test_interrupted_it_lets_the_runs_save_and_says_how_to_go_on(tmp_path):
+def test_an_interrupted_sweep_lets_its_runs_save_and_says_how_to_go_on(tmp_path):
     parent = start(tmp_path, 2)
     wait_for(lambda: len(steps_files(tmp_path)) == 2)
     parent.send_signal(signal.SIGINT)
@@ -215,12 +215,12 @@ def test_interrupted_it_lets_the_runs_save_and_says_how_to_go_on(tmp_path):
     assert run(sweep(seeds=(0, 1)), tmp_path, "stepping", workers=2).failed == []
 
 
-def test_interrupted_error_is_not_silent():
-    assert issubclass(SweepInterruptedError, Exception)
+def test_the_error_of_an_interrupted_sweep_is_caught_with_the_others():
+    assert issubclass(SweepInterruptedError, UnmaskError)
     assert sweep_runs.scored({})["loss"] == 0.5
 
 
-def test_a_lock_goes_with_its_process(tmp_path):
+def test_a_lock_is_freed_when_its_process_is_killed(tmp_path):
     code = (
         "import sys, time; from unmask.lab.study import Store\n"
         "with Store(sys.argv[1]).lock('a') as mine:\n    print(mine, flush=True); time.sleep(60)"

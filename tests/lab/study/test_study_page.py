@@ -1,4 +1,4 @@
-"""The page with the study's tables is what the study's command prints from its runs."""
+"""Tests that the page with the study's tables holds what the study's command prints from its runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers import ROOT
 STUDY = ROOT / "experiments" / "study"
 
 
-@pytest.mark.skipif(not STUDY.exists(), reason="not a checkout")
+@pytest.mark.skipif(not STUDY.exists(), reason="this is not a checkout")
 def test_the_page_holds_the_tables_of_the_runs():
     command = [sys.executable, str(STUDY / "tables.py"), "--from", str(STUDY / "runs.csv")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

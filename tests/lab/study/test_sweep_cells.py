@@ -1,4 +1,4 @@
-"""From a sweep's YAML to its cells: order, rules, ids, filters, and what is refused."""
+"""Tests the cells of a sweep: their order, rules, ids and filters, and the values that are refused."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ def sweep(**values):
     return parse({"settings": BASE, "methods": {"id3": {}}, **values})
 
 
-def of(cells, *keys):
+def labels_of(cells, *keys):
     return [tuple(cell.labels.get(key) for key in keys) for cell in cells]
 
 
-def test_seeds_are_outermost_unless_told_otherwise():
+def test_seeds_are_outermost_unless_the_order_says_otherwise():
     values = {
         "axes": {"task": ["rte", "cola"], "seed": [0, 1]},
         "methods": {"id3": {}, "pafi": {"settings": {"method": "pafi"}}},
     }
-    assert of(expand(sweep(**values)), "seed", "task", "method") == [
+    assert labels_of(expand(sweep(**values)), "seed", "task", "method") == [
         (seed, task, method) for seed in (0, 1) for task in ("rte", "cola") for method in ("id3", "pafi")
     ]
-    assert of(expand(sweep(**values, order=["method"])), "method", "seed", "task") == [
+    assert labels_of(expand(sweep(**values, order=["method"])), "method", "seed", "task") == [
         (method, seed, task) for method in ("id3", "pafi") for seed in (0, 1) for task in ("rte", "cola")
     ]
 
 
-def test_rules_go_over_settings_and_axes_and_methods_over_rules():
+def test_rules_override_settings_and_axes_and_methods_override_rules():
     cells = expand(
         sweep(
             axes={"task": ["rte", "cola"]},
@@ -54,20 +54,20 @@ def test_rules_go_over_settings_and_axes_and_methods_over_rules():
     assert over.settings == {**BASE, "epochs": 5.0, "exp": 0.0}
 
 
-def test_a_rule_brings_a_grid_of_its_own():
+def test_a_rules_grid_replaces_that_of_the_row():
     rules = [{"when": {"method": "full"}, "grid": {"lr": ["1e-5", "2e-5"]}}]
     rows = {
         "id3": {"grid": {"lr": ["1e-3"]}},
         "full": {"settings": {"method": "full", "budget": None}, "grid": {"lr": ["1e-2"]}},
     }
     cells = expand(sweep(rules=rules, methods=rows))
-    assert of(cells, "method", "lr") == [("id3", "1e-3"), ("full", "1e-5"), ("full", "2e-5")]
+    assert labels_of(cells, "method", "lr") == [("id3", "1e-3"), ("full", "1e-5"), ("full", "2e-5")]
 
 
 def test_full_fine_tuning_is_run_once_for_all_budgets():
     full = {"settings": {"method": "full", "budget": None}}
     cells = expand(sweep(axes={"budget": [100, 200]}, methods={"id3": {}, "full": full}, order=["method"]))
-    assert of(cells, "method", "budget") == [("id3", 100), ("id3", 200), ("full", None)]
+    assert labels_of(cells, "method", "budget") == [("id3", 100), ("id3", 200), ("full", None)]
 
 
 def test_a_lora_takes_the_rank_that_matches_and_loses_its_budget():
@@ -75,11 +75,11 @@ def test_a_lora_takes_the_rank_that_matches_and_loses_its_budget():
     cells = expand(
         sweep(axes={"budget": [100, 150, 400]}, methods={"lora": lora}), rank=lambda s: int(s["budget"]) // 100
     )
-    assert of(cells, "budget") == [(100,), (150,), (400,)]
+    assert labels_of(cells, "budget") == [(100,), (150,), (400,)]
     assert [c.settings["lora_r"] for c in cells] == [1, 1, 4]
     assert [c.settings.get("lora_alpha") for c in cells] == [1.0, 1.0, 4.0]
     assert all("budget" not in c.settings for c in cells)
-    assert len({c.id for c in cells}) == len(distinct(cells)) == 2  # 100 and 150 are one run
+    assert len({c.id for c in cells}) == len(distinct(cells)) == 2  # The budgets 100 and 150 share a run.
     assert cells[0].id.startswith("rte-lora_full-")
 
 
@@ -104,13 +104,13 @@ def test_a_row_that_has_the_name_of_a_method_and_names_none_has_that_method():
     assert [c.settings["method"] for c in cells] == ["pafi", "random_mask", "static_d3"]
 
 
-def test_filters_and_given_settings():
+def test_filters_keep_some_cells_and_given_settings_replace_axes():
     values = sweep(
         axes={"task": ["rte", "cola"], "seed": [0, 1, 2]},
         methods={"id3": {"grid": {"lr": ["1e-3"]}}, "pafi": {"settings": {"method": "pafi"}}},
         choose={"seeds": [0]},
     )
-    assert of(expand(values.only({"method": ["pafi"], "seed": ["1", "2"]})), "method", "seed") == [
+    assert labels_of(expand(values.only({"method": ["pafi"], "seed": ["1", "2"]})), "method", "seed") == [
         ("pafi", 1), ("pafi", 1), ("pafi", 2), ("pafi", 2),
     ]  # fmt: skip
     assert values.only({"seed": ["1", "2"]}).choice.seeds == (1,)
@@ -142,7 +142,7 @@ def test_filters_and_given_settings():
         ({"settings": [1]}, "settings must be a mapping"),
     ],
 )
-def test_what_is_no_sweep_is_refused(values, message):
+def test_values_that_are_no_sweep_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         sweep(**values)
 
@@ -156,14 +156,14 @@ def test_a_run_that_cannot_work_is_refused_before_anything_runs():
         expand(sweep(methods={"lora": {"settings": {"lora_r": "match", "budget": None}}}))
 
 
-def test_from_a_file(tmp_path):
+def test_a_sweep_is_read_from_a_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("settings: {model: m, task: rte, budget: 1%}\nmethods:\n  id3: {grid: {lr: [1e-3, 3e-3]}}\n")
     sweep = read_sweep(path)
     assert (sweep.name, len(expand(sweep))) == ("mine", 2)
 
 
-def test_the_pages_example_is_a_sweep():
+def test_the_example_on_the_docs_page_is_a_sweep():
     page = ROOT / "docs" / "reproduce.md"
     text = page.read_text("utf-8").split("```yaml\n")[1].split("```")[0]
     sweep = parse(yaml.safe_load(text)).with_settings({"model": "m"})

@@ -1,4 +1,4 @@
-"""Choosing a rate, the two protocols, and the time that is left: on cases worked by hand."""
+"""Tests the choice of a rate, the two protocols and the estimate of the time left, on cases worked by hand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cells(seeds=(0, 1, 2), rates=RATES, rows=("id3",)):
 
 
 def results(grid, figures, **more):
-    """Results of the cells whose (seed, lr) has a figure: the loss."""
+    """Returns the results of the cells whose (seed, lr) has a loss among the figures."""
     found = {}
     for cell in grid:
         loss = figures.get((cell.labels["seed"], cell.labels["lr"]))
@@ -122,9 +122,10 @@ def test_the_papers_protocol_takes_the_best_three_of_four():
     assert best_of([0.5]).deviation is None
 
 
-def test_the_interval_is_students():
+def test_the_interval_is_that_of_students_t():
     scores = [0.81, 0.79, 0.84, 0.80, 0.76]
-    reach = 2.131847 * np.std(scores, ddof=1) / 5**0.5  # a table's t of 4 degrees of freedom, 5% in each tail
+    # The factor is Student's t for 4 degrees of freedom with 5% in each tail, from a printed table.
+    reach = 2.131847 * np.std(scores, ddof=1) / 5**0.5
     mine = interval(scores, level=0.9)
     assert (mine.low, mine.high) == (pytest.approx(0.8 - reach, abs=1e-7), pytest.approx(0.8 + reach, abs=1e-7))
     assert interval([0.8]).low is None
@@ -168,18 +169,23 @@ def test_levels_and_counts_out_of_range_are_refused():
         best_of([0.5], best=0)
 
 
-def test_the_time_left_counts_what_the_choice_will_bring():
+def test_the_time_left_counts_the_runs_that_the_choice_will_add():
     grid = cells()
     first = results(grid, {(0, "1e-4"): 0.5})
     left = remaining(grid, SEEDS, Choice(), first)
-    assert [c.labels["seed"] for c in left] == [0, 0, 1, 2]  # two rates to try, then one run for each other seed
+    assert [c.labels["seed"] for c in left] == [
+        0,
+        0,
+        1,
+        2,
+    ]  # Two rates are left to try, then each other seed has one run.
     assert time_left(left, first, {}, 1) == 40
     assert time_left(left, first, {left[0].id: 7.0}, 1) == 33
     assert time_left(left, first, {}, 4) == 10
     assert time_left(left, {}, {}, 1) is None
 
 
-def test_runs_that_are_alike_tell_the_time():
+def test_the_time_of_a_run_is_estimated_from_runs_that_are_like_it():
     grid = cells(rows=("id3", "pafi"), seeds=(0, 1), rates=("1e-3",))
     found = {
         c.id: {"status": "done", "settings": dict(c.settings), "seconds": 30.0 if c.labels["method"] == "id3" else 2.0}
@@ -199,7 +205,7 @@ def test_the_papers_runs_pair_each_rate_with_a_seed():
     } == wanted
     assert len(remaining(grid, pairs, Choice(seeds=(6,)), {})) == 6
     one = cells(seeds=(6, 7, 8), rates=("1e-3",))
-    assert due(one, pairs, None, {}) == one  # a row of one rate runs it with every seed
+    assert due(one, pairs, None, {}) == one  # A row with one rate runs it with every seed.
 
 
 def test_both_protocols_share_the_runs_that_each_needs():

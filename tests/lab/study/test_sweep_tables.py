@@ -1,4 +1,4 @@
-"""A sweep's tables: the paper's pairs of rate and seed, columns of a task, the paper's figures next to ours."""
+"""Tests a sweep's tables: the paper's pairs of rate and seed, the columns of a task, and the paper's figures."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def done(cell, score, after=None, **summary):
 
 
 def results(cells):
-    """MNLI scores rise with the rate and mismatched is one point better; RTE's fall."""
+    """Returns results: MNLI's scores rise with the rate, and mismatched is one point better; RTE's scores fall."""
     found = {}
     for cell in cells:
         place = RATES.index(cell.labels["lr"]) / 100 + (cell.labels["seed"] - 6) / 1000
@@ -74,20 +74,20 @@ def test_the_papers_table_takes_the_best_three_of_the_four_pairs_in_each_column(
     first, every = tables(cells, results(cells), sweep.protocol, sweep.choice, sweep.claims)
     assert first.columns == ("mnli-m", "mnli-mm", "rte")
     line = first.lines[0]
-    assert line.labels == {"method": "id3", "budget": "103K of 184M"}  # no lr: it is part of the protocol
+    assert line.labels == {"method": "id3", "budget": "103K of 184M"}  # It has no lr, which is part of the protocol.
     pairs = [0.011 * i for i in range(4)]
     matched = line.entries["mnli-m"].best
     assert (matched.n, matched.of) == (3, 4)
     assert matched.mean == pytest.approx(0.8 + mean(pairs[1:]))
     assert matched.deviation == pytest.approx(stdev(pairs[1:]))
     assert line.entries["rte"].best.mean == pytest.approx(0.7 - mean(pairs[:3]))
-    nine = [line.entries[c].best.mean for c in first.columns]
-    assert line.average == pytest.approx(mean(nine))  # of the columns, so that MNLI counts twice
+    means = [line.entries[c].best.mean for c in first.columns]
+    assert line.average == pytest.approx(mean(means))  # It is the mean of the columns, so MNLI counts twice.
     assert every.lines[0].entries["mnli-m"].seeds.mean == pytest.approx(0.8 + mean(pairs))
     assert "best 3 of 4 runs" in markdown(first)
 
 
-def test_the_papers_figures_stand_in_columns_of_their_own():
+def test_the_papers_figures_stand_in_separate_columns():
     sweep, cells = grid()
     first, every = tables(cells, results(cells), sweep.protocol, sweep.choice, sweep.claims)
     title, _, header, _, row, other, *_ = markdown(first).splitlines()
@@ -97,10 +97,10 @@ def test_the_papers_figures_stand_in_columns_of_their_own():
         "| the paper's model and budget |"
     )
     assert "| 89.38 ± 0.07 |" in row
-    assert "| 89.70 ± 0.10 |" in row  # every printed digit
+    assert "| 89.70 ± 0.10 |" in row  # Every printed digit is shown.
     assert "| 87.12 ± 2.17 |" in row
     assert "| 88.13 (of its columns: 88.73) | DeBERTa, 103K |" in row
-    assert other.endswith("|  |  |")  # the other budget has no printed figure here
+    assert other.endswith("|  |  |")  # The claims have no figure for the other budget.
     assert "not measured here" in markdown(first)
     assert "paper" not in markdown(every).splitlines()[2]
 
@@ -153,7 +153,7 @@ def test_a_sample_of_mnli_has_one_column():
 def test_the_records_of_figures_are_the_papers_runs():
     sweep, cells = grid()
     found = records(cells, results(cells), sweep.protocol, sweep.choice)
-    assert len(found) == 16  # two tasks, two budgets, four pairs
+    assert len(found) == 16  # There are two tasks, two budgets and four pairs.
     mnli = next(r for r in found if r["task"] == "mnli")
     assert mnli["best"] == 3
     assert list(mnli["columns"]) == ["mnli-m", "mnli-mm"]
@@ -162,7 +162,7 @@ def test_the_records_of_figures_are_the_papers_runs():
     assert "best" not in ours[0]
 
 
-def test_what_repeat_s_ever_tuned_is_its_count_and_b_its_budget():
+def test_repeat_s_counts_all_weights_that_it_ever_tuned_and_its_budget_is_b():
     sweep, cells = grid(
         axes={"task": ["rte"], "seed": [7]}, settings={"model": "m", "budget": 100}, choose=None,
         methods={"repeat_d3": {"settings": {"method": "repeat_d3"}, "grid": {"lr": ["3e-4"]}}},

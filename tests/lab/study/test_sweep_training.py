@@ -1,4 +1,4 @@
-"""A real sweep on a tiny model: killed in the middle of a run, gone on with, and every rival at the same count of weights."""
+"""Tests a real sweep on a tiny model: it is killed in a run and started again, and its peers train as many weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from unmask.lab.study.records import records
 from unmask.lab.study.train_cell import train_cell
 from unmask.lab.training.run_folder import RunFolder
 
-# the Trainer's and peft's own warnings are not what is tested here
+# The warnings of the Trainer and of peft are not tested here.
 pytestmark = pytest.mark.filterwarnings("default")
 
 SWEEP = {
@@ -70,7 +70,7 @@ def wait_for_checkpoint(folder: Path, parent: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a sweep that was killed in its first run, and then gone on with to its end."""
+    """Makes a folder with a sweep that was killed in its first run, and then started again and run to its end."""
     root = tmp_path_factory.mktemp("world")
     tiny_model(root / "base")
     toy_csv(root / "train.csv", 64, seed=0)
@@ -95,13 +95,13 @@ def result(world, method, lr="5e-2"):
     return next(r for r in found if (r["labels"]["method"], r["labels"]["lr"]) == (method, lr))
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_as_if_nothing_had_been(world, monkeypatch, tmp_path):
+def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_like_an_uninterrupted_one(world, monkeypatch, tmp_path):
     root, _ = world
     killed = result(world, "long")
     assert killed["resumed_at"] in range(20, 201, 20)
     monkeypatch.chdir(root)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the workers had: sums in another order would select other weights
+    torch.set_num_threads(1)  # The workers had one thread. Sums in another order would select other weights.
     whole = train_cell(killed["settings"], tmp_path / "whole")
     torch.set_num_threads(threads)
     assert whole["resumed_at"] is None
@@ -132,7 +132,7 @@ def test_a_finished_run_whose_result_was_lost_is_not_trained_again(world, monkey
     assert metrics.stat().st_mtime_ns == before
 
 
-def test_the_rivals_train_as_many_weights(world):
+def test_the_peers_train_as_many_weights(world):
     root, _ = world
     sweep = read_sweep(root / "sweep.yaml")
     cells = expand(sweep, rank=lambda settings: 2)
@@ -150,7 +150,7 @@ def test_the_rivals_train_as_many_weights(world):
     assert [shot["used"] for shot in found["id3"]["allocation"]] == [256 // 12, 128, 256]
 
 
-def test_what_shira_learnt_is_reproduced_in_a_fresh_model(world):
+def test_a_fresh_model_with_the_delta_of_shira_has_its_score(world):
     root, _ = world
     found = result(world, "shira")
     delta = SparseDelta.load(root / "out" / "runs" / found["id"] / "delta.safetensors")
@@ -174,7 +174,7 @@ def test_a_run_that_diverges_is_recorded_and_the_rest_goes_on(world):
 
 def test_the_command_shows_the_table_and_the_report_reads_the_folder(world):
     root, done = world
-    assert "| method | budget |" not in done.stdout  # the budget is no axis here
+    assert "| method | budget |" not in done.stdout  # The budget is no axis here.
     assert "| id3 |" in done.stdout
     assert (
         (root / "out" / "table.md")
@@ -200,14 +200,14 @@ def test_a_dry_run_lists_the_runs_and_runs_nothing(world):
         "seed=0,1",
         cwd=root,
     )
-    assert done.stdout.count("to run") == 4  # the one rate of snip needs no choice
+    assert done.stdout.count("to run") == 4  # The one rate of snip needs no choice.
     assert "if its" in done.stdout
     assert not (root / "elsewhere").exists()
     listed = run("sweep", "sweep.yaml", "--output", "out", "--dry-run", cwd=root).stdout
     assert "failed: " in listed
 
 
-def test_checkpoints_in_pieces_are_passed_over(tmp_path):
+def test_checkpoints_that_are_not_whole_are_passed_over(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.newest() == (None, [])
     for step, text in ((12, '{"global_st'), (18, None)):
@@ -246,17 +246,17 @@ def shape(tmp_path_factory):
 
 @pytest.mark.parametrize("into", ["lora", "shira"])
 def test_the_rank_comes_nearest_to_the_budget(shape, into):
-    unit = 3 * 2 * (32 + 32)  # what each rank adds
+    unit = 3 * 2 * (32 + 32)  # Each rank adds so many weights.
     for budget, r in ((1, 1), (unit, 1), (unit * 1.4, 1), (unit * 1.6, 2), (5 * unit, 5)):
         assert matching_rank({**shape, "into": into, "budget": str(int(budget))}) == r
 
 
-def test_doras_magnitudes_count(shape):
+def test_the_magnitudes_of_dora_count(shape):
     unit, fixed = 3 * 2 * 64, 3 * 2 * 32
     assert matching_rank({**shape, "into": "dora", "budget": str(4 * unit + fixed)}) == 4
 
 
-def test_a_share_is_of_the_bases_weights(shape):
+def test_a_share_is_a_share_of_the_base_models_weights(shape):
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(shape["model"]))
@@ -264,7 +264,7 @@ def test_a_share_is_of_the_bases_weights(shape):
     assert matching_rank({**shape, "into": "lora", "budget": "5%"}) == max(1, round(0.05 * total / (3 * 2 * 64)))
 
 
-def test_what_has_no_rank_is_refused(shape):
+def test_modules_and_models_without_a_rank_are_refused(shape):
     with pytest.raises(ConfigError, match="not 'pfeiffer'"):
         matching_rank({**shape, "into": "pfeiffer", "budget": "1%"})
     with pytest.raises(ConfigError, match="no configuration"):

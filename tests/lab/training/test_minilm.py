@@ -19,7 +19,7 @@ def test_id3_equals_masked_dense_over_100_steps_on_minilm() -> None:
     try:
         texts, _ = fetch_demo_texts(), fetch_demo_model()
     except DataError as error:
-        pytest.skip(f"the real model is not to be had: {error}")
+        pytest.skip(f"the real model cannot be fetched: {error}")
     data = load_demo_task(texts).train
     ours = _losses(data, _id3_losses)
     dense = _losses(data, _dense_losses)
@@ -29,7 +29,7 @@ def test_id3_equals_masked_dense_over_100_steps_on_minilm() -> None:
 
 def _losses(data: object, train: object) -> list[float]:
     model, tokenizer, _ = load_base(str(fetch_demo_model()), num_labels=2, seed=0)
-    model.eval()  # no dropout: the two runs see the same function
+    model.eval()  # without dropout the two runs train the same function
     batches = []
     for step in range(STEPS):
         rows = slice(4 * step, 4 * step + 4)

@@ -1,4 +1,4 @@
-"""What `unmask train` does where no method is named, and the paper's settings instead."""
+"""Tests the recipe, which a run without a method takes, and the presets that can take its place."""
 
 import pytest
 from helpers import mlp
@@ -7,14 +7,14 @@ import unmask
 from unmask.errors import ConfigError
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.paper import under_preset
-from unmask.lab.training.parts import with_rates
 from unmask.lab.training.recipe import RECIPE, head_rate, rate
 from unmask.lab.training.settings import build
+from unmask.lab.training.setup import with_rates
 
 RUN = {"model": "m", "output": "o", "task": "rte", "budget": "1%"}
 
 
-def test_without_a_method_the_recipe_lies_under_what_is_given():
+def test_without_a_method_given_settings_override_the_recipe():
     config = build(under_preset(None, {**RUN, "lr": "3e-3"}))
     assert {key: getattr(config, key) for key in RECIPE} == {**RECIPE, "lr": 3e-3}
 
@@ -28,13 +28,13 @@ def test_a_named_method_comes_with_its_own_defaults():
 
 
 def test_every_front_door_has_the_same_recipe():
-    """The library's configuration, plain values, the command line's presets, and none as a text."""
+    """Compares the library's configuration, plain values, the presets of the command line, and the text "none"."""
     config = TrainConfig(**RUN)
     assert config == build(RUN) == build(under_preset(None, RUN)) == build({**RUN, "method": "none"})
     assert config == build(under_preset("recommended", RUN)) == TrainConfig(**RUN, **RECIPE)
 
 
-def test_inside_a_lora_the_random_mask_lies_in_all_of_it():
+def test_inside_a_lora_the_recipe_is_a_random_mask_over_all_of_it():
     for preset in (None, "recommended"):
         config = build(under_preset(preset, {**RUN, "into": "lora"}))
         assert config == TrainConfig(**RUN, into="lora", method="random_mask", lr="auto", dense_lr="auto")
@@ -56,12 +56,12 @@ def test_inside_other_added_modules_id3_stays_the_default():
     assert build(under_preset(None, {**RUN, "into": "none"})).method == RECIPE["method"]
 
 
-def test_the_recipe_can_be_asked_for_under_another_method():
+def test_the_recipe_can_be_requested_with_another_method():
     config = build(under_preset("recommended", {**RUN, "method": "static_d3"}))
     assert (config.method, config.scope, config.lr) == ("static_d3", RECIPE["scope"], RECIPE["lr"])
 
 
-def test_the_papers_preset_is_the_second_of_its_runs():
+def test_the_papers_preset_is_the_second_of_the_papers_runs():
     config = build(under_preset("paper", {**RUN, "epochs": "2"}))
     assert (config.method, config.exp, config.max_length, config.epochs, config.scope) == ("id3", 2, 256, 2, None)
     assert (config.lr, config.seed, config.warmup, config.eval_steps) == (3e-4, 7, 0, 100)
@@ -122,7 +122,7 @@ def test_a_head_with_a_hidden_layer_has_a_lower_rate():
     assert (auto.lr, auto.dense_lr) == (rate(0.005), None)
 
 
-def test_where_all_is_trained_whole_the_heads_matrices_count():
+def test_under_method_full_dense_lr_depends_on_the_heads_matrices():
     config = build({**RUN, "method": "full", "budget": None, "lr": 0.5, "dense_lr": "auto"})
     selection = unmask.select(mlp(), unmask.full())
     assert with_rates(config, selection, 1000, {"4.weight", "4.bias"}).dense_lr == 0.5
@@ -137,6 +137,6 @@ def test_an_unknown_preset_and_a_task_without_one_are_refused():
             under_preset(name, {})
 
 
-def test_what_the_recipe_selects():
+def test_the_recipe_is_a_random_mask_over_linear_weights():
     method = build(under_preset(None, {**RUN, "seed": 3})).build_method(100)
     assert method == unmask.random_mask("1%", seed=3).but(scope=unmask.Scope("linear"))

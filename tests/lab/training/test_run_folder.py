@@ -1,4 +1,4 @@
-"""The output folder of a run, and the curve that its metrics make."""
+"""Tests the output folder of a run, and the curve in its metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny import tiny_world
 
 import unmask
 
-# the Trainer's own warnings are not what is tested here
+# These tests are not about the Trainer's own warnings.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -28,7 +28,7 @@ def rows(folder: Path, file: str = "metrics.jsonl") -> list[dict]:
 
 
 def steady(row: dict) -> dict:
-    """Without clock times."""
+    """Removes clock times from a row."""
     return {key: value for key, value in row.items() if "time" not in key and "per_second" not in key}
 
 
@@ -40,7 +40,7 @@ def test_the_metrics_hold_the_curve_of_score_against_budget(world: Path) -> None
     assert {key: curve[-1][f"eval_{key}"] for key in summary["after"]} == pytest.approx(summary["after"])
 
 
-def test_the_summary_names_the_task_and_what_runs_are_compared_by(world: Path) -> None:
+def test_the_summary_names_the_task_and_the_metric_that_runs_are_compared_by(world: Path) -> None:
     summary = json.loads((world / "run" / "summary.json").read_text())
     found = {key: summary[key] for key in ("task", "main_metric", "main", "greater_is_better")}
     main = summary["after"]["accuracy"]
@@ -50,7 +50,7 @@ def test_the_summary_names_the_task_and_what_runs_are_compared_by(world: Path) -
 
 
 def test_a_killed_run_that_is_resumed_has_every_step_once(world: Path) -> None:
-    """As a kill at step 21 would leave it: rows after the last checkpoint, the last one cut short."""
+    """The folder is as a kill at step 21 leaves it: it has rows after the last checkpoint, and the last one is cut short."""
     folder = world / "killed"
     shutil.copytree(world / "run", folder)
     whole = rows(folder)
@@ -67,13 +67,13 @@ def test_a_killed_run_that_is_resumed_has_every_step_once(world: Path) -> None:
     assert [steady(row) for row in rows(folder) if "train_runtime" not in row] == untimed
 
 
-def test_starting_anew_leaves_nothing_of_the_earlier_run(world: Path) -> None:
-    folder = world / "anew"
+def test_overwriting_leaves_nothing_of_the_earlier_run(world: Path) -> None:
+    folder = world / "fresh"
     shutil.copytree(world / "run", folder)
-    words = ("train", "--config", "run/config.yaml", "--set", "output=anew", "--set", "max_steps=6")
+    words = ("train", "--config", "run/config.yaml", "--set", "output=fresh", "--set", "max_steps=6")
     refused = run(*words, "--overwrite", "--budget", "99999999", cwd=world, check=False)
     assert refused.returncode == 1
-    assert (folder / "delta.safetensors").exists()  # what is refused does not cost the earlier run
+    assert (folder / "delta.safetensors").exists()  # a refused run does not cost the earlier run
     run(*words, "--overwrite", cwd=world)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-6"]
     assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [0, 6]

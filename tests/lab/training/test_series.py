@@ -1,4 +1,4 @@
-"""`unmask delta`: one run gives a series of models, and each is bit for bit what the run held at that step."""
+"""Tests `unmask delta`: one run gives a series of models, and each is bit for bit the model of the run at that step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from unmask.lab.training.run_folder import RunFolder
 from unmask.lab.training.series import deltas, write_series
 from unmask.lab.training.settings import read_yaml
 
-# the Trainer's and peft's own warnings are not what is tested here
+# These tests are not about the Trainer's and peft's own warnings.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 DATA = ("--data", "dev.csv", "--text", "review", "--label", "verdict")
@@ -70,7 +70,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def captured(world: Path) -> dict[str, dict[int, SparseDelta]]:
-    """The deltas that the selection of each kind of run gave at `STEPS`; `trained` fills it."""
+    """Returns the deltas that the selection of each kind of run gave at `STEPS`; `trained` fills the mapping."""
     return {}
 
 
@@ -107,7 +107,7 @@ def copied(world: Path, trained: str, tmp_path: Path) -> Iterator[Path]:
 
 
 def parts(delta: SparseDelta) -> dict[str, Tensor]:
-    """The tensors of a delta, by name."""
+    """Returns the tensors of a delta, by name."""
     found = {f"{name} whole": tensor for name, tensor in delta.whole.items()}
     for name, entry in delta.sparse.items():
         slots = {} if entry.slots is None else {f"{name} slots": entry.slots}
@@ -132,11 +132,11 @@ def evaluations(folder: Path) -> dict[int, dict[str, float]]:
     return {row["step"]: row for row in map(json.loads, lines) if "eval_loss" in row}
 
 
-# What a checkpoint's delta is.
+# The delta of a checkpoint.
 
 
 @pytest.mark.parametrize("trained", KIND_PARAMS, indirect=True)
-def test_a_checkpoints_delta_is_what_the_selection_gave_at_that_step(
+def test_a_checkpoints_delta_is_that_of_the_selection_at_that_step(
     world: Path, trained: str, captured: dict[str, dict[int, SparseDelta]]
 ) -> None:
     own = SparseDelta.load(world / trained / "delta.safetensors")
@@ -168,7 +168,7 @@ def test_the_smaller_models_lie_inside_the_larger_ones(world: Path, trained: str
 @pytest.mark.parametrize(
     "trained", [p for p in KIND_PARAMS if p.values[0] in ("plain", "lora", "pfeiffer")], indirect=True
 )
-def test_eval_gives_the_figures_that_the_run_logged_at_that_step(world: Path, trained: str) -> None:
+def test_eval_prints_the_metrics_that_the_run_logged_at_that_step(world: Path, trained: str) -> None:
     logged = evaluations(world / trained)
     found = []
     for step in STEPS:
@@ -220,7 +220,7 @@ def test_a_run_stands_for_its_last_checkpoint_and_a_step_for_its_own(
 
 
 @pytest.mark.parametrize("trained", ["plain", "fish", "full"], indirect=True)
-def test_checkpoints_that_are_no_series_of_budgets_are_called_so(world: Path, trained: str) -> None:
+def test_a_note_says_which_checkpoints_are_no_series_of_budgets(world: Path, trained: str) -> None:
     printed = run("delta", trained, "--step", 8, cwd=world).stdout
     assert (f"{trained} does not unmask its budget step by step" in printed) == (trained != "plain")
     assert ("note:" in printed) == (trained != "plain")
@@ -229,7 +229,7 @@ def test_checkpoints_that_are_no_series_of_budgets_are_called_so(world: Path, tr
 def test_a_run_that_was_stopped_gives_its_models_too(
     world: Path, copied: Path, captured: dict[str, dict[int, SparseDelta]]
 ) -> None:
-    """As a kill at step 17 would leave it."""
+    """The folder is as a kill at step 17 leaves it."""
     for name in ("delta.safetensors", "summary.json"):
         (copied / name).unlink()
     shutil.rmtree(copied / "checkpoints" / "checkpoint-24")
@@ -241,7 +241,7 @@ def test_a_run_that_was_stopped_gives_its_models_too(
     assert_same_delta(SparseDelta.load(copied / "series" / "step-16.safetensors"), captured["plain"][16])
 
 
-def test_a_base_that_has_moved_is_given(
+def test_a_base_that_has_moved_can_be_given(
     world: Path, trained: str, captured: dict[str, dict[int, SparseDelta]], tmp_path: Path
 ) -> None:
     shutil.copytree(world / "base", tmp_path / "moved")
@@ -251,10 +251,11 @@ def test_a_base_that_has_moved_is_given(
     assert delta.metadata["base_id"] == str(tmp_path / "moved")
 
 
-# What cannot be done.
+# Refusals.
 
 
-def refused(world: Path, *words: object) -> str:
+def assert_refused(world: Path, *words: object) -> str:
+    """Checks that `unmask delta` refuses its arguments, and returns what it says."""
     done: Done = run("delta", *words, cwd=world, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
@@ -275,20 +276,22 @@ def refused(world: Path, *words: object) -> str:
         (("plain", "--base", "./gone"), "cannot be set up again: there is no model folder './gone'"),
     ],
 )  # fmt: skip
-def test_what_is_not_there_is_refused(world: Path, trained: str, words: tuple[object, ...], match: str) -> None:
-    assert match in refused(world, *words)
+def test_paths_and_steps_that_do_not_exist_are_refused(
+    world: Path, trained: str, words: tuple[object, ...], match: str
+) -> None:
+    assert match in assert_refused(world, *words)
 
 
 def test_an_incomplete_checkpoint_is_refused_and_listed_as_such(world: Path, copied: Path) -> None:
     (copied / "checkpoints" / "checkpoint-16" / "trainer_state.json").write_text('{"global_st')
     state = copied / "checkpoints" / "checkpoint-8" / "selection.safetensors"
     state.write_bytes(state.read_bytes()[:-9])
-    message = refused(world, "copied", "--step", 16)
+    message = assert_refused(world, "copied", "--step", 16)
     assert (
         "'copied/checkpoints/checkpoint-16' is not whole: its file trainer_state.json has 11 bytes instead of"
         in message
     )
-    message = refused(world, "copied/checkpoints/checkpoint-8")
+    message = assert_refused(world, "copied/checkpoints/checkpoint-8")
     assert "'copied/checkpoints/checkpoint-8' is not whole: its file selection.safetensors has" in message
     assert "there are checkpoints of step 24" in message
     rows = run("delta", "copied", "--list", cwd=world).stdout.splitlines()[1:]
@@ -300,7 +303,7 @@ def test_an_incomplete_checkpoint_is_refused_and_listed_as_such(world: Path, cop
 def test_a_run_without_checkpoints_is_refused(world: Path, copied: Path) -> None:
     shutil.rmtree(copied / "checkpoints")
     for words in (("copied",), ("copied", "--list")):
-        assert "'copied/checkpoints' holds no whole checkpoint. A run keeps all its" in refused(world, *words)
+        assert "'copied/checkpoints' holds no whole checkpoint. A run keeps all its" in assert_refused(world, *words)
 
 
 def altered_base(world: Path, folder: Path, everywhere: bool) -> Path:
@@ -325,13 +328,13 @@ def altered_base(world: Path, folder: Path, everywhere: bool) -> Path:
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_another_base_is_refused(world: Path, copied: Path, tmp_path: Path, everywhere: bool) -> None:
     other = altered_base(world, tmp_path / "other", everywhere)
-    message = refused(world, "copied", "--step", 8, "--base", other)
-    what = (
+    message = assert_refused(world, "copied", "--step", 8, "--base", other)
+    message_part = (
         "does not fit the selection that 'copied/config.yaml' makes now"
         if everywhere
         else "is not the base that the run"
     )
-    assert what in message
+    assert message_part in message
     assert "Give the run's base with --base" in message
     assert not (copied / "series").exists()
 
@@ -343,7 +346,7 @@ def test_another_random_init_than_the_runs_is_refused(world: Path, copied: Path)
     SparseDelta(own.sparse, {**own.whole, name: own.whole[name] + 1}, own.base, own.metadata).save(
         copied / "delta.safetensors"
     )
-    assert "the random init of what the base lacks is another here" in refused(world, "copied", "--step", 8)
+    assert "the random init of what the base lacks is another here" in assert_refused(world, "copied", "--step", 8)
 
 
 def test_from_another_folder_the_message_says_where_to_go(world: Path, trained: str, tmp_path: Path) -> None:
@@ -353,7 +356,7 @@ def test_from_another_folder_the_message_says_where_to_go(world: Path, trained: 
     assert "counts from the folder where the run was started" in done.stderr
 
 
-# What a run keeps.
+# The checkpoints and deltas that a run keeps.
 
 
 def test_a_run_keeps_two_checkpoints_as_many_as_it_is_told_or_all(world: Path) -> None:
@@ -365,7 +368,7 @@ def test_a_run_keeps_two_checkpoints_as_many_as_it_is_told_or_all(world: Path) -
         TrainConfig(**given, keep_checkpoints=0)  # type: ignore[arg-type]
 
 
-def test_starting_anew_leaves_no_model_of_the_earlier_run(world: Path, copied: Path) -> None:
+def test_overwriting_leaves_no_series_of_the_earlier_run(world: Path, copied: Path) -> None:
     run("delta", "copied", cwd=world)
     assert list((copied / "series").iterdir())
     run("train", "--config", "copied/config.yaml", "--set", "output=copied", "--overwrite", "--max-steps", 2, cwd=world)
@@ -395,9 +398,7 @@ def test_a_sweeps_run_keeps_its_series(
     ]
     for entry in made["series"]:
         assert_same_delta(SparseDelta.load(cell / entry["file"]), captured[trained][entry["step"]])
-    assert train_cell(settings, cell)["series"] == made["series"], (
-        "also where the result was lost after the checkpoints"
-    )
+    assert train_cell(settings, cell)["series"] == made["series"], "the result was lost after the checkpoints"
     assert "series" not in train_cell(settings | {"keep_checkpoints": 2, "max_steps": 8}, tmp_path / "two")
     assert not (tmp_path / "two" / "series").exists()
 
@@ -408,7 +409,9 @@ def test_a_sweeps_full_fine_tuning_keeps_no_series(at_home: Path, trained: str, 
     assert sorted(path.name for path in (tmp_path / "cell").iterdir() if path.is_dir()) == []
 
 
-def test_a_series_that_was_cut_off_is_gone_on_with(copied: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_series_completes_a_series_that_was_cut_off(
+    copied: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(world)
     folder = RunFolder(copied)
     for step, delta in deltas(folder, [16]):

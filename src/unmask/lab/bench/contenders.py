@@ -16,8 +16,7 @@ from torch.optim import Optimizer
 
 from unmask.errors import ConfigError, need
 from unmask.lab.bench.models import Batch, Blueprint
-from unmask.lab.bench.rows import Row
-from unmask.lab.bench.schedule import PLANNED_STEPS, RAMP, mid_run
+from unmask.lab.bench.rows import PLANNED_STEPS, RAMP, Row, mid_run
 from unmask.lab.bench.settings import BenchSettings
 from unmask.lab.bench.tables import StepTime
 from unmask.methods.presets import id3, random_mask, static_d3
@@ -29,7 +28,7 @@ _RATE = 1e-4  # The learning rate of every optimizer. A step costs the same at a
 
 @dataclass
 class Contender:
-    """A contender is one row's model and optimizer, ready to train.
+    """The contender of a row: its model and its optimizer, ready to train.
 
     Attributes:
         row: The row.
@@ -51,14 +50,6 @@ class Contender:
     selection: Selection | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def selecting(self) -> bool:
-        """Returns True if the next step unmasks weights."""
-        if self.selection is None:
-            return False
-        t, method, budget = self.selection.step, self.selection.method, self.selection.budget
-        return method.cumulative(t, budget) > method.cumulative(t - 1, budget)
-
     def weights(self) -> dict[str, Any]:
         """Returns the counts of weights and the other facts as JSON values."""
         trained = self.used() if self.used else self.trainable
@@ -66,8 +57,11 @@ class Contender:
 
     def step(self, batch: Batch, autocast: bool) -> StepTime:
         """Runs one training step and times its phases: forward with the loss, backward, ``step`` and ``zero_grad``."""
+        selecting = False
+        if self.selection is not None:
+            t, method, budget = self.selection.step, self.selection.method, self.selection.budget
+            selecting = method.cumulative(t, budget) > method.cumulative(t - 1, budget)
         device = batch["input_ids"].device
-        selecting = self.selecting
         clock = Clock(device)
         with torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
             loss = self.model(**batch).loss
@@ -252,9 +246,7 @@ def shira_rank(layers: dict[str, tuple[int, int]], budget: int) -> tuple[int, li
 
 
 def _peft(row: Row, model: nn.Module, config: Any, facts: dict[str, Any]) -> Contender:
-    import peft
-
-    wrapped: Any = peft.get_peft_model(model, config).train()  # type: ignore[arg-type]
+    wrapped = need("peft", "bench").get_peft_model(model, config).train()
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
     facts["adapter_dtype"] = str(parameters[0].dtype).removeprefix("torch.")
 

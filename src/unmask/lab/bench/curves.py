@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from unmask.files import write_json
 from unmask.lab.bench.models import blueprint
-from unmask.lab.bench.run import Measure, RowResult, Say, figures_of, header, measure_apart, run_rows, write_reports
+from unmask.lab.bench.run import Measure, Record, RowResult, Say, measure_apart
 from unmask.lab.bench.settings import BenchSettings
 from unmask.lab.bench.shapes import SIZES
 from unmask.lab.bench.tables import StepTime, ratio
@@ -34,46 +32,56 @@ def run_curve(
 
     Args:
         settings: The run, with a curve.
-        say: Takes lines of progress.
-        command: The command line, for the record.
-        measure: Measures a row; by default in a fresh process.
+        say, command, measure: The same as for `run_bench`.
         budgets: The budgets of the curve over the budget.
-        models: The models of the other two curves, the smallest first; by default those of the curve.
+        models: The models of the other two curves, the smallest first; by default those of the curve. The curve over the
+            size stops at a model where a row fails.
 
     Returns:
         The record, as the JSON file holds it.
     """
-    curve = _Curve(settings, say, command, measure)
+    curve = _Curve(settings, f"curve-{settings.curve}", say, command, measure)
+    curve.content |= {"curve": settings.curve, "points": [], "notes": []}
     curve.save()
     if settings.curve == "budget":
-        _over_budget(curve, budgets)
+        curve.content["model"] = described = blueprint(settings).describe()
+        total = described["parameters"]
+        fitting = [budget for budget in budgets if budget <= total]
+        if len(fitting) < len(budgets):
+            curve.note(f"The budgets above the model's {total:,} weights are left out.")
+        labels = [f"{kind}@{budget}" for budget in fitting for kind in ("static", "id3-10")]
+        _, rows = curve.run(settings.model, ",".join(["frozen", *labels]))
+        for budget in fitting:
+            parts = _parts(rows[f"static@{budget}"], rows[f"id3-10@{budget}"])
+            ratios = {name: ratio(steps, rows["frozen"].steps) for name, steps in parts.items()}
+            curve.add(budget=budget, **{name: found["ratio"] if found else None for name, found in ratios.items()})
     elif settings.curve == "size":
-        _over_size(curve, models or SIZE_MODELS)
+        static, strided = (f"{kind}@{SIZE_BUDGET}" for kind in ("static", "id3-10"))
+        for model in models or SIZE_MODELS:
+            weights, rows = curve.run(model, f"frozen,{static},{strided}")
+            parts = {"frozen": rows["frozen"].steps, **_parts(rows[static], rows[strided])}
+            seconds = {name: median(step.total for step in steps) if steps else None for name, steps in parts.items()}
+            curve.add(model=model, parameters=weights, **seconds)
+            if any(result.status == "failed" for result in rows.values()):  # Memory has run out.
+                curve.note(f"The curve stops at {model}, where a row failed.")
+                break
     else:
-        _cost_of_selecting(curve, models or SELECTION_MODELS)
-    curve.record["complete"] = True
-    curve.save()
-    write_reports(curve.record, settings, curve.name, say)
-    return curve.record
+        for model in models or SELECTION_MODELS:
+            weights, rows = curve.run(model, "full,id3")
+            if rows["full"].steps and rows["id3"].steps:
+                curve.add(model=model, parameters=weights, **selection_cost(rows["id3"].steps, rows["full"].steps))
+    return curve.finish()
 
 
-class _Curve:
+class _Curve(Record):
     """The record of a curve, which grows row by row and point by point."""
 
-    def __init__(self, settings: BenchSettings, say: Say, command: str | None, measure: Measure) -> None:
-        self.settings, self.say, self.measure = settings, say, measure
-        self.name = f"curve-{settings.curve}"
-        self.record = header(settings, command) | {"curve": settings.curve, "points": [], "notes": []}
-
-    def save(self) -> None:
-        write_json(Path(self.settings.output, f"{self.name}.json"), self.record)
-
     def note(self, text: str) -> None:
-        self.record["notes"].append(text)
+        self.content["notes"].append(text)
         self.say(text)
 
     def add(self, **point: Any) -> None:
-        self.record["points"].append(point)
+        self.content["points"].append(point)
         self.save()
 
     def run(self, model: str, methods: str) -> tuple[int, dict[str, RowResult]]:
@@ -82,51 +90,12 @@ class _Curve:
         described = blueprint(settings).describe()
         name, weights = described["name"], described["parameters"]
         self.say(f"{name}: {weights:,} weights")
-        results = [RowResult(row) for row in settings.rows()]
-
-        def save() -> None:
-            self.record["rows"][name] = figures_of(results, described["tokens"])
-            self.save()
-
-        run_rows(results, settings, self.say, save, self.measure)
-        for result in results:
+        self.content["rows"][name] = {}
+        results = self.run_rows(settings, described["tokens"], self.content["rows"][name])
+        for result in results.values():
             if result.reason:
                 self.note(f"{name}, {result.row.label}: {result.status}: {result.reason}")
-        return weights, {result.row.label: result for result in results}
-
-
-def _over_budget(curve: _Curve, budgets: Sequence[int]) -> None:
-    curve.record["model"] = blueprint(curve.settings).describe()
-    total = curve.record["model"]["parameters"]
-    fitting = [budget for budget in budgets if budget <= total]
-    if len(fitting) < len(budgets):
-        curve.note(f"The budgets above the model's {total:,} weights are left out.")
-    labels = [f"{kind}@{budget}" for budget in fitting for kind in ("static", "id3-10")]
-    _, rows = curve.run(curve.settings.model, ",".join(["frozen", *labels]))
-    for budget in fitting:
-        parts = _parts(rows[f"static@{budget}"], rows[f"id3-10@{budget}"])
-        ratios = {name: ratio(steps, rows["frozen"].steps) for name, steps in parts.items()}
-        curve.add(budget=budget, **{name: found["ratio"] if found else None for name, found in ratios.items()})
-
-
-def _over_size(curve: _Curve, models: Sequence[str]) -> None:
-    """Goes from the smallest model to the largest, and stops where a row fails, because memory has run out."""
-    static, strided = (f"{kind}@{SIZE_BUDGET}" for kind in ("static", "id3-10"))
-    for model in models:
-        weights, rows = curve.run(model, f"frozen,{static},{strided}")
-        parts = {"frozen": rows["frozen"].steps, **_parts(rows[static], rows[strided])}
-        seconds = {name: median(step.total for step in steps) if steps else None for name, steps in parts.items()}
-        curve.add(model=model, parameters=weights, **seconds)
-        if any(result.status == "failed" for result in rows.values()):
-            curve.note(f"The curve stops at {model}, where a row failed.")
-            return
-
-
-def _cost_of_selecting(curve: _Curve, models: Sequence[str]) -> None:
-    for model in models:
-        weights, rows = curve.run(model, "full,id3")
-        if rows["full"].steps and rows["id3"].steps:
-            curve.add(model=model, parameters=weights, **selection_cost(rows["id3"].steps, rows["full"].steps))
+        return weights, results
 
 
 def selection_cost(id3: Sequence[StepTime], full: Sequence[StepTime]) -> dict[str, float]:

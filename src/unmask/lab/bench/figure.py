@@ -22,31 +22,42 @@ _CURVES: dict[str, tuple[str, str, str, dict[str, str]]] = {
 }
 
 
-def save_figure(record: Mapping[str, Any], path: Path) -> Path | None:
-    """Draws the record of a run or of a curve into a PNG file; returns None if there is nothing to draw.
+def save_figure(record: Mapping[str, Any], path: Path) -> None:
+    """Draws the record of a run or of a curve into a PNG file in an existing folder, if there is something to draw.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     figure = need("matplotlib.figure", "bench").Figure(layout="constrained", dpi=150)
-    paint = _curve if "points" in record else _table
-    if not paint(figure, record):
-        return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    if "points" not in record:
+        _draw_table(figure, record)
+    elif record["points"]:
+        _draw_curve(figure, record)
+    if figure.axes:
+        figure.savefig(path)
 
 
-def _table(figure: Any, record: Mapping[str, Any]) -> bool:
+def _draw_table(figure: Any, record: Mapping[str, Any]) -> None:
     timed = {label: row["timing"] for label, row in record["rows"].items() if row["timing"]}
     peaks = {label: row["memory"]["peak_mb"] for label, row in record["rows"].items() if "peak_mb" in row["memory"]}
     panels = [panel for panel in (timed, peaks) if panel]
     if not panels:
-        return False
+        return
     figure.set_size_inches(5.5 * len(panels) + 1, 0.38 * max(map(len, panels)) + 1.8)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     if timed:
-        _phases(axes[0], timed)
+        labels, left = list(timed), [0.0] * len(timed)
+        for phase, colour in _PHASES.items():
+            widths = [figures[phase]["median"] for figures in timed.values()]
+            axes[0].barh(labels, widths, left=left, color=colour, label=phase)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        marked = [(figures["amortised"], label) for label, figures in timed.items() if "amortised" in figures]
+        if marked:
+            axes[0].plot(*zip(*marked, strict=True), "k|", markersize=12, label="amortised step")
+        axes[0].set_xlabel("median of each phase, s per step")
+        axes[0].invert_yaxis()
+        axes[0].legend(fontsize=8)
+        axes[0].set_xlim(0, 1.05 * max([*left, *(value for value, _ in marked)]))
     if peaks:
         bars = axes[-1].barh(list(peaks), list(peaks.values()), color=_MEMORY)
         axes[-1].bar_label(bars, labels=[f"{value:,.0f}" for value in peaks.values()], fontsize=8, padding=2)
@@ -59,29 +70,10 @@ def _table(figure: Any, record: Mapping[str, Any]) -> bool:
         f"budget {settings['budget']:,}, {record['machine']['threads']} threads",
         fontsize=10,
     )
-    return True
 
 
-def _phases(axes: Any, timed: Mapping[str, Any]) -> None:
-    labels, left = list(timed), [0.0] * len(timed)
-    for phase, colour in _PHASES.items():
-        widths = [timed[label][phase]["median"] for label in labels]
-        axes.barh(labels, widths, left=left, color=colour, label=phase)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    extra = [timed[label].get("amortised") for label in labels]
-    marked = [(value, label) for value, label in zip(extra, labels, strict=True) if value is not None]
-    if marked:
-        axes.plot(*zip(*marked, strict=True), "k|", markersize=12, label="amortised step")
-    axes.set_xlabel("median of each phase, s per step")
-    axes.invert_yaxis()
-    axes.legend(fontsize=8)
-    axes.set_xlim(0, 1.05 * max([*left, *(value for value, _ in marked)]))
-
-
-def _curve(figure: Any, record: Mapping[str, Any]) -> bool:
+def _draw_curve(figure: Any, record: Mapping[str, Any]) -> None:
     points = record["points"]
-    if not points:
-        return False
     figure.set_size_inches(7, 4.5)
     axes = figure.subplots()
     if record["curve"] == "selection":
@@ -90,16 +82,12 @@ def _curve(figure: Any, record: Mapping[str, Any]) -> bool:
         axes.bar_label(bars, fmt="%.1f%%", fontsize=8)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_ylabel("cost of selecting, % of a dense backward pass")
-        return True
+        return
     x, x_label, y_label, lines = _CURVES[record["curve"]]
     for key, label in lines.items():
         known = [(point[x], point[key]) for point in points if point.get(key)]
         if known:
             axes.plot(*zip(*known, strict=True), "o-", label=label)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=8)
-    return True

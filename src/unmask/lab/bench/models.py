@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unmask.errors import ConfigError, need
-from unmask.lab.bench.schedule import RAMP
+from unmask.lab.bench.rows import RAMP
 from unmask.lab.bench.settings import BenchSettings
 from unmask.lab.bench.shapes import SHAPES, Shape
 
@@ -18,12 +18,6 @@ Batch = Mapping[str, Tensor]
 BATCHES = RAMP  # The steps take these batches in turn; each batch serves one step of the ramp.
 _CLASSES = 2
 _SPECIAL = 5  # Token ids below this one are special in some vocabulary; RoBERTa's padding shifts its positions.
-_CLASS_NAMES = {
-    "roberta": ("RobertaConfig", "RobertaForSequenceClassification"),
-    "bert": ("BertConfig", "BertForSequenceClassification"),
-    "mpnet": ("MPNetConfig", "MPNetForSequenceClassification"),
-    "llama": ("LlamaConfig", "LlamaForCausalLM"),
-}
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "classifier_dropout")
 
 
@@ -109,16 +103,18 @@ def blueprint(settings: BenchSettings) -> Blueprint:
     """
     transformers = need("transformers", "bench")
     shape = SHAPES.get(settings.model)
-    if shape is not None:
-        config_class, model_class = (getattr(transformers, name) for name in _CLASS_NAMES[shape.family])
-        labels = {} if shape.family == "llama" else {"num_labels": _CLASSES}
-        return Blueprint(settings.sized(shape), config_class(**shape.dims, **labels), model_class, settings)
-    try:
-        config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        hint = "" if Path(settings.model).is_dir() else " and it is not in the local hub cache (nothing is downloaded)"
-        raise ConfigError(f"model {settings.model!r} has no readable config{hint}: {error}") from error
-    causal = any(name.endswith("CausalLM") for name in config.architectures or ())
+    if shape:
+        config, causal = transformers.AutoConfig.for_model(shape.family, **shape.dims), shape.family == "llama"
+    else:
+        shape = Shape(Path(settings.model).name, "config", {})
+        try:
+            config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
+        except (OSError, ValueError) as error:
+            hint = (
+                "" if Path(settings.model).is_dir() else " and it is not in the local hub cache (nothing is downloaded)"
+            )
+            raise ConfigError(f"model {settings.model!r} has no readable config{hint}: {error}") from error
+        causal = any(name.endswith("CausalLM") for name in config.architectures or ())
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSequenceClassification
     if type(config) not in auto._model_mapping:
         raise ConfigError(
@@ -127,8 +123,7 @@ def blueprint(settings: BenchSettings) -> Blueprint:
     config._name_or_path = ""  # The weights are random, so the record must not name the checkpoint.
     if not causal:
         config.num_labels = _CLASSES
-    shape = settings.sized(Shape(Path(settings.model).name, "config", {}))
-    return Blueprint(shape, config, auto._model_mapping[type(config)], settings)
+    return Blueprint(settings.sized(shape), config, auto._model_mapping[type(config)], settings)
 
 
 def device_of(settings: BenchSettings) -> torch.device:

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from unmask.lab.bench.models import blueprint, device_of
 from unmask.lab.bench.rows import Row
 from unmask.lab.bench.settings import BenchSettings
 from unmask.lab.bench.tables import REFERENCES, StepTime, by_draw, markdown, ratio, timing
+from unmask.lab.bench.worker import read_proc
 
 _ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC_CONF")  # Peak memory depends on these.
 _PACKAGES = ("torch", "transformers", "peft", "selective-optimizers", "numpy", "triton", "unmask")
@@ -76,11 +76,7 @@ class RowResult:
 
 
 def measure_apart(settings: BenchSettings, row: Row) -> dict[str, Any]:
-    """Measures a row in a fresh process, as `unmask.lab.bench.worker.measure` does, and waits for its end.
-
-    Returns:
-        The report, or ``error`` with the reason why there is none.
-    """
+    """Runs `unmask.lab.bench.worker.measure` in a fresh process; returns its report, or ``error`` with its reason."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
@@ -92,34 +88,6 @@ def measure_apart(settings: BenchSettings, row: Row) -> dict[str, Any]:
     if done.returncode < 0:
         return {"error": f"the process was killed by signal {-done.returncode} (out of memory?)"}
     return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300]}
-
-
-def run_rows(
-    results: Sequence[RowResult], settings: BenchSettings, say: Say, save: Callable[[], None], measure: Measure
-) -> None:
-    """Measures every row in every draw. The first row of a draw is another one each time.
-
-    A row whose package is not installed is not tried. A row that fails is left out from then on; the others go on. The
-    results are filled in place, and ``save`` is called after every process, so that a run that is stopped leaves them.
-    """
-    for result in results:
-        if result.row.missing:
-            result.status, result.reason = "not installed", result.row.missing
-    start, total = time.perf_counter(), settings.draws * len(results)
-    for number in range(total):
-        draw, place = divmod(number, len(results))
-        result = results[(place + draw) % len(results)]
-        if result.reason:
-            continue
-        result.add(measure(settings, result.row), draw)
-        save()
-        if result.reason:
-            progress = f"{result.status}: {result.reason}"
-        else:
-            step, peak = list(by_draw(result.steps).values())[-1], result.memories[-1]["peak_mb"]
-            progress = f"{step:.4g} s a step, peak {peak:,.0f} MB"
-        left = (time.perf_counter() - start) / (number + 1) * (total - number - 1)
-        say(f"draw {draw + 1} of {settings.draws}, {result.row.label}: {progress} (about {left:.0f} s to go)")
 
 
 def figures_of(results: Sequence[RowResult], tokens: int) -> dict[str, Any]:
@@ -144,6 +112,72 @@ def figures_of(results: Sequence[RowResult], tokens: int) -> dict[str, Any]:
     }
 
 
+class Record:
+    """The record of a benchmark, which is written into the output folder each time it grows.
+
+    Attributes:
+        content: The record as JSON values.
+    """
+
+    def __init__(self, settings: BenchSettings, name: str, say: Say, command: str | None, measure: Measure) -> None:
+        self.settings, self.name, self.say, self.measure = settings, name, say, measure
+        self.content: dict[str, Any] = {
+            "complete": False,
+            "command": command,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "settings": asdict(settings),
+            "machine": describe_machine(device_of(settings), settings.threads),
+            "model": None,
+            "rows": {},
+        }
+
+    def save(self) -> None:
+        write_json(Path(self.settings.output, f"{self.name}.json"), self.content)
+
+    def run_rows(self, settings: BenchSettings, tokens: int, figures: dict[str, Any]) -> dict[str, RowResult]:
+        """Measures every row in every draw. The first row of a draw is another one each time.
+
+        A row whose package is not installed is not tried. A row that fails is left out from then on; the others go on. After
+        every process the rows' ``figures`` are brought up to date and the record is written, so that a run that is stopped
+        leaves them.
+        """
+        results = [RowResult(row) for row in settings.rows()]
+        for result in results:
+            if result.row.missing:
+                result.status, result.reason = "not installed", result.row.missing
+        figures.update(figures_of(results, tokens))
+        self.save()
+        start, total = time.perf_counter(), settings.draws * len(results)
+        for number in range(total):
+            draw, place = divmod(number, len(results))
+            result = results[(place + draw) % len(results)]
+            if result.reason:
+                continue
+            result.add(self.measure(settings, result.row), draw)
+            figures.update(figures_of(results, tokens))
+            self.save()
+            if result.reason:
+                progress = f"{result.status}: {result.reason}"
+            else:
+                step, peak = list(by_draw(result.steps).values())[-1], result.memories[-1]["peak_mb"]
+                progress = f"{step:.4g} s a step, peak {peak:,.0f} MB"
+            left = (time.perf_counter() - start) / (number + 1) * (total - number - 1)
+            self.say(f"draw {draw + 1} of {settings.draws}, {result.row.label}: {progress} (about {left:.0f} s to go)")
+        return {result.row.label: result for result in results}
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the complete record, its page and its figure. Without matplotlib it leaves out the figure and says so."""
+        self.content["complete"] = True
+        self.save()
+        folder = Path(self.settings.output)
+        write_text(folder / f"{self.name}.md", markdown(self.content))
+        try:
+            save_figure(self.content, folder / f"{self.name}.png")
+        except MissingExtraError as error:
+            self.say(f"{self.name}.png was not drawn: {error}")
+        return self.content
+
+
 def run_bench(
     settings: BenchSettings, say: Say = print, command: str | None = None, measure: Measure = measure_apart
 ) -> dict[str, Any]:
@@ -162,48 +196,15 @@ def run_bench(
         ConfigError: The model or the device cannot be had.
         MissingExtraError: transformers is not installed.
     """
-    plan = blueprint(settings)
-    results = [RowResult(row) for row in settings.rows()]
-    record = header(settings, command) | {"model": plan.describe()}
-
-    def save() -> None:
-        record["rows"] = figures_of(results, record["model"]["tokens"])
-        write_json(Path(settings.output, "bench.json"), record)
-
-    save()
-    run_rows(results, settings, say, save, measure)
-    record["complete"] = True
-    save()
-    write_reports(record, settings, "bench", say)
-    return record
-
-
-def header(settings: BenchSettings, command: str | None) -> dict[str, Any]:
-    """Returns the parts of a record that are known before anything is measured."""
-    return {
-        "complete": False,
-        "command": command,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "settings": asdict(settings),
-        "machine": describe_machine(device_of(settings), settings.threads),
-        "model": None,
-        "rows": {},
-    }
-
-
-def write_reports(record: Mapping[str, Any], settings: BenchSettings, name: str, say: Say) -> None:
-    """Writes the page and the figure next to the JSON. Without matplotlib it leaves out the figure and says so."""
-    folder = Path(settings.output)
-    write_text(folder / f"{name}.md", markdown(record))
-    try:
-        save_figure(record, folder / f"{name}.png")
-    except MissingExtraError as error:
-        say(f"{name}.png was not drawn: {error}")
+    record = Record(settings, "bench", say, command, measure)
+    record.content["model"] = model = blueprint(settings).describe()
+    record.run_rows(settings, model["tokens"], record.content["rows"])
+    return record.finish()
 
 
 def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
     """Returns the hardware, the versions, and the commit if unmask runs from a git checkout, as JSON values."""
-    cpu, total = _proc("cpuinfo", r"^model name\s*:\s*(.+)$"), _proc("meminfo", r"^MemTotal:\s+(\d+) kB")
+    cpu, total = read_proc("cpuinfo", r"^model name\s*:\s*(.+)$"), read_proc("meminfo", r"^MemTotal:\s+(\d+) kB")
     versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for name in versions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -220,12 +221,6 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
         "commit": _commit(),
         "allocator": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_ALLOCATOR)},
     }
-
-
-def _proc(name: str, pattern: str) -> str | None:
-    path = Path("/proc", name)
-    found = re.search(pattern, path.read_text(), re.MULTILINE) if path.is_file() else None
-    return found.group(1) if found else None
 
 
 def _commit() -> str | None:

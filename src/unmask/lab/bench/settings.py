@@ -5,21 +5,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from unmask.errors import ConfigError
-from unmask.lab.bench.rows import Row, parse_rows
+from unmask.lab.bench.rows import KINDS, Row, parse_rows
 from unmask.lab.bench.shapes import SHAPES, Shape
-from unmask.lab.training.fields import setting
-
-Dtype = Literal["float32", "autocast", "bf16"]
-Device = Literal["auto", "cpu", "cuda"]
-Curve = Literal["budget", "size", "selection"]
+from unmask.lab.training.fields import setting, settings_of
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Everything that a benchmark run depends on. The run writes it into its record.
+    """The settings that a benchmark run depends on. The run writes them into its record.
 
     The help text of each field says what the field means; the options of ``unmask bench`` are made from them.
 
@@ -39,13 +35,13 @@ class BenchSettings:
     batch_size: int | None = setting(None, "Sequences per batch; by default the shape's own number.")
     seq_len: int | None = setting(None, "Tokens per sequence; by default the shape's own number.")
     budget: int = setting(320_000, "The budget B: how many scalar weights unmask trains.")
-    dtype: Dtype = setting(
+    dtype: Literal["float32", "autocast", "bf16"] = setting(
         "float32", "float32; autocast (float32 weights, bfloat16 autocast); or bf16 (bfloat16 weights)."
     )
     methods: str = setting(
         "all",
-        "The rows to measure, separated by commas: frozen, full, full-fused, lora, shira, super, authors, static, "
-        "static-d3, id3, id3-10, id3-100 (id3-K for a stride of K), NAME@BUDGET for another budget, or all.",
+        f"The rows to measure, separated by commas: {', '.join(KINDS)} (id3-K for a stride of K), NAME@BUDGET for another "
+        "budget, or all.",
     )
     draws: int = setting(3, "How often each row is measured, every time in a fresh process.")
     warmup: int = setting(2, "Training steps of each process before the timed ones.")
@@ -53,18 +49,20 @@ class BenchSettings:
         3, "Timed steps of each process. A row with a stride runs whole cycles, at least this many steps."
     )
     threads: int = setting(2, "CPU threads.")
-    device: Device = setting("auto", "cpu, cuda, or auto, which takes CUDA if there is a CUDA device.")
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "cpu, cuda, or auto, which takes CUDA if there is a CUDA device."
+    )
     dropout: float | None = setting(None, "Every dropout probability of the model; by default those of its config.")
     lora_r: int = setting(8, "The rank of LoRA.")
-    curve: Curve | None = setting(None, "A scaling curve to measure instead of the table: budget, size or selection.")
+    curve: Literal["budget", "size", "selection"] | None = setting(
+        None, "A scaling curve to measure instead of the table: budget, size or selection."
+    )
     output: str = setting("runs/bench", "The folder for the results.")
     seed: int = setting(0, "The seed of the weights, the batches and the random masks.")
 
     def __post_init__(self) -> None:
-        for name, words in (("dtype", Dtype), ("device", Device), ("curve", Curve)):
-            value, allowed = getattr(self, name), get_args(words)
-            if value not in allowed and not (name == "curve" and value is None):
-                raise ConfigError(f"{name} = {value!r}; it must be one of {', '.join(allowed)}.")
+        for name in ("dtype", "device", "curve"):
+            settings_of(BenchSettings)[name].check(getattr(self, name))
         for name in ("budget", "draws", "warmup", "steps", "threads", "lora_r", "batch_size", "seq_len"):
             value, least = getattr(self, name), 2 if name == "seq_len" else 1
             given = value is not None or name not in ("batch_size", "seq_len")

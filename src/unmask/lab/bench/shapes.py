@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Family = Literal["roberta", "bert", "mpnet", "llama", "config"]
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -26,26 +26,19 @@ class Shape:
     """
 
     name: str
-    family: Family
+    family: Literal["roberta", "bert", "mpnet", "llama", "config"]
     dims: Mapping[str, int | float | bool] = field(hash=False)
     batch: int = 16
     length: int = 128
 
 
-def _dims(vocab: int, hidden: int, layers: int, heads: int, inner: int, **more: int | float | bool) -> dict:
-    return {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": inner,
-        **more,
-    }
+def _dims(*sizes: int, **more: int | float | bool) -> dict[str, int | float | bool]:
+    return dict(zip(_SIZES, sizes, strict=True)) | more
 
 
-def _llama(vocab: int, hidden: int, layers: int, heads: int, kv: int, inner: int, tied: bool, theta: float) -> dict:
+def _llama(*sizes: int, kv: int, theta: float, tied: bool = True) -> dict[str, int | float | bool]:
     more = {"num_key_value_heads": kv, "tie_word_embeddings": tied, "rope_theta": theta, "rms_norm_eps": 1e-5}
-    return _dims(vocab, hidden, layers, heads, inner, max_position_embeddings=4096, **more)
+    return _dims(*sizes, max_position_embeddings=4096, **more)
 
 
 # BERT-like shapes by width and depth, from 11M to 957M weights, for the curve over the model's size.
@@ -55,15 +48,16 @@ SIZES: tuple[Shape, ...] = tuple(
 )
 
 _ROBERTA = _dims(50265, 768, 12, 12, 3072, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1)
+_LLAMA_7B = _llama(32000, 4096, 32, 32, 11008, kv=32, theta=1e4, tied=False)
 SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
         Shape("roberta-base", "roberta", _ROBERTA),
         Shape("minilm", "bert", _dims(30522, 384, 6, 12, 1536)),  # all-MiniLM-L6
         Shape("mpnet", "mpnet", _dims(30527, 768, 12, 12, 3072, max_position_embeddings=514)),  # all-mpnet-base
-        Shape("smollm2", "llama", _llama(49152, 576, 30, 9, 3, 1536, True, 1e5), 4, 256),  # SmolLM2-135M
-        Shape("llama-1b", "llama", _llama(128256, 2048, 16, 32, 8, 8192, True, 5e5), 1, 256),  # Llama-3.2-1B
-        Shape("llama-7b", "llama", _llama(32000, 4096, 32, 32, 32, 11008, False, 1e4), 4, 512),  # Llama-2-7B
+        Shape("smollm2", "llama", _llama(49152, 576, 30, 9, 1536, kv=3, theta=1e5), 4, 256),  # SmolLM2-135M
+        Shape("llama-1b", "llama", _llama(128256, 2048, 16, 32, 8192, kv=8, theta=5e5), 1, 256),  # Llama-3.2-1B
+        Shape("llama-7b", "llama", _LLAMA_7B, 4, 512),  # Llama-2-7B
         *SIZES,
     )
 }

@@ -110,17 +110,12 @@ def times(record: Mapping[str, Any]) -> list[Cells]:
     for label, row in record["rows"].items():
         figures = row["timing"]
         if figures:
-            total = figures["total"]
-            lines.append(
-                [
-                    label,
-                    f"{total['median']:.4g} ({total['q1']:.4g}-{total['q3']:.4g})",
-                    *(f"{figures[phase]['median']:.4g}" for phase in ("forward", "backward", "optimizer")),
-                    number(figures.get("amortised"), 4),
-                    *(number((row["ratios"].get(name) or {}).get("ratio"), 3) for name in ("frozen", "full")),
-                    f"{figures['tokens_per_second']:,.0f}",
-                ]
-            )
+            *phases, total = (figures[phase] for phase in PHASES)
+            step = f"{total['median']:.4g} ({total['q1']:.4g}-{total['q3']:.4g})"
+            medians = [f"{phase['median']:.4g}" for phase in phases]
+            ratios = [number((row["ratios"].get(name) or {}).get("ratio"), 3) for name in ("frozen", "full")]
+            speed = f"{figures['tokens_per_second']:,.0f}"
+            lines.append([label, step, *medians, number(figures.get("amortised"), 4), *ratios, speed])
         elif row["reason"]:
             lines.append([label, row["status"], *[_NONE] * (len(TIMES) - 2)])
     return lines
@@ -132,17 +127,10 @@ def costs(record: Mapping[str, Any]) -> list[Cells]:
     for label, row in record["rows"].items():
         memory, weights = row["memory"], row["weights"]
         if memory:
-            lines.append(
-                [
-                    label,
-                    f"{weights['trainable']:,}",
-                    f"{weights['trained']:,}",
-                    f"{memory['peak_mb']:,.0f}",
-                    f"{memory['before_mb']:,.0f}" if memory["before_mb"] is not None else _NONE,
-                    f"{memory['state_bytes'] / 1e6:,.1f}",
-                    number(memory.get("bytes_per_weight"), 2),
-                ]
-            )
+            counts = [f"{weights['trainable']:,}", f"{weights['trained']:,}", f"{memory['peak_mb']:,.0f}"]
+            before = f"{memory['before_mb']:,.0f}" if memory["before_mb"] is not None else _NONE
+            state, saved = f"{memory['state_bytes'] / 1e6:,.1f}", number(memory.get("bytes_per_weight"), 2)
+            lines.append([label, *counts, before, state, saved])
     return lines
 
 
@@ -167,11 +155,10 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 def remarks(record: Mapping[str, Any]) -> list[str]:
     """Returns what a reader of the tables must know: the rows that are missing, and files that could not be saved."""
-    lines = [f"{label}: {row['status']}: {row['reason']}" for label, row in record["rows"].items() if row["reason"]]
-    for label, row in record["rows"].items():
-        if "saved_error" in row["memory"]:
-            lines.append(f"{label} could not be saved: {row['memory']['saved_error']}")
-    return lines
+    rows = record["rows"].items()
+    unsaved = {label: row["memory"]["saved_error"] for label, row in rows if "saved_error" in row["memory"]}
+    lines = [f"{label}: {row['status']}: {row['reason']}" for label, row in rows if row["reason"]]
+    return lines + [f"{label} could not be saved: {error}" for label, error in unsaved.items()]
 
 
 def plain(header: Sequence[str], lines: Sequence[Cells]) -> str:
@@ -184,13 +171,8 @@ def plain(header: Sequence[str], lines: Sequence[Cells]) -> str:
     """
     table = [list(header), *lines]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if at == 0 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    )
+    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in table]
+    return "\n".join("  ".join(line).rstrip() for line in aligned)
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Cells]) -> str:

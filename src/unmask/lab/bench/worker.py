@@ -100,9 +100,15 @@ def peak_bytes() -> int:
 
 def _status(key: str) -> int | None:
     """Returns a size of this process in bytes, as Linux counts it; None where it is not known."""
-    path = Path("/proc/self/status")
-    found = re.search(rf"^{key}:\s+(\d+) kB", path.read_text(), re.MULTILINE) if path.is_file() else None
-    return int(found.group(1)) * 1024 if found else None
+    found = read_proc("self/status", rf"^{key}:\s+(\d+) kB")
+    return int(found) * 1024 if found else None
+
+
+def read_proc(file: str, pattern: str) -> str | None:
+    """Returns the text of the pattern's group in a file of Linux's ``/proc``; None if there is none."""
+    path = Path("/proc", file)
+    found = re.search(pattern, path.read_text(), re.MULTILINE) if path.is_file() else None
+    return found[1] if found else None
 
 
 def short(error: BaseException) -> str:

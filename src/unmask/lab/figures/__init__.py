@@ -1,18 +1,16 @@
 """Draws figures of runs from plain records. Drawing needs matplotlib (extra ``plot``); nothing here imports torch."""
 
 from collections.abc import Callable
-from typing import Any
 
-from unmask.lab.figures.deltas import delta_figure
-from unmask.lab.figures.maps import allocation_maps
+from unmask.lab.figures.maps import allocation_maps, delta_figure
 from unmask.lab.figures.records import AllocationRow, CurvePoint, RunRecord, Snapshot
 from unmask.lab.figures.scores import budget_sweep, parameter_sweep, score_along_run
 from unmask.lab.figures.shares import score_against_share
-from unmask.lab.figures.style import DARK, LIGHT, Style
+from unmask.lab.figures.style import DARK, LIGHT, Figure, Style
 from unmask.lab.figures.tensors import sparsity_entropy, tensor_sparsity
 from unmask.lab.figures.writing import figure_files, svg, write_figure
 
-FIGURES: dict[str, Callable[..., Any]] = {
+FIGURES: dict[str, Callable[..., Figure]] = {
     "fig1": score_against_share,
     "fig4": parameter_sweep,
     "fig5": score_along_run,

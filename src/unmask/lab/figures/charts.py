@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
+from statistics import fmean
 from typing import Any
 
 from unmask.errors import DataError, need
 from unmask.lab.figures.estimates import best_of, interval
-from unmask.lab.figures.records import RunRecord
-from unmask.lab.figures.style import Look, Style, dress, new_figure
+from unmask.lab.figures.records import RunRecord, grouped
+from unmask.lab.figures.style import Figure, Look, Style, dress, new_figure
 
 _WIDTH, _HEIGHT = 4.6, 3.3
 """The size of a panel in inches."""
@@ -39,12 +40,7 @@ class Point:
     half: float | None
 
 
-def main_score(run: RunRecord) -> float:
-    """Returns a run's main metric."""
-    return run["score"]
-
-
-def counting(runs: Sequence[RunRecord], score: Callable[[RunRecord], float] = main_score) -> list[RunRecord]:
+def counting(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """Returns the runs of one place that count: all, or those with the ``best`` highest scores if there is that entry.
 
     Raises:
@@ -66,42 +62,34 @@ def counting(runs: Sequence[RunRecord], score: Callable[[RunRecord], float] = ma
             f"runs {names} would be averaged as runs of one setting, but have {what}; give the chosen ones, and variants "
             "under method names of their own."
         )
-    return sorted(runs, key=score, reverse=True)[: best.pop()] if None not in best else list(runs)
+    return sorted(runs, key=itemgetter("score"), reverse=True)[: best.pop()] if None not in best else list(runs)
 
 
-def point(x: float, runs: Sequence[RunRecord], score: Callable[[RunRecord], float] = main_score) -> Point:
+def point(x: float, runs: Sequence[RunRecord]) -> Point:
     """Returns the mean of the runs that count at one place, with an interval or the deviation of the best runs."""
-    kept = counting(runs, score)
-    values = [score(run) for run in kept]
-    if kept[0].get("best") is not None:
-        found = best_of(values, len(values))
+    scores = [run["score"] for run in counting(runs)]
+    if runs[0].get("best") is not None:
+        found = best_of(scores, len(scores))
         return Point(x, found.mean, found.deviation)
-    found = interval(values)
+    found = interval(scores)
     return Point(x, found.mean, None if found.high is None else found.high - found.mean)
 
 
-def averaged(records: Iterable[RunRecord], x: Callable[[RunRecord], float]) -> list[Point]:
+def averaged(runs: Sequence[RunRecord], x: Callable[[RunRecord], float]) -> list[Point]:
     """Returns the points of all x, by rising x; raises what `counting` raises."""
-    cells: dict[float, list[RunRecord]] = {}
-    for record in records:
-        cells.setdefault(float(x(record)), []).append(record)
-    return [point(place, cells[place]) for place in sorted(cells)]
+    return [point(place, [run for run in runs if x(run) == place]) for place in sorted(set(map(x, runs)))]
 
 
-def by_task(records: Iterable[RunRecord]) -> dict[tuple[str, str], list[RunRecord]]:
-    """Groups runs by (model, task), in the order of each group's first run."""
-    groups: dict[tuple[str, str], list[RunRecord]] = {}
-    for record in records:
-        groups.setdefault((record["model"], record["task"]), []).append(record)
-    return groups
+def by_budget(runs: Iterable[RunRecord], name: str) -> list[tuple[str, list[RunRecord]]]:
+    """Returns a label and the runs of each budget, by rising budget; the label names the budget if there are several."""
+    budgets = sorted(grouped(runs, "budget").items())
+    return [(name + (f", B = {short(budget)}" if len(budgets) > 1 else ""), group) for budget, group in budgets]
 
 
-def panels(
-    records: Sequence[RunRecord], style: Style, draw: Callable[[Any, list[RunRecord]], None], columns: int = 3
-) -> Any:
+def panels(records: Sequence[RunRecord], style: Style, draw: Callable[[Any, list[RunRecord]], None]) -> Figure:
     """Returns a figure with a panel for each model and task; ``draw(axes, records)`` fills a panel."""
-    groups = by_task(records)
-    columns = min(columns, len(groups))
+    groups = grouped(records, "model", "task")
+    columns = min(3, len(groups))
     rows = math.ceil(len(groups) / columns)
     figure = new_figure(_WIDTH * columns + 0.3, _HEIGHT * rows + 0.2, style)
     grid = figure.subplots(rows, columns, squeeze=False).flat
@@ -134,7 +122,7 @@ def draw_points(axes: Any, points: Sequence[Point], look: Look, label: str = "",
     place = axes.transData + shift
     xs, means = [p.x for p in points], [p.mean for p in points]
     style = {"color": look.colour, "marker": look.marker, "linestyle": look.line, "transform": place}
-    axes.plot(xs, means, markersize=4.5, linewidth=1.4, zorder=3, label=label or "_", **style)
+    axes.plot(xs, means, markersize=4.5, linewidth=1.4, zorder=3, label=label, **style)
     for p in points:
         draw_spread(axes, p, look.colour, place)
     axes.update_datalim([(p.x, p.mean + sign * (p.half or 0)) for p in points for sign in (-1, 1)])
@@ -143,20 +131,26 @@ def draw_points(axes: Any, points: Sequence[Point], look: Look, label: str = "",
 def draw_spread(axes: Any, at: Point, colour: str, transform: Any = None) -> None:
     """Draws the vertical line of a point, if several runs count at it."""
     if at.half is not None:
-        ends = [at.mean - at.half, at.mean + at.half]
-        place = {} if transform is None else {"transform": transform}
-        axes.plot([at.x, at.x], ends, "-", color=colour, linewidth=1, alpha=0.6, zorder=2, **place)
+        ends, place = [at.mean - at.half, at.mean + at.half], transform or axes.transData
+        axes.plot([at.x, at.x], ends, "-", color=colour, linewidth=1, alpha=0.6, zorder=2, transform=place)
 
 
-def aside(index: int, count: int, width: float = 12) -> float:
-    """Returns how far the line ``index`` of ``count`` lines stands to the right of the true x, in printer's points.
+def draw_course(
+    axes: Any, courses: Sequence[Sequence[tuple[float, float]]], look: Look, dashes: Any, label: str
+) -> None:
+    """Draws the mean of the runs' courses, which are (x, y) points, at every x that all of them have.
 
-    Example:
-        >>> [aside(i, 3) for i in range(3)]
-        [-3.0, 0.0, 3.0]
+    Raises:
+        DataError: There is no such x.
     """
-    step = min(3.0, width / max(1, count - 1))
-    return step * (index - (count - 1) / 2)
+    xs = sorted(set.intersection(*({x for x, _ in course} for course in courses)))
+    if not xs:
+        raise DataError(
+            "the seeds of one run have no point of their curves in common; evaluate them at the same steps."
+        )
+    means = [fmean(y for course in courses for at, y in course if at == x) for x in xs]
+    line = {"color": look.colour, "linestyle": dashes, "linewidth": 1.6, "zorder": 3, "clip_on": False}
+    axes.plot(xs, means, label=label, marker=look.marker, markersize=3.5, markevery=math.ceil(len(xs) / 12), **line)
 
 
 def which_runs(runs: Iterable[RunRecord], spread: bool = True) -> str:
@@ -168,8 +162,8 @@ def which_runs(runs: Iterable[RunRecord], spread: bool = True) -> str:
     """
     runs = list(runs)
     texts = []
-    places = Counter(tuple(run.get(key) for key in ("model", "method", "task", "budget")) for run in runs)
-    several = max(places.values(), default=0) > 1
+    places = {tuple(run.get(key) for key in ("model", "method", "task", "budget")) for run in runs}
+    several = len(places) < len(runs)
     for best in sorted({run["best"] for run in runs if several and run.get("best") is not None}):
         which = "the best run of each setting" if best == 1 else f"means of the best {best} runs of each setting"
         lines = "; vertical lines: plus and minus their standard deviation (n - 1)" if spread and best > 1 else ""
@@ -180,7 +174,7 @@ def which_runs(runs: Iterable[RunRecord], spread: bool = True) -> str:
     return "\n".join(texts)
 
 
-def note(figure: Any, style: Style, *texts: str) -> None:
+def note(figure: Figure, style: Style, *texts: str) -> None:
     """Writes texts below the panels. Each begins on a new line and is broken at the figure's width."""
     width = int(figure.get_size_inches()[0] * 19)  # The letters have 7 points.
     lines = [line for text in texts for part in text.split("\n") for line in textwrap.wrap(part, width)]

@@ -13,7 +13,7 @@ from unmask.errors import ConfigError, DataError, need
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate of a method's score.
+    """The estimate of a method's score.
 
     Attributes:
         mean: The mean of the runs that count.

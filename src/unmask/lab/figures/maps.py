@@ -1,14 +1,17 @@
-"""Draws heat maps of the places of a budget: module kinds by layers."""
+"""Draws the places of a budget: heat maps of module kinds by layers, and the figure of one delta."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from unmask.errors import DataError, need
-from unmask.lab.figures.charts import counting, note, short, which_runs
-from unmask.lab.figures.records import AllocationRow, RunRecord, Snapshot, check_records, labels
-from unmask.lab.figures.style import LIGHT, Style, dress, new_figure
+from unmask.lab.figures.charts import count_axis, counting, note, short, which_runs
+from unmask.lab.figures.records import AllocationRow, RunRecord, Snapshot, check_records, grouped, labels
+from unmask.lab.figures.style import LIGHT, SERIES, Figure, Style, dress, new_figure
 from unmask.methods.naming import KINDS, OTHER
 
 _KINDS = ("Key", "Query", "Value", "Attn Out", "FFN1", "FFN2", "other")
@@ -16,12 +19,11 @@ _CELL = 0.34, 0.25
 """The width and height of a cell in inches."""
 _RANKS = {"increment": 0, "repeat": 1}
 """The order of a figure's rows; other strategies follow."""
+_BARS = 24
+"""The most tensors whose densities the figure of a delta shows."""
 
-Block = tuple[str, str, int]
-"""The model, the task and the budget of some rows of panels."""
 
-
-def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Figure:
     """Draws Figure 7: the share of the budget in each module kind of each layer, at the start and the end of a run.
 
     Each method has a row of two panels, its first and its last snapshot, so increment-S and repeat-S make the paper's
@@ -34,9 +36,6 @@ def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
         records: The runs, with ``allocation``.
         style: The colours of the page.
 
-    Returns:
-        A matplotlib figure.
-
     Raises:
         DataError: There are no records, one has no snapshot with an unmasked weight or no layers, or runs cannot be
             averaged.
@@ -44,26 +43,18 @@ def allocation_maps(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
     """
     runs = check_records(records, "allocation")
     names = labels(runs)
-    blocks: dict[Block, dict[str, list[RunRecord]]] = {}
-    for run in sorted(runs, key=lambda run: _RANKS.get(run.get("strategy", ""), len(_RANKS))):
-        block = blocks.setdefault((run["model"], run["task"], run["budget"]), {})
-        block.setdefault(run["method"], []).append(run)
-    layers = max(len(_inner(shot["rows"])) for run in runs for shot in run["allocation"])
-    rows = sum(len(methods) for methods in blocks.values())
+    runs.sort(key=lambda run: _RANKS.get(run.get("strategy", ""), len(_RANKS)))
+    layers = max(len(layers_of(shot["rows"], outside=False)) for run in runs for shot in run["allocation"])
+    rows = len(grouped(runs, "model", "task", "budget", "method"))
     figure = new_figure(2 * (_CELL[0] * max(layers, 6) + 1.4), (_CELL[1] * len(KINDS) + 1.1) * rows + 0.3, style)
     grid = iter(figure.subplots(rows, 2, squeeze=False).flat)
-    for (model, task, budget), methods in blocks.items():
+    for (model, task, budget), block in grouped(runs, "model", "task", "budget").items():
         letters = iter("abcdefghijklmnopqrstuvwxyz" * rows)
-        for method, group in methods.items():
-            kept = counting(group)
+        for method, group in grouped(block, "method").items():
+            kept = [_ordered(run) for run in counting(group)]
             for moment, at in (("start", 0), ("end", -1)):
-                axes, shots = next(grid), [_ordered(run)[at] for run in kept]
-                elsewhere = _panel(axes, shots, budget, style)
-                axes.set_title(
-                    f"({next(letters)}) {names[method]}, {moment} · {task} · {model}\n"
-                    f"{_moment(shots, budget)}\nelsewhere {_few(elsewhere)}",
-                    loc="left", fontsize=8.5, color=style.ink,
-                )  # fmt: skip
+                title = f"({next(letters)}) {names[method]}, {moment} · {task} · {model}"
+                _panel(next(grid), title, [shots[at] for shots in kept], budget, style)
     text = "a cell is its share of the budget B; elsewhere: embeddings, normalisations, heads and what has no such name"
     note(figure, style, text, which_runs(runs, spread=False))
     return figure
@@ -79,31 +70,96 @@ def _ordered(run: RunRecord) -> list[Snapshot]:
     return sorted(shots, key=lambda shot: (shot.get("step", 0), shot["used"]))
 
 
-def _picked(shot: Snapshot) -> list[AllocationRow]:
-    return shot.get("picked", shot["rows"])
+def _panel(axes: Any, title: str, shots: Sequence[Snapshot], budget: int, style: Style) -> None:
+    """Draws the mean of some runs' shares of the budget as a heat map with a colour bar.
 
-
-def _panel(axes: Any, shots: Sequence[Snapshot], budget: int, style: Style) -> float:
-    """Draws a heat map of shares of the budget, with a colour bar; returns the share outside the cells."""
-    rows, whole = [row for shot in shots for row in _picked(shot)], len(shots) * budget
-    image = heat_map(axes, rows, whole, style, _few)
+    The title says how many weights are shown, how many a repeat-S that keeps them has ever tuned, and the share of the
+    budget outside the cells.
+    """
+    rows = [row for shot in shots for row in shot.get("picked", shot["rows"])]
+    image = heat_map(axes, rows, len(shots) * budget, style, _few)
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.015, aspect=14)
     bar.outline.set_visible(False)
     bar.ax.set_facecolor("none")
     bar.locator = need("matplotlib.ticker", "plot").MaxNLocator(4)
     bar.ax.tick_params(labelsize=7, labelcolor=style.ink, color=style.muted, width=0.8, length=2)
     bar.ax.yaxis.offsetText.set(color=style.ink, fontsize=7)
-    return sum(row["unmasked"] for row in rows if OTHER in (row["layer"], row["kind"])) / whole
-
-
-def _moment(shots: Sequence[Snapshot], budget: int) -> str:
-    """Says how many weights a panel shows, and how many a repeat-S that keeps them has ever tuned."""
     steps = {shot["step"] for shot in shots if "step" in shot}
     step = f"step {steps.pop():,}: " if len(steps) == 1 else ""
-    shown = sum(row["unmasked"] for shot in shots for row in _picked(shot)) / len(shots)
-    used = sum(shot["used"] for shot in shots) / len(shots)
+    shown, used = sum(row["unmasked"] for row in rows) / len(shots), fmean(shot["used"] for shot in shots)
     more = f", {short(used)} ever tuned" if used > shown else ""
-    return f"{step}{short(shown)} of B = {short(budget)}{more}"
+    elsewhere = sum(row["unmasked"] for row in rows if OTHER in (row["layer"], row["kind"])) / (len(shots) * budget)
+    counts = f"{step}{short(shown)} of B = {short(budget)}{more}\nelsewhere {_few(elsewhere)}"
+    axes.set_title(f"{title}\n{counts}", loc="left", fontsize=8.5, color=style.ink)
+
+
+def delta_figure(facts: Mapping[str, Any], style: Style = LIGHT) -> Figure:
+    """Draws what ``unmask inspect --json`` prints: the allocation, tensor densities, and their course over the slots.
+
+    Args:
+        facts: ``allocation`` (rows), ``tensors`` (name -> changed, of, density), ``weights``, and ``along``: snapshots
+            of rising budgets, which is empty if the delta does not hold the order of unmasking.
+        style: The colours of the page.
+
+    Raises:
+        DataError: The delta has no weight stored in part.
+        MissingExtraError: matplotlib is not installed.
+    """
+    along: Sequence[Snapshot] = facts["along"]
+    maps: list[tuple[str, Sequence[AllocationRow]]] = [(f"all {short(facts['weights'])} weights", facts["allocation"])]
+    if len(along) > 1:
+        maps.insert(0, (f"the first {short(along[0]['used'])} weights", along[0]["rows"]))
+    width = max(9.2 if len(along) > 1 else 6.2, 0.36 * len(layers_of(facts["allocation"])) + 1.2)
+    heights = [2.5 * len(maps), 0.2 * min(_BARS, len(facts["tensors"])) + 1.1]
+    figure = new_figure(width, sum(heights), style)
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    for part in (top, bottom):
+        part.set_facecolor("none")
+    for axes, (title, rows) in zip(top.subplots(len(maps), 1, squeeze=False).flat, maps, strict=True):
+        whole = sum(row["unmasked"] for row in rows)
+        if not whole:
+            raise DataError("an allocation without any unmasked weight cannot be drawn; give one from after a step.")
+        heat_map(axes, rows, whole / 100, style, _percent, outside=True)
+        axes.set_title(f"allocation of {title}, %", loc="left", fontsize=9, color=style.ink)
+    below = bottom.subplots(1, 2, width_ratios=[1, 1.1], squeeze=False)[0] if len(along) > 1 else [bottom.subplots()]
+    _densest(below[0], facts["tensors"], style)
+    if len(along) > 1:
+        _along(below[1], along, style)
+    return figure
+
+
+def _densest(axes: Any, tensors: Mapping[str, Mapping[str, float]], style: Style) -> None:
+    ordered = sorted(tensors.items(), key=lambda item: -item[1]["density"])
+    shown = ordered[:_BARS]
+    names = [name if len(name) <= 44 else f"...{name[-41:]}" for name, _ in shown]
+    bars = axes.barh(names, [100 * row["density"] for _, row in shown], color=SERIES[1], height=0.7)
+    axes.bar_label(bars, [f"{100 * row['density']:.2g}%" for _, row in shown], fontsize=7, padding=2, color=style.ink)
+    axes.invert_yaxis()
+    axes.margins(x=0.15, y=0.02)
+    rest = f", {len(shown)} of {len(ordered)} tensors" if len(ordered) > len(shown) else ""
+    axes.set_title(f"density of the densest{rest}", loc="left", fontsize=9, color=style.ink)
+    axes.set_xlabel("unmasked, % of the tensor's weights")
+    dress(axes, style, grid="x")
+    axes.tick_params(axis="y", labelsize=7, length=0)
+
+
+def _along(axes: Any, along: Sequence[Snapshot], style: Style) -> None:
+    used = [shot["used"] for shot in along]
+    axes.plot(used, [100 * shot["tensor_sparsity"] for shot in along], color=SERIES[0], marker="o", markersize=3.5)
+    count_axis(axes)
+    axes.set_xlabel("unmasked weights, in the order of unmasking")
+    axes.set_ylabel("tensor sparsity, %")
+    axes.set_ylim(bottom=0)
+    axes.set_title("tensor sparsity and sparsity entropy", loc="left", fontsize=9, color=style.ink)
+    dress(axes, style, grid="y")
+    axes.yaxis.label.set_color(SERIES[0])
+    other = axes.twinx()
+    other.plot(used, [shot["sparsity_entropy"] for shot in along], color=SERIES[1], marker="s", markersize=3.5)
+    other.set_ylabel("sparsity entropy, nats")
+    dress(other, style, grid="")
+    other.spines["right"].set(visible=True, color=style.muted)
+    other.spines["left"].set_visible(False)
+    other.yaxis.label.set_color(SERIES[1])
 
 
 def heat_map(
@@ -123,25 +179,22 @@ def heat_map(
     Raises:
         DataError: There is no layer to draw, or with ``outside`` no row.
     """
-    counts: dict[tuple[str, str], int] = {}
+    counts: Counter[tuple[str, str]] = Counter()
     for row in rows:
-        counts[row["layer"], row["kind"]] = counts.get((row["layer"], row["kind"]), 0) + row["unmasked"]
-    layers = layers_of(rows) if outside else _inner(rows)
+        counts[row["layer"], row["kind"]] += row["unmasked"]
+    layers = layers_of(rows, outside)
     if not layers:
         raise DataError("none of the tensors lies in a layer, so there is no map of layers; see unmask.methods.naming.")
     kinds = [*KINDS, *([OTHER] if outside and any(kind == OTHER for _, kind in counts) else [])]
-    table = [[counts[layer, kind] / of if (layer, kind) in counts else None for layer in layers] for kind in kinds]
-    inside = [counts[cell] / of for cell in counts if OTHER not in cell]
-    top = max(inside, default=0) or max(counts.values()) / of or 1.0
+    table = [[counts[layer, kind] / of if (layer, kind) in counts else math.nan for layer in layers] for kind in kinds]
+    inside = [count for cell, count in counts.items() if OTHER not in cell]
+    top = (max(inside, default=0) or max(counts.values()) or of) / of
     colors = need("matplotlib.colors", "plot")
     fill = colors.LinearSegmentedColormap.from_list("fill", [colors.to_rgba(style.fill, a) for a in (0, 1)])
-    image = axes.imshow(
-        [[float("nan") if value is None else value for value in line] for line in table],
-        cmap=fill, vmin=0, vmax=top, aspect="auto", interpolation="nearest",
-    )  # fmt: skip
+    image = axes.imshow(table, cmap=fill, vmin=0, vmax=top, aspect="auto", interpolation="nearest")
     for y, line in enumerate(table):
         for x, value in enumerate(line):
-            if value is not None:
+            if not math.isnan(value):
                 ink = style.on_fill if value / top > 0.75 else style.ink
                 axes.text(x, y, text(value), ha="center", va="center", fontsize=6, color=ink)
     axes.set_xticks(range(len(layers)), [_heading(layer) for layer in layers])
@@ -158,15 +211,11 @@ def heat_map(
     return image
 
 
-def layers_of(rows: Iterable[AllocationRow]) -> list[str]:
-    """Returns the layers' labels in order; the label for tensors outside the layers is the last."""
+def layers_of(rows: Iterable[AllocationRow], outside: bool = True) -> list[str]:
+    """Returns the layers' labels in order, and with ``outside`` at the end the label for tensors outside the layers."""
     labels = dict.fromkeys(row["layer"] for row in rows)
     inside = sorted((label for label in labels if label != OTHER), key=_number)
-    return [*inside, *([OTHER] if OTHER in labels else [])]
-
-
-def _inner(rows: Iterable[AllocationRow]) -> list[str]:
-    return [label for label in layers_of(rows) if label != OTHER]
+    return inside + ([OTHER] if outside and OTHER in labels else [])
 
 
 def _number(label: str) -> tuple[str, int]:
@@ -194,11 +243,11 @@ def _few(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-") if value else "0"
 
 
-def percent(value: float) -> str:
+def _percent(value: float) -> str:
     """Returns a percentage in few digits.
 
     Example:
-        >>> [percent(value) for value in (0.0, 0.01, 4.26, 41.2)]
+        >>> [_percent(value) for value in (0.0, 0.01, 4.26, 41.2)]
         ['0', '<0.1', '4.3', '41']
     """
     if value == 0:

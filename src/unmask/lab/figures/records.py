@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NotRequired, TypedDict, cast
 
 from unmask.errors import DataError
 
 
 class CurvePoint(TypedDict):
-    """One evaluation during a run.
+    """The scores of one evaluation during a run.
 
     Attributes:
         step: The number of optimizer steps taken.
@@ -66,7 +67,7 @@ class Snapshot(TypedDict):
 
 
 class RunRecord(TypedDict):
-    """One finished run. A figure names the optional entries that it needs, and refuses records without them.
+    """The record of one finished run. A figure names the optional entries that it needs, and refuses records without them.
 
     Attributes:
         name: The name of the run, unique among the records.
@@ -116,17 +117,10 @@ REQUIRED = ("name", "method", "task", "model", "budget", "share", "seed", "lr", 
 
 
 def check_records(records: Iterable[Mapping[str, Any]], *needs: str) -> list[RunRecord]:
-    """Refuses records that a figure cannot be drawn from.
-
-    Args:
-        records: The runs, as read from JSON.
-        *needs: The optional entries that this figure needs too, such as ``"curve"``.
-
-    Returns:
-        The records.
+    """Returns runs, as read from JSON, as a list, and refuses those from which a figure cannot be drawn.
 
     Raises:
-        DataError: There are no records, or one lacks an entry.
+        DataError: There are no records, or one lacks an entry: one of `REQUIRED`, or one that this figure ``needs`` too.
 
     Example:
         >>> run = dict.fromkeys(REQUIRED, 0) | {"name": "a"}
@@ -145,11 +139,11 @@ def check_records(records: Iterable[Mapping[str, Any]], *needs: str) -> list[Run
     return cast(list[RunRecord], listed)
 
 
-def by_method(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Groups runs by method; the methods stand in the order of their first runs."""
-    groups: dict[str, list[RunRecord]] = {}
+def grouped(records: Iterable[RunRecord], *entries: str) -> dict[Any, list[RunRecord]]:
+    """Groups runs by the value of an entry, or by the tuple of several, in the order of each group's first run."""
+    groups: dict[Any, list[RunRecord]] = {}
     for record in records:
-        groups.setdefault(record["method"], []).append(record)
+        groups.setdefault(itemgetter(*entries)(record), []).append(record)
     return groups
 
 

@@ -1,20 +1,21 @@
-"""The figures of scores for each task: over eps and exp, along a run, over budgets."""
+"""Draws scores for each task: over eps and exp, along a run, over budgets."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
 from unmask.errors import DataError
 from unmask.lab.figures.charts import (
-    Point,
-    aside,
     averaged,
-    by_task,
+    by_budget,
     count_axis,
     counting,
+    draw_course,
     draw_points,
     draw_spread,
     legend_outside,
@@ -25,13 +26,13 @@ from unmask.lab.figures.charts import (
     short,
     which_runs,
 )
-from unmask.lab.figures.records import RunRecord, by_method, check_records, labels, trained
-from unmask.lab.figures.style import LIGHT, LINES, RED, Look, Style, dress, look_of, new_figure
+from unmask.lab.figures.records import RunRecord, check_records, grouped, labels, trained
+from unmask.lab.figures.style import LIGHT, LINES, RED, Figure, Look, Style, dress, look_of, new_figure
 
 
 def parameter_sweep(
     records: Iterable[Mapping[str, Any]], style: Style = LIGHT, eps: float = 1.0, exp: float = 2.0
-) -> Any:
+) -> Figure:
     """Draws Figure 4, two sweeps of one parameter each: (a) the score over eps, at one exp; (b) over exp, at one eps.
 
     A row of panels is a sweep, a column is a task; a row with a single value is left out. Both axes are linear. The
@@ -43,42 +44,12 @@ def parameter_sweep(
         eps: The eps at which values of exp are compared; the default is the paper's setting (Table 7a).
         exp: The exp at which values of eps are compared; the default is the paper's setting for understanding tasks.
 
-    Returns:
-        A matplotlib figure.
-
     Raises:
         DataError: There are no records, one lacks a parameter, neither parameter has several values, or runs of one
             place cannot be averaged.
         MissingExtraError: matplotlib is not installed.
     """
     runs = check_records(records, "parameters")
-    sweeps = _sweeps(runs, eps, exp)
-    captions = {"eps": ("a", f"eps, at exp = {exp:g}"), "exp": ("b", f"exp, at eps = {eps:g}")}
-    tasks = by_task(runs)
-    figure = new_figure(3.3 * len(tasks) + 0.5, 2.8 * len(sweeps) + 0.3, style)
-    grid = figure.subplots(len(sweeps), len(tasks), squeeze=False, sharey="col")
-    for row, (name, swept) in zip(grid, sweeps.items(), strict=True):
-        letter, label = captions[name]
-        for axes, ((model, task), of_task) in zip(row, tasks.items(), strict=True):
-            axes.set_title(f"({letter}) {task} · {model}", loc="left", fontsize=9, color=style.ink)
-            axes.set_xlabel(label)
-            axes.set_ylabel(metric_name(of_task[0]))
-            group = [r for r in by_task(swept).get((model, task), []) if math.isfinite(_value(r, name))]
-            draw_points(axes, averaged(group, lambda run, name=name: _value(run, name)), look_of(["id3"])["id3"])  # type: ignore[misc]
-            axes.locator_params(axis="x", nbins=5)
-            dress(axes, style, grid="y")
-    for axes in grid[0]:  # The panels of a task share their y axis.
-        _finish(axes, style)
-    endless = any(math.isinf(_value(run, name)) for name, swept in sweeps.items() for run in swept)
-    beyond = len(runs) - len({run["name"] for swept in sweeps.values() for run in swept})
-    texts = ["infinite values have no place on a linear axis"] if endless else []
-    texts += [f"{beyond} runs at other values of both are not shown"] if beyond else []
-    note(figure, style, which_runs(runs), *texts)
-    return figure
-
-
-def _sweeps(runs: Sequence[RunRecord], eps: float, exp: float) -> dict[str, list[RunRecord]]:
-    """Returns the runs of each row, by the parameter that is swept in the row."""
     for run in runs:
         lacking = [name for name in ("eps", "exp") if name not in run["parameters"]]
         if lacking:
@@ -91,14 +62,36 @@ def _sweeps(runs: Sequence[RunRecord], eps: float, exp: float) -> dict[str, list
             f"there is no sweep at exp = {exp:g} or at eps = {eps:g}: the runs have eps {tried['eps']} and exp "
             f"{tried['exp']}; give runs that differ in one of them, or another eps or exp to compare at."
         )
-    return sweeps
+    captions = {"eps": ("a", f"eps, at exp = {exp:g}"), "exp": ("b", f"exp, at eps = {eps:g}")}
+    tasks = grouped(runs, "model", "task")
+    figure = new_figure(3.3 * len(tasks) + 0.5, 2.8 * len(sweeps) + 0.3, style)
+    grid = figure.subplots(len(sweeps), len(tasks), squeeze=False, sharey="col")
+    for row, (name, swept) in zip(grid, sweeps.items(), strict=True):
+        letter, label = captions[name]
+        for axes, ((model, task), of_task) in zip(row, tasks.items(), strict=True):
+            axes.set_title(f"({letter}) {task} · {model}", loc="left", fontsize=9, color=style.ink)
+            axes.set_xlabel(label)
+            axes.set_ylabel(metric_name(of_task[0]))
+            its = grouped(swept, "model", "task").get((model, task), [])
+            group = [run for run in its if math.isfinite(_value(run, name))]
+            draw_points(axes, averaged(group, partial(_value, parameter=name)), look_of(["id3"])["id3"])
+            axes.locator_params(axis="x", nbins=5)
+            dress(axes, style, grid="y")
+    for axes in grid[0]:  # The panels of a task share their y axis.
+        _finish(axes, style)
+    endless = any(math.isinf(_value(run, name)) for name, swept in sweeps.items() for run in swept)
+    beyond = len(runs) - len({run["name"] for swept in sweeps.values() for run in swept})
+    texts = ["infinite values have no place on a linear axis"] if endless else []
+    texts += [f"{beyond} runs at other values of both are not shown"] if beyond else []
+    note(figure, style, which_runs(runs), *texts)
+    return figure
 
 
 def _value(run: RunRecord, parameter: str) -> float:
     return float(run["parameters"][parameter])
 
 
-def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Figure:
     """Draws Figure 5: the score along a run of increment-S over its updated weights, and repeat-S as a red line.
 
     Every checkpoint of an increment-S run is a model of a smaller budget, so the run is a curve: thin for each seed
@@ -109,9 +102,6 @@ def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
     Args:
         records: The runs; those with ``strategy`` ``"increment"`` need a ``curve``.
         style: The colours of the page.
-
-    Returns:
-        A matplotlib figure.
 
     Raises:
         DataError: There is no increment-S run, a record lacks an entry, or runs of one place cannot be averaged.
@@ -124,17 +114,17 @@ def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
             "no run has strategy 'increment', and only such a run's checkpoints are models of smaller budgets."
         )
     check_records(moving, "curve")
-    looks, names = look_of(list(by_method(runs))), labels(runs)
+    looks, names = look_of(list(grouped(runs, "method"))), labels(runs)
 
     def draw(axes: Any, group: list[RunRecord]) -> None:
-        of = {s: by_method([r for r in group if r["strategy"] == s]) for s in ("increment", "repeat")}
+        of = {s: [run for run in group if run["strategy"] == s] for s in ("increment", "repeat")}
         still = [run for run in group if run["strategy"] not in of]
-        for method, its in of["increment"].items():
+        for method, its in grouped(of["increment"], "method").items():
             _curves(axes, names[method], its, looks[method])
-        _lines(axes, still, looks, {method: method for method in by_method(still)})
+        _lines(axes, still, looks, {run["method"]: run["method"] for run in still})
         count_axis(axes)
         axes.set_xlim(0, 1.02 * axes.dataLim.x1 if axes.lines else None)
-        for method, its in of["repeat"].items():
+        for method, its in grouped(of["repeat"], "method").items():
             _across(axes, names[method], its)
         axes.set_xlabel("number of updated weights")
         _finish(axes, style)
@@ -146,7 +136,7 @@ def score_along_run(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
     return figure
 
 
-def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Figure:
     """Draws Figure 6: the score over the budget B, a line for increment-S and one for repeat-S, on a linear axis.
 
     Where repeat-S keeps what it tuned, it changes more weights than B: its label says so, and a note says how many.
@@ -155,15 +145,12 @@ def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> 
         records: The runs (`unmask.lab.figures.RunRecord`).
         style: The colours of the page.
 
-    Returns:
-        A matplotlib figure.
-
     Raises:
         DataError: There are no records, one lacks an entry, or runs of one place cannot be averaged.
         MissingExtraError: matplotlib is not installed.
     """
     runs = check_records(records)
-    looks, names = look_of(list(by_method(runs))), labels(runs)
+    looks, names = look_of(list(grouped(runs, "method"))), labels(runs)
 
     def draw(axes: Any, group: list[RunRecord]) -> None:
         more = {run["method"]: " (tunes more than B)" for run in group if trained(run) > run["budget"]}
@@ -174,7 +161,7 @@ def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> 
         _finish(axes, style)
 
     texts = []
-    for method, group in by_method(runs).items():
+    for method, group in grouped(runs, "method").items():
         counts = [trained(run) for run in group if trained(run) > run["budget"]]
         if counts:
             span = " to ".join(dict.fromkeys((short(min(counts)), short(max(counts)))))
@@ -185,24 +172,35 @@ def budget_sweep(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> 
 
 
 def _lines(axes: Any, runs: Sequence[RunRecord], looks: Mapping[str, Look], names: Mapping[str, str]) -> None:
-    """Draws the scores over the budget, a line for each method."""
-    methods = by_method(runs)
+    """Draws the scores over the budget, a line for each method. They stand a little apart, at most 12 points in all."""
+    methods = grouped(runs, "method")
+    step = min(3.0, 12 / max(1, len(methods) - 1))
     for i, (method, group) in enumerate(methods.items()):
-        points = averaged(group, lambda run: run["budget"])
-        draw_points(axes, points, looks[method], names[method], aside(i, len(methods)))
+        points = averaged(group, itemgetter("budget"))
+        draw_points(axes, points, looks[method], names[method], step * (i - (len(methods) - 1) / 2))
 
 
 def _across(axes: Any, name: str, runs: Sequence[RunRecord]) -> None:
     """Draws a red line across for each budget."""
     right = axes.get_xlim()[1]
-    budgets = sorted({run["budget"] for run in runs})
-    for i, budget in enumerate(budgets):
-        group = [run for run in runs if run["budget"] == budget]
-        at = point(right, group)
-        whole = f", B = {short(budget)}" if len(budgets) > 1 else ""
-        label = f"{name}{whole}, {short(fmean(trained(run) for run in counting(group)))} tuned"
-        axes.axhline(at.mean, color=RED, linewidth=1.4, linestyle=LINES[1:][i % 3], zorder=2, label=label)
-        draw_spread(axes, Point(0.99 * right, at.mean, at.half), RED)
+    for i, (label, group) in enumerate(by_budget(runs, name)):
+        at = point(0.99 * right, group)
+        tuned = short(fmean(map(trained, counting(group))))
+        dashes = LINES[1:][i % 3]
+        axes.axhline(at.mean, color=RED, linewidth=1.4, linestyle=dashes, zorder=2, label=f"{label}, {tuned} tuned")
+        draw_spread(axes, at, RED)
+
+
+def _curves(axes: Any, name: str, runs: Sequence[RunRecord], look: Look) -> None:
+    """Draws a line for each budget: the mean over seeds in front of each seed's own line, or the best run's line."""
+    for i, (label, group) in enumerate(by_budget(runs, name)):
+        kept = counting(group)
+        if "best" in kept[0]:
+            kept = kept[:1]
+        curves = [[(at["used"], at["score"]) for at in run["curve"] if at["used"]] for run in kept]
+        for curve in curves if len(curves) > 1 else []:
+            axes.plot(*zip(*curve, strict=True), color=look.colour, linewidth=0.8, alpha=0.45, zorder=2)
+        draw_course(axes, curves, look, LINES[i % len(LINES)], label)
 
 
 def _finish(axes: Any, style: Style) -> None:
@@ -211,27 +209,3 @@ def _finish(axes: Any, style: Style) -> None:
     axes.autoscale_view(scalex=False)
     axes.set_ylim(axes.get_ylim())
     legend_outside(axes, style)
-
-
-def _curves(axes: Any, name: str, runs: Sequence[RunRecord], look: Look) -> None:
-    """Draws a line for each budget: the mean over seeds in front of each seed's own line, or the best run's line."""
-    budgets = sorted({run["budget"] for run in runs})
-    for i, budget in enumerate(budgets):
-        kept = counting([run for run in runs if run["budget"] == budget])
-        if "best" in kept[0]:
-            kept = kept[:1]
-        curves = [[at for at in run["curve"] if at["used"]] for run in kept]
-        for curve in curves if len(curves) > 1 else []:
-            xs, ys = [at["used"] for at in curve], [at["score"] for at in curve]
-            axes.plot(xs, ys, color=look.colour, linewidth=0.8, alpha=0.45, zorder=2)
-        shared = sorted(set.intersection(*({at["used"] for at in curve} for curve in curves)))
-        if not shared:
-            raise DataError(
-                "the seeds of one run have no point of their curves in common; evaluate them at the same steps."
-            )
-        scores = {used: [at["score"] for curve in curves for at in curve if at["used"] == used] for used in shared}
-        mean = [(float(used), fmean(each)) for used, each in scores.items()]
-        marks = {"marker": look.marker, "markersize": 3.5, "markevery": math.ceil(len(mean) / 12)}
-        label = name + (f", B = {short(budget)}" if len(budgets) > 1 else "")
-        line = {"color": look.colour, "linestyle": LINES[i % len(LINES)], "linewidth": 1.6, "zorder": 3}
-        axes.plot(*zip(*mean, strict=True), label=label, **line, **marks)

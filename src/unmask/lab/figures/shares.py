@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
 from unmask.errors import DataError, need
 from unmask.lab.figures.charts import Point, draw_spread, metric_name, note, point, short, which_runs
-from unmask.lab.figures.records import RunRecord, by_method, check_records, trained
-from unmask.lab.figures.style import LIGHT, LINES, Look, Style, dress, look_of, new_figure
+from unmask.lab.figures.records import RunRecord, check_records, grouped, trained
+from unmask.lab.figures.style import LIGHT, LINES, Figure, Look, Style, dress, look_of, new_figure
 
-GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
+_GLUE = {"cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb"}
 _GLUE_COLUMNS = 9
 """The number of GLUE's columns; MNLI has two."""
 _WHOLE = 0.5
@@ -28,25 +30,24 @@ Column = tuple[str, str]
 
 @dataclass(frozen=True)
 class Place:
-    """One method at one budget.
+    """The average score of one method at one budget.
 
     Attributes:
         method: The method's name.
         trained: The number of weights that the method trains, as the mean over its runs.
         at: The average score in percent, at the share of the model in percent.
-        left: The columns that other methods have and this one lacks. If there are any, the place is not drawn.
+        lacking: The labels of the columns that other methods have and this one lacks. If there are any, the place is
+            not drawn.
     """
 
     method: str
     trained: float
     at: Point
-    left: tuple[Column, ...]
+    lacking: tuple[str, ...]
 
 
-def score_against_share(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
-    """Draws Figure 1: the average over all columns of all tasks against the share of trained weights.
-
-    Each model has a panel.
+def score_against_share(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Figure:
+    """Draws Figure 1: the average over all columns of all tasks against the share of trained weights, a panel a model.
 
     Both axes are linear and in percent. A marker is a method at a budget; its size stands for the number of trained
     weights. A method that trains more than half of the model (full fine-tuning) is a line across. A method is drawn at
@@ -59,37 +60,40 @@ def score_against_share(records: Iterable[Mapping[str, Any]], style: Style = LIG
             ``best`` all. Runs without any column do not count.
         style: The colours of the page.
 
-    Returns:
-        A matplotlib figure.
-
     Raises:
         DataError: There are no records, one lacks an entry, runs of one place cannot be averaged, or no method has all
             columns.
         MissingExtraError: matplotlib is not installed.
     """
     runs = check_records(record for record in records if record.get("columns") != {})
-    looks = look_of(list(by_method(runs)))
-    models: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        models.setdefault(run["model"], []).append(run)
+    looks, models = look_of(list(grouped(runs, "method"))), grouped(runs, "model")
     figure = new_figure(6.4 * len(models) + 0.2, 3.9, style)
     texts = []
     for axes, (model, group) in zip(figure.subplots(1, len(models), squeeze=False).flat, models.items(), strict=True):
-        columns, places = _columns(group), _places(group)
-        drawn = [place for place in places if not place.left]
+        columns = _columns(group)
+        places = _places(group, columns)
+        drawn, rest = [p for p in places if not p.lacking], [p for p in places if p.lacking]
+        left = "; ".join(f"{p.method} at {short(p.trained)} ({', '.join(p.lacking)})" for p in rest)
         if not drawn:
-            lacking = "; ".join(_lacking(place) for place in places)
-            raise DataError(f"no method has a score in every column of {model}; these are lacking: {lacking}.")
+            raise DataError(f"no method has a score in every column of {model}; these are lacking: {left}.")
         _draw(axes, drawn, looks, style)
-        name, text = _average(group, columns)
-        axes.set_ylabel(name)
-        alone = len({task for task, _ in columns}) == 1
-        title = f"{group[0]['task']} · {model}" if alone else model
+        tasks, over = grouped(group, "task"), "columns"
+        if len(tasks) == 1:
+            title, label = f"{group[0]['task']} · {model}", f"{metric_name(group[0])}, %"
+        elif tasks.keys() <= _GLUE:
+            title, label = model, "GLUE average, %"
+            if len(columns) < _GLUE_COLUMNS:
+                over = f"of GLUE's {_GLUE_COLUMNS} columns"
+        else:
+            title, label = model, f"average over {len(tasks)} tasks, %"
+        axes.set_ylabel(label)
         axes.set_title(title, loc="left", fontsize=9, color=style.ink)
         dress(axes, style)
-        left = "; ".join(_lacking(place) for place in places if place.left)
-        texts += [f"{model}: {text}" if len(models) > 1 and text else text]
-        texts += [f"left out of {model}, because columns are lacking: {left}"] if left else []
+        if len(columns) > 1:
+            text = f"average of {len(columns)} {over}: {', '.join(name for _, name in columns)}"
+            texts.append(f"{model}: {text}" if len(models) > 1 else text)
+        if rest:
+            texts.append(f"left out of {model}, because columns are lacking: {left}")
     spread = any(len(_columns(group)) == 1 for group in models.values())
     note(figure, style, *texts, which_runs(runs, spread))
     return figure
@@ -103,11 +107,10 @@ def _scores(run: RunRecord) -> dict[str, float]:
     return run.get("columns", {run["task"]: run["score"]})
 
 
-def _places(runs: Sequence[RunRecord]) -> list[Place]:
+def _places(runs: Sequence[RunRecord], columns: Sequence[Column]) -> list[Place]:
     """Returns every method at every budget: methods in the order of their first runs, budgets rising."""
-    columns = _columns(runs)
     places: list[Place] = []
-    for method, group in by_method(runs).items():
+    for method, group in grouped(runs, "method").items():
         budgets: list[list[RunRecord]] = []
         for run in sorted(group, key=lambda run: run["budget"]):
             if not budgets or run["budget"] > _SAME * budgets[-1][0]["budget"]:
@@ -115,86 +118,61 @@ def _places(runs: Sequence[RunRecord]) -> list[Place]:
             budgets[-1].append(run)
         for at_budget in budgets:
             share = 100 * fmean(run["share"] for run in at_budget)
-            points, left = [], []
+            points, lacking = [], []
             for task, label in columns:
                 having = [run for run in at_budget if run["task"] == task and label in _scores(run)]
                 if having:
-                    points.append(point(share, having, lambda run, label=label: 100 * _scores(run)[label]))  # type: ignore[misc]
+                    points.append(point(share, [{**run, "score": 100 * _scores(run)[label]} for run in having]))
                 else:
-                    left.append((task, label))
+                    lacking.append(label)
             half = points[0].half if len(columns) == 1 else None
             average = Point(share, fmean(p.mean for p in points), half)
-            places.append(Place(method, fmean(trained(run) for run in at_budget), average, tuple(left)))
+            places.append(Place(method, fmean(map(trained, at_budget)), average, tuple(lacking)))
     return places
 
 
-def _average(runs: Sequence[RunRecord], columns: Sequence[Column]) -> tuple[str, str]:
-    """Returns the label of the y axis, and a text that says which columns are averaged."""
-    tasks = {task for task, _ in columns}
-    over = f"average of {len(columns)} columns: {', '.join(label for _, label in columns)}" if len(columns) > 1 else ""
-    if len(tasks) == 1:
-        return f"{metric_name(runs[0])}, %", over
-    if tasks <= set(GLUE):
-        whole = len(columns) == _GLUE_COLUMNS
-        return "GLUE average, %", over if whole else over.replace("columns", f"of GLUE's {_GLUE_COLUMNS} columns")
-    return f"average over {len(tasks)} tasks, %", over
-
-
-def _lacking(place: Place) -> str:
-    return f"{place.method} at {short(place.trained)} ({', '.join(label for _, label in place.left)})"
-
-
 def _draw(axes: Any, places: Sequence[Place], looks: Mapping[str, Look], style: Style) -> None:
+    """Draws the markers, the lines across, and their legends."""
     markers = [place for place in places if place.at.x <= 100 * _WHOLE]
     across = [place for place in places if place.at.x > 100 * _WHOLE]
     largest = max((place.trained for place in markers), default=1)
-    line = need("matplotlib.lines", "plot").Line2D
-    entries: dict[str, Any] = {}
     for place in markers:
         look = looks[place.method]
-        fill = {"facecolor": (look.colour, 0.35), "edgecolor": look.colour}
+        fill = {"facecolor": (look.colour, 0.35), "edgecolor": look.colour, "linewidths": 1.2}
         area = _area(place.trained, largest)
-        axes.scatter([place.at.x], [place.at.mean], s=area, marker=look.marker, linewidths=1.2, zorder=3, **fill)
+        axes.scatter([place.at.x], [place.at.mean], s=area, marker=look.marker, zorder=3, label=place.method, **fill)
         draw_spread(axes, place.at, look.colour)
-        entries[place.method] = line(
-            [], [], linestyle="", marker=look.marker, markersize=7, markerfacecolor=(look.colour, 0.35),
-            markeredgecolor=look.colour,
-        )  # fmt: skip
     for i, place in enumerate(across):
-        dashes = LINES[(1 + i) % len(LINES)]
-        axes.axhline(place.at.mean, color=style.muted, linewidth=1.2, linestyle=dashes, zorder=1)
-        entries[f"{place.method}, {short(place.trained)} weights"] = line([], [], color=style.muted, linestyle=dashes)
+        line = {"color": style.muted, "linewidth": 1.2, "linestyle": LINES[(1 + i) % len(LINES)]}
+        axes.axhline(place.at.mean, zorder=1, label=f"{place.method}, {short(place.trained)} weights", **line)
     axes.margins(y=0.08)
     axes.autoscale_view(scalex=False)
     axes.set_xlim(0, 1.12 * max((place.at.x for place in markers), default=100 / 1.12))
     axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel("trained weights, % of the model")
-    _legends(axes, entries, sorted({short(place.trained): place.trained for place in markers}.items()), largest, style)
+    _legends(axes, {short(place.trained): place.trained for place in markers}, largest, style)
 
 
-def _legends(
-    axes: Any, entries: Mapping[str, Any], counts: Sequence[tuple[str, float]], largest: float, style: Style
-) -> None:
+def _legends(axes: Any, counts: Mapping[str, float], largest: float, style: Style) -> None:
     """Draws two legends at the right of the axes: the methods, and the sizes of markers for some of the counts."""
-    line = need("matplotlib.lines", "plot").Line2D
-    look = {"loc": "upper left", "frameon": False, "fontsize": 8, "labelcolor": style.ink, "borderaxespad": 0}
-    methods = axes.legend(entries.values(), entries, bbox_to_anchor=(1.03, 1), **look)
+    words = {"frameon": False, "fontsize": 8, "labelcolor": style.ink, "borderaxespad": 0}
+    handles, names = axes.get_legend_handles_labels()
+    entries = dict(zip(names, handles, strict=True))  # A method has one entry for all its budgets.
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.03, 1), "scatteryoffsets": [0.5]}
+    methods = axes.legend(entries.values(), entries, **place, **words)
+    for handle in methods.legend_handles:
+        if hasattr(handle, "set_sizes"):  # A line across has no size.
+            handle.set_sizes([49])
     axes.add_artist(methods)
     methods.set_clip_on(False)  # The layout makes no room for what may be clipped.
-    ordered = sorted(counts, key=lambda item: item[1])
+    ordered = sorted(counts.items(), key=itemgetter(1))
     shown = ordered if len(ordered) <= 3 else [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
-    sizes = {
-        text: line(
-            [], [], linestyle="", marker="o", markersize=_area(count, largest) ** 0.5, markerfacecolor="none",
-            markeredgecolor=style.ink,
-        )
-        for text, count in shown
-    }  # fmt: skip
-    if sizes:
-        place = {**look, "loc": "lower left", "bbox_to_anchor": (1.03, 0)}
-        legend = axes.legend(
-            sizes.values(), sizes, title="trained weights", title_fontsize=8, labelspacing=0.9, **place
-        )
+    if shown:
+        marker = {"linestyle": "", "marker": "o", "markerfacecolor": "none", "markeredgecolor": style.ink}
+        line = partial(need("matplotlib.lines", "plot").Line2D, [], [], **marker)
+        sizes = [line(markersize=_area(count, largest) ** 0.5, label=text) for text, count in shown]
+        place = {"loc": "lower left", "bbox_to_anchor": (1.03, 0), "labelspacing": 0.9}
+        legend = axes.legend(handles=sizes, title="trained weights", title_fontsize=8, **place, **words)
         legend.get_title().set_color(style.ink)
 
 

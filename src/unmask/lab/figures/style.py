@@ -11,6 +11,9 @@ from typing import Any
 
 from unmask.errors import need
 
+Figure = Any
+"""A ``matplotlib.figure.Figure``. Its class is imported only where a figure is drawn."""
+
 
 @dataclass(frozen=True)
 class Style:
@@ -79,7 +82,7 @@ def look_of(methods: list[str]) -> dict[str, Look]:
     return looks
 
 
-def new_figure(width: float, height: float, style: Style) -> Any:
+def new_figure(width: float, height: float, style: Style) -> Figure:
     """Returns an empty figure; width and height are in inches."""
     return need("matplotlib.figure", "plot").Figure(
         figsize=(width, height), dpi=150, layout="constrained", facecolor=style.paper

@@ -1,19 +1,19 @@
-"""The figures that show how a run's budget spreads over the tensors: tensor sparsity and sparsity entropy."""
+"""Draws how a run's budget spreads over the tensors: tensor sparsity and sparsity entropy, on axes from 0 to 1."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 from unmask.errors import DataError
-from unmask.lab.figures.charts import counting, legend_outside, note, panels, short, which_runs
-from unmask.lab.figures.records import RunRecord, Snapshot, by_method, check_records, labels
-from unmask.lab.figures.style import LIGHT, LINES, Style, look_of
+from unmask.lab.figures.charts import by_budget, counting, draw_course, legend_outside, note, panels, which_runs
+from unmask.lab.figures.records import RunRecord, Snapshot, check_records, grouped, labels
+from unmask.lab.figures.style import LIGHT, LINES, Figure, Style, look_of
 
 
-def tensor_sparsity(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+def tensor_sparsity(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Figure:
     """Draws Figure 8: the share of tensors without an unmasked weight along the run, a line for each method and budget.
 
     Args:
@@ -21,17 +21,15 @@ def tensor_sparsity(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) 
             weights.
         style: The colours of the page.
 
-    Returns:
-        A matplotlib figure; its y axis goes from 0 to 1.
-
     Raises:
-        DataError: There are no records, one has no snapshots, or runs of one place cannot be averaged.
+        DataError: There are no records, one has no snapshots, or runs of one place cannot be averaged or have no x in
+            common.
         MissingExtraError: matplotlib is not installed.
     """
     return _course(records, lambda shot: shot["tensor_sparsity"], "tensor sparsity", style)
 
 
-def sparsity_entropy(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Any:
+def sparsity_entropy(records: Iterable[Mapping[str, Any]], style: Style = LIGHT) -> Figure:
     """Draws Figure 9: the sparsity entropy divided by the logarithm of the number of tensors, along the run.
 
     The paper takes the entropy of the tensors' densities and shows it between 0.1 and 0.7, but does not say how it is
@@ -41,9 +39,6 @@ def sparsity_entropy(records: Iterable[Mapping[str, Any]], style: Style = LIGHT)
     Args:
         records: Runs with ``allocation``, as for `tensor_sparsity`.
         style: The colours of the page.
-
-    Returns:
-        A matplotlib figure; its y axis goes from 0 to 1.
 
     Raises:
         DataError: The reasons of `tensor_sparsity`, or a snapshot of a single tensor.
@@ -60,21 +55,18 @@ def _relative_entropy(shot: Snapshot) -> float:
 
 def _course(
     records: Iterable[Mapping[str, Any]], value: Callable[[Snapshot], float], y_label: str, style: Style
-) -> Any:
+) -> Figure:
     runs = check_records(records, "allocation")
-    looks, names = look_of(list(by_method(runs))), labels(runs)
+    looks, names = look_of(list(grouped(runs, "method"))), labels(runs)
     x = "step" if all("step" in shot for run in runs for shot in run["allocation"]) else "used"
+    place = itemgetter(x)
 
     def draw(axes: Any, group: list[RunRecord]) -> None:
-        for method, of_method in by_method(group).items():
-            look, budgets = looks[method], sorted({run["budget"] for run in of_method})
-            for i, budget in enumerate(budgets):
-                points = course(counting([run for run in of_method if run["budget"] == budget]), x, value)
-                dashes = LINES[i % len(LINES)] if len(budgets) > 1 else look.line
-                marks = {"marker": look.marker, "markersize": 3.5, "markevery": math.ceil(len(points) / 12)}
-                line = {"color": look.colour, "linestyle": dashes, "linewidth": 1.5, "clip_on": False}
-                label = names[method] + (f", B = {short(budget)}" if len(budgets) > 1 else "")
-                axes.plot(*zip(*points, strict=True), label=label, **line, **marks)
+        for method, of_method in grouped(group, "method").items():
+            look, budgets = looks[method], by_budget(of_method, names[method])
+            for i, (label, its) in enumerate(budgets):
+                courses = [[(place(shot), value(shot)) for shot in run["allocation"]] for run in counting(its)]
+                draw_course(axes, courses, look, LINES[i % len(LINES)] if len(budgets) > 1 else look.line, label)
         axes.set_xlabel("training iteration (optimizer step)" if x == "step" else "unmasked weights")
         axes.set_ylabel(y_label)
         axes.set_ylim(0, 1)
@@ -83,13 +75,3 @@ def _course(
     figure = panels(runs, style, draw)
     note(figure, style, which_runs(runs, spread=False))
     return figure
-
-
-def course(runs: Sequence[RunRecord], x: str, value: Callable[[Snapshot], float]) -> list[tuple[float, float]]:
-    """Returns (x, mean over the runs) of a number in their snapshots, at every x that all runs have."""
-    found: dict[float, list[float]] = {}
-    for run in runs:
-        for shot in run["allocation"]:
-            found.setdefault(float(shot[x]), []).append(value(shot))  # type: ignore[literal-required]
-    most = max(len(values) for values in found.values())
-    return [(place, fmean(values)) for place, values in sorted(found.items()) if len(values) == most]

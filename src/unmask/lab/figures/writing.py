@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from unmask.errors import DataError, need
-from unmask.lab.figures.style import ADAPTIVE, DARK, INK, LIGHT, Style
+from unmask.lab.figures.style import ADAPTIVE, DARK, INK, LIGHT, Figure, Style
 
-Draw = Callable[[Style], Any]
+Draw = Callable[[Style], Figure]
+"""A function that draws a figure in a style, such as ``lambda style: score_against_share(records, style)``."""
 
 
 def figure_files(path: Path) -> list[Path]:
@@ -34,8 +34,7 @@ def write_figure(draw: Draw, path: Path) -> list[Path]:
     """Writes a figure as the files of `figure_files`.
 
     Args:
-        draw: The function that draws the figure in a style, such as ``lambda style: score_against_share(records,
-            style)``.
+        draw: The function that draws the figure in a style.
         path: The path without an ending for all three files, or with ``.png`` or ``.svg`` for one.
 
     Returns:
@@ -58,12 +57,8 @@ def write_figure(draw: Draw, path: Path) -> list[Path]:
 def svg(draw: Draw, salt: str = "figure") -> str:
     """Returns a figure as SVG text for an HTML page: transparent, its text and axes in the page's ``currentColor``.
 
-    Args:
-        draw: The function that draws the figure in a style.
-        salt: A text from which the ids are made; each figure of a page needs another one.
-
-    Returns:
-        The ``<svg>`` element, without an XML header. The same figure has the same text.
+    The text is the ``<svg>`` element without an XML header. The same figure has the same text. Its ids are made from
+    ``salt``, so each figure of a page needs another one.
     """
     rc = need("matplotlib", "plot").rc_context
     text = io.StringIO()

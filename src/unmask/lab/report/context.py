@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
-from unmask.errors import UnmaskError
-from unmask.lab.report.drawing import CAPTIONS, inline, worth_drawing
+from unmask.lab.report.drawing import inline, worth_drawing
 from unmask.lab.report.reading import Study
 from unmask.lab.study.cells import Cell, distinct
 from unmask.lab.study.live import duration, remaining
 from unmask.lab.study.records import base_weights, records, trained_weights
-from unmask.lab.study.store import Result
+from unmask.lab.study.store import Result, after_training
 from unmask.lab.study.tables import (
     EDGES,
     Entry,
@@ -22,7 +20,6 @@ from unmask.lab.study.tables import (
     figure,
     legend,
     spread,
-    table,
     tables,
     trained_text,
 )
@@ -35,23 +32,23 @@ _NUMBERS = ("score", "loss", "weights", "share", "time")
 def study_context(study: Study, anchor: str) -> dict[str, Any]:
     """Returns everything that the template shows of one study, whose section on the page has the id ``anchor``."""
     results = [result for _, result in _ended(study)]
-    failed = [result for result in results if result["status"] == "failed"]
+    failed = sum(result["status"] == "failed" for result in results)
     left = len(remaining(study.cells, study.protocol, study.choice, study.results))
-    facts = [f"{len(results) - len(failed)} runs done", f"{len(failed)} failed" if failed else ""]
-    facts += [f"{left} to go" if left else ""]
-    versions = sorted({json.dumps(r["versions"], sort_keys=True) for r in results if r.get("versions")})
-    first, *others = tables(study.cells, study.results, study.protocol, study.choice, study.claims)
+    facts = [f"{failed} failed" if failed else "", f"{left} to go" if left else ""]
+    versions = sorted({", ".join(f"{k} {v}" for k, v in sorted((r.get("versions") or {}).items())) for r in results})
+    found = tables(study.cells, study.results, study.protocol, study.choice, study.claims)
+    shown = records(study.cells, study.results, study.protocol, study.choice)
     return {
         "anchor": anchor,
         "title": study.title or study.name,
-        "facts": ", ".join(filter(None, facts)),
+        "facts": ", ".join([f"{len(results) - failed} runs done", *filter(None, facts)]),
         "notes": study.notes,
         "command": study.command,
-        "made": "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(text).items()) for text in versions),
-        "table": score_table(first),
-        "other_tables": [score_table(found) for found in others],
-        "choice": _choice(study),
-        "figures": _figures(study, anchor),
+        "made": "; ".join(filter(None, versions)),
+        "table": score_table(found[0]),
+        "other_tables": [score_table(each) for each in found[1:]],
+        "choice": _choice(found),
+        "figures": inline(worth_drawing(shown) if study.figures is None else study.figures, shown, anchor),
         "runs": runs_table(study),
         "failures": failures(study),
     }
@@ -112,11 +109,9 @@ def _entry(entry: Entry | None, found: Table, best: float | None) -> dict[str, A
     }
 
 
-def _choice(study: Study) -> dict[str, Any] | None:
+def _choice(shown: Sequence[Table]) -> dict[str, Any] | None:
     """Returns what each value of the swept setting gave; None where no setting was chosen."""
-    if study.choice is None or (study.protocol.kind == "paper" and study.protocol.pair):
-        return None
-    found = table(study.cells, study.results, replace(study.protocol, kind="seeds"), study.choice)
+    found = next((each for each in shown if each.choice and each.protocol.kind == "seeds"), None)
     lines = [
         {
             "labels": ", ".join(line.labels.values()),
@@ -125,23 +120,13 @@ def _choice(study: Study) -> dict[str, Any] | None:
             "edge": EDGES.get(entry.edge or ""),
             "tried": ", ".join(f"{value}: {figure:.4f}" for value, figure in entry.tried.items()),
         }
-        for line in found.lines
+        for line in (found.lines if found else ())
         for task, entry in line.entries.items()
         if entry.tried
     ]
-    return {"setting": study.choice.setting, "by": study.choice.by, "lines": lines} if lines else None
-
-
-def _figures(study: Study, anchor: str) -> list[dict[str, Any]]:
-    """Returns each figure as an ``<svg>`` element, which is the only value that the template does not escape."""
-    shown = records(study.cells, study.results, study.protocol, study.choice)
-    names = study.figures if study.figures is not None else worth_drawing(shown)
-    figures = []
-    for name, drawn in inline(names, shown, anchor).items():
-        failed = isinstance(drawn, UnmaskError)
-        svg, fault = (None, str(drawn)) if failed else (drawn, "")
-        figures.append({"id": f"{anchor}-{name}", "svg": svg, "fault": fault, "caption": CAPTIONS.get(name, name)})
-    return figures
+    if found is None or found.choice is None or not lines:
+        return None
+    return {"setting": found.choice.setting, "by": found.choice.by, "lines": lines}
 
 
 def _ended(study: Study) -> list[tuple[Cell, Result]]:
@@ -167,11 +152,8 @@ def runs_table(study: Study) -> dict[str, Any]:
 
 def _numbers(result: Result) -> list[tuple[float | str, str]]:
     """Returns (sort key, text) of a run's numbers, in the order of ``_NUMBERS``."""
-    seconds = result.get("seconds")
-    time = ("" if seconds is None else float(seconds), duration(seconds or 0))
-    if result["status"] == "failed":
-        return [*[("", "-")] * (len(_NUMBERS) - 1), time]
-    summary, score, loss = result.get("summary") or {}, result.get("score"), result.get("loss")
+    score, loss, seconds = result.get("score"), result.get("loss"), result.get("seconds")
+    summary = result.get("summary") or {}
     trained = trained_weights(summary) if summary.get("budget") is not None else None
     share = trained / base_weights(summary) if trained is not None else None
     shown = [
@@ -179,17 +161,20 @@ def _numbers(result: Result) -> list[tuple[float | str, str]]:
         (loss, f"{loss:.4f}" if loss is not None else "-"),
         (trained, f"{trained:,}" if trained is not None else "-"),
         (share, f"{share:.3%}" if share is not None else "-"),
+        (seconds, duration(seconds or 0)),
     ]
-    return [*[("" if value is None else float(value), text) for value, text in shown], time]
+    return [("" if value is None else float(value), text) for value, text in shown]
 
 
 def _details(cell: Cell, result: Result) -> list[tuple[str, dict[str, str]]]:
     """Returns (heading, entries) of what a run's row unfolds."""
-    after = (result.get("summary") or {}).get("after", {})
     made = {key: result[key] for key in ("started", "host", "resumed_at") if result.get(key) is not None}
     parts = {
         "configuration": {key: _text(value) for key, value in cell.settings.items()},
-        "after training": {k: f"{v:.4f}" if isinstance(v, float) else _text(v) for k, v in after.items()},
+        "after training": {
+            key: f"{value:.4f}" if isinstance(value, float) else _text(value)
+            for key, value in after_training(result).items()
+        },
         "made": {key: _text(value) for key, value in {**made, **(result.get("versions") or {})}.items()},
     }
     return [(heading, entries) for heading, entries in parts.items() if entries or heading == "configuration"]

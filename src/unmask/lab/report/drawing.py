@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unmask.errors import DataError, MissingExtraError, UnmaskError
+from unmask.errors import DataError, UnmaskError
 from unmask.lab.figures import FIGURES, Style, svg, write_figure
 from unmask.lab.figures.records import RunRecord
 
 CAPTIONS = {
-    "fig1": "The average score over all columns of all tasks, in %, over the trained weights in % of the model. The axis is "
-    "linear; a larger marker trains more weights; full fine-tuning is a line across.",
+    "fig1": "The average score over all columns of all tasks, in %, over the trained weights in % of the model. The "
+    "axis is linear; a larger marker trains more weights; full fine-tuning is a line across.",
     "fig4": "The score over eps of D3 at one exp (a), and over exp at one eps (b), on linear axes.",
-    "fig5": "The score along the run over the number of updated weights, on a linear axis: every checkpoint of an increment-S "
-    "run is a model of a smaller budget. Repeat-S is a line across, labelled with the number of weights that it tuned.",
+    "fig5": "The score along the run over the number of updated weights, on a linear axis: every checkpoint of an "
+    "increment-S run is a model of a smaller budget. Repeat-S is a line across, labelled with the number of weights "
+    "that it tuned.",
     "fig6": "The score over the budget B, on a linear axis.",
-    "fig7": "The places of the budget, at the start and at the end of the run: module kinds by layers. A cell is its share of "
-    "the budget, and each panel has a colour scale of its own.",
+    "fig7": "The places of the budget, at the start and at the end of the run: module kinds by layers. A cell is its "
+    "share of the budget, and each panel has its own colour scale.",
     "fig8": "The share of tensors without any unmasked weight, 0 to 1, over the optimizer steps.",
-    "fig9": "The entropy of the tensors' densities over the optimizer steps, divided by its largest value, ln(tensors). The "
-    "paper does not state its normalisation; this one is ours.",
+    "fig9": "The entropy of the tensors' densities over the optimizer steps, divided by its largest value, "
+    "ln(tensors). The paper does not state its normalisation; this one is ours.",
 }
 
 
@@ -34,15 +36,13 @@ def fitting(name: str, records: Sequence[RunRecord]) -> list[RunRecord]:
     """
     if name == "fig4":
         return [r for r in records if {"eps", "exp"} <= r.get("parameters", {}).keys()]
+    ours = [r for r in records if r.get("strategy") != "none"]
     if name == "fig5":
-        kept = [r for r in records if r.get("strategy") != "none"]
-        return [r for r in kept if r["strategy"] != "increment" or r.get("curve")]
-    if name == "fig6":
-        return [r for r in records if r.get("strategy") != "none"]
+        return [r for r in ours if r.get("strategy") != "increment" or r.get("curve")]
     if name in ("fig7", "fig8", "fig9"):
-        kept = [r for r in records if r.get("allocation") and r.get("strategy") != "none"]
+        kept = [r for r in ours if r.get("allocation")]
         return [r for r in kept if r.get("strategy") in ("increment", "repeat")] or kept
-    return list(records)
+    return ours if name == "fig6" else list(records)
 
 
 def worth_drawing(records: Sequence[RunRecord]) -> tuple[str, ...]:
@@ -54,19 +54,20 @@ def worth_drawing(records: Sequence[RunRecord]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def inline(names: Iterable[str], records: Sequence[RunRecord], salt: str = "") -> dict[str, str | UnmaskError]:
-    """Returns each figure as an ``<svg>`` element, or the reason why it cannot be drawn.
+def inline(names: Iterable[str], records: Sequence[RunRecord], anchor: str) -> list[dict[str, str | None]]:
+    """Returns what the page shows of each figure: an ``<svg>`` element, or the reason why it cannot be drawn.
 
-    Every id in an element begins with the salt, so that the ids of a page differ.
+    Every id in an element begins with the anchor, so that the ids of a page differ.
     """
-    drawn: dict[str, str | UnmaskError] = {}
+    drawn: list[dict[str, str | None]] = []
     for name in names:
+        shown: dict[str, str | None]
+        shown = {"id": f"{anchor}-{name}", "caption": CAPTIONS.get(name, name), "svg": None, "fault": ""}
         try:
-            drawn[name] = _prefixed(svg(_draw(name, records), f"{salt}{name}"), f"{salt}-{name}-")
-        except UnmaskError as error:
-            drawn[name] = error
-        except ValueError as error:  # Matplotlib reads a $ in a name as mathematics.
-            drawn[name] = UnmaskError(str(error))
+            shown["svg"] = _prefixed(svg(_draw(name, records), f"{anchor}{name}"), f"{anchor}-{name}-")
+        except (UnmaskError, ValueError) as error:  # Matplotlib reads a $ in a name as mathematics.
+            shown["fault"] = str(error)
+        drawn.append(shown)
     return drawn
 
 
@@ -74,12 +75,8 @@ def draw_files(names: Iterable[str], records: Sequence[RunRecord], folder: Path)
     """Writes each figure as PNG (light and dark) and SVG, and returns the files; it leaves out what cannot be drawn."""
     written: list[Path] = []
     for name in names:
-        try:
+        with contextlib.suppress(ValueError):  # It cannot be drawn (a DataError, or Matplotlib's); the report says why.
             written += write_figure(_draw(name, records), folder / name)
-        except MissingExtraError:
-            raise
-        except UnmaskError:  # There is nothing to draw yet; the report says why.
-            continue
     return written
 
 

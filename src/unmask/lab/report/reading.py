@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from unmask.errors import ConfigError, DataError
 from unmask.lab.study.cells import Cell, canonical, run_id
-from unmask.lab.study.curves import curve, read_allocation, read_metrics, read_summary, scores
+from unmask.lab.study.curves import read_run
 from unmask.lab.study.parsing import read_choice, read_claims, read_protocol
 from unmask.lab.study.spec import Choice, Claims, Protocol
-from unmask.lab.study.store import Result, Store
+from unmask.lab.study.store import Result, Results, Store
 from unmask.lab.training.settings import read_yaml
 
 
 @dataclass(frozen=True)
 class Study:
-    """A grid of runs with its results.
+    """The cells of a grid of runs, and their results.
 
     Attributes:
         name: The name of the sweep, or of the folder.
@@ -35,7 +34,7 @@ class Study:
     name: str
     title: str
     cells: tuple[Cell, ...]
-    results: Mapping[str, Result]
+    results: Results
     choice: Choice | None = None
     protocol: Protocol = field(default_factory=Protocol)
     notes: tuple[str, ...] = ()
@@ -53,13 +52,12 @@ def read_study(folder: str | Path) -> Study:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r}; give a folder of a sweep or of runs of `unmask train`.")
-    return _of_sweep(Store(folder)) if (folder / "sweep.json").is_file() else _of_runs(folder)
-
-
-def _of_sweep(store: Store) -> Study:
-    plan = store.plan()
+    file = folder / "sweep.json"
+    if not file.is_file():
+        return _of_runs(folder)
+    plan = Store(folder).plan()
     try:
-        results = store.results()
+        results = Store(folder).results()
         cells = tuple(Cell(c["id"], c["labels"], c["settings"]) for c in plan["cells"])
         return Study(
             name=plan["name"],
@@ -74,33 +72,22 @@ def _of_sweep(store: Store) -> Study:
             command=plan["command"],
         )
     except ConfigError as error:
-        raise DataError(
-            f"{str(store.folder / 'sweep.json')!r} is not a sweep of this version ({error}); run the sweep again."
-        ) from error
+        raise DataError(f"{str(file)!r} is not a sweep of this version ({error}); run the sweep again.") from error
 
 
 def _of_runs(folder: Path) -> Study:
     cells: list[Cell] = []
     results: dict[str, Result] = {}
     for path in sorted(folder.rglob("summary.json")):
-        summary = read_summary(path)
-        if not (path.parent / "config.yaml").is_file() or summary is None:
+        made, config = read_run(path.parent), path.with_name("config.yaml")
+        if made is None or not config.is_file():
             continue
-        settings = canonical(read_yaml(path.parent / "config.yaml"))
-        labels = {"method": settings.get("method", "id3")} | {
-            key: settings.get(key) for key in ("into", "task", "budget", "seed", "lr") if settings.get(key) is not None
-        }
+        settings = canonical(read_yaml(config))
+        labels = {"method": settings.get("method", "id3")}
+        labels |= {key: settings[key] for key in ("into", "task", "budget", "seed", "lr") if key in settings}
         cell = Cell(f"{run_id(labels, settings)}-{len(cells)}", labels, settings)
         cells.append(cell)
-        results[cell.id] = {
-            **vars(cell),
-            "status": "done",
-            "seconds": summary.get("seconds"),
-            **scores(summary),
-            "summary": summary,
-            "curve": curve(read_metrics(path.parent / "metrics.jsonl"), summary),
-            "allocation": read_allocation(path.parent / "allocation.jsonl"),
-        }
+        results[cell.id] = {**vars(cell), "status": "done", "seconds": made["summary"].get("seconds"), **made}
     if not cells:
         raise DataError(f"{str(folder)!r} holds no sweep and no finished run of `unmask train` (no summary.json).")
     return Study(folder.resolve().name, "", tuple(cells), results)

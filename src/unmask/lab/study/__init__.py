@@ -1,4 +1,4 @@
-"""Runs sweeps: grids of runs from one YAML file, made by workers here or on a Ray cluster, with one JSON file per run."""
+"""Runs sweeps: grids of runs from one YAML file, made by workers here or on a Ray cluster. Each run has a JSON file."""
 
 from unmask.lab.figures.estimates import Estimate, best_of, interval
 from unmask.lab.study.cells import Cell, expand

@@ -18,13 +18,15 @@ from unmask.lab.training.settings import build
 from unmask.methods.presets import PRESETS
 
 Rank = Callable[[Mapping[str, Any]], int]
+Group = tuple[tuple[str, str], ...]
+"""The labels, as texts, that a group of cells has in common."""
 MATCH = "match"
 """The value of ``lora_r`` that stands for the rank whose number of weights is nearest to the budget."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A place in the grid, and the run that fills it. Two places can share a run.
+    """The place of a run in the grid. Two places can share a run.
 
     Attributes:
         id: The id of the run. The same settings have the same id on every machine and in every version.
@@ -36,7 +38,11 @@ class Cell:
     labels: Mapping[str, Any]
     settings: Mapping[str, Any]
 
-    def group(self, *without: str) -> tuple[tuple[str, str], ...]:
+    def label(self, key: str) -> str:
+        """Returns the value of a label, as text."""
+        return str(self.labels.get(key))
+
+    def group(self, *without: str) -> Group:
         """Returns all labels except some, as a key."""
         return tuple((key, str(value)) for key, value in self.labels.items() if key not in without)
 
@@ -44,10 +50,8 @@ class Cell:
 def expand(sweep: Sweep, rank: Rank | None = None) -> list[Cell]:
     """Returns all cells of the full grid, in order.
 
-    Args:
-        sweep: The sweep.
-        rank: The function from settings to the rank that ``lora_r: match`` stands for; None for
-            `unmask.lab.study.matching.matching_rank`.
+    ``rank`` is the function from settings to the rank that ``lora_r: match`` stands for; None stands for
+    `unmask.lab.study.matching.matching_rank`.
 
     Raises:
         ConfigError: The settings of a run cannot work; the message names the run by its labels.
@@ -69,27 +73,28 @@ def expand(sweep: Sweep, rank: Rank | None = None) -> list[Cell]:
                 raise ConfigError(f"the run of {where}: {error}") from error
             cell = Cell(run_id(labels, resolved), labels, resolved)
             cells.setdefault((cell.id, cell.group()), cell)
-    _check_pairs(sweep, cells.values())
-    return _ordered(sweep, list(cells.values()))
+    if pair := sweep.protocol.paired:
+        for group, (tried, seeds) in places(cells.values(), pair).items():
+            if len(tried) not in (1, len(seeds)):
+                raise ConfigError(
+                    f"the paper's protocol runs each {pair} with one seed, and {', '.join(v for _, v in group)} has "
+                    f"{len(tried)} values of {pair} and {len(seeds)} seeds; give as many of both, or one {pair}, or "
+                    "take the protocol seeds."
+                )
+    ordered = {**sweep.axes, "method": tuple(row.name for row in sweep.rows)}
+    ranks = {key: {str(value): place for place, value in enumerate(values)} for key, values in ordered.items()}
+    outer = sweep.nesting[: sweep.nesting.index("grid")]  # No two cells have the same place in the grid's order.
+    return sorted(cells.values(), key=lambda cell: [ranks[key].get(cell.label(key), -1) for key in outer])
 
 
-def _check_pairs(sweep: Sweep, cells: Iterable[Cell]) -> None:
-    """Checks that a paired setting has as many values as there are seeds, or one value."""
-    pair = sweep.protocol.pair
-    if pair is None or sweep.protocol.kind == "seeds":
-        return
-    groups: dict[Any, dict[str, set[str]]] = {}
+def places(cells: Iterable[Cell], setting: str) -> dict[Group, tuple[dict[str, int], dict[str, int]]]:
+    """Numbers the values of a setting, and the seeds, in each group of cells that differ in these two alone."""
+    found: dict[Group, tuple[dict[str, int], dict[str, int]]] = {}
     for cell in cells:
-        found = groups.setdefault(cell.group(pair, "seed"), {pair: set(), "seed": set()})
-        for label in (pair, "seed"):
-            found[label].add(str(cell.labels.get(label)))
-    for group, found in groups.items():
-        values, seeds = len(found[pair]), len(found["seed"])
-        if values not in (1, seeds):
-            raise ConfigError(
-                f"the paper's protocol runs each {pair} with one seed, and {', '.join(v for _, v in group)} has {values} values "
-                f"of {pair} and {seeds} seeds; give as many of both, or one {pair}, or take the protocol seeds."
-            )
+        values, seeds = found.setdefault(cell.group(setting, "seed"), ({}, {}))
+        values.setdefault(cell.label(setting), len(values))
+        seeds.setdefault(cell.label("seed"), len(seeds))
+    return found
 
 
 def _tried(sweep: Sweep, row: Row, place: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -100,7 +105,7 @@ def _tried(sweep: Sweep, row: Row, place: Mapping[str, Any]) -> Iterator[tuple[d
         settings |= rule.settings
         grid |= {key: values for key, values in rule.grid.items() if key not in row.settings}
     settings |= {**place, **row.settings}
-    if row.name in PRESETS:  # a row that is called pafi and names no method means PaFi
+    if row.name in PRESETS:  # A row that is called pafi and names no method means PaFi.
         settings.setdefault("method", row.name)
     labels |= {axis: settings[axis] for axis in place if axis in row.settings}
     for values in itertools.product(*grid.values()):
@@ -146,20 +151,6 @@ def run_id(labels: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     method = f"{settings['into']}_" if settings.get("into") else ""
     words = (str(settings.get("task") or "data"), f"{method}{settings.get('method', 'id3')}", digest)
     return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", word) for word in words)
-
-
-def _ordered(sweep: Sweep, cells: list[Cell]) -> list[Cell]:
-    """Sorts cells by the sweep's nesting; within a grid they keep the order of its values."""
-    values = {**sweep.axes, "method": tuple(row.name for row in sweep.rows)}
-    ranks = {key: {str(value): index for index, value in enumerate(each)} for key, each in values.items()}
-    place = {id(cell): index for index, cell in enumerate(cells)}
-
-    def key_of(cell: Cell) -> tuple[int, ...]:
-        return tuple(
-            place[id(cell)] if key == "grid" else ranks[key].get(str(cell.labels[key]), -1) for key in sweep.nesting
-        )
-
-    return sorted(cells, key=key_of)
 
 
 def distinct(cells: Iterable[Cell]) -> list[Cell]:

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from unmask.lab.study.cells import Cell
+from unmask.lab.study.cells import Cell, Group, places
 from unmask.lab.study.spec import Choice, Protocol
-from unmask.lab.study.store import Result
-
-Group = tuple[tuple[str, str], ...]
+from unmask.lab.study.store import Results, figure_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,10 @@ class Chosen:
     tried: Mapping[str, float]
 
 
-def choose(cells: Iterable[Cell], choice: Choice, results: Mapping[str, Result]) -> dict[Group, Chosen]:
+Choices = dict[Group, Chosen]
+
+
+def choose(cells: Iterable[Cell], choice: Choice, results: Results) -> Choices:
     """Returns the chosen value of every group of the full grid."""
     groups: dict[Group, list[Cell]] = {}
     for cell in cells:
@@ -52,86 +53,59 @@ def paired(cells: Iterable[Cell], setting: str) -> list[Cell]:
         ['1e-46', '3e-47']
     """
     cells = list(cells)
-    places: dict[Group, tuple[list[str], list[str]]] = {}
+    groups, found = places(cells, setting), []
     for cell in cells:
-        values, seeds = places.setdefault(cell.group(setting, "seed"), ([], []))
-        for known, label in ((values, setting), (seeds, "seed")):
-            text = str(cell.labels.get(label))
-            if text not in known:
-                known.append(text)
-
-    found = []
-    for cell in cells:
-        values, seeds = places[cell.group(setting, "seed")]
-        value, seed = str(cell.labels.get(setting)), str(cell.labels.get("seed"))
-        if len(values) == 1 or values.index(value) == seeds.index(seed):
+        values, seeds = groups[cell.group(setting, "seed")]
+        if len(values) == 1 or values[cell.label(setting)] == seeds[cell.label("seed")]:
             found.append(cell)
     return found
 
 
-def due(cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
+def due(cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Results) -> list[Cell]:
     """Returns the cells that the protocol needs and that can be run with what is known.
 
     Under ``"paper"`` with a paired setting these are the pairs. Otherwise they are all cells; with a choice, they are
     all cells of the choosing seeds, and the cells with the chosen value of the other seeds.
     """
-    if protocol.pair and protocol.kind != "seeds":
-        pairs = paired(cells, protocol.pair)
-        if protocol.kind == "paper":
-            return pairs
-        wanted = {id(cell) for cell in (*pairs, *_due_by_choice(cells, choice, results))}
-        return [cell for cell in cells if id(cell) in wanted]
-    return _due_by_choice(cells, choice, results)
-
-
-def _due_by_choice(cells: Sequence[Cell], choice: Choice | None, results: Mapping[str, Result]) -> list[Cell]:
+    pairs = paired(cells, protocol.paired) if protocol.paired else []
+    if pairs and protocol.kind == "paper":
+        return pairs
     if choice is None:
         return list(cells)
-    chosen, found = choose(cells, choice, results), []
+    chosen, found, wanted = choose(cells, choice, results), [], set(map(id, pairs))
     for cell in cells:
         best = chosen[cell.group(choice.setting, "seed")]
-        if choosing(cell, choice) or (best.final and str(cell.labels.get(choice.setting)) == str(best.value)):
+        at_best = best.final and cell.label(choice.setting) == str(best.value)
+        if id(cell) in wanted or choosing(cell, choice) or at_best:
             found.append(cell)
     return found
 
 
 def choosing(cell: Cell, choice: Choice) -> bool:
     """Returns True if the choice is made on this cell's seed."""
-    return str(cell.labels.get("seed")) in set(map(str, choice.seeds))
+    return cell.label("seed") in map(str, choice.seeds)
 
 
-def criterion(result: Result, by: str) -> float:
-    """Returns the figure by which runs are compared; higher is better, and -inf means that there is no finite figure."""
-    if result.get("status") != "done":
-        return -math.inf
-    value = result.get(by) if by in ("loss", "score") else (result.get("summary") or {}).get("after", {}).get(by)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return -math.inf
-    return -float(value) if by == "loss" or by.endswith("_loss") else float(value)
-
-
-def _chosen(members: Sequence[Cell], choice: Choice, results: Mapping[str, Result]) -> Chosen:
+def _chosen(members: Sequence[Cell], choice: Choice, results: Results) -> Chosen:
     """Returns the chosen value of one group."""
-    values: list[Any] = list(
-        {str(c.labels.get(choice.setting)): c.labels.get(choice.setting) for c in members}.values()
-    )
+    values: dict[str, Any] = {cell.label(choice.setting): cell.labels.get(choice.setting) for cell in members}
     if len(values) == 1:
-        return Chosen(values[0], "alone", True, {})
+        return Chosen(next(iter(values.values())), "alone", True, {})
     figures: dict[str, float] = {}
-    for value in map(str, values):
-        runs = [c.id for c in members if choosing(c, choice) and str(c.labels.get(choice.setting)) == value]
+    for value in values:
+        runs = [cell.id for cell in members if choosing(cell, choice) and cell.label(choice.setting) == value]
         if runs and all(run in results for run in runs):
-            figures[value] = fmean(criterion(results[run], choice.by) for run in runs)
+            found = [figure_of(results[run], choice.by) for run in runs]
+            figures[value] = fmean(math.nan if figure is None else figure for figure in found)
     tried = {value: figure for value, figure in figures.items() if math.isfinite(figure)}
     final = len(figures) == len(values)
     if not tried:
         return Chosen(None, None, final, {})
-    highest = max(tried, key=lambda value: tried[value])
-    best = next(value for value in values if str(value) == highest)
+    sign = -1 if choice.by == "loss" or choice.by.endswith("_loss") else 1
+    best = max(tried, key=lambda value: sign * tried[value])
     try:
-        numbers = [float(value) for value in values]
-        edge = {max(numbers): "high", min(numbers): "low"}.get(float(best))
+        numbers = [float(value) for value in values.values()]
+        edge = {max(numbers): "high", min(numbers): "low"}.get(float(values[best]))
     except (TypeError, ValueError):  # A setting that is no number has no edge.
         edge = None
-    sign = -1 if choice.by.endswith("loss") else 1
-    return Chosen(best, edge, final, {value: sign * figure for value, figure in tried.items()})
+    return Chosen(values[best], edge, final, tried)

@@ -1,4 +1,4 @@
-"""An engine that makes a sweep's runs on a Ray cluster, or in a Ray of this machine alone (extra ``ray``)."""
+"""Makes a sweep's runs on a Ray cluster, or in a Ray of this machine alone (extra ``ray``)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,21 @@ class RayEngine:
         if self._started:
             self._ray.init(include_dashboard=False, log_to_driver=False)
         try:
-            self._task = self._ray.remote(_make_run_on_node).options(**self._resources(workers, threads))
+            total = self._ray.cluster_resources()
+            most = max((int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]), default=0)
+            if threads is not None and threads > most:
+                raise ConfigError(
+                    f"threads = {threads}; the largest node of the Ray cluster has {most} CPUs. Give fewer."
+                )
+            cpus = threads or max(1, min(most, int(total.get("CPU", 1)) // workers))
+            environment = dict.fromkeys(THREAD_VARIABLES, str(cpus))
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+            self._task = self._ray.remote(_make_run_on_node).options(
+                num_cpus=cpus,
+                num_gpus=min(1.0, int(total.get("GPU", 0) / workers * 1e4) / 1e4),  # Ray counts in ten-thousandths.
+                max_retries=0,
+                runtime_env={"env_vars": environment},
+            )
         except BaseException:
             self.close()
             raise
@@ -45,7 +59,7 @@ class RayEngine:
     def submit(self, order: Order) -> None:
         """Queues a Ray task."""
         task = self._task.remote(str(Path.cwd()), str(self._store.folder), self._function, order)
-        self._runs[task] = order.id
+        self._runs[task] = order.cell.id
 
     def wait(self, timeout: float) -> Sequence[Outcome]:
         """Returns the orders that have ended; see `unmask.lab.study.engine.Engine.wait`."""
@@ -79,21 +93,6 @@ class RayEngine:
         if self._started:
             self._ray.shutdown()
 
-    def _resources(self, workers: int, threads: int | None) -> dict[str, Any]:
-        total = self._ray.cluster_resources()
-        most = max((int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]), default=0)
-        if threads is not None and threads > most:
-            raise ConfigError(f"threads = {threads}; the largest node of the Ray cluster has {most} CPUs. Give fewer.")
-        cpus = threads or max(1, min(most, int(total.get("CPU", 1)) // workers))
-        environment = dict.fromkeys(THREAD_VARIABLES, str(cpus))
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        return {
-            "num_cpus": cpus,
-            "num_gpus": min(1.0, int(total.get("GPU", 0) / workers * 1e4) / 1e4),  # Ray counts in ten-thousandths.
-            "max_retries": 0,
-            "runtime_env": {"env_vars": environment},
-        }
-
 
 def _make_run_on_node(directory: str, folder: str, function: str, order: Order) -> Outcome:
     """Makes a run in a process on one of the cluster's nodes, which must see the sweep's folder."""
@@ -101,7 +100,7 @@ def _make_run_on_node(directory: str, folder: str, function: str, order: Order) 
         os.chdir(directory)
     if os.getcwd() != directory or not Path(folder, "sweep.json").is_file():
         raise ConfigError(
-            f"the node {platform.node()} does not see the folder {folder!r} from {directory!r}; put the sweep's folder and "
-            "the working directory where every node sees them under the same path."
+            f"the node {platform.node()} does not see the folder {folder!r} from {directory!r}; put the sweep's folder "
+            "and the working directory where every node sees them under the same path."
         )
     return make_run(Store(folder), order, load_function(function))

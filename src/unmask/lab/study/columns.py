@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from unmask.lab.study.cells import Cell
 from unmask.lab.study.spec import Protocol
-from unmask.lab.study.store import Result
+from unmask.lab.study.store import Result, Results, after_training, figure_of
 
 _MNLI = {"mnli-m": "dev_matched_accuracy", "mnli-mm": "dev_mismatched_accuracy"}
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table.
+    """The heading of a column, and the figure that it shows.
 
     Attributes:
         label: The column's heading: the task's name, or the name of one of the task's evaluation sets.
@@ -29,10 +28,7 @@ class Column:
 
     def value(self, result: Result) -> float | None:
         """Returns a run's figure in this column; None for a run that failed or has no finite figure."""
-        after = (result.get("summary") or {}).get("after", {})
-        value = result.get("score") if self.metric is None else after.get(self.metric)
-        known = result["status"] == "done" and isinstance(value, int | float) and math.isfinite(value)
-        return float(value) if known else None  # type: ignore[arg-type]
+        return figure_of(result, self.metric or "score")
 
 
 def task_of(cell: Cell) -> str:
@@ -40,13 +36,12 @@ def task_of(cell: Cell) -> str:
     return str(cell.settings.get("task") or "data")
 
 
-def columns_of(cells: Iterable[Cell], results: Mapping[str, Result], protocol: Protocol) -> list[Column]:
+def columns_of(cells: Iterable[Cell], results: Results, protocol: Protocol) -> list[Column]:
     """Returns the columns of a table; the tasks stand in the cells' order.
 
     MNLI has a column for each of its two validation sets, as in the paper, and one column if the data has another set.
-    Runs that solve several sets of word problems have a column for each set. Every other task has one column.
-
-    If the protocol names a metric, every task has one column, which shows that metric.
+    Runs that solve several sets of word problems have a column for each set. Every other task has one column, and if
+    the protocol names a metric, every task has one, which shows that metric.
 
     Example:
         >>> cells = [Cell("1", {}, {"task": "mnli"}), Cell("2", {}, {"task": "rte"})]
@@ -60,7 +55,7 @@ def columns_of(cells: Iterable[Cell], results: Mapping[str, Result], protocol: P
     for task, members in tasks.items():
         sets = list(dict.fromkeys(name for cell in members for name in cell.settings.get("test_sets", ())))
         ended = [results[cell.id] for cell in members if cell.id in results]
-        after = [(result.get("summary") or {}).get("after", {}) for result in ended if result["status"] == "done"]
+        after = [after_training(result) for result in ended if result["status"] == "done"]
         if protocol.score != "score":
             columns.append(Column(task, task, protocol.score))
         elif len(sets) > 1:

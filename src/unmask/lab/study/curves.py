@@ -1,4 +1,4 @@
-"""Reads the files of a run of ``unmask train``: its score, its curve, its allocation. It imports no torch."""
+"""Reads the files of a run of ``unmask train``: its scores, its curve, its allocation. It imports no torch."""
 
 from __future__ import annotations
 
@@ -8,51 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import DataError
-from unmask.reading import (
-    Form,
-    Malformed,
-    count,
-    fields,
-    finite,
-    flag,
-    items,
-    mapping,
-    number,
-    optional,
-    parse_json,
-    plain,
-    read_json,
-    read_text,
-    refusing,
-    text,
-)
+from unmask.lab.study.forms import SNAPSHOT, metrics_form, summary_form
+from unmask.reading import Form, fields, parse_json, plain, read_json, read_text, refusing
 
-_METHOD = {"name": text, "strategy": text, "parameters": mapping(plain), "leaving": text}
-_COUNTS = ("budget", "used", "dense", "head", "parameters", "steps")
-SUMMARY: Form = fields(
-    {},
-    {
-        "task": optional(text),
-        "method": optional(fields({}, _METHOD)),
-        **dict.fromkeys(_COUNTS, optional(count)),
-        **dict.fromkeys(("main", "lr"), optional(number)),
-        "seconds": optional(finite),
-        "main_metric": text,
-        "greater_is_better": flag,
-        "before": mapping(number),
-        "after": mapping(number),
-        "into": optional(mapping(plain)),
-    },
-)
-"""The form of a run's summary, in ``summary.json`` and in a sweep's result. Every entry may be missing."""
 _OWN = fields(dict.fromkeys(("main_metric", "main", "greater_is_better", "after"), plain))
-_ROW = fields({"layer": text, "kind": text, "unmasked": count, "of": count})
-_SHARES = dict.fromkeys(("tensor_sparsity", "sparsity_entropy"), number)
-SNAPSHOT: Form = fields(
-    {"used": count, **_SHARES, "tensors": count, "rows": items(_ROW)},
-    {"step": count, "sparsity_entropy_share": number, "picked": items(_ROW)},
-)
-"""The form of a line of ``allocation.jsonl``."""
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Returns the entries of a result that a finished run's files hold: scores, summary, curve and allocation.
+
+    It returns None if another program wrote ``summary.json``.
+
+    Raises:
+        DataError: A file cannot be read, or it is damaged.
+    """
+    summary = read_summary(folder / "summary.json")
+    if summary is None:
+        return None
+    return {
+        **scores(summary),
+        "summary": summary,
+        "curve": curve(_read_rows(folder / "metrics.jsonl", metrics_form), summary),
+        "allocation": _read_rows(folder / "allocation.jsonl", SNAPSHOT),
+    }
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:
@@ -65,15 +43,7 @@ def read_summary(path: Path) -> dict[str, Any] | None:
         summary = fields({})(read_json(path), "the summary")
         if "main_metric" not in summary:
             return None
-        return dict(_OWN(consistent(summary, "the summary"), "the summary"))
-
-
-def consistent(value: Any, where: str) -> dict[str, Any]:
-    """Checks a summary's form, and that its entries fit each other."""
-    summary = dict(SUMMARY(value, where))
-    if (summary.get("method") or {}).get("leaving") == "kept" and summary.get("used") is None:
-        raise Malformed(f"{where} lacks used, which a method that keeps what leaves has")
-    return summary
+        return dict(_OWN(summary_form(summary, "the summary"), "the summary"))
 
 
 def scores(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,8 +54,8 @@ def scores(summary: Mapping[str, Any]) -> dict[str, Any]:
         {'score': -2.0, 'metric': '-mse', 'loss': 2.0}
     """
     better = summary["greater_is_better"]
-    losses = [value for key, value in summary["after"].items() if key == "loss" or key.endswith("_loss")]
-    score, loss = summary["main"] if better else -summary["main"], losses[0] if losses else math.nan
+    score = summary["main"] if better else -summary["main"]
+    loss = next((value for key, value in summary["after"].items() if key == "loss" or key.endswith("_loss")), math.nan)
     return {
         "score": score if math.isfinite(score) else None,
         "metric": summary["main_metric"] if better else f"-{summary['main_metric']}",
@@ -103,41 +73,14 @@ def curve(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> list[dict[s
     for row in rows:
         if row.get(key) is not None:
             points.setdefault(row["step"], {"step": row["step"], "used": row["used"]})["score"] = sign * row[key]
-        losses = [
-            row[name] for name in row if name == "eval_loss" or (name.startswith("eval_") and name.endswith("_loss"))
-        ]
+        losses = [row[name] for name in row if name.startswith("eval_") and name.endswith("_loss")]
         if losses and losses[0] is not None and row["step"] in points:
             points[row["step"]].setdefault("loss", losses[0])
     return [point for _, point in sorted(points.items()) if all(map(math.isfinite, point.values()))]
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of ``metrics.jsonl``; there are none if there is no such file.
-
-    Raises:
-        DataError: A line is damaged.
-    """
-
-    def form(value: Any, where: str) -> dict[str, Any]:
-        row = dict(fields({"step": count, "used": count})(value, where))
-        for name, figure in row.items():
-            if name.startswith("eval_"):
-                optional(number)(figure, f"{where}.{name}")
-        return row
-
-    return _read_rows(path, form)
-
-
-def read_allocation(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of ``allocation.jsonl``; there are none if there is no such file.
-
-    Raises:
-        DataError: A line is damaged.
-    """
-    return _read_rows(path, SNAPSHOT)
-
-
 def _read_rows(path: Path, form: Form) -> list[dict[str, Any]]:
+    """Returns the rows of a file of JSON lines; there are none if there is no such file."""
     if not path.is_file():
         return []
     with refusing(DataError, repr(str(path)), "Remove the line, or run that run again."):

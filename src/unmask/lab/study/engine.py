@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
+
+from unmask.lab.study.cells import Cell
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 @dataclass(frozen=True)
 class Order:
-    """The request to make one run.
+    """The request to make the run of a cell. With ``retry_failed`` a run whose result says "failed" is made again."""
 
-    Attributes:
-        id: The run's id.
-        labels: The labels of its cell, for the result.
-        settings: The run's settings.
-        retry_failed: True if a run whose result says "failed" is made again.
-    """
-
-    id: str
-    labels: Mapping[str, Any]
-    settings: Mapping[str, Any]
+    cell: Cell
     retry_failed: bool = False
 
 

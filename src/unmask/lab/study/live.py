@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
@@ -16,46 +16,36 @@ from rich.text import Text
 
 from unmask.lab.study.cells import Cell, distinct
 from unmask.lab.study.choosing import choose, due
-from unmask.lab.study.spec import Choice, Protocol
-from unmask.lab.study.store import Result
+from unmask.lab.study.spec import Choice, Protocol, Sweep
+from unmask.lab.study.store import Result, Results
 
 SHOWN = 12
 """The live table shows so many ended runs."""
 
 
 class LiveTable:
-    """A live table in a terminal; elsewhere a line for each run that ends."""
+    """Shows a running sweep: a live table in a terminal, and elsewhere a line for each run that ends.
 
-    def __init__(
-        self, cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, console: Console, workers: int
-    ) -> None:
-        self._cells, self._protocol, self._choice = list(cells), protocol, choice
-        self._console, self._workers = console, workers
+    Attributes:
+        display: The context in which the table is shown.
+    """
+
+    def __init__(self, sweep: Sweep, cells: Sequence[Cell], console: Console, workers: int) -> None:
+        self._sweep, self._cells, self._console, self._workers = sweep, cells, console, workers
         self._ended: deque[tuple[Cell, Result]] = deque(maxlen=SHOWN)
-        self._results: Mapping[str, Result] = {}
+        self._results: Results = {}
         self._under_way: list[tuple[Cell, float]] = []
         live = Live(console=console, get_renderable=self._draw, refresh_per_second=2)
-        self._live = live if console.is_terminal else None
+        self.display: AbstractContextManager[object] = live if console.is_terminal else nullcontext()
 
-    def __enter__(self) -> LiveTable:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.stop()
-
-    def update(self, results: Mapping[str, Result], under_way: Iterable[tuple[Cell, float]]) -> None:
+    def update(self, results: Results, under_way: Iterable[tuple[Cell, float]]) -> None:
         """Records the results of the ended runs, and the runs under way with the monotonic time of their start."""
         self._results, self._under_way = results, list(under_way)
 
     def ended(self, cell: Cell, result: Result) -> None:
         """Records a run that has ended."""
         self._ended.append((cell, result))
-        if self._live is None:
+        if not self._console.is_terminal:
             self.say(f"{cell.id}  {describe(cell)}  {outcome(result)}  ({self._counts()})")
 
     def say(self, text: str) -> None:
@@ -63,7 +53,7 @@ class LiveTable:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _counts(self) -> str:
-        left = remaining(self._cells, self._protocol, self._choice, self._results)
+        left = remaining(self._cells, self._sweep.protocol, self._sweep.choice, self._results)
         failed = sum(result["status"] == "failed" for result in self._results.values())
         now = time.monotonic()
         spent = {cell.id: now - since for cell, since in self._under_way}
@@ -104,9 +94,7 @@ def outcome(result: Result) -> str:
     return ", ".join(words + ([f"loss {loss:.4f}"] if isinstance(loss, float) else [])) or "done"
 
 
-def remaining(
-    cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Mapping[str, Result]
-) -> list[Cell]:
+def remaining(cells: Sequence[Cell], protocol: Protocol, choice: Choice | None, results: Results) -> list[Cell]:
     """Returns a cell for each run that is still to be made; where a choice is open, one value of the setting counts."""
     known = {cell.id for cell in due(cells, protocol, choice, results)}
     left = [cell for cell in distinct(cells) if cell.id in known and cell.id not in results]
@@ -120,9 +108,7 @@ def remaining(
     return left + list(later.values())
 
 
-def time_left(
-    left: Sequence[Cell], results: Mapping[str, Result], spent: Mapping[str, float], workers: int
-) -> float | None:
+def time_left(left: Sequence[Cell], results: Results, spent: Mapping[str, float], workers: int) -> float | None:
     """Estimates how many seconds the remaining runs take; None while nothing has ended.
 
     The estimate of a run is the mean of the ended runs that are most like it: those of the same task, method and

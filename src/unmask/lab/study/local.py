@@ -1,8 +1,9 @@
-"""An engine that makes a sweep's runs in worker processes on this machine."""
+"""Makes a sweep's runs in worker processes on this machine."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -25,17 +26,17 @@ _READY = "ready"
 
 @dataclass(eq=False)
 class Worker:
-    """One worker process, as its parent sees it.
+    """The state of one worker process, as its parent sees it.
 
     Attributes:
-        number: The worker's number, from 0.
+        log: The file to which its output is printed.
         process: The process.
         connection: The parent's end: orders go out, outcomes come in.
         order: The order that it executes; None while it waits.
         ready: True once it has imported what makes the runs.
     """
 
-    number: int
+    log: Path
     process: SpawnProcess
     connection: Connection
     order: Order | None = None
@@ -52,11 +53,25 @@ class LocalEngine:
     def __init__(self, store: Store, function: str, threads: int, devices: Sequence[str] = ()) -> None:
         self._store, self._function, self._threads, self._devices = store, function, threads, tuple(devices)
         self._workers: list[Worker] = []
-        self._started = 0
+        self._numbers = itertools.count()
 
     def submit(self, order: Order) -> None:
         """Gives the order to a free worker, or to a new one."""
-        worker = next((worker for worker in self._workers if worker.order is None), None) or self._start()
+        worker = next((worker for worker in self._workers if worker.order is None), None)
+        if worker is None:
+            number, context = next(self._numbers), multiprocessing.get_context("spawn")
+            log = self._store.log_path(f"worker-{number}")
+            ours, theirs = context.Pipe()
+            arguments = (theirs, self._store.folder, self._function, log)
+            process = context.Process(target=_serve, args=arguments, name=f"sweep-{number}")
+            environment = dict.fromkeys(THREAD_VARIABLES, str(self._threads))
+            if self._devices:
+                environment["CUDA_VISIBLE_DEVICES"] = self._devices[number % len(self._devices)]
+            with _environment(environment):  # It must be set before the worker imports torch.
+                process.start()
+            theirs.close()
+            worker = Worker(log, process, ours)
+            self._workers.append(worker)
         worker.order = order
         with contextlib.suppress(BrokenPipeError):  # The worker has just died; `wait` reports it.
             worker.connection.send(order)
@@ -101,23 +116,6 @@ class LocalEngine:
             worker.connection.close()
         self._workers.clear()
 
-    def _start(self) -> Worker:
-        number, context = self._started, multiprocessing.get_context("spawn")
-        self._started += 1
-        ours, theirs = context.Pipe()
-        process = context.Process(
-            target=_serve, args=(theirs, self._store.folder, self._function, self._log(number)), name=f"sweep-{number}"
-        )
-        environment = dict.fromkeys(THREAD_VARIABLES, str(self._threads))
-        if self._devices:
-            environment["CUDA_VISIBLE_DEVICES"] = self._devices[number % len(self._devices)]
-        with _environment(environment):  # It must be set before the worker imports torch.
-            process.start()
-        theirs.close()
-        worker = Worker(number, process, ours)
-        self._workers.append(worker)
-        return worker
-
     def _on_worker_death(self, worker: Worker) -> list[Outcome]:
         worker.process.join()
         worker.connection.close()
@@ -125,12 +123,8 @@ class LocalEngine:
         code = worker.process.exitcode or 0
         cause = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         if not worker.ready:
-            log = self._log(worker.number)
-            raise ConfigError(f"a worker cannot start ({cause}); its log {str(log)!r} ends: {tail(log)}")
-        return [Outcome(worker.order.id, "died", cause)] if worker.order else []
-
-    def _log(self, number: int) -> Path:
-        return self._store.folder / "logs" / f"worker-{number}.log"
+            raise ConfigError(f"a worker cannot start ({cause}); its log {str(worker.log)!r} ends: {tail(worker.log)}")
+        return [Outcome(worker.order.cell.id, "died", cause)] if worker.order else []
 
 
 def _serve(connection: Connection, folder: Path, function: str, log: Path) -> None:
@@ -163,20 +157,17 @@ def _end_with_parent() -> None:
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
     """Sets environment variables inside the block; a process that starts there inherits them."""
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in values:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def tail(path: Path, lines: int = 5) -> str:
     """Returns the last lines of a log; the text is empty if there is no log."""
-    if not path.is_file():
-        return ""
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return "\n".join(text.splitlines()[-lines:])

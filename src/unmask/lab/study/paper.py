@@ -9,7 +9,7 @@ from typing import Any, Literal
 from unmask.errors import ConfigError
 from unmask.lab.study.parsing import parse
 from unmask.lab.study.spec import Rule, Sweep
-from unmask.lab.training.paper import Preset, presets, read
+from unmask.lab.training.paper import presets, read
 
 Scale = Literal["full", "small"]
 NAMES = (
@@ -43,6 +43,8 @@ def load(name: str, scale: Scale = "full", preset: str = "paper") -> Sweep:
     known, values = presets(preset), read(name, "unmask.lab.study")
     small, unsaid = values.pop("small"), values.pop("unsaid")
     usual = known[values["axes"]["task"][0]]  # All tasks of a file are of one family.
+    settings = values.get("settings", {})
+    into = settings.get("into")
     if preset == "tuned":
         own = read("tuned")
         values |= {"protocol": own["protocol"], "choose": own["choose"]}
@@ -53,26 +55,22 @@ def load(name: str, scale: Scale = "full", preset: str = "paper") -> Sweep:
         small["tries"] = 1
         note = "The learning rates, seeds and all other settings of the tasks are this project's own, not the paper's."
     else:
-        inside = usual.unsaid_inside.get(values.get("settings", {}).get("into") or "", ())
+        inside = usual.unsaid_inside.get(into or "", ())
         note = "What the paper leaves open: " + " ".join([*unsaid, *inside, *usual.unsaid])
     values["axes"].setdefault("seed", list(usual.seeds))
     values["notes"] = [*values["notes"], note]
-    sweep = _with_preset(parse({"name": name, **values}), known, usual)
-    return shrunk(sweep, small) if scale == "small" else sweep
-
-
-def _with_preset(sweep: Sweep, known: Mapping[str, Preset], usual: Preset) -> Sweep:
-    """Returns the sweep with the preset's settings and rates, which the settings of the sweep's file override."""
-    into = sweep.settings.get("into")
+    for row in values["methods"].values():
+        rates = usual.grid(row.get("settings", {}).get("method", "id3"), into)
+        row["grid"] = {"lr": list(rates), **row.get("grid", {})}
     rules = []
     for task, found in known.items():
-        settings = {**found.settings, **(found.lora if into == "lora" else {})}
-        rules.append(Rule({"task": (task,)}, {k: v for k, v in settings.items() if k not in sweep.settings}))
-    rows = []
-    for row in sweep.rows:
-        rates = usual.grid(row.settings.get("method", "id3"), into)
-        rows.append(replace(row, grid={"lr": rates, **row.grid}))
-    return replace(sweep, rules=(*rules, *sweep.rules), rows=tuple(rows))
+        ours = {**found.settings, **(found.lora if into == "lora" else {})}
+        # A rule overrides the settings of every run, so it leaves out those that the sweep's file has.
+        unset = {key: value for key, value in ours.items() if key not in settings}
+        rules.append({"when": {"task": task}, "settings": unset})
+    values["rules"] = [*rules, *values.get("rules", [])]
+    sweep = parse({"name": name, **values})
+    return shrunk(sweep, small) if scale == "small" else sweep
 
 
 def shrunk(sweep: Sweep, small: Mapping[str, Any]) -> Sweep:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from unmask.errors import ConfigError
 from unmask.lab.study.spec import Choice, Claim, Claims, Protocol, Row, Rule, Sweep
 from unmask.lab.training.settings import read_yaml
-from unmask.reading import shown
+from unmask.reading import Form, plain, shown
 
 
 def read_sweep(path: str | Path) -> Sweep:
@@ -36,7 +36,7 @@ def parse(values: Mapping[str, Any]) -> Sweep:
         ('seed', 'method', 'grid')
     """
     found = _entries(values, "sweep", _SWEEP)
-    return Sweep(rows=found.pop("methods"), choice=found.pop("choose"), **found)
+    return Sweep(rows=found.pop("methods", ()), choice=found.pop("choose", None), **found)
 
 
 def read_choice(values: Any, where: str = "choose") -> Choice | None:
@@ -50,27 +50,22 @@ def read_protocol(values: Any, where: str = "protocol") -> Protocol:
 
 
 def read_claims(values: Any, where: str = "claims") -> Claims | None:
-    """Makes the figures of a published table from plain values; None if there are none. It raises what `parse` raises."""
+    """Makes `Claims` from plain values; None if there are none. It raises what `parse` raises."""
     return Claims(**_entries(values, where, _CLAIMS)) if values else None
 
 
-Check = Callable[[Any, str], Any]
-"""A function ``(value, where) -> value`` that converts an entry, or raises ConfigError with ``where`` in its text."""
-Entries = Mapping[str, tuple[Check, Any]]
-"""A table of the keys that a mapping may have: ``key -> (check, default)``."""
+Forms = Mapping[str, Form]
+"""The keys that a mapping may have, and the form of each. A form here converts a value, or raises ConfigError."""
 
 
-def _entries(values: Any, where: str, known: Entries) -> dict[str, Any]:
-    """Returns all known entries of a mapping; an entry that is missing or null has its default."""
+def _entries(values: Any, where: str, known: Forms) -> dict[str, Any]:
+    """Returns the entries of a mapping that are not null; it refuses keys that are not known."""
     given = _mapping(values, where)
     unknown = sorted(given.keys() - known.keys())
     if unknown:
         raise ConfigError(f"{where} has an unknown key {unknown[0]!r}; there are {', '.join(known)}.")
     inside = "" if where == "sweep" else f"{where}."
-    return {
-        key: default if given.get(key) is None else check(given[key], f"{inside}{key}")
-        for key, (check, default) in known.items()
-    }
+    return {key: form(given[key], f"{inside}{key}") for key, form in known.items() if given.get(key) is not None}
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
@@ -85,10 +80,6 @@ def _list(value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{where} must be a list, not {shown(value)}.")
     return tuple(value)
-
-
-def _any(value: Any, where: str) -> Any:
-    return value
 
 
 def _word(value: Any, where: str) -> str:
@@ -127,8 +118,8 @@ def _claim_rows(value: Any, where: str) -> tuple[Claim, ...]:
         for printed in [*claim.scores.values(), *([claim.average] if claim.average else [])]:
             if not _PRINTED.fullmatch(printed):
                 raise ConfigError(
-                    f"claims: {printed!r} of {claim.method!r} must be a printed mean ('89.38'), with its deviation if there "
-                    "is one ('89.38 0.07')."
+                    f"claims: {printed!r} of {claim.method!r} must be a printed mean ('89.38'), with its deviation if "
+                    "there is one ('89.38 0.07')."
                 )
         if claim.average is not None and (not claim.scores or " " in claim.average):
             raise ConfigError(f"claims: the average {claim.average!r} must be a printed mean, of at least one score.")
@@ -140,29 +131,23 @@ def _scores(value: Any, where: str) -> dict[str, str]:
 
 
 _PRINTED = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?(?: [0-9]{1,9}(?:\.[0-9]{1,9})?)?")
-_ROW: Entries = {"settings": (_mapping, {}), "grid": (_grid, {})}
-_RULE: Entries = {"when": (_when, {}), **_ROW}
-_CHOICE: Entries = {f.name: (_list if f.name == "seeds" else _any, f.default) for f in fields(Choice)}
-_PROTOCOL: Entries = {f.name: (_any, f.default) for f in fields(Protocol)}
-_CLAIM: Entries = {
-    "method": (_word, ""),
-    "budget": (_word, None),
-    "count": (_word, ""),
-    "scores": (_scores, {}),
-    "average": (_word, None),
-}
-_CLAIMS: Entries = {"model": (_word, ""), "rows": (_claim_rows, ())}
-_SWEEP: Entries = {
-    "name": (_word, "sweep"),
-    "title": (_word, ""),
-    "notes": (_words, ()),
-    "settings": (_mapping, {}),
-    "axes": (_grid, {}),
-    "methods": (_rows, ()),
-    "rules": (_rules, ()),
-    "order": (_words, ()),
-    "choose": (read_choice, None),
-    "protocol": (read_protocol, Protocol()),
-    "figures": (_words, ()),
-    "claims": (read_claims, None),
+_ROW: Forms = {"settings": _mapping, "grid": _grid}
+_RULE: Forms = {"when": _when, **_ROW}
+_CHOICE: Forms = {each.name: _list if each.name == "seeds" else plain for each in fields(Choice)}
+_PROTOCOL: Forms = {each.name: plain for each in fields(Protocol)}
+_CLAIM: Forms = {"method": _word, "budget": _word, "count": _word, "scores": _scores, "average": _word}
+_CLAIMS: Forms = {"model": _word, "rows": _claim_rows}
+_SWEEP: Forms = {
+    "name": _word,
+    "title": _word,
+    "notes": _words,
+    "settings": _mapping,
+    "axes": _grid,
+    "methods": _rows,
+    "rules": _rules,
+    "order": _words,
+    "choose": read_choice,
+    "protocol": read_protocol,
+    "figures": _words,
+    "claims": read_claims,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any, cast
@@ -12,7 +11,7 @@ from unmask.lab.study.cells import Cell
 from unmask.lab.study.choosing import choose, paired
 from unmask.lab.study.columns import columns_of, task_of
 from unmask.lab.study.spec import Choice, Protocol
-from unmask.lab.study.store import Result
+from unmask.lab.study.store import Results, figure_of
 
 _PLACED = ("method", "task", "budget", "seed", "model", "eps", "exp", "lr")
 """The labels for which a record has an entry."""
@@ -21,66 +20,53 @@ _PARAMETERS = (
 )  # fmt: skip
 
 
-def record(cell: Cell, result: Result) -> RunRecord | None:
-    """Returns a finished run's record; None for a run that failed or has no finite score."""
-    score = result.get("score")
-    if result.get("status") != "done" or score is None or not math.isfinite(score):
-        return None
-    summary, settings = result.get("summary") or {}, result["settings"]
-    method, trained = summary.get("method") or {}, trained_weights(summary)
-    whole, rate = settings.get("method") == "full", settings.get("lr", 1e-3)
-    found: dict[str, Any] = {
-        "name": cell.id,
-        "method": str(cell.labels.get("method", "id3")),
-        "task": str(settings.get("task") or summary.get("task") or "data"),
-        "model": PurePath(str(settings.get("model", ""))).name,
-        "budget": trained if whole else int(summary.get("budget") or 0),
-        "trained": trained,
-        "share": trained / base_weights(summary),
-        "seed": int(settings.get("seed", 0)),
-        "lr": float(summary.get("lr") or (0.0 if rate in ("auto", None) else rate)),
-        "score": score,
-        "loss": result.get("loss"),
-        "metric": str(result.get("metric", "score")),
-        "strategy": "none" if whole else str(method.get("strategy", "none")),
-        "parameters": {**method.get("parameters", {}), **parameters(settings)},
-        "curve": result.get("curve"),
-        "allocation": result.get("allocation"),
-    }
-    return cast(RunRecord, {key: value for key, value in found.items() if value not in (None, [])})
-
-
-def records(
-    cells: Iterable[Cell], results: Mapping[str, Result], protocol: Protocol, choice: Choice | None
-) -> list[RunRecord]:
-    """Returns a record for each run that counts under a sweep's protocol.
+def records(cells: Iterable[Cell], results: Results, protocol: Protocol, choice: Choice | None) -> list[RunRecord]:
+    """Returns a record for each run that counts under a sweep's protocol and has a finite score.
 
     Under the paper's protocol with a paired setting these are the pairs, and the entry ``best`` of each record says
     how many of them count. Otherwise they are the runs at the chosen value of the swept setting. Labels for which a
     record has no entry become part of the method's name. ``cells`` are those of the full grid.
     """
-    cells = list(cells)
-    by_pairs = protocol.pair is not None and protocol.kind != "seeds"
-    if by_pairs:
-        cells = paired(cells, str(protocol.pair))
+    cells, swept = list(cells), protocol.paired or (choice.setting if choice else "lr")
+    if protocol.paired:
+        cells = paired(cells, protocol.paired)
     elif choice:
         chosen = choose(cells, choice, results)
-        value = {key: str(found.value) for key, found in chosen.items()}
-        cells = [c for c in cells if str(c.labels.get(choice.setting)) == value[c.group(choice.setting, "seed")]]
-    swept = protocol.pair if by_pairs else choice.setting if choice else "lr"
+        cells = [c for c in cells if c.label(swept) == str(chosen[c.group(swept, "seed")].value)]
     columns = columns_of(cells, results, protocol)
     found: dict[str, RunRecord] = {}
-    for cell in cells:
-        made = record(cell, results[cell.id]) if cell.id in results else None
-        if made is None:
+    for cell in [cell for cell in cells if cell.id in results]:
+        result = results[cell.id]
+        score = figure_of(result, "score")
+        if score is None:
             continue
+        summary, settings = result.get("summary") or {}, result["settings"]
+        method, trained = summary.get("method") or {}, trained_weights(summary)
+        whole, rate = settings.get("method") == "full", settings.get("lr", 1e-3)
         more = [f"{k} {v}" for k, v in cell.labels.items() if k not in (*_PLACED, swept) and v is not None]
-        made["method"] = " ".join([made["method"], *more])
-        shown = {c.label: c.value(results[cell.id]) for c in columns if c.task == task_of(cell)}
-        made["columns"] = {label: value for label, value in shown.items() if value is not None}
-        if by_pairs:
-            made["best"] = protocol.best
-        found.setdefault(cell.id, made)
+        shown = {column.label: column.value(result) for column in columns if column.task == task_of(cell)}
+        entries: dict[str, Any] = {
+            "name": cell.id,
+            "method": " ".join([str(cell.labels.get("method", "id3")), *more]),
+            "task": str(settings.get("task") or summary.get("task") or "data"),
+            "model": PurePath(str(settings.get("model", ""))).name,
+            "budget": trained if whole else int(summary.get("budget") or 0),
+            "trained": trained,
+            "share": trained / base_weights(summary),
+            "seed": int(settings.get("seed", 0)),
+            "lr": float(summary.get("lr") or (0.0 if rate in ("auto", None) else rate)),
+            "best": protocol.best if protocol.paired else None,
+            "score": score,
+            "columns": {label: value for label, value in shown.items() if value is not None},
+            "loss": result.get("loss"),
+            "metric": str(result.get("metric", "score")),
+            "strategy": "none" if whole else str(method.get("strategy", "none")),
+            "parameters": {**method.get("parameters", {}), **parameters(settings)},
+            "curve": result.get("curve"),
+            "allocation": result.get("allocation"),
+        }
+        record = {key: value for key, value in entries.items() if value not in (None, [])}
+        found.setdefault(cell.id, cast(RunRecord, record))
     return list(found.values())
 
 

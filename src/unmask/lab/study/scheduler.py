@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from unmask.lab.study.engine import Engine, Order, Outcome
 from unmask.lab.study.live import LiveTable
 from unmask.lab.study.local import LocalEngine, tail
 from unmask.lab.study.spec import Sweep
-from unmask.lab.study.store import Result, Store
+from unmask.lab.study.store import Result, Results, Store
 from unmask.lab.study.worker import FUNCTION
 
 ATTEMPTS = 2
@@ -34,7 +35,7 @@ EngineName = Literal["local", "ray"]
 
 
 class SweepInterruptedError(UnmaskError):
-    """Ctrl-C stopped the sweep. Finished runs are kept, and runs under way keep their last checkpoint."""
+    """Says that Ctrl-C stopped the sweep. Finished runs are kept, and runs under way keep their last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class SweepReport:
     """
 
     cells: tuple[Cell, ...]
-    results: Mapping[str, Result]
+    results: Results
 
     @property
     def failed(self) -> list[Result]:
@@ -115,15 +116,14 @@ def run_sweep(
 
 def plan(sweep: Sweep, cells: Sequence[Cell], command: str = "") -> dict[str, Any]:
     """Returns the content of ``sweep.json``: everything that a report needs and the results do not hold."""
-    choice, protocol = sweep.choice, sweep.protocol
     return {
         "name": sweep.name,
         "title": sweep.title,
         "notes": list(sweep.notes),
         "figures": list(sweep.figures),
-        "claims": None if sweep.claims is None else dataclasses.asdict(sweep.claims),
-        "choose": None if choice is None else {**vars(choice), "seeds": list(choice.seeds)},
-        "protocol": vars(protocol).copy(),
+        "claims": sweep.claims and dataclasses.asdict(sweep.claims),
+        "choose": sweep.choice and dataclasses.asdict(sweep.choice),
+        "protocol": dataclasses.asdict(sweep.protocol),
         "cells": [vars(cell) for cell in cells],
         "command": command,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -143,15 +143,15 @@ class _Scheduler:
         self._results = {
             run: result for run, result in known.items() if not (retry_failed and result["status"] == "failed")
         }
-        self._under_way: dict[str, tuple[Cell, float]] = {}  # id -> (cell, when it was submitted)
-        self._deaths: dict[str, int] = {}
+        self._under_way: dict[str, tuple[Cell, float]] = {}  # id -> (cell, the time of submission)
+        self._deaths: Counter[str] = Counter()
         self._ask_again: dict[str, float] = {}  # id of a run that another command is making -> when to ask again
-        self._live = LiveTable(cells, sweep.protocol, sweep.choice, console, workers)
+        self._live = LiveTable(sweep, cells, console, workers)
 
     def run(self, engine: Engine) -> SweepReport:
         """Makes all runs with an engine, and closes the engine."""
         try:
-            with self._live:
+            with self._live.display:
                 while self._submit_due(engine):
                     for outcome in engine.wait(0.5):
                         self._on_outcome(outcome)
@@ -176,7 +176,7 @@ class _Scheduler:
             if len(self._under_way) == self._workers:
                 break
             self._under_way[cell.id] = cell, now
-            engine.submit(Order(cell.id, cell.labels, cell.settings, self._retry_failed))
+            engine.submit(Order(cell, self._retry_failed))
         self._live.update(self._results, self._under_way.values())
         return bool(waiting or self._under_way)
 
@@ -185,7 +185,7 @@ class _Scheduler:
         if outcome.status == "busy":
             self._ask_again[cell.id] = time.monotonic() + BUSY_SECONDS
         elif outcome.status == "died":
-            self._deaths[cell.id] = self._deaths.get(cell.id, 0) + 1
+            self._deaths[cell.id] += 1
             if self._deaths[cell.id] < ATTEMPTS:
                 return
             error = {
@@ -193,10 +193,10 @@ class _Scheduler:
                 "message": f"its worker died {ATTEMPTS} times ({outcome.cause}); perhaps there was too little memory",
                 "traceback": tail(self._store.log_path(cell.id), 30),
             }
-            died = {"status": "failed", "labels": cell.labels, "settings": cell.settings, "error": error}
+            died = {**vars(cell), "status": "failed", "error": error, "seconds": round(time.monotonic() - since, 2)}
             with self._store.lock(cell.id) as locked:
                 if locked and self._store.result(cell.id) is None:
-                    self._store.write_result(cell.id, died | {"seconds": round(time.monotonic() - since, 2)})
+                    self._store.write_result(cell.id, died)
         result = self._store.result(cell.id)
         if result is not None and (outcome.status != "busy" or result["status"] == "done"):
             self._results[cell.id] = result

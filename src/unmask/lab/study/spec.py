@@ -43,7 +43,7 @@ class Rule:
         grid: A grid that replaces the row's own.
     """
 
-    when: Mapping[str, tuple[str, ...]]
+    when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     settings: Settings = field(default_factory=dict)
     grid: Grid = field(default_factory=dict)
 
@@ -102,6 +102,11 @@ class Protocol:
     pair: str | None = None
     score: str = "score"
 
+    @property
+    def paired(self) -> str | None:
+        """The paired setting; None under ``"seeds"``, where no runs are paired."""
+        return None if self.kind == "seeds" else self.pair
+
     def __post_init__(self) -> None:
         form = {
             "kind": one_of("seeds", "paper", "both"),
@@ -115,13 +120,14 @@ class Protocol:
             fields(form)(vars(self), "protocol")
         if not 0 < self.level < 1 or self.best < 1:
             raise ConfigError(
-                f"protocol.level = {self.level} must lie between 0 and 1, and protocol.best = {self.best} be at least 1."
+                f"protocol.level = {self.level} must lie between 0 and 1, and protocol.best = {self.best} must be "
+                "at least 1."
             )
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One row of a published table.
+    """The figures of one row of a published table.
 
     Attributes:
         method: The row of the sweep that the claim stands next to.
@@ -133,10 +139,10 @@ class Claim:
         average: The average as it is printed; None if none is printed.
     """
 
-    method: str
-    budget: str | None
-    count: str
-    scores: Mapping[str, str]
+    method: str = ""
+    budget: str | None = None
+    count: str = ""
+    scores: Mapping[str, str] = field(default_factory=dict)
     average: str | None = None
 
     @property
@@ -147,10 +153,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Claims:
-    """A published table: the model on which it was measured, and its rows."""
+    """The model on which a published table was measured, and the rows of the table."""
 
-    model: str
-    rows: tuple[Claim, ...]
+    model: str = ""
+    rows: tuple[Claim, ...] = ()
 
     def of(self, labels: Mapping[str, Any]) -> Claim | None:
         """Returns the row that stands next to a line with these labels; None if there is none."""
@@ -160,7 +166,7 @@ class Claims:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A grid of runs.
+    """The description of a grid of runs.
 
     Attributes:
         name: The sweep's name.
@@ -177,10 +183,10 @@ class Sweep:
         claims: The figures that the paper prints for this table; None if there are none.
     """
 
-    name: str
-    settings: Settings
-    axes: Grid
-    rows: tuple[Row, ...]
+    name: str = "sweep"
+    settings: Settings = field(default_factory=dict)
+    axes: Grid = field(default_factory=dict)
+    rows: tuple[Row, ...] = ()
     rules: tuple[Rule, ...] = ()
     order: tuple[str, ...] = ()
     choice: Choice | None = None

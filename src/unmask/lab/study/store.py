@@ -3,84 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError, DataError
 from unmask.files import write_json
-from unmask.lab.study.curves import SNAPSHOT, consistent
+from unmask.lab.study.forms import PLAN, RESULT, STATES
 from unmask.lab.training import locking
-from unmask.reading import (
-    Form,
-    count,
-    fields,
-    finite,
-    items,
-    mapping,
-    number,
-    one_of,
-    optional,
-    plain,
-    read_json,
-    refusing,
-    scalar,
-    text,
-)
+from unmask.reading import Form, read_json, refusing
 
 Result = dict[str, Any]
-STATES = ("done", "failed")
+Results = Mapping[str, Result]
+"""The results of the runs that have ended, by run id."""
 _AGAIN = "To make that run again, remove the file."
 
 
-def _setting(value: Any, where: str) -> Any:
-    """Checks a setting's value: a text, a number, true, false, null, or a list of these."""
-    return items(scalar)(value, where) if isinstance(value, list | tuple) else scalar(value, where)
+def after_training(result: Result) -> Mapping[str, Any]:
+    """Returns a run's loss and metrics after training, by their names."""
+    found: Mapping[str, Any] = (result.get("summary") or {}).get("after", {})
+    return found
 
 
-def _rate(value: Any, where: str) -> Any:
-    return value if value == "auto" else finite(value, where)
+def figure_of(result: Result, name: str) -> float | None:
+    """Returns a run's ``"score"``, its ``"loss"``, or a metric after training.
 
-
-_LABELS = mapping(_setting)
-_KNOWN = fields({}, {"seed": count, "lr": _rate, "eps": finite, "exp": finite, "test_sets": items(text)})
-
-
-def _settings(value: Any, where: str) -> dict[str, Any]:
-    return dict(_KNOWN(_LABELS(value, where), where))
-
-
-_POINT = fields({"step": count, "used": count, "score": finite}, {"loss": finite})
-_RESULT: Form = fields(
-    {"status": one_of(*STATES), "labels": _LABELS, "settings": _settings},
-    {
-        "id": text,
-        **dict.fromkeys(("score", "loss"), optional(number)),
-        "seconds": optional(finite),
-        **dict.fromkeys(("metric", "started", "host"), text),
-        "resumed_at": optional(count),
-        "summary": optional(consistent),
-        "curve": optional(items(_POINT)),
-        "allocation": optional(items(SNAPSHOT)),
-        "series": items(fields({"step": count, "used": count, "score": optional(number), "file": text})),
-        "versions": optional(mapping(scalar)),
-        "error": optional(mapping(plain)),
-    },
-)
-_PLAN: Form = fields(
-    {
-        **dict.fromkeys(("name", "title", "command"), text),
-        **dict.fromkeys(("notes", "figures"), items(text)),
-        "claims": optional(mapping(plain)),
-        "choose": optional(mapping(plain)),
-        "protocol": mapping(plain),
-        "cells": items(fields({"id": text, "labels": _LABELS, "settings": _settings})),
-    }
-)
+    It returns None for a run that failed, and for a figure that is missing or not finite.
+    """
+    value = (result if name in ("score", "loss") else after_training(result)).get(name)
+    if result["status"] != "done" or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 class Store:
-    """A sweep's folder.
+    """The folder of a sweep.
 
     ``results/ID.json`` is a run's result, ``runs/ID`` its output folder, ``logs/ID.log`` its printed output. The
     process that makes the run holds the lock ``locks/ID.lock``. ``sweep.json`` lists the runs of the sweep. The folder
@@ -109,7 +67,7 @@ class Store:
             DataError: The result cannot be read, or it is damaged.
         """
         path = self.result_path(run)
-        return _read(path, _RESULT, "the result") if path.is_file() else None
+        return _read(path, RESULT, "the result") if path.is_file() else None
 
     def results(self) -> dict[str, Result]:
         """Returns all results, by id.
@@ -117,8 +75,7 @@ class Store:
         Raises:
             DataError: A result cannot be read, or it is damaged.
         """
-        found = sorted(self.folder.glob("results/*.json"))
-        return {path.stem: _read(path, _RESULT, "the result") for path in found}
+        return {path.stem: _read(path, RESULT, "the result") for path in sorted(self.folder.glob("results/*.json"))}
 
     def write_result(self, run: str, result: Mapping[str, Any]) -> Path:
         """Writes a run's result in one step."""
@@ -141,7 +98,7 @@ class Store:
             raise DataError(
                 f"{str(self.folder)!r} holds no sweep (no sweep.json); give a folder that `unmask sweep` wrote."
             )
-        return _read(path, _PLAN, "the sweep", "Another version of unmask wrote it: run the sweep again.")
+        return _read(path, PLAN, "the sweep", "Another version of unmask wrote it: run the sweep again.")
 
     @staticmethod
     def need_locks() -> None:
@@ -155,7 +112,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, run: str) -> Iterator[bool]:
-        """Yields True if this process holds the run's lock in the block. The system frees the lock when the process ends."""
+        """Yields True if this process holds the run's lock. The system frees the lock when the process ends."""
         self.need_locks()
         path = self.folder / "locks" / f"{run}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,19 +8,19 @@ from statistics import fmean
 from typing import Any
 
 from unmask.lab.figures.estimates import Estimate, best_of, interval
-from unmask.lab.study.cells import Cell, distinct
-from unmask.lab.study.choosing import Chosen, choose, choosing, paired
+from unmask.lab.study.cells import Cell, Group, distinct
+from unmask.lab.study.choosing import Choices, choose, choosing, paired
 from unmask.lab.study.columns import Column, columns_of, task_of
 from unmask.lab.study.records import trained_weights
 from unmask.lab.study.spec import Choice, Claim, Claims, Protocol
-from unmask.lab.study.store import Result
+from unmask.lab.study.store import Results
 
 EDGES = {"low": "the lowest value tried", "high": "the highest value tried"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell of a table.
+    """The content of one cell of a table.
 
     Attributes:
         seeds: The mean over all runs, with an interval; None while no run is done.
@@ -31,7 +31,6 @@ class Entry:
         metric: The metric of the scores.
         trained: The number of weights that a run trains, the largest of all runs; None while no run is done.
         scores: The score of each seed.
-        runs: The ids of the runs.
         failed: How many runs failed.
         missing: How many runs have not ended.
     """
@@ -44,14 +43,13 @@ class Entry:
     metric: str = "score"
     trained: int | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
-    runs: tuple[str, ...] = ()
     failed: int = 0
     missing: int = 0
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table.
+    """The content of a row of a table.
 
     Attributes:
         labels: ``method``, and the axes other than task and seed.
@@ -68,7 +66,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A sweep's table.
+    """The content of a sweep's table.
 
     Attributes:
         columns: The columns' labels.
@@ -89,7 +87,7 @@ class Table:
 
 def tables(
     cells: Sequence[Cell],
-    results: Mapping[str, Result],
+    results: Results,
     protocol: Protocol,
     choice: Choice | None = None,
     claims: Claims | None = None,
@@ -101,7 +99,7 @@ def tables(
     paper, seeds = replace(protocol, kind="paper"), replace(protocol, kind="seeds")
     ours = "Ours: " if protocol.pair else ""
     if choice:
-        ours += f"{choice.setting} chosen by {choice.by} on seed {_listed(choice.seeds)}, then "
+        ours += f"{choice.setting} chosen by {choice.by} on seed {', '.join(map(str, choice.seeds))}, then "
     ours += "mean over seeds"
     by_choice = table(cells, results, seeds, choice, ours[0].upper() + ours[1:])
     if protocol.pair is None:
@@ -121,16 +119,12 @@ def tables(
 
 
 def table(
-    cells: Sequence[Cell],
-    results: Mapping[str, Result],
-    protocol: Protocol,
-    choice: Choice | None = None,
-    title: str = "",
+    cells: Sequence[Cell], results: Results, protocol: Protocol, choice: Choice | None = None, title: str = ""
 ) -> Table:
     """Returns one table of some cells, as far as they have been run; without a choice every cell counts."""
-    chosen = choose(cells, choice, results) if choice else {}
+    chosen: Choices = choose(cells, choice, results) if choice else {}
     swept = choice.setting if choice else protocol.pair
-    rows: dict[tuple[tuple[str, str], ...], dict[str, list[Cell]]] = {}
+    rows: dict[Group, dict[str, list[Cell]]] = {}
     for cell in cells:
         own = {k: v for k, v in cell.labels.items() if k not in ("task", "seed", swept) and v is not None}
         labels = tuple((key, str(value)) for key, value in own.items())
@@ -143,8 +137,7 @@ def table(
             for column in columns
             if column.task in by_task
         }
-        figures = [figure(entry, protocol) for entry in entries.values()]
-        means = [estimate.mean for estimate in figures if estimate is not None]
+        means = [estimate.mean for entry in entries.values() if (estimate := figure(entry, protocol))]
         average = fmean(means) if len(means) == len(columns) and len(means) > 1 else None
         lines.append(Line(dict(labels), entries, average))
     return Table(tuple(column.label for column in columns), tuple(lines), protocol, choice, title)
@@ -162,24 +155,18 @@ def spread(estimate: Estimate, protocol: Protocol) -> str | None:
 
 
 def _entry(
-    members: list[Cell],
-    column: Column,
-    results: Mapping[str, Result],
-    protocol: Protocol,
-    choice: Choice | None,
-    chosen: Mapping[Any, Chosen],
+    members: list[Cell], column: Column, results: Results, protocol: Protocol, choice: Choice | None, chosen: Choices
 ) -> Entry:
-    pick = chosen.get(members[0].group(choice.setting, "seed")) if choice else None
+    pick = chosen[members[0].group(choice.setting, "seed")] if choice else None
     if choice and pick:
         if pick.final and pick.value is None:  # No value of the grid has a run that is done.
             return Entry(None, None, failed=len(distinct(c for c in members if choosing(c, choice))))
-        members = [c for c in members if str(c.labels.get(choice.setting)) == str(pick.value)]
+        members = [c for c in members if c.label(choice.setting) == str(pick.value)]
         others = [c for c in members if not choosing(c, choice)]
         members = others if choice.report == "others" and others else members
     unique = distinct(members)
     ended = [(cell, results[cell.id]) for cell in unique if cell.id in results]
-    found = [(cell, result, column.value(result)) for cell, result in ended]
-    done = [(cell, result, score) for cell, result, score in found if score is not None]
+    done = [(cell, result, score) for cell, result in ended if (score := column.value(result)) is not None]
     by_seed = {str(cell.settings.get("seed", 0)): score for cell, _, score in done}
     scores, first = list(by_seed.values()), done[0][1] if done else {}
     summaries = [result.get("summary") or {} for _, result, _ in done]
@@ -192,7 +179,6 @@ def _entry(
         metric=column.metric or str(first.get("metric", "score")),
         trained=max((trained_weights(summary) for summary in summaries if summary.get("budget")), default=None),
         scores=by_seed,
-        runs=tuple(cell.id for cell in members),
         failed=len(ended) - len(done),
         missing=len(unique) - len(ended) if members else 1,
     )
@@ -228,8 +214,8 @@ def markdown(found: Table) -> str:
 
 def trained_text(line: Line) -> str:
     """Returns the least and the greatest number of weights that a line's runs train; empty while no run is done."""
-    counts = sorted({entry.trained for entry in line.entries.values() if entry.trained})
-    return " to ".join(f"{count:,}" for count in (counts[:1] + counts[-1:])[: len(counts)])
+    counts = {entry.trained for entry in line.entries.values() if entry.trained}
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})) if counts else ""
 
 
 def claim_text(claim: Claim | None, column: str) -> str:
@@ -279,18 +265,15 @@ def legend(found: Table, marks: str = "after @; [low], [high]") -> str:
         text = f"Scores in percent: mean and standard deviation (over n - 1) of {which}."
     else:
         text = (
-            f"Scores in percent: mean over runs ± half the {100 * protocol.level:g}% interval ({protocol.interval}), with the "
-            "number of runs."
+            f"Scores in percent: mean over runs ± half the {100 * protocol.level:g}% interval ({protocol.interval}), "
+            "with the number of runs."
         )
     if choice:
-        (place, mark), seeds = marks.split("; "), _listed(choice.seeds)
-        text += f" The {choice.setting} ({place}) was chosen by {choice.by} on seed {seeds}; {mark}: at the edge of its grid."
+        (place, mark), seeds = marks.split("; "), ", ".join(map(str, choice.seeds))
+        text += f" The {choice.setting} ({place}) was chosen by {choice.by} on seed {seeds}; "
+        text += f"{mark}: at the edge of its grid."
         text += " [alone]: no other value was tried." if "@" in place else ""
         text += " Those seeds are not in the mean." if choice.report == "others" else " Those seeds are in the mean."
     if found.model:
         text += f" The columns named paper hold what the paper prints for {found.model}, which was not measured here."
     return text
-
-
-def _listed(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values))

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from unmask import __version__
 from unmask.errors import DataError, WriteError
-from unmask.lab.study.curves import curve, read_allocation, read_metrics, read_summary, scores
+from unmask.lab.study.curves import read_run, read_summary
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.run_folder import RunFolder
 from unmask.lab.training.series import write_series
@@ -44,20 +44,17 @@ def train_cell(settings: Mapping[str, Any], output: Path) -> dict[str, Any]:
         UnmaskError: The run cannot work.
     """
     config, folder = build({**settings, "output": str(output)}), RunFolder(output)
-    resumed_at = _train(config, folder) if _summary(folder) is None else None
-    summary = _summary(folder)
-    assert summary is not None, "`train` has written it."
-    points, whole_model = curve(read_metrics(folder.metrics), summary), config.method == "full" and config.into is None
-    entries = {
-        **scores(summary),
-        "resumed_at": resumed_at,
-        "summary": summary,
-        "curve": points,
-        "allocation": read_allocation(folder.allocation),
-        "versions": versions(),
-    }
+    try:
+        finished = read_summary(folder.summary) is not None
+    except DataError:  # The run has not ended, or a kill cut the file short.
+        finished = False
+    resumed_at = None if finished else _train(config, folder)
+    entries = read_run(output)
+    assert entries is not None, "`train` has written the summary."
+    entries |= {"resumed_at": resumed_at, "versions": versions()}
+    whole_model = config.method == "full" and config.into is None
     if config.keep_checkpoints is None and not whole_model:
-        scored = {point["step"]: point["score"] for point in points}
+        scored = {point["step"]: point["score"] for point in entries["curve"]}
         entries["series"] = [
             {"step": step, "used": used, "score": scored.get(step), "file": str(file.relative_to(folder.path))}
             for step, used, file in write_series(folder)
@@ -97,10 +94,3 @@ def versions() -> dict[str, str]:
     cuda = device is not None and device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else str(device or platform.machine())
     return found | {"device": name, "threads": str(torch.get_num_threads())}
-
-
-def _summary(folder: RunFolder) -> dict[str, Any] | None:
-    try:
-        return read_summary(folder.summary)
-    except DataError:  # The run has not ended, or a kill cut the file short.
-        return None

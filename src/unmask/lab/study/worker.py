@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError
+from unmask.lab.study.cells import Cell
 from unmask.lab.study.engine import Order, Outcome
 from unmask.lab.study.store import Result, Store
 
@@ -41,25 +42,26 @@ def load_function(name: str) -> Function:
 
 def make_run(store: Store, order: Order, function: Function) -> Outcome:
     """Makes one run and writes its result, unless the result is there already or another process is making the run."""
-    with store.lock(order.id) as locked:
+    run = order.cell.id
+    with store.lock(run) as locked:
         if not locked:
-            return Outcome(order.id, "busy")
-        before = store.result(order.id)
+            return Outcome(run, "busy")
+        before = store.result(run)
         if before and (before["status"] == "done" or not order.retry_failed):
-            return Outcome(order.id, before["status"])
-        with logged(store.log_path(order.id)):
-            result = _attempt(order, function, store.output_path(order.id))
+            return Outcome(run, before["status"])
+        with logged(store.log_path(run)):
+            result = _attempt(order.cell, function, store.output_path(run))
         if result is None:
-            return Outcome(order.id, "interrupted")
-        store.write_result(order.id, result)
-        return Outcome(order.id, result["status"])
+            return Outcome(run, "interrupted")
+        store.write_result(run, result)
+        return Outcome(run, result["status"])
 
 
-def _attempt(order: Order, function: Function, folder: Path) -> Result | None:
+def _attempt(cell: Cell, function: Function, folder: Path) -> Result | None:
     """Returns the result, also of a run that raises an error; None for a run that was interrupted."""
     started, clock = datetime.now(UTC), time.perf_counter()
     try:
-        entries: Mapping[str, Any] = {"status": "done", **function(order.settings, folder)}
+        entries: Mapping[str, Any] = {"status": "done", **function(cell.settings, folder)}
     except KeyboardInterrupt:
         return None
     except Exception as error:
@@ -70,8 +72,7 @@ def _attempt(order: Order, function: Function, folder: Path) -> Result | None:
         failure = {"type": type(error).__name__, "message": str(error), "traceback": trace}
         entries = {"status": "failed", "error": failure}
     return {
-        "labels": dict(order.labels),
-        "settings": dict(order.settings),
+        **vars(cell),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - clock, 2),
         "host": platform.node(),

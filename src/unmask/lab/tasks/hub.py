@@ -25,8 +25,7 @@ class HubSource:
         config: The data set's configuration, such as ``"sst2"``.
         texts: The hub's names of the text columns, in the order of `TaskSpec.text_columns`.
         label: The hub's name of the label column.
-        train: The hub's name of the training split.
-        evals: Pairs (the hub's name, our name) of the evaluation splits.
+        evals: Pairs (the hub's name, our name) of the evaluation splits. The training split is ``"train"`` on both sides.
         revision: A branch, if the main one cannot be loaded.
     """
 
@@ -34,19 +33,25 @@ class HubSource:
     config: str | None
     texts: tuple[str, ...]
     label: str = "label"
-    train: str = "train"
     evals: tuple[tuple[str, str], ...] = (("validation", "dev"),)
     revision: str | None = None
+
+    def tables(self) -> dict[str, Table]:
+        """Reads the columns of the training and the evaluation splits, by our name of the split.
+
+        Raises:
+            DataError: The reasons are those of `load_splits` and `split_table`.
+        """
+        instead = "give the folder of the task's files with data_dir"
+        splits = load_splits(self.path, self.config, instead, self.revision)
+        where, columns = f"{self.path}:{self.config}" if self.config else self.path, (*self.texts, self.label)
+        pairs = (("train", "train"), *self.evals)
+        return {ours: split_table(splits, theirs, where, columns) for theirs, ours in pairs}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The place that a user names for examples: a file, or a data set of the hub.
-
-    Attributes:
-        name: The path or hub id, as the user gave it.
-        splits: The hub data set's splits by name; None for a file.
-    """
+    """The place that a user names for examples: a file, or a data set of the hub, which has splits by name."""
 
     name: str
     splits: Mapping[str, Any] | None
@@ -62,9 +67,9 @@ class Origin:
 
 
 def origin_of(source: str | Path, suffixes: Sequence[str]) -> Origin:
-    """Decides whether a user names a file or a hub data set, and loads the splits of the latter.
+    """Loads the splits of a source that is a hub data set and not a file.
 
-    A source is a file if it exists or ends in a known suffix, so that a missing file is refused under its own name.
+    A source is a file if it exists or ends in one of the suffixes, so that a missing file is refused under its own name.
 
     Raises:
         DataError: The source is neither, or the hub data set cannot be loaded.
@@ -111,10 +116,10 @@ def split_table(splits: Mapping[str, Any], split: str, source: str, columns: Seq
     for column in columns:
         if column not in dataset.column_names:
             raise unknown_column(where, column, dataset.column_names)
-    values = dataset.select_columns(list(dict.fromkeys(columns)))[:]
-    named = {column: _named(values[column], class_names(dataset, column)) for column in columns}
     if not len(dataset):
         raise DataError(f"{where} is empty: it holds no examples.")
+    values = dataset.select_columns(list(dict.fromkeys(columns)))[:]
+    named = {column: _named(values[column], class_names(dataset, column)) for column in columns}
     return Table(where, named, range(1, len(dataset) + 1))
 
 

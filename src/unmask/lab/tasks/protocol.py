@@ -56,19 +56,8 @@ class Source:
 class Request:
     """The data that ``unmask eval`` is to evaluate a delta on.
 
-    Attributes:
-        task: A task's name; None for the one that the delta was trained on.
-        data_dir: The folder of the tasks' files; None for the hub.
-        data: An evaluation file instead of a task.
-        text: The text column of ``data``.
-        text_pair: The second text column of ``data``.
-        label: The label column of ``data``.
-        model: The base model, as the user gave it.
-        delta: The path of the delta; None for the base alone.
-        limit: The number of examples of each set to use (generation); None for all.
-        output: The folder of the outputs of each example (generation).
-        overwrite: True if outputs that the folder holds are to be deleted.
-        options: Further settings of the kind.
+    The attributes have the names and the meaning of the command's arguments (``unmask eval --help`` lists them). ``options``
+    are those of ``--set``.
     """
 
     task: str | None = None
@@ -87,13 +76,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Scored:
-    """The metrics of one evaluation split.
-
-    Attributes:
-        split: The split's name.
-        count: The number of its examples.
-        metrics: The values by metric name.
-    """
+    """The metrics of one evaluation split, which has ``count`` examples."""
 
     split: str
     count: int
@@ -113,10 +96,7 @@ class Prepared(Protocol):
 
     @property
     def step_sets(self) -> Mapping[str, Dataset]:
-        """The data sets that are evaluated along the run, every ``eval_steps``; empty if none is.
-
-        The keys are the names that precede the metrics. A single set may have the empty name (see `split.named`).
-        """
+        """The data sets to evaluate every ``eval_steps``, by the names that precede their metrics (see `split.named`)."""
 
     @property
     def collate(self) -> Callable[[Any], Any]:
@@ -124,10 +104,7 @@ class Prepared(Protocol):
 
     @property
     def step_metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
-        """A function that scores each of `step_sets` (it is not told which).
-
-        None means that only the loss is computed, and no predictions are kept.
-        """
+        """A function that scores each of `step_sets` (it is not told which); None for the loss alone."""
 
     @property
     def reduce_logits(self) -> Callable[[Any, Any], Any] | None:
@@ -146,16 +123,13 @@ class Prepared(Protocol):
         """True if a greater main metric is a better one."""
 
     def evaluate(self, trainer: Trainer, stage: Stage) -> dict[str, float]:
-        """Computes the task's metrics before or after training. This may cost far more than an evaluation along the run.
+        """Computes the task's metrics before or after training, without a random number that training would draw.
 
-        It draws no random number that training would draw.
+        This may cost far more than an evaluation along the run.
         """
 
     def describe(self) -> dict[str, Any]:
-        """Describes the task for the delta's metadata, as JSON values, for `Kind.reload` and ``load_tuned``.
-
-        The result holds ``"kind"``.
-        """
+        """Describes the task, and its ``"kind"``, for `Kind.reload` and ``load_tuned``, as JSON values."""
 
 
 class Task(Protocol):

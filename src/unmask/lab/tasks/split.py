@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 from unmask.errors import DataError
 
 if TYPE_CHECKING:  # data are loaded without torch
     from torch.utils.data import Dataset
-    from transformers import Trainer
+    from transformers import EvalPrediction, Trainer
 
     from unmask.lab.tasks.protocol import Stage
-
-HELD_OUT = 0.1
-"""The share of the training data that is held out if a user gives no evaluation data."""
 
 
 class Rows(Protocol):
@@ -33,7 +31,26 @@ class Rows(Protocol):
 
 
 _Rows = TypeVar("_Rows", bound=Rows)
+_Spec = TypeVar("_Spec")
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[_Spec, _Rows]):
+    """A loaded task.
+
+    Attributes:
+        spec: The task.
+        train: The training split, which may be empty if only evaluation was asked for.
+        evals: The evaluation splits by name, the main one first.
+        notes: The facts that the user should know about the loading: rows left out or held out, and sizes that are not the
+            official ones.
+    """
+
+    spec: _Spec
+    train: _Rows
+    evals: Mapping[str, _Rows]
+    notes: tuple[str, ...] = ()
 
 
 def hold_out_a_tenth(examples: _Rows, noun: str, seed: int) -> tuple[_Rows, _Rows, str]:
@@ -50,7 +67,7 @@ def hold_out_a_tenth(examples: _Rows, noun: str, seed: int) -> tuple[_Rows, _Row
         >>> len(train), len(held), note
         (3, 1, 'no evaluation data given: 1 of 4 texts are held out (seed 0)')
     """
-    held = held_rows(examples.keys, max(1, round(HELD_OUT * len(examples))), seed)
+    held = held_rows(examples.keys, max(1, round(0.1 * len(examples))), seed)
     note = f"no evaluation data given: {len(held):,} of {len(examples):,} {noun} are held out (seed {seed})"
     return examples.take([row for row in range(len(examples)) if row not in held]), examples.take(sorted(held)), note
 
@@ -104,19 +121,19 @@ def text_key(*texts: str) -> str:
     return "\n".join(" ".join(text.lower().split()) for text in texts)
 
 
-def unofficial(name: str, noun: str, found: Mapping[str, int], official: Mapping[str, int]) -> tuple[str, ...]:
-    """Makes a note if a loaded split has another size than the official one: it is a sample, or another version.
+def unofficial(name: str, noun: str, splits: Mapping[str, Sized], official: Mapping[str, int]) -> tuple[str, ...]:
+    """Makes a note if a split that has examples has another size than the official one: a sample, or another version.
 
     Example:
-        >>> unofficial("rte", "examples", {"dev": 100}, {"dev": 277})
+        >>> unofficial("rte", "examples", {"dev": range(100)}, {"dev": 277})
         ('not the official rte data: dev has 100 examples (official: 277); do not report the score as the official one',)
     """
     other = [
-        f"{split} has {count:,} {noun} (official: {format(official[split], ',') if split in official else 'none'})"
-        for split, count in found.items()
-        if count != official.get(split)
+        f"{split} has {len(rows):,} {noun} (official: {format(official[split], ',') if split in official else 'none'})"
+        for split, rows in splits.items()
+        if len(rows) not in (0, official.get(split))
     ]
-    if not other:
+    if not official or not other:
         return ()
     return (f"not the official {name} data: {'; '.join(other)}; do not report the score as the official one",)
 
@@ -131,17 +148,6 @@ def named(splits: Mapping[str, _T]) -> Mapping[str, _T]:
     return {"": next(iter(splits.values()))} if len(splits) == 1 else splits
 
 
-def metric_key(splits: Mapping[str, object], metric: str) -> str:
-    """Returns a metric's name on the first of some `named` splits.
-
-    Example:
-        >>> metric_key({"": 1}, "f1"), metric_key({"dev": 1, "test": 2}, "f1")
-        ('f1', 'dev_f1')
-    """
-    split = next(iter(splits))
-    return f"{split}_{metric}" if split else metric
-
-
 def evaluate_splits(
     trainer: Trainer,
     splits: Mapping[str, Dataset],
@@ -149,16 +155,10 @@ def evaluate_splits(
     names: Sequence[str],
     stage: Stage,
 ) -> dict[str, float]:
-    """Computes the metrics and the loss of every split with the Trainer's own prediction loop.
+    """Computes the metrics and the loss of every split (`named`) with the Trainer's own prediction loop.
 
-    After training, what the Trainer found at its last step is not computed again.
-
-    Args:
-        trainer: The Trainer of the model.
-        splits: The data sets, `named`.
-        metrics: A function from a split's name, its predictions and its labels to metrics.
-        names: The names of those metrics.
-        stage: ``"before"`` or ``"after"`` training.
+    ``metrics`` maps a split's name, its predictions and its labels to metrics of these ``names``. After training, what the
+    Trainer found at its last step is not computed again.
     """
     result: dict[str, float] = {}
     state = trainer.state
@@ -179,3 +179,48 @@ def evaluate_splits(
     finally:
         trainer.compute_metrics = along
     return result
+
+
+@dataclass(frozen=True)
+class PreparedSplits:
+    """The `Prepared` of a task that has one data set per evaluation split, and the same metrics on each.
+
+    `unmask.lab.tasks.protocol.Prepared` explains the attributes that are left out here.
+
+    Attributes:
+        described: The result of `describe`.
+        eval_sets: The data sets of all evaluation splits, `named`, the main one first.
+        score: A function from a split's name, its predictions and its labels to metrics.
+        metrics: The names of those metrics.
+        metric: The one of them that runs are compared by.
+    """
+
+    described: dict[str, Any]
+    notes: Sequence[str]
+    train_set: Dataset
+    eval_sets: Mapping[str, Dataset]
+    step_sets: Mapping[str, Dataset]
+    collate: Callable[[Any], Any]
+    score: Callable[[str, Any, Any], dict[str, float]]
+    metrics: Sequence[str]
+    metric: str
+    greater_is_better: bool = True
+    reduce_logits: Callable[[Any, Any], Any] | None = None
+
+    @property
+    def main_metric(self) -> str:
+        split = next(iter(self.eval_sets))
+        return f"{split}_{self.metric}" if split else self.metric
+
+    @property
+    def step_metric(self) -> str:
+        return self.main_metric
+
+    def step_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        return self.score(next(iter(self.step_sets)), prediction.predictions, prediction.label_ids)
+
+    def evaluate(self, trainer: Trainer, stage: Stage) -> dict[str, float]:
+        return evaluate_splits(trainer, self.eval_sets, self.score, self.metrics, stage)
+
+    def describe(self) -> dict[str, Any]:
+        return self.described

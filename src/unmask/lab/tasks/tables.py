@@ -8,7 +8,7 @@ import gzip
 import itertools
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,8 +17,6 @@ from unmask.errors import DataError, need
 from unmask.reading import Malformed, parse_json, shown
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-DAMAGED = (ValueError, OSError, EOFError, zlib.error)
-"""The exceptions that a text file raises if it is not UTF-8, not in its format, or a damaged gzip."""
 _MOST_LISTED, _LONGEST_LISTED = 20, 80
 _Row = tuple[int, Sequence[str]]  # the line's number, from 1, and its cells
 
@@ -124,17 +122,35 @@ def plain_name(name: str) -> str:
     return name.lower().translate({ord(sign): None for sign in "-_ "})
 
 
-def only_file(folder: Path, stems: Iterable[str], endings: Sequence[str]) -> Path | None:
-    """Finds the one file in a folder whose name is one of the stems with one of the endings, or None.
+def task_files(
+    given: Path, name: str, tasks: Container[str], stems: Mapping[str, Sequence[str]], suffixes: Sequence[str]
+) -> tuple[Path, dict[str, Path]]:
+    """Finds the folder of a task, and the file of each split in it.
+
+    The folder is the one in the given folder that has the task's name, or the given folder itself. The file's name is one of
+    the split's ``stems`` with one of the suffixes, and with ``.gz`` if it is gzipped.
 
     Raises:
-        DataError: The folder holds two such files.
+        DataError: There is no such folder, the given one is that of another of the ``tasks``, or there are two folders for
+            the task or two files for a split.
     """
-    paths = (folder / (stem + ending) for stem in stems for ending in endings)
-    there = [path for path in paths if path.is_file()]
-    if len(there) > 1:
-        raise DataError(f"{str(folder)!r} holds both {there[0].name} and {there[1].name}; leave one.")
-    return there[0] if there else None
+    if not given.is_dir():
+        raise DataError(f"there is no data folder {str(given)!r}; {listing(given.parent)}.")
+    inside = [path for path in sorted(given.iterdir()) if path.is_dir() and plain_name(path.resolve().name) == name]
+    if len(inside) > 1:
+        raise DataError(f"{str(given)!r} holds more than one folder for {name}: {inside[0].name}, {inside[1].name}.")
+    other = plain_name(given.resolve().name)
+    if not inside and other in tasks and other != name:  # many tasks share one format, so it would load silently
+        raise DataError(f"{str(given)!r} is the folder of {other}, not of {name}.")
+    folder, found = inside[0] if inside else given, {}
+    for split, names in stems.items():
+        paths = (folder / "".join(parts) for parts in itertools.product(names, suffixes, ("", ".gz")))
+        there = [path for path in paths if path.is_file()]
+        if len(there) > 1:
+            raise DataError(f"{str(folder)!r} holds both {there[0].name} and {there[1].name}; leave one.")
+        if there:
+            found[split] = there[0]
+    return folder, found
 
 
 def read_table(path: Path, header: tuple[str, ...] | None = None, skip_short: bool = False) -> Table:
@@ -157,36 +173,38 @@ def read_table(path: Path, header: tuple[str, ...] | None = None, skip_short: bo
     suffix, source = suffix_of(path), str(path)
     if suffix not in SUFFIXES:
         raise DataError(f"{source!r} has an unknown format; its name must end in {', '.join(SUFFIXES)}.")
-    try:
-        if suffix == ".parquet":
-            table = _read_parquet(path)
-        else:
-            with open_text(path, newline="" if suffix == ".csv" else "\n") as file:
-                if suffix == ".json":
-                    table = _read_json(file, source)
-                elif suffix == ".jsonl":
-                    table = _read_jsonl(file, source)
-                else:
-                    rows = _csv_rows(file, source) if suffix == ".csv" else _tsv_rows(file)
-                    table = _from_cells(source, rows, header, skip_short)
-    except DataError:
-        raise
-    except DAMAGED as error:
-        raise DataError(f"{source!r} cannot be read as {suffix[1:]} (in UTF-8): {error}") from error
+    if suffix == ".parquet":
+        table = _read_parquet(path)
+    else:
+        with open_text(path, suffix[1:], newline="" if suffix == ".csv" else "\n") as file:
+            if suffix in (".json", ".jsonl"):
+                table = _read_records(file, source, by_line=suffix == ".jsonl")
+            else:
+                rows = _csv_rows(file, source) if suffix == ".csv" else _tsv_rows(file)
+                table = _read_cells(source, rows, header, skip_short)
     if not table.places:
         raise DataError(f"{source!r} is empty: it holds no examples.")
     return table
 
 
-def open_text(path: Path, newline: str) -> TextIO:
+@contextlib.contextmanager
+def open_text(path: Path, form: str, newline: str = "\n") -> Iterator[TextIO]:
     """Opens a text file, which may be gzipped.
 
     The encoding is utf-8-sig, so that a byte-order mark does not become part of the first column's name. A newline of
     "\\n" keeps the other characters that Unicode counts as line ends in the text.
+
+    Raises:
+        DataError: The file is not UTF-8, is a damaged gzip, or a reader finds that it is not of the named form.
     """
-    if path.name.lower().endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
-    return path.open(encoding="utf-8-sig", newline=newline)
+    opened: Any = gzip.open if path.name.lower().endswith(".gz") else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except DataError:
+        raise
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{str(path)!r} cannot be read as {form} (in UTF-8): {error}") from error
 
 
 def _read_parquet(path: Path) -> Table:
@@ -215,7 +233,7 @@ def _csv_rows(file: TextIO, source: str) -> Iterator[_Row]:
         raise DataError(f"{source}, line {reader.line_num}: {error}; mend the quotes there.") from error
 
 
-def _from_cells(source: str, rows: Iterator[_Row], header: tuple[str, ...] | None, skip_short: bool) -> Table:
+def _read_cells(source: str, rows: Iterator[_Row], header: tuple[str, ...] | None, skip_short: bool) -> Table:
     first = next(rows, None)
     if first is None:
         return Table(source, {}, ())
@@ -241,31 +259,24 @@ def _from_cells(source: str, rows: Iterator[_Row], header: tuple[str, ...] | Non
     return Table(source, dict(zip(names, columns, strict=True)), places, "line", skipped)
 
 
-def _read_jsonl(file: TextIO, source: str) -> Table:
-    records = []
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            records.append((number, parse_json(line, large=True)))
-        except Malformed as error:
-            why = str(error).removeprefix("it ")
-            raise DataError(f"{source}, line {number} {why}. Mend or drop the line.") from error
-    return _from_records(source, records, "line")
-
-
-def _read_json(file: TextIO, source: str) -> Table:
-    """Reads a list of records, or a mapping of keys to records such as ``{"0": {...}, "1": {...}}``."""
-    loaded = parse_json(file.read(), sys.maxsize, sys.maxsize, large=True)
-    if not isinstance(loaded, list | dict):
-        raise DataError(
-            f"{source} holds a {type(loaded).__name__}; it must be a list of records (or a mapping of them)."
-        )
-    records = loaded.values() if isinstance(loaded, dict) else loaded
-    return _from_records(source, list(enumerate(records, 1)), "record")
-
-
-def _from_records(source: str, records: Sequence[tuple[int, Any]], unit: str) -> Table:
+def _read_records(file: TextIO, source: str, by_line: bool) -> Table:
+    """Reads a record per line, or else a list of records, or a mapping such as ``{"0": {...}, "1": {...}}``."""
+    records: list[tuple[int, Any]] = []
+    if by_line:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    records.append((number, parse_json(line, large=True)))
+            except Malformed as error:
+                why = str(error).removeprefix("it ")
+                raise DataError(f"{source}, line {number} {why}. Mend or drop the line.") from error
+    else:
+        loaded = parse_json(file.read(), sys.maxsize, sys.maxsize, large=True)
+        if not isinstance(loaded, list | dict):
+            kind = type(loaded).__name__
+            raise DataError(f"{source} holds a {kind}; it must be a list of records (or a mapping of them).")
+        records.extend(enumerate(loaded.values() if isinstance(loaded, dict) else loaded, 1))
+    unit = "line" if by_line else "record"
     for number, record in records:
         if not isinstance(record, dict):
             raise DataError(f"{source}, {unit} {number} is {shown(record)}; it must be a mapping of columns to values.")

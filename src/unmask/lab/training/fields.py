@@ -28,15 +28,10 @@ def required(text: str) -> Any:
 
 @dataclass(frozen=True)
 class Setting:
-    """The values that one setting may have.
+    """The values that one setting may have: those of ``types``, the ``words`` of ``Literal`` types, and None if ``optional``.
 
-    Attributes:
-        name: The setting's name.
-        types: The types that its value may have: ``bool``, ``int``, ``float``, ``str`` or ``tuple`` (a tuple of texts).
-        words: The words that its value may be, of ``Literal`` types.
-        optional: True if its value may be None.
-        default: The default, or ``dataclasses.MISSING`` if it must be given.
-        help: The help text.
+    A type is ``bool``, ``int``, ``float``, ``str`` or ``tuple`` (a tuple of texts). The default is ``dataclasses.MISSING`` if
+    the setting must be given.
     """
 
     name: str

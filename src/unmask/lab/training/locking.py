@@ -21,9 +21,8 @@ _held: set[Path] = set()  # the locks of this process: the system would grant ea
 def holding(path: Path, keep: bool = True) -> Iterator[bool]:
     """Tries to take a lock for the time of the context; yields True if this process has it now, and False if another has.
 
-    Args:
-        path: The lock's file, in a folder that exists. While the lock is held, the file names the process.
-        keep: If True, the file stays afterwards; otherwise it is removed.
+    ``path`` is the lock's file, in a folder that exists. While the lock is held, the file names the process. Afterwards it is
+    removed, unless ``keep`` is True.
 
     Raises:
         OSError: The file cannot be made, or its file system has no locks.
@@ -37,10 +36,7 @@ def holding(path: Path, keep: bool = True) -> Iterator[bool]:
     """
     assert fcntl is not None, "see POSSIBLE"
     path = path.resolve()
-    if path in _held:  # to close a second handle on the file would free the lock
-        yield False
-        return
-    handle = _locked(path)
+    handle = None if path in _held else _locked(path)  # to close a second handle on the file would free the lock
     if handle is None:
         yield False
         return
@@ -70,17 +66,15 @@ def holder(path: Path) -> str:
 def _locked(path: Path) -> int | None:
     """Returns an open handle that holds the lock; None if another process has it."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            # Forked children share a lock by flock, which then outlives its process. A lock by lockf is the process's alone.
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
+        with contextlib.ExitStack() as closing:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            closing.callback(os.close, handle)
+            try:
+                # Forked children share a lock by flock, which then outlives its process. One by lockf is the process's alone.
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                return None
+            with contextlib.suppress(FileNotFoundError):  # the last holder may have removed the file in between
                 if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    closing.pop_all()
                     return handle
-        except (BlockingIOError, PermissionError):
-            os.close(handle)
-            return None
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)  # the last holder removed the file in between: try again

@@ -18,11 +18,9 @@ PRESETS = ("paper", "tuned")
 
 @dataclass(frozen=True)
 class Preset:
-    """The settings of a task's runs.
+    """The settings of a task's runs under a preset.
 
     Attributes:
-        name: The preset's name, ``"paper"`` or ``"tuned"``.
-        task: The task's name.
         family: The task's family: ``"nlu"``, ``"ner"`` or ``"arithmetic"``.
         source: The source of the settings. It says so where the paper does not have the task.
         settings: The settings of every run of the task, by the names of `unmask.lab.training.config.TrainConfig`.
@@ -54,11 +52,7 @@ class Preset:
     unsaid_inside: Mapping[str, tuple[str, ...]]
 
     def grid(self, method: str, into: str | None = None) -> tuple[str, ...]:
-        """Returns the learning rates that a method is run with.
-
-        Args:
-            method: The method's name, as in `unmask.lab.training.config.TrainConfig`.
-            into: What the method selects inside of (``"lora"``, ...); None for the model itself.
+        """Returns the learning rates that a method is run with inside of ``into`` (None for the model itself).
 
         Example:
             >>> preset("cola").grid("id3")
@@ -72,9 +66,7 @@ class Preset:
         return self.full_rates if self.full_rates and method == "full" and into is None else self.rates
 
     def run(self, method: str = "id3", into: str | None = None) -> dict[str, Any]:
-        """Returns the settings of one run, for `unmask.lab.training.settings.build`: by the second rate and seed.
-
-        The method and ``into`` are those of `grid`.
+        """Returns the settings of one run with the second rate and seed, for `unmask.lab.training.settings.build`.
 
         Example:
             >>> run = preset("cola").run("full")
@@ -93,8 +85,7 @@ class Preset:
 def presets(name: str = "paper") -> Mapping[str, Preset]:
     """Reads the settings of every task that a preset has, by the task's name.
 
-    ``"paper"`` has the paper's settings, with an explicit one of this project's where the paper names none. ``"tuned"`` has this
-    project's own. The two are never mixed.
+    ``"paper"`` has the paper's settings, and others where the paper names none; ``"tuned"`` has our own ones.
 
     Raises:
         ConfigError: There is no such preset.
@@ -107,12 +98,13 @@ def presets(name: str = "paper") -> Mapping[str, Preset]:
         unsaid = [*values.get("unsaid", ()), *shared.get("unsaid", ())]
         chosen = {key: value for entry in unsaid for key, value in entry.get("settings", {}).items()}
         for task, own in shared["tasks"].items():
+            printed = {key: value for key, value in own.items() if key not in ("source", "metric")}
             found[task] = Preset(
                 name=name,
                 task=task,
                 family=family,
                 source=own.get("source", values["source"]),
-                settings={**chosen, **shared["settings"], **{k: v for k, v in own.items() if k not in _NO_SETTINGS}},
+                settings={**chosen, **shared["settings"], **printed},
                 lora=shared.get("lora", {}),
                 by_method=values.get("by_method", {}),
                 rates=tuple(shared["rates"]),
@@ -127,9 +119,6 @@ def presets(name: str = "paper") -> Mapping[str, Preset]:
                 },
             )
     return MappingProxyType(found)
-
-
-_NO_SETTINGS = ("source", "metric")
 
 
 def preset(task: str, name: str = "paper") -> Preset:
@@ -159,15 +148,14 @@ def read(name: str, package: str = "unmask.lab.training") -> dict[str, Any]:
 
 
 def under_preset(name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Puts a run's settings over those of a preset.
+    """Puts a run's settings, as plain values, over those of a preset.
 
     Args:
-        name: ``"recommended"``: the recipe of `unmask.lab.training.recipe`, also where it is not the default. ``"paper"``: the
-            paper's settings for the task (its Table 7), with ID3. The paper has four runs; a single one has the rate and the
-            seed of the second, 3e-4 and 7 (under method full 7e-6 and 7; on word problems, where the paper has one run, 3e-4
-            and 42). ``"tuned"``: this project's settings for the task, with ID3, the second rate of the method's grid and
-            seed 1. None: the settings as they are; without a method they get the recipe when the configuration is built.
-        settings: The run's settings as plain values, with ``task`` under paper and tuned.
+        name: ``"recommended"``: the recipe of `unmask.lab.training.recipe`, also where it is not the default. ``"paper"`` and
+            ``"tuned"``: the settings of `Preset.run` for the run's ``task``, with ID3; under paper the rate is 3e-4 and the
+            seed 7 (under method full 7e-6 and 7, on word problems 3e-4 and 42). None: the settings as they are; without a
+            method they get the recipe when the configuration is built.
+        settings: The run's settings.
 
     Raises:
         ConfigError: There is no such preset, or it has no settings for the task.

@@ -50,9 +50,6 @@ class LiveProgress(TrainerCallback):
         if f"eval_{self._metric}" in logs:
             self._bar.update(self._task, metric=f"{self._metric} {float(logs[f'eval_{self._metric}']):.4f}")
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.stop()
-
     def stop(self) -> None:
         """Ends the live line, if it is still shown."""
         self._bar.stop()
@@ -71,9 +68,8 @@ class MetricsFile(TrainerCallback):
 
     def start(self, before: Mapping[str, float]) -> None:
         """Writes the first point of the curve: the metrics before training, at step 0."""
-        append_json(
-            self._path, {"step": 0, "epoch": 0, "used": 0, **{f"eval_{name}": value for name, value in before.items()}}
-        )
+        point = {f"eval_{name}": value for name, value in before.items()}
+        append_json(self._path, {"step": 0, "epoch": 0, "used": 0, **point})
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         row = {"step": state.global_step, "epoch": state.epoch, "used": self._selection.used, **(logs or {})}
@@ -109,11 +105,7 @@ class AllocationFile(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Stops a run at Ctrl-C: the first one finishes the step and saves a checkpoint, and a second one stops at once.
-
-    Attributes:
-        interrupted: True after the first Ctrl-C.
-    """
+    """Stops a run at Ctrl-C: the first saves after the step, and sets ``interrupted``; the second stops at once."""
 
     def __init__(self) -> None:
         self.interrupted = False
@@ -126,9 +118,6 @@ class StopOnInterrupt(TrainerCallback):
         if self.interrupted:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.restore()
 
     def restore(self) -> None:
         """Restores the handler of Ctrl-C that was there before."""

@@ -21,12 +21,10 @@ INSIDE_LORA: Mapping[str, Any] = MappingProxyType({"method": "random_mask", "lr"
 
 
 def recommended(task: str | None, into: str | None) -> Mapping[str, Any]:
-    """Returns the settings of a run that names no method.
+    """Returns the settings of a run that names no method. Your own texts have the task None.
 
     They are the recipe, except where it was not studied or was behind: inside added modules other than a LoRA, and on word
     problems, the method is ID3 as published.
-
-    ``task`` None stands for texts of your own, and ``into`` None for the base itself.
 
     Example:
         >>> recommended("cola", None)["method"], recommended("gsm8k", None)["method"], recommended("cola", "dora")["method"]
@@ -41,10 +39,8 @@ def rate(share: float, inside: bool = False) -> float:
     """Returns the recipe's peak learning rate: 1e-2 for 0.2% of the weights, in inverse proportion to the share's root.
 
     Adam moves each weight about as far in a step, so with this rate a layer's output moves about as far at every budget. The
-    rate is at most 3e-2, the largest that was best in the study (at 0.05%). Inside a LoRA, where 3e-2 diverged, it is at most
-    1e-2.
-
-    ``share`` is the budget as a share of the model's weights, above 0. ``inside`` is True if it lies inside added modules.
+    rate is at most 3e-2, the largest that was best in the study (at 0.05%). Inside added modules, where 3e-2 diverged in the
+    study of LoRA, it is at most 1e-2. ``share`` is the budget as a share of the model's weights, above 0.
 
     Example:
         >>> rate(0.002), round(rate(0.01), 5), rate(1e-5)
@@ -54,12 +50,10 @@ def rate(share: float, inside: bool = False) -> float:
 
 
 def head_rate(lr: float, matrices: int) -> float:
-    """Returns the recipe's peak learning rate for what is trained whole outside the budget, such as a new head.
+    """Returns the recipe's peak learning rate for a head of so many ``matrices``, which is trained outside the budget.
 
-    A head of one layer is best at the mask's own rate. A head with a hidden layer diverges at the high learning rates that
-    suit a sparse mask, because whole rows move at once. It is therefore trained at 1e-3 or less.
-
-    ``lr`` is the mask's rate, and ``matrices`` counts the weight matrices that are trained whole.
+    A head of one layer is best at the mask's own rate ``lr``. A head with a hidden layer diverges at the high learning rates
+    that suit a sparse mask, because whole rows move at once. It is therefore trained at 1e-3 or less.
 
     Example:
         >>> head_rate(1e-2, 1), head_rate(1e-2, 2), head_rate(3e-4, 2)

@@ -20,6 +20,7 @@ from unmask.integrations.checkpoints import Checkpoint, differences, examine, fo
 from unmask.lab.training import locking
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.settings import build, read_yaml, write_yaml
+from unmask.reading import count, fields, mapping, number, read_json
 
 _CLOCKS = ("runtime", "per_second", "preparation_time")  # endings of the clock times that an evaluation reports
 # A resumed run may change these settings: the delta does not depend on them.
@@ -34,30 +35,18 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some network file 
 
 @dataclass(frozen=True)
 class Start:
-    """The place at which a run starts.
+    """The place at which a run starts: a checkpoint, or the beginning if there is none.
 
-    Attributes:
-        checkpoint: The checkpoint from which it goes on; None if it starts from the beginning, or is finished.
-        passed: The newer checkpoints that are not whole.
-        summary: The summary of a finished run; None if the run is not finished.
+    ``passed`` holds the newer checkpoints that are not whole, and ``summary`` the summary of a run that is finished.
     """
 
     checkpoint: Checkpoint | None = None
     passed: tuple[Checkpoint, ...] = ()
     summary: Mapping[str, Any] | None = None
 
-    @property
-    def notes(self) -> list[str]:
-        """Remarks for the user about the start."""
-        notes = [f"{str(found.path)!r} is passed over: {found.fault}" for found in self.passed]
-        return notes + ([] if self.checkpoint is None or self.checkpoint.note is None else [self.checkpoint.note])
-
 
 class RunFolder:
-    """The output folder of a run, with the paths of its files.
-
-    The folder need not exist.
-    """
+    """The output folder of a run, with the paths of its files. The folder need not exist."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,7 +67,22 @@ class RunFolder:
         """
         new = not self.path.exists()
         try:
-            with self._locked():
+            with contextlib.ExitStack() as stack:
+                mine = True
+                try:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    if locking.POSSIBLE and os.environ.get("RANK", "0") == "0":
+                        mine = stack.enter_context(locking.holding(self._lock, keep=False))
+                except OSError as error:
+                    if error.errno not in _NO_LOCKS:
+                        raise ConfigError(
+                            f"output = {str(self.path)!r} cannot be used: {error}. Give a folder that can be written to."
+                        ) from error
+                if not mine:
+                    raise ConfigError(
+                        f"{str(self.path)!r} is in use: {locking.holder(self._lock)} is training there. Wait for it to end, or "
+                        "give another --output."
+                    )
                 yield
         except OSError as error:
             ours = Path(str(error.filename or "")).is_relative_to(self.path)
@@ -91,26 +95,6 @@ class RunFolder:
             if new:
                 with contextlib.suppress(OSError):  # a refused run leaves no empty folder
                     self.path.rmdir()
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                locks = locking.POSSIBLE and os.environ.get("RANK", "0") == "0"
-                mine = stack.enter_context(locking.holding(self._lock, keep=False)) if locks else True
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise ConfigError(
-                        f"output = {str(self.path)!r} cannot be used: {error}. Give a folder that can be written to."
-                    ) from error
-                mine = True
-            if not mine:
-                raise ConfigError(
-                    f"{str(self.path)!r} is in use: {locking.holder(self._lock)} is training there. Wait for it to end, or give "
-                    "another --output."
-                )
-            yield
 
     def checkpoint(self, step: int) -> Path:
         """Returns the folder of a step's checkpoint."""
@@ -175,12 +159,10 @@ class RunFolder:
             whole, passed = (None, []) if summary is not None else self.newest()
             if summary is None and whole is None:
                 faults = "; ".join(f"{str(found.path)!r}: {found.fault}" for found in passed)
-                if passed:
-                    raise ConfigError(
-                        f"there is no whole checkpoint to resume from ({faults}). Start again with --overwrite."
-                    )
                 raise ConfigError(
-                    f"there is no checkpoint under {str(self.checkpoints)!r} to resume from; start without --resume."
+                    f"there is no whole checkpoint to resume from ({faults}). Start again with --overwrite."
+                    if passed
+                    else f"there is no checkpoint under {str(self.checkpoints)!r} to resume from; start without --resume."
                 )
             start = Start(whole, tuple(passed), summary)
             self.refuse_other_settings(config, start)
@@ -198,21 +180,16 @@ class RunFolder:
 
     def _finished(self) -> Mapping[str, Any] | None:
         """Reads the summary, which a run writes last; None if it or the delta is missing or damaged."""
+        form = fields({"steps": count, "before": mapping(number), "after": mapping(number)})
         try:
-            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+            summary: dict[str, Any] = form(read_json(self.summary), "the summary")
             SparseDelta.load(self.delta)
-        except (OSError, ValueError, RecursionError):  # the run goes on from its last checkpoint and writes them again
+        except (OSError, ValueError):  # the run goes on from its last checkpoint and writes them again
             return None
-        if not isinstance(summary, dict) or not isinstance(summary.get("steps"), int):
-            return None
-        metrics = [summary.get(key) for key in ("before", "after")]
-        numbers = (isinstance(m, dict) and all(isinstance(n, int | float) for n in m.values()) for m in metrics)
-        return summary if all(numbers) else None
+        return summary
 
     def refuse_other_settings(self, config: TrainConfig, start: Start) -> None:
-        """Refuses to resume a run with other settings than its own, and names each of them.
-
-        Settings that are still ``auto`` are not compared.
+        """Refuses to resume a run with other settings than its own, and names each that is not ``auto``.
 
         Raises:
             ConfigError: Settings differ on which the delta depends.
@@ -225,16 +202,15 @@ class RunFolder:
         lines = differences({name: was[name] for name in fixed}, {name: now[name] for name in fixed})
         if not lines:
             return
-        what = "learning rate falls" + (" and its budget is unmasked" if now["method"] == "id3" else "")
-        longer = (
-            f" A longer run is another run from its first step on: its {what} over all the steps planned at its start."
-        )
+        longer = ""
+        if any(line.split(":")[0] in _LENGTH for line in lines):
+            what = "learning rate falls" + (" and its budget is unmasked" if now["method"] == "id3" else "")
+            longer = f" A longer run is another run from its first step on: its {what} over all the steps planned at its start."
         raise ConfigError(
             f"the run in {str(self.path)!r} was started with other settings than those given now (its own -> given now):\n  "
             + "\n  ".join(lines)
             + f"\nTo go on with it as it is: unmask train --config {self.config} --resume. To train with the new settings, start "
-            "another run, with another --output."
-            + (longer if any(line.split(":")[0] in _LENGTH for line in lines) else "")
+            f"another run, with another --output.{longer}"
         )
 
     def open(self, start: Start, config: TrainConfig) -> None:

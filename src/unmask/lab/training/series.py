@@ -26,10 +26,8 @@ from unmask.selection.state import read_state
 def find_run(path: Path) -> tuple[RunFolder, int | None]:
     """Finds the run that a path names, and the step, if the path names one of the run's checkpoints.
 
-    The path is the output folder of a run, or ``RUN/checkpoints/checkpoint-N``.
-
     Raises:
-        ConfigError: The path is neither of them.
+        ConfigError: The path is neither the output folder of a run nor ``RUN/checkpoints/checkpoint-N``.
 
     Example:
         >>> import tempfile
@@ -51,9 +49,8 @@ def find_run(path: Path) -> tuple[RunFolder, int | None]:
 def deltas(folder: RunFolder, steps: Sequence[int], base: str | None = None) -> Iterator[tuple[int, SparseDelta]]:
     """Makes the deltas of some checkpoints of a run, bit for bit as ``selection.delta()`` was at those steps.
 
-    The model and the selection are built once, as the run built them, and then load one checkpoint after the other.
-
-    Each step must have a whole checkpoint. ``base`` is where the run's base is now, if it was moved.
+    The model and the selection are built once, as the run built them, and then load one checkpoint after the other. Each step
+    must have a whole checkpoint. ``base`` is where the run's base is now, if it was moved.
 
     Yields:
         The step, and its delta. The delta's metadata names the checkpoint (``checkpoint``), and holds the evaluation at that
@@ -91,8 +88,16 @@ def deltas(folder: RunFolder, steps: Sequence[int], base: str | None = None) -> 
                 ) from error
             after = {"after": evaluated[step]} if step in evaluated else {}
             delta = setup.delta(checkpoint=folder.checkpoint(step).name, **after)
-            if own is not None:
-                _check_start(delta, own, setup.config.model, folder)
+            if own is not None:  # the checkpoint's state does not show whether the base is the run's in all tensors
+                comparable = delta.whole.keys() == own.whole.keys()  # otherwise a buffer has changed in between
+                initial = [name for name in own.overlaid if name in delta.whole]
+                same = all(same_bits(delta.whole[name], own.whole[name]) for name in initial)
+                if not same or (comparable and delta.base != own.base):
+                    raise DeltaError(
+                        f"{setup.config.model!r} is not the base that the run in {str(folder.path)!r} started from, or the "
+                        f"random init of what the base lacks is another here: {str(folder.delta)!r} says so. Give the run's "
+                        "base with --base."
+                    )
             yield step, delta
     finally:
         setup.selection.release()
@@ -103,9 +108,6 @@ def write_series(folder: RunFolder) -> list[tuple[int, int, Path]]:
 
     Returns:
         The step, the number of weights unmasked by then, and the file of each delta, in the order of steps.
-
-    Raises:
-        UnmaskError: `deltas` cannot make one of them.
     """
     missing = [step for step, found in folder.steps().items() if found.whole and not folder.series_file(step).is_file()]
     for step, delta in deltas(folder, missing):
@@ -130,15 +132,3 @@ def checkpoint_state(folder: RunFolder, step: int) -> dict[str, Any]:
             f"the checkpoint {str(folder.checkpoint(step))!r} cannot be used: {error} Take another one; "
             f"unmask delta {folder.path} --list shows them."
         ) from error
-
-
-def _check_start(delta: SparseDelta, own: SparseDelta, model: str, folder: RunFolder) -> None:
-    """Refuses a base that differs from that of the run's own delta, where the checkpoint's state does not show it."""
-    comparable = delta.whole.keys() == own.whole.keys()  # otherwise a buffer has changed in between
-    initial = [name for name in own.overlaid if name in delta.whole]
-    same = all(same_bits(delta.whole[name], own.whole[name]) for name in initial)
-    if not same or (comparable and delta.base != own.base):
-        raise DeltaError(
-            f"{model!r} is not the base that the run in {str(folder.path)!r} started from, or the random init of what the base "
-            f"lacks is another here: {str(folder.delta)!r} says so. Give the run's base with --base."
-        )

@@ -16,14 +16,9 @@ from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.fields import converted
 from unmask.reading import DEEPEST, Malformed, bounded, read_text, refusing, shown
 
-# On word problems a solution is longer than a sentence.
-_KIND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"generation": {"max_length": 512}}
-
 
 def build(values: Mapping[str, Any]) -> TrainConfig:
-    """Builds a configuration from plain values: those of a YAML file, or texts of the command line.
-
-    The files of ``plugin`` are run first, once in a process.
+    """Builds a configuration from plain values or texts, after the files of ``plugin`` have run, once in a process.
 
     Raises:
         ConfigError: A setting is not known, one is missing, or a value is not allowed.
@@ -33,7 +28,8 @@ def build(values: Mapping[str, Any]) -> TrainConfig:
         0.0003
     """
     task = values.get("task")
-    defaults = _KIND_DEFAULTS.get(TASKS.get(task, "") if isinstance(task, str) else "", {})
+    word_problems = isinstance(task, str) and TASKS.get(task) == "generation"
+    defaults = {"max_length": 512} if word_problems else {}  # a solution is longer than a sentence
     settings = converted(TrainConfig, {**defaults, **values})
     for path in settings.get("plugin", ()):
         _run_plugin(str(Path(path).resolve()))
@@ -43,11 +39,10 @@ def build(values: Mapping[str, Any]) -> TrainConfig:
 @functools.cache
 def _run_plugin(path: str) -> None:
     """Runs a Python file of the user's. The cache keeps a second configuration in this process from running it again."""
-    name = f"unmask_plugin_{Path(path).stem}"
     if not path.endswith(".py") or not Path(path).is_file():
         raise ConfigError(f"plugin = {path!r} is not a Python file; give the path of a .py file.")
     try:
-        runpy.run_path(path, run_name=name)
+        runpy.run_path(path, run_name=f"unmask_plugin_{Path(path).stem}")
     except Exception as error:
         raise ConfigError(f"the plugin {path!r} failed: {type(error).__name__}: {error}") from error
 
@@ -124,9 +119,7 @@ def parse_yaml(text: str) -> Any:
 
 def write_yaml(config: TrainConfig, path: Path) -> None:
     """Writes the resolved configuration; `read_yaml` and `build` give it back."""
-    plain = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
-    }
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     write_text(path, need("yaml", "cli").safe_dump(plain, sort_keys=False))
 
 

@@ -22,10 +22,9 @@ from unmask.integrations.trainer import SelectiveTrainer
 from unmask.lab.models import quiet
 from unmask.lab.tasks.registry import kind_for
 from unmask.lab.training.config import TrainConfig
-from unmask.lab.training.parts import optimizer_from, with_rates
 from unmask.lab.training.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.lab.training.run_folder import RunFolder
-from unmask.lab.training.setup import Setup, print_notes, set_up
+from unmask.lab.training.setup import Setup, in_words, optimizer_from, print_notes, set_up, with_rates
 
 
 class InterruptedRunError(UnmaskError):
@@ -34,14 +33,7 @@ class InterruptedRunError(UnmaskError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a run.
-
-    Attributes:
-        before: The metrics of each evaluation split before training.
-        after: The same metrics after training.
-        delta: The path of the delta.
-        summary: All results, as JSON values; ``summary.json`` holds them too.
-    """
+    """The results of a run: metrics before and after training, the delta's path, and what ``summary.json`` holds."""
 
     before: dict[str, float]
     after: dict[str, float]
@@ -58,10 +50,10 @@ def train(
         config: The run's configuration.
         resume: If True, the run continues from the last whole checkpoint in ``config.output``. A finished run is left as it is.
         overwrite: If True, the run starts from the beginning although ``config.output`` holds a run.
-        console: The console on which the run reports; None is standard output. Of several processes, the first reports.
+        console: The console on which the run reports; None is standard output.
 
     Returns:
-        The run's results. Of several processes only the first one writes files; the summary of the others is ``{}``.
+        The run's results. Of several processes the first writes files and reports; the summary of the others is ``{}``.
 
     Raises:
         ConfigError: The output folder holds a run already, or no run to resume, or a run with other settings; or another
@@ -78,11 +70,13 @@ def train(
             summary = dict(start.summary)
             console.print(
                 f"the run in {str(folder.path)!r} is finished: {summary['steps']:,} steps, nothing is left to do\n"
-                f"after:  {_line(summary['after'])}\n"
+                f"after:  {in_words(summary['after'])}\n"
                 f"delta:  {folder.delta} ({folder.delta.stat().st_size:,} bytes)"
             )
             return Outcome(summary["before"], summary["after"], folder.delta, summary)
-        print_notes(console, start.notes)
+        print_notes(console, [f"{str(found.path)!r} is passed over: {found.fault}" for found in start.passed])
+        if start.checkpoint is not None and start.checkpoint.note is not None:
+            print_notes(console, [start.checkpoint.note])
         try:
             run = _Run(set_up(config, console), folder, console)
         except KeyboardInterrupt:
@@ -107,39 +101,51 @@ def train(
             raise InterruptedRunError(f"interrupted. {folder.how_to_go_on()}") from None
 
 
-def _sample(examples: Any, most: int = 64) -> str:
-    """Returns a digest of up to ``most`` evenly spaced examples, which tells whether training data are the same."""
-    count = len(examples)
-    places = range(0, count, max(1, -(-count // most)))
-    text = json.dumps([examples[i] for i in places], default=lambda value: value.tolist(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 class _Run:
-    """A run: the Trainer, its callbacks, and the steps from the first evaluation to the summary."""
+    """A run: the Trainer with its callbacks, and the steps from the first evaluation to the summary."""
 
     def __init__(self, setup: Setup, folder: RunFolder, console: Console) -> None:
         model: PreTrainedModel = setup.base.model
-        self.setup, self.prepared, self.selection, self.model = setup, setup.prepared, setup.selection, model
+        prepared, selection, head = setup.prepared, setup.selection, set(setup.base.head)
+        self.setup, self.prepared, self.selection = setup, prepared, selection
         self.folder, self.console = folder, console
-        self.head_names = set(setup.base.head)
-        self.head = sum(p.numel() for name, p in model.named_parameters() if name in self.head_names)
+        self.head = sum(p.numel() for name, p in model.named_parameters() if name in head)
         self.total = sum(p.numel() for p in model.parameters())
-        self.config = with_rates(setup.config, self.selection, self.total, self.head_names)
+        self.config = config = with_rates(setup.config, selection, self.total, head)
         self.interrupt = StopOnInterrupt()
-        self.progress = LiveProgress(self.selection, self.prepared.step_metric, console)
-        self.metrics = MetricsFile(folder.metrics, self.selection)
-        self.allocation = AllocationFile(folder.allocation, self.selection)
+        self.progress = LiveProgress(selection, prepared.step_metric, console)
+        self.metrics = MetricsFile(folder.metrics, selection)
+        writing = [self.progress, self.metrics, AllocationFile(folder.allocation, selection)] if is_main() else []
+        # Up to 64 evenly spaced examples tell whether a resumed run has the same training data.
+        examples: Any = prepared.train_set
+        sample = [examples[i] for i in range(0, len(examples), max(1, math.ceil(len(examples) / 64)))]
+        data = json.dumps(sample, default=lambda value: value.tolist(), sort_keys=True)
         self.settings = {
-            "config": asdict(self.config),
+            "config": asdict(config),
             "steps": setup.steps,
-            "examples": len(self.prepared.train_set),  # type: ignore[arg-type]
-            "data": _sample(self.prepared.train_set),
+            "examples": len(examples),
+            "data": hashlib.sha256(data.encode()).hexdigest()[:16],
         }
+        sets = dict(prepared.step_sets)
         with quiet():
-            self.trainer = self._trainer()
+            self.trainer = SelectiveTrainer(
+                model=model,
+                selection=selection,
+                settings=self.settings,
+                args=_arguments(config, setup.steps, folder, bool(sets)),
+                train_dataset=prepared.train_set,
+                eval_dataset=sets.get("", sets or None),
+                data_collator=prepared.collate,
+                compute_metrics=prepared.step_metrics,
+                preprocess_logits_for_metrics=prepared.reduce_logits,
+                optimizers=(optimizer_from(config, selection, head), None),
+                callbacks=[self.interrupt, *writing],
+            )
+        self.trainer.remove_callback(ProgressCallback)
+        self.trainer.remove_callback(PrinterCallback)
 
     def go(self, checkpoint: Checkpoint | None) -> Outcome:
+        """Evaluates, trains from the checkpoint or from the start, evaluates again, and writes the result."""
         before = self.prepared.evaluate(self.trainer, "before")
         self._report_start(before)
         if checkpoint:
@@ -159,27 +165,6 @@ class _Run:
         seconds = time.perf_counter() - start
         return self._finish(before, self.prepared.evaluate(self.trainer, "after"), seconds)
 
-    def _trainer(self) -> SelectiveTrainer:
-        config, prepared = self.config, self.prepared
-        optimizer = optimizer_from(config, self.selection, self.head_names)
-        sets = dict(prepared.step_sets)
-        trainer = SelectiveTrainer(
-            model=self.model,
-            selection=self.selection,
-            settings=self.settings,
-            args=_arguments(config, self.setup.steps, self.folder, bool(sets)),
-            train_dataset=prepared.train_set,
-            eval_dataset=sets.get("", sets or None),
-            data_collator=prepared.collate,
-            compute_metrics=prepared.step_metrics,
-            preprocess_logits_for_metrics=prepared.reduce_logits,
-            optimizers=(optimizer, None),
-            callbacks=[self.interrupt, *([self.progress, self.metrics, self.allocation] if is_main() else [])],
-        )
-        trainer.remove_callback(ProgressCallback)
-        trainer.remove_callback(PrinterCallback)
-        return trainer
-
     def _report_start(self, before: dict[str, float]) -> None:
         selection, total, config = self.selection, self.total, self.config
         extra = f", and {selection.dense_numel:,} outside the budget (dense)" if selection.dense_numel else ""
@@ -188,7 +173,7 @@ class _Run:
             f"{selection.method.name}: {selection.budget:,} of {total:,} weights ({selection.budget / total:.3%}){extra}; "
             f"{self.setup.steps:,} steps of {config.batch_size * config.accumulation * launched()}, lr {config.lr:.3g}{apart}"
         )
-        self.console.print("before: " + _line(before))
+        self.console.print("before: " + in_words(before))
 
     def _finish(self, before: dict[str, float], after: dict[str, float], seconds: float) -> Outcome:
         if not is_main():
@@ -220,14 +205,14 @@ class _Run:
             "bias_correction": self.config.bias_correction,
         }
         write_json(self.folder.summary, summary, indent=2)
-        self.console.print("after:  " + _line(after))
+        self.console.print("after:  " + in_words(after))
         self.console.print(f"delta:  {path} ({path.stat().st_size:,} bytes)")
         self.selection.release()
         return Outcome(before, after, path, summary)
 
 
 def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bool) -> TrainingArguments:
-    eval_strategy = "epoch" if config.eval_steps is None else "steps"
+    along = "epoch" if config.eval_steps is None else "steps"
     return TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=steps,
@@ -240,7 +225,7 @@ def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bo
         bf16=config.bf16,
         use_cpu=not torch.accelerator.is_available(),
         seed=config.seed,
-        eval_strategy=eval_strategy if evaluates else "no",
+        eval_strategy=along if evaluates else "no",
         eval_steps=config.eval_steps,
         save_strategy="steps" if config.save_steps or config.eval_steps else "epoch",
         save_steps=config.save_steps or config.eval_steps or 500,
@@ -252,7 +237,3 @@ def _arguments(config: TrainConfig, steps: int, folder: RunFolder, evaluates: bo
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-def _line(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -45,12 +45,12 @@ NUMBERS = {
     "1.2.3": ["1.2"],
     "3/0": [],
     "five": [],
-    "9" * 5000: [],  # no answer, and no endless loop either
+    "9" * 5000: [],  # it is no answer, and the search must end
 }
 
 
 @pytest.mark.parametrize("text", NUMBERS, ids=lambda text: text[:20])
-def test_numbers_of_a_text(text):
+def test_find_numbers_finds_all_numbers_of_a_text(text):
     assert [written(found.value) for found in find_numbers(tidied(text))] == NUMBERS[text]
 
 
@@ -61,7 +61,7 @@ def test_a_written_number_is_read_again(value):
 
 
 @pytest.mark.parametrize("text", ["", "5 apples", "about 5", "3 4", "x"])
-def test_what_is_not_one_number_and_nothing_else(text):
+def test_read_number_gives_none_for_any_other_text(text):
     assert read_number(text) is None
 
 
@@ -88,7 +88,7 @@ ANSWERS = {
     "The correct answer would be 9, not 8": "9",
     "The answer is Rs. 50.": "50",
     "The answer is 4. Wait, that is wrong. The answer is 6.": "6",
-    "The answer is five, as 3 + 2 = 5": "5",  # number words are not read: the last number
+    "The answer is five, as 3 + 2 = 5": "5",  # number words are not read, so this is the last number
     "3 * 4 = 12, so 12 apples": "12",
     "There is no answer.": None,
     "": None,
@@ -98,13 +98,13 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("text", ANSWERS, ids=lambda text: text[:30])
-def test_the_number_that_answers(text):
+def test_extract_reads_the_number_that_answers(text):
     assert extract(text, "number") == ANSWERS[text]
 
 
-def test_the_last_number_where_that_is_the_rule():
+def test_the_rule_last_reads_the_last_number_or_letter():
     assert extract("The answer is 5 apples and 3 pears", "number", "last") == "3"
-    assert extract("It is (B). The answer is C", "choice", "last") == "B"  # in brackets before a letter alone
+    assert extract("It is (B). The answer is C", "choice", "last") == "B"  # brackets come before a letter alone
 
 
 # ---------------------------------------------------------------- answers that are letters
@@ -137,7 +137,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("text", CHOICES, ids=lambda text: text[:30])
-def test_the_letter_that_answers(text):
+def test_extract_reads_the_letter_that_answers(text):
     assert extract(text, "choice") == CHOICES[text]
 
 
@@ -194,7 +194,7 @@ def test_every_gold_solution_of_gsm8k_gives_its_answer():
 @real
 @pytest.mark.parametrize("name", ["SVAMP", "MultiArith", "AddSub", "SingleEq", "AQuA"])
 def test_samples_of_another_model_nearly_all_give_an_answer(name):
-    """The files' ``output`` is a model's sample. Its published form ends in "The answer is ..."."""
+    """The column ``output`` of the files is a model's sample, and ends in "The answer is ..." as it was published."""
     rows = json.loads((REAL / name / "test.json").read_text(encoding="utf-8"))
     kind = "choice" if name == "AQuA" else "number"
     found = [extract(row["output"], kind) for row in rows]

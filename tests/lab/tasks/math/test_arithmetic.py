@@ -37,7 +37,7 @@ def put(path: Path, rows: object) -> Path:
 # ---------------------------------------------------------------- data
 
 
-def test_math10ks_format(tmp_path):
+def test_problems_load_from_math10ks_format(tmp_path):
     problems = load_problems("math10k", "train", math_folder(tmp_path))
     assert len(problems) == 40
     assert problems[2] == Problem("What is 2 and 7? Well? Well?", "", "The answer is 9.", "9", "number")
@@ -46,7 +46,7 @@ def test_math10ks_format(tmp_path):
 def test_gsm8ks_format_loses_its_calculator_marks(tmp_path):
     problem = load_problems("gsm8k", "train", math_folder(tmp_path))[2]
     assert problem == Problem("What is 2 and 7? Well? Well?", "", "So it is.\nThe answer is 9.", "9", "number")
-    assert load_problems("gsm8k", "test", tmp_path / "gsm8k")[0].solution == ""  # the set's own folder
+    assert load_problems("gsm8k", "test", tmp_path / "gsm8k")[0].solution == ""  # `data_dir` is the folder of the set
 
 
 def test_math10k_holds_letters_too(tmp_path):
@@ -58,7 +58,7 @@ def test_math10k_holds_letters_too(tmp_path):
 
 
 def test_no_question_is_both_trained_on_and_held_out(tmp_path):
-    rows = addition(30) + addition(30)  # each twice
+    rows = addition(30) + addition(30)  # each problem is there twice
     data = load_arithmetic("math10k", put(tmp_path / "math10k" / "train.json", rows), seed=0)
     assert (len(data.train), len(data.held_out)) == (54, 6)
     assert seen_in_training(data.train, data.held_out) == 0
@@ -66,7 +66,7 @@ def test_no_question_is_both_trained_on_and_held_out(tmp_path):
     assert load_arithmetic("math10k", tmp_path, seed=1).held_out != data.held_out
 
 
-def test_solutions_that_contradict_the_answer_are_told(tmp_path):
+def test_solutions_that_contradict_the_answer_are_noted(tmp_path):
     rows = addition(20)
     rows[3]["answer"] = "99"
     data = load_arithmetic("math10k", put(tmp_path / "math10k" / "train.json", rows))
@@ -97,7 +97,7 @@ def test_bad_rows_are_named(tmp_path, change, message):
         load_problems("math10k", "train", put(tmp_path / "math10k" / "train.json", rows))
 
 
-def test_what_cannot_be_loaded(tmp_path):
+def test_problems_that_cannot_be_loaded_are_refused(tmp_path):
     folder = math_folder(tmp_path)
     with pytest.raises(DataError, match=r"unknown arithmetic set 'x'; there are gsm8k, svamp"):
         load_problems("x", "test", folder)
@@ -151,8 +151,8 @@ def test_templates_come_from_files(tmp_path):
         load_template("apaca")
 
 
-def test_one_begin_token_whatever_the_template(tmp_path):
-    """Llama's tokenizer adds a begin token, some add none, and a chat template brings its own."""
+def test_every_template_gives_at_most_one_begin_token(tmp_path):
+    """Llama's tokenizer adds a begin token, some tokenizers add none, and a chat template has one in its text."""
     adds, adds_not = byte_tokenizer(), byte_tokenizer(begin=False)
     for tokenizer, prompt, count in (
         (adds, "alpaca", 1),
@@ -167,7 +167,7 @@ def test_one_begin_token_whatever_the_template(tmp_path):
     path.write_text("<s>Q: {instruction}", encoding="utf-8")
     assert Prompter(adds, str(path)).prompt_ids(PROBLEM).count(1) == 1
     adds.chat_template = (
-        "<s>{{ messages[0]['content'] }}"  # a mark of turns, which a converted tokenizer calls its begin
+        "<s>{{ messages[0]['content'] }}"  # a converted tokenizer calls this mark of turns its begin token
     )
     assert Prompter(adds, "alpaca").prompt_ids(PROBLEM).count(1) == 0
 
@@ -176,7 +176,7 @@ def test_a_chat_prompt_is_the_tokenizers_own():
     assert Prompter(byte_tokenizer(), "chat").text(PROBLEM) == "<s>[user]What is 2 and 3?</s>[assistant]"
 
 
-def test_prompts_that_a_tokenizer_cannot_make():
+def test_prompts_that_a_tokenizer_cannot_make_are_refused():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template; take prompt = alpaca"):
@@ -200,7 +200,7 @@ def test_only_the_completion_carries_loss():
     assert whole["labels"] == whole["input_ids"] == row["input_ids"]
 
 
-def test_what_a_short_max_length_costs():
+def test_a_short_max_length_cuts_and_drops_completions():
     prompter = Prompter(byte_tokenizer())
     length = len(prompter.prompt_ids(PROBLEM))
     longer = Problem(PROBLEM.question + " Well?", "", "5", "5", "number")

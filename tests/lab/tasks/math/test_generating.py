@@ -38,11 +38,11 @@ def run(model, prompts=PROMPTS, **settings):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_a_padded_batch_gives_what_each_prompt_alone_gives(batch_size):
-    model = llama(torch.float64)  # so that rounding turns no choice
+    model = llama(torch.float64)  # in float64 rounding changes no choice
     written = run(model, batch_size=batch_size)
     for text, prompt in zip(written, PROMPTS, strict=True):
         assert text.text == TOKENIZER.decode(greedy(model, prompt, 12), skip_special_tokens=True)
-    assert len({text.text for text in written}) > 3  # and not all the same
+    assert len({text.text for text in written}) > 3  # the texts differ
 
 
 def test_the_longest_prompts_come_first():
@@ -51,7 +51,7 @@ def test_the_longest_prompts_come_first():
 
 
 def biased(model, token, by=1e4):
-    """A model that always writes this token."""
+    """Makes a model write always the same token, and returns it."""
     model.lm_head.register_forward_hook(
         lambda _, __, logits: logits.index_add(
             -1, torch.tensor([token]), torch.full((*logits.shape[:-1], 1), by).to(logits)
@@ -65,7 +65,7 @@ def test_an_end_token_ends_a_row():
     assert [(text.text, text.tokens, text.finish) for text in written] == [("", 1, "end")] * len(PROMPTS)
 
 
-def test_a_row_that_does_not_end_is_cut_at_the_most_tokens():
+def test_a_row_that_does_not_end_is_cut_at_max_new_tokens():
     written = run(biased(llama(), TOKENIZER("a", add_special_tokens=False)["input_ids"][0]), max_new_tokens=5)
     assert {(text.text, text.tokens, text.finish) for text in written} == {("aaaaa", 5, "length")}
 
@@ -92,7 +92,7 @@ def test_sampling_is_seeded_and_leaves_the_global_generator_alone():
     assert run(model) != first
 
 
-def test_beams_are_transformers_own():
+def test_beam_search_equals_that_of_transformers():
     model = llama(torch.float64)
     written = run(model, PROMPTS[:1], num_beams=4, stop=())
     own = model.generate(torch.tensor(PROMPTS[:1]), num_beams=4, max_new_tokens=12, do_sample=False)
@@ -100,20 +100,20 @@ def test_beams_are_transformers_own():
     assert written != run(model, PROMPTS[:1], stop=())
 
 
-def test_the_model_is_left_as_it_was():
+def test_generation_leaves_the_model_as_it_was():
     model = llama().train()
     own = model.generation_config
-    own.repetition_penalty = 50.0  # a checkpoint's own settings do not meddle
+    own.repetition_penalty = 50.0  # a checkpoint's own settings have no effect
     written = run(model)
     assert model.training
     assert model.generation_config is own
     assert written == run(llama())
 
 
-def test_inside_a_lora_the_lora_counts():
+def test_generation_uses_a_lora_in_the_model():
     plain = run(llama())
     tuned = insert(llama(), Into("lora", targets=("q_proj", "v_proj")), [], seed=0).model
-    assert run(tuned) == plain  # LoRA starts at zero
+    assert run(tuned) == plain  # a new LoRA changes nothing
     with torch.no_grad():
         for name, tensor in tuned.named_parameters():
             if "lora_B" in name:
@@ -130,7 +130,7 @@ def test_inside_a_lora_the_lora_counts():
         ({"top_p": 0.0}, "top_p = 0.0"),
     ],
 )
-def test_settings_that_cannot_work(settings, message):
+def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         GenerationSettings(**settings)
 

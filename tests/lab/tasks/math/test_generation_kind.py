@@ -10,7 +10,8 @@ import torch
 from commands import run
 from tiny_llama import addition, byte_tokenizer, llama, math_folder, save_llama
 
-from unmask.cli.evaluate import _refuse_generations_own
+from unmask.cli.evaluate import run_eval
+from unmask.delta.delta import SparseDelta
 from unmask.errors import ConfigError
 from unmask.lab.tasks.math.problems import Problem, load_problems
 from unmask.lab.tasks.math.prompts import Completions, PadRight, Prompter
@@ -111,17 +112,17 @@ def test_without_test_sets_runs_are_compared_by_the_loss(world):
         ((*TRAIN, "--task", "gsm8k", "--budget", "1%", "--output", "x", "--set", "test_sets=aqua"), "no AQuA/test"),
     ],
 )
-def test_what_cannot_work_is_refused_at_once(world, words, message):
+def test_arguments_that_cannot_work_are_refused_at_once(world, words, message):
     done = run(*words, cwd=world, check=False)
     assert done.returncode == 1
     assert message in done.stderr
 
 
-def test_options_of_word_problems_are_refused_elsewhere():
+def test_options_of_word_problems_are_refused_for_other_tasks(tmp_path):
+    described = {"kind": "sequence", "name": "sst2", "text_columns": ["sentence"], "num_labels": 2, "max_length": 64}
+    path = SparseDelta({}, {}, "sha256:0", {"task": described}).save(tmp_path / "delta.safetensors")
     with pytest.raises(ConfigError, match=r"--limit, --set: for word problems only; 'sst2' has no use for it"):
-        _refuse_generations_own(
-            {"kind": "sequence", "name": "sst2"}, Request("sst2", limit=3, options={"rule": "last"})
-        )
+        run_eval("base", path, Request("sst2", limit=3, options={"rule": "last"}), 1)
 
 
 def test_word_problems_may_be_longer_than_sentences():
@@ -133,7 +134,7 @@ def test_word_problems_may_be_longer_than_sentences():
         build(given | {"task": "gsm8k", "max_new_tokens": 0})
 
 
-def test_test_questions_in_the_training_data_are_told(world, tmp_path):
+def test_test_questions_in_the_training_data_are_noted(world, tmp_path):
     folder = math_folder(tmp_path / "math")
     (folder / "SVAMP" / "test.json").write_text((folder / "math_10k.json").read_text(), encoding="utf-8")
     config = build({"model": "m", "output": "o", "task": "math10k", "budget": "1%", "data_dir": str(folder)})

@@ -1,4 +1,4 @@
-"""Tests solving of test sets: the outputs are kept, and a kill at any moment costs at most one batch and changes nothing."""
+"""Tests solving of test sets. The outputs are kept, and a kill at any moment costs one batch at most and changes nothing."""
 
 from __future__ import annotations
 
@@ -79,21 +79,21 @@ def test_every_output_is_kept(whole):
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2, 3])
-def test_a_run_that_was_stopped_goes_on_and_ends_alike(model, problems, whole, tmp_path, counted, batches):
+def test_a_run_that_was_stopped_goes_on_to_the_same_outputs(model, problems, whole, tmp_path, counted, batches):
     counted.stop = batches
     with pytest.raises(KeyboardInterrupt):
         run(model, settings(problems), tmp_path)
     counted.prompts, counted.stop = 0, None
     (solved,) = run(model, settings(problems), tmp_path)
     assert (tmp_path / "svamp.jsonl").read_bytes() == whole
-    assert counted.prompts == 10 - 3 * batches  # finished ones are not generated again
+    assert counted.prompts == 10 - 3 * batches  # finished batches are not generated again
     assert solved.count == 10
     run(model, settings(problems), tmp_path)
     assert counted.prompts == 10 - 3 * batches  # a run over finished outputs only reads them
 
 
-def test_a_file_that_is_cut_anywhere_is_mended(model, problems, whole, tmp_path, counted):
-    """A kill in the middle of a write leaves batches in the order of generation, the last one cut at some byte."""
+def test_a_file_that_is_cut_anywhere_is_repaired(model, problems, whole, tmp_path, counted):
+    """A kill during a write leaves batches in the order of generation, and the last of them is cut at some byte."""
     counted.stop = 2
     with pytest.raises(KeyboardInterrupt):
         run(model, settings(problems), tmp_path)
@@ -161,7 +161,7 @@ def test_a_limit_can_be_raised_later(model, problems, whole, tmp_path, counted):
     assert texts((tmp_path / "svamp.jsonl").read_bytes()) == texts(whole)
 
 
-def test_scores_count_what_they_say(problems, tmp_path, monkeypatch):
+def test_scores_count_right_unanswered_and_cut_outputs(problems, tmp_path, monkeypatch):
     from unmask.lab.tasks.math.generate import Generated
 
     said = ["The answer is 101.", "The answer is 99.", "No idea.", "The answer is 113", "It may be 117 or"]
@@ -176,7 +176,7 @@ def test_scores_count_what_they_say(problems, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "scores.json").read_text())["svamp"]["accuracy"] == 0.6
 
 
-def test_answers_are_read_anew_from_kept_texts(model, problems, tmp_path, counted):
+def test_answers_are_read_again_from_kept_texts(model, problems, tmp_path, counted):
     run(model, settings(problems), tmp_path)
     path = tmp_path / "svamp.jsonl"
     rows = [
@@ -196,7 +196,7 @@ def test_outputs_of_another_evaluation_are_refused(model, problems, tmp_path):
         list(solve(model, byte_tokenizer(), settings(problems), tmp_path, {"model": "other"}, console=quiet))
     with pytest.raises(ConfigError, match=r"prompt was 'alpaca', and is 'chat'"):
         run(model, settings(problems, prompt="chat"), tmp_path)
-    run(model, settings(problems, limit=2, batch_size=1), tmp_path)  # another batch size is no other evaluation
+    run(model, settings(problems, limit=2, batch_size=1), tmp_path)  # with another batch size it is the same evaluation
     (tmp_path / "metrics.jsonl").write_text("a run's own file\n")
     (solved,) = run(model, settings(problems, limit=1, prompt="chat"), tmp_path, overwrite=True)
     assert solved.count == len((tmp_path / "svamp.jsonl").read_bytes().splitlines()) == 1
@@ -232,12 +232,12 @@ def test_a_damaged_line_is_named(tmp_path):
         ({"limit": 0}, r"limit = 0"),
     ],
 )
-def test_settings_that_cannot_work(change, message):
+def test_settings_that_cannot_work_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         SolveSettings(**{"sets": ("svamp",), **change})
 
 
-def test_a_missing_set_is_told_before_anything_is_generated(model, problems, tmp_path, counted):
+def test_a_missing_set_is_reported_before_anything_is_generated(model, problems, tmp_path, counted):
     with pytest.raises(DataError, match="no AQuA/test"):
         run(model, settings(problems, sets=("svamp", "aqua")), tmp_path / "out")
     assert counted.prompts == 0

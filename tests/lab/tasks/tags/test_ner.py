@@ -54,7 +54,7 @@ def test_conll_2003_columns_in_iob1_and_in_iob2(tmp_path):
 
 
 def test_tabs_byte_order_marks_windows_line_ends_and_no_last_line_end(tmp_path):
-    """WNUT17's files have blank lines that hold a tab, and a line that holds only a byte-order mark."""
+    """The files of WNUT17 have blank lines that hold a tab, and a line that holds only a byte-order mark."""
     plain, _ = read_conll(write(tmp_path / "a.conll", "@a\tO\nNew\u00a0York\tB-location\n\nb\u2028c\tO"))
     assert plain.words == [["@a", "New\u00a0York"], ["b\u2028c"]]
     odd = "\ufeff@a\tO\r\nNew\u00a0York\tB-location\r\n\t\r\n\n\ufeff\nb\u2028c\tO\n\n\n"
@@ -63,7 +63,7 @@ def test_tabs_byte_order_marks_windows_line_ends_and_no_last_line_end(tmp_path):
     assert read_conll(tmp_path / "c.conll.gz")[0] == plain
 
 
-def test_a_stray_tag_in_iob2_begins_an_entity_and_is_told(tmp_path):
+def test_a_stray_tag_in_iob2_begins_an_entity_and_a_note_says_so(tmp_path):
     found, notes = read_conll(write(tmp_path / "a.conll", "a\tB-X\nb\tI-Y\nc\tB-Y\n\nd\tB-X\n"))
     assert found.tags == [["B-X", "B-Y", "B-Y"], ["B-X"]]
     assert notes == ("a.conll: 1 tags I- continue no entity of their type; each is taken as the beginning of one",)
@@ -88,12 +88,12 @@ def test_bad_lines_are_refused_with_their_place(tmp_path, case):
         read_conll(write(tmp_path / "a.conll", text))
 
 
-def test_what_is_no_utf8_or_no_file_is_refused(tmp_path):
+def test_a_file_that_is_damaged_or_missing_is_refused(tmp_path):
     (tmp_path / "a.conll").write_bytes("é\tO\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"cannot be read \(in UTF-8\)"):
+    with pytest.raises(DataError, match=r"a\.conll' cannot be read as conll \(in UTF-8\)"):
         read_conll(tmp_path / "a.conll")
     (tmp_path / "a.conll.gz").write_bytes(gzip.compress(b"Ann B-PER\n")[:10] + bytes(99))
-    with pytest.raises(DataError, match=r"a\.conll\.gz' cannot be read"):
+    with pytest.raises(DataError, match=r"a\.conll\.gz' cannot be read as conll"):
         read_conll(tmp_path / "a.conll.gz")
     (tmp_path / "a.conll.gz").unlink()
     with pytest.raises(DataError, match=r"no file .*b\.conll'; .*holds a\.conll"):
@@ -153,17 +153,20 @@ def test_wrong_names_folders_and_types_are_refused(tmp_path):
     write(tmp_path / "wnut17" / "train.txt", "Ann B-PER\n")
     with pytest.raises(DataError, match=r"both train\.conll and train\.txt"):
         load_ner("wnut17", tmp_path)
+    (tmp_path / "WNUT-17").mkdir()
+    with pytest.raises(DataError, match="holds more than one folder for wnut17: WNUT-17, wnut17"):
+        load_ner("wnut17", tmp_path)
 
 
-def test_a_sentence_of_training_in_the_evaluation_is_told(tmp_path):
+def test_a_note_counts_the_evaluation_sentences_that_are_in_the_training_data(tmp_path):
     write(tmp_path / "train.conll", "Ann B-P\nleft O\n\nx O\n")
     write(tmp_path / "dev.conll", "ann B-P\nleft O\n\ny O\n")
     assert "1 of 2 dev sentences are in the training data too" in load_ner("ner", tmp_path).notes[0]
 
 
 @real
-def test_the_real_wnut17_is_whole():
-    """The sentences are those of its paper. The entities are the B- tags that grep counts, and one stray I- of dev."""
+def test_the_real_wnut17_has_all_its_sentences_and_entities():
+    """Compares with the sentences of its paper, and with the B- tags that grep counts and the one stray I- of dev."""
     data = load_ner("wnut17", REAL)
     assert [len(split) for split in (data.train, *data.evals.values())] == [3_394, 1_009, 1_287]
     entities = [sum(len(spans(tags)) for tags in split.tags) for split in (data.train, *data.evals.values())]
@@ -224,7 +227,7 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, case):
         load_tagged(path, path)
 
 
-def test_what_is_no_task_is_refused(tmp_path):
+def test_files_that_make_no_task_are_refused(tmp_path):
     train = write(tmp_path / "t.conll", "Ann B-PER\n")
     with pytest.raises(DataError, match=r"no file 'nowhere' .*not a hub id.* must end in \.conll"):
         load_tagged("nowhere", None)
@@ -242,16 +245,16 @@ def test_what_is_no_task_is_refused(tmp_path):
 
 
 def test_a_tenth_is_held_out_and_no_sentence_is_on_both_sides(tmp_path):
-    text = "\n".join(f"word{i // 2} B-X\n" for i in range(100))  # each sentence twice
+    text = "\n".join(f"word{i // 2} B-X\n" for i in range(100))  # Each sentence is there twice.
     data = load_tagged(write(tmp_path / "t.conll", text), None)
     assert (len(data.train), len(data.evals["eval"])) == (90, 10)
     assert "10 of 100 sentences are held out (seed 0)" in data.notes[0]
-    assert len(data.notes) == 1  # and none of them is in the training data
+    assert len(data.notes) == 1  # No note says that some of them are in the training data.
 
 
 @pytest.fixture
 def fake_hub(monkeypatch):
-    """Makes `datasets.load_dataset` return real data sets made here."""
+    """Makes `datasets.load_dataset` return real data sets that a test adds."""
     datasets = pytest.importorskip("datasets")
     known = {}
 
@@ -274,9 +277,9 @@ def fake_hub(monkeypatch):
 
 @pytest.mark.parametrize(("name", "hub"), [("conll2003", "eriktks/conll2003"), ("wnut17", "leondz/wnut_17")])
 def test_a_task_from_the_hub_equals_the_folder(tmp_path, fake_hub, name, hub):
-    """The class names are in the order of the hub's ids, as the data sets' cards give them."""
+    """The class names are in the order of the hub's ids, which the data sets' cards give."""
     names, first = NER[name].label_names, NER[name].types[0]
-    rows = ([["Ann", "Lee", "x"], ["y"], []], [[1, 2, 0], [0], []])  # a sentence without words, as the hub's WNUT17 has
+    rows = ([["Ann", "Lee", "x"], ["y"], []], [[1, 2, 0], [0], []])  # The hub's WNUT17 has a sentence without words.
     fake_hub(hub, names, "refs/convert/parquet", train=rows, validation=rows, test=rows)
     for split in ("train", "dev", "test"):
         write(tmp_path / f"{split}.conll", f"Ann B-{first}\nLee I-{first}\nx O\n\ny O\n")
@@ -285,14 +288,14 @@ def test_a_task_from_the_hub_equals_the_folder(tmp_path, fake_hub, name, hub):
     assert any("1 sentences without words are left out" in note for note in found.notes)
 
 
-def test_the_ids_of_the_tags_are_the_hubs():
+def test_the_ids_of_the_tags_are_those_of_the_hub():
     assert NER["conll2003"].label_names == (
         "O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC",
     )  # fmt: skip
     assert NER["wnut17"].label_names[1:5] == ("B-corporation", "I-corporation", "B-creative-work", "I-creative-work")
 
 
-def test_a_hub_data_set_of_ones_own(fake_hub):
+def test_a_hub_data_set_that_the_user_names(fake_hub):
     rows = ([["Ann", "left"], ["x"]], [[1, 0], [0]])
     fake_hub("me/names", ["O", "B-N", "I-N"], train=rows, validation=([["Bo"]], [[1]]))
     data = load_tagged("me/names", None)

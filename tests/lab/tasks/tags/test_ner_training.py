@@ -29,7 +29,7 @@ from unmask.lab.tasks import Sentences, TagSpec
 from unmask.lab.tasks.tags.spans import score
 from unmask.lab.tasks.tags.windows import IGNORED, Windows, cut
 
-# the Trainer's own warnings are not what is tested here
+# The Trainer's own warnings are not tested here.
 pytestmark = pytest.mark.filterwarnings("default")
 SPEC = TagSpec("ner", ("LOC", "PER"))
 METRICS = ("f1", "precision", "recall", "accuracy", "loss")
@@ -49,7 +49,7 @@ def test_the_label_stands_on_the_first_piece_and_the_rest_is_ignored() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("length", [4, 7, 12, 40])
 def test_windows_lose_no_word_and_no_tag(length: int, training: bool) -> None:
-    """The labels, put together again, are the sentences' tags, and no window is longer than allowed."""
+    """The labels of the windows, put together, are the sentences' tags. No window is longer than allowed."""
     sentences = toy(60, seed=1, longest=12)
     for odd in (["x" * 50, "pa", "y" * 50], ["\u200d", "p\ufe0f", "\ufe0f", "l"], ["a.b-c", "l'x"]):
         sentences.words.append(odd)
@@ -64,7 +64,7 @@ def test_windows_lose_no_word_and_no_tag(length: int, training: bool) -> None:
 
 
 def test_predictions_of_windows_are_put_together_before_they_are_scored() -> None:
-    """An entity that lies across a cut is found whole if both windows predict its part."""
+    """The entity that lies across the cut is found whole, because both windows predict their part of it."""
     sentence = Sentences([["pxyz", "qxyz", "qxyz", "a"]], [["B-PER", "I-PER", "I-PER", "O"]])
     windows = Windows(sentence, letters_tokenizer(), SPEC.label_names, 10, training=False)
     assert [(w.start, w.stop) for w in windows.windows] == [(0, 2), (2, 4)]
@@ -72,7 +72,7 @@ def test_predictions_of_windows_are_put_together_before_they_are_scored() -> Non
     assert note is not None
     assert "1 of 1 sentences" in note
     assert "into 2 parts, no word left out; 1 entities lie across a cut" in note
-    right = windows.tags_of([windows[i]["labels"] + [IGNORED] * 3 for i in range(2)])  # padded, as the Trainer pads
+    right = windows.tags_of([windows[i]["labels"] + [IGNORED] * 3 for i in range(2)])  # The Trainer pads predictions.
     assert score(sentence.tags, right)["f1"] == 1.0
 
 
@@ -89,8 +89,8 @@ def test_training_cuts_outside_entities_and_evaluation_does_not_look_at_the_tags
     assert cuts(tagged, training=False) == cuts(plain, training=False) == [0, 3]
 
 
-def test_evaluation_cuts_after_punctuation_where_that_is_in_reach() -> None:
-    for pause, second in ((3, 4), (1, 5)):  # in the first half it is no good place: the part would be short
+def test_evaluation_cuts_after_punctuation_in_the_second_half_of_a_window() -> None:
+    for pause, second in ((3, 4), (1, 5)):  # A cut in the first half would leave a short part.
         words = ["ax", "bx", "cx", "dx", "ex", "fx", "gx", "hx"]
         words[pause] = "."
         windows = Windows(Sentences([words], [["O"] * 8]), letters_tokenizer(), SPEC.label_names, 12, training=False)
@@ -108,7 +108,7 @@ def test_cuts_are_gapless_and_each_run_fits_or_is_one_word(limit: int) -> None:
         assert all(stop > start and (sum(pieces[start:stop]) <= limit or stop - start == 1) for start, stop in runs)
 
 
-def test_what_cannot_be_encoded_is_refused() -> None:
+def test_input_that_cannot_be_encoded_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_length = 2 leaves no room for a word"):
         Windows(toy(2, 0), letters_tokenizer(), SPEC.label_names, 2, training=True)
     tokenizer = letters_tokenizer()
@@ -119,7 +119,7 @@ def test_what_cannot_be_encoded_is_refused() -> None:
 
 
 def test_a_byte_level_vocabulary_gets_the_blank_before_each_word(tmp_path: Path) -> None:
-    """In RoBERTa's vocabulary a word's usual piece begins with the blank."""
+    """The usual piece of a word begins with the blank in RoBERTa's vocabulary."""
     alphabet = sorted(ByteLevel.alphabet())
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     vocabulary = {piece: i for i, piece in enumerate([*special, *alphabet, "ab", "Ġab"])}
@@ -135,7 +135,7 @@ def test_a_byte_level_vocabulary_gets_the_blank_before_each_word(tmp_path: Path)
     _, tokenizer, _ = load_base(str(tmp_path), None, 0, "token", SPEC.label_names)
     sentence = Sentences([["ab", "ab", "x\ufe0f"]], [["B-PER", "I-PER", "O"]])
     windows = Windows(sentence, tokenizer, SPEC.label_names, 32, training=True)
-    assert windows[0]["input_ids"].count(vocabulary["Ġab"]) == 2  # transformers 4.57 puts no token before them
+    assert windows[0]["input_ids"].count(vocabulary["Ġab"]) == 2  # transformers 4.57 puts no special token before them.
     assert windows.tags_of([windows[0]["labels"]]) == sentence.tags
 
 
@@ -155,7 +155,7 @@ def trained(world: Path) -> Path:
     return world / "run"
 
 
-def test_a_run_learns_and_says_how_it_is_compared(trained: Path) -> None:
+def test_a_run_learns_and_its_summary_names_the_main_metric(trained: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["used"] == summary["budget"] == 150
     assert set(summary["after"]) == {
@@ -167,7 +167,7 @@ def test_a_run_learns_and_says_how_it_is_compared(trained: Path) -> None:
     assert summary["main"] == summary["after"]["dev_f1"]
 
 
-def test_the_curve_holds_the_first_split_alone(trained: Path) -> None:
+def test_the_curve_holds_the_first_split_only(trained: Path) -> None:
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     curve = [row for row in rows if "eval_dev_f1" in row]
     assert [(row["step"], row["used"]) for row in curve] == [(0, 0), (8, 50), (16, 100), (24, 150)]
@@ -188,7 +188,7 @@ def test_eval_gives_the_figures_of_training(trained: Path, world: Path) -> None:
     assert f"eval (16): f1 {after['test_f1']:.4f}" in one
 
 
-def test_eval_refuses_what_does_not_fit_the_delta(trained: Path, world: Path) -> None:
+def test_eval_refuses_data_that_do_not_fit_the_delta(trained: Path, world: Path) -> None:
     (world / "other.conll").write_text("Ann B-NAME\n")
     for more, message in (
         (("--data", "other.conll"), "type 'NAME'; the task's types are LOC, PER"),

@@ -14,7 +14,7 @@ from unmask.lab.tasks.tags.spans import score, spans, to_iob2
 TAGS = ("O", "B-PER", "I-PER", "B-creative-work", "I-creative-work")
 
 BY_HAND = {
-    # tags: (as conlleval reads them, strictly)
+    # The tags, and their entities as conlleval reads them and strictly.
     "O O": ([], []),
     "B-A I-A O": ([("A", 0, 2)], [("A", 0, 2)]),
     "B-A B-A": ([("A", 0, 1), ("A", 1, 2)], [("A", 0, 1), ("A", 1, 2)]),
@@ -47,7 +47,7 @@ def by_definition(tags):
     return found
 
 
-def test_spans_are_those_of_the_definition_for_all_short_sentences():
+def test_spans_equal_those_of_the_definition_for_all_short_sentences():
     for tags in itertools.chain.from_iterable(itertools.product(TAGS, repeat=n) for n in range(1, 6)):
         assert spans(tags) == by_definition(tags), tags
 
@@ -60,14 +60,14 @@ def test_strict_and_lenient_agree_on_iob2_and_conversion_keeps_the_entities():
 
 
 def test_score_worked_by_hand():
-    """There are 3 entities to find and 4 found ones, of which 2 are right; 6 of 8 tags are right."""
+    """Counts by hand: 3 entities are to be found, 4 are found, and 2 of these are right. Of 8 tags 6 are right."""
     gold = [["B-A", "I-A", "O", "B-B"], ["O", "B-A", "O", "O"]]
     guess = [["B-A", "I-A", "O", "B-A"], ["B-B", "B-A", "O", "O"]]
     expected = {"f1": 4 / 7, "precision": 2 / 4, "recall": 2 / 3, "accuracy": 6 / 8}
     assert score(gold, guess) == pytest.approx(expected)
     nothing = [["O", "O"]]
     assert score(nothing, nothing) == {"f1": 0.0, "precision": 0.0, "recall": 0.0, "accuracy": 1.0}
-    # the same words of another sentence are another entity
+    # The same words of another sentence are another entity.
     assert score([["B-A"], ["O"]], [["O"], ["B-A"]])["f1"] == 0.0
 
 
@@ -79,7 +79,7 @@ def test_score_worked_by_hand():
         ([], [], "no word"),
     ],
 )
-def test_scores_of_what_does_not_fit_are_refused(gold, guess, message):
+def test_tags_that_cannot_be_compared_are_refused(gold, guess, message):
     with pytest.raises(DataError, match=message):
         score(gold, guess)
 
@@ -93,7 +93,7 @@ def corpus(draw, sentences, noise):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("noise", [0.0, 0.2, 0.9])
-def test_scores_are_those_of_seqeval(strict, noise):
+def test_scores_equal_those_of_seqeval(strict, noise):
     metrics = pytest.importorskip("seqeval.metrics")
     from seqeval.scheme import IOB2
 

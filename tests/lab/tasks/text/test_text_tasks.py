@@ -60,7 +60,7 @@ def glue_folder(root: Path, name: str, text: str | None = None) -> Path:
 
 
 @pytest.mark.parametrize("name", TSV)
-def test_official_files_give_the_texts_and_the_hubs_ids(tmp_path, name):
+def test_official_files_give_the_texts_and_the_ids_of_the_hub(tmp_path, name):
     folder = glue_folder(tmp_path, name)
     for data_dir in (tmp_path, folder):
         data = load_glue(name, data_dir)
@@ -70,8 +70,8 @@ def test_official_files_give_the_texts_and_the_hubs_ids(tmp_path, name):
         assert "not the official" in data.notes[0]
 
 
-def test_the_ids_of_the_class_names_are_the_hubs():
-    """The ids are those of GLUE's dataset card. Each name here is the one with id 1."""
+def test_the_ids_of_the_class_names_are_those_of_the_hub():
+    """The ids are those of GLUE's dataset card. Each name here has id 1."""
     named = {
         "cola": "acceptable",
         "sst2": "positive",
@@ -96,7 +96,7 @@ def test_cola_with_a_header_line_is_not_read_as_an_example(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "label", "expected"), [("mnli", "neutral", 1), ("qqp", "1", 1), ("rte", 0, 0)])
-def test_json_samples(tmp_path, name, label, expected):
+def test_json_samples_are_read(tmp_path, name, label, expected):
     rows = {"0": {"text_a": "A", "text_b": "B", "label": label}}
     for split in ("train", "dev"):
         write(tmp_path / name / f"{split}.json", json.dumps(rows))
@@ -176,7 +176,7 @@ def test_wrong_names_and_folders_are_refused(tmp_path):
     ],
 )
 def test_the_real_sets_have_their_known_sizes(folder, name, train, dev, labels):
-    """The sizes and class counts of the development sets are GLUE's. Those of the samples were counted with the json module."""
+    """The sizes and class counts of the development sets are those of GLUE. The json module counted the samples."""
     data = load_glue(name, REAL / folder, need_train=train > 0)
     assert (len(data.train), len(data.evals["dev"])) == (train, dev)
     assert Counter(data.evals["dev"].labels) == labels
@@ -184,7 +184,7 @@ def test_the_real_sets_have_their_known_sizes(folder, name, train, dev, labels):
 
 
 @real
-def test_the_real_stsb_is_that_of_a_plain_csv_reader():
+def test_the_real_stsb_equals_the_rows_of_a_plain_csv_reader():
     data = load_glue("stsb", REAL / "glue").evals["dev"]
     with (REAL / "glue" / "STS-B" / "dev.tsv").open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -226,14 +226,14 @@ def test_every_format_gives_the_same_examples(tmp_path, suffix):
     assert data.notes == ()
 
 
-def test_gzip_and_unicode_line_ends_in_jsonl(tmp_path):
+def test_gzip_and_unicode_line_ends_in_jsonl_are_read(tmp_path):
     path = tmp_path / "train.jsonl.gz"
     lines = [json.dumps({"text": f"a\u2028{i}", "label": i % 2}, ensure_ascii=False) for i in range(2)]
     path.write_bytes(gzip.compress("\n".join(lines).encode("utf-8-sig")))
     assert load_files(path, path, "text", "label").train == Examples(["a\u20280", "a\u20281"], None, [0, 1])
 
 
-def test_tsv_of_pairs(tmp_path):
+def test_a_tsv_of_pairs_is_read_as_a_regression(tmp_path):
     path = write(tmp_path / "t.tsv", 'a\tb\ty\n"one\tx\t0.5\ntwo\ty\t2\n')
     data = load_files(path, path, "a", "y", "b")
     assert data.spec.regression
@@ -283,8 +283,8 @@ def test_labels_that_make_no_task_are_refused(tmp_path, case):
 
 
 @pytest.mark.parametrize("unseen", ["maybe", "0", "1"])
-def test_an_evaluation_label_that_training_has_not_is_refused(tmp_path, unseen):
-    """An id is not one of the classes "no" and "yes" either: it would be scored as one of them at random."""
+def test_an_evaluation_label_that_training_lacks_is_refused(tmp_path, unseen):
+    """The texts "0" and "1" are refused too, because as ids they would be scored as "no" and "yes" at random."""
     train = write_as(tmp_path / "train.csv", ROWS)
     dev = write_as(tmp_path / "dev.csv", [("a", "no"), ("b", unseen)])
     with pytest.raises(DataError, match=rf"dev\.csv, line 3, column 'label'.*'{unseen}'.*allowed: no, yes"):
@@ -325,7 +325,7 @@ BAD_FILES = {
 }
 
 
-def test_a_large_number_in_another_column_is_no_fault(tmp_path):
+def test_a_large_number_in_another_column_is_accepted(tmp_path):
     rows = [{"text": f"{word} text", "label": i, "id": 2**64 + i} for i, word in enumerate(("a", "b"))]
     (tmp_path / "t.json").write_text(json.dumps(rows))
     path = tmp_path / "t.jsonl"
@@ -357,7 +357,9 @@ def test_missing_files_and_columns_are_refused(tmp_path):
 
 
 def test_a_tenth_is_held_out_the_same_each_time_and_no_text_is_on_both_sides(tmp_path):
-    rows = [(f"text {i // 2}" if i % 2 else f"Text  {i // 2}", "ab"[i % 2]) for i in range(100)]  # each text twice
+    rows = [
+        (f"text {i // 2}" if i % 2 else f"Text  {i // 2}", "ab"[i % 2]) for i in range(100)
+    ]  # Each text is there twice.
     path = write_as(tmp_path / "t.csv", rows)
     one, again, other = (load_files(path, None, "text", "label", seed=seed) for seed in (0, 0, 1))
     assert (len(one.train), len(one.evals["eval"])) == (90, 10)
@@ -369,7 +371,7 @@ def test_a_tenth_is_held_out_the_same_each_time_and_no_text_is_on_both_sides(tmp
     assert len(train | held) == 50
 
 
-def test_what_cannot_be_split_is_refused():
+def test_texts_that_cannot_be_split_are_refused():
     with pytest.raises(DataError, match="2 examples with 1 distinct texts cannot be split"):
         hold_out_a_tenth(Examples(["a", "A"], None, [0, 1]), "texts", seed=0)
 
@@ -379,7 +381,7 @@ def test_what_cannot_be_split_is_refused():
 
 @pytest.fixture
 def fake_hub(monkeypatch):
-    """Makes `datasets.load_dataset` return real data sets made here. It refuses other ids as if it were offline."""
+    """Makes `datasets.load_dataset` return real data sets that a test adds. It refuses other ids as if it were offline."""
     datasets = pytest.importorskip("datasets")
     known = {}
 
@@ -445,7 +447,7 @@ def scores_of(guess: np.ndarray, classes: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["cola", "mrpc", "qqp", "sst2", "mnli"])
-def test_class_metrics_are_those_of_scikit_learn(name):
+def test_class_metrics_equal_those_of_scikit_learn(name):
     from sklearn import metrics
 
     spec, draw = GLUE[name], np.random.default_rng(0)
@@ -460,14 +462,14 @@ def test_class_metrics_are_those_of_scikit_learn(name):
     assert spec.main_metric in found
 
 
-def test_worked_f1_and_matthews():
-    """There are two true positives, one false negative, one false positive and one true negative."""
+def test_f1_and_matthews_worked_by_hand():
+    """Counts by hand: there are two true positives, one false negative, one false positive and one true negative."""
     scores, gold = scores_of(np.array([1, 1, 0, 1, 0]), 2), np.array([1, 1, 1, 0, 0])
     assert compute(GLUE["mrpc"], scores, gold) == pytest.approx({"accuracy": 3 / 5, "f1": 4 / 6})
     assert compute(GLUE["cola"], scores, gold) == pytest.approx({"matthews": (2 * 1 - 1 * 1) / 6})
 
 
-def test_correlations_are_those_of_scipy_and_the_main_one_is_their_mean():
+def test_correlations_equal_those_of_scipy_and_the_main_one_is_their_mean():
     from scipy import stats
 
     draw = np.random.default_rng(0)
@@ -493,7 +495,7 @@ def test_a_constant_prediction_counts_as_no_correlation_without_a_warning(consta
     assert compute(GLUE["mrpc"], scores_of(same, 2), same) == {"accuracy": 1.0, "f1": 0.0}
 
 
-def test_mean_squared_error_by_hand():
+def test_mean_squared_error_worked_by_hand():
     spec = TaskSpec("t", ("text",), 1, None, ("mse",), "mse")
     assert compute(spec, np.array([1.0, 2.0]), np.array([0.0, 4.0])) == {"mse": 2.5}
     assert not spec.greater_is_better

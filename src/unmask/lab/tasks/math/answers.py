@@ -56,9 +56,7 @@ def solution(text: str) -> str:
 
 
 def extract(text: str, kind: AnswerKind, rule: Rule = "marked") -> str | None:
-    """Reads the answer from a generated text.
-
-    The kind ``"choice"`` is a letter from A to E. The rule ``"last"`` reads the last number (or letter) without regard to marks.
+    """Reads the answer from a generated text: a number, or a letter from A to E if the kind is ``"choice"``.
 
     Returns:
         The number in its shortest exact form ("1234.5", "17/3"), or the letter; None if there is none.

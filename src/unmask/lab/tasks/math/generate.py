@@ -78,9 +78,7 @@ class Generated:
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Sorts rows into batches, the longest prompts first.
-
-    Little is padded then, and a lack of memory shows at once.
+    """Sorts rows into batches, the longest prompts first. Little is padded then, and a lack of memory shows at once.
 
     Example:
         >>> plan_batches([5, 9, 7, 5], 2)
@@ -96,13 +94,11 @@ def generate(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
 ) -> Iterator[tuple[list[int], list[Generated]]]:
-    """Generates a text for each prompt, batch by batch.
+    """Generates a text for each prompt with a causal LM, in batches. Prompts are token ids, special tokens included.
 
     In greedy decoding, a prompt's text depends on its batch only through rounding: sums over a padded batch are rounded
     differently, which can change the choice between two tokens of nearly equal probability. With equal prompts, batch size,
     dtype and machine it is reproducible. Sampling is seeded per batch, from the seed and the batch's prompts.
-
-    The prompts are token ids, special tokens included. The model, a causal LM, is in evaluation mode meanwhile.
 
     Yields:
         The batch's rows in ``prompts``, and the text of each.
@@ -110,25 +106,35 @@ def generate(
     Raises:
         ConfigError: A prompt and ``max_new_tokens`` exceed the positions that the model has.
     """
-    # peft wraps the transformers model if a LoRA is in it.
-    unwrap: Any = getattr(model, "get_base_model", None)
-    inner: Any = model if unwrap is None else unwrap()
+    unwrap: Any = getattr(model, "get_base_model", None)  # peft wraps a model with a LoRA
+    inner: Any = unwrap() if unwrap else model
     limit, longest = getattr(inner.config, "max_position_embeddings", None), max(map(len, prompts), default=0)
     if limit and longest + settings.max_new_tokens > limit:
         raise ConfigError(
             f"a prompt of {longest} tokens and max_new_tokens = {settings.max_new_tokens} exceed the {limit} positions of the "
             f"model; lower max_new_tokens to {max(1, limit - longest)} or less."
         )
-    config = _config(inner, tokenizer, settings)
-    stops = settings.stop if settings.num_beams == 1 else ()
+    ends = getattr(inner.generation_config, "eos_token_id", None)
+    known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    pad_id: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad_id is None:
+        raise ConfigError("the tokenizer has neither a padding nor an end token; give it one (tokenizer.pad_token).")
     sampling, devices = settings.temperature > 0, [inner.device] if inner.device.type == "cuda" else []
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=sampling,
+        num_beams=settings.num_beams,
+        eos_token_id=sorted({end for end in known if end is not None}),
+        pad_token_id=int(pad_id),
+        **({"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if sampling else {}),
+    )
+    stops = settings.stop if settings.num_beams == 1 else ()
     for rows in plan_batches([len(prompt) for prompt in prompts], settings.batch_size):
         batch = [list(prompts[row]) for row in rows]
         ids = pad(batch, config.pad_token_id, left=True).to(inner.device)
         mask = pad([[1] * len(prompt) for prompt in batch], 0, left=True).to(inner.device)
         criteria = StoppingCriteriaList([_StopAt(tokenizer, stops, ids.shape[1])] if stops else [])
-        # The model's own settings (such as a repetition penalty) are set aside.
-        training, own = inner.training, inner.generation_config
+        training, own = inner.training, inner.generation_config  # its own settings (a repetition penalty) are set aside
         inner.eval()
         inner.generation_config = config
         try:
@@ -171,22 +177,3 @@ def _generated(
     while len(kept) > 1 and kept[-1] == config.pad_token_id:
         kept = kept[:-1]
     return Generated(text[: min(stops)], len(kept), "stop")
-
-
-def _config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings
-) -> GenerationConfig:
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    known = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
-    pad_id: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if pad_id is None:
-        raise ConfigError("the tokenizer has neither a padding nor an end token; give it one (tokenizer.pad_token).")
-    sampled = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
-    return GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        do_sample=settings.temperature > 0,
-        num_beams=settings.num_beams,
-        eos_token_id=sorted({end for end in known if end is not None}),
-        pad_token_id=int(pad_id),
-        **sampled,
-    )

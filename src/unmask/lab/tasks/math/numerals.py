@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 _CURRENCY = r"(?:(?:\b(?:US|A|C))?[$€£¥₹]|\b(?:USD|EUR|GBP|INR|Rs\b\.?|Rs(?=\d)))\s?"
@@ -27,13 +28,7 @@ _LONGEST = 100  # A model that repeats itself writes thousands of digits, and th
 
 @dataclass(frozen=True)
 class Found:
-    """A number in a text.
-
-    Attributes:
-        value: The exact value.
-        start: The place of the first character.
-        end: The place after the last character.
-    """
+    """A number in a text: its exact value, the place of its first character, and the place after its last one."""
 
     value: Fraction
     start: int
@@ -63,14 +58,22 @@ def find_numbers(text: str) -> list[Found]:
     found, at = [], 0
     while match := _NUMBER.search(text, at):
         at = max(match.end(), match.start() + 1)
-        if _hangs_on_a_word(text, match):
+        before = text[: match.start()]
+        last, last_sign = before[-1:], before.rstrip(" ")[-1:]
+        in_a_word = last.isalpha() or last == "_"
+        in_a_number = re.fullmatch(r"\d\.", before[-2:]) or (last.isdigit() and match[0].startswith("."))
+        if len(match[0]) > _LONGEST or (not match["sign"] and (in_a_word or in_a_number)):
             continue
-        value = _value(match)
-        if value is not None:
-            before = text[: match.start()].rstrip(" ")
-            subtracts = before and (before[-1].isdigit() or before[-1] in ")]}%" or text[match.start() - 1].isalpha())
-            negative = match["inner"] or (match["sign"] and not subtracts)
-            found.append(Found(-value if negative else value, match.start(), match.end()))
+        if match["decimal"]:
+            value = Fraction(match["decimal"].replace(",", ""))
+        else:
+            above, below = int(match["above"] or match["top"]), int(match["below"] or match["bottom"])
+            if below == 0:
+                continue
+            value = int(match["whole"] or 0) + Fraction(above, below)
+        subtracts = last.isalpha() or last_sign.isdigit() or last_sign in tuple(")]}%")
+        negative = match["inner"] or (match["sign"] and not subtracts)
+        found.append(Found(-value if negative else value, match.start(), match.end()))
     return found
 
 
@@ -94,34 +97,6 @@ def written(value: Fraction) -> str:
         >>> written(Fraction(72)), written(Fraction(-37, 2)), written(Fraction(17, 3))
         ('72', '-18.5', '17/3')
     """
-    twos, fives, rest = 0, 0, value.denominator
-    while rest % 2 == 0:
-        twos, rest = twos + 1, rest // 2
-    while rest % 5 == 0:
-        fives, rest = fives + 1, rest // 5
-    if rest != 1:
-        return str(value)
-    places = max(twos, fives)
-    if places == 0:
-        return str(value.numerator)
-    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
-    return f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}"
-
-
-def _value(match: re.Match[str]) -> Fraction | None:
-    """Returns the value of a match; None for a fraction by zero, and for very many digits."""
-    if match.end() - match.start() > _LONGEST:
-        return None
-    if match["decimal"]:
-        return Fraction(match["decimal"].replace(",", ""))
-    top, bottom = int(match["above"] or match["top"]), int(match["below"] or match["bottom"])
-    return int(match["whole"] or 0) + Fraction(top, bottom) if bottom else None
-
-
-def _hangs_on_a_word(text: str, match: re.Match[str]) -> bool:
-    """Returns True if a letter, or a part of another number, is directly before the match."""
-    before = text[max(0, match.start() - 2) : match.start()]
-    if match["sign"] or not before:
-        return False
-    part_of_a_number = re.fullmatch(r"\d\.", before) or (before[-1].isdigit() and match[0].startswith("."))
-    return before[-1].isalpha() or before[-1] == "_" or bool(part_of_a_number)
+    decimals = range(value.denominator.bit_length())  # a decimal has no more places than its denominator has bits
+    places = next((count for count in decimals if 10**count % value.denominator == 0), None)
+    return str(value) if places is None else f"{Decimal(f'{value * 10**places}e-{places}'):f}"

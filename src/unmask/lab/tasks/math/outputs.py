@@ -21,9 +21,8 @@ class OutputFile:
     """A file of rows by number, which is extended a batch at a time.
 
     A batch is written at once, and each of its rows holds the batch's size. So a batch that a kill cut short is recognised,
-    and is generated again as a whole: in the same batch, a row is the same as in an uninterrupted run, to the last bit.
-
-    The path is that of a jsonl file, which need not exist yet.
+    and is generated again as a whole: in the same batch, a row is the same as in an uninterrupted run, to the last bit. The
+    file need not exist yet.
     """
 
     def __init__(self, path: Path) -> None:

@@ -27,14 +27,7 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 @dataclass(frozen=True)
 class ArithmeticSpec:
-    """A set of word problems.
-
-    Attributes:
-        name: The set's name, such as ``"gsm8k"``.
-        folder: The name of its folder, as the data are published.
-        kind: The kind of its answers: ``"number"``, or ``"choice"`` (a letter from A to E).
-        splits: The splits that there are: ``"train"`` to train on, ``"test"`` to solve.
-    """
+    """A set of word problems: its name, its folder in the published data, the kind of its answers, and its splits."""
 
     name: str
     folder: str
@@ -81,13 +74,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class ArithmeticData:
-    """Problems to train on.
+    """The problems of a set to train on, those held out for the loss along the run, and notes for the user.
 
-    Attributes:
-        name: The set's name.
-        train: The problems to train on.
-        held_out: The problems for the loss along the run. No question is on both sides.
-        notes: The facts that the user should know about the loading.
+    No question is on both sides.
     """
 
     name: str
@@ -97,24 +86,24 @@ class ArithmeticData:
 
 
 def load_problems(name: str, split: Split, data_dir: str | Path | None = None) -> list[Problem]:
-    """Loads one split of a set.
+    """Loads one split of a set, which is a key of `ARITHMETIC`.
 
-    Args:
-        name: A key of `ARITHMETIC`.
-        split: The split, ``"train"`` or ``"test"``.
-        data_dir: The folder that holds the sets' folders (``SVAMP/test.json``, ``gsm8k/train.jsonl``, and for Math10K also
-            ``math_10k.json`` itself), or the set's own folder. Files are json lists of {instruction, input, output, answer},
-            or jsonl of GSM8K's {question, answer}. None means the hub, which has gsm8k.
+    ``data_dir`` holds the sets' folders (``SVAMP/test.json``, ``gsm8k/train.jsonl``, and for Math10K also ``math_10k.json``
+    itself), or is the set's own folder. Files are json lists of {instruction, input, output, answer}, or jsonl of GSM8K's
+    {question, answer}. None means the hub, which has gsm8k.
 
     Raises:
         DataError: The set or split is unknown, a file is missing, or a row is bad.
     """
-    spec = _spec(name, split)
+    if name not in ARITHMETIC:
+        raise DataError(f"unknown arithmetic set {name!r}; there are {', '.join(ARITHMETIC)}.")
+    spec = ARITHMETIC[name]
+    if split not in spec.splits:
+        others = TRAINING_SETS if split == "train" else TEST_SETS
+        raise DataError(f"{name} has no {split} split; {', '.join(others)} have.")
     if data_dir is None:
         if name != "gsm8k":
-            raise DataError(
-                f"{name} is read from files; give the folder that holds {spec.folder}/{split}.json (data_dir)."
-            )
+            raise DataError(f"{name} is read from files; give the folder of {spec.folder}/{split}.json (data_dir).")
         splits = load_splits(*_HUB_GSM8K, "give the folder of its files with data_dir")
         table = split_table(splits, split, ":".join(_HUB_GSM8K), ("question", "answer"))
     else:
@@ -125,47 +114,49 @@ def load_problems(name: str, split: Split, data_dir: str | Path | None = None) -
         raise unknown_column(table.source, missing, table.columns)
     if split == "train" and question == "instruction":
         table.column("output")
-    return [_problem(table, row, question, spec, split) for row in range(len(table))]
+    problems = []
+    for row in range(len(table)):
+        cells = {column: values[row] for column, values in table.columns.items()}
+        text, context = _text(table, row, question, cells), _text(table, row, "input", cells, optional=True)
+        solution, given = _text(table, row, "output", cells, optional=True), cells["answer"]
+        if question == "question":  # GSM8K's answer holds the solution, with calculator marks, and the gold answer
+            reasoning, marks, given = str(given).rpartition("####")
+            if not marks:
+                raise DataError(f"{table.where(row)}: the answer has no '#### ' line; GSM8K's answers end in one.")
+            solution = f"{_CALCULATOR.sub('', reasoning).strip()}\n{ANSWER_LINE.format(given.strip())}"
+        # Math10K has numbers and letters.
+        kind: AnswerKind = "choice" if spec.kind == "choice" or str(given).strip() in set("ABCDE") else "number"
+        with placed(table.where(row)):
+            answer = gold_answer(given, kind)
+        if split == "train" and not solution:
+            raise DataError(f"{table.where(row)}: the solution in column 'output' is empty; mend or drop the row.")
+        problems.append(Problem(text, context, solution if split == "train" else "", answer, kind))
+    return problems
 
 
 def load_arithmetic(
     name: str, data_dir: str | Path | None = None, *, held_out: int = HELD_OUT, seed: int = 0
 ) -> ArithmeticData:
-    """Loads a set to train on, and holds some problems out.
-
-    At most ``held_out`` problems, and at most a tenth of them, are held out. The other arguments are those of `load_problems`.
+    """Loads a set to train on with `load_problems`, and holds problems out: ``held_out``, but at most a tenth.
 
     Raises:
         DataError: The reasons are those of `load_problems`, or there are too few problems to hold any out.
     """
     problems = load_problems(name, "train", data_dir)
     count = max(1, min(held_out, len(problems) // 10))
-    with placed(name if data_dir is None else _file(_spec(name, "train"), "train", Path(data_dir))):
+    with placed(name if data_dir is None else _file(ARITHMETIC[name], "train", Path(data_dir))):
         held = held_rows([text_key(problem.question) for problem in problems], count, seed)
     notes = [f"{len(held):,} of {len(problems):,} problems are held out for the loss along the run (seed {seed})"]
     wrong = sum(not is_right(extract(p.solution, p.kind), p.answer, p.kind) for p in problems)
     if wrong:
         notes.append(f"{wrong:,} of {len(problems):,} solutions of {name} do not end in the row's own answer")
-    return ArithmeticData(
-        name,
-        [problem for row, problem in enumerate(problems) if row not in held],
-        [problems[row] for row in sorted(held)],
-        tuple(notes),
-    )
+    train = [problem for row, problem in enumerate(problems) if row not in held]
+    return ArithmeticData(name, train, [problems[row] for row in sorted(held)], tuple(notes))
 
 
 def seen_in_training(train: Sequence[Problem], test: Sequence[Problem]) -> int:
     """Counts the test questions that are also in the training data, up to case and blanks."""
     return shared([text_key(problem.question) for problem in train], [text_key(problem.question) for problem in test])
-
-
-def _spec(name: str, split: Split) -> ArithmeticSpec:
-    if name not in ARITHMETIC:
-        raise DataError(f"unknown arithmetic set {name!r}; there are {', '.join(ARITHMETIC)}.")
-    if split not in ARITHMETIC[name].splits:
-        others = TRAINING_SETS if split == "train" else TEST_SETS
-        raise DataError(f"{name} has no {split} split; {', '.join(others)} have.")
-    return ARITHMETIC[name]
 
 
 def _file(spec: ArithmeticSpec, split: Split, given: Path) -> Path:
@@ -186,28 +177,10 @@ def _file(spec: ArithmeticSpec, split: Split, given: Path) -> Path:
     return there[0]
 
 
-def _problem(table: Table, row: int, question: str, spec: ArithmeticSpec, split: Split) -> Problem:
-    cells = {name: values[row] for name, values in table.columns.items()}
-    text = _text(table, row, question, cells[question])
-    solution, given = _text(table, row, "output", cells.get("output") or "", True), cells["answer"]
-    if question == "question":  # GSM8K's answer column holds the solution, with calculator marks, and the gold answer
-        reasoning, marks, given = str(given).rpartition("####")
-        if not marks:
-            raise DataError(f"{table.where(row)}: the answer has no '#### ' line; GSM8K's answers end in one.")
-        solution = f"{_CALCULATOR.sub('', reasoning).strip()}\n{ANSWER_LINE.format(given.strip())}"
-    # Math10K has numbers and letters.
-    kind: AnswerKind = "choice" if spec.kind == "choice" or str(given).strip() in set("ABCDE") else "number"
-    with placed(table.where(row)):
-        answer = gold_answer(given, kind)
-    if split == "train" and not solution:
-        raise DataError(f"{table.where(row)}: the solution in column 'output' is empty; mend or drop the row.")
-    context = _text(table, row, "input", cells.get("input") or "", True)
-    return Problem(text, context, solution if split == "train" else "", answer, kind)
-
-
-def _text(table: Table, row: int, column: str, value: object, may_be_empty: bool = False) -> str:
+def _text(table: Table, row: int, column: str, cells: Mapping[str, object], optional: bool = False) -> str:
+    value = cells.get(column) or "" if optional else cells[column]
     if not isinstance(value, str):
         raise DataError(f"{table.where(row)}: column {column!r} holds {value!r:.60}, which is not a text.")
-    if not value.strip() and not may_be_empty:
+    if not value.strip() and not optional:
         raise DataError(f"{table.where(row)}: the text in column {column!r} is empty; mend or drop the row.")
     return value.strip()

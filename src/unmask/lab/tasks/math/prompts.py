@@ -1,7 +1,7 @@
 """Turns word problems into prompts and token ids, for training and for generation.
 
 A prompt is made from a template: a text with ``{instruction}`` and, in most cases, ``{input}`` in a paragraph by itself, which is
-left out if a problem has no further input. In training a completion follows, and only the completion is trained on.
+left out if a problem has no further input.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ def load_template(prompt: str) -> str | None:
 
 
 def render(template: str, instruction: str, context: str = "") -> str:
-    """Fills a template.
-
-    The template holds ``{instruction}`` and may hold ``{input}``. Without a place for the context, it follows the instruction.
+    """Fills a template's ``{instruction}`` and ``{input}``. Without ``{input}``, the context follows the instruction.
 
     Example:
         >>> render("Q: {instruction}\\n\\nGiven: {input}\\n\\nA:", "What is x?")
@@ -79,15 +77,13 @@ class Prompter:
     is added once, if the tokenizer adds it by itself. It is not added if it is a mark of the tokenizer's chat template, as in
     some converted tokenizers. An end token is never added to a prompt. A completion ends in the tokenizer's end token.
 
-    The prompt is ``"alpaca"``, ``"chat"``, or the path of a template.
-
     Raises:
         ConfigError: There is no such template, the tokenizer has no end token, or ``"chat"`` is given for a tokenizer without
             a chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str = "alpaca") -> None:
-        self.tokenizer, self.prompt = tokenizer, prompt
+        self.tokenizer = tokenizer
         self._template = load_template(prompt)
         if self._template is None and not tokenizer.chat_template:
             raise ConfigError("the tokenizer has no chat template; take prompt = alpaca, or a template file.")
@@ -120,9 +116,9 @@ class Prompter:
 
 
 class Completions(Dataset):
-    """Prompts with their completions: ``input_ids``, ``attention_mask``, and ``labels`` that ignore the prompt, unpadded.
+    """Prompts with their completions: ``input_ids``, ``attention_mask``, and ``labels``, unpadded.
 
-    If ``train_on_prompt`` is True, the prompt carries loss too.
+    The labels ignore the prompt, unless ``train_on_prompt`` is True.
 
     Attributes:
         cut: The number of completions that were cut, so that they teach no end.
@@ -171,11 +167,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.
 
 @dataclass(frozen=True)
 class PadRight:
-    """A function that makes a batch of the rows of `Completions`, padded on the right.
-
-    Attributes:
-        pad_id: The padding token.
-    """
+    """A function that makes a batch of the rows of `Completions`, padded on the right with the token ``pad_id``."""
 
     pad_id: int
 

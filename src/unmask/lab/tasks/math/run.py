@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -22,16 +22,14 @@ from unmask.lab.tasks.math.generate import GenerationSettings
 from unmask.lab.tasks.math.outputs import is_of
 from unmask.lab.tasks.math.problems import TEST_SETS, ArithmeticData, load_arithmetic, load_problems, seen_in_training
 from unmask.lab.tasks.math.prompts import IGNORED, Completions, PadRight, Prompter
-from unmask.lab.tasks.math.solve import Solved, SolveSettings, solve
+from unmask.lab.tasks.math.solve import SolveSettings, solve
 from unmask.lab.tasks.protocol import Kind, Request, Scored, Source, Stage
 from unmask.lab.tasks.split import evaluate_splits
 
 SOLVED = "solved"
 """The folder in a run's folder that holds the outputs of each problem."""
 _SOLVE_OPTIONS = ("prompt", "rule")
-_GENERATION_OPTIONS = tuple(
-    field.name for field in fields(GenerationSettings) if field.name not in ("batch_size", "stop")
-)
+_GENERATION_OPTIONS = tuple(f.name for f in fields(GenerationSettings) if f.name not in ("batch_size", "stop"))
 
 
 def token_accuracy(guesses: Any, labels: Any) -> float:
@@ -46,8 +44,7 @@ def token_accuracy(guesses: Any, labels: Any) -> float:
         0.5
     """
     wanted, guessed = np.asarray(labels)[:, 1:], np.asarray(guesses)[:, :-1]
-    counted = wanted != IGNORED
-    return float((guessed == wanted)[counted].mean())
+    return float((guessed == wanted)[wanted != IGNORED].mean())
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,12 @@ class GenerationPrepared:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     train_set: Completions
-    held_out: Completions
+    step_sets: Mapping[str, Dataset]
     collate: PadRight
     notes: tuple[str, ...]
+    main_metric: str
+    greater_is_better: bool
     step_metric: str = "token_accuracy"
-
-    @property
-    def step_sets(self) -> Mapping[str, Dataset]:
-        return {"": self.held_out}
 
     def reduce_logits(self, logits: Any, labels: Any) -> Tensor:
         """Reduces logits to the most likely token at each place, int64 of shape (rows, length)."""
@@ -74,14 +69,6 @@ class GenerationPrepared:
 
     def step_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         return {"token_accuracy": token_accuracy(prediction.predictions, prediction.label_ids)}
-
-    @property
-    def main_metric(self) -> str:
-        return "accuracy" if self.source.test_sets else "loss"
-
-    @property
-    def greater_is_better(self) -> bool:
-        return bool(self.source.test_sets)
 
     def evaluate(self, trainer: Trainer, stage: Stage) -> dict[str, float]:
         """Computes loss and token accuracy on the held-out problems, and solves the test sets after training.
@@ -102,7 +89,7 @@ class GenerationPrepared:
         fresh = not is_of(folder, settings.identity(**identity))  # an earlier run may have left outputs in the folder
         solved = list(solve(trainer.model, self.tokenizer, settings, folder, identity, overwrite=fresh))  # type: ignore[arg-type]
         metrics |= {f"{one.name}_{key}": value for one in solved for key, value in one.metrics().items()}
-        return metrics | {"accuracy": mean_accuracy(solved)}
+        return metrics | {"accuracy": fmean(one.accuracy for one in solved)}
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -121,12 +108,9 @@ class GenerationTask:
     name: str
     data: ArithmeticData | None = None
     request: Request | None = None
+    notes: tuple[str, ...] = ()
     num_labels: None = None
     label_names: None = None
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.data.notes if self.data else ()
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> GenerationPrepared:
         assert self.data is not None, "the task comes from `load`"
@@ -149,7 +133,17 @@ class GenerationTask:
                     f"{seen:,} of {len(test):,} questions of {name} are in the training data: its score is too good."
                 )
         collate = PadRight(int(tokenizer.pad_token_id))  # type: ignore[arg-type]  # `load_base` sets it
-        return GenerationPrepared(source, tokenizer, length, train, held_out, collate, tuple(notes))
+        return GenerationPrepared(
+            source,
+            tokenizer,
+            length,
+            train,
+            step_sets={"": held_out},
+            collate=collate,
+            notes=tuple(notes),
+            main_metric="accuracy" if source.test_sets else "loss",
+            greater_is_better=bool(source.test_sets),
+        )
 
     def score(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any], batch_size: int
@@ -160,26 +154,14 @@ class GenerationTask:
         path, base = self.request.delta, self.request.model
         default = Path("runs") / SOLVED / Path(base).name if path is None else Path(path).parent / SOLVED
         delta = None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        output, overwrite = Path(self.request.output or default), self.request.overwrite
         solved = []
-        found = solve(
-            model,
-            tokenizer,
-            settings,
-            Path(self.request.output or default),
-            {"model": base, "delta": delta},
-            overwrite=self.request.overwrite,
-            console=Console(stderr=True),
-        )
-        for one in found:
+        for one in solve(model, tokenizer, settings, output, {"model": base, "delta": delta}, overwrite=overwrite):
             solved.append(one)
             yield Scored(one.name, one.count, one.metrics())
         if len(solved) > 1:
-            yield Scored("mean of the sets", sum(one.count for one in solved), {"accuracy": mean_accuracy(solved)})
-
-
-def mean_accuracy(solved: Sequence[Solved]) -> float:
-    """Returns the mean over sets, in which each set has the same weight."""
-    return sum(one.accuracy for one in solved) / len(solved)
+            mean = fmean(one.accuracy for one in solved)  # each set has the same weight
+            yield Scored("mean of the sets", sum(one.count for one in solved), {"accuracy": mean})
 
 
 def load(source: Source) -> GenerationTask:
@@ -188,7 +170,7 @@ def load(source: Source) -> GenerationTask:
     if source.test_sets:
         for name in _settings(source).sets:
             load_problems(name, "test", source.data_dir)
-    return GenerationTask(data.name, data)
+    return GenerationTask(data.name, data, notes=data.notes)
 
 
 def reload(described: Mapping[str, Any], request: Request) -> GenerationTask:
@@ -220,21 +202,14 @@ def _requested(described: Mapping[str, Any], request: Request, batch_size: int) 
             f"unknown setting {unknown[0]!r}; word problems have {', '.join((*_SOLVE_OPTIONS, *_GENERATION_OPTIONS))}."
         )
     generation: dict[str, Any] = {}
-    for key in _GENERATION_OPTIONS:
-        if key not in options:
-            continue
+    for key in [key for key in _GENERATION_OPTIONS if key in options]:
         value, kind = options.pop(key), type(getattr(GenerationSettings(), key))
         try:
             generation[key] = kind(value)
         except ValueError as error:
             raise ConfigError(f"{key} = {value!r} must be of type {kind.__name__}.") from error
-    return SolveSettings(
-        sets,
-        request.data_dir,
-        limit=request.limit,
-        generation=GenerationSettings(batch_size=batch_size, **generation),
-        **options,
-    )
+    settings = GenerationSettings(batch_size=batch_size, **generation)
+    return SolveSettings(sets, request.data_dir, limit=request.limit, generation=settings, **options)
 
 
 GENERATION = Kind("generation", load, reload, eval_batches=1)

@@ -68,15 +68,7 @@ class SolveSettings:
 
 @dataclass(frozen=True)
 class Solved:
-    """The outcome on one test set.
-
-    Attributes:
-        name: The set's name.
-        count: The number of problems.
-        right: The number of right answers.
-        unanswered: The number of outputs without any answer.
-        cut: The number of outputs that reached ``max_new_tokens``.
-    """
+    """The outcome on one test set: the numbers of problems, right answers, outputs without an answer, and cut outputs."""
 
     name: str
     count: int
@@ -90,7 +82,7 @@ class Solved:
         return self.right / self.count
 
     def metrics(self) -> dict[str, float]:
-        """Returns the accuracy and the shares of outputs without an answer and at full length, as fractions."""
+        """Returns the accuracy, and the shares of outputs without an answer and of those cut at ``max_new_tokens``."""
         return {"accuracy": self.accuracy, "unanswered": self.unanswered / self.count, "cut": self.cut / self.count}
 
 
@@ -107,10 +99,9 @@ def solve(
     """Solves test sets one after the other.
 
     Every output is kept in ``output/SET.jsonl``, and the outcomes in ``scores.json``. Outputs that are in these files already
-    are not generated again, so a run that was killed continues where it was.
-
-    ``identity`` holds the JSON values that tell this model from others: outputs of another model are refused, unless
-    ``overwrite`` deletes them. Without a console, the progress bar is drawn on standard error.
+    are not generated again, so a run that was killed continues where it was. ``identity`` holds the JSON values that tell this
+    model from others: outputs of another model are refused, unless ``overwrite`` deletes them. Without a console, the progress
+    bar is drawn on standard error.
 
     Yields:
         The outcome of each set, as soon as it is solved.
@@ -123,12 +114,12 @@ def solve(
     problems = {name: load_problems(name, "test", settings.data_dir)[: settings.limit] for name in settings.sets}
     files = [*(f"{name}.jsonl" for name in TEST_SETS), SCORES]
     claim(output, settings.identity(**identity), files, overwrite)
+    path = output / SCORES
     for name, wanted in problems.items():
         solved = _solve_set(model, prompter, name, wanted, settings, OutputFile(output / f"{name}.jsonl"), console)
-        with refusing(DataError, repr(str(output / SCORES)), "Delete it, or give another --output."):
-            scores = fields({})(read_json(output / SCORES), "the scores") if (output / SCORES).is_file() else {}
-        outcome = {solved.name: {**asdict(solved), "accuracy": solved.accuracy}}
-        write_json(output / SCORES, scores | outcome, indent=2)
+        with refusing(DataError, repr(str(path)), "Delete it, or give another --output."):
+            scores = fields({})(read_json(path), "the scores") if path.is_file() else {}
+        write_json(path, {**scores, name: {**asdict(solved), "accuracy": solved.accuracy}}, indent=2)
         yield solved
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from unmask.errors import DataError
-from unmask.lab.tasks.tables import DAMAGED, listing, open_text
+from unmask.lab.tasks.tables import listing, open_text
 from unmask.lab.tasks.tags.spans import is_tag
 from unmask.lab.tasks.tags.spec import Sentences, normalised
 from unmask.reading import shown
 
 SUFFIXES = (".conll", ".txt", ".bio", ".iob", ".iob2", ".tsv")
-_DOCUMENT = "-DOCSTART-"
 _BLANK = " \t\r\n\ufeff"  # a byte-order mark may stand alone on a line, where files were joined
-_Line = tuple[str, str] | None  # a word and its tag; None stands between sentences
 
 
 def read_conll(path: Path) -> tuple[Sentences, tuple[str, ...]]:
@@ -34,32 +31,13 @@ def read_conll(path: Path) -> tuple[Sentences, tuple[str, ...]]:
         raise DataError(f"there is no file {str(path)!r}; {listing(path.parent)}.")
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
-    try:
-        for line in _lines(path):
-            if line is not None:
-                words[-1].append(line[0])
-                tags[-1].append(line[1])
-            elif words[-1]:
-                words.append([])
-                tags.append([])
-    except DataError:
-        raise
-    except DAMAGED as error:
-        raise DataError(f"{str(path)!r} cannot be read (in UTF-8): {error}") from error
-    if not words[-1]:
-        words.pop()
-        tags.pop()
-    if not words:
-        raise DataError(f"{str(path)!r} is empty: it holds no words.")
-    return normalised(words, tags, path.name)
-
-
-def _lines(path: Path) -> Iterator[_Line]:
     width = 0
-    with open_text(path, newline="\n") as file:
+    with open_text(path, "conll") as file:
         for number, text in enumerate(file, 1):
-            if not text.strip(_BLANK) or text.startswith(_DOCUMENT):
-                yield None
+            if not text.strip(_BLANK) or text.startswith("-DOCSTART-"):
+                if words[-1]:
+                    words.append([])
+                    tags.append([])
                 continue
             text = text.rstrip("\r\n")
             # split() is not used, because a no-break space may be part of a word.
@@ -78,4 +56,11 @@ def _lines(path: Path) -> Iterator[_Line]:
                     f"{path}, line {number}: {shown(tag)} is not a tag; the last column must be O, B-type or I-type (IOB1 "
                     "or IOB2). Convert other schemes (BIOES, BILOU) first."
                 )
-            yield word, tag
+            words[-1].append(word)
+            tags[-1].append(tag)
+    if not words[-1]:
+        words.pop()
+        tags.pop()
+    if not words:
+        raise DataError(f"{str(path)!r} is empty: it holds no words.")
+    return normalised(words, tags, path.name)

@@ -6,19 +6,18 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from unmask.errors import DataError
-from unmask.lab.tasks.hub import EVALUATION_SPLITS, HubSource, Origin, load_splits, origin_of, split_table
+from unmask.lab.tasks.hub import EVALUATION_SPLITS, HubSource, Origin, origin_of, split_table
 from unmask.lab.tasks.split import hold_out_a_tenth, shared, unofficial
-from unmask.lab.tasks.tables import Table, listed, listing, only_file, placed, plain_name, read_table, suffix_of
+from unmask.lab.tasks.tables import Table, listed, listing, placed, read_table, suffix_of, task_files
 from unmask.lab.tasks.tags.conll import SUFFIXES, read_conll
 from unmask.lab.tasks.tags.spans import is_tag
 from unmask.lab.tasks.tags.spec import Sentences, TagData, TagSpec, normalised
 
 CUSTOM_NER = "ner"
 """The name of every task that is made of the user's own files."""
-_Loaded = tuple[Sentences, tuple[str, ...]]  # the sentences of a split, and notes
+_Split = tuple[Sentences, tuple[str, ...]]  # the sentences of a split, and notes
 _TABLES = (".jsonl", ".json", ".parquet")  # the formats of tables whose cells can hold lists
 _FORMATS = (*SUFFIXES, *_TABLES)
-_ENDINGS = tuple(suffix + zipped for suffix in ("", *SUFFIXES) for zipped in ("", ".gz"))
 
 # The names of a split's file, without the suffix. The data sets' own names come first.
 _FILES: Mapping[str, tuple[str, ...]] = {
@@ -57,9 +56,9 @@ def load_ner(
 
     Args:
         name: The task: conll2003 or wnut17, or ner for a folder of the user's own.
-        data_dir: The folder of the column files, or the folder that holds it. The files are named as the data sets name
-            them (``eng.train``, ``emerging.dev.conll``), or ``train``, ``dev`` (or ``valid``) and ``test`` with a suffix of
-            ``.conll``, ``.txt``, ``.bio``, ``.iob``, ``.iob2``, ``.tsv``. None means the Hugging Face hub.
+        data_dir: The folder of the column files, or the folder that holds it. The files have the data sets' own names
+            (``eng.train``, ``emerging.dev.conll``), or are ``train``, ``dev`` (or ``valid``) and ``test`` with a suffix of
+            `load_tagged`. None means the Hugging Face hub.
         need_train: False is for evaluation: the folder may lack the training file, and the training split is then empty.
         spec: The task ner of a trained delta; None takes the entity types that training shows.
 
@@ -76,12 +75,17 @@ def load_ner(
         )
     known = spec or NER.get(name)
     if data_dir is not None:
-        loaded = _load_folder(name, Path(data_dir), need_train or known is None)
+        folder, paths = task_files(Path(data_dir), name, NER, _FILES, ("", *SUFFIXES))
+        lacking = ["train"] if (need_train or known is None) and "train" not in paths else []
+        lacking += [] if paths.keys() - {"train"} else ["dev"]
+        if lacking:
+            raise DataError(
+                f"{name} needs a file {' and a file '.join(lacking)} ({', '.join(SUFFIXES)}); {listing(folder)}."
+            )
+        loaded = {split: read_conll(path) for split, path in paths.items()}
     elif known is not None and known.hub is not None:
-        hub, instead = known.hub, "give the folder of the task's files with data_dir"
-        splits = load_splits(hub.path, hub.config, instead, hub.revision)
-        columns, ours = (hub.texts[0], hub.label), {"train": hub.train, **{ours: theirs for theirs, ours in hub.evals}}
-        loaded = {name: _of_table(split_table(splits, ours[name], hub.path, columns), *columns) for name in ours}
+        columns = (known.hub.texts[0], known.hub.label)
+        loaded = {split: _of_table(table, *columns) for split, table in known.hub.tables().items()}
     else:
         raise DataError(f"task {name!r} is your own: give the folder of its files with data_dir, or a file with data.")
     return _task(known or TagSpec(CUSTOM_NER, loaded["train"][0].types), loaded)
@@ -137,15 +141,15 @@ def _columns(words: str | None, tags: str | None) -> tuple[tuple[str, ...], tupl
     return (words,) if words else ("tokens", "words"), (tags,) if tags else ("ner_tags", "tags")
 
 
-def _task(spec: TagSpec, loaded: Mapping[str, _Loaded]) -> TagData:
+def _task(spec: TagSpec, loaded: Mapping[str, _Split]) -> TagData:
     """Puts the splits together, and checks each against the task's types."""
     for split, (sentences, _) in loaded.items():
         unknown = sorted(set(sentences.types) - set(spec.types))
         if unknown:
-            shown = " (what training shows)" if spec.name == CUSTOM_NER else ""
+            origin = " (what training shows)" if spec.name == CUSTOM_NER else ""
             raise DataError(
                 f"task {spec.name!r}: the {split} split has entities of type {listed(unknown[:1])!r}; the task's types are "
-                f"{listed(spec.types)}{shown}."
+                f"{listed(spec.types)}{origin}."
             )
     train = loaded["train"][0] if "train" in loaded else Sentences([], [])
     evals = {split: sentences for split, (sentences, _) in loaded.items() if split != "train"}
@@ -154,30 +158,11 @@ def _task(spec: TagSpec, loaded: Mapping[str, _Loaded]) -> TagData:
         count = shared(train.keys, sentences.keys)
         if count:
             notes.append(f"{count:,} of {len(sentences):,} {split} sentences are in the training data too")
-    sizes = {split: len(sentences) for split, (sentences, _) in loaded.items() if split in spec.sizes}
-    return TagData(spec, train, evals, (*notes, *unofficial(spec.name, "sentences", sizes, spec.sizes)))
+    notes += unofficial(spec.name, "sentences", {"train": train, **evals}, spec.sizes)
+    return TagData(spec, train, evals, tuple(notes))
 
 
-def _load_folder(name: str, given: Path, need_train: bool) -> dict[str, _Loaded]:
-    """Reads the splits that a folder, or the task's folder in it, has of train, dev and test."""
-    if not given.is_dir():
-        raise DataError(f"there is no data folder {str(given)!r}; {listing(given.parent)}.")
-    inside = [path for path in sorted(given.iterdir()) if path.is_dir() and plain_name(path.resolve().name) == name]
-    folder = inside[0] if inside else given
-    other = plain_name(folder.resolve().name)
-    if other in NER and other != name:  # the tasks share one format, so the wrong one would load without complaint
-        raise DataError(f"{str(given)!r} is the folder of {other}, not of {name}.")
-    paths = {split: only_file(folder, stems, _ENDINGS) for split, stems in _FILES.items()}
-    lacking = ["train"] if need_train and paths["train"] is None else []
-    lacking += [] if paths["dev"] or paths["test"] else ["dev"]
-    if lacking:
-        raise DataError(
-            f"{name} needs a file {' and a file '.join(lacking)} ({', '.join(SUFFIXES)}); {listing(folder)}."
-        )
-    return {split: read_conll(path) for split, path in paths.items() if path is not None}
-
-
-def _read(origin: Origin, splits: Sequence[str], words: Sequence[str], tags: Sequence[str]) -> _Loaded:
+def _read(origin: Origin, splits: Sequence[str], words: Sequence[str], tags: Sequence[str]) -> _Split:
     """Reads sentences from a column file, a table with such columns, or the first of these splits that a hub data set has."""
     if origin.splits is not None:
         split = origin.first_of(splits)
@@ -199,8 +184,9 @@ def _pick(columns: Collection[str], names: Sequence[str]) -> str:
     return next((name for name in names if name in columns), names[0])
 
 
-def _of_table(table: Table, words: str, tags: str) -> _Loaded:
-    kept: list[tuple[list[str], list[str]]] = []
+def _of_table(table: Table, words: str, tags: str) -> _Split:
+    kept_words: list[list[str]] = []
+    kept_tags: list[list[str]] = []
     for row, cells in enumerate(zip(table.column(words), table.column(tags), strict=True)):
         if not isinstance(cells[0], list) or not isinstance(cells[1], list) or len(cells[0]) != len(cells[1]):
             raise DataError(
@@ -212,7 +198,8 @@ def _of_table(table: Table, words: str, tags: str) -> _Loaded:
             if not is_tag(str(tag)):
                 raise DataError(f"{table.where(row)}: {tag!r:.60} is not a tag; tags are O, B-type or I-type, as text.")
         if cells[0]:  # the hub's WNUT17 has a sentence without words
-            kept.append((list(cells[0]), list(cells[1])))
-    found, notes = normalised([words for words, _ in kept], [tags for _, tags in kept], table.source)
-    empty = len(table) - len(kept)
+            kept_words.append(list(cells[0]))
+            kept_tags.append(list(cells[1]))
+    found, notes = normalised(kept_words, kept_tags, table.source)
+    empty = len(table) - len(found)
     return found, (*notes, f"{table.source}: {empty} sentences without words are left out") if empty else notes

@@ -9,8 +9,7 @@ from unmask.errors import DataError
 
 Span = tuple[str, int, int]  # entity type, first word, one past the last word
 Tags = Sequence[str]  # the tags of one sentence
-_TAG = re.compile(r"O|[BI]-\S.*")
-_OUTSIDE = "O"
+_TAG = re.compile(r"O|[BI]-\S.*")  # The entity type of a tag is tag[2:], which is empty for O.
 
 
 def is_tag(text: str) -> bool:
@@ -23,32 +22,19 @@ def is_tag(text: str) -> bool:
     return _TAG.fullmatch(text) is not None
 
 
-def type_of(tag: str) -> str | None:
-    """Returns the entity type of a tag, or None for ``O``.
-
-    Example:
-        >>> type_of("I-creative-work"), type_of("O")
-        ('creative-work', None)
-    """
-    return None if tag == _OUTSIDE else tag[2:]
-
-
 def starts(tags: Tags, strict: bool = False) -> list[bool]:
     """Returns, for each word, True if an entity begins there.
 
-    Args:
-        tags: The sentence's tags.
-        strict: If True, only ``B-`` begins an entity. If False, ``I-`` after another type or outside an entity begins one
-            too. This is conlleval's rule, by which both IOB1 and IOB2 are read correctly.
+    If ``strict``, only ``B-`` begins an entity. Else ``I-`` after another type or outside an entity begins one too. This is
+    conlleval's rule, by which both IOB1 and IOB2 are read correctly.
 
     Example:
         >>> starts(["I-PER", "I-PER", "B-PER", "I-LOC", "O"])
         [True, False, True, True, False]
     """
-    before = [_OUTSIDE, *tags]
     return [
-        tag.startswith("B-") or (not strict and tag != _OUTSIDE and type_of(tag) != type_of(last))
-        for last, tag in zip(before, tags, strict=False)
+        tag.startswith("B-") or (not strict and tag != "O" and tag[2:] != last[2:])
+        for last, tag in zip(["O", *tags], tags, strict=False)
     ]
 
 
@@ -64,15 +50,14 @@ def spans(tags: Tags, strict: bool = False) -> list[Span]:
         [('PER', 0, 2)]
     """
     found: list[Span] = []
-    kind, first = None, 0  # the type and the first word of the entity that is open
-    for word, (tag, begins) in enumerate(zip(tags, starts(tags, strict), strict=True)):
-        if kind is not None and (begins or type_of(tag) != kind):
+    kind, first = "", 0  # the type and the first word of the entity that is open; no type if none is
+    closed = [*tags, "O"]  # so that the last entity ends
+    for word, (tag, begins) in enumerate(zip(closed, starts(closed, strict), strict=True)):
+        if kind and (begins or tag[2:] != kind):
             found.append((kind, first, word))
-            kind = None
+            kind = ""
         if begins:
-            kind, first = type_of(tag), word
-    if kind is not None:
-        found.append((kind, first, len(tags)))
+            kind, first = tag[2:], word
     return found
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from unmask.errors import DataError
 from unmask.lab.tasks.hub import HubSource
-from unmask.lab.tasks.split import text_key
-from unmask.lab.tasks.tags.spans import to_iob2, type_of
+from unmask.lab.tasks.split import Loaded, text_key
+from unmask.lab.tasks.tags.spans import to_iob2
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TagSpec:
 
 @dataclass(frozen=True)
 class Sentences:
-    """Words with tags.
+    """Words with tags, which can be split as `unmask.lab.tasks.split.Rows`.
 
     Attributes:
         words: The words of each sentence.
@@ -73,17 +73,14 @@ class Sentences:
 
     @property
     def keys(self) -> list[str]:
-        """The key of each sentence, by which sentences are told apart (see `unmask.lab.tasks.split.text_key`)."""
         return [text_key(" ".join(words), "") for words in self.words]
 
     @property
     def types(self) -> tuple[str, ...]:
         """The entity types that occur, sorted."""
-        found = {type_of(tag) for tags in self.tags for tag in tags}
-        return tuple(sorted(kind for kind in found if kind is not None))
+        return tuple(sorted({tag[2:] for tags in self.tags for tag in tags} - {""}))
 
     def take(self, rows: Sequence[int]) -> Sentences:
-        """Returns the sentences of the given rows, in that order."""
         return Sentences([self.words[row] for row in rows], [self.tags[row] for row in rows])
 
     def by_length(self) -> Sentences:
@@ -91,21 +88,8 @@ class Sentences:
         return self.take(sorted(range(len(self)), key=lambda row: len(self.words[row])))
 
 
-@dataclass(frozen=True)
-class TagData:
-    """A loaded task of tagging.
-
-    Attributes:
-        spec: The task.
-        train: The training split, which may be empty if only evaluation was asked for.
-        evals: The evaluation splits by name, the main one first.
-        notes: The facts that the user should know about the loading.
-    """
-
-    spec: TagSpec
-    train: Sentences
-    evals: Mapping[str, Sentences]
-    notes: tuple[str, ...] = ()
+TagData = Loaded[TagSpec, Sentences]
+"""A loaded task of tagging."""
 
 
 def normalised(words: list[list[str]], tags: list[list[str]], source: str) -> tuple[Sentences, tuple[str, ...]]:
@@ -119,22 +103,17 @@ def normalised(words: list[list[str]], tags: list[list[str]], source: str) -> tu
         ('a.txt: IOB1, read as IOB2',)
     """
     fixed = [to_iob2(sentence) for sentence in tags]
-    changed = _differ(tags, fixed)
-    if not changed:
+    if fixed == tags:
         return Sentences(words, fixed), ()
     iob1 = [  # which has B- only after an entity of the same type
         [
-            f"I-{tag[2:]}" if tag.startswith("B-") and type_of(tag) != type_of(last) else tag
+            f"I-{tag[2:]}" if tag.startswith("B-") and tag[2:] != last[2:] else tag
             for last, tag in zip(["O", *sentence], sentence, strict=False)
         ]
         for sentence in fixed
     ]
-    if not _differ(tags, iob1):
-        note = f"{source}: IOB1, read as IOB2"
-    else:
-        note = f"{source}: {changed:,} tags I- continue no entity of their type; each is taken as the beginning of one"
+    if iob1 == tags:
+        return Sentences(words, fixed), (f"{source}: IOB1, read as IOB2",)
+    stray = sum(a != b for x, y in zip(tags, fixed, strict=True) for a, b in zip(x, y, strict=True))
+    note = f"{source}: {stray:,} tags I- continue no entity of their type; each is taken as the beginning of one"
     return Sentences(words, fixed), (note,)
-
-
-def _differ(left: Iterable[Sequence[str]], right: Iterable[Sequence[str]]) -> int:
-    return sum(a != b for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True))

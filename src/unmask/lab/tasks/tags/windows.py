@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from unmask.errors import ConfigError
-from unmask.lab.tasks.tags.spans import spans
+from unmask.lab.tasks.tags.spans import score, spans
 from unmask.lab.tasks.tags.spec import Sentences
 
 IGNORED = -100
@@ -20,13 +21,7 @@ _PAUSES = frozenset(".,;:!?")
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a sentence that fits the model.
-
-    Attributes:
-        sentence: The number of the sentence, from 0.
-        start: The first word.
-        stop: One past the last word.
-    """
+    """A part of a sentence that fits the model: the words ``start`` to ``stop - 1``. All three numbers count from 0."""
 
     sentence: int
     start: int
@@ -34,15 +29,10 @@ class Window:
 
 
 def cut(pieces: Sequence[int], limit: int, breaks: Sequence[bool], least: float = 0) -> list[tuple[int, int]]:
-    """Cuts a sentence into runs of words that fit.
+    """Cuts a sentence, given the number of each word's pieces, into runs of words that have at most ``limit`` pieces.
 
-    Each run ends at the last good place, or is as long as possible. A word that is longer than the limit is a run by itself.
-
-    Args:
-        pieces: The number of word pieces of each word.
-        limit: The greatest number of pieces in a run.
-        breaks: For each word, True if a cut before it is good.
-        least: The fewest pieces that a run must have if it ends at a good place.
+    A run ends at the last good place that leaves it ``least`` pieces, or is as long as possible. ``breaks`` is True for each
+    word before which a cut is good. A word that is longer than the limit is a run by itself.
 
     Returns:
         Pairs (first word, one past the last word), without gaps or overlaps.
@@ -98,7 +88,18 @@ class Windows(Dataset):
             )
         if limit < 1:
             raise ConfigError(f"max_length = {max_length} leaves no room for a word; raise it.")
-        words, pieces = _visible(sentences.words, tokenizer)
+
+        def encode(rows: list[list[str]], **options: Any) -> BatchEncoding:
+            return tokenizer(rows, is_split_into_words=True, **options) if rows else BatchEncoding()
+
+        # The words as the tokenizer is to get them, and the number of pieces of each, which is 1 or more.
+        words, pieces = [], []
+        unknown = tokenizer.unk_token or "?"
+        alone = encode(sentences.words, add_special_tokens=False, verbose=False)
+        for row, sentence in enumerate(sentences.words):
+            counts = Counter(alone.word_ids(row))
+            words.append([word if counts[place] else unknown for place, word in enumerate(sentence)])
+            pieces.append([counts[place] or 1 for place in range(len(sentence))])
         if training:  # in IOB2, a cut before an I- is inside an entity
             breaks = [[not tag.startswith("I-") for tag in sentence] for sentence in sentences.tags]
         else:
@@ -110,8 +111,7 @@ class Windows(Dataset):
         ]
         parts = [words[w.sentence][w.start : w.stop] for w in self.windows]
         # Truncation reaches only a word that alone is longer than the limit.
-        options = {"is_split_into_words": True, "truncation": True, "max_length": max_length}
-        encoded = tokenizer(parts, **options) if parts else BatchEncoding()
+        encoded = encode(parts, truncation=True, max_length=max_length)
         self._inputs = dict(encoded)
         words_of = [encoded.word_ids(row) for row in range(len(parts))]  # the word of each piece
         self._firsts = [
@@ -137,6 +137,10 @@ class Windows(Dataset):
             tags[window.sentence] += [self._names[int(ids[place])] for place in places]
         return tags
 
+    def score(self, predictions: Iterable[Sequence[int]]) -> dict[str, float]:
+        """Computes the metrics of the sentences (see `unmask.lab.tasks.tags.spans.score`) from such class ids."""
+        return score(self.sentences.tags, self.tags_of(predictions))
+
     def note(self, split: str) -> str | None:
         """Tells the user how many sentences were cut; None if none was."""
         starts = [window for window in self.windows if window.start > 0]
@@ -150,20 +154,3 @@ class Windows(Dataset):
             f"{split}: {count:,} of {len(self.sentences):,} sentences are longer than the model's input and are cut into "
             f"{count + len(starts):,} parts, no word left out; {across:,} entities lie across a cut"
         )
-
-
-def _visible(sentences: list[list[str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[str]], list[list[int]]]:
-    """Returns the words as the tokenizer is to get them, and the number of pieces of each, which is 1 or more."""
-    if not sentences:
-        return [], []
-    encoded = tokenizer(sentences, is_split_into_words=True, add_special_tokens=False, verbose=False)
-    unknown = tokenizer.unk_token or "?"
-    words, pieces = [], []
-    for row, sentence in enumerate(sentences):
-        counts = [0] * len(sentence)
-        for word in encoded.word_ids(row):
-            if word is not None:
-                counts[word] += 1
-        words.append([word if count else unknown for word, count in zip(sentence, counts, strict=True)])
-        pieces.append([count or 1 for count in counts])
-    return words, pieces

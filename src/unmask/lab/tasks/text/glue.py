@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from unmask.errors import DataError
-from unmask.lab.tasks.hub import HubSource, load_splits, split_table
+from unmask.lab.tasks.hub import HubSource
 from unmask.lab.tasks.split import unofficial
-from unmask.lab.tasks.text.glue_files import load_folder
+from unmask.lab.tasks.tables import SUFFIXES, listed, listing, read_table, suffix_of, task_files
 from unmask.lab.tasks.text.labels import examples
 from unmask.lab.tasks.text.spec import Examples, TaskData, TaskSpec
 
-_HUB = "nyu-mll/glue"
+_TWO = (("sentence1", "#1 String", "text_a"), ("sentence2", "#2 String", "text_b"))
 _NLI2 = ("entailment", "not_entailment")
 _NLI3 = ("entailment", "neutral", "contradiction")
 _PAIR = ("sentence1", "sentence2")
@@ -25,38 +26,60 @@ def _spec(
     texts: tuple[str, ...],
     labels: tuple[str, ...] | None,
     metrics: tuple[str, ...],
+    sizes: tuple[int, ...],
     evals: tuple[tuple[str, str], ...] = (("validation", "dev"),),
 ) -> TaskSpec:
-    """Makes a task whose main metric is the first, with the hub's column names; without labels it has STS-B's range."""
-    source = HubSource(_HUB, name, texts, evals=evals)
+    """Makes a task whose main metric is the first, with the hub's column names; without labels it has STS-B's range.
+
+    ``sizes`` are the numbers of examples on the hub, those of the training split first.
+    """
+    source = HubSource("nyu-mll/glue", name, texts, evals=evals)
     count, bounds = (1, (0.0, 5.0)) if labels is None else (len(labels), None)
-    return TaskSpec(name, texts, count, labels, metrics, metrics[0], bounds, source)
+    official = dict(zip(("train", *(ours for _, ours in evals)), sizes, strict=True))
+    return TaskSpec(name, texts, count, labels, metrics, metrics[0], bounds, source, official)
 
 
 GLUE: Mapping[str, TaskSpec] = {
     spec.name: spec
     for spec in (
-        _spec("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
-        _spec("sst2", ("sentence",), ("negative", "positive"), ("accuracy",)),
-        _spec("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
-        _spec("rte", _PAIR, _NLI2, ("accuracy",)),
-        _spec("stsb", _PAIR, None, _CORRELATIONS),
-        _spec("qnli", ("question", "sentence"), _NLI2, ("accuracy",)),
-        _spec("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
-        _spec("mnli", ("premise", "hypothesis"), _NLI3, ("accuracy",), _TWO_DEVS),
+        _spec("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",), (8_551, 1_043)),
+        _spec("sst2", ("sentence",), ("negative", "positive"), ("accuracy",), (67_349, 872)),
+        _spec("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1"), (3_668, 408)),
+        _spec("rte", _PAIR, _NLI2, ("accuracy",), (2_490, 277)),
+        _spec("stsb", _PAIR, None, _CORRELATIONS, (5_749, 1_500)),
+        _spec("qnli", ("question", "sentence"), _NLI2, ("accuracy",), (104_743, 5_463)),
+        _spec("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1"), (363_846, 40_430)),
+        _spec("mnli", ("premise", "hypothesis"), _NLI3, ("accuracy",), (392_702, 9_815, 9_832), _TWO_DEVS),
     )
 }
 
-# The numbers of training and development examples (for MNLI matched and mismatched) on the hub.
-_OFFICIAL: Mapping[str, Mapping[str, int]] = {
-    "cola": {"train": 8_551, "dev": 1_043},
-    "sst2": {"train": 67_349, "dev": 872},
-    "mrpc": {"train": 3_668, "dev": 408},
-    "rte": {"train": 2_490, "dev": 277},
-    "stsb": {"train": 5_749, "dev": 1_500},
-    "qnli": {"train": 104_743, "dev": 5_463},
-    "qqp": {"train": 363_846, "dev": 40_430},
-    "mnli": {"train": 392_702, "dev_matched": 9_815, "dev_mismatched": 9_832},
+
+@dataclass(frozen=True)
+class _Layout:
+    """The layout of a task's files. Of several names for a column, the first one that the file has is taken."""
+
+    folder: str  # the official name of the task's folder
+    texts: tuple[tuple[str, ...], ...]  # the names of each text's column
+    label: tuple[str, ...] = ("label",)
+    header: tuple[str, ...] | None = None  # the column names of tsv files that have no header line
+    evals: tuple[str, ...] = ("dev",)  # the evaluation files, of which one is enough
+    defects: bool = False  # as on the hub, rows that are cut short are left out, and one text of a row may be empty
+
+
+_LAYOUTS: Mapping[str, _Layout] = {
+    "cola": _Layout("CoLA", (("sentence", "text_a"),), header=("source", "label", "mark", "sentence")),
+    "sst2": _Layout("SST-2", (("sentence", "text_a"),)),
+    "mrpc": _Layout("MRPC", _TWO, ("label", "Quality")),
+    "rte": _Layout("RTE", _TWO),
+    "stsb": _Layout("STS-B", _TWO, ("label", "score")),
+    "qnli": _Layout("QNLI", (("question", "text_a"), ("sentence", "text_b"))),
+    "qqp": _Layout("QQP", (("question1", "text_a"), ("question2", "text_b")), ("label", "is_duplicate"), defects=True),
+    "mnli": _Layout(
+        "MNLI",
+        (("premise", "sentence1", "text_a"), ("hypothesis", "sentence2", "text_b")),
+        ("label", "gold_label"),
+        evals=("dev_matched", "dev_mismatched", "dev"),
+    ),
 }
 
 
@@ -80,17 +103,35 @@ def load_glue(name: str, data_dir: str | Path | None = None, *, need_train: bool
     if name not in GLUE:
         raise DataError(f"unknown GLUE task {name!r}; there are {', '.join(sorted(GLUE))}.")
     spec = GLUE[name]
+    splits: dict[str, Examples] = {}
+    notes: list[str] = []
+    layout = _LAYOUTS[name]
     if data_dir is not None:
-        train, evals, notes = load_folder(spec, Path(data_dir), need_train)
+        stems = {split: (split,) for split in ("train", *layout.evals)}
+        folder, paths = task_files(Path(data_dir), name, _LAYOUTS, stems, SUFFIXES)
+        if folder == Path(data_dir) and not paths:
+            raise DataError(f"there is neither a folder {layout.folder!r} nor train.tsv: {listing(folder)}.")
+        lacking = [] if paths.keys() - {"train"} else [layout.evals[0]]
+        lacking += ["train"] if need_train and "train" not in paths else []
+        if lacking:
+            raise DataError(f"{name} needs {' and '.join(f'{split}.tsv' for split in lacking)}; {listing(folder)}.")
+        for split, path in paths.items():
+            table = read_table(path, layout.header if suffix_of(path) == ".tsv" else None, skip_short=layout.defects)
+            columns = []
+            for names in (*layout.texts, layout.label):
+                there = [name for name in names if name in table.columns]
+                if not there:
+                    either = " or ".join(map(repr, names))
+                    raise DataError(f"{path} has no column {either}; its columns are {listed(table.columns)}.")
+                columns.append(there[0])
+            splits[split] = examples(spec, table, columns[:-1], columns[-1], keep_empty=layout.defects)
+            if table.skipped:
+                notes.append(f"{path.name}: {table.skipped} rows that are cut short are left out, as on the hub")
     else:
         hub = spec.hub
         assert hub is not None, "each task of the table is on the hub"
-        splits = load_splits(hub.path, hub.config, "give the folder of the task's files with data_dir")
-
-        def split(name: str) -> Examples:
-            table = split_table(splits, name, f"{hub.path}:{hub.config}", (*hub.texts, hub.label))
-            return examples(spec, table, hub.texts, hub.label, keep_empty=spec.name == "qqp")
-
-        train, evals, notes = split(hub.train), {ours: split(theirs) for theirs, ours in hub.evals}, ()
-    sizes = {split: len(found) for split, found in {"train": train, **evals}.items() if len(found)}
-    return TaskData(spec, train, evals, (*notes, *unofficial(name, "examples", sizes, _OFFICIAL[name])))
+        for split, table in hub.tables().items():
+            splits[split] = examples(spec, table, hub.texts, hub.label, keep_empty=layout.defects)
+    notes += unofficial(name, "examples", splits, spec.sizes)
+    train = splits.pop("train", Examples([], [] if len(spec.text_columns) > 1 else None, []))
+    return TaskData(spec, train, splits, tuple(notes))

@@ -18,14 +18,9 @@ _MOST_SHOWN = 12
 
 
 def examples(spec: TaskSpec, table: Table, columns: Sequence[str], label: str, keep_empty: bool = False) -> Examples:
-    """Builds examples from a table, and checks each.
+    """Builds examples from a table with one or two text columns and a label column, and checks each.
 
-    Args:
-        spec: The task, which says what labels there are.
-        table: The rows.
-        columns: The text columns, one or two.
-        label: The label column.
-        keep_empty: Accepts a pair of which one text is empty.
+    ``keep_empty`` accepts a pair of which one text is empty.
 
     Raises:
         DataError: A column is missing, a text is empty, or a label is none of the task's.
@@ -52,11 +47,7 @@ def examples(spec: TaskSpec, table: Table, columns: Sequence[str], label: str, k
 
 
 def decode(spec: TaskSpec, value: Any) -> int | float:
-    """Reads one label.
-
-    Args:
-        spec: The task, which says what labels there are.
-        value: A class name, a class id or a real number, as text or as a number.
+    """Reads one label of a task: a class name, a class id or a real number, as text or as a number.
 
     Returns:
         A class id in 0 to num_labels - 1, or a real number for regression.
@@ -124,12 +115,9 @@ def infer_spec(
     num_labels: int | None = None,
     names: Sequence[str] | None = None,
 ) -> TaskSpec:
-    """Infers a task from the labels of a training table.
+    """Infers a task from the labels of a training table, as `load_files` explains.
 
-    Text labels are class names (with ids in sorted order), and whole numbers are class ids. Numbers of which at least one
-    has a fraction make a regression.
-
-    If ``names`` are given (in the order of their ids), the labels are such names. `load_files` explains ``num_labels``.
+    If ``names`` are given (in the order of their ids), the labels are such names.
 
     Raises:
         DataError: A label is missing, a text is among numbers, the ids do not run from 0, or there are fewer than two
@@ -143,34 +131,32 @@ def infer_spec(
             )
     numbers = [number_of(value) for value in values]
     what = f"{table.source}: column {label!r}"
-    if names is not None:
-        return _classes(what, columns, tuple(names), num_labels)
-    if all(number is None for number in numbers):
-        return _classes(what, columns, tuple(sorted({str(value).strip() for value in values})), num_labels)
-    if None in numbers:
-        odd = numbers.index(None)
-        raise DataError(
-            f"{table.where(odd)}: label {shown(values[odd])} in column {label!r} is not a number, but others are. Mend that "
-            "row, or, if these are names of classes, write every one as text."
-        )
-    known = [number for number in numbers if number is not None]
-    fractions = [number for number in known if not number.is_integer()]
-    if num_labels == 1 or (num_labels is None and fractions):
-        return TaskSpec(CUSTOM, columns, 1, None, default_metrics(1), default_metrics(1)[0])
-    if fractions:
-        raise DataError(f"{what} holds {fractions[0]!r}, which is not a class id; num_labels = {num_labels} needs ids.")
-    found = sorted({int(number) for number in known})
-    count = num_labels or len(found)
-    if found[0] < 0 or found[-1] >= count:
-        raise DataError(
-            f"{what} holds the whole numbers {listed([str(i) for i in found], _MOST_SHOWN)}; {count} classes have the ids 0 "
-            f"to {count - 1}. Renumber them, or write them as text, or, for a regression, with a fraction in some row (or "
-            "give num_labels=1)."
-        )
-    return _classes(what, columns, tuple(str(i) for i in range(count)), None)
-
-
-def _classes(what: str, columns: tuple[str, ...], names: tuple[str, ...], num_labels: int | None) -> TaskSpec:
+    if names is None and all(number is None for number in numbers):
+        names = sorted({str(value).strip() for value in values})
+    if names is None:
+        if None in numbers:
+            odd = numbers.index(None)
+            raise DataError(
+                f"{table.where(odd)}: label {shown(values[odd])} in column {label!r} is not a number, but others are. Mend "
+                "that row, or, if these are names of classes, write every one as text."
+            )
+        known = [number for number in numbers if number is not None]
+        fractions = [number for number in known if not number.is_integer()]
+        if num_labels == 1 or (num_labels is None and fractions):
+            return TaskSpec(CUSTOM, columns, 1, None, default_metrics(1), default_metrics(1)[0])
+        if fractions:
+            raise DataError(
+                f"{what} holds {fractions[0]!r}, which is not a class id; num_labels = {num_labels} needs ids."
+            )
+        found = sorted({int(number) for number in known})
+        count = num_labels or len(found)
+        if found[0] < 0 or found[-1] >= count:
+            raise DataError(
+                f"{what} holds the whole numbers {listed(map(str, found), _MOST_SHOWN)}; {count} classes have the ids 0 to "
+                f"{count - 1}. Renumber them, or write them as text, or, for a regression, with a fraction in some row (or "
+                "give num_labels=1)."
+            )
+        names = [str(i) for i in range(count)]
     if len(names) < 2:
         raise DataError(f"{what} has only one class ({shown(names[0])}); there is nothing to learn.")
     if num_labels not in (None, len(names)):
@@ -178,4 +164,4 @@ def _classes(what: str, columns: tuple[str, ...], names: tuple[str, ...], num_la
             f"{what} has {len(names)} classes ({listed(names, _MOST_SHOWN)}); num_labels = {num_labels} does not fit."
         )
     metrics = default_metrics(len(names))
-    return TaskSpec(CUSTOM, columns, len(names), names, metrics, metrics[0])
+    return TaskSpec(CUSTOM, columns, len(names), tuple(names), metrics, metrics[0])

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.errors import ConfigError
 from unmask.lab.models import longest_input
-from unmask.lab.tasks.protocol import Kind, Request, Scored, Source, Stage
-from unmask.lab.tasks.split import evaluate_splits, metric_key, named
+from unmask.lab.tasks.protocol import Kind, Request, Scored, Source
+from unmask.lab.tasks.split import PreparedSplits, named
 from unmask.lab.tasks.text.files import load_evaluation, load_files
 from unmask.lab.tasks.text.glue import GLUE, load_glue
 from unmask.lab.tasks.text.metrics import compute
@@ -60,18 +60,14 @@ def predict(
     """Computes a model's scores for examples, float32 of shape (n, labels). The model should be in evaluation mode."""
     # Examples of similar lengths share a batch, because that needs little padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples.texts[i]))
-    scores: torch.Tensor | None = None
+    scores: list[torch.Tensor] = []
     for low in range(0, len(order), batch_size):
-        rows = order[low : low + batch_size]
-        asked = examples.take(rows)
+        asked = examples.take(order[low : low + batch_size])
         inputs = tokenizer(
             asked.texts, asked.pairs, truncation=True, max_length=max_length, padding=True, return_tensors="pt"
         )
-        logits = model(**inputs.to(model.device)).logits.float().cpu()
-        if scores is None:
-            scores = logits.new_empty(len(examples), logits.shape[1])
-        scores[rows] = logits
-    return np.empty((0, 0), dtype=np.float32) if scores is None else scores.numpy()
+        scores.append(model(**inputs.to(model.device)).logits.float().cpu())
+    return torch.cat(scores)[torch.tensor(order).argsort()].numpy() if scores else np.empty((0, 0), dtype=np.float32)
 
 
 def describe(spec: TaskSpec, max_length: int) -> dict[str, Any]:
@@ -86,76 +82,33 @@ def describe(spec: TaskSpec, max_length: int) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class SequencePrepared:
-    """A `Prepared` of texts with one label each. Every evaluation split is cheap enough to be scored along the run."""
-
-    spec: TaskSpec
-    max_length: int
-    train_set: Dataset
-    step_sets: Mapping[str, Dataset]
-    collate: Callable[[Any], Any]
-    notes: tuple[str, ...]
-    reduce_logits: None = None
-
-    def step_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        return compute(self.spec, prediction.predictions, prediction.label_ids)
-
-    @property
-    def step_metric(self) -> str:
-        return metric_key(self.step_sets, self.spec.main_metric)
-
-    @property
-    def main_metric(self) -> str:
-        return self.step_metric
-
-    @property
-    def greater_is_better(self) -> bool:
-        return self.spec.greater_is_better
-
-    def evaluate(self, trainer: Trainer, stage: Stage) -> dict[str, float]:
-        def metrics(_: str, scores: Any, labels: Any) -> Mapping[str, float]:
-            return compute(self.spec, scores, labels)
-
-        return evaluate_splits(trainer, self.step_sets, metrics, self.spec.metrics, stage)
-
-    def describe(self) -> dict[str, Any]:
-        return describe(self.spec, self.max_length)
-
-
-@dataclass(frozen=True)
 class SequenceTask:
     """A `Task` of texts with one label each."""
 
-    data: TaskData
-    label_names: None = None
+    label_names = None
 
-    @property
-    def name(self) -> str:
-        return self.data.spec.name
+    def __init__(self, data: TaskData) -> None:
+        self.data = data
+        self.name = data.spec.name
+        self.num_labels = data.spec.num_labels
+        self.notes = data.notes
 
-    @property
-    def num_labels(self) -> int:
-        return self.data.spec.num_labels
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.data.notes
-
-    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> SequencePrepared:
-        length = longest_input(model, tokenizer, source.max_length)
+    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> PreparedSplits:
+        spec, length = self.data.spec, longest_input(model, tokenizer, source.max_length)
         cut = f"inputs are cut at the {length} tokens that {source.model} has positions for."
-
-        def encoded(examples: Examples) -> Encoded:
-            return Encoded(examples, tokenizer, length, self.data.spec.regression)
-
-        return SequencePrepared(
-            self.data.spec,
-            length,
-            encoded(self.data.train),
-            named({split: encoded(examples.by_length()) for split, examples in self.data.evals.items()}),
-            DataCollatorWithPadding(tokenizer),
-            (cut,) if length < source.max_length else (),
+        encode = partial(Encoded, tokenizer=tokenizer, max_length=length, regression=spec.regression)
+        evals = named({split: encode(examples.by_length()) for split, examples in self.data.evals.items()})
+        return PreparedSplits(
+            described=describe(spec, length),
+            notes=(cut,) if length < source.max_length else (),
+            train_set=encode(self.data.train),
+            eval_sets=evals,
+            step_sets=evals,  # each is cheap enough to be scored along the run
+            collate=DataCollatorWithPadding(tokenizer),
+            score=lambda _, scores, labels: compute(spec, scores, labels),
+            metrics=spec.metrics,
+            metric=spec.main_metric,
+            greater_is_better=spec.greater_is_better,
         )
 
     def score(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from unmask.errors import DataError
 from unmask.lab.tasks.hub import HubSource
-from unmask.lab.tasks.split import text_key
+from unmask.lab.tasks.split import Loaded, text_key
 
 CUSTOM = "custom"
 """The name of every task that is inferred from the user's own data."""
@@ -29,6 +29,7 @@ class TaskSpec:
         main_metric: The metric that runs are compared by. A higher one is better, except for mse.
         label_range: The least and the greatest label of a regression; None for no bound.
         hub: The task's place on the hub, if it has one.
+        sizes: The number of examples of the official splits, by our name of the split.
 
     Raises:
         DataError: The parts do not fit together.
@@ -46,6 +47,7 @@ class TaskSpec:
     main_metric: str
     label_range: tuple[float, float] | None = None
     hub: HubSource | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.text_columns) not in (1, 2):
@@ -76,10 +78,9 @@ class TaskSpec:
 
     @property
     def takes_ids(self) -> bool:
-        """True if labels may be written as ids.
+        """True if labels may be written as ids, which they may not if the user's own data name the classes by text.
 
-        They may not if the user's own data name the classes by text: there the text "1" is a class that training has not
-        seen, and not the second class.
+        There the text "1" is a class that training has not seen, and not the second class.
         """
         plain = self.label_names in (None, tuple(str(i) for i in range(self.num_labels)))
         return plain or self.name != CUSTOM
@@ -99,7 +100,7 @@ def default_metrics(num_labels: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with labels.
+    """Texts with labels, which can be split as `unmask.lab.tasks.split.Rows`.
 
     Attributes:
         texts: The first texts.
@@ -124,8 +125,7 @@ class Examples:
 
     @property
     def keys(self) -> list[str]:
-        """The key of each text or pair, by which examples are told apart (see `unmask.lab.tasks.split.text_key`)."""
-        pairs = self.pairs if self.pairs is not None else [""] * len(self)
+        pairs = self.pairs or [""] * len(self)
         return [text_key(text, pair) for text, pair in zip(self.texts, pairs, strict=True)]
 
     def take(self, rows: Sequence[int]) -> Examples:
@@ -146,25 +146,9 @@ class Examples:
             >>> Examples(["abc", "b", "cd"], ["", "", "efg"], [0, 1, 2]).by_length().labels
             [1, 0, 2]
         """
-        lengths = [len(text) for text in self.texts]
-        if self.pairs is not None:
-            lengths = [first + len(second) for first, second in zip(lengths, self.pairs, strict=True)]
-        return self.take(sorted(range(len(self)), key=lengths.__getitem__))
+        pairs = self.pairs or [""] * len(self)
+        return self.take(sorted(range(len(self)), key=lambda row: len(self.texts[row]) + len(pairs[row])))
 
 
-@dataclass(frozen=True)
-class TaskData:
-    """A loaded task.
-
-    Attributes:
-        spec: The task.
-        train: The training split.
-        evals: The evaluation splits by name, the main one first.
-        notes: The facts that the user should know about the loading: rows left out or held out, and sizes that are not the
-            official ones.
-    """
-
-    spec: TaskSpec
-    train: Examples
-    evals: Mapping[str, Examples]
-    notes: tuple[str, ...] = ()
+TaskData = Loaded[TaskSpec, Examples]
+"""A loaded task of classification or regression."""

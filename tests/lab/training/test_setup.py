@@ -1,4 +1,4 @@
-"""From a run's settings to its method and optimizer."""
+"""Tests the method and the optimizer that the settings of a run make."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from helpers import mlp
 
 import unmask
 from unmask import ConfigError
-from unmask.lab.training.parts import optimizer_from
 from unmask.lab.training.settings import build
+from unmask.lab.training.setup import optimizer_from
 
 RUN = {"model": "m", "output": "o", "task": "sst2", "budget": "30", "method": "id3"}
 
@@ -71,12 +71,12 @@ def test_settings_that_do_not_go_together_are_refused(settings):
     ],
     ids=str,
 )
-def test_what_the_study_left_behind_is_refused_by_name(settings):
+def test_removed_settings_are_refused_by_name(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         method(**settings)
 
 
-def test_what_only_the_method_knows_is_refused_by_it():
+def test_a_criterion_that_does_not_go_with_an_allocation_is_refused():
     with pytest.raises(ConfigError, match="synflow"):
         method(method="sparse_adapter", into="lora", criterion="synflow", allocation="column")
 
@@ -93,7 +93,7 @@ def test_settings_make_the_optimizer():
     assert {name: group[name] for name in wanted} == wanted
 
 
-def test_what_is_trained_beside_the_budget_can_have_a_rate_of_its_own():
+def test_tensors_outside_the_budget_can_have_another_rate():
     selection = unmask.select(mlp(), unmask.random_mask(5), dense="^2")
     settings = {"method": "random_mask", "lr": 0.5, "weight_decay": 0.1}
     ours, dense = optimizer_from(build(RUN | settings | {"dense_lr": "0.01"}), selection).param_groups
