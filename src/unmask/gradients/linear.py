@@ -19,7 +19,7 @@ from unmask.gradients.embedding import embedding
 from unmask.gradients.entries import Entries, take, take_columns
 from unmask.gradients.factors import Factors
 from unmask.gradients.sampled import Product, sampled_product
-from unmask.gradients.tapped import Handler, StandIn, TappedParameter, stand_in_of
+from unmask.gradients.tapped import Handler, StandIn, TappedParameter, stand_in_of, substitute
 from unmask.gradients.taps import ByPlaceholder
 
 LEAST = 64  # The tokens below which none is left out.
@@ -70,20 +70,26 @@ class _LinearHandlers:
             return NotImplemented
         if not weight.numel() or (bias is not None and bias.shape != (weight.shape[1 if transposed else 0],)):
             return NotImplemented  # A bias of another shape is broadcast.
-        device, asks = x.device, backend_of(x.device).asks
-        cast = self._cast(x)
-        dtype = x.dtype if cast is None else cast.dtype
+        asks = backend_of(x.device).asks
 
         def product(entries: Entries) -> Product:
-            return choose(entries, x.numel() // max(1, x.shape[-1]), dtype, device, self._dense)
+            autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+            dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+            return choose(entries, x.numel() // max(1, x.shape[-1]), dtype, x.device, self._dense)
 
         # Where the host runs ahead of the device, an alias takes less of its time than a placeholder whose product is dense.
         stand_in = stand_in_of(weight, None if asks else lambda entries: product(entries) == "dense")
-        if stand_in.alias if stand_in else not (x.requires_grad and asks):
+        if stand_in is None and not (x.requires_grad and asks):
             return NotImplemented
+        if stand_in is not None and stand_in.alias:
+            if asks:
+                return NotImplemented
+            bias = substitute(bias)
+            return torch.addmm(bias, x, stand_in.proxy) if transposed else F.linear(x, stand_in.proxy, bias)  # type: ignore[arg-type]
         how = product(stand_in.entries) if stand_in and stand_in.entries is not None else "dense"
         if how == "dense" and stand_in and stand_in.entries is not None:
             return NotImplemented
+        cast = self._cast(x)
         bias_placeholder, entries = None, None
         if isinstance(bias, TappedParameter):
             other = stand_in_of(bias)
