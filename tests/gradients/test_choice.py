@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_written_costs_a_measurement_a_process(monkeypat
 
 
 def test_the_file_is_named_by_processor_threads_dtype_and_torch(monkeypatch):
-    monkeypatch.setattr(choice, "_processor", lambda: "Some CPU @ 2 GHz")
+    monkeypatch.setattr(choice, "processor", lambda: "Some CPU @ 2 GHz")
     version = torch.__version__.replace("+", "-")
     assert (
         cache_file(CPU, torch.float32, 3).name

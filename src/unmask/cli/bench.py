@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -23,9 +24,18 @@ def run(given: dict[str, Any], command: str) -> None:
     settings = BenchSettings(**converted(BenchSettings, given))
     if settings.curve in ("size", "selection") and given.get("model"):
         raise ConfigError(f"--curve {settings.curve} goes over a series of models; leave --model out.")
+    if settings.calibrate:
+        _calibrate(settings)
+        return
     check_folder(settings.output, "--output")
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
     say = partial(print, flush=True)
+    if settings.host:
+        from unmask.lab.bench.host import run_host
+
+        _print_table(tables.HOST, tables.host(run_host(settings, command)))
+        print(f"written: {Path(settings.output, 'host.json')}")
+        return
     if settings.curve:
         from unmask.lab.bench.curves import run_curve
 
@@ -45,6 +55,24 @@ def run(given: dict[str, Any], command: str) -> None:
             print(remark)
     name = f"curve-{settings.curve}" if settings.curve else "bench"
     print(f"written: {Path(settings.output, name)}.json, .md, .png")
+
+
+def _calibrate(settings: BenchSettings) -> None:
+    """Measures what products cost on the device, for each dtype, and prints where it is kept."""
+    import torch
+
+    from unmask.gradients.choice import cache_file, calibrate
+    from unmask.lab.bench.models import device_of
+
+    device = device_of(settings)
+    torch.set_num_threads(settings.threads)
+    lines = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        costs = dataclasses.asdict(calibrate(device, dtype))
+        lines.append([str(dtype)[6:], *(f"{cost:.3g}" for cost in costs.values())])
+        file = cache_file(device, dtype)
+    _print_table(["ns", *costs], lines)
+    print("kept nowhere: there is no folder for caches" if file is None else f"kept in {file.parent}")
 
 
 def _print_table(header: Sequence[str], lines: list[list[str]]) -> None:

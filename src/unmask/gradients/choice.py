@@ -119,7 +119,7 @@ def costs_of(device: torch.device, dtype: torch.dtype) -> Cost:
 
 @functools.cache  # also within a process, where two measurements would differ
 def _costs(kind: str, index: int | None, dtype: torch.dtype, threads: int) -> Cost:
-    device = torch.device(kind, index)
+    device = torch.device(kind) if index is None else torch.device(kind, index)
     if kind == "meta":
         return _MEASURED["H100", torch.bfloat16]  # nothing can be measured there, and nothing costs anything
     if kind == "cuda":
@@ -159,14 +159,15 @@ def cache_file(device: torch.device, dtype: torch.dtype, threads: int | None = N
             return None
         folder = os.path.join(above, "unmask")
     machine = (
-        f"{threads or torch.get_num_threads()} threads of {_processor()}" if device.type == "cpu" else _name(device)
+        f"{threads or torch.get_num_threads()} threads of {processor()}" if device.type == "cpu" else _name(device)
     )
     name = re.sub(r"[^\w.]+", "-", f"costs of {str(dtype)[6:]} on {machine} torch {torch.__version__}")
     return Path(folder, f"{name}.json")
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
+    """Returns the name of the CPU."""
     with suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         if found:

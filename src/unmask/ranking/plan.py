@@ -79,12 +79,10 @@ class Groups:
         # Each entry moves behind those of the other groups that come before it.
         mine = torch.searchsorted(new.positions, self.positions) + torch.arange(n, device=device)
         others = torch.searchsorted(self.positions, new.positions) + torch.arange(m, device=device)
-        columns = []
-        for old, added in ((self.positions, new.positions), (self.places, new.places)):
-            column = old.new_empty(n + m)
-            column[mine], column[others] = old, added
-            columns.append(column)
-        return Groups(*columns, [a + b for a, b in zip(self.edges, new.edges, strict=True)])
+        positions, places = (old.new_empty(n + m) for old in (self.positions, self.places))
+        positions[mine], positions[others] = self.positions, new.positions
+        places[mine], places[others] = self.places, new.places
+        return Groups(positions, places, [a + b for a, b in zip(self.edges, new.edges, strict=True)])
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +23,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmask.errors import need
+from unmask.files import write_json
 from unmask.gradients.backend import portable
+from unmask.lab.bench.run import describe_machine
+from unmask.lab.bench.settings import BenchSettings
 from unmask.methods.presets import id3, random_mask
 from unmask.methods.scopes import Scope
 from unmask.selection.select import select
@@ -209,12 +213,13 @@ def _unmasked(t: int, budget: int, stride: int) -> int:
     return min(budget, budget // 2 + ((t - _WARMUP) // stride + 1) * stride * budget // _STEPS)
 
 
-def report(costs: list[HostCost]) -> tuple[list[dict[str, Any]], Iterator[str]]:
-    """Returns the rows as JSON values, and the lines of a table."""
-
-    def lines() -> Iterator[str]:
-        yield f"{'row':16} {'ms a step':>10} {'/ lora':>8} {'operations':>11} {'waiting':>8}"
-        for cost in costs:
-            yield f"{cost.row:16} {1e3 * cost.seconds:10.1f} {cost.ratio:8.2f} {cost.operations:11,} {cost.waiting:8,}"
-
-    return [asdict(cost) for cost in costs], lines()
+def run_host(settings: BenchSettings, command: str = "") -> dict[str, Any]:
+    """Measures all rows, and writes ``host.json`` into the settings' folder; returns the same record."""
+    record = {
+        "kind": "host",
+        "command": command,
+        "machine": describe_machine(torch.device("cpu"), 1),
+        "rows": [asdict(cost) for cost in measure()],
+    }
+    write_json(Path(settings.output, "host.json"), record)
+    return record

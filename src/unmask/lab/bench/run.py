@@ -20,6 +20,7 @@ import torch
 
 from unmask.errors import MissingExtraError
 from unmask.files import write_json, write_text
+from unmask.gradients.choice import processor
 from unmask.lab.bench.figure import save_figure
 from unmask.lab.bench.models import blueprint, device_of
 from unmask.lab.bench.rows import Row
@@ -204,13 +205,13 @@ def run_bench(
 
 def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
     """Returns the hardware, the versions, and the commit if unmask runs from a git checkout, as JSON values."""
-    cpu, total = read_proc("cpuinfo", r"^model name\s*:\s*(.+)$"), read_proc("meminfo", r"^MemTotal:\s+(\d+) kB")
+    total = read_proc("meminfo", r"^MemTotal:\s+(\d+) kB")
     versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for name in versions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
-        "cpu": cpu or platform.processor() or platform.machine(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "memory_bytes": int(total) * 1024 if total else None,

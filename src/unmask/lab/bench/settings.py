@@ -57,6 +57,13 @@ class BenchSettings:
     curve: Literal["budget", "size", "selection"] | None = setting(
         None, "A scaling curve to measure instead of the table: budget, size or selection."
     )
+    host: bool = setting(
+        False,
+        "Measure instead what a step costs the host of a GPU, on any machine: seconds, operations, and operations that wait.",
+    )
+    calibrate: bool = setting(
+        False, "Measure instead what products cost on this device, and keep it for the choices of the engine."
+    )
     output: str = setting("runs/bench", "The folder for the results.")
     seed: int = setting(0, "The seed of the weights, the batches and the random masks.")
 
@@ -68,6 +75,9 @@ class BenchSettings:
             given = value is not None or name not in ("batch_size", "seq_len")
             if given and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"{name} = {value!r}; it must be a whole number, at least {least}.")
+        chosen = [name for name in ("curve", "host", "calibrate") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ConfigError(f"{' and '.join(chosen)} are measured one at a time; give one of them.")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout = {self.dropout!r}; it must be at least 0 and below 1.")
         if self.model not in SHAPES and "/" not in self.model and not Path(self.model).is_dir():

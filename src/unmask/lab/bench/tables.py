@@ -12,6 +12,7 @@ REFERENCES = ("frozen", "full", "lora")  # The rows that every other row is comp
 PHASES = ("forward", "backward", "optimizer", "total")
 TIMES = ("method", "step s (q1-q3)", "forward", "backward", "optimizer", "amortised", "/ frozen", "/ full", "tokens/s")
 COSTS = ("method", "trained", "used", "peak MB", "before MB", "optimizer MB", "bytes/weight")
+HOST = ("row", "ms a step", "/ lora", "operations", "waiting")
 _NONE = "-"
 
 
@@ -159,6 +160,20 @@ def remarks(record: Mapping[str, Any]) -> list[str]:
     unsaved = {label: row["memory"]["saved_error"] for label, row in rows if "saved_error" in row["memory"]}
     lines = [f"{label}: {row['status']}: {row['reason']}" for label, row in rows if row["reason"]]
     return lines + [f"{label} could not be saved: {error}" for label, error in unsaved.items()]
+
+
+def host(record: Mapping[str, Any]) -> list[Cells]:
+    """Returns the lines of a record of host costs; their header is `HOST`."""
+    return [
+        [
+            row["row"],
+            f"{1e3 * row['seconds']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['operations']:,}",
+            f"{row['waiting']:,}",
+        ]
+        for row in record["rows"]
+    ]
 
 
 def plain(header: Sequence[str], lines: Sequence[Cells]) -> str:
