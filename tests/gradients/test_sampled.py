@@ -8,6 +8,8 @@ import threading
 import pytest
 import torch
 
+import unmask
+from unmask.gradients import sampled
 from unmask.gradients.embedding import embedding_gradient
 from unmask.gradients.entries import Entries, take_gradient
 from unmask.gradients.sampled import sampled_product
@@ -196,6 +198,35 @@ def test_not_a_number_stays_in_its_row_and_column():
         result = sampled_product(g, x, entries, how)
         spoilt = (entries.rows == 3) | (entries.columns == 7)
         assert torch.equal(~torch.isfinite(result), spoilt)
+
+
+# The memory.
+
+
+def test_bands_of_rows_do_not_change_a_bit(monkeypatch):
+    g, x = operands(300, 50, 40)
+    flat = torch.cat([torch.arange(0, 350, 3), torch.arange(1200, 2000, 7)])  # rows 9 to 29 hold none
+    entries = entries_of(50, 40, flat)
+    whole = sampled_product(g, x, entries, "sampled")
+    monkeypatch.setattr(sampled, "ROWS", 8)
+    sampled.release_buffers()
+    assert torch.equal(sampled_product(g, x, entries_of(50, 40, flat), "sampled"), whole)
+    sizes = {name: buffer.numel() for (_, name, _), buffer in sampled._buffers.items()}
+    assert sizes["g"] == 256 * 8
+
+
+def test_the_scratch_memory_ends_with_the_last_selection():
+    def selected(seed):
+        model = torch.nn.Linear(256, 256, bias=False)
+        return model, unmask.select(model, unmask.random_mask(300, seed=seed), gradients="sampled")
+
+    (model, first), (_, second) = selected(0), selected(1)
+    model(torch.randn(600, 256, requires_grad=True)).square().sum().backward()
+    assert sampled._buffers
+    first.release()
+    assert sampled._buffers
+    second.release()
+    assert not sampled._buffers
 
 
 # The gradient of an embedding.

@@ -6,6 +6,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,9 @@ Product = Literal["dense", "compact", "sampled"]
 PIECE = 512  # The tokens of a piece on a CPU; half as many if the activations are wider than WIDE.
 WIDE = 1024
 DEPTH = 256  # The tokens of one block of a piece, which a dot product reads in one run.
+ROWS = (
+    1 << 14
+)  # The rows of a weight whose gradients are laid out at a time: those of a language model's head are many.
 LINE = 64  # The bytes of a cache line.
 SHARED = 1 << 21  # The largest input, in scalars, whose blocks are kept for the next product.
 
@@ -55,7 +59,7 @@ def sampled_product(g: Tensor, x: Tensor, entries: Entries, how: Product) -> Ten
         product = gathered_product if wide == torch.float64 else backend.sampled
         return product(g, x, entries.rows, entries.columns)
     total = torch.zeros(entries.flat.shape, dtype=wide)
-    pieces = _pieces(g.shape[0], max(entries.shape))
+    pieces, bands = _pieces(g.shape[0], max(entries.shape)), _bands(entries)
 
     def all_blocks(x: Tensor) -> list[Tensor]:
         return [_blocks(x[low:high], depth, wide, f"x from {low}") for low, high, depth in pieces]
@@ -63,12 +67,16 @@ def sampled_product(g: Tensor, x: Tensor, entries: Entries, how: Product) -> Ten
     shared = last_blocks.of(x, all_blocks, wide, len(pieces)) if x.numel() <= SHARED else None
     for i, (low, high, depth) in enumerate(pieces):
         batch = (high - low) // depth  # A piece is a batch of products over blocks of tokens.
-        zeros = torch.zeros(1, dtype=wide).expand(batch, total.numel())
-        places = entries.starts.expand(batch, -1), entries.columns.expand(batch, -1)
-        wanted = csr_matrix(*places, zeros, (batch, *entries.shape))
-        blocks_g = _blocks(g[low:high], depth, wide, "g")
         blocks_x = shared[i] if shared else _blocks(x[low:high], depth, wide, "x")
-        total += torch.sparse.sampled_addmm(wanted, blocks_g, blocks_x.transpose(1, 2), beta=0.0).values().sum(0)
+        for row, end, first, last in bands:
+            zeros = torch.zeros(1, dtype=wide).expand(batch, last - first)
+            starts = (entries.starts[row : end + 1] - first).expand(batch, -1)
+            wanted = csr_matrix(
+                starts, entries.columns[first:last].expand(batch, -1), zeros, (batch, end - row, x.shape[1])
+            )
+            blocks_g = _blocks(g[low:high, row:end], depth, wide, "g")
+            found = torch.sparse.sampled_addmm(wanted, blocks_g, blocks_x.transpose(1, 2), beta=0.0)
+            total[first:last] += found.values().sum(0)
     return total
 
 
@@ -82,6 +90,13 @@ def _pieces(tokens: int, width: int) -> list[tuple[int, int, int]]:
         pieces.append((whole, whole + depth, depth))
         whole += depth
     return pieces
+
+
+def _bands(entries: Entries) -> list[tuple[int, int, int, int]]:
+    """Returns bands of at most `ROWS` rows, without those that hold none: (first row, end, first entry, end)."""
+    edges = [*range(0, entries.shape[0], ROWS), entries.shape[0]]
+    starts = entries.starts[edges].tolist() if len(edges) > 2 else [0, entries.flat.numel()]
+    return [(*rows, *held) for rows, held in zip(pairwise(edges), pairwise(starts), strict=True) if held[0] < held[1]]
 
 
 class LastInput(threading.local):
@@ -108,21 +123,21 @@ class LastInput(threading.local):
 last_blocks = LastInput()
 
 
-class _Scratch(threading.local):
-    """The memory that a thread keeps between calls."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def take(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
-        """Returns a buffer of ``numel`` scalars; its contents are arbitrary."""
-        kept = self.buffers.get((name, dtype))
-        if kept is None or kept.numel() < numel:
-            kept = self.buffers[name, dtype] = torch.empty(numel, dtype=dtype)
-        return kept[:numel]
+_buffers: dict[tuple[int, str, torch.dtype], Tensor] = {}  # the scratch memory that each thread keeps between products
 
 
-_scratch = _Scratch()
+def _buffer(name: str, numel: int, dtype: torch.dtype) -> Tensor:
+    """Returns a buffer of ``numel`` scalars; its contents are arbitrary."""
+    key = (threading.get_ident(), name, dtype)
+    kept = _buffers.get(key)
+    if kept is None or kept.numel() < numel:
+        kept = _buffers[key] = torch.empty(numel, dtype=dtype)
+    return kept[:numel]
+
+
+def release_buffers() -> None:
+    """Releases the scratch memory of all threads; the end of the last selection calls it."""
+    _buffers.clear()
 
 
 def _blocks(piece: Tensor, depth: int, dtype: torch.dtype, name: str) -> Tensor:
@@ -131,9 +146,9 @@ def _blocks(piece: Tensor, depth: int, dtype: torch.dtype, name: str) -> Tensor:
     stride = piece.stride(0)
     if piece.stride(1) != 1 or piece.dtype != dtype or _collides(stride * dtype.itemsize):
         stride = columns + LINE // dtype.itemsize if _collides(columns * dtype.itemsize) else columns
-        padded = _scratch.take(name + " padded", tokens * stride, dtype).view(tokens, stride)[:, :columns]
+        padded = _buffer(name + " padded", tokens * stride, dtype).view(tokens, stride)[:, :columns]
         piece = padded.copy_(piece)
-    blocks = _scratch.take(name, tokens * columns, dtype).view(tokens // depth, columns, depth)
+    blocks = _buffer(name, tokens * columns, dtype).view(tokens // depth, columns, depth)
     return blocks.copy_(piece.as_strided(blocks.shape, (depth * stride, 1, stride), piece.storage_offset()))
 
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from unmask.delta.base import base_tensors, name_or_path
 from unmask.delta.delta import SparseDelta, refuse_diverged
 from unmask.delta.fingerprint import digest, fingerprint, same_bits
+from unmask.delta.live import LIVE
 from unmask.delta.provenance import provenance_of
 from unmask.delta.record import before_training, record_delta
 from unmask.distributed.sharding import gathered, reshard
 from unmask.errors import SelectionError
 from unmask.gradients.entries import take
 from unmask.gradients.factors import total_norm
+from unmask.gradients.sampled import release_buffers
 from unmask.gradients.tapped import owner_of
 from unmask.gradients.unreached import unwatch_forwards
 from unmask.gradients.wrappers import named_parameters
@@ -361,6 +363,8 @@ class Selection:
         self._identity.release()
         self._untie()
         self._released = True
+        if not LIVE:
+            release_buffers()
 
     def __repr__(self) -> str:
         dense = f", dense={self.dense_numel:,}" if self.dense_numel else ""
