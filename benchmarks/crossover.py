@@ -20,7 +20,7 @@ import torch
 
 from unmask.gradients.choice import choose
 from unmask.gradients.entries import Entries
-from unmask.gradients.sampled import sampled_product, triton_sampled
+from unmask.gradients.sampled import sampled_product
 
 SHAPES = [(384, 384), (1536, 384), (768, 768), (3072, 768), (768, 3072), (2048, 2048)]
 DENSITIES = [0.0005, 0.002, 0.005, 0.02, 0.05, 0.1]
@@ -59,10 +59,7 @@ def measure(shape: tuple[int, int], tokens: int, dtype: str, device: str, repeat
             wanted = entries(rows, columns, density, pattern, device)
             times = {"dense": dense}
             for how in ("compact", "sampled"):
-                if how == "compact" or device == "cpu" or triton_sampled.available(device):
-                    times[how] = seconds(
-                        lambda how=how, wanted=wanted: sampled_product(g, x, wanted, how), device, repeats
-                    )
+                times[how] = seconds(lambda how=how, wanted=wanted: sampled_product(g, x, wanted, how), device, repeats)
             chosen = choose(wanted, tokens, g.dtype, g.device)
             results.append(
                 {

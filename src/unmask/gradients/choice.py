@@ -25,14 +25,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from unmask.files import write_json
 from unmask.gradients.backend import backend_of
-from unmask.gradients.entries import Entries, take_columns
+from unmask.gradients.entries import Entries
 from unmask.gradients.sampled import PIECE, Product, last_blocks, sampled_product
 from unmask.reading import Malformed, read_json
 
 _TOKENS = 512  # The tokens of a measured product: one piece of a sampled product on a CPU.
 _SIDES = {"cpu": (64, 768)}  # The widths of a small and a large weight that are measured; on other devices _WIDE.
 _WIDE = (256, 4096)
-_REPEATS = 5  # The calls of which the fastest counts, after one that does not count.
+_THIN = 16  # The rows of a compact product that is measured.
+_REPEATS = 20  # The calls of which the fastest counts, at most.
+_ENOUGH = 3e7  # The nanoseconds of such calls after which no other is made.
 _HALVES = 0.5  # The share of the float32 product's time, at which a product in bfloat16 pays for what comes after it.
 
 
@@ -190,34 +192,42 @@ def _read(path: Path) -> Cost | None:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> Cost:
-    """Times products of a small and a large weight, and the parts of a sampled product, on operands of random numbers."""
+    """Times products of a small and a large weight, on operands of random numbers."""
     small, large = _SIDES.get(device.type, _WIDE)
     generator = torch.Generator().manual_seed(0)
-    g, x = (torch.randn(_TOKENS, large, generator=generator, device="cpu").to(device, dtype) for _ in range(2))
 
-    def scattered(side: int, count: int) -> Entries:
-        flat = torch.randperm(side * side, generator=generator, device="cpu")[:count].sort().values.to(device)
+    def operands(side: int) -> list[Tensor]:
+        return [torch.randn(_TOKENS, side, generator=generator, device="cpu").to(device, dtype) for _ in range(2)]
+
+    def some(count: int, rows: int, side: int) -> Entries:
+        """Returns random entries of the first rows of a square weight."""
+        flat = torch.randperm(rows * side, generator=generator, device="cpu")[:count].sort().values.to(device)
         return Entries((side, side), flat, flat)
 
     def fastest(call: Callable[[], Tensor]) -> float:
-        best = math.inf
-        for _ in range(_REPEATS + 1):
-            last_blocks.forget()  # the transposed input of the call before
+        """Returns the shortest time of some calls, after one that does not count; fewer of calls that take long."""
+        times: list[int] = []
+        while len(times) < 3 or (len(times) < _REPEATS and sum(times) < _ENOUGH):
             start = time.perf_counter_ns()
             call()[:1].to("cpu")  # waits for the device
-            best = min(best, time.perf_counter_ns() - start)
-        return best
+            times.append(time.perf_counter_ns() - start)
+        return min(times[1:])
 
-    few, many = (scattered(large, count) for count in (large // 8, large * large // 64))
-    wanted = torch.arange(0, large, 2, device=device)
-    little = fastest(lambda: (g[:, :small].t() @ x[:, :small]).view(-1))
-    dense = (fastest(lambda: (g.t() @ x).view(-1)) - little) / (_TOKENS * (large**2 - small**2))
-    select = fastest(lambda: take_columns(x, wanted).view(-1)) / (_TOKENS * wanted.numel())
-    tiny = scattered(small, small // 8)
-    start = fastest(lambda: sampled_product(g[:, :small], x[:, :small], tiny, "sampled"))
-    one = fastest(lambda: sampled_product(g, x, few, "sampled"))
-    dot = (fastest(lambda: sampled_product(g, x, many, "sampled")) - one) / (
-        _TOKENS * (many.flat.numel() - few.flat.numel())
+    (g, x), (little_g, little_x) = operands(large), operands(small)
+    call = fastest(lambda: little_g.t() @ little_x)
+    dense = (fastest(lambda: g.t() @ x) - call) / (_TOKENS * (large**2 - small**2))
+    thin = some(large // 2, _THIN, large)  # of which the gathering is the most, in few rows and many columns
+    gathered = fastest(lambda: sampled_product(g, x, thin, "compact"))
+    rows, columns = spread(thin)
+    select = (gathered - call) / _TOKENS - dense * rows * columns
+    few, many, tiny = (
+        some(large // 8, large, large),
+        some(large * large // 64, large, large),
+        some(small // 8, small, small),
     )
-    transpose = (one - start) / (2 * _TOKENS * (large - small))
-    return Cost(little, max(dense, 0.0), select, start, max(transpose, 0.0), max(dot, 0.0))
+    start = fastest(lambda: sampled_product(little_g, little_x, tiny, "sampled"))
+    one, all_of_them = (fastest(lambda e=e: sampled_product(g, x, e, "sampled")) for e in (few, many))  # type: ignore[misc]
+    transpose = (one - start) / (_TOKENS * (large - small))  # of g; x stays transposed from one call to the next
+    dot = (all_of_them - one) / (_TOKENS * (many.flat.numel() - few.flat.numel()))
+    last_blocks.forget()
+    return Cost(*(max(cost, 0.0) for cost in (call, dense, select / (rows + columns), start, transpose, dot)))
