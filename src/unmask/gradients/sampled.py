@@ -68,13 +68,12 @@ def sampled_product(g: Tensor, x: Tensor, entries: Entries, how: Product) -> Ten
     for i, (low, high, depth) in enumerate(pieces):
         batch = (high - low) // depth  # A piece is a batch of products over blocks of tokens.
         blocks_x = shared[i] if shared else _blocks(x[low:high], depth, wide, "x")
-        for row, end, first, last in bands:
+        for top, stop, first, last in bands:
             zeros = torch.zeros(1, dtype=wide).expand(batch, last - first)
-            starts = (entries.starts[row : end + 1] - first).expand(batch, -1)
-            wanted = csr_matrix(
-                starts, entries.columns[first:last].expand(batch, -1), zeros, (batch, end - row, x.shape[1])
-            )
-            blocks_g = _blocks(g[low:high, row:end], depth, wide, "g")
+            starts = (entries.starts[top : stop + 1] - first).expand(batch, -1)
+            held = entries.columns[first:last].expand(batch, -1)
+            wanted = csr_matrix(starts, held, zeros, (batch, stop - top, entries.shape[1]))
+            blocks_g = _blocks(g[low:high, top:stop], depth, wide, "g")
             found = torch.sparse.sampled_addmm(wanted, blocks_g, blocks_x.transpose(1, 2), beta=0.0)
             total[first:last] += found.values().sum(0)
     return total
@@ -136,7 +135,7 @@ def _buffer(name: str, numel: int, dtype: torch.dtype) -> Tensor:
 
 
 def release_buffers() -> None:
-    """Releases the scratch memory of all threads; the end of the last selection calls it."""
+    """Releases the scratch memory of all threads; the end of a selection calls it."""
     _buffers.clear()
 
 

@@ -1,13 +1,16 @@
 """Draws positions and scores at random: to the same bit on every device and machine, and with every version of torch.
 
 The generator is SplitMix64, used as a function of a counter. ``docs/methods.md`` specifies the draw to the bit, so that a program
-in another language can repeat it.
+in another language can repeat it. numpy is imported by the functions, so that a method is composed without it.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MOST = 1 << 40  # The largest number of positions to draw from.
 _GAMMA = 0x9E3779B97F4A7C15
@@ -36,6 +39,8 @@ def draw(count: int, total: int, seed: int) -> NDArray[np.int64]:
         >>> draw(4, 10, seed=0).tolist()
         [6, 0, 1, 5]
     """
+    import numpy as np
+
     if not 0 <= count <= total <= MOST:
         raise ValueError(f"count = {count}, total = {total}; they must be 0 <= count <= total <= 2^40.")
     bits = max(1, (total - 1).bit_length())
@@ -56,8 +61,9 @@ def draw(count: int, total: int, seed: int) -> NDArray[np.int64]:
         if drawn.size:
             known = np.sort(drawn)
             first &= known[np.searchsorted(known, positions).clip(max=known.size - 1)] != positions
-        new = np.sort((packed[first] & np.uint64((1 << _PLACE) - 1)).astype(np.int64))[:missing]
-        drawn = np.concatenate([drawn, candidates[new].astype(np.int64)])
+        new = np.zeros(size, dtype=bool)
+        new[(packed[first] & np.uint64((1 << _PLACE) - 1)).astype(np.int64)] = True
+        drawn = np.concatenate([drawn, candidates[new][:missing].astype(np.int64)])
     return drawn
 
 
@@ -70,11 +76,15 @@ def uniform(count: int, first: int, *seeds: int) -> NDArray[np.float32]:
         >>> uniform(4, 0, 7)[2:].tolist() == uniform(2, 2, 7).tolist()
         True
     """
+    import numpy as np
+
     return (_outputs(_key(*seeds), first + 1, count) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
 def _key(*seeds: int) -> int:
     """Returns a 64-bit key; of one seed it is SplitMix64's first output."""
+    import numpy as np
+
     key = np.zeros(1, dtype=np.uint64)
     for seed in seeds:
         key = _mixed(key + np.uint64((seed + _GAMMA) % (1 << 64)))
@@ -83,6 +93,8 @@ def _key(*seeds: int) -> int:
 
 def _outputs(key: int, first: int, count: int) -> NDArray[np.uint64]:
     """Returns SplitMix64's outputs number ``first`` to ``first + count - 1``, counted from 1, of the state ``key``: (count,)."""
+    import numpy as np
+
     out = np.empty(count, dtype=np.uint64)
     for low in range(0, count, _PIECE):
         piece = out[low : low + _PIECE]
@@ -94,6 +106,8 @@ def _outputs(key: int, first: int, count: int) -> NDArray[np.uint64]:
 
 def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Mixes 64-bit numbers in place by SplitMix64's output function (Steele, Lea and Flood, OOPSLA 2014), and returns them."""
+    import numpy as np
+
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z ^= z >> np.uint64(shift)
         z *= np.uint64(factor)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from unmask.delta.base import base_tensors, name_or_path
 from unmask.delta.delta import SparseDelta, refuse_diverged
 from unmask.delta.fingerprint import digest, fingerprint, same_bits
-from unmask.delta.live import LIVE
 from unmask.delta.provenance import provenance_of
 from unmask.delta.record import before_training, record_delta
 from unmask.distributed.sharding import gathered, reshard
@@ -363,8 +362,7 @@ class Selection:
         self._identity.release()
         self._untie()
         self._released = True
-        if not LIVE:
-            release_buffers()
+        release_buffers()  # another selection makes its own again
 
     def __repr__(self) -> str:
         dense = f", dense={self.dense_numel:,}" if self.dense_numel else ""
