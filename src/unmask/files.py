@@ -28,6 +28,14 @@ MOST_HEADER = 32 * 2**20
 """The longest header that is read, in bytes. A delta of about 80,000 tensors has one as long."""
 
 
+def cache_folder() -> Path:
+    """Returns the user's folder for what can be made again: ``$UNMASK_CACHE``, else ``$XDG_CACHE_HOME/unmask``, else
+    ``~/.cache/unmask``.
+    """
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"
+    return Path(os.environ.get("UNMASK_CACHE") or usual)
+
+
 # Files that are written whole or not at all.
 
 

@@ -26,9 +26,7 @@ def forge(table: Mapping[torch.dtype, Cost], folder: Path) -> None:
     os.environ["UNMASK_CACHE"] = str(folder)
     for dtype, cost in table.items():
         for threads in {1, 2, torch.get_num_threads()}:
-            file = cache_file(torch.device("cpu"), dtype, threads)
-            assert file is not None
-            write_json(file, asdict(cost))
+            write_json(cache_file(torch.device("cpu"), dtype, threads), asdict(cost))
     _costs.cache_clear()
 
 

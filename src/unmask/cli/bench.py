@@ -70,9 +70,9 @@ def _calibrate(settings: BenchSettings) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         costs = dataclasses.asdict(calibrate(device, dtype))
         lines.append([str(dtype)[6:], *(f"{cost:.3g}" for cost in costs.values())])
-        file = cache_file(device, dtype)
+        folder = cache_file(device, dtype).parent
     _print_table(["ns", *costs], lines)
-    print("kept nowhere: there is no folder for caches" if file is None else f"kept in {file.parent}")
+    print(f"kept in {folder}")
 
 
 def _print_table(header: Sequence[str], lines: list[list[str]]) -> None:

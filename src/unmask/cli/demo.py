@@ -15,11 +15,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import unmask
-from unmask.files import check_folder
+from unmask.files import cache_folder, check_folder
 from unmask.lab.models import load_base, load_tuned
 from unmask.lab.tasks import Examples, TaskData, compute
 from unmask.lab.tasks.text.run import describe, predict
-from unmask.lab.training.demo_data import cache_folder, fetch_demo_model, fetch_demo_texts, load_demo_task
+from unmask.lab.training.demo_data import fetch_demo_model, fetch_demo_texts, load_demo_task
 from unmask.methods.scopes import exactly
 
 _LENGTH, _BATCH, _RATE, _SEED = 32, 16, 3e-3, 0

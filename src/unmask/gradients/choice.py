@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import platform
 import re
 import time
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from unmask.files import write_json
+from unmask.files import cache_folder, write_json
 from unmask.gradients.backend import backend_of
 from unmask.gradients.entries import Entries
 from unmask.gradients.sampled import PIECE, Product, last_blocks, sampled_product
@@ -129,11 +128,7 @@ def _costs(kind: str, index: int | None, dtype: torch.dtype, threads: int) -> Co
         for (measured, of), cost in _MEASURED.items():
             if of == dtype and measured in name.replace("H200", "H100"):
                 return cost
-    path = cache_file(device, dtype)
-    kept = None if path is None else _read(path)
-    if kept is None:
-        kept = calibrate(device, dtype)
-    return kept
+    return _read(cache_file(device, dtype)) or calibrate(device, dtype)
 
 
 def calibrate(device: torch.device, dtype: torch.dtype) -> Cost:
@@ -141,30 +136,21 @@ def calibrate(device: torch.device, dtype: torch.dtype) -> Cost:
     # A measurement must see none of the caller's modes: fake tensors, counters, another default device, autocast.
     with _disable_current_modes(), torch.device(device), torch.autocast(device.type, enabled=False), torch.no_grad():
         cost = _measure(device, dtype)
-    path = cache_file(device, dtype)
-    if path is not None:
-        with suppress(OSError):
-            write_json(path, asdict(cost))
+    with suppress(OSError):  # then the next process measures again
+        write_json(cache_file(device, dtype), asdict(cost))
     return cost
 
 
-def cache_file(device: torch.device, dtype: torch.dtype, threads: int | None = None) -> Path | None:
-    """Returns the file that keeps a device's costs for a dtype; None if the user has no folder for caches.
+def cache_file(device: torch.device, dtype: torch.dtype, threads: int | None = None) -> Path:
+    """Returns the file, in the user's cache folder, that keeps a device's costs for a dtype.
 
     On a CPU the costs are those of so many threads; None stands for torch's number of them.
-    The folder is that of the environment variable UNMASK_CACHE, or ``unmask`` in XDG_CACHE_HOME (``~/.cache`` if it is not set).
     """
-    folder = os.environ.get("UNMASK_CACHE")
-    if not folder:
-        above = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        if not os.path.isabs(above):
-            return None
-        folder = os.path.join(above, "unmask")
     machine = (
         f"{threads or torch.get_num_threads()} threads of {processor()}" if device.type == "cpu" else _name(device)
     )
-    name = re.sub(r"[^\w.]+", "-", f"costs of {str(dtype)[6:]} on {machine} torch {torch.__version__}")
-    return Path(folder, f"{name}.json")
+    name = re.sub(r"[^\w.]+", "-", f"{str(dtype)[6:]} on {machine} torch {torch.__version__}")
+    return cache_folder() / "costs" / f"{name}.json"
 
 
 @functools.cache

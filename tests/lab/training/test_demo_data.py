@@ -20,7 +20,8 @@ from commands import run
 from unmask import SparseDelta
 from unmask.errors import DataError
 from unmask.lab.training import demo_data
-from unmask.lab.training.demo_data import Asset, cache_folder, ensure, load_demo_task
+from unmask.files import cache_folder
+from unmask.lab.training.demo_data import Asset, ensure, load_demo_task
 
 NETWORK = os.environ.get("UNMASK_TEST_NETWORK") == "1"
 SMALL, LARGE = b'{"a": 1}', bytes(range(256)) * 9

@@ -8,7 +8,6 @@ Both packages are under the MIT licence, and neither is part of unmask.
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from unmask.errors import DataError
+from unmask.files import cache_folder
 from unmask.lab.tasks.text.labels import number_of
 from unmask.lab.tasks.text.spec import Examples, TaskData, TaskSpec
 
@@ -91,12 +91,6 @@ TEXTS = Asset(
     first="c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
     nested="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
 )
-
-
-def cache_folder() -> Path:
-    """Returns ``$UNMASK_CACHE``, else ``$XDG_CACHE_HOME/unmask``, else ``~/.cache/unmask``."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"
-    return Path(os.environ.get("UNMASK_CACHE") or usual)
 
 
 def fetch_demo_model(cache: Path | None = None) -> Path:
