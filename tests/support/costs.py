@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from unmask.files import write_json
+from unmask.files import cache_folder, write_json
 from unmask.gradients.choice import Cost, _costs, cache_file
 
 EPYC = {  # measured on an AMD EPYC with AVX-512 and bfloat16 instructions, 2 threads; float64 scaled from float32
@@ -31,7 +31,10 @@ def forge(table: Mapping[torch.dtype, Cost], folder: Path) -> None:
 
 
 def forge_for_session() -> tempfile.TemporaryDirectory:
-    """Forges the costs of an EPYC; they last as long as the folder that is returned."""
-    folder = tempfile.TemporaryDirectory(prefix="unmask-costs-")
+    """Forges the costs of an EPYC; they last as long as the folder that is returned. The rest of the user's cache is linked."""
+    folder, usual = tempfile.TemporaryDirectory(prefix="unmask-cache-"), cache_folder()
+    for path in usual.iterdir() if usual.is_dir() else ():
+        if path.name != "costs":
+            Path(folder.name, path.name).symlink_to(path)
     forge(EPYC, Path(folder.name))
     return folder

@@ -37,7 +37,7 @@ def draw(count: int, total: int, seed: int) -> NDArray[np.int64]:
 
     Example:
         >>> draw(4, 10, seed=0).tolist()
-        [6, 0, 1, 5]
+        [6, 2, 4, 9]
     """
     import numpy as np
 

@@ -19,8 +19,8 @@ from commands import run
 
 from unmask import SparseDelta
 from unmask.errors import DataError
-from unmask.lab.training import demo_data
 from unmask.files import cache_folder
+from unmask.lab.training import demo_data
 from unmask.lab.training.demo_data import Asset, ensure, load_demo_task
 
 NETWORK = os.environ.get("UNMASK_TEST_NETWORK") == "1"
