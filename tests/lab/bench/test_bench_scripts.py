@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from bench_tiny import settings_for, write_config
 
 from unmask.lab.bench.rows import parse_rows
 from unmask.lab.bench.run import run_bench
+from unmask.lab.bench.settings import BenchSettings
+from unmask.lab.training.fields import converted
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
@@ -123,3 +128,26 @@ def test_the_pages_of_results_name_their_runs_and_have_every_bar(bars):
     limits = {f"{bar.limit:.2f}" for bar in bars.BARS}
     printed = (BENCHMARKS / "results/reference.md").read_text() + (BENCHMARKS / "results/memory.md").read_text()
     assert limits <= set(re.findall(r"\| (\d\.\d\d) \|", printed))
+
+
+def test_the_gpu_script_writes_what_it_has_and_ends_in_time(tmp_path):
+    """A stand-in for ``unmask`` notes its words; the second table fails, and the script goes on."""
+    stand_in = tmp_path / "unmask"
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\ncase "$*" in *llama-7b*) exit 3;; esac\n')
+    stand_in.chmod(0o755)
+    command = ["bash", str(BENCHMARKS / "gpu.sh"), str(tmp_path / "out")]
+    done = subprocess.run(
+        command, env={**os.environ, "UNMASK": str(stand_in)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "llama-7b: ended with status 3\n"
+    lines = [line.split()[1:] for line in (tmp_path / "said").read_text().splitlines()]
+    for words in lines:  # every option is one that the benchmark has, and every row one that it knows
+        given = {
+            name[2:].replace("-", "_"): value for name, value in itertools.pairwise(words) if name.startswith("--")
+        }
+        settings = BenchSettings(**converted(BenchSettings, {**given, "host": "yes"} if "host" in given else given))
+        assert settings.device == "cuda"
+        assert Path(settings.output).parent == tmp_path / "out"
+    assert [words[-1].rsplit("/", 1)[1] for words in lines] == ["host", "llama-7b", "llama-1b", "roberta-base"]
+    late = subprocess.run(command, env={**os.environ, "LIMIT": "10"}, capture_output=True, text=True, check=True)
+    assert late.stdout.count("no time is left") == 4

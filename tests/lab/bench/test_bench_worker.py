@@ -103,6 +103,16 @@ def test_a_step_trains_and_leaves_no_gradient_behind(folder, tmp_path):
         assert not all(torch.equal(a, b) for a, b in zip(before, held, strict=True)), row.label
 
 
+@pytest.mark.parametrize(("row", "dtype"), [("lora", "float32"), ("lora-cast", "bfloat16")])
+def test_the_adapters_of_a_model_in_bfloat16_are_in_float32_or_as_the_model(folder, tmp_path, row, dtype):
+    settings = settings_for(folder, tmp_path, methods=row, dtype="bf16")
+    plan = blueprint(settings)
+    contender = build(settings.rows()[0], plan, settings)
+    contender.step(plan.batches()[0], autocast=False)
+    assert contender.facts["adapter_dtype"] == dtype
+    assert {str(p.dtype)[6:] for p in contender.model.parameters() if p.requires_grad} == {dtype}
+
+
 def test_cuda_events_time_the_phases_and_the_cpu_waits_once(monkeypatch):
     waits, clock = [], iter([10.0, 15.0, 45.0])  # in milliseconds
 

@@ -155,7 +155,7 @@ def _lora(row: Row, plan: Blueprint, settings: BenchSettings) -> Contender:
     """Builds LoRA on every linear layer, without dropout of its adapters."""
     rank = settings.lora_r
     config = need("peft", "bench").LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules="all-linear")
-    return _peft(row, plan.build(), config, {"r": rank})
+    return _peft(row, plan.build(), config, {"r": rank}, in_float32=row.kind == "lora")
 
 
 def _shira(row: Row, plan: Blueprint, settings: BenchSettings) -> Contender:
@@ -206,6 +206,7 @@ _BUILDERS: dict[str, Callable[[Row, Blueprint, BenchSettings], Contender]] = {
     "full": _full,
     "full-fused": _full,
     "lora": _lora,
+    "lora-cast": _lora,
     "shira": _shira,
     "super": _super,
     "authors": _authors,
@@ -245,8 +246,9 @@ def shira_rank(layers: dict[str, tuple[int, int]], budget: int) -> tuple[int, li
     return best[1:]
 
 
-def _peft(row: Row, model: nn.Module, config: Any, facts: dict[str, Any]) -> Contender:
-    wrapped = need("peft", "bench").get_peft_model(model, config).train()
+def _peft(row: Row, model: nn.Module, config: Any, facts: dict[str, Any], in_float32: bool = True) -> Contender:
+    """Wraps a model; its adapters are in float32, as peft makes those of a model in half precision, or in the model's dtype."""
+    wrapped = need("peft", "bench").get_peft_model(model, config, autocast_adapter_dtype=in_float32).train()
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
     facts["adapter_dtype"] = str(parameters[0].dtype).removeprefix("torch.")
 

@@ -12,7 +12,7 @@ KINDS: dict[str, str] = {
     "frozen": "the floor: every weight is frozen, the output of the input embeddings requires grad, no optimizer",
     "full": "full fine-tuning with torch's default AdamW",
     "full-fused": "full fine-tuning with AdamW(fused=True)",
-    "lora": "peft LoRA on every linear layer",
+    "lora": "peft LoRA on every linear layer, with adapters in float32 as peft makes them",
     "shira": "peft SHiRA with the rank whose number of trained weights is nearest to the budget",
     "super": "peft Super-Tuning at the budget's share of the linear weights",
     "authors": "ID3 of the authors' selective-optimizers",
@@ -22,7 +22,9 @@ KINDS: dict[str, str] = {
     "id3-10": "unmask, ID3 with a stride of 10",
     "id3-100": "unmask, ID3 with a stride of 100",
 }
-_PACKAGES = {"lora": "peft", "shira": "peft", "super": "peft", "authors": "selective_optimizers"}
+# ``all`` leaves this one out, for it is another row than lora under --dtype bf16 only.
+APART = {"lora-cast": "peft LoRA on every linear layer, with adapters in the dtype of the model's weights"}
+_PACKAGES = {"lora": "peft", "lora-cast": "peft", "shira": "peft", "super": "peft", "authors": "selective_optimizers"}
 _LONGEST_CYCLE = 10
 _SHORT_CYCLE = 4  # One step selects and three do not.
 RAMP = 4  # So many steps fill half of an ID3 row's budget. At once it would take memory that no real run needs.
@@ -36,7 +38,7 @@ class Row:
 
     Attributes:
         label: The name that the user wrote, for example ``"static"`` or ``"static@10000"``.
-        kind: The method: a key of `KINDS`, or ``"id3-K"`` for any stride K.
+        kind: The method: a key of `KINDS` or `APART`, or ``"id3-K"`` for any stride K.
         budget: The budget B in scalar weights. `KINDS` says what it means for a method that is not unmask's.
     """
 
@@ -66,7 +68,7 @@ class Row:
     @property
     def what(self) -> str:
         """The description of the row in one line."""
-        return KINDS.get(self.kind, f"unmask, ID3 with a stride of {self.stride}")
+        return (KINDS | APART).get(self.kind, f"unmask, ID3 with a stride of {self.stride}")
 
     @property
     def missing(self) -> str | None:
@@ -99,8 +101,8 @@ def parse_rows(text: str, budget: int) -> list[Row]:
     rows = []
     for label in labels:
         kind, at, own = label.partition("@")
-        if kind not in KINDS and not re.fullmatch(r"id3-([2-9]|[1-9]\d+)", kind):
-            known = ", ".join(KINDS)
+        if kind not in KINDS | APART and not re.fullmatch(r"id3-([2-9]|[1-9]\d+)", kind):
+            known = ", ".join(KINDS | APART)
             raise ConfigError(f"unknown method {kind!r}; there are {known}, id3-K for a stride of K, and all.")
         if at and not (own.isdigit() and int(own) > 0):
             raise ConfigError(f"method {label!r}: the budget after @ must be a count of weights, e.g. {kind}@10000.")

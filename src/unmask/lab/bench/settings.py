@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from unmask.errors import ConfigError
-from unmask.lab.bench.rows import KINDS, Row, parse_rows
+from unmask.lab.bench.rows import APART, KINDS, Row, parse_rows
 from unmask.lab.bench.shapes import SHAPES, Shape
 from unmask.lab.training.fields import setting, settings_of
 
@@ -40,8 +40,8 @@ class BenchSettings:
     )
     methods: str = setting(
         "all",
-        f"The rows to measure, separated by commas: {', '.join(KINDS)} (id3-K for a stride of K), NAME@BUDGET for another "
-        "budget, or all.",
+        f"The rows to measure, separated by commas: {', '.join(KINDS | APART)} (id3-K for a stride of K), NAME@BUDGET for "
+        "another budget, or all.",
     )
     draws: int = setting(3, "How often each row is measured, every time in a fresh process.")
     warmup: int = setting(2, "Training steps of each process before the timed ones.")
