@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import unmask
 from unmask import MethodError
+from unmask.gradients.backend import portable
 from unmask.methods.scopes import Scope
 from unmask.quantised.layers import hook_of
 from unmask.ranking import ranker as streamed
@@ -56,9 +58,15 @@ def assert_same_run(net: nn.Module, method: unmask.Method, **options: str) -> un
     return mine
 
 
+@pytest.mark.parametrize("backend", [contextlib.nullcontext, portable], ids=["cpu", "portable"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["random", "id3", "id3, stride"])
-def test_training_equals_training_on_the_float_weights(kind, method):
+def test_training_equals_training_on_the_float_weights(kind, method, backend):
+    with backend():
+        trains_as_on_the_float_weights(kind, method)
+
+
+def trains_as_on_the_float_weights(kind, method):
     net = quantised(kind)
     before = payload(net)
     selection = assert_same_run(net, METHODS[method]().but(scope=MATRICES))

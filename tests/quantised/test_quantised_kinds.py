@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import unmask
 from unmask import MethodError
+from unmask.gradients.backend import portable
 from unmask.gradients.entries import put, take
 from unmask.quantised.layers import weights
 from unmask.quantised.sidecar import Sidecar, SparseMatrix
@@ -117,12 +119,14 @@ def test_the_tensor_reads_in_pieces_and_refuses_the_whole():
             refused()
 
 
-def test_a_matrix_of_one_row():
+@pytest.mark.parametrize("backend", [contextlib.nullcontext, portable], ids=["cpu", "portable"])
+def test_a_matrix_of_one_row(backend):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     layer = bitsandbytes.nn.Linear4bit(WIDTH, 1, quant_type="nf4").to("cpu")
-    selection = unmask.select(layer, unmask.id3(5, steps=1).but(scope=unmask.Scope.patterns("weight")))
-    layer(data(0)).sum().backward()
-    torch.optim.SGD(selection.parameters(), lr=0.1).step()
+    with backend():
+        selection = unmask.select(layer, unmask.id3(5, steps=1).but(scope=unmask.Scope.patterns("weight")))
+        layer(data(0)).sum().backward()
+        torch.optim.SGD(selection.parameters(), lr=0.1).step()
     assert selection.used == 5
 
 

@@ -79,7 +79,8 @@ class UnwaitingRanker(Ranker):
         size = weight.numel()
         if not size:
             return
-        if size < _SMALL and self.heuristic.needs != "nothing":
+        # A quantised weight is read in rows, and random numbers follow from the tensor; neither can be joined with others.
+        if size < _SMALL and type(weight) is Tensor and self.heuristic.needs != "nothing":
             if self._small and not self._like_the_small(weight, gradient):
                 self._rank_small()
             self._small.append((index, gradient))
@@ -88,7 +89,7 @@ class UnwaitingRanker(Ranker):
                 self._rank_small()
             return
         rows, grads = as_rows(weight), None if gradient is None else as_rows(gradient)
-        if rows.shape[0] == 1:  # a vector may be long
+        if rows.shape[0] == 1 and type(weight) is Tensor:  # a vector may be long
             rows, grads = rows.t(), None if grads is None else grads.t()
         columns = rows.shape[1]
         height = max(1, BLOCK // columns)
