@@ -199,9 +199,8 @@ class ProcessReducer:
         return processes if processes.size > 1 else None
 
     def ranking(self, new: NewRanker, table: Ledger) -> Ranking:
-        """Returns a ranking by the gradient of all processes."""
-        if self.processes is None:
-            return new(table)
+        """Returns a ranking by the gradient of all processes, of which there are several."""
+        assert self.processes is not None, "a process that trains alone ranks by its own gradient"
         self._meet()
         if isinstance(table.layout, ShardedLayout):
             ranking = ShardRanking(new(ShardTable(table, table.layout)), table.layout)

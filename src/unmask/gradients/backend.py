@@ -22,7 +22,7 @@ _CHUNK = 1 << 22  # The scalars of one gathered operand of `gathered_product`.
 
 @dataclass(frozen=True)
 class Backend:
-    """How the engine computes on a kind of device.
+    """The way in which the engine computes on a kind of device.
 
     Attributes:
         name: ``"cpu"``, ``"cuda"`` or ``"portable"``.

@@ -86,9 +86,11 @@ class _LinearHandlers:
                 return NotImplemented
             bias = substitute(bias)
             return torch.addmm(bias, x, stand_in.proxy) if transposed else F.linear(x, stand_in.proxy, bias)  # type: ignore[arg-type]
-        how = product(stand_in.entries) if stand_in and stand_in.entries is not None else "dense"
-        if how == "dense" and stand_in and stand_in.entries is not None:
-            return NotImplemented
+        how: Product = "dense"
+        if stand_in is not None and stand_in.entries is not None:
+            how = product(stand_in.entries)
+            if how == "dense":
+                return NotImplemented
         cast = self._cast(x)
         bias_placeholder, entries = None, None
         if isinstance(bias, TappedParameter):

@@ -68,11 +68,10 @@ def sampled_product(g: Tensor, x: Tensor, entries: Entries, how: Product) -> Ten
     for i, (low, high, depth) in enumerate(pieces):
         batch = (high - low) // depth  # A piece is a batch of products over blocks of tokens.
         blocks_x = shared[i] if shared else _blocks(x[low:high], depth, wide, "x")
-        for top, stop, first, last in bands:
+        for top, stop, first, last, starts in bands:
             zeros = torch.zeros(1, dtype=wide).expand(batch, last - first)
-            starts = (entries.starts[top : stop + 1] - first).expand(batch, -1)
             held = entries.columns[first:last].expand(batch, -1)
-            wanted = csr_matrix(starts, held, zeros, (batch, stop - top, entries.shape[1]))
+            wanted = csr_matrix(starts.expand(batch, -1), held, zeros, (batch, stop - top, entries.shape[1]))
             blocks_g = _blocks(g[low:high, top:stop], depth, wide, "g")
             found = torch.sparse.sampled_addmm(wanted, blocks_g, blocks_x.transpose(1, 2), beta=0.0)
             total[first:last] += found.values().sum(0)
@@ -91,11 +90,20 @@ def _pieces(tokens: int, width: int) -> list[tuple[int, int, int]]:
     return pieces
 
 
-def _bands(entries: Entries) -> list[tuple[int, int, int, int]]:
-    """Returns bands of at most `ROWS` rows, without those that hold none: (first row, end, first entry, end)."""
+def _bands(entries: Entries) -> list[tuple[int, int, int, int, Tensor]]:
+    """Returns bands of at most `ROWS` rows, without those that hold no entry.
+
+    A band is its first row and end, its first entry and end, and the place among its entries where each row's start.
+    """
     edges = [*range(0, entries.shape[0], ROWS), entries.shape[0]]
-    starts = entries.starts[edges].tolist() if len(edges) > 2 else [0, entries.flat.numel()]
-    return [(*rows, *held) for rows, held in zip(pairwise(edges), pairwise(starts), strict=True) if held[0] < held[1]]
+    if len(edges) <= 2:
+        return [(0, entries.shape[0], 0, entries.flat.numel(), entries.starts)]
+    held = pairwise(entries.starts[edges].tolist())
+    return [
+        (top, stop, first, last, entries.starts[top : stop + 1] - first)
+        for (top, stop), (first, last) in zip(pairwise(edges), held, strict=True)
+        if first < last
+    ]
 
 
 class LastInput(threading.local):

@@ -46,13 +46,16 @@ class _Block:
     size: int
 
 
-def ranks_unasked(method: Method, device: torch.device) -> bool:
-    """Returns True if a method is ranked on a device by an `UnwaitingRanker`.
+def new_ranker(method: Method, table: Ledger, keep: int, step: int, exclude_members: bool) -> Ranker:
+    """Returns the ranking of one process on the device of the table's values; the arguments are those of `Ranker`.
 
-    It is where the host should not wait for the device. An allocation that bounds the share of tensors, rows or columns, and a
-    heuristic that looks at whole tensors, are ranked by a `Ranker` on every device.
+    It is an `UnwaitingRanker` where the host should not wait for the device. An allocation that bounds the share of tensors,
+    rows or columns, and a heuristic that looks at whole tensors, are ranked by a `Ranker` on every device.
     """
-    return not backend_of(device).asks and method.allocation == "global" and method.heuristic.elementwise
+    waits = backend_of(table.values.device).asks
+    if waits or method.allocation != "global" or not method.heuristic.elementwise:
+        return Ranker(method.heuristic, table, method.allocation, keep, step, exclude_members)
+    return UnwaitingRanker(method.heuristic, table, keep, step, exclude_members)
 
 
 class UnwaitingRanker(Ranker):

@@ -23,8 +23,7 @@ from unmask.methods.method import Accumulation, ClipScope, Exchange, Gradients, 
 from unmask.methods.scopes import Patterns
 from unmask.quantised.layers import reach_biases, settle, weights
 from unmask.ranking.ledger import Layout, Ledger
-from unmask.ranking.ranker import Ranker
-from unmask.ranking.unwaiting import UnwaitingRanker, ranks_unasked
+from unmask.ranking.unwaiting import new_ranker
 from unmask.selection.dense import DenseGradients, DenseTensor, catch_up_before_forward
 from unmask.selection.eligible import ModelFacts, facts_of
 from unmask.selection.identity import Identity
@@ -177,9 +176,7 @@ def known_positions(method: Method, ledger: Ledger, scores: dict[int, Tensor] | 
     """
     if method.heuristic.needs == "nothing" and method.allocation == "global":
         return torch.from_numpy(draw(ledger.budget, ledger.layout.total, method.heuristic.seed))
-    ranker = Ranker(method.heuristic, ledger, method.allocation, ledger.budget, 0, False)
-    if ranks_unasked(method, ledger.values.device):
-        ranker = UnwaitingRanker(method.heuristic, ledger, ledger.budget, 0, False)
+    ranker = new_ranker(method, ledger, ledger.budget, 0, False)
     for index in range(len(ledger.layout.tensors)):
         ranker.rank(index, None if scores is None else scores.pop(index, None))
     return ranker.result().positions

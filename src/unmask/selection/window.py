@@ -16,7 +16,7 @@ from unmask.ranking.ledger import Ledger
 from unmask.ranking.plan import Plan
 from unmask.ranking.ranker import Ranker, Ranking
 from unmask.ranking.topk import Ranked, in_order
-from unmask.ranking.unwaiting import UnwaitingRanker, ranks_unasked
+from unmask.ranking.unwaiting import new_ranker
 from unmask.selection.refusals import Options
 
 OVERSAMPLE = 4  # candidates kept per entry to be unmasked
@@ -313,8 +313,8 @@ class Window:
     def _new_ranker(self, keep: int) -> Ranking:
         """Returns a ranking of this step that keeps the first ``keep`` entries."""
         method, plan = self.method, self.plan
-        if self.reducer.processes is None and ranks_unasked(method, self.values.device):
-            return UnwaitingRanker(method.heuristic, self.ledger, keep, plan.step, not plan.repeat)
+        if self.reducer.processes is None:
+            return new_ranker(method, self.ledger, keep, plan.step, not plan.repeat)
         return self.reducer.ranking(
             lambda table: Ranker(method.heuristic, table, method.allocation, keep, plan.step, not plan.repeat),
             self.ledger,

@@ -118,7 +118,7 @@ class _Dispatched(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class HostCost:
-    """What one row's step costs the host.
+    """The costs of one row's step for the host.
 
     Attributes:
         row: The name of the row.
