@@ -10,6 +10,7 @@ import torch
 from helpers import batches, mean_square, mlp
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
+from torch.utils._python_dispatch import TorchDispatchMode
 from value_wrappers import SAM, Averaged, Ema, Free, Lookahead, ScheduleFree
 
 import unmask
@@ -386,3 +387,31 @@ def test_schedulefrees_own_optimizer():
         optimizer.step()
         optimizer.eval()
         holds(selection, selection.values.detach().clone())
+
+
+class Dispatched(TorchDispatchMode):
+    """Records the operators that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def operators(model: nn.Module) -> list[str]:
+    with Dispatched() as dispatched:
+        model(batches(1)[0])
+    return dispatched.operators
+
+
+def test_a_forward_that_finds_nothing_new_costs_no_operation():
+    selection = started()
+    assert operators(selection.model) == operators(based())
+    with torch.no_grad():
+        selection.values.mul_(2)
+    assert len(operators(selection.model)) > len(operators(based()))
+    assert operators(selection.model) == operators(based())
