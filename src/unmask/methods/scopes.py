@@ -25,8 +25,8 @@ class Scope:
     """The rule that says which tensor parameters are eligible.
 
     Attributes:
-        kind: ``"all"``; ``"linear"``: weight matrices of linear layers; ``"bias"``: true biases, those of normalisation
-            layers included; ``"vector"``: every one-dimensional tensor (what the authors' toolkit calls a bias);
+        kind: ``"all"``; ``"linear"``: weight matrices of linear layers but the output embedding's, which are the layers that
+            peft's ``"all-linear"`` takes; ``"bias"``: true biases, those of normalisation layers included; ``"vector"``: every one-dimensional tensor (what the authors' toolkit calls a bias);
             ``"patterns"``: names in which one of the patterns is found.
         expressions: Regular expressions for ``"patterns"``. They are searched (not matched from the start) in parameter names.
 
@@ -75,6 +75,7 @@ class Scope:
             return [name for name in parameters if _BIAS.search(name.rpartition(".")[2])]
         if self.kind == "linear":
             weights = {id(getattr(module, "weight", None)) for module in model.modules() if is_linear(module)}
+            weights -= _vocabulary_weights(model)
             return [name for name, p in parameters.items() if id(p) in weights]
         return matching(parameters, self.expressions, "scope")
 
@@ -84,6 +85,19 @@ def is_linear(module: nn.Module) -> bool:
     from torch import nn
 
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # the core does not import transformers
+
+
+def _vocabulary_weights(model: nn.Module) -> set[int]:
+    """Returns the ids of the weights of output embeddings, and of all embeddings that a linear layer may be tied to."""
+    from torch import nn
+
+    found: set[int] = set()
+    for module in model.modules():
+        outputs = getattr(module, "get_output_embeddings", None)  # of transformers' models; it gives a layer or None
+        found.add(id(getattr(outputs() if callable(outputs) else None, "weight", None)))
+        if isinstance(module, nn.Embedding):
+            found.add(id(module.weight))
+    return found
 
 
 def as_patterns(given: Patterns) -> tuple[str, ...]:
