@@ -47,6 +47,15 @@ def test_methods_lists_every_preset(world: Path) -> None:
     assert all(name in printed for name in unmask.PRESETS)
 
 
+def test_libraries_that_no_one_asked_for_print_nothing(world: Path) -> None:
+    """peft imports torchao and bitsandbytes where they are installed, and these warn of each GPU library that is not there."""
+    words = train_words("quiet", "--max-steps", 1)
+    line = [sys.executable, "-m", "unmask", *map(str, words)]
+    done = subprocess.run(line, cwd=world, capture_output=True, text=True, check=True)
+    assert "delta" in done.stdout
+    assert not any(name in done.stdout + done.stderr for name in ("Failed to load", "torchao", "_pytree", "kernels"))
+
+
 @pytest.mark.parametrize("name", unmask.PRESETS)
 def test_train_makes_the_method_that_is_named(name: str, world: Path) -> None:
     """The delta's metadata, the summary and the configuration name the method."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import NoReturn
 
 from unmask.errors import UnmaskError, cannot_write
 
+_CHATTY = (
+    "torchao",
+    "bitsandbytes",
+    "torch.utils._pytree",
+)  # peft imports these; they warn about each lacking GPU library
 _STOPPED = ("InterruptedRunError", "InterruptedCommandError", "SweepInterruptedError")
 
 
@@ -16,6 +22,8 @@ def main() -> None:
 
     Ctrl-C, at any moment, ends with a message and exit status 130.
     """
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         try:
             from unmask.cli.app import app

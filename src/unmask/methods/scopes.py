@@ -26,8 +26,9 @@ class Scope:
 
     Attributes:
         kind: ``"all"``; ``"linear"``: weight matrices of linear layers but the output embedding's, which are the layers that
-            peft's ``"all-linear"`` takes; ``"bias"``: true biases, those of normalisation layers included; ``"vector"``: every one-dimensional tensor (what the authors' toolkit calls a bias);
-            ``"patterns"``: names in which one of the patterns is found.
+            peft's ``"all-linear"`` takes; ``"bias"``: true biases, those of normalisation layers included; ``"vector"``: every
+            one-dimensional tensor (what the authors' toolkit calls a bias); ``"patterns"``: names in which one of the patterns
+            is found.
         expressions: Regular expressions for ``"patterns"``. They are searched (not matched from the start) in parameter names.
 
     Raises:
