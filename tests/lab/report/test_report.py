@@ -166,25 +166,57 @@ def test_two_studies_stand_on_one_page(study, tmp_path):
     assert len(ids) == len(set(ids))
 
 
-def test_runs_of_train_can_be_reported(tmp_path):
-    folder = tmp_path / "runs" / "one"
+def made_run(folder, score=0.75, **settings):
+    """Writes the files of a finished run of `unmask train`."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("model: m\noutput: o\ntask: rte\nbudget: '100'\nlr: 0.001\nseed: 3\n")
-    summary = {
-        "main_metric": "accuracy",
-        "main": 0.75,
-        "greater_is_better": True,
-        "after": {"accuracy": 0.75, "loss": 0.5},
-    }
+    given = {"model": "m", "output": str(folder), "task": "rte", "budget": "100", "lr": 0.001, "seed": 3} | settings
+    (folder / "config.yaml").write_text(json.dumps({key: value for key, value in given.items() if value is not None}))
+    after = {"accuracy": score, "loss": 0.5}
+    summary = {"main_metric": "accuracy", "main": score, "greater_is_better": True, "after": after}
     summary |= {"budget": 100, "parameters": 1000, "seconds": 12.5, "method": {"name": "id3", "strategy": "increment"}}
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "metrics.jsonl").write_text(
         json.dumps({"step": 5, "used": 50, "eval_accuracy": 0.7, "eval_loss": 0.6}) + "\n"
     )
+
+
+def test_runs_of_train_can_be_reported(tmp_path):
+    made_run(tmp_path / "runs" / "one")
     study = read_study(tmp_path / "runs")
     (result,) = study.results.values()
     assert (result["score"], result["curve"]) == (0.75, [{"step": 5, "used": 50, "score": 0.7, "loss": 0.6}])
     assert "75.00" in write_report([tmp_path / "runs"], tmp_path / "r.html").read_text("utf-8")
+
+
+def test_runs_that_differ_in_any_setting_have_their_own_rows(tmp_path):
+    own = {"task": None, "data": "a.csv"}
+    differing = [
+        own, {**own, "data": "b.csv"}, {**own, "max_steps": 9}, {**own, "batch_size": 4}, {**own, "model": "n"},
+        {**own, "include": ["query"]}, {**own, "seed": 4},
+    ]  # fmt: skip
+    for number, settings in enumerate(differing):
+        made_run(tmp_path / "runs" / str(number), score=0.5 + number / 100, **settings)
+    study = read_study(tmp_path / "runs")
+    found = table(study.cells, study.results, study.protocol)
+    by_row = [sorted(entry.scores.values()) for line in found.lines for entry in line.entries.values()]
+    assert sorted(by_row) == [[0.5, 0.56], [0.51], [0.52], [0.53], [0.54], [0.55]]  # two seeds are one row
+    rows = [line.labels for line in found.lines]
+    assert {"data": "b.csv"}.items() <= rows[1].items()
+    assert {"max_steps": "9"}.items() <= rows[2].items()
+    assert all(key in row for row in rows for key in ("data", "model"))
+    assert "output" not in rows[0]
+    assert "6 runs" not in write_report([tmp_path / "runs"], tmp_path / "r.html").read_text("utf-8")
+
+
+def test_a_run_that_was_made_twice_is_shown_twice(tmp_path):
+    for name, score in (("first", 0.25), ("second", 0.5)):
+        made_run(tmp_path / "runs" / name, score=score)
+    study = read_study(tmp_path / "runs")
+    found = table(study.cells, study.results, study.protocol)
+    assert [(line.labels["run"], *line.entries["rte"].scores.values()) for line in found.lines] == [
+        ("first", 0.25),
+        ("second", 0.5),
+    ]
 
 
 def test_folders_without_runs_are_refused(tmp_path):

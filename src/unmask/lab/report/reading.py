@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from unmask.errors import ConfigError, DataError
 from unmask.lab.study.cells import Cell, canonical, run_id
@@ -11,7 +13,11 @@ from unmask.lab.study.curves import read_run
 from unmask.lab.study.parsing import read_choice, read_claims, read_protocol
 from unmask.lab.study.spec import Choice, Claims, Protocol
 from unmask.lab.study.store import Result, Results, Store
+from unmask.lab.training.config import FREE
 from unmask.lab.training.settings import read_yaml
+
+_NAMING = ("method", "into", "task", "budget", "seed", "lr")
+"""The settings that are labels of every run, in this order. Other settings are labels where runs differ in them."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +82,34 @@ def read_study(folder: str | Path) -> Study:
 
 
 def _of_runs(folder: Path) -> Study:
-    cells: list[Cell] = []
-    results: dict[str, Result] = {}
+    """Returns the runs below a folder. A run's labels are what names it, and every further setting in which the runs differ."""
+    found: list[tuple[str, dict[str, Any], dict[str, Any]]] = []  # the run's folder, settings and result
     for path in sorted(folder.rglob("summary.json")):
         made, config = read_run(path.parent), path.with_name("config.yaml")
-        if made is None or not config.is_file():
-            continue
-        settings = canonical(read_yaml(config))
-        labels = {"method": settings.get("method", "id3")}
-        labels |= {key: settings[key] for key in ("into", "task", "budget", "seed", "lr") if key in settings}
-        cell = Cell(f"{run_id(labels, settings)}-{len(cells)}", labels, settings)
+        if made is not None and config.is_file():
+            place = path.parent.relative_to(folder).as_posix()
+            found.append((place, {"method": "id3"} | canonical(read_yaml(config)), made))
+    if not found:
+        raise DataError(f"{str(folder)!r} holds no sweep and no finished run of `unmask train` (no summary.json).")
+    settings = [own for _, own, _ in found]
+    names = [key for key in _NAMING if any(key in own for own in settings)]
+    names += sorted({key for own in settings for key in own if key not in (*names, *FREE) and _differs(key, settings)})
+    identities = [tuple(_shown(own.get(key)) for key in names) for own in settings]
+    cells: list[Cell] = []
+    results: dict[str, Result] = {}
+    for (place, own, made), identity in zip(found, identities, strict=True):
+        labels = {key: value for key, value in zip(names, identity, strict=True) if value is not None}
+        if identities.count(identity) > 1:  # the same run, made again
+            labels["run"] = place
+        cell = Cell(f"{run_id(labels, own)}-{len(cells)}", labels, own)
         cells.append(cell)
         results[cell.id] = {**vars(cell), "status": "done", "seconds": made["summary"].get("seconds"), **made}
-    if not cells:
-        raise DataError(f"{str(folder)!r} holds no sweep and no finished run of `unmask train` (no summary.json).")
     return Study(folder.resolve().name, "", tuple(cells), results)
+
+
+def _differs(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
+    return any(own.get(key) != settings[0].get(key) for own in settings)
+
+
+def _shown(value: Any) -> Any:
+    return ", ".join(map(str, value)) if isinstance(value, list) else value

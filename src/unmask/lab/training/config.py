@@ -12,6 +12,12 @@ from unmask.methods.method import Allocation, BiasCorrection, Criterion, Inside,
 from unmask.methods.scopes import NamedKind
 from unmask.reading import shown
 
+FREE = (
+    *("output", "eval_steps", "save_steps", "keep_checkpoints", "logging_steps", "report_to"),
+    *("test_sets", "test_limit", "test_batch_size", "max_new_tokens"),
+)
+"""The settings that the delta does not depend on, so that a resumed run may change them."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -18,16 +18,11 @@ from unmask.errors import ConfigError, UnmaskError, WriteError
 from unmask.files import discard, sweep_up, write_text
 from unmask.integrations.checkpoints import Checkpoint, differences, examine, folders, newest
 from unmask.lab.training import locking
-from unmask.lab.training.config import TrainConfig
+from unmask.lab.training.config import FREE, TrainConfig
 from unmask.lab.training.settings import build, read_yaml, write_yaml
 from unmask.reading import count, fields, mapping, number, read_json
 
 _CLOCKS = ("runtime", "per_second", "preparation_time")  # endings of the clock times that an evaluation reports
-# A resumed run may change these settings: the delta does not depend on them.
-FREE = (
-    *("output", "eval_steps", "save_steps", "keep_checkpoints", "logging_steps", "report_to"),
-    *("test_sets", "test_limit", "test_batch_size", "max_new_tokens"),
-)
 _LENGTH = ("epochs", "max_steps", "batch_size", "accumulation", "data", "data_dir", "task")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # some network file systems report these
