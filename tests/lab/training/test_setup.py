@@ -113,3 +113,21 @@ def test_tensors_outside_the_budget_can_have_another_rate():
         0.01,
         [6, 36],
     )
+
+
+OWN = {key: value for key, value in RUN.items() if key != "task"} | {"data": "a.csv"}
+
+
+def test_the_settings_of_own_texts_are_checked_before_the_file_is_read():
+    config = build(OWN | {"num_labels": "1", "delimiter": "tab", "encoding": "latin-1", "drop_missing": "yes"})
+    assert (config.num_labels, config.drop_missing) == (1, True)
+    for settings, message in (
+        ({"delimiter": ";;"}, "must be one character"),
+        ({"encoding": "nosuch"}, "no such encoding"),
+        ({"num_labels": "0"}, "num_labels = 0; it must be above 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(OWN | settings)
+    for name, value in (("num_labels", 3), ("delimiter", ";"), ("encoding", "cp1252"), ("drop_missing", True)):
+        with pytest.raises(ConfigError, match=f"{name}: for texts of your own only"):
+            build(RUN | {name: value})

@@ -34,6 +34,10 @@ class Source:
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
+    num_labels: int | None = None
+    delimiter: str | None = None
+    encoding: str = "utf-8"
+    drop_missing: bool = False
     seed: int = 0
     held_out: int = 120
     max_length: int = 128
@@ -66,6 +70,9 @@ class Request:
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
+    delimiter: str | None = None
+    encoding: str = "utf-8"
+    drop_missing: bool = False
     model: str = ""
     delta: str | None = None
     limit: int | None = None

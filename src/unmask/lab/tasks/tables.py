@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import gzip
+import io
 import itertools
 import sys
 import zlib
@@ -19,6 +21,43 @@ from unmask.reading import Malformed, parse_json, shown
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _MOST_LISTED, _LONGEST_LISTED = 20, 80
 _Row = tuple[int, Sequence[str]]  # the line's number, from 1, and its cells
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """The way in which a user's csv and tsv files are written, where that is not the usual one.
+
+    Attributes:
+        delimiter: The character between two cells, ``"\\t"`` or ``"tab"`` for a tab. None takes the tab in a tsv file, and in
+            a csv file the comma, or else the semicolon or the tab, whichever the first line has.
+        encoding: The encoding of text files, a name that Python knows. A byte-order mark of UTF-8 is passed over.
+
+    Raises:
+        DataError: The delimiter is not one character, or there is no such encoding.
+
+    Example:
+        >>> TextFormat(delimiter="tab").delimiter
+        '\\t'
+    """
+
+    delimiter: str | None = None
+    encoding: str = "utf-8"
+
+    def __post_init__(self) -> None:
+        if self.delimiter in ("tab", "\\t"):
+            object.__setattr__(self, "delimiter", "\t")
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '\r\n"'):
+            raise DataError(f"delimiter = {shown(self.delimiter)}; it must be one character, such as ';', or tab.")
+        try:
+            usual = codecs.lookup(self.encoding).name == "utf-8"
+            io.TextIOWrapper(io.BytesIO(), self.encoding)  # refuses those that are not of text, such as base64
+        except (LookupError, ValueError) as error:
+            raise DataError(
+                f"encoding = {shown(self.encoding)}; Python knows no such encoding. There are utf-8, utf-16, latin-1, cp1252, "
+                "gb18030, shift_jis and more."
+            ) from error
+        if usual:
+            object.__setattr__(self, "encoding", "utf-8-sig")
 
 
 @dataclass(frozen=True)
@@ -153,7 +192,9 @@ def task_files(
     return folder, found
 
 
-def read_table(path: Path, header: tuple[str, ...] | None = None, skip_short: bool = False) -> Table:
+def read_table(
+    path: Path, header: tuple[str, ...] | None = None, skip_short: bool = False, form: TextFormat | None = None
+) -> Table:
     """Reads a file in the format that its suffix names.
 
     csv is read with quotes, and tsv without, as GLUE's files are written. Blank lines are passed over.
@@ -163,6 +204,7 @@ def read_table(path: Path, header: tuple[str, ...] | None = None, skip_short: bo
         header: The column names of a csv or tsv file that has no header line. A first line that holds two of these
             names or more (or the only one) is read as a header line nevertheless.
         skip_short: Leaves out csv and tsv rows with too few cells, and counts them in `Table.skipped`.
+        form: How a csv or tsv file is written; None for the usual way.
 
     Raises:
         DataError: The file is missing, damaged, empty or of an unknown format, or a row is wider or narrower than the
@@ -173,38 +215,49 @@ def read_table(path: Path, header: tuple[str, ...] | None = None, skip_short: bo
     suffix, source = suffix_of(path), str(path)
     if suffix not in SUFFIXES:
         raise DataError(f"{source!r} has an unknown format; its name must end in {', '.join(SUFFIXES)}.")
+    form = form or TextFormat()
+    if form.delimiter is not None and suffix not in (".csv", ".tsv"):
+        raise DataError(
+            f"delimiter = {form.delimiter!r}, and {source!r} is no csv or tsv file; leave the delimiter out."
+        )
     if suffix == ".parquet":
         table = _read_parquet(path)
     else:
-        with open_text(path, suffix[1:], newline="" if suffix == ".csv" else "\n") as file:
+        with open_text(path, suffix[1:], "" if suffix == ".csv" else "\n", form.encoding) as file:
             if suffix in (".json", ".jsonl"):
                 table = _read_records(file, source, by_line=suffix == ".jsonl")
             else:
-                rows = _csv_rows(file, source) if suffix == ".csv" else _tsv_rows(file)
-                table = _read_cells(source, rows, header, skip_short)
+                read = _csv_rows if suffix == ".csv" else _tsv_rows
+                table = _read_cells(source, read(file, source, form.delimiter), header, skip_short)
     if not table.places:
         raise DataError(f"{source!r} is empty: it holds no examples.")
     return table
 
 
 @contextlib.contextmanager
-def open_text(path: Path, form: str, newline: str = "\n") -> Iterator[TextIO]:
+def open_text(path: Path, form: str, newline: str = "\n", encoding: str = "utf-8-sig") -> Iterator[TextIO]:
     """Opens a text file, which may be gzipped.
 
-    The encoding is utf-8-sig, so that a byte-order mark does not become part of the first column's name. A newline of
-    "\\n" keeps the other characters that Unicode counts as line ends in the text.
+    By the encoding utf-8-sig a byte-order mark does not become part of the first column's name. A newline of "\\n" keeps the
+    other characters that Unicode counts as line ends in the text.
 
     Raises:
-        DataError: The file is not UTF-8, is a damaged gzip, or a reader finds that it is not of the named form.
+        DataError: The file has another encoding, is a damaged gzip, or a reader finds that it is not of the named form.
     """
     opened: Any = gzip.open if path.name.lower().endswith(".gz") else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+        with opened(path, "rt", encoding=encoding, newline=newline) as file:
             yield file
     except DataError:
         raise
+    except UnicodeError as error:
+        name = "UTF-8" if encoding == "utf-8-sig" else encoding
+        raise DataError(
+            f"{str(path)!r} cannot be read as {form} (in {name}): {error}. Save it in UTF-8, or, for texts of your own, name its "
+            "encoding (--encoding latin-1)."
+        ) from error
     except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{str(path)!r} cannot be read as {form} (in UTF-8): {error}") from error
+        raise DataError(f"{str(path)!r} cannot be read as {form}: {error}") from error
 
 
 def _read_parquet(path: Path) -> Table:
@@ -216,15 +269,20 @@ def _read_parquet(path: Path) -> Table:
     return Table(str(path), columns, range(1, len(next(iter(columns.values()), [])) + 1))
 
 
-def _tsv_rows(file: TextIO) -> Iterator[_Row]:
+def _tsv_rows(file: TextIO, _: str, delimiter: str | None) -> Iterator[_Row]:
     for number, line in enumerate(file, 1):
         line = line.removesuffix("\n").removesuffix("\r")
         if line:
-            yield number, line.split("\t")
+            yield number, line.split(delimiter or "\t")
 
 
-def _csv_rows(file: TextIO, source: str) -> Iterator[_Row]:
-    reader = csv.reader(file, strict=True)
+def _csv_rows(file: TextIO, source: str, delimiter: str | None) -> Iterator[_Row]:
+    if delimiter is None:  # the first of these that divides the first line
+        first = file.readline().rstrip("\r\n")
+        file.seek(0)
+        cells = {sign: next(csv.reader([first], delimiter=sign), []) for sign in ",;\t"}
+        delimiter = next((sign for sign, found in cells.items() if len(found) > 1), ",")
+    reader = csv.reader(file, strict=True, delimiter=delimiter)
     try:
         for row in reader:
             if row:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from unmask.errors import ConfigError, MethodError
+from unmask.errors import ConfigError, DataError, MethodError
 from unmask.lab.training.fields import required, setting, settings_of
 from unmask.methods.method import Allocation, BiasCorrection, Criterion, Inside, Leaving, Method, Unselected
 from unmask.methods.scopes import NamedKind
@@ -52,6 +52,17 @@ class TrainConfig:
     text: str = setting("text", "The text column of data; of ner, the column of word lists, called tokens or words.")
     text_pair: str | None = setting(None, "The second text column, if the task has pairs.")
     label: str = setting("label", "The label column of data; of ner, the column of tag lists, called ner_tags or tags.")
+    num_labels: int | None = setting(
+        None, "The number of classes of data; 1 for a regression on whole numbers. Without it the labels tell."
+    )
+    delimiter: str | None = setting(
+        None,
+        "The character between two cells of data's csv and tsv files, such as ; or tab; without it, the file tells.",
+    )
+    encoding: str = setting("utf-8", "The encoding of data's text files, such as latin-1 or cp1252.")
+    drop_missing: bool = setting(
+        False, "Leave out rows of data that lack a text or a label; without it such a row is an error."
+    )
     into: Inside | None = setting(
         None,
         "Select inside modules that are added to the base: by peft (lora, dora, shira) or by adapters (pfeiffer, "
@@ -164,6 +175,7 @@ class TrainConfig:
                 raise ConfigError("task 'ner' is your own: give data (and eval), or data_dir, and not both.")
         elif (self.task is None) == (self.data is None):
             raise ConfigError("give either task (with data_dir) or data (with text and label), and not both.")
+        self._check_data()
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed = {shown(self.seed)}; it must be a whole number from 0 to {2**32 - 1:,}.")
         for name in _POSITIVE:
@@ -182,6 +194,20 @@ class TrainConfig:
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, value)
         self._check_method()
+
+    def _check_data(self) -> None:
+        """Refuses settings of the user's own files that cannot be, or that would not be used."""
+        from unmask.lab.tasks.tables import TextFormat
+
+        defaults = settings_of(TrainConfig)
+        names = ("num_labels", "delimiter", "encoding", "drop_missing")
+        given = [name for name in names if getattr(self, name) != defaults[name].default]
+        if given and (self.task is not None or self.data is None):
+            raise ConfigError(f"{', '.join(given)}: for texts of your own only, which data names (without a task).")
+        try:
+            TextFormat(self.delimiter, self.encoding)
+        except DataError as error:
+            raise ConfigError(str(error)) from error
 
     def _check_method(self) -> None:
         """Refuses what a method needs and lacks, and what it cannot have."""
@@ -235,5 +261,5 @@ class TrainConfig:
 _POSITIVE = (
     *("epochs", "batch_size", "accumulation", "max_length", "held_out", "test_batch_size", "max_new_tokens", "stride"),
     *("logging_steps", "num_samples", "lora_r", "lora_alpha", "reduction_factor", "lr", "dense_lr"),
-    *("max_steps", "eval_steps", "save_steps", "keep_checkpoints", "test_limit"),
+    *("num_labels", "max_steps", "eval_steps", "save_steps", "keep_checkpoints", "test_limit"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unmask.errors import DataError
@@ -23,7 +23,8 @@ def examples(spec: TaskSpec, table: Table, columns: Sequence[str], label: str, k
     ``keep_empty`` accepts a pair of which one text is empty.
 
     Raises:
-        DataError: A column is missing, a text is empty, or a label is none of the task's.
+        DataError: A column is missing, a text is empty, or a label is none of the task's. The error names the first such row,
+            and says how many there are.
 
     Example:
         >>> spec = TaskSpec("t", ("text",), 2, ("bad", "good"), ("accuracy",), "accuracy")
@@ -32,18 +33,73 @@ def examples(spec: TaskSpec, table: Table, columns: Sequence[str], label: str, k
     """
     texts = [list(table.column(column)) for column in columns]
     labels: list[Any] = []
+    faults: list[DataError] = []
     for row, value in enumerate(table.column(label)):
-        for column, cells in zip(columns, texts, strict=True):
-            if not isinstance(cells[row], str | None):
-                raise DataError(f"{table.where(row)}: column {column!r} holds {cells[row]!r:.60}, which is not a text.")
-        filled = [bool(cells[row] and cells[row].strip()) for cells in texts]
-        if not (any(filled) if keep_empty else all(filled)):
-            column = columns[filled.index(False)]
-            raise DataError(f"{table.where(row)}: the text in column {column!r} is empty; mend or drop the row.")
-        with placed(f"{table.where(row)}, column {label!r}"):
-            labels.append(decode(spec, value))
+        try:
+            _check_texts(
+                table, row, {column: cells[row] for column, cells in zip(columns, texts, strict=True)}, keep_empty
+            )
+            with placed(f"{table.where(row)}, column {label!r}"):
+                labels.append(decode(spec, value))
+        except DataError as error:
+            faults.append(error)
+    if faults:
+        raise DataError(f"{faults[0]}{_and_more(len(faults) - 1)}")
     kept = [[cell or "" for cell in cells] for cells in texts]  # an empty text of a pair may be None
     return Examples(kept[0], kept[1] if len(kept) > 1 else None, labels)
+
+
+def _check_texts(table: Table, row: int, texts: Mapping[str, Any], keep_empty: bool) -> None:
+    """Refuses a row whose cells are no texts, or in which a text is empty."""
+    for column, cell in texts.items():
+        if not isinstance(cell, str | None):
+            raise DataError(f"{table.where(row)}: column {column!r} holds {cell!r:.60}, which is not a text.")
+    empty = [column for column, cell in texts.items() if not (cell and cell.strip())]
+    if empty and (not keep_empty or len(empty) == len(texts)):
+        raise DataError(f"{table.where(row)}: the text in column {empty[0]!r} is empty; mend or drop the row.")
+
+
+def _and_more(count: int) -> str:
+    return f" {count:,} more row{'s have' if count > 1 else ' has'} a fault too." if count else ""
+
+
+def complete(table: Table, columns: Sequence[str], label: str, drop: bool) -> tuple[Table, str | None]:
+    """Finds the rows that lack a text or the label.
+
+    Returns:
+        The table without these rows, and a note that counts them; the same table and None if there are none.
+
+    Raises:
+        DataError: A column is missing. Or there are such rows, and they are not to be dropped, or no others are left.
+
+    Example:
+        >>> table = Table("here", {"text": ["fine", None], "y": ["good", "bad"]}, [1, 2])
+        >>> kept, note = complete(table, ["text"], "y", drop=True)
+        >>> len(kept), note
+        (1, 'here: 1 row without a text or a label is left out')
+    """
+    cells = {column: table.column(column) for column in (*columns, label)}
+    lacking = {
+        row: column
+        for column, values in cells.items()
+        for row, cell in enumerate(values)
+        if (is_missing(cell) if column == label else cell is None or (isinstance(cell, str) and not cell.strip()))
+    }
+    if not lacking:
+        return table, None
+    first, count = min(lacking), len(lacking)
+    kept = [row for row in range(len(table)) if row not in lacking]
+    if not drop or not kept:
+        column = lacking[first]
+        what = "label is missing" if column == label else f"text in column {column!r} is empty"
+        there = f" ({label!r} is {shown(cells[label][first])})" if column == label else ""
+        raise DataError(
+            f"{table.where(first)}: the {what}{there}; mend or drop the row. {count:,} of {len(table):,} rows lack a text or "
+            "the label; --drop-missing (drop_missing=True) leaves such rows out."
+        )
+    note = f"{table.source}: {count:,} row{'s' * (count > 1)} without a text or a label {'are' if count > 1 else 'is'} left out"
+    values = {column: [cell[row] for row in kept] for column, cell in table.columns.items()}
+    return Table(table.source, values, [table.places[row] for row in kept], table.unit, table.skipped), note
 
 
 def decode(spec: TaskSpec, value: Any) -> int | float:
@@ -117,17 +173,18 @@ def infer_spec(
 ) -> TaskSpec:
     """Infers a task from the labels of a training table, as `load_files` explains.
 
-    If ``names`` are given (in the order of their ids), the labels are such names.
+    If ``names`` are given (in the order of their ids), the labels are such names. No label may be missing: see `complete`.
 
     Raises:
-        DataError: A label is missing, a text is among numbers, the ids do not run from 0, or there are fewer than two
+        DataError: A label is a list, a text is among numbers, the ids do not run from 0, or there are fewer than two
             classes.
     """
     values = table.column(label)
     for row, value in enumerate(values):
-        if is_missing(value):
+        if isinstance(value, list | dict):
             raise DataError(
-                f"{table.where(row)}: the label is missing ({label!r} is {shown(value)}); mend or drop the row."
+                f"{table.where(row)}: label {shown(value)} in column {label!r} is a {type(value).__name__}; a text has one label "
+                "here. Write one class or number in each row; lists of tags, one for each word, go with --task ner."
             )
     numbers = [number_of(value) for value in values]
     what = f"{table.source}: column {label!r}"
@@ -138,7 +195,7 @@ def infer_spec(
             odd = numbers.index(None)
             raise DataError(
                 f"{table.where(odd)}: label {shown(values[odd])} in column {label!r} is not a number, but others are. Mend "
-                "that row, or, if these are names of classes, write every one as text."
+                f"that row, or, if these are names of classes, write every one as text.{_and_more(numbers.count(None) - 1)}"
             )
         known = [number for number in numbers if number is not None]
         fractions = [number for number in known if not number.is_integer()]
@@ -151,10 +208,11 @@ def infer_spec(
         found = sorted({int(number) for number in known})
         count = num_labels or len(found)
         if found[0] < 0 or found[-1] >= count:
+            more = f"or give more classes (--num-labels {found[-1] + 1}), " if found[0] >= 0 else ""
             raise DataError(
                 f"{what} holds the whole numbers {listed(map(str, found), _MOST_SHOWN)}; {count} classes have the ids 0 to "
-                f"{count - 1}. Renumber them, or write them as text, or, for a regression, with a fraction in some row (or "
-                "give num_labels=1)."
+                f"{count - 1}. Renumber them, or write them as text, {more}or, for a regression on whole numbers, give "
+                "--num-labels 1 (num_labels=1)."
             )
         names = [str(i) for i in range(count)]
     if len(names) < 2:

@@ -15,6 +15,7 @@ from unmask.errors import ConfigError
 from unmask.lab.models import longest_input
 from unmask.lab.tasks.protocol import Kind, Request, Scored, Source
 from unmask.lab.tasks.split import PreparedSplits, named
+from unmask.lab.tasks.tables import TextFormat
 from unmask.lab.tasks.text.files import load_evaluation, load_files
 from unmask.lab.tasks.text.glue import GLUE, load_glue
 from unmask.lab.tasks.text.metrics import compute
@@ -124,7 +125,18 @@ def load(source: Source) -> SequenceTask:
     if source.task is not None:
         return SequenceTask(load_glue(source.task, source.data_dir))
     assert source.data is not None, "a source without a task has data"
-    return SequenceTask(load_files(source.data, source.eval, source.text, source.label, source.text_pair))
+    return SequenceTask(
+        load_files(
+            source.data,
+            source.eval,
+            source.text,
+            source.label,
+            source.text_pair,
+            num_labels=source.num_labels,
+            form=TextFormat(source.delimiter, source.encoding),
+            drop_missing=source.drop_missing,
+        )
+    )
 
 
 def reload(described: Mapping[str, Any], request: Request) -> SequenceTask:
@@ -142,10 +154,13 @@ def reload(described: Mapping[str, Any], request: Request) -> SequenceTask:
         name, count, names = described["name"], described["num_labels"], described["label_names"]
         trained = name in GLUE and GLUE[name].num_labels == count
         metrics = GLUE[name].metrics if trained else default_metrics(count)
-        columns = tuple(described["text_columns"])
-        spec = TaskSpec(name, columns, count, tuple(names) if names else None, metrics, metrics[0])
-        examples = load_evaluation(spec, request.data, request.text, request.label, request.text_pair)
-        data = TaskData(spec, Examples([], None, []), {"eval": examples})
+        spec = TaskSpec(
+            name, tuple(described["text_columns"]), count, tuple(names) if names else None, metrics, metrics[0]
+        )
+        form = TextFormat(request.delimiter, request.encoding)
+        columns = (request.text, request.label, request.text_pair)
+        examples, notes = load_evaluation(spec, request.data, *columns, form=form, drop_missing=request.drop_missing)
+        data = TaskData(spec, Examples([], None, []), {"eval": examples}, notes)
     if data.spec.num_labels != described["num_labels"]:
         raise ConfigError(
             f"task {data.spec.name!r} has {data.spec.num_labels} labels; the delta was trained with "
