@@ -107,16 +107,27 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
     delta: Annotated[
-        Path | None, typer.Argument(help="The delta file; without it the base alone solves word problems.")
+        Path | None,
+        typer.Argument(
+            help="The delta file; without it the checkpoint's own head is scored, or word problems are solved."
+        ),
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="The task; without it, the delta's own. Word problems: gsm8k,svamp,...")
     ] = None,
     data_dir: Annotated[str | None, typer.Option(help="The folder with the task's files; without it, the hub.")] = None,
     data: Annotated[str | None, typer.Option(help="Your own data: csv, tsv, jsonl, json, parquet, conll.")] = None,
-    text: Annotated[str, typer.Option(help="The text column.")] = "text",
-    text_pair: Annotated[str | None, typer.Option(help="The second text column.")] = None,
-    label: Annotated[str, typer.Option(help="The label column.")] = "label",
+    text: Annotated[str | None, typer.Option(help="The text column; without it, the one that was trained on.")] = None,
+    text_pair: Annotated[str | None, typer.Option(help="The second text column, likewise.")] = None,
+    label: Annotated[str | None, typer.Option(help="The label column, likewise.")] = None,
+    delimiter: Annotated[str | None, typer.Option(help="The character between two cells of a csv or tsv file.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="The encoding of the file.")] = None,
+    drop_missing: Annotated[
+        bool, typer.Option("--drop-missing", help="Leave out rows that lack a text or a label.")
+    ] = False,
+    max_length: Annotated[
+        int | None, typer.Option(help="The longest input in tokens; without it, that of the training.", min=1)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="The number of examples per forward pass.", min=1)] = 64,
     limit: Annotated[int | None, typer.Option(help="Solve only so many word problems of each set.", min=1)] = None,
     output: Annotated[
@@ -127,15 +138,19 @@ def evaluate(
         list[str] | None, typer.Option("--set", help="A setting of word problems, such as rule=last (docs/tasks.md).")
     ] = None,
 ) -> None:
-    """Evaluate base + delta on a task. Outputs of word problems are kept, so that a killed evaluation can go on."""
+    """Evaluate base + delta, or a checkpoint with a trained head, on a task.
+
+    A file of your own is read as the one that was trained on. Outputs of word problems are kept, so that a killed evaluation
+    can go on.
+    """
     from unmask.cli.evaluate import run_eval
     from unmask.lab.tasks.protocol import Request
     from unmask.lab.training.settings import parse_assignments
 
     options = parse_assignments(set_ or [])
-    source = (task, data_dir, data, text, text_pair, label)
+    source = (task, data_dir, data, text, text_pair, label, delimiter, encoding, drop_missing)
     request = Request(*source, limit=limit, output=output, overwrite=overwrite, options=options)
-    run_eval(model, delta, request, batch_size)
+    run_eval(model, delta, request, batch_size, max_length)
 
 
 @app.command()

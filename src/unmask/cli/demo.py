@@ -18,6 +18,7 @@ import unmask
 from unmask.files import cache_folder, check_folder
 from unmask.lab.models import load_base, load_tuned
 from unmask.lab.tasks import Examples, TaskData, compute
+from unmask.lab.tasks.protocol import Source
 from unmask.lab.tasks.text.run import describe, predict
 from unmask.lab.training.demo_data import fetch_demo_model, fetch_demo_texts, load_demo_task
 from unmask.methods.scopes import exactly
@@ -69,7 +70,7 @@ def run_demo(budget: str, steps: int, output: Path | None) -> None:
     scores = predict(model.eval(), tokenizer, held_out, _LENGTH)
     console.print(f"accuracy after:  {compute(data.spec, scores, held_out.labels)['accuracy']:.4f}")
 
-    delta = selection.delta(str(folder)).with_metadata(task=describe(data.spec, _LENGTH))
+    delta = selection.delta(str(folder)).with_metadata(task=describe(data.spec, Source(), _LENGTH))
     path = delta.save((output or cache_folder() / "demo") / "delta.safetensors")
     base_bytes = (folder / "model.safetensors").stat().st_size
     console.print(f"delta: {path}: {path.stat().st_size:,} bytes (the base model: {base_bytes:,})")

@@ -70,9 +70,11 @@ def load_base(
     if os.sep in source and not Path(source).is_dir() and (Path(source).is_absolute() or source.startswith(".")):
         raise ConfigError(f"there is no model folder {source!r}; give a folder with config.json, or a hub id.")
     labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    if num_labels is not None and head == "sequence":  # by this a pipeline knows that it must not squash a regression
+        labels["problem_type"] = "regression" if num_labels == 1 else "single_label_classification"
     if label_names is not None:
         names = dict(enumerate(label_names))
-        labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+        labels |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
     torch.manual_seed(seed)
     try:
         with quiet():
@@ -128,13 +130,15 @@ def task_of(delta: SparseDelta) -> Mapping[str, Any]:
     return task
 
 
+_FILES = fields({}, {"text": text, "label": text, "delimiter": optional(text), "encoding": text})
 _TASKS: Mapping[Head, Form] = {
     "sequence": fields(
         {"name": text, "text_columns": items(text), "num_labels": count, "max_length": count},
-        {"label_names": optional(items(text))},
+        {"label_names": optional(items(text)), "files": _FILES},
     ),
     "token": fields(
-        {"name": text, "num_labels": count, "label_names": items(text), "types": items(text), "max_length": count}
+        {"name": text, "num_labels": count, "label_names": items(text), "types": items(text), "max_length": count},
+        {"files": _FILES},
     ),
     "generation": fields({"name": text}, {"prompt": text, "max_length": count, "max_new_tokens": count}),
 }
@@ -167,8 +171,7 @@ def load_tuned(source: str, delta: SparseDelta) -> tuple[PreTrainedModel, PreTra
     """
     task = task_of(delta)
     head = head_of(task)
-    names = task.get("label_names") if head == "token" else None
-    model, tokenizer, missing = load_base(source, task.get("num_labels"), 0, head, names)
+    model, tokenizer, missing = load_base(source, task.get("num_labels"), 0, head, task.get("label_names"))
     into = into_of(delta)
     if into is not None:
         model = insert(model, into, missing, seed=0).model  # the delta overwrites the init

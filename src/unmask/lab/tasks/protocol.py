@@ -60,18 +60,18 @@ class Source:
 class Request:
     """The data that ``unmask eval`` is to evaluate a delta on.
 
-    The attributes have the names and the meaning of the command's arguments (``unmask eval --help`` lists them). ``options``
-    are those of ``--set``.
+    The attributes have the names and the meaning of the command's arguments (``unmask eval --help`` lists them). None stands
+    for what the delta was trained on. ``options`` are those of ``--set``.
     """
 
     task: str | None = None
     data_dir: str | None = None
     data: str | None = None
-    text: str = "text"
+    text: str | None = None
     text_pair: str | None = None
-    label: str = "label"
+    label: str | None = None
     delimiter: str | None = None
-    encoding: str = "utf-8"
+    encoding: str | None = None
     drop_missing: bool = False
     model: str = ""
     delta: str | None = None

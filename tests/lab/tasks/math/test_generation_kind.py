@@ -96,8 +96,8 @@ def test_without_test_sets_runs_are_compared_by_the_loss(world):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("eval", "base", "--task", "sst2"), "give a delta: without one, only word problems"),
-        (("eval", "base"), "give a delta"),
+        (("eval", "base", "--task", "sst2"), "which has no trained head"),
+        (("eval", "base"), "give the data to evaluate on"),
         (("eval", "base", "--task", "gsm8k,sst2"), "test sets sst2: they must be of"),
         (
             ("eval", "base", "--task", "gsm8k", "--set", "beams=3"),

@@ -51,6 +51,7 @@ class TokenTask:
                 "label_names": list(self.label_names),
                 "types": list(spec.types),
                 "max_length": length,
+                **({"files": {"text": source.text, "label": source.label}} if spec.name == CUSTOM_NER else {}),
             },
             notes=[note for note in notes if note is not None],
             train_set=train,
@@ -108,7 +109,8 @@ def reload(described: Mapping[str, Any], request: Request) -> TokenTask:
     """
     trained = TagSpec(described["name"], tuple(described["types"]))
     if request.data is not None:
-        columns = _columns(request.text, request.label)
+        files = described.get("files", {})
+        columns = _columns(request.text or files.get("text", "text"), request.label or files.get("label", "label"))
         return TokenTask(load_tagged_evaluation(trained, request.data, *columns))
     name = request.task or trained.name
     data = load_ner(name, request.data_dir, need_train=False, spec=trained if name == CUSTOM_NER else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from unmask.lab.tasks.tables import TextFormat
 from unmask.lab.tasks.text.files import load_evaluation, load_files
 from unmask.lab.tasks.text.glue import GLUE, load_glue
 from unmask.lab.tasks.text.metrics import compute
-from unmask.lab.tasks.text.spec import Examples, TaskData, TaskSpec, default_metrics
+from unmask.lab.tasks.text.spec import CUSTOM, Examples, TaskData, TaskSpec, default_metrics
 
 
 class Encoded(Dataset):
@@ -71,8 +72,9 @@ def predict(
     return torch.cat(scores)[torch.tensor(order).argsort()].numpy() if scores else np.empty((0, 0), dtype=np.float32)
 
 
-def describe(spec: TaskSpec, max_length: int) -> dict[str, Any]:
+def describe(spec: TaskSpec, source: Source, max_length: int) -> dict[str, Any]:
     """Describes a task for a delta's metadata, as JSON values. `reload` and `unmask.lab.models.load_tuned` read them."""
+    files = {"label": source.label, "delimiter": source.delimiter, "encoding": source.encoding}
     return {
         "kind": "sequence",
         "name": spec.name,
@@ -80,19 +82,19 @@ def describe(spec: TaskSpec, max_length: int) -> dict[str, Any]:
         "num_labels": spec.num_labels,
         "label_names": list(spec.label_names) if spec.label_names else None,
         "max_length": max_length,
+        **({"files": files} if spec.name == CUSTOM else {}),
     }
 
 
 class SequenceTask:
     """A `Task` of texts with one label each."""
 
-    label_names = None
-
     def __init__(self, data: TaskData) -> None:
         self.data = data
         self.name = data.spec.name
         self.num_labels = data.spec.num_labels
         self.notes = data.notes
+        self.label_names = data.spec.label_names
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source) -> PreparedSplits:
         spec, length = self.data.spec, longest_input(model, tokenizer, source.max_length)
@@ -100,7 +102,7 @@ class SequenceTask:
         encode = partial(Encoded, tokenizer=tokenizer, max_length=length, regression=spec.regression)
         evals = named({split: encode(examples.by_length()) for split, examples in self.data.evals.items()})
         return PreparedSplits(
-            described=describe(spec, length),
+            described=describe(spec, source, length),
             notes=(cut,) if length < source.max_length else (),
             train_set=encode(self.data.train),
             eval_sets=evals,
@@ -142,31 +144,65 @@ def load(source: Source) -> SequenceTask:
 def reload(described: Mapping[str, Any], request: Request) -> SequenceTask:
     """Loads the evaluation splits of a GLUE task, or a file of examples of the task that the delta was trained on.
 
+    A file is read as the one that was trained on: its columns, delimiter and encoding, as far as the request names no other.
+
     Raises:
-        ConfigError: The request has both a task and a file, or its task has another number of labels.
+        ConfigError: The request has both a task and a file, or its task has other labels.
         DataError: The data cannot be loaded.
     """
+    name, count, names = described["name"], described["num_labels"], described.get("label_names")
     if request.data is None:
-        data = load_glue(request.task or described["name"], request.data_dir, need_train=False)
-    elif request.task is not None:
+        if request.task is None and name not in GLUE:
+            raise ConfigError("the delta was trained on texts of your own; give --data, the file to evaluate it on.")
+        return SequenceTask(
+            _same_labels(load_glue(request.task or name, request.data_dir, need_train=False), described)
+        )
+    if request.task is not None:
         raise ConfigError("give either --task or --data, not both.")
-    else:
-        name, count, names = described["name"], described["num_labels"], described["label_names"]
-        trained = name in GLUE and GLUE[name].num_labels == count
-        metrics = GLUE[name].metrics if trained else default_metrics(count)
-        spec = TaskSpec(
-            name, tuple(described["text_columns"]), count, tuple(names) if names else None, metrics, metrics[0]
-        )
-        form = TextFormat(request.delimiter, request.encoding)
-        columns = (request.text, request.label, request.text_pair)
-        examples, notes = load_evaluation(spec, request.data, *columns, form=form, drop_missing=request.drop_missing)
-        data = TaskData(spec, Examples([], None, []), {"eval": examples}, notes)
-    if data.spec.num_labels != described["num_labels"]:
+    trained = name in GLUE and GLUE[name].num_labels == count
+    metrics = GLUE[name].metrics if trained else default_metrics(count)
+    columns, files = described["text_columns"], described.get("files", {})
+    spec = TaskSpec(name, tuple(columns), count, tuple(names) if names else None, metrics, metrics[0])
+    examples, notes = load_evaluation(
+        spec,
+        request.data,
+        request.text or columns[0],
+        request.label or files.get("label", "label"),
+        request.text_pair or (columns[1] if len(columns) > 1 else None),
+        form=TextFormat(
+            request.delimiter or files.get("delimiter"), request.encoding or files.get("encoding", "utf-8")
+        ),
+        drop_missing=request.drop_missing,
+    )
+    return SequenceTask(TaskData(spec, Examples([], None, []), {"eval": examples}, notes))
+
+
+def _same_labels(data: TaskData, described: Mapping[str, Any]) -> TaskData:
+    """Refuses a task whose labels are not those of the head, and notes that a task is another than the head's.
+
+    Raises:
+        ConfigError: The labels differ in number or in name.
+    """
+    spec, names = data.spec, described.get("label_names")
+    theirs = f"{described['num_labels']} labels" + (f" ({', '.join(names)})" if names else "")
+    ours = f"{spec.num_labels} labels" + (f" ({', '.join(spec.label_names)})" if spec.label_names else "")
+    named = names is not None and spec.label_names is not None and not _plain(names)
+    if spec.num_labels != described["num_labels"] or (named and list(spec.label_names or ()) != list(names or ())):
         raise ConfigError(
-            f"task {data.spec.name!r} has {data.spec.num_labels} labels; the delta was trained with "
-            f"{described['num_labels']}."
+            f"task {spec.name!r} has {ours}; the head was trained on {described['name']!r} with {theirs}, so its scores there "
+            "would mean nothing. Evaluate it on that task, or give --data with labels of these names."
         )
-    return SequenceTask(data)
+    if spec.name == described["name"]:
+        return data
+    note = (
+        f"the head was trained on {described['name']!r} and is scored on {spec.name!r}: read the figures as a transfer"
+    )
+    return replace(data, notes=(note, *data.notes))
+
+
+def _plain(names: Sequence[str]) -> bool:
+    """Returns True for names that say nothing: the ids, or what transformers calls a class without a name."""
+    return all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(names))
 
 
 SEQUENCE = Kind("sequence", load, reload)
