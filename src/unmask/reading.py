@@ -8,9 +8,10 @@ names the file: ``with refusing(DeltaError, path): ...``. This module does not i
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,18 @@ def shown(value: Any) -> str:
     except Exception:  # A value's own ``__repr__`` may fail.
         words = f"a {type(value).__name__}"
     return words if len(words) <= 80 else f"{words[:77]}..."
+
+
+def choices(given: Any, names: Iterable[str]) -> str:
+    """Lists the names that are allowed, for an error, and says which one is nearest to what was given.
+
+    Example:
+        >>> choices("id4", ["id3", "pafi"]), choices("x", ["id3", "pafi"])
+        ("id3, pafi (did you mean 'id3'?)", 'id3, pafi')
+    """
+    names = list(names)
+    near = difflib.get_close_matches(given, names, 1) if isinstance(given, str) and len(given) < 100 else []
+    return ", ".join(names) + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
 # Forms. Each returns the value, or raises Malformed.

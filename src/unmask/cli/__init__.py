@@ -48,9 +48,18 @@ def main() -> None:
         _end(f"a file cannot be written ({why}). Free some space, or give another place.", 1)
 
 
+def _as_typed(message: str) -> str:
+    """Names a setting at the start of an error as the user typed it: ``--seed -3`` for ``seed = -3``."""
+    name = message.split(" = ")[0].split(": ")[0]
+    flag = f"--{name.replace('_', '-')}"
+    if not name.isidentifier() or all(word.split("=")[0] != flag for word in sys.argv):
+        return message
+    return flag + message.removeprefix(name).replace(" = ", " ", 1)
+
+
 def _end(message: str, status: int) -> NoReturn:
     """Prints an error and ends. Under torchrun only the first process that has the error prints it, with its rank."""
-    process = ""
+    message, process = _as_typed(message), ""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from unmask.distributed.processes import first_to_say
 

@@ -36,7 +36,7 @@ class _Commands(typer.core.TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Fine-tune a network by changing a budget of single scalar weights, and keep the result as a tiny exact delta.",
@@ -155,7 +155,7 @@ def evaluate(
 
 @app.command()
 def inspect(
-    delta: Annotated[Path, typer.Argument(help="The delta file.")],
+    delta: Annotated[Path, typer.Argument(help="The delta file, or the output folder of `unmask train`.")],
     top: Annotated[int, typer.Option(help="The number of rows to show per table.", min=1)] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plot: Annotated[

@@ -20,7 +20,11 @@ from unmask.methods.naming import layer_of, without_layer
 
 
 def run_inspect(path: Path, top: int, as_json: bool, plot: Path | None = None) -> None:
-    """Prints a delta's tables, or all of it as JSON, and draws it if there is a path for that."""
+    """Prints a delta's tables, or all of it as JSON, and draws it if there is a path for that.
+
+    A folder is the output of ``unmask train``, or another that holds a ``delta.safetensors``.
+    """
+    path = path / "delta.safetensors" if path.is_dir() else path
     if plot is not None:
         from unmask.lab.figures import delta_figure, figure_files, write_figure
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -67,8 +68,7 @@ def load_base(
     Raises:
         ConfigError: The model cannot be loaded, or its tokenizer has more tokens than its embedding has rows.
     """
-    if os.sep in source and not Path(source).is_dir() and (Path(source).is_absolute() or source.startswith(".")):
-        raise ConfigError(f"there is no model folder {source!r}; give a folder with config.json, or a hub id.")
+    refuse_no_folder(source)
     labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     if num_labels is not None and head == "sequence":  # by this a pipeline knows that it must not squash a regression
         labels["problem_type"] = "regression" if num_labels == 1 else "single_label_classification"
@@ -99,6 +99,33 @@ def load_base(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer, sorted(info["missing_keys"])
+
+
+def empty_model(source: str, head: Head) -> PreTrainedModel:
+    """Makes a model with a head on the meta device from its configuration alone: names and shapes without weights.
+
+    The head has two labels, or those that the configuration names.
+
+    Raises:
+        ConfigError: There is no such model, or its configuration cannot be read.
+    """
+    refuse_no_folder(source)
+    try:
+        shape = AutoConfig.from_pretrained(source)
+        with quiet(), torch.device("meta"):
+            return cast(PreTrainedModel, HEADS[head].from_config(shape))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the model {source!r} cannot be loaded: {error}") from error
+
+
+def refuse_no_folder(source: str) -> None:
+    """Refuses a source that is written as a folder and is none.
+
+    Raises:
+        ConfigError: There is no such folder.
+    """
+    if os.sep in source and not Path(source).is_dir() and (Path(source).is_absolute() or source.startswith(".")):
+        raise ConfigError(f"there is no model folder {source!r}; give a folder with config.json, or a hub id.")
 
 
 def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:

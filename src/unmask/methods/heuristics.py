@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from unmask.errors import MethodError
+from unmask.reading import choices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -238,7 +239,7 @@ def heuristic(which: str | Heuristic, **parameters: Any) -> Heuristic:
                 f"heuristic {which!r} is called {_RENAMED[which]!r} here: the smallest weights come first."
             )
         if which not in _REGISTRY:
-            raise MethodError(f"unknown heuristic {which!r}; there are {', '.join(heuristic_names())}.")
+            raise MethodError(f"unknown heuristic {which!r}; there are {choices(which, heuristic_names())}.")
         which = _REGISTRY[which]
     if not parameters:
         return which

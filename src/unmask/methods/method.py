@@ -16,6 +16,7 @@ from unmask.methods.budget import Budget
 from unmask.methods.heuristics import Heuristic
 from unmask.methods.schedules import Schedule, uniform
 from unmask.methods.scopes import Scope
+from unmask.reading import choices
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,7 +44,7 @@ def check_word(name: str, value: Any, words: Any) -> None:
         >>> check_word("leaving", "kept", Leaving)
     """
     if value not in get_args(words):
-        raise MethodError(f"{name} = {value!r}; it must be one of {', '.join(get_args(words))}.")
+        raise MethodError(f"{name} = {value!r}; it must be one of {choices(value, get_args(words))}.")
 
 
 @dataclass(frozen=True)

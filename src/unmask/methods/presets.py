@@ -16,6 +16,7 @@ from unmask.methods.heuristics import Heuristic, heuristic
 from unmask.methods.method import Calibration, Criterion, GradType, Leaving, Method, SampleType, Unselected, check_word
 from unmask.methods.schedules import Cumulative, Schedule, uniform
 from unmask.methods.scopes import Scope
+from unmask.reading import choices
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -181,7 +182,7 @@ def build(name: str, settings: Mapping[str, Any]) -> Method:
     """
     preset = PRESETS.get(name) if isinstance(name, str) else None
     if preset is None:
-        raise MethodError(f"unknown method {name!r}; there are {', '.join(PRESETS)}.")
+        raise MethodError(f"unknown method {name!r}; there are {choices(name, PRESETS)}.")
     given = {key: value for key, value in settings.items() if value is not None}
     arguments = inspect.signature(preset).parameters
     missing = [key for key, a in arguments.items() if a.default is inspect.Parameter.empty and key not in given]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from unmask.errors import MethodError
+from unmask.reading import choices
 
 Cumulative = Callable[[int, int, int], int]
 
@@ -107,7 +108,7 @@ class Schedule:
         if isinstance(which, str):
             if which not in SCHEDULES:
                 raise MethodError(
-                    f"unknown schedule {which!r:.80}; there are {', '.join(SCHEDULES)}, or give a callable b(t, T, B)."
+                    f"unknown schedule {which!r:.80}; there are {choices(which, SCHEDULES)}, or give a callable b(t, T, B)."
                 )
             which = SCHEDULES[which]
         return cls(which, steps, stride)

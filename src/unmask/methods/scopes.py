@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from unmask.errors import MethodError
+from unmask.reading import choices
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +41,7 @@ class Scope:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise MethodError(f"scope = {self.kind!r:.80}; it must be one of {', '.join(get_args(Kind))}.")
+            raise MethodError(f"scope = {self.kind!r:.80}; it must be one of {choices(self.kind, get_args(Kind))}.")
         if (self.kind == "patterns") != bool(self.expressions):
             raise MethodError(
                 f"scope = {self.kind!r} with expressions = {self.expressions!r:.80}; build a scope of regular expressions with "

@@ -17,6 +17,7 @@ from unmask.methods.method import Accumulation, ClipScope, Exchange, Gradients, 
 from unmask.peft.card import write_card
 from unmask.reading import (
     Malformed,
+    choices,
     count,
     fields,
     finite,
@@ -118,7 +119,7 @@ class SelectiveConfig(PeftConfig):
             raise MethodError(f"method = {self.method!r}; {_REFUSED[self.method]}.")
         if self.method not in methods.PRESETS:
             known = [name for name in methods.PRESETS if name not in _REFUSED]
-            raise MethodError(f"method = {self.method!r}; there are {', '.join(known)}.")
+            raise MethodError(f"method = {self.method!r}; there are {choices(self.method, known)}.")
         for name, words in OPTIONS.items():
             check_word(name, getattr(self, name), words)
         if self.budget is None and self.method != "bitfit":

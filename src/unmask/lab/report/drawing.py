@@ -11,6 +11,7 @@ from typing import Any
 from unmask.errors import DataError, UnmaskError
 from unmask.lab.figures import FIGURES, Style, svg, write_figure
 from unmask.lab.figures.records import RunRecord
+from unmask.reading import choices
 
 CAPTIONS = {
     "fig1": "The average score over all columns of all tasks, in %, over the trained weights in % of the model. The "
@@ -82,7 +83,7 @@ def draw_files(names: Iterable[str], records: Sequence[RunRecord], folder: Path)
 
 def _draw(name: str, records: Sequence[RunRecord]) -> Callable[[Style], Any]:
     if name not in FIGURES:
-        raise DataError(f"there is no figure {name!r}; there are {', '.join(FIGURES)}.")
+        raise DataError(f"there is no figure {name!r}; there are {choices(name, FIGURES)}.")
     shown = fitting(name, records)
     return lambda style: FIGURES[name](shown, style)
 

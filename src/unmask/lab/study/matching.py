@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from unmask.errors import ConfigError
-from unmask.lab.models import HEADS, Head, quiet
+from unmask.lab.models import Head, empty_model, quiet
 from unmask.lab.tasks.registry import kind_for
 from unmask.lab.training.settings import build
 from unmask.methods.budget import Budget
@@ -37,19 +37,13 @@ def matching_rank(settings: Mapping[str, Any]) -> int:
 @functools.lru_cache(maxsize=64)
 def _counts(model: str, head: Head, into: str, targets: tuple[str, ...]) -> tuple[int, int, int]:
     """Returns the numbers of weights of the base, and of what ranks 1 and 2 add to it; DoRA adds a fixed number too."""
-    from transformers import AutoConfig
-
     from unmask.lab.inside import Into, Kind, insert
 
-    try:
-        shape = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the model {model!r} has no configuration that can be read: {error}") from error
     counts = []
     for r in (1, 2):
+        base = empty_model(model, head)
+        total = sum(p.numel() for p in base.parameters())
         with quiet(), torch.device("meta"):
-            base = HEADS[head].from_config(shape)
-            total = sum(p.numel() for p in base.parameters())
             inserted = insert(base, Into(cast(Kind, into), r=r, targets=targets), (), seed=0)
         sizes = dict(inserted.model.named_parameters())
         counts.append(sum(sizes[name].numel() for name in inserted.added))

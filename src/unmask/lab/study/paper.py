@@ -10,6 +10,7 @@ from unmask.errors import ConfigError
 from unmask.lab.study.parsing import parse
 from unmask.lab.study.spec import Rule, Sweep
 from unmask.lab.training.paper import presets, read
+from unmask.reading import choices
 
 Scale = Literal["full", "small"]
 NAMES = (
@@ -37,7 +38,7 @@ def load(name: str, scale: Scale = "full", preset: str = "paper") -> Sweep:
         ((6, 7, 8, 9), (0, 1, 2, 3))
     """
     if name not in NAMES:
-        raise ConfigError(f"there is no table or figure {name!r}; there are {', '.join(NAMES)}.")
+        raise ConfigError(f"there is no table or figure {name!r}; there are {choices(name, NAMES)}.")
     if scale not in ("full", "small"):
         raise ConfigError(f"scale = {scale!r}; it must be full or small.")
     known, values = presets(preset), read(name, "unmask.lab.study")

@@ -11,7 +11,7 @@ from typing import Any
 from unmask.errors import ConfigError
 from unmask.lab.study.spec import Choice, Claim, Claims, Protocol, Row, Rule, Sweep
 from unmask.lab.training.settings import read_yaml
-from unmask.reading import Form, plain, shown
+from unmask.reading import Form, choices, plain, shown
 
 
 def read_sweep(path: str | Path) -> Sweep:
@@ -63,7 +63,7 @@ def _entries(values: Any, where: str, known: Forms) -> dict[str, Any]:
     given = _mapping(values, where)
     unknown = sorted(given.keys() - known.keys())
     if unknown:
-        raise ConfigError(f"{where} has an unknown key {unknown[0]!r}; there are {', '.join(known)}.")
+        raise ConfigError(f"{where} has an unknown key {unknown[0]!r}; there are {choices(unknown[0], known)}.")
     inside = "" if where == "sweep" else f"{where}."
     return {key: form(given[key], f"{inside}{key}") for key, form in known.items() if given.get(key) is not None}
 

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, Literal, cast
 
 from unmask.errors import ConfigError
-from unmask.reading import count, fields, finite, items, one_of, optional, refusing, scalar, shown, text
+from unmask.reading import choices, count, fields, finite, items, one_of, optional, refusing, scalar, shown, text
 
 Settings = Mapping[str, Any]
 Grid = Mapping[str, tuple[Any, ...]]
@@ -270,7 +270,9 @@ class Sweep:
             have = {r.name: r for r in self.rows} if key == "method" else {str(v): v for v in self.axes.get(key, ())}
             unknown = [value for value in values if value not in have]
             if unknown:
-                raise ConfigError(f"{key} {unknown[0]!r} is not in this sweep; there are {', '.join(have) or 'none'}.")
+                raise ConfigError(
+                    f"{key} {unknown[0]!r} is not in this sweep; there are {choices(unknown[0], have) or 'none'}."
+                )
             kept = tuple(have[value] for value in dict.fromkeys(values))
             sweep = replace(sweep, rows=cast(Any, kept)) if key == "method" else sweep.with_axis(key, kept)
         return sweep

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import difflib
 import gzip
 import io
 import itertools
@@ -103,7 +104,10 @@ class Table:
 
 def unknown_column(source: str, name: str, columns: Iterable[str]) -> DataError:
     """Makes the error for a column that is missing."""
-    return DataError(f"{source} has no column {name!r}; its columns are {listed(columns)}.")
+    names = list(columns)
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return DataError(f"{source} has no column {name!r}; its columns are {listed(names)}{hint}.")
 
 
 def listed(names: Iterable[str], most: int = _MOST_LISTED) -> str:

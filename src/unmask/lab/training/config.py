@@ -10,7 +10,7 @@ from unmask.errors import ConfigError, DataError, MethodError
 from unmask.lab.training.fields import required, setting, settings_of
 from unmask.methods.method import Allocation, BiasCorrection, Criterion, Inside, Leaving, Method, Unselected
 from unmask.methods.scopes import NamedKind
-from unmask.reading import shown
+from unmask.reading import choices, shown
 
 FREE = (
     *("output", "eval_steps", "save_steps", "keep_checkpoints", "logging_steps", "report_to"),
@@ -168,7 +168,7 @@ class TrainConfig:
 
         if self.task is not None and self.task not in TASKS:
             raise ConfigError(
-                f"unknown task {self.task!r}; there are {', '.join(TASKS)}. For your own files give data."
+                f"unknown task {self.task!r}; there are {choices(self.task, TASKS)}. For your own files give data."
             )
         if self.task == "ner":
             if (self.data is None) == (self.data_dir is None):
@@ -214,7 +214,7 @@ class TrainConfig:
         from unmask.methods.presets import PRESETS
 
         if self.method not in PRESETS:
-            raise ConfigError(f"method = {shown(self.method)}; it must be one of {', '.join(PRESETS)}.")
+            raise ConfigError(f"method = {shown(self.method)}; it must be one of {choices(self.method, PRESETS)}.")
         if self.method == "sparse_adapter" and self.into is None:
             raise ConfigError(
                 "method 'sparse_adapter' prunes what is added to the base: give into (lora, pfeiffer, ...)."

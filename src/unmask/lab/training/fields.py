@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from unmask.errors import ConfigError
-from unmask.reading import shown
+from unmask.reading import choices, shown
 
 
 def setting(default: Any, text: str) -> Any:
@@ -82,7 +82,7 @@ class Setting:
         if (value is None and self.optional) or (isinstance(value, str) and value in self.words):
             return
         if not self.types:
-            raise ConfigError(f"{self.name} = {shown(value)}; it must be one of {', '.join(self.words)}.")
+            raise ConfigError(f"{self.name} = {shown(value)}; it must be one of {choices(value, self.words)}.")
         if not any(_has_type(value, kind) for kind in self.types):
             allowed = [kind.__name__ for kind in self.types] + list(self.words) + ["none"] * self.optional
             raise ConfigError(f"{self.name} = {shown(value)}; it must be {' or '.join(allowed)}.")
@@ -151,7 +151,7 @@ def converted(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     known = settings_of(cls)
     unknown = [key for key in values if key not in known]
     if unknown:
-        raise ConfigError(f"unknown setting {shown(unknown[0])}; there are {', '.join(sorted(known))}.")
+        raise ConfigError(f"unknown setting {shown(unknown[0])}; there are {choices(unknown[0], sorted(known))}.")
     missing = [each.name for each in known.values() if each.default is dataclasses.MISSING]
     absent = sorted(set(missing) - {key for key, value in values.items() if value is not None})
     if absent:

@@ -12,15 +12,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
+from unmask.delta.base import missing_from_checkpoint
 from unmask.delta.delta import SparseDelta
 from unmask.distributed.processes import launched
 from unmask.lab.inside import Inserted, Into, insert, require
-from unmask.lab.models import load_base
+from unmask.lab.models import Head, empty_model, load_base
 from unmask.lab.tasks.protocol import Prepared, Source
 from unmask.lab.tasks.registry import kind_for
 from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.recipe import RECIPE, head_rate, rate
+from unmask.methods.budget import Budget
 from unmask.methods.scopes import exactly
+from unmask.selection.eligible import facts_of
 from unmask.selection.optim import SelectiveAdamW
 from unmask.selection.select import select
 from unmask.selection.selection import Selection
@@ -69,6 +72,7 @@ def set_up(config: TrainConfig, console: Console) -> Setup:
     into, kind, source = into_from(config), kind_for(config.task), Source.of(config)
     if into is not None:
         require(into)
+    _check_model(config, kind.head)
     task = kind.load(source)
     print_notes(console, task.notes)
     model, tokenizer, missing = load_base(config.model, task.num_labels, config.seed, kind.head, task.label_names)
@@ -96,6 +100,25 @@ def set_up(config: TrainConfig, console: Console) -> Setup:
         new=exactly(base.new),
     )
     return Setup(config, task.name, prepared, base, steps, selection)
+
+
+def _check_model(config: TrainConfig, head: Head) -> None:
+    """Refuses a model, patterns and a budget that cannot work, by the model's configuration and its checkpoint's header alone.
+
+    A share as the budget, and what is selected inside added modules, are checked when the selection is made.
+
+    Raises:
+        ConfigError: There is no such model.
+        MethodError: A pattern is found in no name, nothing is eligible, or the budget is larger than what is.
+    """
+    model = empty_model(config.model, head)
+    if config.into is not None or hasattr(model.config, "quantization_config"):
+        return
+    method, new = config.build_method(1), exactly(missing_from_checkpoint(model))
+    if method.budget is not None and method.budget.relative:  # of weights whose number depends on the labels
+        method = method.but(budget=Budget.parse(1))
+    dense = [p for given in config.dense for p in (new if given == "new" else [given])] or None
+    facts_of(model, method, config.include or None, config.exclude or None, dense, None, sharded=False)
 
 
 def into_from(config: TrainConfig) -> Into | None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from unmask.distributed.processes import is_main, launched
 from unmask.errors import ConfigError, UnmaskError
@@ -25,6 +27,7 @@ from unmask.lab.training.config import TrainConfig
 from unmask.lab.training.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.lab.training.run_folder import RunFolder
 from unmask.lab.training.setup import Setup, in_words, optimizer_from, print_notes, set_up, with_rates
+from unmask.reading import choices
 
 
 class InterruptedRunError(UnmaskError):
@@ -63,6 +66,7 @@ def train(
         UnmaskError: The run cannot work for another reason; the message says what to do.
     """
     console = console or Console(quiet=not is_main())
+    _check_loggers(config.report_to)
     folder = RunFolder(check_folder(config.output))
     with folder.held():
         start = folder.check(config, resume, overwrite)
@@ -99,6 +103,20 @@ def train(
             return run.go(start.checkpoint)
         except KeyboardInterrupt:  # `StopOnInterrupt` handles it during the steps
             raise InterruptedRunError(f"interrupted. {folder.how_to_go_on()}") from None
+
+
+def _check_loggers(names: Sequence[str]) -> None:
+    """Refuses a logger that transformers does not know, or whose package is not installed.
+
+    Raises:
+        ConfigError: A name is such a logger's.
+    """
+    here = get_available_reporting_integrations()
+    for name in [] if tuple(names) == ("all",) else names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(f"report_to = {name!r}; it must be of {choices(name, INTEGRATION_TO_CALLBACK)}.")
+        if name not in here:
+            raise ConfigError(f"report_to = {name!r}: its package is not installed. Install it, or leave it out.")
 
 
 class _Run:

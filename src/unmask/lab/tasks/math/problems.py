@@ -13,6 +13,7 @@ from unmask.lab.tasks.hub import load_splits, split_table
 from unmask.lab.tasks.math.answers import AnswerKind, extract, gold_answer, is_right
 from unmask.lab.tasks.split import held_rows, shared, text_key
 from unmask.lab.tasks.tables import Table, listing, placed, plain_name, read_table, unknown_column
+from unmask.reading import choices
 
 Split = Literal["train", "test"]
 HELD_OUT = 120
@@ -96,7 +97,7 @@ def load_problems(name: str, split: Split, data_dir: str | Path | None = None) -
         DataError: The set or split is unknown, a file is missing, or a row is bad.
     """
     if name not in ARITHMETIC:
-        raise DataError(f"unknown arithmetic set {name!r}; there are {', '.join(ARITHMETIC)}.")
+        raise DataError(f"unknown arithmetic set {name!r}; there are {choices(name, ARITHMETIC)}.")
     spec = ARITHMETIC[name]
     if split not in spec.splits:
         others = TRAINING_SETS if split == "train" else TEST_SETS

@@ -12,6 +12,7 @@ from unmask.lab.tasks.split import unofficial
 from unmask.lab.tasks.tables import SUFFIXES, listed, listing, read_table, suffix_of, task_files
 from unmask.lab.tasks.text.labels import examples
 from unmask.lab.tasks.text.spec import Examples, TaskData, TaskSpec
+from unmask.reading import choices
 
 _TWO = (("sentence1", "#1 String", "text_a"), ("sentence2", "#2 String", "text_b"))
 _NLI2 = ("entailment", "not_entailment")
@@ -101,7 +102,7 @@ def load_glue(name: str, data_dir: str | Path | None = None, *, need_train: bool
         DataError: The task is unknown, a folder or file is missing, or a row is bad.
     """
     if name not in GLUE:
-        raise DataError(f"unknown GLUE task {name!r}; there are {', '.join(sorted(GLUE))}.")
+        raise DataError(f"unknown GLUE task {name!r}; there are {choices(name, sorted(GLUE))}.")
     spec = GLUE[name]
     splits: dict[str, Examples] = {}
     notes: list[str] = []
