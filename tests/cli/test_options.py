@@ -80,7 +80,7 @@ def test_a_value_of_another_type_is_refused_by_name_before_torch_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (1, "False")
-    assert done.stderr.strip() == "unmask: batch_size = 'many' is no int."
+    assert done.stderr.strip() == "unmask: --batch-size 'many' is no int."
 
 
 @pytest.mark.parametrize("command", [(), ("train",), ("bench",), ("sweep",)])

@@ -163,7 +163,7 @@ def test_the_command_lists_the_papers_runs(tmp_path):
     assert (refused.returncode, "it must be paper or tuned" in refused.stderr) == (1, True)
     words = ("reproduce", "table4", "--model", "m", "--engine", "dask")
     refused = run(*words, cwd=tmp_path, check=False)
-    assert (refused.returncode, "engine = 'dask'; it must be local or ray" in refused.stderr) == (1, True)
+    assert (refused.returncode, "--engine 'dask'; it must be local or ray" in refused.stderr) == (1, True)
     assert not list(tmp_path.rglob("sweep.json"))
 
 

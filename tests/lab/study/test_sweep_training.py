@@ -267,7 +267,7 @@ def test_a_share_is_a_share_of_the_base_models_weights(shape):
 def test_modules_and_models_without_a_rank_are_refused(shape):
     with pytest.raises(ConfigError, match="not 'pfeiffer'"):
         matching_rank({**shape, "into": "pfeiffer", "budget": "1%"})
-    with pytest.raises(ConfigError, match="no configuration"):
+    with pytest.raises(ConfigError, match="no model folder"):
         matching_rank({**shape, "model": "./nowhere", "into": "lora", "budget": "1%"})
     with pytest.raises(ConfigError, match="cannot be added"):
         matching_rank({**shape, "lora_targets": ["nope"], "into": "lora", "budget": "1%"})
