@@ -1,7 +1,7 @@
 """Codes ascending indices in few bits: Golomb-Rice coding of the gaps between them, with one parameter for a tensor.
 
-``docs/delta.md`` specifies the code to the bit, so that a program in another language can read it. The remainders of all gaps come
-first and the quotients follow, so that numpy codes and decodes whole arrays.
+``docs/delta.md`` specifies the code to the bit, so that a program in another language can read it. The remainders of all gaps
+come first and the quotients follow, so that numpy codes and decodes whole arrays.
 """
 
 from __future__ import annotations
