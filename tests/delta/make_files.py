@@ -24,10 +24,8 @@ def entry(
 ) -> SparseTensor:
     """Returns a tensor's entries, with values that differ."""
     flat = torch.tensor(indices, dtype=torch.int64)
-    values = (0.75 - flat / 64).to(dtype)
-    return SparseTensor(
-        flat, values, shape, None if first_slot is None else first_slot + torch.arange(flat.numel()).flip(0)
-    )
+    slots = None if first_slot is None else first_slot + torch.arange(flat.numel()).flip(0)
+    return SparseTensor(flat, (0.75 - flat / 64).to(dtype), shape, slots)
 
 
 def deltas() -> dict[str, SparseDelta]:
@@ -45,20 +43,13 @@ def deltas() -> dict[str, SparseDelta]:
     plain = {name: SparseTensor(each.indices, each.values, each.shape) for name, each in plain.items()}
     overlaid = {"body.weight": torch.zeros(20, 30, dtype=torch.bfloat16)}
     positions = sorted(draw(24, 700, seed=-29).tolist())
-    starts = {
-        "a": 0,
-        "b": 300,
-        "d": 420,
-    }  # The tensor c has the 20 weights before d, and 80 lie behind d; none was drawn.
+    # Tensors in which nothing was drawn have the 20 weights before d, and the 80 behind it.
+    starts = {"a": 0, "b": 300, "d": 420}
     sizes = {"a": (300,), "b": (10, 10), "d": (4, 50)}
-    drawn = {
-        name: entry(
-            [p - start for p in positions if 0 <= p - start < torch.Size(sizes[name]).numel()],
-            torch.bfloat16,
-            sizes[name],
-        )
-        for name, start in starts.items()
-    }
+    drawn = {}
+    for name, start in starts.items():
+        inside = [p - start for p in positions if 0 <= p - start < torch.Size(sizes[name]).numel()]
+        drawn[name] = entry(inside, torch.bfloat16, sizes[name])
     return {
         "format1": SparseDelta(plain, whole, "sha256:1", metadata),
         "format2": SparseDelta(plain, overlaid, "sha256:2", metadata),

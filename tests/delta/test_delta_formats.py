@@ -1,4 +1,4 @@
-"""Checks the formats of a delta's file: files of every format are read for good, and a reader that shares no code reads format 3."""
+"""Checks the formats of a delta's file: those of every format are read, and a reader that shares no code reads format 3."""
 
 from __future__ import annotations
 
