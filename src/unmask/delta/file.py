@@ -81,4 +81,20 @@ def unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], source: str
         return coded.unpack(tensors, header) if is_coded else plain.unpack(tensors, header)
 
 
+def parts_of(path: Path) -> tuple[int, dict[str, int]]:
+    """Returns the format version of a delta's file that can be read, and the bytes of its parts.
+
+    The parts are ``"indices"``, ``"values"``, ``"slots"``, ``"whole"``, and ``"header"`` for all the rest.
+    """
+    with path.open("rb") as file:
+        layout = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    version = json.loads(layout.pop("__metadata__")["unmask"])["format_version"]
+    parts = dict.fromkeys(("indices", "values", "slots", "whole"), 0)
+    for key, entry in layout.items():
+        kind = key.rpartition("::")[2].partition(".")[0]  # of "NAME::values" as of "values.float32"
+        if kind in parts:
+            parts[kind] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    return version, parts | {"header": path.stat().st_size - sum(parts.values())}
+
+
 _ANOTHER = "Take another copy."
