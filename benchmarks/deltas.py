@@ -2,10 +2,10 @@
 
     python benchmarks/deltas.py
 
-The first table has the bytes a weight of a delta's file, header and provenance included, for models that are built from a config,
-without weights. The mask is random, which is the hardest to code. "coded" stores its indices, "seeded" its seed. The second table
-has the seconds of processor time, the least of some repeats, for 7M indices in tensors of 6.7e9 weights (those of Llama-7B's linear
-layers and embeddings) on one core.
+The first table has the bytes a weight of a delta's file, header and provenance included, for models that are built from a
+config, without weights. The mask is random, which is the hardest to code. "coded" stores its indices, "seeded" its seed. The
+second table has the seconds of processor time, the least of some repeats, for 7M indices in the 226 matrices of Llama-7B (6.7e9
+weights) on one core.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 from delta_reader import read_delta
 from helpers import mlp, trained
 from make_files import FILES, deltas, main
+from peft_nets import run, wrapped
 from torch import nn
 
 import unmask
@@ -91,6 +92,14 @@ def test_a_random_mask_is_stored_as_its_seed(seed, order, tmp_path):
         for options in ({"dense": "head"}, {"new": "head"}, {"include": "embed|turned"}):
             delta = trained(method=method, **options)[2].delta(order=order)
             assert is_drawn(delta, tmp_path)
+
+
+def test_a_random_mask_of_an_adapter_is_stored_as_its_seed(tmp_path):
+    _, model = wrapped(method="random_mask")
+    run(model)
+    delta = unmask.peft.delta(model)
+    assert len(delta) > 0
+    assert is_drawn(delta, tmp_path)
 
 
 def test_a_random_mask_that_is_unmasked_step_by_step_is_the_start_of_its_draw(tmp_path):
@@ -254,6 +263,16 @@ def test_a_signed_file_of_other_tensors_is_refused(compressed, tmp_path):
                 SparseDelta.load(signed(tmp_path / "damaged.safetensors", changed))
     with pytest.raises(DeltaError, match="unknown entry"):
         SparseDelta.load(signed(tmp_path / "damaged.safetensors", tensors, outer={"base": "sha256:3"}))
+
+
+@pytest.mark.parametrize("name", ["format1", "format2"])
+def test_a_shape_that_takes_long_to_multiply_is_refused(name, tmp_path):
+    """Checks a shape of 200,000 sizes, whose product once kept the reader busy for minutes."""
+    tensors, header = files.read_tensors(FILES / f"{name}.safetensors")
+    header["shapes"]["body.bias"] = [2**62] * 200_000
+    header["checksum"] = files.checksum(header, tensors)
+    with pytest.raises(DeltaError, match="has 200000 dimensions; at most 64 are read"):
+        SparseDelta.load(files.write_tensors(tmp_path / "long.safetensors", tensors, header))
 
 
 @pytest.mark.parametrize(
