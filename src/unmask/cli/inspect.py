@@ -93,9 +93,8 @@ def _parts_line(facts: dict[str, Any]) -> str:
     parts, seed = facts["parts"], facts["seed"]
     bits = 8 * parts["indices"] / max(1, facts["weights"])
     indices = f"at {bits:.2f} bits each" if seed is None else f"drawn again from seed {seed}"
-    return f"format {facts['format']}, indices {indices}; bytes: " + ", ".join(
-        f"{k} {n:,}" for k, n in parts.items() if n
-    )
+    sizes = ", ".join(f"{name} {size:,}" for name, size in parts.items() if size)
+    return f"format {facts['format']}, " + (f"indices {indices}; " if facts["weights"] else "") + f"bytes: {sizes}"
 
 
 def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:

@@ -45,13 +45,12 @@ def pack(
     names = sorted(sparse)
     entries = [sparse[name] for name in names]
     dtypes = [str(entry.values.dtype).removeprefix("torch.") for entry in entries]
-    shapes = {name: list(sparse[name].shape) for name in names}
     header: dict[str, Any] = {"base": base, "metadata": dict(metadata)}
-    header |= {"names": names, "shapes": list(shapes.values()), "dtypes": dtypes}
+    header |= {"names": names, "shapes": [list(entry.shape) for entry in entries], "dtypes": dtypes}
     tensors = pack_whole(whole)
-    digest = None if draw is None else draw.digest_of(sparse)
-    if draw is not None and digest is not None:
-        header["draw"] = {"seed": draw.seed, "total": draw.total, "skipped": draw.skipped(shapes), "sha256": digest}
+    drawn = None if draw is None else draw.to_json(sparse)
+    if drawn is not None:
+        header["draw"] = drawn
     else:
         codes = [encode(entry.indices.cpu().long().numpy(), math.prod(entry.shape)) for entry in entries]
         header["counts"] = [entry.numel for entry in entries]

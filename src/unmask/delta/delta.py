@@ -168,7 +168,7 @@ class SparseDelta:
         Args:
             path: The file.
             compress: False writes each tensor's indices and values as plain tensors, for tools that read safetensors. The file
-                has about twice the bytes, and does not keep ``draw``.
+                has two to three times the bytes, and does not keep ``draw``.
 
         Raises:
             DeltaError: The metadata are no JSON values, or a known entry of them has another form than a reader expects.

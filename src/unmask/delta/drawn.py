@@ -37,7 +37,7 @@ class Draw:
     def of(cls, method: Mapping[str, Any] | None, layout: Layout) -> Draw | None:
         """Returns the draw of a method, as `unmask.Method.describe` gives it; None for a method that is no such draw.
 
-        A delta's indices need not be the draw's: `indices` tells.
+        The indices of the method's delta need not be the draw's: `to_json` compares them.
         """
         if method is None or method["heuristic"] != "random" or method["allocation"] != "global":
             return None
@@ -76,8 +76,11 @@ class Draw:
         }
         return found, hashlib.sha256(positions.astype("<i8").tobytes()).hexdigest()
 
-    def digest_of(self, sparse: Mapping[str, SparseTensor]) -> str | None:
-        """Returns the SHA-256 of the positions of a delta's weights if they are exactly the draw's, else None."""
+    def to_json(self, sparse: Mapping[str, SparseTensor]) -> dict[str, Any] | None:
+        """Returns what a file's header says in the place of a delta's indices; None if they are not exactly the draw's.
+
+        ``skipped`` has the number of weights between each tensor and the one before it: those of tensors without a drawn weight.
+        """
         count, names = sum(entry.numel for entry in sparse.values()), sorted(sparse)
         if not self.starts.keys() >= sparse.keys() or 2 * count > self.total:
             return None
@@ -85,10 +88,9 @@ class Draw:
             found, digest = self.indices(count, names)
         except Malformed:
             return None
+        ends = [0, *(self.starts[name] + math.prod(sparse[name].shape) for name in names)]
+        skipped = [self.starts[name] - end for name, end in zip(names, ends, strict=False)]
         same = all(np.array_equal(found[name], sparse[name].indices.cpu().numpy()) for name in names)
-        return digest if same else None
-
-    def skipped(self, shapes: Mapping[str, Sequence[int]]) -> list[int]:
-        """Returns how many weights lie before each of the named tensors, behind the one before it."""
-        ends = [0, *(self.starts[name] + math.prod(shapes[name]) for name in sorted(shapes))]
-        return [self.starts[name] - end for name, end in zip(sorted(shapes), ends, strict=False)]
+        if not same or min(skipped, default=0) < 0 or ends[-1] > self.total:
+            return None
+        return {"seed": self.seed, "total": self.total, "skipped": skipped, "sha256": digest}

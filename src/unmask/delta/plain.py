@@ -3,9 +3,9 @@
 Each tensor that is changed in part has ``<name>::indices`` (int32 where it has fewer than 2^31 entries, else int64) and
 ``<name>::values``, and ``<name>::slots`` (int32 or int64) where the order of unmasking is kept. Each tensor that is stored whole
 has ``<name>::whole``. A name with indices, values and whole is a tensor that the base lacks: its values replace entries of
-the whole. Such a file has format version 2, one that has ``places`` has version 3, and any other has version 1. The header
-has the format version, the shapes, the base's fingerprint, the user's metadata, and a SHA-256 over all of these and the tensors'
-bytes.
+the whole. A file that has the fingerprint of the base's values at these places has version 3. Otherwise a file with such a name
+has version 2, and any other has version 1. The header has the format version, the shapes, the fingerprints, the user's metadata,
+and a SHA-256 over all of these and the tensors' bytes.
 """
 
 from __future__ import annotations
