@@ -69,6 +69,36 @@ def test_the_largest_tensors_can_be_coded(indices):
     assert decode(code, parameter, len(indices), 2**63 - 1).tolist() == indices
 
 
+def bytes_of(bits: str) -> np.ndarray:
+    """Returns a code of these bits."""
+    return np.array([int(bits[at : at + 8][::-1], 2) for at in range(0, len(bits), 8)], dtype=np.uint8)
+
+
+def test_the_best_parameter_is_found_where_gaps_are_uneven():
+    gaps = np.array([128] * 11 + [3 * 128] * 9)
+    indices = np.cumsum(gaps + 1) - 1
+    _, parameter = encode(indices, 10_000)
+    assert parameter == 8 == min(range(14), key=lambda k: k * gaps.size + int((gaps >> k).sum()))
+
+
+def test_a_code_whose_numbers_overflow_is_refused():
+    zero = "0" * 56
+    for bits, count, numel in (
+        (zero + "0" * 256 + "1" + "0" * 7, 1, 2**62),  # A quotient of 256 times 2^56 is 0 modulo 2^64.
+        (plain_code([2**62 + 1, 2**63 + 3], 2**63 - 1, 56), 2, 2**63 - 1),  # The second index is negative in 64 bits.
+    ):
+        with pytest.raises(Malformed):
+            decode(bytes_of(bits), 56, count, numel)
+
+
+def test_a_code_that_goes_on_or_ends_early_is_refused():
+    code, parameter = encode(np.array([2, 9, 11]), 20)
+    assert bytes_of(bits_of(code)).tolist() == code.tolist()
+    for damaged in ([*code, 0], [*code, 1], code[:-1], code[:0]):
+        with pytest.raises(Malformed):
+            decode(np.array(damaged, dtype=np.uint8), parameter, 3, 20)
+
+
 def test_a_damaged_code_gives_ascending_indices_or_is_refused():
     draw, refused = random.Random(0), 0
     for seed in range(3000):

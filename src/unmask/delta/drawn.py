@@ -52,11 +52,11 @@ class Draw:
             names: The tensors that have all of these weights, sorted.
 
         Returns:
-            The flat indices by name, ascending, and the SHA-256 of all positions, in hex. An index may lie behind its tensor's
-            end if the weights are of other tensors.
+            The flat indices by name, ascending, and the SHA-256 of all positions, in hex. If the names are not all that have
+            these weights, some are left out or lie behind the end of a tensor.
 
         Raises:
-            Malformed: There are fewer than two weights for each one to draw, or more than 2^40, or one is of no tensor.
+            Malformed: There are fewer than two weights for each one to draw, or more than 2^40.
 
         Example:
             >>> found, _ = Draw(0, 10, {"a": 0, "b": 4}).indices(4, ["a", "b"])
@@ -68,8 +68,6 @@ class Draw:
         positions = np.sort(draw(count, self.total, self.seed))
         starts = [self.starts[name] for name in names]
         edges = [*np.searchsorted(positions, np.array(starts, dtype=np.int64)).tolist(), count]
-        if edges[0] != 0:
-            raise Malformed("a weight of its draw lies in none of its tensors")
         found = {
             name: positions[low:high] - start
             for name, start, low, high in zip(names, starts, edges[:-1], edges[1:], strict=True)
@@ -82,7 +80,7 @@ class Draw:
         ``skipped`` has the number of weights between each tensor and the one before it: those of tensors without a drawn weight.
         """
         count, names = sum(entry.numel for entry in sparse.values()), sorted(sparse)
-        if not self.starts.keys() >= sparse.keys() or 2 * count > self.total:
+        if not self.starts.keys() >= sparse.keys():
             return None
         try:
             found, digest = self.indices(count, names)
