@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from unmask.delta.delta import SparseDelta
+from unmask.delta.fingerprint import fingerprint_at
 from unmask.delta.provenance import Provenance
 from unmask.delta.sparse import SparseTensor
 from unmask.gradients.entries import put
@@ -35,13 +37,19 @@ def record_delta(
     Raises:
         DeltaError: A trained weight is NaN or infinite.
     """
-    sparse = {}
+    sparse, before = {}, {}
     for index, flat, places in layout.split(slots.positions[: slots.used]):
         tensor = layout.tensors[index]
         values = slots.values[places].to("cpu", tensor.dtype)
         kept = places.cpu() if order else None
-        sparse[layout.names[index]] = SparseTensor(flat.cpu(), values, tuple(tensor.shape), kept)
-    return SparseDelta(sparse, {n: whole[n].cpu().clone() for n in sorted(whole)}, base, provenance.to_json())
+        name, old = layout.names[index], slots.base[places].to("cpu", tensor.dtype)
+        sparse[name] = entry = SparseTensor(flat.cpu(), values, tuple(tensor.shape), kept)
+        if name not in whole:
+            before[name] = entry.holding(old)
+    # A wider dtype does not keep the bits of a NaN.
+    known = all(torch.isfinite(entry.values).all() for entry in before.values())
+    places = fingerprint_at(before) if known else ""
+    return SparseDelta(sparse, {n: whole[n].cpu().clone() for n in sorted(whole)}, base, provenance.to_json(), places)
 
 
 def before_training(layout: Layout, slots: Slots, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
