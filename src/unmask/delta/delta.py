@@ -153,21 +153,22 @@ class SparseDelta:
             self._check_base(target.fingerprint(without=self.whole))
         exchange = Exchange(target, self.sparse, self.whole)
         try:
-            self._run(exchange, target)
+            self._write(exchange, target)
+            old = exchange.displaced()
             if not full:
-                self._check_places_hash(fingerprint_at(exchange.sparse))
-            new = {name: entry for name, entry in self.sparse.items() if name not in self.whole}
+                self._check_places_hash(fingerprint_at(old))
             after = target.fingerprint(without=self.whole) if full else ""
-            yield SparseDelta(exchange.sparse, exchange.whole, after, {"displaced_by": self.base}, fingerprint_at(new))
+            places = fingerprint_at({name: self.sparse[name] for name in old})
+            yield SparseDelta(old, exchange.whole, after, {"displaced_by": self.base}, places)
         except BaseException:  # also KeyboardInterrupt
             exchange.undo()
             raise
 
-    def _run(self, exchange: Exchange, target: Target) -> None:
+    def _write(self, exchange: Exchange, target: Target) -> None:
         """Writes, and says which tensor could not be written."""
         error: Exception | None = None
         try:
-            exchange.run()
+            exchange.write()
         except Exception as raised:
             error = DeltaError(f"{exchange.failed!r} could not be written: {raised}. The model is as it was before.")
             error.__cause__ = raised

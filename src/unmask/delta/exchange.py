@@ -83,8 +83,7 @@ class Exchange:
         whole: The new tensors by name. They are written first, so entries of the same tensor lie over them.
 
     Attributes:
-        sparse: The old entries by tensor name, on the CPU, after `run`; those of tensors that are replaced whole are left out.
-        whole: The old tensors by name, on the CPU.
+        whole: The old tensors by name, on the CPU, after `write`.
         failed: The name of the tensor whose writing has raised an error.
     """
 
@@ -92,7 +91,6 @@ class Exchange:
         self._target, self._new, self._new_whole = target, sparse, whole
         self._parts: list[_Part] = []
         self._begun: list[str] = []
-        self.sparse: dict[str, SparseTensor] = {}
         self.whole: dict[str, Tensor] = {}
         self.failed: str | None = None
         written = [target.held(name)[0] for name in {*sparse, *whole}]
@@ -100,7 +98,7 @@ class Exchange:
         self._versions = _unsafe_preserve_version_counter(counted)
 
     @torch.no_grad()
-    def run(self) -> None:
+    def write(self) -> None:
         """Writes everything. A run of entries is read and then written, while its memory is in the cache."""
         tensors = self._target.tensors
         self.whole = {name: gathered(tensors[name]).cpu().clone() for name in sorted(self._new_whole)}
@@ -109,12 +107,26 @@ class Exchange:
         for name in self.whole:
             self._begun.append(name)
             self._do(name, self._copy, name, self._new_whole[name])
-        threads = torch.get_num_threads()
-        _for_all(jobs, threads if all(part.on_cpu for part in self._parts) else 1)
+        _for_all(jobs, torch.get_num_threads() if all(part.on_cpu for part in self._parts) else 1)
         self._target.settle(self._new)
-        old = self._collect()
-        self.sparse = {name: self._new[name].holding(old[name]) for name in self._new if name not in self.whole}
-        _for_all([partial(getattr, entry, "digest") for entry in self.sparse.values()], threads)
+
+    def displaced(self) -> dict[str, SparseTensor]:
+        """Returns the old entries by tensor name, on the CPU. All processes have written, and call this together.
+
+        The entries of tensors that are replaced whole are left out.
+        """
+        found = {part.name: part.old for part in self._parts}
+        for alike in _elsewhere(self._parts):  # each copy from a device waits, so there is one for all
+            sizes = [part.entry.numel for part in alike]
+            held = alike[0].old.new_zeros(sum(sizes))
+            for part, whole in zip(alike, held.split(sizes), strict=True):
+                whole[part.low : part.low + part.old.numel()] = part.old
+            if self._target.processes is not None and alike[0].sharded:
+                self._target.processes.sum(held.view(torch.uint8))  # one process gives each byte, the others give zeros
+            found |= {part.name: own for part, own in zip(alike, held.cpu().split(sizes), strict=True)}
+        old = {name: entry.holding(found[name]) for name, entry in self._new.items() if name not in self.whole}
+        _for_all([partial(getattr, entry, "digest") for entry in old.values()], torch.get_num_threads())
+        return old
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -158,19 +170,6 @@ class Exchange:
         if held.numel() < whole.numel():
             whole = whole.reshape(-1)[offset : offset + held.numel()].view(held.shape)
         held.copy_(whole)
-
-    def _collect(self) -> dict[str, Tensor]:
-        """Returns the old values of all entries by tensor name, on the CPU: those of the other processes too."""
-        found = {part.name: part.old for part in self._parts}
-        for alike in _elsewhere(self._parts):  # each copy from a device waits, so there is one for all
-            sizes = [part.entry.numel for part in alike]
-            old = alike[0].old.new_zeros(sum(sizes))
-            for part, whole in zip(alike, old.split(sizes), strict=True):
-                whole[part.low : part.low + part.old.numel()] = part.old
-            if self._target.processes is not None and alike[0].sharded:
-                self._target.processes.sum(old.view(torch.uint8))  # one process gives each byte, the others give zeros
-            found |= {part.name: own for part, own in zip(alike, old.cpu().split(sizes), strict=True)}
-        return found
 
 
 def _elsewhere(parts: Sequence[_Part]) -> list[list[_Part]]:

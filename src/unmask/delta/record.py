@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from unmask.delta.delta import SparseDelta
@@ -46,10 +45,8 @@ def record_delta(
         sparse[name] = entry = SparseTensor(flat.cpu(), values, tuple(tensor.shape), kept)
         if name not in whole:
             before[name] = entry.holding(old)
-    # A wider dtype does not keep the bits of a NaN.
-    known = all(torch.isfinite(entry.values).all() for entry in before.values())
-    places = fingerprint_at(before) if known else ""
-    return SparseDelta(sparse, {n: whole[n].cpu().clone() for n in sorted(whole)}, base, provenance.to_json(), places)
+    kept_whole = {n: whole[n].cpu().clone() for n in sorted(whole)}
+    return SparseDelta(sparse, kept_whole, base, provenance.to_json(), fingerprint_at(before))
 
 
 def before_training(layout: Layout, slots: Slots, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

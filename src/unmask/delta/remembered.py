@@ -51,7 +51,12 @@ class _State:
         # The weak reference keeps the storage's own address from being used again for another one.
         self._storage = StorageWeakRef(tensor.untyped_storage())
         place = tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_neg()
-        self._facts: tuple[Any, ...] = (*place, tensor.data_ptr(), tensor._version, bytes(tensor_bytes(_sample(tensor))))
+        self._facts: tuple[Any, ...] = (
+            *place,
+            tensor.data_ptr(),
+            tensor._version,
+            bytes(tensor_bytes(_sample(tensor))),
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _State) or self._storage.expired():

@@ -73,6 +73,8 @@ class Target:
             failed = self.processes.gather(torch.tensor([error is not None], device=device, dtype=torch.uint8))
             ranks = failed.view(-1).nonzero().view(-1).tolist()
             if error is None and ranks:
-                raise DeltaError(f"process {ranks[0]} failed in {doing}; its own error says why. The model is as it was.")
+                raise DeltaError(
+                    f"process {ranks[0]} failed in {doing}; its own error says why. The model is as it was."
+                )
         if error is not None:
             raise error
