@@ -141,20 +141,29 @@ class SparseDelta:
         target.together(error, "the checks of a delta")
 
     @contextlib.contextmanager
-    def written(self, target: Target, full: bool = False) -> Iterator[SparseDelta]:
+    def written(
+        self,
+        target: Target,
+        full: bool = False,
+        instead: Mapping[str, SparseTensor] | None = None,
+        done: Mapping[str, SparseTensor] | None = None,
+    ) -> Iterator[SparseDelta]:
         """Writes the delta, and yields what it displaced. An error in the block, or a model that is not the base, undoes it.
 
         Args:
             target: A model's tensors; see `check_model`.
             full: True for the full check, before anything is written.
+            instead: Entries by tensor name that are written in place of the delta's, at the same places.
+            done: The base's entries by tensor name, where the delta is in the model already.
         """
-        full = full or not self.places
+        full, done = full or not self.places, done or {}
         if full:
             self._check_base(target.fingerprint(without=self.whole))
-        exchange = Exchange(target, self.sparse, self.whole)
+        new = {name: entry for name, entry in {**self.sparse, **(instead or {})}.items() if name not in done}
+        exchange = Exchange(target, new, self.whole)
         try:
             self._write(exchange, target)
-            old = exchange.displaced()
+            old = exchange.displaced() | {name: self.sparse[name].holding(entry.values) for name, entry in done.items()}
             if not full:
                 self._check_places_hash(fingerprint_at(old))
             after = target.fingerprint(without=self.whole) if full else ""

@@ -56,12 +56,21 @@ class SparseTensor:
     @cached_property
     def digest(self) -> str:
         """The SHA-256 of the dtype, the shape, the indices and the values, in hex; docs/delta.md gives its bytes."""
+        sha = hashlib.sha256(f"{self.values.dtype} {list(self.shape)} {self._indices_digest()} ".encode())
+        sha.update(tensor_bytes(self.values))
+        return sha.hexdigest()
+
+    def _indices_digest(self) -> str:
         if "sha" not in self._known:
             narrow = torch.int32 if math.prod(self.shape) < 2**31 else torch.int64
             self._known["sha"] = hashlib.sha256(tensor_bytes(self.indices.to(narrow))).hexdigest()
-        sha = hashlib.sha256(f"{self.values.dtype} {list(self.shape)} {self._known['sha']} ".encode())
-        sha.update(tensor_bytes(self.values))
-        return sha.hexdigest()
+        return self._known["sha"]
+
+    def has_places_of(self, other: SparseTensor) -> bool:
+        """Returns True if both set the same entries of tensors of one shape and dtype."""
+        if (self.shape, self.values.dtype) != (other.shape, other.values.dtype):
+            return False
+        return self._known is other._known or self._indices_digest() == other._indices_digest()
 
     def part(self, device: torch.device, offset: int, numel: int) -> tuple[int, int, Tensor]:
         """Returns the entries in a part of the tensor; they are found, and moved to a device, at the first call only.

@@ -11,8 +11,9 @@ from unmask.delta.target import Target
 def swap(model: nn.Module, displaced: SparseDelta, delta: SparseDelta) -> SparseDelta:
     """Takes one delta off a model and applies another one, in O(B) of both, or changes nothing.
 
-    The result is that of ``displaced.apply(model)`` and then ``delta.apply(model)``, bit for bit. The two may set the same
-    weights. Each is checked at its own places.
+    The result is that of ``displaced.apply(model)`` and then ``delta.apply(model)``, bit for bit, and each is checked at its
+    own places. The two may have places in common. A tensor in which both set the same weights (of two trainings with one
+    random mask, say) is written once.
 
     Args:
         model: The model that holds the base with one delta applied. If FSDP2 has sharded it, all processes call this together.
@@ -46,5 +47,13 @@ def swap(model: nn.Module, displaced: SparseDelta, delta: SparseDelta) -> Sparse
     target = Target(model)
     for each in (displaced, delta):
         each.check_model(target)
-    with displaced.written(target), delta.written(target) as under:
+    common = _same_places(displaced, delta) if delta.places else []  # a full check needs the base
+    instead, done = ({name: each.sparse[name] for name in common} for each in (delta, displaced))
+    with displaced.written(target, instead=instead), delta.written(target, done=done) as under:
         return under
+
+
+def _same_places(one: SparseDelta, other: SparseDelta) -> list[str]:
+    """Returns the names of the tensors in which two deltas set the same weights, and that neither stores whole."""
+    names = one.sparse.keys() & other.sparse.keys() - one.whole.keys() - other.whole.keys()
+    return [name for name in names if one.sparse[name].has_places_of(other.sparse[name])]
