@@ -15,6 +15,7 @@ _NAMES = {
     "errors": [name for name in vars(errors) if name.endswith(("Error", "Warning"))],
     "delta.delta": ("SparseDelta",),
     "delta.sparse": ("SparseTensor",),
+    "delta.swap": ("swap",),
     "methods.budget": ("Budget",),
     "methods.heuristics": ("Heuristic", "heuristic", "heuristic_names", "register_heuristic"),
     "methods.method": ("Method",),

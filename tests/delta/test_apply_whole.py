@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import peft
 import unmask
-import unmask.delta.delta as delta_module
+import unmask.delta.exchange as exchange_module
 import unmask.peft
 from unmask import DeltaError, SparseDelta
 from unmask.delta import fingerprint
@@ -111,7 +111,7 @@ def test_tensors_that_can_be_written_are_not_refused():
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
 def test_a_failure_in_the_middle_is_undone(made, failing, error, monkeypatch):
     base, tuned, delta = made
-    before, calls, put = snapshot(base), [], delta_module.put
+    before, calls, put = snapshot(base), [], exchange_module.put
 
     def fails_once(*args):
         calls.append(args)
@@ -121,7 +121,7 @@ def test_a_failure_in_the_middle_is_undone(made, failing, error, monkeypatch):
         put(*args)
 
     assert len(delta.sparse) >= 5
-    monkeypatch.setattr(delta_module, "put", fails_once)
+    monkeypatch.setattr(exchange_module, "put", fails_once)
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else DeltaError) as caught:
         delta.apply(base)
     assert_same_tensors(before, snapshot(base))
@@ -133,14 +133,14 @@ def test_a_failure_in_the_middle_is_undone(made, failing, error, monkeypatch):
 
 def test_a_tensor_that_refuses_for_good_leaves_the_others_as_they_were(made, monkeypatch):
     base, _, delta = made
-    before, put, stuck = snapshot(base), delta_module.put, base.turned.data_ptr()
+    before, put, stuck = snapshot(base), exchange_module.put, base.turned.data_ptr()
 
     def refuses(tensor, *args):
         if tensor.data_ptr() == stuck:
             raise RuntimeError("a driver's error")
         put(tensor, *args)
 
-    monkeypatch.setattr(delta_module, "put", refuses)
+    monkeypatch.setattr(exchange_module, "put", refuses)
     with pytest.raises(DeltaError, match="'turned' could not be written: a driver's error"):
         delta.apply(base)
     assert_same_tensors(before, snapshot(base))
@@ -153,7 +153,7 @@ def test_a_failure_with_quantised_weights_is_undone_too(monkeypatch):
     torch.optim.SGD(selection.parameters(), lr=1.0).step()
     delta = selection.delta()
     assert len(delta.sparse) > 1
-    put, calls = delta_module.put, []
+    put, calls = exchange_module.put, []
 
     def fails_last(*args):
         calls.append(args)
@@ -163,7 +163,7 @@ def test_a_failure_with_quantised_weights_is_undone_too(monkeypatch):
 
     x = batches(1, width=WIDTH)[0]
     out = base(x)
-    monkeypatch.setattr(delta_module, "put", fails_last)
+    monkeypatch.setattr(exchange_module, "put", fails_last)
     with pytest.raises(DeltaError, match="late"):
         delta.apply(base)
     assert torch.equal(base(x), out)

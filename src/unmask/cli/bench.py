@@ -36,6 +36,14 @@ def run(given: dict[str, Any], command: str) -> None:
         _print_table(tables.HOST, tables.host(run_host(settings, command)))
         print(f"written: {Path(settings.output, 'host.json')}")
         return
+    if settings.delta:
+        from unmask.lab.bench.deltas import run_deltas
+
+        record = run_deltas(settings, command, say)
+        print()
+        _print_table(tables.DELTA, tables.delta(record))
+        print(f"written: {Path(settings.output, 'delta.json')}")
+        return
     if settings.curve:
         from unmask.lab.bench.curves import run_curve
 

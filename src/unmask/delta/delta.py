@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from unmask.delta import file
-from unmask.delta.base import base_tensors
 from unmask.delta.drawn import Draw
-from unmask.delta.fingerprint import digest, fingerprint
-from unmask.delta.live import has_selection
+from unmask.delta.exchange import Exchange
+from unmask.delta.fingerprint import fingerprint_at
 from unmask.delta.provenance import Provenance
 from unmask.delta.sparse import SparseTensor, check_entry, check_slots
+from unmask.delta.target import Target
 from unmask.delta.writable import find_unwritable
 from unmask.errors import DeltaError
 from unmask.files import write_tensors
-from unmask.gradients.entries import put, take
-from unmask.quantised.layers import settle
 from unmask.quantised.tensor import QuantisedTensor
 
 
@@ -42,8 +40,9 @@ class SparseDelta:
             training did not change may hold NaN.
         base: The fingerprint of all the base's tensors that are not in ``whole``: ``"sha256:..."``.
         metadata: JSON values: method, budget, step, base id, versions. `provenance` gives them with their meaning.
-        places: The fingerprint of the base's values at the delta's places, ``"sha256:..."``; empty where it is not known, as in
-            formats 1 and 2.
+        places: The hash of the base's values at the places that ``sparse`` sets (tensors that are in ``whole`` left out):
+            ``"sha256:..."``, as `unmask.delta.fingerprint.fingerprint_at` makes it; ``""`` where it is not known, or there
+            is no place.
         draw: The draw that a random mask's indices are from, so that a file need not store them; None for any other delta.
     """
 
@@ -99,18 +98,22 @@ class SparseDelta:
         """Returns a copy whose metadata holds ``more`` (JSON values) too."""
         return replace(self, metadata={**self.metadata, **more})
 
-    def apply(self, model: nn.Module) -> SparseDelta:
+    def apply(self, model: nn.Module, verify: Literal["places", "full"] = "places") -> SparseDelta:
         """Writes the delta into a model that holds the base, in place. A quantised weight gets it as a sidecar.
 
         Args:
-            model: The base model, in the dtype it had in training.
+            model: The base model, in the dtype it had in training. If FSDP2 has sharded it, all processes call this together.
+            verify: ``"places"`` compares the hash of the base's values at the delta's places, in O(B). It cannot see what the
+                base holds elsewhere. ``"full"`` hashes the whole base; the hash of each tensor is remembered until the tensor
+                changes. A delta without ``places`` gets the full check in any case.
 
         Returns:
-            The values that were overwritten, as a delta: ``displaced.apply(model)`` restores the base exactly.
+            The values that were overwritten, as a delta: ``displaced.apply(model)`` restores the base exactly. `unmask.swap`
+            takes it to go over to another delta.
 
         Raises:
             DeltaError: The model is not the base (its names, shapes, dtypes or values differ), or a tensor cannot be written
-                (it is expanded, in read-only memory, or an inference tensor). Nothing is changed then.
+                (it is expanded, in read-only memory, or an inference tensor). The model is as it was then.
 
         Example:
             >>> import unmask
@@ -123,44 +126,65 @@ class SparseDelta:
             >>> len(displaced)
             2
         """
-        if has_selection(model):
-            raise DeltaError("this model has a live selection; call its release() before applying a delta.")
-        tensors = base_tensors(model)
-        self._check_model(tensors)
-        displaced = SparseDelta(
-            {
-                name: SparseTensor(entry.indices, take(tensors[name], entry.indices).cpu(), entry.shape)
-                for name, entry in self.sparse.items()
-                if name not in self.whole
-            },
-            {name: tensors[name].cpu().clone() for name in self.whole},
-            "",
-            {"displaced_by": self.base},
-        )
-        begun: list[str] = []
-        try:
-            for name in sorted({*self.whole, *self.sparse}):
-                begun.append(name)
-                self._write(name, tensors[name])
-            settle(model, [tensors[name] for name in self.sparse])
-            after = fingerprint({name: digest(t) for name, t in tensors.items() if name not in self.whole})
-        except BaseException as error:  # also KeyboardInterrupt
-            for name in begun:
-                with contextlib.suppress(Exception):  # a tensor that cannot be written still holds its old values
-                    displaced._write(name, tensors[name])
-            settle(model, [tensors[name] for name in self.sparse])
-            if not isinstance(error, Exception):
-                raise
-            raise DeltaError(f"{begun[-1]!r} could not be written: {error}. The model is as it was before.") from error
-        return replace(displaced, base=after)
+        if verify not in ("places", "full"):
+            raise DeltaError(f"verify = {verify!r}; it must be 'places' or 'full'.")
+        target = Target(model)
+        self.check_model(target)
+        with self.written(target, full=verify == "full") as displaced:
+            return displaced
 
-    @torch.no_grad()
-    def _write(self, name: str, tensor: Tensor) -> None:
-        """Writes one tensor's values."""
-        if name in self.whole:
-            tensor.copy_(self.whole[name])
-        if name in self.sparse:
-            put(tensor, self.sparse[name].indices, self.sparse[name].values)
+    def check_model(self, target: Target) -> None:
+        """Refuses a model whose tensors the delta does not fit, or that cannot be written. Values are not read."""
+        error: DeltaError | None = None
+        try:
+            self.check_places(target.tensors)
+            self._check_writable(target.tensors)
+        except DeltaError as refused:
+            error = refused
+        target.together(error, "the checks of a delta")
+
+    @contextlib.contextmanager
+    def written(
+        self,
+        target: Target,
+        full: bool = False,
+        instead: Mapping[str, SparseTensor] | None = None,
+        done: Mapping[str, SparseTensor] | None = None,
+    ) -> Iterator[SparseDelta]:
+        """Writes the delta, and yields what it displaced. An error in the block, or a model that is not the base, undoes it.
+
+        Args:
+            target: A model's tensors; see `check_model`.
+            full: True for the full check, before anything is written.
+            instead: Entries by tensor name that are written in place of the delta's, at the same places.
+            done: The base's entries by tensor name, where the delta is in the model already.
+        """
+        full, done = full or not self.places, done or {}
+        if full:
+            self._check_base(target.fingerprint(without=self.whole))
+        new = {name: entry for name, entry in {**self.sparse, **(instead or {})}.items() if name not in done}
+        exchange = Exchange(target, new, self.whole)
+        try:
+            self._write(exchange, target)
+            old = exchange.displaced() | {name: self.sparse[name].holding(entry.values) for name, entry in done.items()}
+            if not full:
+                self._check_places_hash(fingerprint_at(old))
+            after = target.fingerprint(without=self.whole) if full else ""
+            places = fingerprint_at({name: self.sparse[name] for name in old})
+            yield SparseDelta(old, exchange.whole, after, {"displaced_by": self.base}, places)
+        except BaseException:  # also KeyboardInterrupt
+            exchange.undo()
+            raise
+
+    def _write(self, exchange: Exchange, target: Target) -> None:
+        """Writes, and says which tensor could not be written."""
+        error: Exception | None = None
+        try:
+            exchange.write()
+        except Exception as raised:
+            error = DeltaError(f"{exchange.failed!r} could not be written: {raised}. The model is as it was before.")
+            error.__cause__ = raised
+        target.together(error, "writing a delta")
 
     def save(self, path: str | os.PathLike[str], compress: bool = True) -> Path:
         """Writes the delta to one safetensors file, whole or not at all, and returns its path.
@@ -221,9 +245,8 @@ class SparseDelta:
                     f"dtype={dtype}, apply, and cast afterwards."
                 )
 
-    def _check_model(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuses a model that is not the base, or that cannot be written."""
-        self.check_places(tensors)
+    def _check_writable(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuses a model with a tensor of the delta that cannot be written."""
         for name in self.whole:
             if isinstance(tensors[name], QuantisedTensor):
                 raise DeltaError(
@@ -232,16 +255,37 @@ class SparseDelta:
         stuck = find_unwritable({name: tensors[name] for name in sorted({*self.sparse, *self.whole})})
         if stuck is not None:
             raise DeltaError(f"{stuck[0]!r} cannot be written: it {stuck[1]}. Nothing was changed.")
-        actual = fingerprint({name: digest(t) for name, t in tensors.items() if name not in self.whole})
+
+    def _check_base(self, actual: str) -> None:
+        """Refuses the fingerprint of a model that is not the base."""
+        if not self.base:
+            raise DeltaError(
+                "this delta does not say which base it belongs to, so verify='full' cannot check it: it is what another delta "
+                "displaced without a full check. Apply it with verify='places', or that other delta with verify='full'."
+            )
         if actual != self.base:
             raise DeltaError(
                 f"this model is not the delta's base: its fingerprint is {actual[:23]}..., the delta was made on "
-                f"{self._base_name()} with {self.base[:23]}... Nothing was changed. Load that base, unmodified and in the same "
-                "dtype (a delta that is already applied also changes the fingerprint)."
+                f"{self._base_name()} with {self.base[:23]}... Nothing was changed. {_LOAD}"
+            )
+
+    def _check_places_hash(self, actual: str) -> None:
+        """Refuses the hash of a model's values at the delta's places, if it is not the base's."""
+        if actual != self.places:
+            raise DeltaError(
+                f"this model is not the delta's base, {self._base_name()}: at the {len(self):,} places that the delta sets, it "
+                f"holds other values (their hash is {actual[:23]}..., the base's {self.places[:23]}...). The model is as it "
+                f"was before. {_LOAD}"
             )
 
     def _base_name(self) -> str:
         return repr(self.metadata.get("base_id") or "another base")
+
+
+_LOAD = (
+    "Load that base, unmodified and in the same dtype. (A delta that is already applied changes it, too: give unmask.swap what "
+    "apply returned.)"
+)
 
 
 def refuse_diverged(trained: Mapping[str, Tensor]) -> None:

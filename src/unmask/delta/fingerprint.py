@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from unmask.delta.sparse import SparseTensor
 from unmask.files import tensor_bytes
 from unmask.gradients.entries import bits
 from unmask.quantised.tensor import QuantisedTensor
@@ -44,6 +45,21 @@ def fingerprint(digests: Mapping[str, str]) -> str:
     for name in sorted(digests):
         sha.update(f"{name} {digests[name]}\n".encode())
     return f"sha256:{sha.hexdigest()}"
+
+
+def fingerprint_at(entries: Mapping[str, SparseTensor]) -> str:
+    """Returns one SHA-256 over some entries of named tensors: ``"sha256:..."``; ``""`` if there is no entry.
+
+    Names, dtypes, shapes, indices and values enter.
+
+    Example:
+        >>> entry = SparseTensor(torch.tensor([1]), torch.tensor([0.5]), (3,))
+        >>> fingerprint_at({"w": entry}) == fingerprint_at({"v": entry}), fingerprint_at({})
+        (False, '')
+    """
+    if not any(entry.numel for entry in entries.values()):
+        return ""
+    return fingerprint({name: entry.digest for name, entry in entries.items()})
 
 
 def same_entries(left: Tensor, right: Tensor) -> Tensor:

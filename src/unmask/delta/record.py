@@ -8,6 +8,7 @@ from torch import Tensor
 
 from unmask.delta.delta import SparseDelta
 from unmask.delta.drawn import Draw
+from unmask.delta.fingerprint import fingerprint_at
 from unmask.delta.provenance import Provenance
 from unmask.delta.sparse import SparseTensor
 from unmask.gradients.entries import put
@@ -36,14 +37,17 @@ def record_delta(
     Raises:
         DeltaError: A trained weight is NaN or infinite.
     """
-    sparse = {}
+    sparse, before = {}, {}
     for index, flat, places in layout.split(slots.positions[: slots.used]):
         tensor = layout.tensors[index]
         values = slots.values[places].to("cpu", tensor.dtype)
         kept = places.cpu() if order else None
-        sparse[layout.names[index]] = SparseTensor(flat.cpu(), values, tuple(tensor.shape), kept)
-    stored = {n: whole[n].cpu().clone() for n in sorted(whole)}
-    return SparseDelta(sparse, stored, base, provenance.to_json(), draw=Draw.of(provenance.method, layout))
+        name, old = layout.names[index], slots.base[places].to("cpu", tensor.dtype)
+        sparse[name] = entry = SparseTensor(flat.cpu(), values, tuple(tensor.shape), kept)
+        if name not in whole:
+            before[name] = entry.holding(old)
+    kept_whole = {n: whole[n].cpu().clone() for n in sorted(whole)}
+    return SparseDelta(sparse, kept_whole, base, provenance.to_json(), fingerprint_at(before), Draw.of(provenance.method, layout))
 
 
 def before_training(layout: Layout, slots: Slots, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

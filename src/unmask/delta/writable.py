@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,16 +20,25 @@ def find_unwritable(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
         >>> find_unwritable({"a": torch.zeros(2), "b": torch.zeros(1).expand(2)})
         ('b', 'has several entries in one place of memory (it was expanded); replace it by its clone()')
     """
-    read_only = _read_only_memory()
+    mapped: dict[str, int] = {}
     for name, tensor in tensors.items():
-        reason = _reason(tensor, read_only)
+        reason = _reason(tensor)
         if reason is not None:
             return name, reason
+        # Memory that torch has allocated can be resized, and written; that of a file or of another library perhaps not.
+        plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if plain and not tensor.untyped_storage().resizable():
+            mapped[name] = tensor.data_ptr()
+    read_only = sorted(_read_only_memory()) if mapped else []
+    for name, place in mapped.items():
+        at = bisect.bisect(read_only, (place, sys.maxsize)) - 1
+        if at >= 0 and place < read_only[at][1]:
+            return name, "lies in memory that may only be read (a memory map); replace it by its clone()"
     return None
 
 
-def _reason(tensor: Tensor, read_only: list[tuple[int, int]]) -> str | None:
-    """Says why a tensor cannot be written; None if it can."""
+def _reason(tensor: Tensor) -> str | None:
+    """Says why a tensor cannot be written, as far as its strides and its kind tell; None if it can."""
     if tensor.is_meta:
         return "is on the meta device, without values; load the weights first"
     if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.numel():
@@ -36,14 +47,13 @@ def _reason(tensor: Tensor, read_only: list[tuple[int, int]]) -> str | None:
         return "was made under torch.inference_mode(); load the model outside it, or apply inside it"
     if _overlaps(tensor):
         return "has several entries in one place of memory (it was expanded); replace it by its clone()"
-    place = tensor.data_ptr() if tensor.device.type == "cpu" else None
-    if place is not None and any(low <= place < high for low, high in read_only):
-        return "lies in memory that may only be read (a memory map); replace it by its clone()"
     return None
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Returns True if two entries share a place in memory."""
+    """Returns True if two entries share a place in memory. Only strides that interleave cost a pass over the tensor."""
+    if tensor.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:

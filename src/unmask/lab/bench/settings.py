@@ -61,6 +61,10 @@ class BenchSettings:
         False,
         "Measure instead what a step costs the host of a GPU, on any machine: seconds, operations, and operations that wait.",
     )
+    delta: bool = setting(
+        False,
+        "Measure instead how long a loaded model takes to go to another task: by deltas, a whole checkpoint and LoRA.",
+    )
     calibrate: bool = setting(
         False, "Measure instead what products cost on this device, and keep it for the choices of the engine."
     )
@@ -75,7 +79,7 @@ class BenchSettings:
             given = value is not None or name not in ("batch_size", "seq_len")
             if given and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"{name} = {value!r}; it must be a whole number, at least {least}.")
-        chosen = [name for name in ("curve", "host", "calibrate") if getattr(self, name)]
+        chosen = [name for name in ("curve", "host", "delta", "calibrate") if getattr(self, name)]
         if len(chosen) > 1:
             raise ConfigError(f"{' and '.join(chosen)} are measured one at a time; give one of them.")
         if self.dropout is not None and not 0 <= self.dropout < 1:

@@ -13,6 +13,7 @@ PHASES = ("forward", "backward", "optimizer", "total")
 TIMES = ("method", "step s (q1-q3)", "forward", "backward", "optimizer", "amortised", "/ frozen", "/ full", "tokens/s")
 COSTS = ("method", "trained", "used", "peak MB", "before MB", "optimizer MB", "bytes/weight")
 HOST = ("row", "ms a step", "/ lora", "operations", "waiting")
+DELTA = ("row", "ms", "least ms", "CPU ms", "MB on disk")
 _NONE = "-"
 
 
@@ -174,6 +175,15 @@ def host(record: Mapping[str, Any]) -> list[Cells]:
         ]
         for row in record["rows"]
     ]
+
+
+def delta(record: Mapping[str, Any]) -> list[Cells]:
+    """Returns the lines of a record of deltas; their header is `DELTA`."""
+    lines = []
+    for row in record["rows"]:
+        times = [f"{1e3 * row[name]:,.1f}" for name in ("seconds", "least", "process")]
+        lines.append([row["row"], *times, _NONE if row["saved_bytes"] is None else f"{row['saved_bytes'] / 1e6:,.1f}"])
+    return lines
 
 
 def plain(header: Sequence[str], lines: Sequence[Cells]) -> str:
