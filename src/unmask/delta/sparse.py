@@ -11,6 +11,9 @@ from torch import Tensor
 
 from unmask.errors import DeltaError
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes of tensors that a delta may hold in part."""
+
 
 @dataclass(frozen=True)
 class SparseTensor:
@@ -57,7 +60,7 @@ def check_entry(name: str, entry: SparseTensor) -> None:
         )
     if (indices.diff() <= 0).any():
         raise DeltaError(f"the indices of {name!r} do not ascend; the delta is damaged.")
-    if entry.values.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if entry.values.dtype not in FLOATS:
         raise DeltaError(f"the values of {name!r} are {entry.values.dtype}, which no trained weight is; it is damaged.")
     if not torch.isfinite(entry.values).all():
         raise DeltaError(f"a value of {name!r} is NaN or infinite; the delta is damaged or training diverged.")
