@@ -12,6 +12,7 @@ from reader_cases import OTHER, READERS, REFUSED, SAME, run_case
 CASES = {
     "delta_file": 300,
     "signed_delta": 400,
+    "checkpoint_files": 300,
     "state_dict": 400,
     "state_file": 300,
     "adapter_weights": 200,

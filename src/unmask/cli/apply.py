@@ -21,7 +21,9 @@ def run_apply(source: str, delta_path: Path, output: Path, adapter: bool = False
     if delta.provenance.between is None:
         _apply_to_model(source, delta, output, adapter)
     elif adapter:
-        raise ConfigError("the delta was made from two checkpoints, so there is no adapter to write; leave --adapter out.")
+        raise ConfigError(
+            "the delta was made from two checkpoints, so there is no adapter to write; leave --adapter out."
+        )
     else:
         _apply_to_files(source, delta, output)
 

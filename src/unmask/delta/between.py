@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unmask import __version__
 from unmask.delta.checkpoint import Checkpoint, Source, open_checkpoint
 from unmask.delta.fingerprint import digest, fingerprint, same_bits
+from unmask.delta.live import has_selection
 from unmask.delta.matching import SAME_NAMES, Renaming, renaming, tied_names
 from unmask.delta.provenance import Provenance
 from unmask.delta.sparse import FLOATS, SparseTensor
@@ -24,9 +25,7 @@ _LARGEST_SHARE = 3 / 4
 write entries is slower than to copy a tensor, so entries must save something."""
 
 
-def between(
-    base: Source, tuned: Source
-) -> tuple[dict[str, SparseTensor], dict[str, Tensor], str, dict[str, Any]]:
+def between(base: Source, tuned: Source) -> tuple[dict[str, SparseTensor], dict[str, Tensor], str, dict[str, Any]]:
     """Returns the ``sparse``, ``whole``, ``base`` and ``metadata`` of the delta between two checkpoints.
 
     See `unmask.SparseDelta.between`.
@@ -83,9 +82,12 @@ def _opened(base: Source, tuned: Source) -> tuple[Checkpoint, Checkpoint, Renami
 
     Returns them and how the base's names became the tuned one's.
     """
+    for given in (base, tuned):
+        if isinstance(given, nn.Module) and has_selection(given):
+            raise DeltaError("a model has a live selection; take selection.delta(), or call its release() first.")
     old, new = open_checkpoint(base), open_checkpoint(tuned)
     one = base is tuned or (isinstance(base, nn.Module) and isinstance(tuned, nn.Module) and bare(base) is bare(tuned))
-    if one or (old.weights and new.weights and old.weights.resolve() == new.weights.resolve()):
+    if one or (old.files and {f.path.resolve() for f in old.files} == {f.path.resolve() for f in new.files}):
         raise DeltaError(f"{old.label} is given as the base and as the tuned checkpoint; give two.")
     rename = SAME_NAMES
     if isinstance(base, nn.Module) and not isinstance(tuned, nn.Module):

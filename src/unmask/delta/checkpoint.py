@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from unmask.delta.base import base_tensors, name_or_path
-from unmask.delta.live import has_selection
 from unmask.delta.matching import Renaming
 from unmask.delta.tensor_file import LazyTensor, read_layout
 from unmask.delta.weight_files import find_weights, is_index, parts
@@ -114,8 +113,6 @@ def open_checkpoint(source: Source) -> Checkpoint:
 def _of_module(model: nn.Module) -> Checkpoint:
     """Opens a module: its parameters and persistent buffers."""
     label = f"the {type(bare(model)).__name__}"
-    if has_selection(model):
-        raise DeltaError(f"{label} has a live selection; take selection.delta(), or call its release() first.")
     plain, named = plain_names(bare(model)), named_parameters(model)
     tensors = {name: _in_memory(name, tensor) for name, tensor in base_tensors(model).items()}
     by_memory = {memory_of(parameter): name for name, parameter in named.items()}

@@ -44,7 +44,9 @@ def write_tuned(delta: SparseDelta, base: str, folder: Path) -> Path:
     """
     made = delta.provenance.between
     if made is None:
-        raise DeltaError("the delta was not made from two checkpoints, so it is applied to a model: delta.apply(model).")
+        raise DeltaError(
+            "the delta was not made from two checkpoints, so it is applied to a model: delta.apply(model)."
+        )
     checkpoint = open_checkpoint(base)
     weights = checkpoint.weights
     assert weights is not None  # a checkpoint in files has them
@@ -83,7 +85,9 @@ class _Rebuild:
             raise DeltaError(f"the base has no tensor {name!r}, so it is not the delta's base ({self._made_on()}).")
         for name in sorted(self.made["added"]):
             if name in self.base:
-                raise DeltaError(f"the base has a tensor {name!r}, which the delta adds to its base ({self._made_on()}).")
+                raise DeltaError(
+                    f"the base has a tensor {name!r}, which the delta adds to its base ({self._made_on()})."
+                )
         for name, entry in self.delta.sparse.items():
             held = self.base[name]
             if (held.shape, held.dtype) != (entry.shape, entry.values.dtype):

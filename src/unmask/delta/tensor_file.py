@@ -22,9 +22,17 @@ from unmask.files import safetensors_header, tensor_bytes
 from unmask.reading import Malformed, count, fields, items, mapping, parse_json, plain, shown, text
 
 _NAMES = {
-    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool"},
-    **{"F8_E4M3": "float8_e4m3fn", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2": "float8_e5m2"},
-    **{"F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu"},
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
+    "BOOL": "bool",
     **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
     **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
 }
@@ -86,7 +94,9 @@ def read_layout(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         start, end = entry["data_offsets"] if len(entry["data_offsets"]) == 2 else (0, -1)
         if end - start != math.prod(shape) * dtype.itemsize or end > size:
-            raise Malformed(f"the bytes {entry['data_offsets']} of the tensor {name!r} do not fit its shape or the file")
+            raise Malformed(
+                f"the bytes {entry['data_offsets']} of the tensor {name!r} do not fit its shape or the file"
+            )
         tensors[name] = LazyTensor(dtype, shape, partial(_read, path, data + start, dtype, shape))
     return tensors, metadata
 

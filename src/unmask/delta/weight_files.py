@@ -13,7 +13,7 @@ from unmask.reading import Malformed, fields, mapping, read_json, refusing, text
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # transformers looks for them in this order
 _INDEX_ENDING = ".safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 COPIED = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 """The endings of a checkpoint's small files: its configuration, tokenizer and code."""
 
@@ -78,7 +78,7 @@ def find_weights(source: str) -> Path:
             raise DeltaError(f"{source!r} is no checkpoint; give a folder, a .safetensors file or a hub id.")
         return _whole(path)
     if not _HUB_ID.fullmatch(source) or path.suffix == ".safetensors":
-        raise DeltaError(f"there is no checkpoint {source!r}; give a folder, a .safetensors file or a hub id.")
+        raise DeltaError(f"there is no checkpoint at {source!r}; give a folder, a .safetensors file or a hub id.")
     return _on_hub(source)
 
 
