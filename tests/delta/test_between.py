@@ -311,6 +311,15 @@ def test_an_untied_output_layer_is_added_whole_and_a_tied_model_refuses_it(llama
     assert_same_tensors(snapshot(live), before)
 
 
+def test_an_output_layer_that_is_tied_in_the_tuned_checkpoint_only_is_compared_by_itself(tmp_path):
+    embedding, output = torch.randn(50, 8), torch.randn(50, 8)
+    save(tmp_path / "base", {"embed.weight": embedding, "lm_head.weight": output})
+    save(tmp_path / "tuned", {"embed.weight": embedding, "lm_head.weight": embedding})
+    delta = there_and_back(tmp_path / "base", tmp_path / "tuned", tmp_path)
+    assert delta.provenance.between["tied"] == {}
+    assert list(delta.whole) == ["lm_head.weight"]
+
+
 def test_a_task_models_prefix_and_new_head(tmp_path):
     torch.manual_seed(0)
     BertModel(bert_config()).save_pretrained(tmp_path / "base")
@@ -334,7 +343,7 @@ def test_a_task_models_prefix_and_new_head(tmp_path):
     assert stored(tmp_path / "back") == stored(tmp_path / "base")
 
 
-def test_a_live_base_gives_its_names_and_the_delta_fits_files_without_the_prefix(tmp_path):
+def test_a_live_base_gives_its_names_and_the_delta_fits_the_bases_files(tmp_path):
     torch.manual_seed(0)
     encoder = BertModel(bert_config())
     encoder.save_pretrained(tmp_path / "base")
@@ -342,10 +351,24 @@ def test_a_live_base_gives_its_names_and_the_delta_fits_files_without_the_prefix
     encoder.save_pretrained(tmp_path / "tuned")
     live = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
     delta = SparseDelta.between(live, tmp_path / "tuned")
+    assert delta.sparse
     assert all(name.startswith("bert.") for name in delta.sparse)
     assert delta.provenance.between["removed"] == ["classifier.bias", "classifier.weight"]
     with pytest.raises(DeltaError, match=r"tuned checkpoint has no tensor 'classifier\.bias', and this model has one"):
         delta.apply(live)
+    write_tuned(delta, str(tmp_path / "base"), tmp_path / "again")
+    assert stored(tmp_path / "again") == {f"bert.{n}": tensor for n, tensor in stored(tmp_path / "tuned").items()}
+
+
+def test_a_new_head_alone_keeps_the_prefix(tmp_path):
+    """No tensor of the base is in the delta, so only its metadata say which prefix the names get."""
+    torch.manual_seed(0)
+    BertModel(bert_config()).save_pretrained(tmp_path / "base")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "tuned")
+    delta = SparseDelta.between(tmp_path / "base", tmp_path / "tuned")
+    assert not delta.sparse
+    write_tuned(delta, str(tmp_path / "base"), tmp_path / "again")
+    assert stored(tmp_path / "again") == stored(tmp_path / "tuned")
 
 
 def test_buffers_are_compared_and_applied(tmp_path):
@@ -549,5 +572,5 @@ def test_the_memory_needed_follows_the_largest_tensor(tmp_path):
     with peak() as of_writing:
         write_tuned(delta, str(tmp_path / "base"), tmp_path / "again")
     assert len(delta) == 60 * 64
-    assert max(*of_between, *of_writing) < 10 * 2 * 2**20
+    assert max(*of_between, *of_writing) < 40 * 2**20
     assert stored(tmp_path / "again") == stored(tmp_path / "tuned")

@@ -56,7 +56,7 @@ def between(base: Source, tuned: Source) -> tuple[dict[str, SparseTensor], dict[
         digests[name] = digest(value)
         if change is not None:
             sparse[name] = change
-    made = {
+    made: dict[str, Any] = {
         "tuned": new.source,
         "tensors": len(new.tensors),
         "weights": sum(tensor.numel for name, tensor in new.tensors.items() if name not in tied),

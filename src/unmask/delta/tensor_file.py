@@ -22,23 +22,30 @@ from unmask.files import safetensors_header, tensor_bytes
 from unmask.reading import Malformed, count, fields, items, mapping, parse_json, plain, shown, text
 
 _NAMES = {
-    "F64": "float64",
-    "F32": "float32",
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I16": "int16",
+    "U16": "uint16",
     "F16": "float16",
     "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
     "C64": "complex64",
-    "BOOL": "bool",
-    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
 }
 DTYPES = {code: getattr(torch, name) for code, name in _NAMES.items() if hasattr(torch, name)}
-"""The dtypes by their codes in a safetensors file. An older torch lacks some."""
+"""The dtypes by their codes in a safetensors file, in the library's order. An older torch lacks some."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +100,10 @@ def read_layout(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
             raise Malformed(f"the tensor {name!r} has dtype {shown(entry['dtype'])}; known are {', '.join(DTYPES)}")
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         start, end = entry["data_offsets"] if len(entry["data_offsets"]) == 2 else (0, -1)
+        if (
+            math.prod(max(1, length) for length in shape) >= 2**63
+        ):  # also of an empty tensor, which torch could not stride
+            raise Malformed(f"the tensor {name!r} has shape {shown(shape)}, which no tensor has")
         if end - start != math.prod(shape) * dtype.itemsize or end > size:
             raise Malformed(
                 f"the bytes {entry['data_offsets']} of the tensor {name!r} do not fit its shape or the file"
@@ -135,8 +146,8 @@ def write_file(
         read: Returns a tensor by its name. It is called once for each name.
         metadata: The file's metadata.
     """
-    # The wide dtypes come first, as the library has it, so that each tensor starts at a multiple of its width.
-    order = sorted(layout, key=lambda name: (-layout[name].dtype.itemsize, name))
+    # As the library has it, the wide dtypes come first, so that each tensor starts at a multiple of its width.
+    order = sorted(layout, key=lambda name: (-_RANKS[layout[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
