@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import json
 import os
@@ -408,6 +409,27 @@ def test_copies_that_no_embedding_is_part_of_are_not_tied(tmp_path):
     delta = there_and_back(tmp_path / "base", tmp_path / "tuned", tmp_path)
     assert delta.provenance.between["tied"] == {}
     assert {*delta.sparse, *delta.whole} == {"experts.0.weight", "experts.1.weight"}
+
+
+def test_equal_parameters_of_a_module_are_not_tied():
+    """Files would tie them, because one is an embedding; a module says that they are two."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+            self.out.weight = nn.Parameter(self.embed.weight.detach().clone())
+
+    base = Net()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p[3, 4] += 1
+    for given in ((base, tuned), (base.state_dict(), tuned), (base, tuned.state_dict())):
+        delta = SparseDelta.between(*given)
+        assert set(delta.sparse) == {"embed.weight", "out.weight"}
+    delta.apply(base)
+    assert_same_tensors(snapshot(base), snapshot(tuned))
 
 
 def test_a_module_in_which_one_parameter_has_two_names(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from unmask.analysis.mask import Mask, mask_over
 from unmask.delta.checkpoint import Source, open_checkpoint
 from unmask.delta.fingerprint import same_entries
-from unmask.delta.matching import renaming
+from unmask.delta.renaming import renaming
 from unmask.errors import DeltaError
 
 

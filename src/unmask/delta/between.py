@@ -13,9 +13,10 @@ from unmask import __version__
 from unmask.delta.checkpoint import Checkpoint, Source, open_checkpoint
 from unmask.delta.fingerprint import digest, fingerprint, same_bits
 from unmask.delta.live import has_selection
-from unmask.delta.matching import SAME_NAMES, Renaming, renaming, tied_names
 from unmask.delta.provenance import Provenance
+from unmask.delta.renaming import SAME_NAMES, Renaming, renaming
 from unmask.delta.sparse import FLOATS, SparseTensor
+from unmask.delta.ties import tied_names
 from unmask.errors import DeltaError
 from unmask.gradients.entries import bits, take
 from unmask.gradients.wrappers import bare
@@ -31,50 +32,52 @@ def between(base: Source, tuned: Source) -> tuple[dict[str, SparseTensor], dict[
     See `unmask.SparseDelta.between`.
     """
     old, new, rename = _opened(base, tuned)
-    # A name that the base has as an alias only may be tied in the tuned checkpoint, but its values are not in the base's files.
-    tied = tied_names(new.tensors, old.known_as(new.tensors).tensors, {*old.aliases, *new.aliases})
-    added = sorted(new.tensors.keys() - old.tensors.keys() - tied.keys())
-    removed = sorted(old.tensors.keys() - new.tensors.keys())
-    replaced: list[str] = []
+    provenance = _provenance(old, new, rename)
+    made = provenance.between or {}
+    alone = {*made["added"], *made["replaced"]}  # with nothing in the base to compare them to
     sparse: dict[str, SparseTensor] = {}
-    whole: dict[str, Tensor] = {}
+    whole = {name: new.tensors[name].read().clone() for name in sorted(alone)}
     digests: dict[str, str] = {}
-    compared = {"tensors": 0, "weights": 0}
-    for name in sorted(new.tensors.keys() - tied.keys()):
-        after, before = new.tensors[name], old.tensors.get(name)
-        if before is None or (before.dtype, before.shape) != (after.dtype, after.shape):
-            whole[name] = after.read().clone()
-            replaced += [name] if before is not None else []
-            continue
-        if after.dtype in FLOATS:
-            compared = {"tensors": compared["tensors"] + 1, "weights": compared["weights"] + after.numel}
-        value = before.read()
-        change = _change(value, after.read())
+    for name in sorted(new.tensors.keys() - alone - made["tied"].keys()):
+        before = old.tensors[name].read()
+        change = _change(before, new.tensors[name].read())
         if isinstance(change, Tensor):
             whole[name] = change.clone()
             continue
-        digests[name] = digest(value)
+        digests[name] = digest(before)
         if change is not None:
             sparse[name] = change
-    made: dict[str, Any] = {
-        "tuned": new.source,
-        "tensors": len(new.tensors),
-        "weights": sum(tensor.numel for name, tensor in new.tensors.items() if name not in tied),
-        "bytes": sum(tensor.nbytes for name, tensor in new.tensors.items() if name not in tied),
-        "added": added,
-        "removed": removed,
-        "replaced": replaced,
-        "tied": tied,
-        "renamed": {"off": rename.off, "on": rename.on},
-    }
-    provenance = Provenance(
-        eligible=compared,
-        base_id=old.source,
-        parameters=made["weights"],
-        versions={"unmask": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        between=made,
-    )
     return sparse, whole, fingerprint(digests), provenance.to_json()
+
+
+def _provenance(old: Checkpoint, new: Checkpoint, rename: Renaming) -> Provenance:
+    """Returns what the headers of the two checkpoints, and their tied tensors, say of the delta."""
+    tied = tied_names(old, new)
+    held = {name: tensor for name, tensor in new.tensors.items() if name not in tied}
+    same = {
+        n
+        for n, t in held.items()
+        if n in old.tensors and (old.tensors[n].dtype, old.tensors[n].shape) == (t.dtype, t.shape)
+    }
+    floats = [held[name].numel for name in same if held[name].dtype in FLOATS]
+    weights = sum(tensor.numel for tensor in held.values())
+    return Provenance(
+        eligible={"tensors": len(floats), "weights": sum(floats)},
+        base_id=old.source,
+        parameters=weights,
+        versions={"unmask": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        between={
+            "tuned": new.source,
+            "tensors": len(new.tensors),
+            "weights": weights,
+            "bytes": sum(tensor.nbytes for tensor in held.values()),
+            "added": sorted(held.keys() - old.tensors.keys()),
+            "removed": sorted(old.tensors.keys() - new.tensors.keys()),
+            "replaced": sorted((held.keys() & old.tensors.keys()) - same),
+            "tied": tied,
+            "renamed": {"off": rename.off, "on": rename.on},
+        },
+    )
 
 
 def _opened(base: Source, tuned: Source) -> tuple[Checkpoint, Checkpoint, Renaming]:

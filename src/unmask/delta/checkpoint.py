@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unmask.delta.base import base_tensors, name_or_path
-from unmask.delta.matching import Renaming
+from unmask.delta.renaming import Renaming
 from unmask.delta.tensor_file import LazyTensor, read_layout
 from unmask.delta.weight_files import find_weights, is_index, parts
 from unmask.errors import DeltaError
@@ -46,6 +46,7 @@ class Checkpoint:
         source: The folder, file or hub id; of a module, the one it was loaded from, if it says so.
         tensors: The tensors.
         aliases: Further names of tied tensors, by each the name in ``tensors``.
+        is_module: True for a module, all of whose tied tensors are known.
         weights: The safetensors file, or the index of several; None for a checkpoint in memory.
         files: The safetensors files.
     """
@@ -54,6 +55,7 @@ class Checkpoint:
     source: str | None
     tensors: Mapping[str, LazyTensor]
     aliases: Mapping[str, str] = field(default_factory=dict)
+    is_module: bool = False
     weights: Path | None = None
     files: tuple[WeightFile, ...] = ()
 
@@ -107,7 +109,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
         aliases |= {name: kept for name, kept in metadata.items() if kept in names and name not in held}
     if not tensors:
         raise DeltaError(f"{label} is no checkpoint: its files hold no tensor.")
-    return Checkpoint(label, os.fspath(source), tensors, aliases, weights, tuple(files))
+    return Checkpoint(label, os.fspath(source), tensors, aliases, False, weights, tuple(files))
 
 
 def _of_module(model: nn.Module) -> Checkpoint:
@@ -118,7 +120,7 @@ def _of_module(model: nn.Module) -> Checkpoint:
     by_memory = {memory_of(parameter): name for name, parameter in named.items()}
     every = {plain(name): p for name, p in bare(model).named_parameters(remove_duplicate=False)}
     aliases = {name: by_memory[memory_of(p)] for name, p in every.items() if name not in tensors}
-    return Checkpoint(label, name_or_path(bare(model)), tensors, aliases)
+    return Checkpoint(label, name_or_path(bare(model)), tensors, aliases, is_module=True)
 
 
 def _in_memory(name: str, tensor: Tensor) -> LazyTensor:

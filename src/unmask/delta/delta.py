@@ -202,8 +202,7 @@ class SparseDelta:
             >>> delta.sparse["weight"].indices.tolist(), delta.provenance.between["bytes"]
             ([19], 144)
         """
-        sparse, whole, fingerprint_of_base, metadata = between(base, tuned)
-        return cls(sparse, whole, fingerprint_of_base, metadata)
+        return cls(*between(base, tuned))
 
     def check_places(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuses a model's tensors, by name, that the delta's values do not fit.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor
 from unmask.delta.checkpoint import Checkpoint, open_checkpoint
 from unmask.delta.delta import SparseDelta
 from unmask.delta.fingerprint import digest, fingerprint
-from unmask.delta.matching import Renaming, renaming
+from unmask.delta.renaming import Renaming, renaming
 from unmask.delta.tensor_file import LazyTensor, write_file
 from unmask.delta.weight_files import COPIED, is_index
 from unmask.errors import DeltaError
@@ -22,7 +23,7 @@ from unmask.gradients.entries import put
 from unmask.reading import fields, mapping, plain, read_json, refusing
 
 
-def write_tuned(delta: SparseDelta, base: str, folder: Path) -> Path:
+def write_tuned(delta: SparseDelta, base: str | os.PathLike[str], folder: Path) -> Path:
     """Writes the tuned checkpoint of a delta that `SparseDelta.between` made, and returns its folder.
 
     The files are those of the base: each tensor stays in the file where the base has it, and what was added goes into the last
