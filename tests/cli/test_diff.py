@@ -46,7 +46,7 @@ def test_diff_writes_the_delta_and_says_what_changed_and_apply_gives_the_tuned_t
     printed = run("diff", "base", "tuned", "--output", "d.safetensors", cwd=world).stdout
     size = (world / "d.safetensors").stat().st_size
     assert "tensors: 1 of 4 changed (1 held in part, 0 whole)" in printed
-    assert "added: new\nremoved: gone\nreplaced: head\n" in printed
+    assert "added: 1 (new)\nremoved: 1 (gone)\nreplaced: 1 (head)\n" in printed
     assert "weights: 20 of 10,057 held one by one (density 0.1989%), 7 in whole tensors" in printed
     assert f"size: {size:,} bytes; a dense copy has 40,228 ({size / 40228:.2%})" in printed
     assert "note" not in printed

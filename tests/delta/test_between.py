@@ -294,6 +294,18 @@ def test_a_live_model_is_as_good_as_its_files(forms, twice, llamas):
         assert torch.equal(found.sparse[name].values, entry.values)
 
 
+def test_transformers_loads_the_shards_that_are_written(llamas, tmp_path):
+    base, tuned = (AutoModelForCausalLM.from_pretrained(folder) for folder in llamas)
+    base.save_pretrained(tmp_path / "parts", max_shard_size="6KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    delta = SparseDelta.between(tmp_path / "parts", llamas[1])
+    write_tuned(delta, str(tmp_path / "parts"), tmp_path / "again")
+    assert not (tmp_path / "again" / "model.safetensors").exists()
+    assert_same_tensors(snapshot(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), snapshot(tuned))
+    indices = [json.loads((tmp_path / folder / INDEX).read_text()) for folder in ("parts", "again")]
+    assert indices[0] == indices[1]
+
+
 def test_an_untied_output_layer_is_added_whole_and_a_tied_model_refuses_it(llamas, tmp_path):
     base, tuned = llamas
     with_output_layer(tuned)

@@ -28,17 +28,15 @@ def described(delta: SparseDelta, size: int) -> list[str]:
     whole = len(delta.whole.keys() - apart)
     lines = [
         f"tensors: {len(delta.sparse) + whole:,} of {made['tensors']:,} changed ({len(delta.sparse):,} held in part, {whole:,} "
-        f"whole)"
+        "whole)"
     ]
     for kind in ("added", "removed", "replaced", "tied"):
         names = list(made[kind])
         if names:
-            more = f", and {len(names) - 3:,} more" if len(names) > 3 else ""
-            lines.append(f"{kind}: {', '.join(names[:3])}{more}")
-    held = delta.whole_numel
+            lines.append(f"{kind}: {len(names):,} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
     lines.append(
         f"weights: {len(delta):,} of {made['weights']:,} held one by one (density {len(delta) / max(1, made['weights']):.4%}), "
-        f"{held:,} in whole tensors"
+        f"{delta.whole_numel:,} in whole tensors"
     )
     lines.append(f"size: {size:,} bytes; a dense copy has {made['bytes']:,} ({size / max(1, made['bytes']):.2%})")
     if size >= made["bytes"]:
