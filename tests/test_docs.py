@@ -90,6 +90,26 @@ def _(page: Names, printed: str) -> None:
     assert score.tolist() == [2.0, 3.0]
 
 
+# delta.md
+
+
+@of(given, "delta.md")
+def _(folder: Path) -> Names:
+    model = bert_classifier()
+    model.save_pretrained(folder / "base")
+    with torch.no_grad():
+        model.classifier.weight[0, :4] += 1
+    model.save_pretrained(folder / "tuned")
+    return {"BASE": folder / "base", "TUNED": folder / "tuned", "tuned": model, "model": bert_classifier()}
+
+
+@of(true_of, "delta.md")
+def _(page: Names, printed: str) -> None:
+    assert_same_tensors(snapshot(page["model"]), snapshot(page["tuned"]))
+    assert [list(each.sparse) for each in (page["delta"], page["displaced"])] == [["classifier.weight"]] * 2
+    assert printed.startswith("0.0")
+
+
 # inside.md
 
 

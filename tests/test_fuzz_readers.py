@@ -13,6 +13,7 @@ CASES = {
     "delta_file": 1200,
     "signed_delta": 400,
     "signed_coded": 1200,
+    "checkpoint_files": 300,
     "state_dict": 400,
     "state_file": 300,
     "adapter_weights": 200,

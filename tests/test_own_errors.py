@@ -342,6 +342,7 @@ WRITERS = {
     "train": ("train", "--model", "absent", "--data", "none.csv", "--budget", 10, "--output"),
     "eval": ("eval", "absent", "none.safetensors", "--task", "gsm8k", "--output"),
     "inspect": ("inspect", "none.safetensors", "--plot"),
+    "diff": ("diff", "absent", "absent", "--output"),
     "apply": ("apply", "absent", "none.safetensors", "--output"),
     "delta": ("delta", "absent", "--output"),
     "bench": ("bench", "--model", "no/model", "--output"),
@@ -350,7 +351,7 @@ WRITERS = {
     "reproduce": ("reproduce", "table1", "--model", "absent", "--output"),
     "report": ("report", "absent", "--output"),
 }
-FILES = ("inspect", "delta", "report")  # they write a file, the others a folder
+FILES = ("inspect", "diff", "delta", "report")  # they write a file, the others a folder
 
 
 def test_the_table_of_writers_has_every_command_with_an_output():

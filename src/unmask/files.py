@@ -71,6 +71,31 @@ def replacing(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder that becomes ``folder`` at the end, and that is removed if anything is raised.
+
+    Its files are on the disk before the folder gets its name. ``folder`` must be empty or not there.
+
+    Raises:
+        WriteError: The disk is full, or the place cannot be written to.
+    """
+    folder = folder.absolute()
+    part = folder.with_name(f".{folder.name}{secrets.token_hex(4)}.part")
+    with writing_to(folder):
+        part.mkdir(parents=True)
+        try:
+            yield part
+            for file in (*part.iterdir(), part):
+                to_disk(file)
+            if folder.is_dir():
+                folder.rmdir()
+            part.rename(folder)
+            to_disk(folder.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
 def to_disk(path: Path) -> None:
     """Waits until a file's content, or a folder's list of names, is on the disk (on POSIX systems only)."""
     if os.name != "posix":
@@ -162,27 +187,37 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     """
     from safetensors import safe_open
 
+    header = safetensors_header(path)
+    held = sum(header.count(sign) for sign in (b"[", b"{", b","))
+    if held > MOST_VALUES:
+        raise Malformed(f"its header has about {held:,} values; at most {MOST_VALUES:,} are read")
     try:
-        with path.open("rb") as raw:  # A header that is too large is refused before it is parsed.
-            length = int.from_bytes(raw.read(8), "little")
-            if length > path.stat().st_size - 8:
-                raise Malformed("it is shorter than its header says, so it is truncated or damaged")
-            if length > MOST_HEADER:
-                raise Malformed(f"its header has {length:,} bytes; at most {MOST_HEADER:,} are read")
-            header = raw.read(length)
-        held = sum(header.count(sign) for sign in (b"[", b"{", b","))
-        if held > MOST_VALUES:
-            raise Malformed(f"its header has about {held:,} values; at most {MOST_VALUES:,} are read")
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except Malformed:
-        raise
     except Exception as error:  # The library raises errors of many classes.
         raise Malformed(f"it cannot be read as safetensors ({error}), so it is truncated or damaged") from error
     if text is None:
         raise Malformed(f"it is a safetensors file of something else (it lacks the {_KEY!r} metadata)")
     return tensors, parse_json(text, MOST_HEADER)
+
+
+def safetensors_header(path: Path) -> bytes:
+    """Returns the header of a safetensors file, unparsed.
+
+    Raises:
+        Malformed: The file cannot be read, is truncated, or has a header of more than `MOST_HEADER` bytes.
+    """
+    try:
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            if length > path.stat().st_size - 8:
+                raise Malformed("it is shorter than its header says, so it is truncated or damaged")
+            if length > MOST_HEADER:
+                raise Malformed(f"its header has {length:,} bytes; at most {MOST_HEADER:,} are read")
+            return raw.read(length)
+    except OSError as error:
+        raise Malformed(f"it cannot be read ({error.strerror or error})") from error
 
 
 def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

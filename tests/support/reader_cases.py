@@ -34,6 +34,7 @@ from torch import Tensor, nn
 import peft
 import unmask
 from unmask import SparseDelta, UnmaskError, files
+from unmask.delta.checkpoint import open_checkpoint
 from unmask.lab.report.context import failures, runs_table
 from unmask.lab.report.reading import read_study
 from unmask.lab.study import expand, parse
@@ -194,6 +195,51 @@ def _applied(base: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, T
 def _plain(delta: SparseDelta) -> dict[str, Any]:
     sparse = {name: {**vars(entry)} for name, entry in delta.sparse.items()}
     return {"sparse": sparse, "whole": dict(delta.whole), "base": delta.base, "metadata": dict(delta.metadata)}
+
+
+# Checkpoints of any origin.
+
+
+def checkpoint_files(folder: Path) -> Case:
+    """Damages an index, a header or the bytes of a checkpoint in two files; there is no checksum over its values."""
+    tensors = {
+        f"layers.{i}.weight": torch.randn(2, 3).to(dtype) for i, dtype in enumerate((torch.float32, torch.bfloat16))
+    }
+    tensors |= {"count": torch.tensor(7), "scale": torch.ones(4).to(torch.float8_e4m3fn), "empty": torch.zeros(0, 2)}
+    places = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for place in set(places.values()):
+        save_file({n: tensors[n] for n in tensors if places[n] == place}, folder / place, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    written = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+
+    def case(seed: int) -> str:
+        mutator = Mutator(seed)
+        for path, data in written.items():
+            path.write_bytes(data)
+        path = sorted(written)[seed % len(written)]
+        data = written[path]
+        if path.suffix == ".json":
+            path.write_text(dumps(mutator.changed(index)), encoding="utf-8", errors="surrogatepass")
+        elif mutator.draw.random() < 0.5:
+            path.write_bytes(mutator.damaged(data))
+        else:
+            length = int.from_bytes(data[:8], "little")
+            head = dumps(mutator.changed(json.loads(data[8 : 8 + length]))).encode("utf-8", "surrogatepass")
+            path.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + length :])
+        try:
+            found = {name: tensor.read() for name, tensor in open_checkpoint(folder).tensors.items()}
+        except UnmaskError:
+            return REFUSED
+        for name, tensor in found.items():
+            place = json.loads((folder / "model.safetensors.index.json").read_bytes())["weight_map"][name]
+            data = (folder / place).read_bytes()
+            start = 8 + int.from_bytes(data[:8], "little")
+            low, high = json.loads(data[8:start])[name]["data_offsets"]
+            assert bytes(files.tensor_bytes(tensor)) == data[start + low : start + high]
+        return SAME if equal(found, tensors) else OTHER
+
+    return case
 
 
 # Selection states.
@@ -865,7 +911,8 @@ def data_problems(folder: Path) -> Case:
 READERS: dict[str, Callable[[Path], Case]] = {
     reader.__name__: reader
     for reader in (
-        *(delta_file, signed_delta, signed_coded, state_dict, state_file, adapter_weights, adapter_config),
+        *(delta_file, signed_delta, signed_coded, checkpoint_files, state_dict, state_file),
+        *(adapter_weights, adapter_config),
         *(settings_file, sweep_file, sweep_record, run_folder, outputs),
         *map(_table, (".csv", ".tsv", ".json", ".jsonl", ".parquet")),
         *(data_conll, data_tagged, data_glue, data_problems),

@@ -169,6 +169,18 @@ def inspect(
 
 
 @app.command()
+def diff(
+    base: Annotated[str, typer.Argument(help="The base checkpoint: a folder, a .safetensors file or a hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The tuned checkpoint, in one of the same forms.")],
+    output: Annotated[Path, typer.Option(help="The file for the delta.")],
+) -> None:
+    """Write the delta between two checkpoints of any origin: what must change in BASE to get TUNED, bit for bit."""
+    from unmask.cli.diff import run_diff
+
+    run_diff(base, tuned, output)
+
+
+@app.command()
 def apply(
     model: Annotated[str, typer.Argument(help="The base model: a folder or a hub id.")],
     delta: Annotated[Path, typer.Argument(help="The delta file.")],

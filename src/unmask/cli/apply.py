@@ -7,17 +7,45 @@ from pathlib import Path
 from unmask.delta.delta import SparseDelta
 from unmask.errors import ConfigError
 from unmask.files import check_folder
-from unmask.lab.inside import into_of, merged, save_adapter
-from unmask.lab.models import load_tuned, quiet
-from unmask.quantised.layers import has_sidecars
 
 
 def run_apply(source: str, delta_path: Path, output: Path, adapter: bool = False) -> None:
-    """Writes the merged model, or the LoRA or adapter alone, and the tokenizer to a new folder."""
+    """Writes the tuned model, or the LoRA or adapter alone, to a new folder.
+
+    A delta of two checkpoints is applied to the base's files. One of a training is applied to the model, with transformers.
+    """
     check_folder(output, "--output")
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"{str(output)!r} is not empty; give a new folder.")
     delta = SparseDelta.load(delta_path)
+    if delta.provenance.between is None:
+        _apply_to_model(source, delta, output, adapter)
+    elif adapter:
+        raise ConfigError(
+            "the delta was made from two checkpoints, so there is no adapter to write; leave --adapter out."
+        )
+    else:
+        _apply_to_files(source, delta, output)
+
+
+def _apply_to_files(source: str, delta: SparseDelta, output: Path) -> None:
+    """Writes the tuned checkpoint's tensors, and the base's other files."""
+    from unmask.delta.rebuild import write_tuned
+
+    write_tuned(delta, source, output)
+    made = delta.provenance.between or {}
+    print(f"{len(delta):,} weights and {len(delta.whole):,} whole tensors applied to {source}; checkpoint in {output}")
+    if any(made[kind] for kind in ("added", "removed", "replaced")):
+        tuned = made["tuned"] or "the tuned checkpoint"
+        print(f"note: config.json is the base's, and the tuned checkpoint has other tensors; take it from {tuned}.")
+
+
+def _apply_to_model(source: str, delta: SparseDelta, output: Path, adapter: bool) -> None:
+    """Writes the merged model, or the LoRA or adapter alone, and the tokenizer."""
+    from unmask.lab.inside import into_of, merged, save_adapter
+    from unmask.lab.models import load_tuned, quiet
+    from unmask.quantised.layers import has_sidecars
+
     into = into_of(delta)
     if adapter and into is None:
         raise ConfigError("the delta changes the base itself, so there is no adapter to write; leave --adapter out.")

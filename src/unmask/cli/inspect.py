@@ -53,10 +53,16 @@ def _print(facts: dict[str, Any], top: int) -> None:
     used, budget = ("?" if count is None else count for count in (said.used, said.budget))
     kept = method.get("leaving") == "kept"  # then more weights were tuned than the budget has
     words = f"{used} tuned at a budget of {budget} a step" if kept else f"{used} of a budget of {budget} used"
+    made_by = f"method {method.get('name', '?')} {method.get('parameters', {})}, {words} after {step} steps"
+    if said.between is not None:
+        apart = ", ".join(f"{len(said.between[kind]):,} {kind}" for kind in ("added", "removed", "replaced", "tied"))
+        made_by = (
+            f"made from two checkpoints; the tuned one is {said.between['tuned'] or 'a model'!r} (tensors: {apart})"
+        )
     console.print(
         f"{facts['file']}: {facts['weights']:,} weights in {facts['bytes']:,} bytes ({facts['bytes_per_weight']} bytes each)\n"
         f"{_parts_line(facts)}\n"
-        f"method {method.get('name', '?')} {method.get('parameters', {})}, {words} after {step} steps\n"
+        f"{made_by}\n"
         f"base {said.base_id!r} ({said.parameters or 0:,} parameters), fingerprint {facts['base'][:23]}..."
     )
     if said.into:

@@ -7,17 +7,15 @@ value of them. PEFT libraries are known by their modules' own attributes (peft's
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from unmask.delta.weight_files import cached_weights, stored_names
 from unmask.errors import SelectionError
 from unmask.gradients.wrappers import bare, named_parameters, persistent_buffers, plain_names
 from unmask.quantised.layers import weights
-from unmask.reading import fields, mapping, parse_json, read_json, refusing, text
+from unmask.reading import refusing
 
 _WRAPPED = frozenset({"base_layer", "original_module"})  # where peft keeps the module that it wraps
 
@@ -91,7 +89,11 @@ def missing_from_checkpoint(model: nn.Module) -> set[str]:
             if outermost and hasattr(inner, "base_model_prefix") and name_or_path(inner):
                 found[plain(place)] = inner
         return {f"{place}.{name}" for place, part in found.items() for name in missing_from_checkpoint(part)}
-    stored = _stored_names(source)
+    weights_file = cached_weights(source)
+    if weights_file is None:
+        return set()
+    with refusing(SelectionError, f"the base's checkpoint {str(weights_file)!r}", "Take another copy of the base."):
+        stored = stored_names(weights_file)
     if not stored:
         return set()
     prefix = str(getattr(model, "base_model_prefix", "") or "") + "."
@@ -101,37 +103,3 @@ def missing_from_checkpoint(model: nn.Module) -> set[str]:
     missing = {name for name, s in stored_as.items() if stored.isdisjoint({s, s.removeprefix(prefix), prefix + s})}
     share = sum(tensors[name].numel() for name in missing) / max(1, sum(t.numel() for t in tensors.values()))
     return missing if share < 0.5 else set()
-
-
-def _stored_names(source: str) -> set[str]:
-    """Returns the names of the tensors in a checkpoint; none if no safetensors file of it is on this machine."""
-    names: set[str] = set()
-    for file in ("model.safetensors.index.json", "model.safetensors"):
-        path = _local_file(source, file)
-        if path is None:
-            continue
-        with refusing(SelectionError, f"the base's checkpoint {str(path)!r}", "Take another copy of the base."):
-            if path.suffix == ".json":
-                return set(fields({"weight_map": mapping(text)})(read_json(path), "the index")["weight_map"])
-            with path.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                held = stream.read(min(length, path.stat().st_size))
-            names = set(fields({})(parse_json(held), "its header")) - {"__metadata__"}
-    return names
-
-
-def _local_file(source: str, file: str) -> Path | None:
-    """Returns a checkpoint's file in a folder or in the Hub's cache; None if it is in neither."""
-    if Path(source).is_dir():
-        path = Path(source, file)
-        return path if path.is_file() else None
-    if importlib.util.find_spec("huggingface_hub") is None:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(source, file)
-    except HFValidationError:  # ``source`` is a folder that no longer exists
-        return None
-    return Path(cached) if isinstance(cached, str) else None

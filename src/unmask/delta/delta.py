@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from unmask.delta import file
+from unmask.delta.between import between, refuse_other_class
+from unmask.delta.checkpoint import Source
 from unmask.delta.drawn import Draw
 from unmask.delta.exchange import Exchange
 from unmask.delta.fingerprint import fingerprint_at
@@ -218,12 +220,42 @@ class SparseDelta:
         """
         return cls(*file.read(Path(path)))
 
+    @classmethod
+    def between(cls, base: Source, tuned: Source) -> SparseDelta:
+        """Finds the delta that turns one checkpoint into another, bit for bit, in memory of the delta and the largest tensor.
+
+        A tensor of floats is held in part, or whole where that is better: where most of it changed, or where it has NaN or
+        infinite values now. Tensors of other dtypes, those that the base lacks, and those that have another shape or dtype in
+        the base are held whole. Tied tensors are held once. ``provenance.between`` names what was added, removed or replaced.
+
+        Args:
+            base: A folder, a safetensors file, a hub id, a module, or tensors by name.
+            tuned: The other checkpoint, in one of the same forms. The delta has its names, or those of ``base`` if only that
+                is a module. A prefix that the names of one of them lack does not matter.
+
+        Raises:
+            DeltaError: A checkpoint is not there, incomplete, damaged or pickled; both are the same; or they have no tensor
+                of one name and shape.
+
+        Example:
+            >>> base, tuned = nn.Linear(8, 4), nn.Linear(8, 4)
+            >>> _ = tuned.load_state_dict(base.state_dict())
+            >>> with torch.no_grad():
+            ...     tuned.weight[2, 3] = 7
+            >>> delta = SparseDelta.between(base, tuned)
+            >>> delta.sparse["weight"].indices.tolist(), delta.provenance.between["bytes"]
+            ([19], 144)
+        """
+        return cls(*between(base, tuned))
+
     def check_places(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuses a model's tensors, by name, that the delta's values do not fit.
 
         Raises:
             DeltaError: A tensor of the delta is missing, or has another shape or dtype.
         """
+        if "between" in self.metadata and (made := self.provenance.between) is not None:
+            refuse_other_class(made, self.whole, tensors)
         whole = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.whole.items()}
         expected = {name: (entry.shape, entry.values.dtype) for name, entry in self.sparse.items()} | whole
         absent = [name for name in expected if name not in tensors]

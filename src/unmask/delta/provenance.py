@@ -28,6 +28,17 @@ _METHOD = {
     "stride": count,
 }
 _INTO = {"r": count, "alpha": number, "dropout": number, "targets": items(text), "reduction": number, "seed": count}
+_BETWEEN = {
+    "tuned": optional(text),
+    "tensors": count,
+    "weights": count,
+    "bytes": count,
+    "added": items(text),
+    "removed": items(text),
+    "replaced": items(text),
+    "tied": mapping(text),
+    "renamed": fields({"off": text, "on": text}, closed=True),
+}
 
 
 def _entry(form: Form) -> Any:
@@ -56,6 +67,10 @@ class Provenance:
         into: What ``unmask train`` added to the base before it selected (a LoRA, adapters).
         after: The run's evaluation at this step, by name.
         checkpoint: The checkpoint that a delta in the course of a run belongs to.
+        between: What `unmask.SparseDelta.between` found in the tuned checkpoint: its folder or id (``tuned``); the number of
+            its tensors, weights and bytes, tied tensors counted once; the names of the tensors that it ``added``, ``removed``
+            or ``replaced`` by one of another shape or dtype; the names of tied tensors (``tied``: each with the name that the
+            delta has for it); and the prefixes that were taken off and put before the base's names (``renamed``).
         more: All further entries, which are the user's.
     """
 
@@ -73,6 +88,7 @@ class Provenance:
     into: Mapping[str, Any] | None = _entry(optional(fields({"kind": text}, _INTO, closed=True)))
     after: Mapping[str, float] | None = _entry(mapping(number))
     checkpoint: str | None = _entry(text)
+    between: Mapping[str, Any] | None = _entry(fields(_BETWEEN, closed=True))
     more: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod

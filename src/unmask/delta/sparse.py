@@ -15,6 +15,9 @@ from torch import Tensor
 from unmask.errors import DeltaError
 from unmask.files import tensor_bytes
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes of tensors that a delta may hold in part."""
+
 
 @dataclass(frozen=True)
 class SparseTensor:
@@ -130,7 +133,7 @@ def _check_places(name: str, entry: SparseTensor) -> None:
         raise DeltaError(
             f"an index of {name!r} is outside 0..{numel - 1}, its shape being {entry.shape}; the delta is damaged."
         )
-    if entry.values.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if entry.values.dtype not in FLOATS:
         raise DeltaError(f"the values of {name!r} are {entry.values.dtype}, which no trained weight is; it is damaged.")
 
 
