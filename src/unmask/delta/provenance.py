@@ -126,7 +126,7 @@ def provenance_of(
         budget,
         used,
         step,
-        {"tensors": len(layout.names), "weights": layout.total},
+        {"tensors": len(layout.names), "weights": layout.free},
         list(dense),
         base_id,
         parameters,
