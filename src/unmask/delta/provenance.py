@@ -56,6 +56,7 @@ class Provenance:
         into: What ``unmask train`` added to the base before it selected (a LoRA, adapters).
         after: The run's evaluation at this step, by name.
         checkpoint: The checkpoint that a delta in the course of a run belongs to.
+        combined: What a sum of deltas was made of: its rule, and each part (see `unmask.combine`).
         more: All further entries, which are the user's.
     """
 
@@ -73,6 +74,7 @@ class Provenance:
     into: Mapping[str, Any] | None = _entry(optional(fields({"kind": text}, _INTO, closed=True)))
     after: Mapping[str, float] | None = _entry(mapping(number))
     checkpoint: str | None = _entry(text)
+    combined: Mapping[str, Any] | None = _entry(fields({"parts": items(mapping(plain))}))
     more: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
