@@ -10,8 +10,9 @@ from mutating import Mutator
 from reader_cases import OTHER, READERS, REFUSED, SAME, run_case
 
 CASES = {
-    "delta_file": 300,
+    "delta_file": 1200,
     "signed_delta": 400,
+    "signed_coded": 1200,
     "state_dict": 400,
     "state_file": 300,
     "adapter_weights": 200,

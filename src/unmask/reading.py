@@ -174,6 +174,10 @@ count = _form(
     lambda value: isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST,
     "a whole number from 0",
 )
+integer = _form(
+    lambda value: isinstance(value, int) and not isinstance(value, bool) and -_LARGEST <= value < _LARGEST,
+    "a whole number",
+)
 scalar = _form(lambda value: value is None or isinstance(value, str | int | float), "a text or a number")
 
 

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from commands import run, train_words
 from tiny import tiny_world
 
 import unmask
 from unmask.analysis import changed, mask_of, overlap, snapshot, sparsity_entropy, tensor_sparsity
 from unmask.errors import ConfigError
+from unmask.files import read_tensors
 from unmask.lab.figures import allocation_maps
 from unmask.lab.training.config import TrainConfig
 
@@ -51,6 +53,34 @@ def test_the_counts_of_inspect_add_up(world, delta):
     assert facts["sparsity_entropy_share"] == sparsity_entropy(delta, of="share")
     words = f"entropy {facts['sparsity_entropy']:.3f} nats of the densities, {facts['sparsity_entropy_share']:.3f} of"
     assert words in " ".join(printed.split())
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_the_parts_of_the_file_add_up(compress, delta, tmp_path):
+    path = delta.save(tmp_path / "delta.safetensors", compress)
+    facts = json.loads(run("inspect", str(path), "--json", cwd=tmp_path).stdout)
+    tensors = read_tensors(path)[0]
+    sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
+    whole = sum(size for key, size in sizes.items() if key.endswith("::whole"))
+    indices = sizes["indices"] if compress else 4 * 120
+    assert sum(facts["parts"].values()) == facts["bytes"] == path.stat().st_size
+    assert {**facts["parts"], "header": 0} == {
+        "indices": indices, "values": 4 * 120, "slots": 4 * 120, "whole": whole, "header": 0,
+    }  # fmt: skip
+    assert f"indices at {8 * indices / 120:.2f} bits each; bytes: indices {indices}, values 480" in " ".join(
+        run("inspect", str(path), cwd=tmp_path).stdout.split()
+    )
+
+
+def test_a_random_mask_of_a_file_names_its_seed(tmp_path):
+    model = torch.nn.Linear(8, 8)
+    selection = unmask.select(model, unmask.random_mask(20, seed=7))
+    model(torch.ones(1, 8)).sum().backward()
+    torch.optim.SGD(selection.parameters(), lr=0.1).step()
+    path = selection.delta().save(tmp_path / "delta.safetensors")
+    facts = json.loads(run("inspect", str(path), "--json", cwd=tmp_path).stdout)
+    assert (facts["format"], facts["seed"], facts["parts"]["indices"], facts["parts"]["values"]) == (3, 7, 0, 80)
+    assert "format 3, indices drawn again from seed 7;" in run("inspect", str(path), cwd=tmp_path).stdout
 
 
 def test_the_allocation_along_the_run_is_that_of_the_slots(world, delta):

@@ -15,6 +15,7 @@ import json
 import math
 import time
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 import yaml
+from delta_reader import read_delta
 from helpers import assert_same_tensors, batches, mean_square, mlp, snapshot, train, trained
 from mutating import Mutator, dumps
 from safetensors.torch import load_file, save_file
@@ -66,14 +68,18 @@ def equal(left: Any, right: Any) -> bool:
 
 # Deltas.
 
+_ID3, _RANDOM = unmask.id3(60, steps=3), unmask.random_mask(60)
+
 
 def delta_file(folder: Path) -> Case:
-    """Damages the bytes of a delta's file: any file that can be read is the same delta."""
-    _, _, selection = trained(dense="head")
-    path = selection.delta("some/base", order=True).save(folder / "delta.safetensors")
-    data, whole = path.read_bytes(), _plain(SparseDelta.load(path))
+    """Damages the bytes of a delta's file, coded, drawn or plain: any file that can be read is the same delta."""
+    path, written = folder / "delta.safetensors", []
+    for method, compress in ((_ID3, True), (_RANDOM, True), (_ID3, False)):
+        delta = trained(method=method, dense="head")[2].delta("some/base", order=True)
+        written.append((delta.save(path, compress).read_bytes(), _plain(SparseDelta.load(path))))
 
     def case(seed: int) -> str:
+        data, whole = written[seed % 3]
         path.write_bytes(Mutator(seed).damaged(data))
         try:
             found = SparseDelta.load(path)
@@ -85,10 +91,55 @@ def delta_file(folder: Path) -> Case:
     return case
 
 
+def signed_coded(folder: Path) -> Case:
+    """Changes a compressed delta's header or tensors and signs it again: it is applied as it stands, or refused."""
+    bases, written, path = [], [], folder / "delta.safetensors"
+    for method in (_ID3, _RANDOM):
+        base, _, selection = trained(method=method, dense="head")
+        bases.append((base, snapshot(base)))
+        written.append(files.read_tensors(selection.delta("some/base", order=True).save(path))[0])
+    headers = [json.loads(zlib.decompress(tensors["header"].numpy().tobytes())) for tensors in written]
+
+    def case(seed: int) -> str:
+        mutator, which = Mutator(seed), seed % 2
+        (base, original), tensors, header = bases[which], written[which], headers[which]
+        changed = mutator.changed(header) if mutator.draw.random() < 0.6 else header
+        text = dumps(changed).encode()
+        given = {**tensors, "header": torch.frombuffer(bytearray(zlib.compress(text)), dtype=torch.uint8)}
+        given = given if changed is not header else mutator.changed_tensors(tensors)
+        _sign(path, given, {"format_version": 3})
+        try:
+            delta = SparseDelta.load(path)
+            displaced = delta.apply(base)
+        except UnmaskError:
+            assert_same_tensors(snapshot(base), original)
+            return REFUSED
+        sparse, whole, _, _ = read_delta(path.read_bytes())
+        expected = dict(original)
+        for name, data in whole.items():
+            expected[name] = _vector(data, original[name].dtype).reshape(original[name].shape)
+        for name, (_, indices, data) in sparse.items():
+            flat = expected[name].reshape(-1).clone()
+            flat[torch.tensor(indices, dtype=torch.int64)] = _vector(data, flat.dtype)
+            expected[name] = flat.reshape(original[name].shape)
+        expected["out.weight"] = expected["embed.weight"]
+        assert_same_tensors(snapshot(base), expected)
+        displaced.apply(base)
+        assert_same_tensors(snapshot(base), original)
+        return SAME if changed == header and equal(given, tensors) else OTHER
+
+    return case
+
+
+def _vector(data: bytes, dtype: torch.dtype) -> Tensor:
+    """Returns the numbers that these bytes are."""
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
 def signed_delta(folder: Path) -> Case:
-    """Changes a delta's header or tensors and signs it again: it is applied as it stands, or refused."""
+    """Changes a plain delta's header or tensors and signs it again: it is applied as it stands, or refused."""
     base, _, selection = trained(dense="head")
-    path = selection.delta("some/base", order=True).save(folder / "delta.safetensors")
+    path = selection.delta("some/base", order=True).save(folder / "delta.safetensors", compress=False)
     tensors, header = files.read_tensors(path)
     original = snapshot(base)
 
@@ -814,7 +865,7 @@ def data_problems(folder: Path) -> Case:
 READERS: dict[str, Callable[[Path], Case]] = {
     reader.__name__: reader
     for reader in (
-        *(delta_file, signed_delta, state_dict, state_file, adapter_weights, adapter_config),
+        *(delta_file, signed_delta, signed_coded, state_dict, state_file, adapter_weights, adapter_config),
         *(settings_file, sweep_file, sweep_record, run_folder, outputs),
         *map(_table, (".csv", ".tsv", ".json", ".jsonl", ".parquet")),
         *(data_conll, data_tagged, data_glue, data_problems),

@@ -13,6 +13,7 @@ from rich.table import Table
 from unmask.analysis import allocation, grouped, mask_of, snapshots, sparsity_entropy, tensor_sparsity
 from unmask.analysis.mask import Mask, orders
 from unmask.delta.delta import SparseDelta
+from unmask.delta.file import parts_of
 from unmask.delta.provenance import Provenance
 from unmask.errors import DeltaError
 from unmask.files import check_file
@@ -50,6 +51,7 @@ def _print(facts: dict[str, Any], top: int) -> None:
     words = f"{used} tuned at a budget of {budget} a step" if kept else f"{used} of a budget of {budget} used"
     console.print(
         f"{facts['file']}: {facts['weights']:,} weights in {facts['bytes']:,} bytes ({facts['bytes_per_weight']} bytes each)\n"
+        f"{_parts_line(facts)}\n"
         f"method {method.get('name', '?')} {method.get('parameters', {})}, {words} after {step} steps\n"
         f"base {said.base_id!r} ({said.parameters or 0:,} parameters), fingerprint {facts['base'][:23]}..."
     )
@@ -86,13 +88,27 @@ def _print(facts: dict[str, Any], top: int) -> None:
         console.print("stored whole: " + ", ".join(f"{name} ({count:,})" for name, count in alone.items()))
 
 
+def _parts_line(facts: dict[str, Any]) -> str:
+    """Returns the line that says what each part of a delta's file takes, and how it stores indices."""
+    parts, seed = facts["parts"], facts["seed"]
+    bits = 8 * parts["indices"] / max(1, facts["weights"])
+    indices = f"at {bits:.2f} bits each" if seed is None else f"drawn again from seed {seed}"
+    return f"format {facts['format']}, indices {indices}; bytes: " + ", ".join(
+        f"{k} {n:,}" for k, n in parts.items() if n
+    )
+
+
 def describe(delta: SparseDelta, path: Path) -> dict[str, Any]:
     """Returns a delta as JSON values: counts by layer, kind and tensor, sizes, and provenance."""
     size = path.stat().st_size
+    version, parts = parts_of(path)
     mask = mask_of(delta) if len(delta) else Mask({}, {}, None, None)
     return {
         "file": str(path),
         "bytes": size,
+        "format": version,
+        "parts": parts,
+        "seed": None if delta.draw is None else delta.draw.seed,
         "weights": len(delta),
         "bytes_per_weight": round(size / max(1, len(delta) + delta.whole_numel), 2),
         "tensor_sparsity": None if mask.tensors is None else tensor_sparsity(mask),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from unmask.delta import file
 from unmask.delta.algebra import add, subtract
 from unmask.delta.base import base_tensors
+from unmask.delta.drawn import Draw
 from unmask.delta.fingerprint import digest, fingerprint, same_bits
 from unmask.delta.live import has_selection
 from unmask.delta.provenance import Provenance
@@ -43,7 +44,9 @@ class SparseDelta:
             training did not change may hold NaN.
         base: The fingerprint of all the base's tensors that are not in ``whole``: ``"sha256:..."``.
         metadata: JSON values: method, budget, step, base id, versions. `provenance` gives them with their meaning.
-        places: A hash of the base's values at the delta's places, ``"sha256:..."``; ``""`` where it is not known.
+        places: The fingerprint of the base's values at the delta's places, ``"sha256:..."``; empty where it is not known, as in
+            formats 1 and 2.
+        draw: The draw that a random mask's indices are from, so that a file need not store them; None for any other delta.
     """
 
     sparse: Mapping[str, SparseTensor]
@@ -51,6 +54,7 @@ class SparseDelta:
     base: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
     places: str = ""
+    draw: Draw | None = None
 
     def __post_init__(self) -> None:
         for name, entry in self.sparse.items():
@@ -94,7 +98,7 @@ class SparseDelta:
         return f"SparseDelta({len(self):,} weights in {len(self.sparse):,} tensors{whole}, base {base!r})"
 
     def __eq__(self, other: object) -> bool:
-        """Returns True if all fields of two deltas are the same, tensors bit for bit."""
+        """Returns True if two deltas are the same, tensors bit for bit. ``draw``, which a file can do without, does not count."""
         if not isinstance(other, SparseDelta):
             return NotImplemented
         facts = [(d.base, d.places, dict(d.metadata), d.sparse.keys(), d.whole.keys()) for d in (self, other)]
@@ -209,14 +213,28 @@ class SparseDelta:
         if name in self.sparse:
             put(tensor, self.sparse[name].indices, self.sparse[name].values)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], compress: bool = True) -> Path:
         """Writes the delta to one safetensors file, whole or not at all, and returns its path.
+
+        Args:
+            path: The file.
+            compress: False writes each tensor's indices and values as plain tensors, for tools that read safetensors. The file
+                has about twice the bytes, and does not keep ``draw``.
 
         Raises:
             DeltaError: The metadata are no JSON values, or a known entry of them has another form than a reader expects.
             WriteError: The disk is full, or the file cannot be written there; a file that was there before is kept.
+
+        Example:
+            >>> import tempfile
+            >>> entry = SparseTensor(torch.tensor([2, 9, 11]), torch.ones(3), (4, 5))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = SparseDelta({"weight": entry}, {}, "sha256:0").save(Path(folder, "delta.safetensors"))
+            ...     SparseDelta.load(path).sparse["weight"].indices.tolist()
+            [2, 9, 11]
         """
-        return write_tensors(Path(path), *file.pack(self.sparse, self.whole, self.base, self.metadata))
+        fields = (self.sparse, self.whole, self.base, self.metadata, self.places, self.draw)
+        return write_tensors(Path(path), *file.pack(*fields, compress=compress))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SparseDelta:

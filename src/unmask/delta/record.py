@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from unmask.delta.delta import SparseDelta
+from unmask.delta.drawn import Draw
 from unmask.delta.provenance import Provenance
 from unmask.delta.sparse import SparseTensor
 from unmask.gradients.entries import put
@@ -41,7 +42,8 @@ def record_delta(
         values = slots.values[places].to("cpu", tensor.dtype)
         kept = places.cpu() if order else None
         sparse[layout.names[index]] = SparseTensor(flat.cpu(), values, tuple(tensor.shape), kept)
-    return SparseDelta(sparse, {n: whole[n].cpu().clone() for n in sorted(whole)}, base, provenance.to_json())
+    stored = {n: whole[n].cpu().clone() for n in sorted(whole)}
+    return SparseDelta(sparse, stored, base, provenance.to_json(), draw=Draw.of(provenance.method, layout))
 
 
 def before_training(layout: Layout, slots: Slots, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

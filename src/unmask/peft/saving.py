@@ -1,6 +1,6 @@
 """Turns an adapter into entries of a state dict, and back. PEFT writes the entries to ``adapter_model.safetensors``.
 
-The entries are the delta's tensors (see `unmask.delta.file`) under keys like PEFT's. A tensor NAME of the base has
+The entries are the delta's tensors (see `unmask.delta.plain`) under keys like PEFT's. A tensor NAME of the base has
 ``base_model.model.NAME.unmask_indices``, ``....unmask_values``, ``....unmask_whole`` and ``....unmask_slots``. The delta's header
 is JSON in a tensor of bytes, ``base_model.unmask_header``. Training goes on from ``base_model.unmask_order`` and, where tensors
 are narrower than float32, from ``base_model.unmask_masters``. In a model's own state dict the adapter's name is appended to each
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from unmask.delta.delta import SparseDelta
-from unmask.delta.file import INDICES, SLOTS, VALUES, WHOLE, pack, unpack
+from unmask.delta.file import pack, unpack
+from unmask.delta.plain import INDICES, SLOTS, VALUES, WHOLE
 from unmask.errors import DeltaError
 from unmask.files import MOST_HEADER
 from unmask.peft.config import PREFIX
@@ -100,7 +101,7 @@ def put_entries(
     delta: SparseDelta, progress: Progress | None, adapter: str, prefix: str, state: MutableMapping[str, Any]
 ) -> None:
     """Adds an adapter's delta and progress to a state dict. ``prefix`` is the tuner's place there, ``"base_model."``."""
-    tensors, header = pack(delta.sparse, delta.whole, delta.base, delta.metadata)
+    tensors, header = pack(delta.sparse, delta.whole, delta.base, delta.metadata, compress=False)
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition("::")
         state[f"{prefix}{_BASE}{name}.{PREFIX}{kind}.{adapter}"] = tensor

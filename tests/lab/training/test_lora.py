@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -206,14 +207,16 @@ def test_the_model_merges_like_an_ordinary_lora() -> None:
 # The file.
 
 
-def test_only_a_file_with_overlaid_tensors_has_version_2(tmp_path: Path) -> None:
+def test_a_plain_file_has_version_2_with_overlaid_tensors_and_3_with_places(tmp_path: Path) -> None:
     _, inside = tuned()
     outside = unmask.select(tiny_bert(), unmask.random_mask(20))
+    deltas = [replace(selection.delta(), places="") for selection in (inside, outside)]
+    deltas.append(replace(deltas[0], places="sha256:0"))
     versions = [
-        read_tensors(selection.delta().save(tmp_path / f"{i}.safetensors"))[1]["format_version"]
-        for i, selection in enumerate((inside, outside))
+        read_tensors(delta.save(tmp_path / f"{i}.safetensors", compress=False))[1]["format_version"]
+        for i, delta in enumerate(deltas)
     ]
-    assert versions == [2, 1]
+    assert versions == [2, 1, 3]
 
 
 def test_an_overlay_of_another_shape_or_dtype_is_refused() -> None:
