@@ -95,12 +95,26 @@ def _(page: Names, printed: str) -> None:
 
 @of(given, "delta.md")
 def _(folder: Path) -> Names:
+    def load(task: str) -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = bert_classifier()
+        torch.manual_seed(len(task))
+        torch.nn.init.normal_(model.classifier.weight)
+        return model
+
+    def train(model: torch.nn.Module, parameters: list[Any], task: str) -> None:
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        for batch in sentences(2):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
     model = bert_classifier()
     model.save_pretrained(folder / "base")
     with torch.no_grad():
         model.classifier.weight[0, :4] += 1
     model.save_pretrained(folder / "tuned")
-    return {"BASE": folder / "base", "TUNED": folder / "tuned", "tuned": model, "model": bert_classifier()}
+    return {"BASE": folder / "base", "TUNED": folder / "tuned", "tuned": model, "model": bert_classifier(), "load": load, "train": train}
 
 
 @of(true_of, "delta.md")
@@ -108,6 +122,12 @@ def _(page: Names, printed: str) -> None:
     assert_same_tensors(snapshot(page["model"]), snapshot(page["tuned"]))
     assert [list(each.sparse) for each in (page["delta"], page["displaced"])] == [["classifier.weight"]] * 2
     assert printed.startswith("0.0")
+    deltas, merged = page["deltas"], page["merged"]
+    assert len(merged) == sum(len(each) for each in deltas)
+    assert merged.whole["classifier.weight"].equal(deltas[2].whole["classifier.weight"])
+    assert not merged.whole["classifier.weight"].equal(deltas[0].whole["classifier.weight"])
+    assert merged - unmask.combine(*deltas[:2], heads=deltas[0]) == deltas[2]
+    assert len({len(each) for each in deltas}) == 1
 
 
 # inside.md

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "errors": [name for name in vars(errors) if name.endswith(("Error", "Warning"))],
+    "delta.combine": ("combine",),
     "delta.delta": ("SparseDelta",),
     "delta.sparse": ("SparseTensor",),
     "delta.swap": ("swap",),

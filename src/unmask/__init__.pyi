@@ -5,6 +5,7 @@ from unmask import integrations as integrations
 from unmask import methods as methods
 from unmask import peft as peft
 from unmask import quantised as quantised
+from unmask.delta.combine import combine as combine
 from unmask.delta.delta import SparseDelta as SparseDelta
 from unmask.delta.sparse import SparseTensor as SparseTensor
 from unmask.delta.swap import swap as swap

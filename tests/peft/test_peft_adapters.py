@@ -7,9 +7,12 @@ import copy
 import pytest
 import torch
 from helpers import assert_same_tensors, batches, mean_square, snapshot, travelling
+from peft.utils import merge_utils
 from peft_nets import OLD_NAMES, base_state, config, optimizer_of, outputs, run, wrapped
 
 import peft
+import unmask
+import unmask.peft
 
 pytestmark = pytest.mark.filterwarnings(OLD_NAMES)
 
@@ -160,6 +163,43 @@ def test_a_combination_of_untrained_adapters_is_the_base():
     assert torch.equal(outputs(model), outputs(base))
 
 
+@pytest.mark.parametrize("majority", ["total", "frequency"])
+@pytest.mark.parametrize("kind", ["ties", "magnitude_prune", "linear"])
+def test_combination_types_do_what_pefts_own_functions_do(kind, majority):
+    """Three adapters set the same 24 weights of one tensor, of which PEFT's functions keep half of each."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(6, 4, bias=False))
+    original = base[0].weight.detach().clone()
+    model = peft.get_peft_model(base, unmask.peft.SelectiveConfig(budget=24, method="pafi"))
+    for name in ("second", "third"):
+        model.add_adapter(name, unmask.peft.SelectiveConfig(budget=24, method="pafi"))
+    changes = []
+    for name in ("default", "second", "third"):
+        model.set_adapter(name)
+        optimizer = torch.optim.SGD([model.base_model.deltas.adapters[name].values], lr=1.0)
+        model(torch.randn(5, 6)).pow(3).sum().backward()
+        optimizer.step()
+        model(torch.zeros(1, 6))
+        changes.append((base[0].weight - original).detach().clone())
+    weights, density = [1.0, 0.5, -2.0], 0.5
+    functions = {
+        "ties": lambda: merge_utils.ties(changes, torch.tensor(weights), density, majority),
+        "magnitude_prune": lambda: merge_utils.magnitude_prune(changes, torch.tensor(weights), density),
+        "linear": lambda: merge_utils.task_arithmetic(changes, torch.tensor(weights)),
+    }
+    given = {} if kind == "linear" else {"density": density, "majority_sign_method": majority}
+    model.add_weighted_adapter(["default", "second", "third"], weights, "sum", kind, **given)
+    model.set_adapter("sum")
+    torch.testing.assert_close(base[0].weight.detach() - original, functions[kind](), atol=1e-5, rtol=1e-5)
+    delta = unmask.peft.delta(model, "sum")
+    parts = [unmask.peft.delta(model, name) for name in ("default", "second", "third")]
+    model.unload()
+    options = {} if kind == "linear" else {"density": density, "majority": majority}
+    combined = unmask.combine(*parts, rule=kind, weights=weights, base=base, **options)
+    assert combined.sparse["0.weight"].values.equal(delta.sparse["0.weight"].values)
+    assert combined.sparse["0.weight"].indices.equal(delta.sparse["0.weight"].indices)
+
+
 @pytest.mark.parametrize(
     ("call", "match"),
     [
@@ -167,7 +207,8 @@ def test_a_combination_of_untrained_adapters_is_the_base():
         (([], [], "x"), "there are"),
         ((["default"], [1.0, 2.0], "x"), "1 adapters and 2 weights"),
         ((["default"], [1.0], "second"), "already exists"),
-        ((["default"], [1.0], "x", "svd"), "'linear' only"),
+        ((["default"], [1.0], "x", "svd"), "combine by linear, magnitude_prune, ties"),
+        ((["default"], [1.0], "x", "ties"), "density = None"),
     ],
 )
 def test_an_impossible_combination_is_refused(call, match):

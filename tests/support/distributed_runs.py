@@ -62,17 +62,35 @@ def trained(
     micro: int = 1,
     bucket: int = 1 << 22,
     steps: int = 6,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Returns (positions, values, the model's tensors) after steps; every process starts from other weights."""
     rounds.BUCKET = bucket
     model = nets.mixed(seed=place()[0])
-    selection = unmask.select(model, METHODS[method](), exchange=exchange, accumulation=accumulation)
+    selection = unmask.select(model, METHODS[method](), exchange=exchange, accumulation=accumulation, **options)
     optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
     for step in range(steps):
         for batch in nets.tokens(step, 8 * micro).chunk(micro):
             (nets.loss(model, part(batch)) / micro).backward()
         optimizer.step()
     return selection.ledger.positions.clone(), selection.values.detach().clone(), model.state_dict()
+
+
+def masked(model: nn.Module, seed: int, budget: int = 300) -> unmask.SparseDelta:
+    """Returns the delta of a random mask that was not trained."""
+    selection = unmask.select(model, unmask.random_mask(budget, seed=seed), exchange="none")
+    delta = selection.delta()
+    selection.release()
+    return delta
+
+
+def avoiding_differently() -> str:
+    """Returns the error of a selection that avoids other weights in each process."""
+    try:
+        unmask.select(nets.mixed(), METHODS["id3"](), avoid=masked(nets.mixed(), seed=place()[0]))
+    except SelectionError as error:
+        return str(error)
+    return "no error"
 
 
 def grid(cases: list[dict[str, Any]]) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:

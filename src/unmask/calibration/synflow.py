@@ -31,7 +31,7 @@ def synaptic_flow(model: nn.Module, layout: Layout, budget: int) -> dict[int, Te
 
     Returns:
         The score by tensor index, of the tensor's shape, float32 (float64 for a float64 tensor). It is -1 for a weight that was
-        pruned before the last round.
+        pruned before the last round, or that may not be selected: that one counts as pruned from the start.
 
     Raises:
         MethodError: An eligible tensor belongs to no linear layer of a LoRA or a bottleneck adapter.
@@ -51,6 +51,10 @@ def synaptic_flow(model: nn.Module, layout: Layout, budget: int) -> dict[int, Te
             )
     weights = torch.cat([layout.plain(index).double().abs().reshape(-1) for index in range(len(layout.tensors))])
     alive = torch.ones_like(weights, dtype=torch.bool)
+    for index, start in enumerate(layout.starts):
+        avoided = layout.avoided(index)
+        if avoided is not None:
+            alive[start + avoided] = False
     for k in range(1, ROUNDS + 1):
         magnitudes = (weights * alive).requires_grad_()
         with torch.enable_grad():
@@ -59,7 +63,7 @@ def synaptic_flow(model: nn.Module, layout: Layout, budget: int) -> dict[int, Te
         if not scores.any():
             break  # There is no flow at all, as through a LoRA whose B is zero. The caller refuses that.
         if k < ROUNDS:
-            keep = max(budget, round(layout.total * (budget / layout.total) ** (k / ROUNDS)))
+            keep = max(budget, round(layout.free * (budget / layout.free) ** (k / ROUNDS)))
             alive = torch.zeros_like(alive)
             alive[scores.argsort(descending=True, stable=True)[:keep]] = True  # A tie goes to the first.
     parts = _by_tensor(scores, layout).values()

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from unmask.delta import file
+from unmask.delta.algebra import add, subtract
 from unmask.delta.between import between, refuse_other_class
 from unmask.delta.checkpoint import Source
 from unmask.delta.drawn import Draw
 from unmask.delta.exchange import Exchange
-from unmask.delta.fingerprint import fingerprint_at
+from unmask.delta.fingerprint import fingerprint_at, same_bits
 from unmask.delta.provenance import Provenance
+from unmask.delta.rules import Rule
 from unmask.delta.sparse import SparseTensor, check_entry, check_slots
 from unmask.delta.target import Target
 from unmask.delta.writable import find_unwritable
@@ -31,7 +33,7 @@ from unmask.files import write_tensors
 from unmask.quantised.tensor import QuantisedTensor
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SparseDelta:
     """An exact change to a base model. Frozen; get one from ``selection.delta()`` or `SparseDelta.load`.
 
@@ -95,6 +97,55 @@ class SparseDelta:
         whole = f", {len(self.whole):,} stored whole" if self.whole else ""
         base = self.metadata.get("base_id") or self.base[:23]
         return f"SparseDelta({len(self):,} weights in {len(self.sparse):,} tensors{whole}, base {base!r})"
+
+    def __eq__(self, other: object) -> bool:
+        """Returns True if two deltas are the same, tensors bit for bit. ``draw``, which a file can do without, does not count."""
+        if not isinstance(other, SparseDelta):
+            return NotImplemented
+        facts = [(d.base, d.places, dict(d.metadata), d.sparse.keys(), d.whole.keys()) for d in (self, other)]
+        return facts[0] == facts[1] and all(
+            same_bits(mine, theirs)
+            for name in {*self.sparse, *self.whole}
+            for mine, theirs in zip(self._tensors(name), other._tensors(name), strict=True)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.base, len(self)))
+
+    def _tensors(self, name: str) -> list[Tensor]:
+        """Returns all that is stored of one tensor."""
+        entry, whole = self.sparse.get(name), self.whole.get(name)
+        held = [] if entry is None else [torch.tensor(entry.shape), entry.indices.long(), entry.values, entry.slots]
+        return [torch.empty(0) if tensor is None else tensor for tensor in [*held, whole]]
+
+    def __or__(self, other: SparseDelta) -> SparseDelta:
+        """Adds two deltas of one base, exactly and in any order, which must not set the same weights.
+
+        `unmask.combine` adds more of them, says whose head is kept, and has rules for weights that both set.
+
+        Raises:
+            DeltaError: They overlap, store a tensor whole with other values in each, or belong to several bases.
+
+        Example:
+            >>> def tuned(at):
+            ...     return SparseDelta({"w": SparseTensor(torch.tensor([at]), torch.ones(1), (4,))}, {}, "sha256:0")
+            >>> a, b = tuned(0), tuned(2)
+            >>> (a | b) == (b | a), (a | b) - a == b
+            (True, True)
+        """
+        if not isinstance(other, SparseDelta):
+            return NotImplemented
+        return SparseDelta(*add([self, other], Rule(), [1.0, 1.0]))
+
+    def __sub__(self, other: SparseDelta) -> SparseDelta:
+        """Takes a delta out of a sum that it is a part of; the rest is bit for bit what it was, but for the order of unmasking.
+
+        Raises:
+            DeltaError: The delta is no part of the sum, or the sum's rule has mixed its weights with others'.
+        """
+        if not isinstance(other, SparseDelta):
+            return NotImplemented
+        return SparseDelta(*subtract(self, other))
 
     def with_metadata(self, **more: Any) -> SparseDelta:
         """Returns a copy whose metadata holds ``more`` (JSON values) too."""

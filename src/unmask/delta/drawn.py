@@ -37,9 +37,12 @@ class Draw:
     def of(cls, method: Mapping[str, Any] | None, layout: Layout) -> Draw | None:
         """Returns the draw of a method, as `unmask.Method.describe` gives it; None for a method that is no such draw.
 
-        The indices of the method's delta need not be the draw's: `to_json` compares them.
+        The indices of the method's delta need not be the draw's: `to_json` compares them. A draw that has left out the weights of
+        other deltas would need those deltas to be repeated, so it is none either.
         """
         if method is None or method["heuristic"] != "random" or method["allocation"] != "global":
+            return None
+        if layout.free != layout.total:
             return None
         seed = (int(method["parameters"].get("seed", 0)) + 2**63) % 2**64 - 2**63
         return cls(seed, layout.total, dict(zip(layout.names, layout.starts, strict=True)))

@@ -71,6 +71,7 @@ class Provenance:
             its tensors, weights and bytes, tied tensors counted once; the names of the tensors that it ``added``, ``removed``
             or ``replaced`` by one of another shape or dtype; the names of tied tensors (``tied``: each with the name that the
             delta has for it); and the prefixes that were taken off and put before the base's names (``renamed``).
+        combined: What a sum of deltas was made of: its rule, and each part (see `unmask.combine`).
         more: All further entries, which are the user's.
     """
 
@@ -89,6 +90,7 @@ class Provenance:
     after: Mapping[str, float] | None = _entry(mapping(number))
     checkpoint: str | None = _entry(text)
     between: Mapping[str, Any] | None = _entry(fields(_BETWEEN, closed=True))
+    combined: Mapping[str, Any] | None = _entry(fields({"parts": items(mapping(plain))}))
     more: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -142,7 +144,7 @@ def provenance_of(
         budget,
         used,
         step,
-        {"tensors": len(layout.names), "weights": layout.total},
+        {"tensors": len(layout.names), "weights": layout.free},
         list(dense),
         base_id,
         parameters,

@@ -137,11 +137,15 @@ class _Shards(Layout):
 
     def __init__(self, layout: ShardedLayout) -> None:
         self._layout = layout
-        self.names, self.total = layout.names, layout.total
+        self.names, self.total, self.free = layout.names, layout.total, layout.free
         self.starts = [start + layout.offset(index) for index, start in enumerate(layout.starts)]
 
     def plain(self, index: int) -> Tensor:
         return self._layout.shard(index)
+
+    def avoided(self, index: int) -> Tensor | None:
+        flat = self._layout.avoided(index)
+        return None if flat is None else self._layout.own(index, flat)[0]
 
 
 class ShardRanking:

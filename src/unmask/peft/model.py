@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -17,6 +17,7 @@ from unmask.delta.delta import SparseDelta, refuse_diverged
 from unmask.delta.live import has_selection
 from unmask.delta.provenance import provenance_of
 from unmask.delta.record import record_delta
+from unmask.delta.rules import Majority
 from unmask.errors import DeltaError, MethodError
 from unmask.gradients.unreached import unwatch_forwards
 from unmask.gradients.wrappers import named_parameters
@@ -24,7 +25,7 @@ from unmask.integrations.support import calling, running_trainer
 from unmask.methods.budget import Budget
 from unmask.peft.adapter import Adapter
 from unmask.peft.card import complete_card
-from unmask.peft.combine import combine_whole, combined_adapter, refuse_combination
+from unmask.peft.combine import Combination, combine_whole, combined_adapter, refuse_combination, rule_of
 from unmask.peft.config import PREFIX
 from unmask.peft.layer import SelectiveLayer
 from unmask.peft.saving import is_entry, put_entries, take_entries
@@ -178,18 +179,34 @@ class SelectiveModel(BaseTuner):
         adapters: list[str],
         weights: list[float],
         adapter_name: str,
-        combination_type: Literal["linear"] = "linear",
+        combination_type: Combination = "linear",
+        *,
+        density: float | None = None,
+        majority_sign_method: Majority = "total",
+        seed: int = 0,
     ) -> None:
-        """Adds an adapter that is base + sum of w_i (adapter_i - base), at every weight that one of them sets.
+        """Adds an adapter that combines others, at every weight that one of them sets.
 
-        The new adapter's budget is the number of weights that it sets, so it selects no further ones.
+        The types are PEFT's, and `unmask.combine` defines them: ``"linear"`` is base + sum of w_i (adapter_i - base). The new
+        adapter's budget is the number of weights that it sets, so it selects no further ones. Tensors that the adapters set
+        whole (``modules_to_save``) are combined as by ``"linear"`` under every type.
+
+        Args:
+            adapters: The names of the adapters.
+            weights: A factor for each.
+            adapter_name: The new adapter's name.
+            combination_type: ``"linear"``, ``"magnitude_prune"``, ``"ties"``, ``"dare_linear"`` or ``"dare_ties"``.
+            density: The share of each adapter's weights that is kept, for all types but ``"linear"``.
+            majority_sign_method: How a sign is elected, ``"total"`` or ``"frequency"``.
+            seed: The seed of DARE.
 
         Raises:
-            ValueError: A name is unknown, missing or taken, or another combination is asked for.
+            ValueError: A name is unknown, missing or taken, or there is no such combination.
         """
-        refuse_combination(adapters, weights, adapter_name, combination_type, sorted(self.peft_config))
+        rule = rule_of(combination_type, density, majority_sign_method, seed)
+        refuse_combination(adapters, weights, adapter_name, sorted(self.peft_config))
         parts = [self.deltas.adapters[name] for name in adapters]
-        combined = combined_adapter(parts, weights)
+        combined = combined_adapter(parts, weights, rule)
         self.peft_config[adapter_name] = combined.config
         whole = [self.deltas.whole_of(part) for part in parts]
         combined.whole = combine_whole(whole, weights, self.deltas.base_of_whole)

@@ -6,7 +6,7 @@ A *slot* is an entry of the trainable vector ``values``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -28,6 +28,7 @@ class Layout:
         bounds: (tensors + 1,) int64: the first position of each tensor, and the total.
         starts: The first position of each tensor, as a list.
         total: The number of scalar weights.
+        free: The number of scalar weights that may be selected: all but those that `leave_out` names.
         versions: Each tensor's version counter after our own last write (see `unmask.selection.identity`).
     """
 
@@ -37,8 +38,37 @@ class Layout:
         sizes = torch.tensor([0] + [t.numel() for t in self.tensors], dtype=torch.int64)
         self.bounds = sizes.cumsum(0)
         self.starts: list[int] = self.bounds[:-1].tolist()
-        self.total = int(self.bounds[-1])
+        self.total = self.free = int(self.bounds[-1])
+        self._avoided: dict[int, Tensor] = {}
         self.versions = [-1] * len(self.tensors)
+
+    def leave_out(self, avoided: Mapping[str, Tensor]) -> None:
+        """Keeps weights from being selected: by tensor name, (m,) int64 flat indices, ascending. Other names are ignored."""
+        indices = {name: index for index, name in enumerate(self.names)}
+        self._avoided = {indices[name]: flat for name, flat in avoided.items() if name in indices and flat.numel()}
+        self.free = self.total - sum(flat.numel() for flat in self._avoided.values())
+
+    def avoided(self, index: int) -> Tensor | None:
+        """Returns the flat indices of a tensor's weights that may not be selected, (m,) int64, ascending; None if all may."""
+        flat = self._avoided.get(index)
+        return None if flat is None else flat.to(self.tensors[index].device)
+
+    def numbered(self, ranks: Tensor) -> Tensor:
+        """Returns the positions of the weights with these numbers among those that may be selected, (n,) int64 on the CPU.
+
+        Example:
+            >>> layout = Layout(["a"], [torch.zeros(6)])
+            >>> layout.leave_out({"a": torch.tensor([0, 3])})
+            >>> layout.numbered(torch.tensor([0, 1, 2, 3])).tolist()
+            [1, 2, 4, 5]
+        """
+        if not self._avoided:
+            return ranks
+        parts = [self.starts[index] + self._avoided[index].cpu() for index in sorted(self._avoided)]
+        avoided = torch.cat(parts)
+        # Before the i-th avoided position lie ``avoided[i] - i`` others.
+        before = avoided - torch.arange(avoided.numel())
+        return ranks + torch.searchsorted(before, ranks, right=True)
 
     def plain(self, index: int) -> Tensor:
         """Returns a tensor without gradient tracking; it shares storage and version counter with the parameter."""

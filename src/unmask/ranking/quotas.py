@@ -32,25 +32,39 @@ class Quota:
         return scores if self.columns is None else best_of_rows(scores.t(), self.columns).t()
 
 
-def quota(allocation: Allocation, weight: Tensor, budget: int, total: int, held: Tensor | None) -> Quota:
+def quota(
+    allocation: Allocation, weight: Tensor, budget: int, total: int, held: Tensor | None, avoided: Tensor | None = None
+) -> Quota:
     """Returns what one tensor may still receive: ``ceil(B n / N)`` of each group of n weights, less what is unmasked.
 
-    B is the budget, and N the total number of eligible weights. A vector is one group, even if rows or columns are bounded.
-    ``held`` are the (m,) int64 flat indices that are unmasked already and count against the bound; None if there are none.
+    A vector is one group, even if rows or columns are bounded.
+
+    Args:
+        allocation: The kind of group.
+        weight: The tensor.
+        budget: B.
+        total: N, the number of all weights that may be selected.
+        held: The (m,) int64 flat indices that are unmasked already and count against the bound; None if there are none.
+        avoided: The flat indices that may not be selected, and do not count among a group's n; None if there are none.
     """
     if allocation == "global":
         return Quota()
     rows, columns = as_rows(weight).shape
     group = "tensor" if rows == 1 else allocation  # A long vector comes in several blocks.
-    size = {"tensor": rows * columns, "row": columns, "column": rows}[group]
-    cap = min(size, -(-budget * size // total))
     if group == "tensor":
-        return Quota(tensor=cap - (0 if held is None else held.numel()))
-    used = torch.zeros(rows if group == "row" else columns, dtype=torch.int64, device=weight.device)
-    if held is not None:
-        held = held.to(weight.device)
-        used += torch.bincount(held // columns if group == "row" else held % columns, minlength=used.numel())
-    return Quota(rows=cap - used) if group == "row" else Quota(columns=cap - used)
+        size = rows * columns - (0 if avoided is None else avoided.numel())
+        return Quota(tensor=-(-budget * size // total) - (0 if held is None else held.numel()))
+    groups, size = (rows, columns) if group == "row" else (columns, rows)
+
+    def count(flat: Tensor | None) -> Tensor:
+        """Counts flat indices by group: (groups,) int64."""
+        if flat is None:
+            return torch.zeros(groups, dtype=torch.int64, device=weight.device)
+        flat = flat.to(weight.device)
+        return torch.bincount(flat // columns if group == "row" else flat % columns, minlength=groups)
+
+    left = -((size - count(avoided)) * -budget // total) - count(held)
+    return Quota(rows=left) if group == "row" else Quota(columns=left)
 
 
 def best_of_rows(scores: Tensor, bounds: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class Ranker:
         self.heuristic, self.table, self.allocation = heuristic, table, allocation
         self.step, self.exclude_members = step, exclude_members
         self.top = StreamingTopK(keep, heuristic.floor)
+        self._outside: dict[int, Tensor | None] = {}  # what does not compete, as far as it was asked for
         # True if an entry's rank falls with its own gradient alone, and a gradient of zero gives it none.
         self._vanishes = heuristic.floor == 0 and allocation == "global"
 
@@ -109,7 +110,8 @@ class Ranker:
         layout = self.table.layout
         weight, start = layout.plain(index), layout.starts[index]
         held = self._held(index)
-        bound = quota(self.allocation, weight, self.table.budget, layout.total, held)
+        unmasked = self._unmasked(index)
+        bound = quota(self.allocation, weight, self.table.budget, layout.free, unmasked, layout.avoided(index))
         top = self.top if bound.tensor is None else StreamingTopK(min(self.top.k, bound.tensor), self.top.floor)
         columns = as_rows(weight).shape[1]
         for low, w, g in self._blocks(weight, gradient):
@@ -123,10 +125,20 @@ class Ranker:
         if top is not self.top:
             self.top.merge(top.result())
 
-    def _held(self, index: int) -> Tensor | None:
-        """Returns the flat indices, ascending, of what is unmasked and does not compete; None if all competes."""
+    def _unmasked(self, index: int) -> Tensor | None:
+        """Returns the flat indices, ascending, of what is unmasked and therefore does not compete; None if nothing is."""
         members = self.table.members(index) if self.exclude_members else None
         return None if members is None else members.flat
+
+    def _held(self, index: int) -> Tensor | None:
+        """Returns the flat indices, ascending, of what does not compete: what is unmasked, or avoided. None if all competes."""
+        avoided = self.table.layout.avoided(index)
+        if avoided is None:
+            return self._unmasked(index)
+        if index not in self._outside:
+            unmasked = self._unmasked(index)
+            self._outside[index] = avoided if unmasked is None else torch.cat([avoided, unmasked]).sort().values
+        return self._outside[index]
 
     def _blocks(self, weight: Tensor, gradient: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Cuts a weight and its gradient into blocks of consecutive entries: (flat index of the first, weights, gradients)."""

@@ -122,8 +122,7 @@ class UnwaitingRanker(Ranker):
         scores = self._unchecked_scores(block.tensors[0], block.low, weight, gradient)
         broken = (~torch.isfinite(scores)).to(torch.uint8).argmax()
         self._blocks_read.append((block, torch.stack([*scores.aminmax(), broken]).double()))
-        if self.exclude_members:
-            scores = self._without_members(block, scores)
+        scores = self._competing(block, scores)
         places = first_places(scores, min(self.top.k, block.size))
         best = scores[places]
         starts = [
@@ -138,8 +137,8 @@ class UnwaitingRanker(Ranker):
         if sum(part.scores.numel() for part in self._parts) > max(_MERGE, 3 * self.top.k):
             self._parts = [self._merged()]
 
-    def _without_members(self, block: _Block, scores: Tensor) -> Tensor:
-        """Returns a block's scores with those of unmasked entries set to -inf."""
+    def _competing(self, block: _Block, scores: Tensor) -> Tensor:
+        """Returns a block's scores with those of entries that do not compete set to -inf."""
         held = [(self._held(index), offset) for index, offset in zip(block.tensors, block.offsets, strict=True)]
         moved = [flat.to(scores.device) + (offset - block.low) for flat, offset in held if flat is not None]
         if not moved:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from unmask.methods.method import Method
 from unmask.methods.scopes import Patterns, as_patterns, matching
 from unmask.quantised.layers import weights
 from unmask.quantised.sources import Unsupported, sources
+from unmask.selection.avoid import Avoided, avoided_by
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class ModelFacts:
         named_new: Names of the tensors that the user calls new; None if the checkpoint has to tell.
         flags: Every parameter's ``requires_grad``, by name.
         buffers: Copies of the persistent buffers, by name.
+        avoided: The weights that ``avoid=`` keeps from being selected. Tensors that it keeps out whole are not eligible.
     """
 
     model: nn.Module
@@ -42,6 +45,7 @@ class ModelFacts:
     named_new: list[str] | None
     flags: Mapping[str, bool]
     buffers: Mapping[str, Tensor]
+    avoided: Avoided
 
     @cached_property
     def absent(self) -> set[str]:
@@ -65,6 +69,7 @@ def facts_of(
     exclude: Patterns,
     dense: Patterns,
     new: Patterns,
+    avoid: Any,
     sharded: bool,
 ) -> ModelFacts:
     """Computes the facts of a model for a method; the arguments are those of ``unmask.select``.
@@ -74,7 +79,7 @@ def facts_of(
 
     Raises:
         MethodError: A pattern finds nothing, nothing is eligible, or less than the budget is. Or a tensor is quantised in a way
-            that nothing can be selected from.
+            that nothing can be selected from, or a delta to avoid does not fit the model.
     """
     parameters = named_parameters(model)
     if not parameters:
@@ -97,11 +102,15 @@ def facts_of(
         kind = quantised.get(name)
         if isinstance(kind, Unsupported):
             raise MethodError(f"{name!r} {kind.reason}.")
+    avoided = avoided_by(avoid, model)
     usable = {name for name in names if name in quantised or parameters[name].is_floating_point()}
+    if not method.whole:
+        usable -= avoided.whole
     eligible = sorted(name for name in usable if parameters[name].numel())
     if not eligible and not whole:
+        others = " without the tensors that the deltas to avoid store whole" if names & avoided.whole else ""
         raise MethodError(
-            f"no tensor is left: scope {method.scope.kind!r} with include={include!r}, exclude={exclude!r} is empty."
+            f"no tensor is left: scope {method.scope.kind!r} with include={include!r}, exclude={exclude!r} is empty{others}."
         )
     if method.whole:
         eligible, whole = [], sorted({*eligible, *whole})
@@ -111,15 +120,16 @@ def facts_of(
         whole,
         frozenset(quantised),
         sharded,
-        count_budget(model, method, whole if method.whole else eligible),
+        count_budget(model, method, whole if method.whole else eligible, avoided),
         None if new is None else matching(parameters, as_patterns(new), "new"),
         {name: parameter.requires_grad for name, parameter in parameters.items()},
         {name: buffer.detach().clone() for name, buffer in persistent_buffers(model).items()},
+        avoided,
     )
 
 
-def count_budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
-    """Returns B: a method's budget among a model's eligible tensors, as a count.
+def count_budget(model: nn.Module, method: Method, eligible: list[str], avoided: Avoided | None = None) -> int:
+    """Returns B: a method's budget among a model's eligible tensors, as a count. Weights to avoid are not eligible.
 
     Raises:
         MethodError: Nothing is eligible, or less than the budget.
@@ -128,17 +138,22 @@ def count_budget(model: nn.Module, method: Method, eligible: list[str]) -> int:
     available = sum(parameters[name].numel() for name in eligible)
     if method.whole:
         return available
+    taken = 0 if avoided is None else avoided.count(eligible)
+    available -= taken
     if not eligible:
         raise MethodError(
             f"scope {method.scope.kind!r} and the patterns leave no tensor for the budget; unmask.full() with include= trains "
             "dense tensors alone."
         )
+    without = f" without the {taken:,} that the deltas to avoid set" if taken else ""
+    if not available:
+        raise MethodError(f"no weight is left for the budget{without}; widen the scope, or avoid fewer deltas.")
     if method.budget is None:
         return available
     budget = method.budget.of(sum(p.numel() for p in parameters.values()), available)
     if budget > available:
         raise MethodError(
             f"budget = {method.budget} asks for {budget:,} weights, but only {available:,} are eligible under scope "
-            f"{method.scope.kind!r} and the patterns; lower the budget or widen the scope."
+            f"{method.scope.kind!r} and the patterns{without}; lower the budget or widen the scope."
         )
     return budget

@@ -61,12 +61,30 @@ def refuse(method: Method, facts: ModelFacts, options: Options) -> None:
             f"{fresh[0]!r} is quantised but not in the base checkpoint, and a delta cannot carry quantised weights; keep new "
             "layers out of the quantisation (transformers: llm_int8_skip_modules=[...] or modules_to_not_convert=[...])."
         )
+    _refuse_avoided(method, facts)
     base = sorted(set(facts.eligible) - facts.new()) if method.unselected == "zero" else []
     if base:
         raise MethodError(
             f"{base[0]!r} is a tensor of the base model, and this method prunes what it does not select to zero, which a delta "
             "to that base cannot hold. Select inside added modules only (include='lora_' for a peft LoRA), or name tensors "
             "that the base checkpoint lacks with new=."
+        )
+
+
+def _refuse_avoided(method: Method, facts: ModelFacts) -> None:
+    """Refuses to train weights that deltas to avoid set, other than those of a new head, which each task has for itself."""
+    set_by_others = {*facts.avoided.entries, *facts.avoided.whole}
+    shared = sorted(set(facts.dense) & set_by_others)
+    shared = sorted(set(shared) - facts.new()) if shared else []
+    if shared:
+        raise MethodError(
+            f"{shared[0]!r} would be trained whole, and a delta to avoid sets weights of it. Leave it out of dense= (for "
+            "unmask.full: of the scope), or leave that delta out of avoid=."
+        )
+    if method.unselected == "zero" and set_by_others:
+        raise MethodError(
+            "this method prunes what it does not select to zero, so it cannot leave the weights alone that the deltas in avoid= "
+            "set; use pruned='kept'."
         )
 
 

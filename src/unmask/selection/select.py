@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from unmask.calibration.estimates import estimates
+from unmask.delta.delta import SparseDelta
 from unmask.delta.live import has_selection
 from unmask.distributed.facts import facts_of_method
 from unmask.distributed.reducer import ProcessReducer, refused_by_all
@@ -24,6 +26,7 @@ from unmask.methods.scopes import Patterns
 from unmask.quantised.layers import reach_biases, settle, weights
 from unmask.ranking.ledger import Layout, Ledger
 from unmask.ranking.unwaiting import new_ranker
+from unmask.selection.avoid import digest_of_avoided
 from unmask.selection.dense import DenseGradients, DenseTensor, catch_up_before_forward
 from unmask.selection.eligible import ModelFacts, facts_of
 from unmask.selection.identity import Identity
@@ -47,6 +50,7 @@ def select(
     exclude: Patterns = None,
     dense: Patterns = None,
     new: Patterns = None,
+    avoid: SparseDelta | Iterable[SparseDelta] | None = None,
     accumulation: Accumulation = "candidates",
     gradients: Gradients = "auto",
     exchange: Exchange = "exact",
@@ -69,6 +73,9 @@ def select(
         dense: Regular expressions: these tensors are trained whole, outside the budget, and reported apart.
         new: Regular expressions: these tensors are not in the base checkpoint (a head with a random init). The delta
             stores them whole, trained or not. None finds them out from a transformers model's checkpoint where it can.
+        avoid: Deltas to the same base: the budget is drawn from the weights that they do not set, so that this run's delta and
+            theirs can be added in any order (`SparseDelta.__or__`). A random mask is drawn uniformly from what is left. Tensors
+            that they store whole are left out. A new head may be trained with ``dense`` nevertheless: each task has its own.
         accumulation: The selection that gradient accumulation makes: ``"candidates"`` (ranked on the first micro-batch, then
             re-ranked by the summed gradients; O(B) memory) or ``"exact"`` (by the summed dense gradients; O(N)). With
             one micro-batch per step both are the exact selection.
@@ -91,8 +98,9 @@ def select(
 
     Raises:
         MethodError: The budget exceeds the eligible weights, a pattern finds nothing, the model is selected from already,
-            ``values`` does not fit, a wrapper or place of the model does not allow a selection (DDP, FSDP1, DeepSpeed, the
-            meta device), or trained tensors overlap in memory.
+            ``values`` does not fit, a delta to avoid belongs to another base or sets weights that ``dense`` would train, a
+            wrapper or place of the model does not allow a selection (DDP, FSDP1, DeepSpeed, the meta device), or trained
+            tensors overlap in memory.
         SelectionError: Another process has another model or method.
 
     Example:
@@ -124,7 +132,7 @@ def select(
     reducer = ProcessReducer(model, exchange, group)
     with tied(model) as untie:  # a tensor of several names is one tensor from here on
         reducer.share_weights(model)
-        facts = facts_of(model, method, include, exclude, dense, new, reducer.sharded is not None)
+        facts = facts_of(model, method, include, exclude, dense, new, avoid, reducer.sharded is not None)
         refuse(method, facts, options)
         ledger = _start_ledger(facts, method, reducer, values)
         parts = _tap(facts, method, ledger, options, reducer)
@@ -144,6 +152,7 @@ def _start_ledger(facts: ModelFacts, method: Method, reducer: ProcessReducer, va
     else:
         tensors = weights(facts.model)
         layout = Layout(facts.eligible, [tensors[name] for name in facts.eligible])
+    layout.leave_out(facts.avoided.entries)
     slots = facts.budget if facts.eligible else 0
     kept = method.leaving == "kept"
     double = any(tensor.dtype == torch.float64 for tensor in layout.tensors)
@@ -175,7 +184,8 @@ def known_positions(method: Method, ledger: Ledger, scores: dict[int, Tensor] | 
     Where a calibration made ``scores``, by tensor index, they are used up.
     """
     if method.heuristic.needs == "nothing" and method.allocation == "global":
-        return torch.from_numpy(draw(ledger.budget, ledger.layout.total, method.heuristic.seed))
+        ranks = torch.from_numpy(draw(ledger.budget, ledger.layout.free, method.heuristic.seed))
+        return ledger.layout.numbered(ranks)
     ranker = new_ranker(method, ledger, ledger.budget, 0, False)
     for index in range(len(ledger.layout.tensors)):
         ranker.rank(index, None if scores is None else scores.pop(index, None))
@@ -204,5 +214,6 @@ def _tap(facts: ModelFacts, method: Method, ledger: Ledger, options: Options, re
     identity = Identity(model, ledger, dense, taps)
     same = facts_of_method(method, ledger.budget) | {"budget": facts.budget, "accumulation": options.accumulation}
     same |= {"the eligible tensors": facts.eligible, "the tensors trained whole": facts.dense}
+    same |= {"the weights to avoid": digest_of_avoided(ledger.layout)}
     reducer.expect(same, ledger, {d.name: d.master for d in dense})
     return Parts(method, facts, ledger, dense, reducer, dense_gradients, window, taps, identity, outside, hooks)

@@ -20,6 +20,7 @@ from unmask.gradients.entries import take
 from unmask.gradients.wrappers import persistent_buffers
 from unmask.ranking.ledger import Slots
 from unmask.reading import Malformed, count, fields, items, mapping, plain, refusing, text
+from unmask.selection.avoid import digest_of_avoided
 from unmask.selection.parts import Parts
 
 VERSION = 1
@@ -38,6 +39,8 @@ class StateKeeper:
             "names": list(parts.ledger.layout.names),
             "shapes": [list(tensor.shape) for tensor in parts.ledger.layout.tensors],
         }
+        avoided = digest_of_avoided(parts.ledger.layout)
+        self._identity |= {} if avoided is None else {"avoid": avoided}
 
     def save(self) -> dict[str, Any]:
         """Returns the state; see `unmask.Selection.state_dict`."""
@@ -78,12 +81,12 @@ class StateKeeper:
         form |= {"step": count, "used": count, **dict.fromkeys(("values", "base", "positions"), plain)}
         form |= {"picked": plain} if kept else {}
         fields(form)(state, "the state")
-        for key, own in (self._identity | {"dense": sorted(d.name for d in self._dense)}).items():
-            given = sorted(state[key]) if key == "dense" else state[key]
+        for key, own in ({"avoid": None} | self._identity | {"dense": sorted(d.name for d in self._dense)}).items():
+            given = sorted(state[key]) if key == "dense" else state.get(key)
             if given != own:
                 raise SelectionError(
                     f"the saved selection has another {key}: {_cut(repr(given))} where this one has {_cut(repr(own))}. Build the "
-                    "same selection (same model, method and patterns) before load_state_dict."
+                    "same selection (same model, method, patterns and deltas to avoid) before load_state_dict."
                 )
         device, dtype, room = ledger.values.device, ledger.values.dtype, ledger.values.numel()
         used, most = state["used"], self._facts.budget if self._method.whole else room

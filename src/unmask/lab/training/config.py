@@ -103,6 +103,9 @@ class TrainConfig:
     scope: NamedKind | None = setting(None, "Which tensors are eligible; without it, those of the method's own scope.")
     include: tuple[str, ...] = setting((), "Regular expressions: only tensors in whose name one is found are eligible.")
     exclude: tuple[str, ...] = setting((), "Regular expressions: tensors in whose name one is found are not eligible.")
+    avoid: tuple[str, ...] = setting(
+        (), "Delta files of other tasks on this base: the budget is drawn from the weights that none of them sets."
+    )
     dense: tuple[str, ...] = setting(
         ("new",), "Regular expressions of tensors to train whole, outside the budget; new: those that the base lacks."
     )

@@ -70,6 +70,7 @@ class Setup:
 def set_up(config: TrainConfig, console: Console) -> Setup:
     """Loads the data and the base of a run, and makes its selection. Equal configurations give equal setups."""
     into, kind, source = into_from(config), kind_for(config.task), Source.of(config)
+    others = [SparseDelta.load(path) for path in config.avoid]
     if into is not None:
         require(into)
     _check_model(config, kind.head)
@@ -98,6 +99,7 @@ def set_up(config: TrainConfig, console: Console) -> Setup:
         exclude=config.exclude or None,
         dense=[p for given in config.dense for p in (head if given == "new" else [given])] or None,
         new=exactly(base.new),
+        avoid=others,
     )
     return Setup(config, task.name, prepared, base, steps, selection)
 
