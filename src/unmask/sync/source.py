@@ -1,0 +1,133 @@
+"""Reads off a live selection what a publisher sends: the support, and the values as the model's forward sees them."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unmask.delta.base import base_tensors
+from unmask.delta.fingerprint import same_bits
+from unmask.delta.record import before_training
+from unmask.errors import SyncError
+from unmask.gradients.wrappers import persistent_buffers
+from unmask.selection.selection import Selection
+from unmask.sync.support import DTYPES, Places, Support, Table, bits_of, table_of
+
+
+class Source:
+    """Reads a selection. It remembers where the selected weights lie, so that reading the same ones again takes O(B).
+
+    Args:
+        selection: The selection.
+
+    Attributes:
+        support: The support at the last `look`.
+
+    Raises:
+        SyncError: The model is quantised, or it is sharded and has tensors that are sent whole.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        facts = selection.facts
+        if facts.quantised:
+            raise SyncError(
+                f"{min(facts.quantised)!r} is quantised, and its trained weights are kept next to it in float32, which no "
+                "receiver holds. Train a model that is not quantised, or send selection.delta() (docs/quantised.md)."
+            )
+        if facts.sharded and (facts.dense or facts.new()):
+            raise SyncError(
+                f"{min({*facts.dense, *facts.new()})!r} is sent whole, and the model is sharded, so that no process has all of "
+                "it. Leave it out of dense= and new=, or train without fully_shard."
+            )
+        self._selection = selection
+        self.support = Support(())
+        self._positions: Tensor | None = None  # of the slots in use at the last look
+        self._slots = torch.empty(0, dtype=torch.int64)  # the slot of each place of the support
+        self._changed: set[str] = set()  # the buffers that training has changed
+
+    def look(self) -> None:
+        """Finds the current support.
+
+        Raises:
+            SyncError: The selection was released, or a tensor to be sent has a dtype that no message holds.
+            SelectionError: The model is no longer what was selected from.
+        """
+        selection, ledger = self._selection, self._selection.ledger
+        if selection.released:
+            raise SyncError("the selection was released, so nothing is trained any more; publish before release().")
+        selection.check_model()
+        layout, positions, table = ledger.layout, ledger.positions[: ledger.used], self.support.table
+        dtypes = {name: tensor.dtype for name, tensor in zip(layout.names, layout.tensors, strict=True)}
+        if not table or any(dtypes.get(spec.name, DTYPES[spec.dtype]) != DTYPES[spec.dtype] for spec in table):
+            table, self._positions = table_of(selection.model), None
+        buffers = persistent_buffers(selection.model)
+        self._changed |= {name for name, b in selection.facts.buffers.items() if not same_bits(b, buffers[name])}
+        whole = self._numbers(table, {d.name for d in selection.dense} | self._changed)
+        places = self.support.places
+        if self._positions is None or not torch.equal(positions, self._positions):
+            split = {layout.names[index]: (flat, slots) for index, flat, slots in layout.split(positions)}
+            numbers = self._numbers(table, set(split))
+            found = [split[table[number].name] for number in numbers]
+            self._slots = torch.cat([positions[:0], *(slots for _, slots in found)])
+            sizes = [(number, slots.numel()) for number, (_, slots) in zip(numbers, found, strict=True)]
+            base = _by_tensor(ledger.base[self._slots], sizes, table)
+            indices = [flat.cpu().numpy() for flat, _ in found]
+            places = {
+                number: Places(flat, bits_of(base[number])) for number, flat in zip(numbers, indices, strict=True)
+            }
+            self._positions = positions.clone()
+        self.support = Support(table, places, whole)
+
+    def placed(self) -> dict[int, Tensor]:
+        """Returns the values at the places of the support by number: vectors in the tensors' dtypes, on the CPU."""
+        sizes = [(number, each.indices.size) for number, each in self.support.places.items()]
+        values = _by_tensor(self._selection.ledger.trained()[self._slots], sizes, self.support.table)
+        self._refuse_diverged(values)
+        return values
+
+    def whole(self) -> dict[int, Tensor]:
+        """Returns the tensors that are sent whole by number, on the CPU."""
+        named = {d.name: d.parameter for d in self._selection.dense} | persistent_buffers(self._selection.model)
+        whole = {number: named[self.support.table[number].name].detach().cpu() for number in self.support.whole}
+        self._refuse_diverged({n: t for n, t in whole.items() if self.support.table[n].name not in self._changed})
+        return whole
+
+    def once(self) -> dict[int, NDArray]:
+        """Returns the other tensors that the base lacks, as they were before training, as bits by number."""
+        selection, ledger = self._selection, self._selection.ledger
+        names = selection.facts.new()
+        if not names:
+            return {}
+        tensors = {name: tensor for name, tensor in base_tensors(selection.model).items() if name in names}
+        tensors |= before_training(ledger.layout, ledger.snapshot(), tensors)
+        table, numbers = self.support.table, self._numbers(self.support.table, set(tensors))
+        return {n: bits_of(tensors[table[n].name]) for n in numbers if n not in self.support.whole}
+
+    def _numbers(self, table: Table, names: set[str]) -> tuple[int, ...]:
+        """Returns the numbers of tensors in the table, ascending."""
+        numbers = tuple(number for number, spec in enumerate(table) if spec.name in names)
+        if len(numbers) < len(names):
+            lacking = min(names - {table[number].name for number in numbers})
+            raise SyncError(f"{lacking!r} has a dtype that no message holds; there are {', '.join(DTYPES)}.")
+        return numbers
+
+    def _refuse_diverged(self, values: dict[int, Tensor]) -> None:
+        """Refuses trained weights that are NaN or infinite."""
+        for number, tensor in values.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise SyncError(
+                    f"{self.support.table[number].name!r} holds NaN or infinite values: training has diverged. Nothing was sent."
+                )
+
+
+def _by_tensor(values: Tensor, sizes: list[tuple[int, int]], table: Table) -> dict[int, Tensor]:
+    """Returns a vector cut into tensors, each cast to its dtype: by number, on the CPU. The device is asked once a dtype."""
+    found: dict[int, Tensor] = {}
+    for dtype, run in groupby(sizes, key=lambda each: table[each[0]].dtype):
+        numbers, counts = zip(*run, strict=True)
+        first, values = values[: sum(counts)], values[sum(counts) :]
+        found |= dict(zip(numbers, first.to(DTYPES[dtype]).cpu().split(list(counts)), strict=True))
+    return found
