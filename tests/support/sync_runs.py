@@ -141,9 +141,8 @@ class PlainReader:
         if full:
             assert not self.table, "this reader takes one FULL message"
             self.table = meta["tensors"]
-        width = {"int32": "<i4", "int64": "<i8"}[meta["indices"]]
-        gone = {n: self._read(count, width) for n, count in meta["removed"]}
-        new = {n: self._read(count, width) for n, count in meta["added"]}
+        gone = {row[0]: self._indices(*row) for row in meta["removed"]}
+        new = {row[0]: self._indices(*row) for row in meta["added"]}
         self._align()
         for number, indices in gone.items():
             self._entries(number)[indices] = [self.base[number].pop(int(i)) for i in indices]
@@ -159,6 +158,22 @@ class PlainReader:
             assert self._entries(number)[indices].tolist() == [self.base[number][int(i)] for i in indices]
         self.places = {n: np.array(sorted(base), np.int64) for n, base in self.base.items() if base}
         self.whole = sorted({*self.whole, *meta["whole"]})
+
+    def _indices(self, number: int, count: int, parameter: int, length: int) -> np.ndarray:
+        """Decodes indices bit by bit: the remainders, and then the quotients in unary."""
+        bits = np.unpackbits(self._read(length, "u1"), bitorder="little").tolist()
+        numel = len(self._entries(number))
+        inverse = 2 * count > numel
+        listed, at = numel - count if inverse else count, 0
+        remainders = [sum(bits[i * parameter + j] << j for j in range(parameter)) for i in range(listed)]
+        at, last, found = -(-listed * parameter // 8) * 8, -1, []
+        for remainder in remainders:
+            end = bits.index(1, at)
+            last += ((end - at) << parameter) + remainder + 1
+            found.append(last)
+            at = end + 1
+        others = sorted(set(range(numel)) - set(found)) if inverse else found
+        return np.array(others, np.int64)
 
     def _entries(self, number: int) -> np.ndarray:
         return self.tensors[self.table[number][0]]

@@ -37,10 +37,11 @@ def test_an_epoch_has_the_positions_of_what_joins_and_leaves_only(method):
     after = pair.selection.indices
     sets = [{(name, i) for name, flat in each.items() for i in flat.tolist()} for each in (before, after)]
     joined, left = len(sets[1] - sets[0]), len(sets[0] - sets[1])
-    assert joined and sent.kind == "epoch"
-    needed = 128 + 4 * (joined + left) + 2 * joined + 2 * len(sets[1])  # indices, base values, values
-    names = 9 * len(after) * 2 + 64  # a number and a count for each tensor, and JSON's words
-    assert needed <= sent.bytes <= needed + names + 24
+    assert joined > 0
+    assert sent.kind == "epoch"
+    values = 128 + 2 * joined + 2 * len(sets[1])  # base values, and values
+    rows = 20 * len(after) * 2 + 64  # four numbers in JSON for each tensor
+    assert values + (joined + left) // 2 <= sent.bytes <= values + 2 * (joined + left) + rows
 
 
 def test_bytes_next_to_the_whole_model_and_a_lora_of_rank_32():
@@ -66,4 +67,4 @@ def test_bytes_next_to_the_whole_model_and_a_lora_of_rank_32():
     assert 2 * numbers // step.bytes == 499
     assert lora // step.bytes == 36
     assert rank_one // step.bytes == 1
-    assert full.bytes < 8 * selection.budget + 100 * 300  # index, base value and value; the table of names
+    assert full.bytes < 5.4 * selection.budget + 100 * 300  # 10.5 bits of an index, base value and value; the names

@@ -50,7 +50,7 @@ def test_old_files_are_removed_and_a_late_reader_starts_at_the_newest_full_one(t
     late = Receiver(nets.mixed(), Folder(tmp_path))
     assert [late.receive(timeout=0) for _ in range(2)] == [13, 14]
     assert_same_tensors(snapshot(late._targets._model), snapshot(pair.model))
-    with pytest.raises(SyncTimeoutError, match="holds no message that follows. Version 14 is held"):
+    with pytest.raises(SyncTimeoutError, match=r"holds no message that follows. Version 14 is held"):
         late.receive(timeout=0)
 
 

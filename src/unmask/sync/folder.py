@@ -136,7 +136,8 @@ class _Reader:
                     said = f"{file.name!r} cannot be read: {error.strerror or error}"
             if end is not None and time.monotonic() >= end:
                 raise SyncTimeoutError(
-                    f"no message came within {timeout or 0:.3g} s in {str(self._folder.path)!r}: {said}. Version {held.version} is held."
+                    f"no message came within {timeout or 0:.3g} s in {str(self._folder.path)!r}: {said}. Version "
+                    f"{held.version} is held."
                 )
             time.sleep(self._folder.poll)
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unmask.delta.rice import decode, encode
 from unmask.reading import Malformed, count, fields, items, one_of, parse_json, text
 from unmask.sync.support import DTYPES, Change, Places, Support, Table, TensorSpec, bits_dtype
 
@@ -130,14 +131,13 @@ class Message:
         assert full or held is not None, "an EPOCH follows a support"
         old = Support(_table(meta["tensors"])) if full or held is None else held
         reader = _Reader(self.payload, self.header.meta, old.table)
-        width = np.dtype("<i8" if meta["indices"] == "int64" else "<i4")
-        removed = {n: reader.indices(n, size, width) for n, size in reader.numbers(meta["removed"])}
-        joining = {n: reader.indices(n, size, width) for n, size in reader.numbers(meta["added"])}
+        removed = reader.indices(meta["removed"], {n: each.indices.size for n, each in old.places.items()})
+        joining = reader.indices(meta["added"])
         reader.align()
         added = {n: Places(indices, reader.take(n, indices.size)) for n, indices in joining.items()}
         reader.align()
-        whole = tuple(n for n, _ in reader.numbers((n, 0) for n in meta["whole"]))
-        once = {n: reader.take(n, old.table[n].numel) for n, _ in reader.numbers((n, 0) for n in meta.get("once", []))}
+        whole = reader.numbers(meta["whole"])
+        once = {n: reader.take(n, old.table[n].numel) for n in reader.numbers(meta.get("once", []))}
         reader.align()
         if both := once.keys() & set(whole):
             raise Malformed(f"{old.table[min(both)].name!r} is sent whole twice")
@@ -182,21 +182,28 @@ class _Reader:
     def __init__(self, payload: memoryview, start: int, table: Table) -> None:
         self.payload, self.at, self.table = payload, start, table
 
-    def numbers(self, pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Returns pairs that begin with a tensor's number, if these ascend and are in the table."""
-        pairs = list(pairs)
-        numbers = [number for number, _ in pairs]
+    def numbers(self, numbers: Sequence[int]) -> tuple[int, ...]:
+        """Returns numbers of tensors, if they ascend and are in the table."""
         if any(a >= b for a, b in pairwise(numbers)) or (numbers and numbers[-1] >= len(self.table)):
             raise Malformed("its JSON has numbers of tensors that do not ascend, or are not in the table")
-        return pairs
+        return tuple(numbers)
 
-    def indices(self, number: int, size: int, dtype: np.dtype) -> NDArray:
-        """Reads ascending flat indices of a tensor."""
-        indices = self._read(size, dtype).astype(np.int64)
-        spec = self.table[number]
-        if not size or (np.diff(indices) <= 0).any() or indices[0] < 0 or indices[-1] >= spec.numel:
-            raise Malformed(f"the indices of {spec.name!r} do not ascend, or are outside 0..{spec.numel - 1}")
-        return indices
+    def indices(self, rows: Sequence[Sequence[int]], most: Mapping[int, int] | None = None) -> dict[int, NDArray]:
+        """Reads the indices of some tensors, by number.
+
+        Args:
+            rows: A number, a count of indices, a Rice parameter and a count of bytes for each tensor.
+            most: The most indices that a tensor can have; None for as many as the payload has base values for.
+        """
+        self.numbers([number for number, *_ in rows])
+        found = {}
+        for number, size, parameter, length in rows:
+            spec = self.table[number]
+            least = len(self.payload) // spec.itemsize if most is None else most.get(number, 0)
+            if not 0 < size <= least:
+                raise Malformed(f"{spec.name!r} cannot have {size:,} of its indices")
+            found[number] = decode(self._read(length, np.dtype(np.uint8)), parameter, size, spec.numel)
+        return found
 
     def take(self, number: int, size: int) -> NDArray:
         """Reads some entries of a tensor, as bits."""
@@ -215,11 +222,10 @@ class _Reader:
         return found
 
 
-def _pair(value: Any, where: str) -> list[int]:
-    pair: list[int] = items(count)(value, where)
-    if len(pair) != 2:
-        raise Malformed(f"{where} must be a number and a count")
-    return pair
+def _row(value: Any, where: str) -> Any:
+    if len(items(count)(value, where)) != 4:
+        raise Malformed(f"{where} must be a number, a count, a parameter and a length")
+    return value
 
 
 def _spec(value: Any, where: str) -> Any:
@@ -230,7 +236,7 @@ def _spec(value: Any, where: str) -> Any:
     return value
 
 
-_PARTS = {"removed": items(_pair), "added": items(_pair), "whole": items(count), "indices": one_of("int32", "int64")}
+_PARTS = {"removed": items(_row), "added": items(_row), "whole": items(count)}
 _META = {
     Kind.EPOCH: fields(_PARTS, closed=True),
     Kind.FULL: fields({**_PARTS, "tensors": items(_spec), "once": items(count)}, closed=True),
@@ -244,7 +250,7 @@ def _table(rows: list[Any]) -> Table:
     if any(a.order >= b.order for a, b in pairwise(table)) or len(set(names)) < len(names):
         raise Malformed("its table of tensors is not sorted, or names a tensor twice")
     for spec in table:
-        if math.prod(spec.shape) * spec.itemsize >= 2**63:
+        if len(spec.shape) > 64 or math.prod(spec.shape) * spec.itemsize >= 2**63:
             raise Malformed(f"{spec.name!r} has shape {spec.shape}, which no tensor has")
     return table
 
@@ -271,23 +277,21 @@ def write(
     meta = b""
     if change is not None:
         table = support.table
-        touched = [table[number].numel for number in (*change.removed, *change.added)]
-        width = "int32" if all(numel <= 2**31 for numel in touched) else "int64"
+        removed = _coded(table, change.removed)
+        added = _coded(table, {number: new.indices for number, new in change.added.items()})
         lists: dict[str, Any] = {
-            "removed": [[number, gone.size] for number, gone in change.removed.items()],
-            "added": [[number, new.indices.size] for number, new in change.added.items()],
+            "removed": [row for row, _ in removed],
+            "added": [row for row, _ in added],
             "whole": list(change.whole),
-            "indices": width,
         }
         if header.kind == Kind.FULL:
             lists["tensors"] = [[s.name, s.dtype, list(s.shape), list(s.others)] for s in table]
             lists["once"] = list(once)
         meta = json.dumps(lists, separators=(",", ":")).encode()
         meta += b" " * (_aligned(len(meta)) - len(meta))
-        indices = [*change.removed.values(), *(new.indices for new in change.added.values())]
         parts = [
             [np.frombuffer(meta, np.uint8)],
-            [each.astype("<i4" if width == "int32" else "<i8") for each in indices],
+            [code for _, code in (*removed, *added)],
             [new.base.astype(bits_dtype(table[number]), copy=False) for number, new in change.added.items()],
             [bits.astype(bits_dtype(table[number]), copy=False) for number, bits in once.items()],
         ]
@@ -305,6 +309,15 @@ def write(
         at += _aligned(end - at)
     message[_CHECKSUM : HEADER.size] = _checksum(memoryview(message))
     return message
+
+
+def _coded(table: Table, indices: Mapping[int, NDArray]) -> list[tuple[list[int], NDArray]]:
+    """Returns each tensor's row in the JSON (number, count, Rice parameter, bytes) and the code of its indices."""
+    found = []
+    for number, each in indices.items():
+        code, parameter = encode(each, table[number].numel)
+        found.append(([number, each.size, parameter, code.nbytes], code))
+    return found
 
 
 def _checksum(message: memoryview) -> bytes:

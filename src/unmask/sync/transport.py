@@ -103,8 +103,8 @@ class _Queue:
             data = self._messages.get(timeout=timeout) if timeout != 0 else self._messages.get_nowait()
         except queue.Empty:
             raise SyncTimeoutError(
-                f"no message came within {timeout or 0:.3g} s; version {held.version} is held. Call publisher.publish() after each "
-                "optimizer step, and publisher.resync() if a receiver joins between two of them."
+                f"no message came within {timeout or 0:.3g} s; version {held.version} is held. Call publisher.publish() after "
+                "each optimizer step, and publisher.resync() if a receiver joins between two of them."
             ) from None
         return read_message(data)
 
