@@ -65,7 +65,7 @@ class Publisher:
         epoch: The number of times that the support has changed; 0 before the first message.
 
     Raises:
-        SyncError: The model is quantised, or it is sharded and has tensors that are sent whole.
+        SyncError: The model is quantised, or a tensor that no base has is sharded.
 
     Example:
         >>> import copy, unmask

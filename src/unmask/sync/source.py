@@ -11,8 +11,9 @@ from torch import Tensor
 from unmask.delta.base import base_tensors
 from unmask.delta.fingerprint import same_bits
 from unmask.delta.record import before_training
+from unmask.distributed.sharding import is_sharded, reshard
 from unmask.errors import SyncError
-from unmask.gradients.wrappers import persistent_buffers
+from unmask.gradients.wrappers import named_parameters, persistent_buffers
 from unmask.selection.selection import Selection
 from unmask.sync.support import DTYPES, Places, Support, Table, bits_of, table_of
 
@@ -27,7 +28,7 @@ class Source:
         support: The support at the last `look`.
 
     Raises:
-        SyncError: The model is quantised, or it is sharded and has tensors that are sent whole.
+        SyncError: The model is quantised, or a tensor that no base has is sharded.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -37,10 +38,12 @@ class Source:
                 f"{min(facts.quantised)!r} is quantised, and its trained weights are kept next to it in float32, which no "
                 "receiver holds. Train a model that is not quantised, or send selection.delta() (docs/quantised.md)."
             )
-        if facts.sharded and (facts.dense or facts.new()):
+        reshard(selection.model)
+        spread = {name for name, p in named_parameters(selection.model).items() if is_sharded(p)}
+        if spread and (whole := spread & facts.new()):
             raise SyncError(
-                f"{min({*facts.dense, *facts.new()})!r} is sent whole, and the model is sharded, so that no process has all of "
-                "it. Leave it out of dense= and new=, or train without fully_shard."
+                f"{min(whole)!r} is in no base, so it is sent whole, and it is sharded, so that no process has all of it. Keep it "
+                "out of the sharding: fully_shard(model, ignored_params={...})."
             )
         self._selection = selection
         self.support = Support(())
