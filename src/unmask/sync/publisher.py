@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unmask.selection.selection import Selection
 from unmask.sync import message
-from unmask.sync.message import Header, Kind
+from unmask.sync.header import Header, Kind
 from unmask.sync.source import Source
 from unmask.sync.support import Support, TensorSpec, bits_of
 from unmask.sync.transport import Transport
@@ -115,15 +115,15 @@ class Publisher:
         """
         self._source.look()
         support = self._source.support
-        for number, values in self._source.placed().items():
+        for number, values in self._source.placed():
             yield Part(support.table[number], torch.from_numpy(support.places[number].indices), values)
-        for number, values in self._source.whole().items():
+        for number, values in self._source.whole():
             yield Part(support.table[number], None, values.clone())
 
     def _publish(self, full: bool = False) -> Sent:
         source, sent = self._source, self._sent
         source.look()
-        support, placed, whole = source.support, source.placed(), source.whole()
+        support, placed, whole = source.support, dict(source.placed()), dict(source.whole())
         other = support.table != sent.table  # so at the first message
         change = support.since(Support(support.table) if other else sent)
         moved = other or bool(change)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from unmask.errors import SyncError, SyncTimeoutError
 from unmask.reading import Malformed
-from unmask.sync.message import Content, Header, Kind, Message
+from unmask.sync.header import Header, Kind
+from unmask.sync.message import Content, Message
 from unmask.sync.original import Original, as_values, entries_write
 from unmask.sync.support import Support, bits_of
 from unmask.sync.targets import Fused, Region, Shards, Targets, refuse_unwritable
@@ -161,7 +162,7 @@ class Receiver:
         """Writes a message that is in order into the model."""
         held, header = self._follow(), message.header
         try:
-            content = message.content(None if held is None else held.support)
+            content = message.content(Support(()) if held is None else held.support)
         except Malformed as malformed:
             raise SyncError(
                 f"version {header.version} cannot be used: {malformed}. Nothing was changed."
