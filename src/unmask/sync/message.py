@@ -189,7 +189,7 @@ def _table(rows: list[Any]) -> Table:
     return table
 
 
-def write(
+def write_message(
     header: Header,
     support: Support,
     change: Change | None,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from unmask.selection.selection import Selection
-from unmask.sync import message
 from unmask.sync.header import Header, Kind
+from unmask.sync.message import write_message
 from unmask.sync.source import Source
 from unmask.sync.support import Support, TensorSpec, bits_of
 from unmask.sync.transport import Transport
@@ -133,7 +133,7 @@ class Publisher:
             kind = Kind.EPOCH if moved else Kind.STEP
         base = support.digest() if moved else self._base
         header = Header(kind, 0, self.version + 1, self.epoch + moved, self._started, 0, self._run, base)
-        written = message.write(
+        written = write_message(
             header,
             support,
             None if kind == Kind.STEP else change,

@@ -50,8 +50,10 @@ class _State:
 
     def original(self) -> Original:
         """Returns what the model held before the first message."""
-        places = self.support.places
-        written = [(each, each.own(places[number].base)) for number, found in self.entries.items() for each in found]
+        written: dict[str, list[tuple[Entries, NDArray]]] = {}
+        for number, found in self.entries.items():
+            for each in found:
+                written.setdefault(each.region.name, []).append((each, each.own(self.support.places[number].base)))
         return Original(written, self.whole)
 
 
@@ -190,6 +192,7 @@ class Receiver:
         state = _State(header, content, regions, entries, whole)
         apply([*original.writes(), *_once_writes(content, regions), *state.values()])
         self._state = state
+        self._targets.remember()
 
     def _take_epoch(self, header: Header, content: Content, held: _State) -> None:
         """Writes a message by which places join or leave; a place that leaves gets its base value back."""
@@ -206,7 +209,9 @@ class Receiver:
             number: _resolved(support, number, places.indices, regions) if number in touched else held.entries[number]
             for number, places in support.places.items()
         }
-        whole = _copies(support, change.whole, regions, held.original()) | held.whole
+        whole = held.whole
+        if change.whole:
+            whole = _copies(support, change.whole, regions, held.original()) | whole
         state = _State(header, content, regions, entries, whole)
         apply([*leaving, *state.values()])
         self._state = state
@@ -231,6 +236,7 @@ class Receiver:
                 "replaced. Load the base, and make another Receiver."
             )
         self._state = moved
+        self._targets.remember()
         return moved
 
 

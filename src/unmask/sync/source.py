@@ -64,7 +64,8 @@ class Source:
             raise SyncError("the selection was released, so nothing is trained any more; publish before release().")
         selection.check_model()
         layout, positions, table = ledger.layout, ledger.positions[: ledger.used], self.support.table
-        dtypes = {name: tensor.dtype for name, tensor in zip(layout.names, layout.tensors, strict=True)}
+        with torch._C.DisableTorchFunctionSubclass():
+            dtypes = {name: tensor.dtype for name, tensor in zip(layout.names, layout.tensors, strict=True)}
         if not table or any(dtypes.get(spec.name, DTYPES[spec.dtype]) != DTYPES[spec.dtype] for spec in table):
             table, self._positions = table_of(selection.model), None
         originals = selection.facts.buffers
