@@ -29,7 +29,7 @@ _NAMES = {
     "selection.selection": ("Selection",),
 }
 _HOMES = {name: f"unmask.{module}" for module, names in _NAMES.items() for name in names}
-_PACKAGES = ("analysis", "integrations", "methods", "peft", "quantised")
+_PACKAGES = ("analysis", "integrations", "methods", "peft", "quantised", "sync")
 
 
 def __getattr__(name: str) -> Any:

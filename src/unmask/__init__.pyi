@@ -5,6 +5,7 @@ from unmask import integrations as integrations
 from unmask import methods as methods
 from unmask import peft as peft
 from unmask import quantised as quantised
+from unmask import sync as sync
 from unmask.delta.combine import combine as combine
 from unmask.delta.delta import SparseDelta as SparseDelta
 from unmask.delta.sparse import SparseTensor as SparseTensor
@@ -18,6 +19,8 @@ from unmask.errors import NonFiniteGradientError as NonFiniteGradientError
 from unmask.errors import ProcessesDifferError as ProcessesDifferError
 from unmask.errors import ScheduleNotRunError as ScheduleNotRunError
 from unmask.errors import SelectionError as SelectionError
+from unmask.errors import SyncError as SyncError
+from unmask.errors import SyncTimeoutError as SyncTimeoutError
 from unmask.errors import UnmaskError as UnmaskError
 from unmask.errors import UnmaskWarning as UnmaskWarning
 from unmask.errors import WriteError as WriteError

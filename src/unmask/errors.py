@@ -8,6 +8,8 @@ UnmaskError
 │   ├── NonFiniteGradientError        NaN or infinity reached the gradients.
 │   └── ProcessesDifferError          Processes that train together differ, are out of step, or one is lost.
 ├── DeltaError (ValueError)           A delta is damaged, or it belongs to another base.
+├── SyncError (RuntimeError)          A message between a trainer and a receiver was refused, or cannot be sent.
+│   └── SyncTimeoutError (TimeoutError)  No message came in time.
 ├── DataError (ValueError)            A data set, file, column or label cannot be used.
 ├── ConfigError (ValueError)          A run's configuration cannot work.
 ├── WriteError (OSError)              A file cannot be written: the disk is full, or permission is missing.
@@ -53,6 +55,14 @@ class ProcessesDifferError(SelectionError):
 
 class DeltaError(UnmaskError, ValueError):
     """Says that a delta is damaged, or does not belong to this model. Nothing was changed."""
+
+
+class SyncError(UnmaskError, RuntimeError):
+    """Says that a message of `unmask.sync` was refused, or cannot be sent or received. The receiver's model is unchanged."""
+
+
+class SyncTimeoutError(SyncError, TimeoutError):
+    """Says that no message of `unmask.sync` came in time."""
 
 
 class DataError(UnmaskError, ValueError):

@@ -110,7 +110,7 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(path: Path, content: bytes) -> Path:
+def write_bytes(path: Path, content: bytes | bytearray) -> Path:
     """Replaces a file in one step, and returns its path. The content is on the disk before the file gets its name."""
     with replacing(path) as part:
         part.write_bytes(content)

@@ -48,9 +48,12 @@ class Selection:
         budget: B; for `unmask.full` the number of weights it trains.
         dense: The tensors that are trained whole, outside the budget.
         clip_scope: The norm by which `unmask.clip_grad_norm_` clips.
+        facts: The model's tensors as they were when the selection was made: eligible, trained whole, new, quantised, buffers.
+        released: True after `release`.
     """
 
     def __init__(self, parts: Parts, clip_scope: ClipScope, untie: Callable[[], None]) -> None:
+        self.facts = parts.facts
         self.model, self.method, self.budget = parts.facts.model, parts.method, parts.facts.budget
         self.ledger, self.values = parts.ledger, parts.ledger.values
         self.dense, self.clip_scope = parts.dense, clip_scope
@@ -58,7 +61,7 @@ class Selection:
         self._identity, self._outside, self._reducer = parts.identity, parts.outside, parts.reducer
         self._states = StateKeeper(parts)
         self._steps = Steps(parts, self.check_model, self.owns)
-        self._untie, self._released = untie, False
+        self._untie, self.released = untie, False
 
     def start(self) -> None:
         """Plans the first step, and serves optimizers and forwards from now on. `unmask.select` calls this last.
@@ -166,7 +169,7 @@ class Selection:
                 "order of unmasking from which a smaller budget could be read; leave order=False."
             )
         reshard(self.model)
-        facts, layout, slots = self._parts.facts, self.ledger.layout, self.ledger.snapshot()
+        facts, layout, slots = self.facts, self.ledger.layout, self.ledger.snapshot()
         tensors = {name: gathered(tensor) for name, tensor in base_tensors(self.model).items()}
         changed_buffers = {name for name, b in facts.buffers.items() if not same_bits(b, tensors[name])}
         current = {d.name for d in self.dense} | changed_buffers
@@ -343,7 +346,7 @@ class Selection:
 
         A quantised layer keeps its sidecar; ``unmask.quantised.detach(model)`` takes it off.
         """
-        if self._released:
+        if self.released:
             return
         self.catch_up()
         self.unwatch()
@@ -358,10 +361,10 @@ class Selection:
         for tensor in self.dense:
             tensor.release()
         for name, parameter in named_parameters(self.model).items():
-            parameter.requires_grad_(self._parts.facts.flags.get(name, parameter.requires_grad))
+            parameter.requires_grad_(self.facts.flags.get(name, parameter.requires_grad))
         self._identity.release()
         self._untie()
-        self._released = True
+        self.released = True
         release_buffers()  # another selection makes its own again
 
     def __repr__(self) -> str:
@@ -370,7 +373,7 @@ class Selection:
         return f"Selection({self.method.name}, used={self.used:,} {of}, step={self.step}{dense})"
 
     def _alive(self, what: str) -> None:
-        if self._released:
+        if self.released:
             raise SelectionError(f"{what}() after release(): this selection has ended; call it before.")
 
 
