@@ -236,7 +236,7 @@ def on_two_devices() -> Ranked:
 def counted() -> dict[str, object]:
     """Counts the launches of a ranking and what else would make the host wait, before its result and in it."""
     operations, launches = Operations(), collections.Counter()
-    kernels = triton_buffer._kernels()
+    kernels = triton_buffer.kernels()
 
     class Launched:
         def __init__(self, kernel: object) -> None:
@@ -251,7 +251,7 @@ def counted() -> dict[str, object]:
 
             return launch
 
-    triton_buffer._kernels = lambda: tuple(Launched(kernel) for kernel in kernels)
+    triton_buffer.kernels = lambda: tuple(Launched(kernel) for kernel in kernels)
     ledger = a_ledger()
     gradients = some_gradients(ledger)
     with operations:
@@ -260,7 +260,7 @@ def counted() -> dict[str, object]:
             ranker.rank(index, gradients[index])
         early = operations.waiting.copy()
         ranker.result()
-    triton_buffer._kernels = lambda: kernels
+    triton_buffer.kernels = lambda: kernels
     return {"launches": dict(launches), "early": dict(early), "waiting": dict(operations.waiting)}
 
 
@@ -356,7 +356,7 @@ def assemble(path: str) -> None:
         capability, dtype, formula = key
         driver.get_current_target = types.MethodType(lambda target: target, GPUTarget("cuda", capability, 32))
         triton.runtime.driver.set_active(driver)
-        triton_buffer._kernels.cache_clear()
+        triton_buffer.kernels.cache_clear()
         buffer = BestBuffer(Sizes.of(5, 1000), 0.0, 1, torch.device("cpu"))
         for size, members in ((64, None), (256, torch.arange(3))):
             block = torch.ones(size, dtype=dtype)
@@ -514,7 +514,7 @@ def test_kernels_that_do_not_run_are_not_used_and_a_warning_says_so(monkeypatch)
         raise RuntimeError("no compiler")
 
     triton_buffer._works.cache_clear()
-    monkeypatch.setattr(triton_buffer, "_kernels", fails)
+    monkeypatch.setattr(triton_buffer, "kernels", fails)
     with pytest.warns(UserWarning, match="Triton does not rank on meta, plain torch is used instead: no compiler"):
         assert not triton_buffer._works(torch.device("meta"))
     triton_buffer._works.cache_clear()
