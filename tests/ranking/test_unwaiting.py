@@ -6,51 +6,15 @@ import math
 
 import pytest
 import torch
+from ledgers import HEURISTICS, SHAPES, a_ledger, ranked_by, some_gradients
 
 from unmask.errors import NonFiniteGradientError
 from unmask.gradients.factors import Factors
 from unmask.lab.bench.host import Operations
 from unmask.methods.heuristics import heuristic
 from unmask.ranking import unwaiting
-from unmask.ranking.ledger import Layout, Ledger
 from unmask.ranking.ranker import Ranker
 from unmask.ranking.unwaiting import UnwaitingRanker, first_places
-
-SHAPES = [(7, 5), (40,), (1, 9), (3, 2, 4), (), (0, 4), (16, 16)]
-HEURISTICS = [
-    heuristic("d3"), heuristic("d3", exp=0.0), heuristic("d3", exp=-1.0, eps=0.5), heuristic("gradient"), heuristic("snip"),
-    heuristic("small_magnitude"), heuristic("large_magnitude"), heuristic("constant"), heuristic("random", seed=3),
-]  # fmt: skip
-
-
-def a_ledger(dtype=torch.float32, held=(3, 20, 36, 77, 90), coarse=False):
-    """Makes a ledger of a few tensors, some of whose weights are unmasked; coarse numbers make many equal scores."""
-    generator = torch.Generator().manual_seed(1)
-    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
-    if coarse:
-        tensors = [t.round() for t in tensors]
-    layout = Layout([f"t{i}" for i in range(len(SHAPES))], [t.to(dtype) for t in tensors])
-    ledger = Ledger(layout, torch.nn.Parameter(torch.zeros(30)), 30)
-    if held:
-        positions = torch.tensor(held)
-        ledger.assign(torch.arange(len(held)), positions, layout.read(positions, torch.float32))
-    return ledger
-
-
-def some_gradients(ledger, coarse=False):
-    generator = torch.Generator().manual_seed(2)
-    found = [torch.randn(t.shape, generator=generator) for t in ledger.layout.tensors]
-    found = [g.mul(2).round() if coarse else g for g in found]
-    return [g.to(t.dtype) for g, t in zip(found, ledger.layout.tensors, strict=True)]
-
-
-def ranked_by(ranker, gradients, order, unreached=()):
-    for index in order:
-        if index in unreached:
-            ranker.rank_zero(index)
-        else:
-            ranker.rank(index, None if gradients is None else gradients[index])
-    return ranker.result()
 
 
 @pytest.mark.parametrize(("block", "small"), [(1, 1), (16, 1), (1 << 24, 60), (16, 60), (1 << 24, 1 << 22)])

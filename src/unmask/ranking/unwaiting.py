@@ -23,10 +23,13 @@ from unmask.methods.method import Method
 from unmask.ranking.ledger import Ledger
 from unmask.ranking.ranker import Ranker
 from unmask.ranking.topk import Ranked
+from unmask.ranking.triton_ranker import TritonRanker, serves
 
-BLOCK = 1 << 24  # The scalar weights that are scored at a time; temporaries take about 16 bytes each.
+# These are at most a 64th of all weights, but not less than _LEAST: next to a model's backward they take little memory.
+BLOCK = 1 << 24  # The scalar weights that are scored at a time, at most; temporaries take about 16 bytes each.
 _SMALL = 1 << 22  # The scalar weights below which tensors are ranked together; their gradients are kept meanwhile.
-_MERGE = 1 << 20  # The entries that may wait to be merged, at least.
+_MERGE = 1 << 20  # The entries that may wait to be merged; more if k is large.
+_LEAST = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,15 @@ class _Block:
 def new_ranker(method: Method, table: Ledger, keep: int, step: int, exclude_members: bool) -> Ranker:
     """Returns the ranking of one process on the device of the table's values; the arguments are those of `Ranker`.
 
-    It is an `UnwaitingRanker` where the host should not wait for the device. An allocation that bounds the share of tensors,
-    rows or columns, and a heuristic that looks at whole tensors, are ranked by a `Ranker` on every device.
+    Where the host should not wait for the device, it is a `TritonRanker` on CUDA and an `UnwaitingRanker` elsewhere. An
+    allocation that bounds the share of tensors, rows or columns, and a heuristic that looks at whole tensors, are ranked by a
+    `Ranker` on every device.
     """
-    waits = backend_of(table.values.device).asks
-    if waits or method.allocation != "global" or not method.heuristic.elementwise:
+    backend = backend_of(table.values.device)
+    if backend.asks or method.allocation != "global" or not method.heuristic.elementwise:
         return Ranker(method.heuristic, table, method.allocation, keep, step, exclude_members)
-    return UnwaitingRanker(method.heuristic, table, keep, step, exclude_members)
+    kind = TritonRanker if backend.name == "cuda" and serves(table, keep) else UnwaitingRanker
+    return kind(method.heuristic, table, keep, step, exclude_members)
 
 
 class UnwaitingRanker(Ranker):
@@ -72,6 +77,8 @@ class UnwaitingRanker(Ranker):
         ] = []  # with (least score, largest, place of the first that is not finite)
         self._small: list[tuple[int, Tensor | None]] = []
         self._size = 0  # of the small tensors that wait
+        share = max(_LEAST, table.layout.total // 64)
+        self._block, self._joined, self._waiting = (min(share, most) for most in (BLOCK, _SMALL, _MERGE))
 
     def rank(self, index: int, gradient: Tensor | Factors | None) -> None:
         """Offers one tensor's entries, as `Ranker.rank` does. A score that is not finite is refused by `result`."""
@@ -83,19 +90,19 @@ class UnwaitingRanker(Ranker):
         if not size:
             return
         # A quantised weight is read in rows, and random numbers follow from the tensor; neither can be joined with others.
-        if size < _SMALL and type(weight) is Tensor and self.heuristic.needs != "nothing":
+        if size < self._joined and type(weight) is Tensor and self.heuristic.needs != "nothing":
             if self._small and not self._like_the_small(weight, gradient):
                 self._rank_small()
             self._small.append((index, gradient))
             self._size += size
-            if self._size >= _SMALL:
+            if self._size >= self._joined:
                 self._rank_small()
             return
         rows, grads = as_rows(weight), None if gradient is None else as_rows(gradient)
         if rows.shape[0] == 1 and type(weight) is Tensor:  # a vector may be long
             rows, grads = rows.t(), None if grads is None else grads.t()
         columns = rows.shape[1]
-        height = max(1, BLOCK // columns)
+        height = max(1, self._block // columns)
         for row in range(0, rows.shape[0], height):
             w, g = rows[row : row + height], None if grads is None else grads[row : row + height]
             self._rank_block(_Block([index], [0], row * columns, w.numel()), w, g)
@@ -131,10 +138,11 @@ class UnwaitingRanker(Ranker):
         if len(starts) == 1:
             positions = places + (starts[0] + block.low)
         else:
-            bounds, shifts = torch.tensor([block.offsets, starts], device=places.device)
+            # A copy that blocks would make the host wait for the device.
+            bounds, shifts = torch.tensor([block.offsets, starts]).to(places.device, non_blocking=True)
             positions = places + shifts[torch.bucketize(places, bounds, right=True) - 1]
         self._parts.append(Ranked(best, positions, best if gradient is None else take(gradient, places).to(dtype)))
-        if sum(part.scores.numel() for part in self._parts) > max(_MERGE, 3 * self.top.k):
+        if sum(part.scores.numel() for part in self._parts) > max(self._waiting, 3 * self.top.k):
             self._parts = [self._merged()]
 
     def _competing(self, block: _Block, scores: Tensor) -> Tensor:
