@@ -92,13 +92,15 @@ class Site:
         taps: The set of taps that the tensor belongs to.
         index: The tensor's index in that set.
         kind: The tensor's class before it was tapped.
-        stand_in: The tensor's stand-in in the running forward, if it has one yet.
+        part: The stand-in for the tensor's entries while their gradients suffice; None if whole gradients are wanted, or none.
+        stand_in: The tensor's stand-in in the running forward, if it has one yet and needs another at the next forward.
         leaf: A stand-in that serves many forwards, once one was made.
     """
 
     taps: Interceptor
     index: int
     kind: type
+    part: StandIn | None = None
     stand_in: StandIn | None = None
     leaf: StandIn | None = None
 

@@ -37,7 +37,6 @@ class _Hook:
 
     def __init__(self, taps: TapSet | None) -> None:
         self._taps = (lambda: None) if taps is None else weakref.ref(taps)
-        self._served = 0  # The value of `TapSet.served` when the forward began.
         self._anchor = torch.zeros((), requires_grad=True)  # It makes the signal require grad, and never receives one.
 
     def __deepcopy__(self, memo: Any) -> _Hook:
@@ -52,9 +51,9 @@ class _Hook:
         if taps is None or not torch.is_grad_enabled():
             return None
         if not output:  # This is the hook before the forward.
-            self._served = taps.served
+            taps.served = False
             return None
-        if taps.paused or taps.served != self._served:
+        if taps.paused or taps.served:
             return None
         floats = [leaf for leaf in tree_leaves(output[0]) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         # With tensors that are trained whole, the outputs that do not depend on them stay as they are.

@@ -161,6 +161,11 @@ class Ledger:
 
     # What the slots hold.
 
+    @property
+    def arrangement(self) -> object:
+        """An object that is replaced by another one when slots get other weights, or tensors move to another device."""
+        return self._occupied
+
     def members(self, index: int) -> Entries | None:
         """Returns one tensor's entries that have a slot; None if it has none."""
         known = self._members.get(index)

@@ -192,6 +192,7 @@ def _tap(facts: ModelFacts, method: Method, ledger: Ledger, options: Options, re
     training = weakref.ref(model)
     taps = TapSet(ledger.layout.tensors, window, lambda: bool((m := training()) and m.training))
     outside = OutsideWrites(facts, method, ledger, dense, taps)
+    taps.sampled = window.sampled
     if window.sampled:
         taps.handlers = handlers(dense=options.gradients == "auto")
     settle(model, ledger.layout.tensors)
