@@ -126,9 +126,10 @@ class TappedParameter(nn.Parameter):
 
 
 def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
+    # `type(...) is` in this file, for a parameter's `isinstance` is a slow function in Python.
     with torch._C.DisableTorchFunctionSubclass():
         # A function that writes into another tensor uses the parameter's value, so only the first argument counts.
-        if args and isinstance(args[0], TappedParameter):
+        if args and type(args[0]) is TappedParameter:
             name = getattr(func, "__name__", "")
             changes = name.endswith("_") and not name.startswith("__")
             if changes or name in _RAW or (name == "__get__" and func not in _VIEWS):
@@ -136,13 +137,13 @@ def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
                     site_of(args[0]).taps.catch_up()
                 return func(*args, **kwargs)
         for value in (*args, *kwargs.values()):
-            if isinstance(value, TappedParameter):
+            if type(value) is TappedParameter:
                 handler = site_of(value).taps.handlers.get(func)
                 result = handler(func, *args, **kwargs) if handler and torch.is_grad_enabled() else NotImplemented
                 if result is not NotImplemented:
                     return result
                 break
-        return func(*substitute(args), **substitute(kwargs))
+        return func(*substitute(args), **(substitute(kwargs) if kwargs else kwargs))
 
 
 # A compiler must not see the state of taps: its graph breaks here.
@@ -158,11 +159,12 @@ def _plain(parameter: Tensor) -> Tensor:
 
 def substitute(value: Any) -> Any:
     """Returns a value, or a nest of lists, tuples and dicts, with each tapped parameter replaced for an operation."""
-    if isinstance(value, TappedParameter):
+    kind = type(value)
+    if kind is TappedParameter:
         return site_of(value).taps.use(value)
-    if type(value) in (list, tuple):
-        return type(value)(substitute(item) for item in value)
-    if type(value) is dict:
+    if kind is tuple or kind is list:
+        return kind([substitute(item) for item in value])
+    if kind is dict:
         return {key: substitute(item) for key, item in value.items()}
     return value
 
