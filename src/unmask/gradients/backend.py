@@ -50,7 +50,9 @@ def gathered_product(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Ten
         pieces = zip(rows.split(size), columns.split(size), strict=True)
         return torch.cat([gathered_product(g, x, *piece) for piece in pieces])
     left, right = g.index_select(1, rows), x.index_select(1, columns)
-    return (left.to(wide) * right.to(wide)).sum(0)
+    if g.dtype != wide:
+        left, right = left.to(wide), right.to(wide)
+    return (left * right).sum(0)
 
 
 _CPU = Backend("cpu", asks=True)

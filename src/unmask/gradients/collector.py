@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from unmask.gradients.entries import Entries
 from unmask.gradients.tapped import StandIn
+
+
+_known: WeakValueDictionary[int, Entries] = WeakValueDictionary()  # by the address of their indices
+
+
+def entries_at(flat: Tensor, rows: int, columns: int) -> Entries:
+    """Returns the entries of a matrix (rows, columns) at the indices ``flat``.
+
+    They are the collected ones if these have the same indices: what follows from the indices is then computed once.
+    """
+    known = _known.get(flat.data_ptr())
+    if known is None or known.flat.numel() != flat.numel() or known.shape != (rows, columns):
+        return Entries((rows, columns), flat, flat)
+    return known
 
 
 class Collector:
@@ -53,6 +68,8 @@ class Collector:
                 parts = leaf.split([entries[index].flat.numel() for index in indices])
             for index, part in zip(indices, parts, strict=True):
                 self.parts[index] = StandIn(part, entries[index])
+                if part.numel():
+                    _known[entries[index].flat.data_ptr()] = entries[index]
 
 
 def _hand_over(slots: Tensor, arrived: Callable[[Tensor, Tensor], None], leaf: Tensor) -> None:

@@ -83,6 +83,10 @@ class TapSet:
         owner: The selection. The tapped tensors keep this set alive and the set keeps its selection alive, so that a run goes
             on even if the user drops the selection.
         handlers: The operations that run in torch's place.
+        in_graph: Runs an operation inside a compiled graph; None breaks the graph there. It needs the entries of `at_entries` to
+            stay the same.
+        running: True while a forward of the model runs whose hook has looked after the tensors.
+        dense: Allows a product of a linear layer to be dense where only some entries are wanted.
         sampled: True if a placeholder stands for a tensor of which some entries are wanted; otherwise an alias does, and the
             entries are taken from its dense gradient.
         served: True if an operation was given something that brings a gradient, since someone has set this to False.
@@ -96,7 +100,9 @@ class TapSet:
     def __init__(self, tensors: Sequence[Tensor], receiver: Receiver, training: Callable[[], bool]) -> None:
         self.owner: object = None
         self.handlers: dict[Any, Handler] = {}
-        self.sampled = True
+        self.in_graph: Callable[..., Any] | None = None
+        self.running = False
+        self.sampled = self.dense = True
         self.served = False
         self.writes: Writes | None = None
         self.take_in: Callable[[], None] | None = None
@@ -139,15 +145,15 @@ class TapSet:
         self._pieces.clear()
         self._renew()
 
-    def prepare(self) -> None:
-        """Asks the receiver what it wants until the next call; a step begins, or tensors have moved."""
+    def prepare(self, moved: bool = False) -> None:
+        """Asks the receiver what it wants until the next call; a step begins, or tensors have moved or were converted."""
         entries = self._receiver.at_entries()
         if entries is None:
             if self._collector is not None:
                 self._collector = None
                 for site in self._sites:
                     site.part = None
-        elif self._collector is None or self._collector.entries is not entries:
+        elif moved or self._collector is None or self._collector.entries is not entries:
             self._collector = Collector(entries, self._tensors, self._collect)
             for site in self._sites:
                 site.part = self._collector.parts.get(site.index)
@@ -218,8 +224,7 @@ class TapSet:
         assert part.entries is not None, "a part stands for entries"
         if self.sampled and not (ordinary and whole is not None and whole(part.entries)):
             if part.proxy.device != parameter.device:
-                self._collector = None
-                self.prepare()
+                self.prepare(moved=True)
                 part = site.part
             return part
         return self._leaf(site, parameter) if ordinary and not backend_of(parameter.device).asks else None
