@@ -119,7 +119,7 @@ class TappedParameter(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         taps = _taps_of((*args, *(kwargs or {}).values()))
-        if taps is None or taps.in_graph is None or not taps.running:
+        if taps is None or taps.in_graph is None or not (taps.running and taps.at_entries):
             return _outside_compiler(func, args, kwargs or {})
         taps.served = True
         with torch._C.DisableTorchFunctionSubclass():

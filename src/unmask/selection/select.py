@@ -194,7 +194,7 @@ def _tap(facts: ModelFacts, method: Method, ledger: Ledger, options: Options, re
     taps = TapSet(ledger.layout.tensors, window, lambda: bool((m := training()) and m.training))
     outside = OutsideWrites(facts, method, ledger, dense, taps)
     taps.sampled, taps.dense = window.sampled, options.gradients != "sampled"
-    if not facts.sharded and method.strategy == "static":
+    if method.strategy == "static" and not facts.sharded:
         taps.in_graph = in_graph
     if window.sampled:
         taps.handlers = handlers(dense=options.gradients == "auto")
