@@ -12,7 +12,6 @@ from torch import Tensor
 from unmask.gradients.entries import Entries
 from unmask.gradients.tapped import StandIn
 
-
 _known: WeakValueDictionary[int, Entries] = WeakValueDictionary()  # by the address of their indices
 
 

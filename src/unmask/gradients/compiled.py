@@ -108,9 +108,7 @@ def product_at(
 
 
 @product_at.register_fake
-def _(
-    left: Tensor, right: Tensor, flat: Tensor, like: Tensor, sampled: bool, dense: bool, transposed: bool
-) -> Tensor:
+def _(left: Tensor, right: Tensor, flat: Tensor, like: Tensor, sampled: bool, dense: bool, transposed: bool) -> Tensor:
     return like.new_empty(like.shape)
 
 
@@ -236,7 +234,7 @@ torch.library.register_autograd("unmask::embedding", _embedding_backward, setup_
 
 @torch.library.custom_op("unmask::weight", mutates_args=())
 def weight(tensor: Tensor, placeholder: Tensor, flat: Tensor) -> Tensor:
-    """Copies a tensor, for an operation that differentiates it; the backward gives the placeholder the gradient at its entries."""
+    """Copies a tensor for any operation; the backward takes the gradient at the entries, for the placeholder."""
     return tensor.clone()
 
 

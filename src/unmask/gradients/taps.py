@@ -216,9 +216,7 @@ class TapSet:
             site.stand_in.pending.uses += 1
         return site.stand_in
 
-    def _of_entries(
-        self, site: Site, parameter: Tensor, whole: Callable[[Entries], bool] | None
-    ) -> StandIn | None:
+    def _of_entries(self, site: Site, parameter: Tensor, whole: Callable[[Entries], bool] | None) -> StandIn | None:
         """Returns a stand-in for the entries of a tensor; None if an alias that a `Tap` watches is to stand for all of it."""
         part, ordinary = site.part, type(parameter) is TappedParameter
         assert part is not None, "the tensor has one"

@@ -52,7 +52,9 @@ class Window:
         self.sampled = options.gradients != "dense" and not self.measured
         self._asks = backend_of(ledger.values.device).asks
         self.plan = Plan(0, 0, 0, 0, repeat=False)
-        self._lasting: tuple[tuple, dict[int, Entries], tuple] | None = None  # what `at_entries` depends on, and returned last
+        self._lasting: tuple[tuple, dict[int, Entries], tuple] | None = (
+            None  # what `at_entries` depends on, and returned last
+        )
         self._inside: dict[int, Entries] = {}  # the entries that this step trains: of a known order, or the last picks
         self._open = torch.empty(0, dtype=torch.int64)  # slots that the newcomers may take
         self._clear()
