@@ -74,11 +74,11 @@ def test_dense_gradients_are_received_one_by_one_and_freed(mode):
         if isinstance(layer, nn.Linear):
             layer.register_forward_hook(reach(name))
 
-    def counting(index, gradient, entries):
+    def counting(index, gradient):
         most.append(len(behind))
         behind.discard(selection.ledger.layout.names[index])
         alive.append(weakref.ref(gradient))
-        receive(index, gradient, entries)
+        receive(index, gradient)
         assert sum(ref() is not None for ref in alive) == 1
 
     selection._window.receive = counting
@@ -109,7 +109,7 @@ def test_a_tensor_of_several_uses_is_received_once_with_their_sum():
     model, seen = Called(), []
     selection = unmask.select(model, unmask.id3(budget=5, steps=1))
     receive = selection._window.receive
-    selection._window.receive = lambda index, gradient, entries: (seen.append(index), receive(index, gradient, entries))
+    selection._window.receive = lambda index, gradient: (seen.append(index), receive(index, gradient))
     loss_of(model, X).backward()
     assert sorted(seen) == [0, 1]
 
@@ -120,7 +120,7 @@ def test_a_step_without_newcomers_asks_for_no_gradient_of_tensors_without_slots(
     inputs = torch.randn(2, 6)
     out = mean_square(model, inputs)
     sites = [p.__dict__["_unmask_site"] for p in selection.ledger.layout.tensors]
-    assert [site.stand_in is not None for site in sites] == [True]
+    assert [site.part is not None for site in sites] == [True]
     out.backward()
     assert selection.values.grad.abs().sum() > 0
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from unmask.calibration.batches import batch_size, batches, examples, frozen_evaluation, objectives, singles
 from unmask.calibration.persample import PerSampleTaps
 from unmask.errors import MethodError
-from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, as_dense
 from unmask.gradients.taps import Receiver, TapSet, in_pieces
 from unmask.methods.method import Calibration
@@ -104,7 +103,7 @@ class _Summing(Receiver):
     def begin(self) -> None:
         self._seen.clear()
 
-    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
+    def receive(self, index: int, gradient: Tensor | Factors) -> None:
         if index in self._seen:
             raise in_pieces()
         self._seen.add(index)

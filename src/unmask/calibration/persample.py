@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors
 from unmask.gradients.tapped import TappedParameter, site_of
 from unmask.gradients.taps import Receiver, TapSet
@@ -75,7 +74,7 @@ class PerSampleTaps(Receiver):
         self.unsupported.add(index)
         return False
 
-    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
+    def receive(self, index: int, gradient: Tensor | Factors) -> None:
         raise AssertionError("no tensor's gradient is wanted from the taps")
 
     def _linear(self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

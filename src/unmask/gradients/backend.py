@@ -46,11 +46,13 @@ def gathered_product(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Ten
     """
     wide = torch.float64 if g.dtype == torch.float64 else torch.float32
     size = max(1, _CHUNK // max(1, g.shape[0]))
-    parts = [
-        (g.index_select(1, r).to(wide) * x.index_select(1, c).to(wide)).sum(0)
-        for r, c in zip(rows.split(size), columns.split(size), strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if rows.numel() > size:
+        pieces = zip(rows.split(size), columns.split(size), strict=True)
+        return torch.cat([gathered_product(g, x, *piece) for piece in pieces])
+    left, right = g.index_select(1, rows), x.index_select(1, columns)
+    if g.dtype != wide:
+        left, right = left.to(wide), right.to(wide)
+    return (left * right).sum(0)
 
 
 _CPU = Backend("cpu", asks=True)

@@ -34,7 +34,7 @@ def handlers(dense: bool) -> dict[Any, Handler]:
     return {F.linear: linear.linear, torch.addmm: linear.addmm, F.embedding: embedding}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Setup:
     """The settings of a linear operation, which are not its tensors."""
 
@@ -66,19 +66,22 @@ class _LinearHandlers:
         return self._apply(mat1, mat2, input, transposed=True)
 
     def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Any:
-        if not isinstance(weight, TappedParameter) or weight.ndim != 2 or isinstance(x, TappedParameter):
+        if type(weight) is not TappedParameter or weight.ndim != 2 or type(x) is TappedParameter:
             return NotImplemented
         if not weight.numel() or (bias is not None and bias.shape != (weight.shape[1 if transposed else 0],)):
             return NotImplemented  # A bias of another shape is broadcast.
-        asks = backend_of(x.device).asks
+        asks, device = backend_of(x.device).asks, x.device
+        how: Product = "dense"
 
-        def product(entries: Entries) -> Product:
-            autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-            dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-            return choose(entries, x.numel() // max(1, x.shape[-1]), dtype, x.device, self._dense)
+        def dense(entries: Entries) -> bool:
+            nonlocal how
+            autocast = torch.is_autocast_enabled(device.type) and x.dtype != torch.float64
+            dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
+            how = choose(entries, x.numel() // max(1, x.shape[-1]), dtype, device, self._dense)
+            # Where the host runs ahead of the device, an alias takes less of its time than a placeholder.
+            return how == "dense" and not asks
 
-        # Where the host runs ahead of the device, an alias takes less of its time than a placeholder whose product is dense.
-        stand_in = stand_in_of(weight, None if asks else lambda entries: product(entries) == "dense")
+        stand_in = stand_in_of(weight, dense)
         if stand_in is None and not (x.requires_grad and asks):
             return NotImplemented
         if stand_in is not None and stand_in.alias:
@@ -86,14 +89,11 @@ class _LinearHandlers:
                 return NotImplemented
             bias = substitute(bias)
             return torch.addmm(bias, x, stand_in.proxy) if transposed else F.linear(x, stand_in.proxy, bias)  # type: ignore[arg-type]
-        how: Product = "dense"
-        if stand_in is not None and stand_in.entries is not None:
-            how = product(stand_in.entries)
-            if how == "dense":
-                return NotImplemented
+        if stand_in is not None and stand_in.entries is not None and how == "dense":
+            return NotImplemented
         cast = self._cast(x)
         bias_placeholder, entries = None, None
-        if isinstance(bias, TappedParameter):
+        if type(bias) is TappedParameter:
             other = stand_in_of(bias)
             if other is not None and other.alias:
                 bias = other.proxy
@@ -146,6 +146,8 @@ class SampledLinear(torch.autograd.Function):
             placeholder,
             bias_placeholder,
         )
+        if bias is None and not setup.transposed:
+            return F.linear(x, weight)
         matrix = weight if setup.transposed else weight.t()
         # Not a view of a product in two dimensions: a caller may change the output in place.
         out = x.new_empty(*x.shape[:-1], matrix.shape[1])

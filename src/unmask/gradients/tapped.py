@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,13 +92,15 @@ class Site:
         taps: The set of taps that the tensor belongs to.
         index: The tensor's index in that set.
         kind: The tensor's class before it was tapped.
-        stand_in: The tensor's stand-in in the running forward, if it has one yet.
+        part: The stand-in for the tensor's entries while their gradients suffice; None if whole gradients are wanted, or none.
+        stand_in: The tensor's stand-in in the running forward, if it has one yet and needs another at the next forward.
         leaf: A stand-in that serves many forwards, once one was made.
     """
 
     taps: Interceptor
     index: int
     kind: type
+    part: StandIn | None = None
     stand_in: StandIn | None = None
     leaf: StandIn | None = None
 
@@ -111,8 +113,17 @@ class TappedParameter(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        dispatch = _outside_compiler if torch.compiler.is_compiling() else _dispatch
-        return dispatch(func, args, kwargs or {})
+        if not torch.compiler.is_compiling():
+            return _dispatch(func, args, kwargs or {})
+        if not torch.compiler.is_dynamo_compiling():  # What stands for the tensors is in the graph already.
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        taps = _taps_of((*args, *(kwargs or {}).values()))
+        if taps is None or taps.in_graph is None or not (taps.running and taps.at_entries):
+            return _outside_compiler(func, args, kwargs or {})
+        taps.served = True
+        with torch._C.DisableTorchFunctionSubclass():
+            return taps.in_graph(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
@@ -123,24 +134,39 @@ class TappedParameter(nn.Parameter):
         return nn.Parameter(_plain(self), requires_grad=False).__reduce_ex__(protocol)
 
 
+def is_raw(func: Any) -> bool:
+    """Returns True if a function changes its first argument, or concerns it as an object, so that no gradient flows to it."""
+    name = getattr(func, "__name__", "")
+    changes = name.endswith("_") and not name.startswith("__")
+    return changes or name in _RAW or (name == "__get__" and func not in _VIEWS)
+
+
+def _taps_of(values: Iterable[Any]) -> Any:
+    """Returns the taps of the first tapped parameter among values, or in a list or tuple of them; None if there is none."""
+    for value in values:
+        if isinstance(value, TappedParameter):
+            return site_of(value).taps
+        if isinstance(value, list | tuple) and (found := _taps_of(value)) is not None:
+            return found
+    return None
+
+
 def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
+    # `type(...) is` in this file, for a parameter's `isinstance` is a slow function in Python.
     with torch._C.DisableTorchFunctionSubclass():
         # A function that writes into another tensor uses the parameter's value, so only the first argument counts.
-        if args and isinstance(args[0], TappedParameter):
-            name = getattr(func, "__name__", "")
-            changes = name.endswith("_") and not name.startswith("__")
-            if changes or name in _RAW or (name == "__get__" and func not in _VIEWS):
-                if func in _READ:
-                    site_of(args[0]).taps.catch_up()
-                return func(*args, **kwargs)
+        if args and type(args[0]) is TappedParameter and is_raw(func):
+            if func in _READ:
+                site_of(args[0]).taps.catch_up()
+            return func(*args, **kwargs)
         for value in (*args, *kwargs.values()):
-            if isinstance(value, TappedParameter):
+            if type(value) is TappedParameter:
                 handler = site_of(value).taps.handlers.get(func)
                 result = handler(func, *args, **kwargs) if handler and torch.is_grad_enabled() else NotImplemented
                 if result is not NotImplemented:
                     return result
                 break
-        return func(*substitute(args), **substitute(kwargs))
+        return func(*substitute(args), **(substitute(kwargs) if kwargs else kwargs))
 
 
 # A compiler must not see the state of taps: its graph breaks here.
@@ -156,11 +182,12 @@ def _plain(parameter: Tensor) -> Tensor:
 
 def substitute(value: Any) -> Any:
     """Returns a value, or a nest of lists, tuples and dicts, with each tapped parameter replaced for an operation."""
-    if isinstance(value, TappedParameter):
+    kind = type(value)
+    if kind is TappedParameter:
         return site_of(value).taps.use(value)
-    if type(value) in (list, tuple):
-        return type(value)(substitute(item) for item in value)
-    if type(value) is dict:
+    if kind is tuple or kind is list:
+        return kind([substitute(item) for item in value])
+    if kind is dict:
         return {key: substitute(item) for key, item in value.items()}
     return value
 
@@ -195,7 +222,7 @@ def owner_of(tensor: Tensor) -> object:
 
 def site_of(tensor: Tensor) -> Site:
     """Returns the site of a tensor that has one."""
-    site: Site = tensor.__dict__[SITE]
+    site: Site = getattr(tensor, SITE)
     return site
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from unmask.errors import SelectionError
 from unmask.gradients.backend import backend_of
-from unmask.gradients.entries import Entries
+from unmask.gradients.collector import Collector
+from unmask.gradients.entries import Entries, take_gradient
 from unmask.gradients.factors import Factors, PendingGradient, add
 from unmask.gradients.tapped import Handler, Site, StandIn, TappedParameter, attach, detach, site_of
 from unmask.gradients.writes import Writes
@@ -22,17 +23,21 @@ from unmask.gradients.writes import Writes
 class Receiver(Protocol):
     """The consumer of the gradients that a `TapSet` sees; by default it takes whole gradients.
 
-    For each outermost backward come ``begin`` once, then ``receive`` for each tensor with the sum over all its uses, then
-    ``end`` once; if it fails, ``abort``. The sum may come in pieces in two cases: a graph holds forwards from before and after
-    another backward, or segments of reentrant checkpointing share a module of a model that is not in training mode. A receiver
-    that cannot add up pieces raises `in_pieces`.
+    For each outermost backward come ``begin`` once, then ``receive`` for each tensor with the sum over all its uses, or
+    ``collect`` if `at_entries` gave entries to the forward, then ``end`` once; if it fails, ``abort``. A receiver adds up what
+    ``collect`` brings. A whole gradient may come in pieces in two cases: a graph holds forwards from before and after another
+    backward, or segments of reentrant checkpointing share a module of a model that is not in training mode. A receiver that
+    cannot add up such pieces raises `in_pieces`.
     """
 
     def wanted(self, index: int) -> bool:
         """Returns True if the coming backward needs this tensor's gradient."""
 
-    def entries(self, index: int) -> Entries | None:
-        """Returns the entries whose gradient suffices; None if the whole tensor's is needed."""
+    def at_entries(self) -> Mapping[int, Entries] | None:
+        """Returns the entries, by tensor, whose gradients suffice until the next `TapSet.prepare`.
+
+        While they stay what they were, it returns the same object. It returns None if whole gradients are needed.
+        """
         return None
 
     def factored(self, index: int) -> bool:
@@ -43,8 +48,11 @@ class Receiver(Protocol):
         """Learns that a backward starts."""
         return
 
-    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
-        """Takes one tensor's gradient: the whole of it, or (m,) at the entries that its forward was given."""
+    def receive(self, index: int, gradient: Tensor | Factors) -> None:
+        """Takes one tensor's whole gradient."""
+
+    def collect(self, slots: Tensor, gradient: Tensor) -> None:
+        """Takes the gradient (n,) of slots, (n,) int64, whose entries `at_entries` gave to the forward."""
 
     def end(self) -> None:
         """Learns that the backward is complete."""
@@ -60,9 +68,9 @@ class TapSet:
 
     Usually the proxy is an alias that requires grad, so autograd differentiates any operation on it. Its backward hands the
     dense gradient over and frees it. Where the receiver asks for some entries only, the proxy is a *placeholder*, a vector of
-    as many zeros, whose gradient is that of the entries. An operation then uses the weight through `ByPlaceholder`, or is one
-    of ``linear.py`` and ``embedding.py``, which form no dense gradient. A placeholder of one zero stands for a whole tensor,
-    whose uses add their gradients to a `PendingGradient`.
+    as many zeros, whose gradient is that of the entries; a `Collector` makes it. An operation then uses the weight through
+    `ByPlaceholder`, or is one of ``linear.py`` and ``embedding.py``, which form no dense gradient. A placeholder of one zero
+    stands for a whole tensor, whose uses add their gradients to a `PendingGradient`.
 
     Args:
         tensors: The frozen tensors. Their places in this sequence are their indices in all calls. A tensor that is no
@@ -75,7 +83,13 @@ class TapSet:
         owner: The selection. The tapped tensors keep this set alive and the set keeps its selection alive, so that a run goes
             on even if the user drops the selection.
         handlers: The operations that run in torch's place.
-        served: The number of operations so far that were given something that brings a gradient.
+        at_entries: True if the coming backward brings the gradients of some entries; False if it brings whole ones.
+        in_graph: Runs an operation inside a compiled graph if `at_entries` is True; where it is None, the graph breaks there.
+        running: True while a forward of the model runs whose hook has looked after the tensors.
+        dense: Allows a product of a linear layer to be dense where only some entries are wanted.
+        sampled: True if a placeholder stands for a tensor of which some entries are wanted; otherwise an alias does, and the
+            entries are taken from its dense gradient.
+        served: True if an operation was given something that brings a gradient, since someone has set this to False.
         writes: The writes to ``values``, from which the tensors get their weights.
         take_in: Brings such writes into the tensors.
         check: Raises an error if the model is no longer the one that was selected from.
@@ -86,7 +100,10 @@ class TapSet:
     def __init__(self, tensors: Sequence[Tensor], receiver: Receiver, training: Callable[[], bool]) -> None:
         self.owner: object = None
         self.handlers: dict[Any, Handler] = {}
-        self.served = 0
+        self.in_graph: Callable[..., Any] | None = None
+        self.running = self.at_entries = False
+        self.sampled = self.dense = True
+        self.served = False
         self.writes: Writes | None = None
         self.take_in: Callable[[], None] | None = None
         self.check: Callable[[], None] = lambda: None
@@ -100,8 +117,9 @@ class TapSet:
         self._task: weakref.ref[functools.partial[None]] | None = None
         self._uses: Counter[int] = Counter()  # since the last backward
         self._pieces: set[int] = set()  # Tensors that were used twice: a backward may bring their gradient in pieces.
-        self._held: dict[tuple[int, int], tuple[Tensor | Factors, Entries | None]] = {}  # Their sums so far.
+        self._held: dict[int, Tensor | Factors] = {}  # Their sums so far.
         self._received = False
+        self._collector: Collector | None = None
         self.resume()
 
     def remove(self) -> None:
@@ -126,6 +144,20 @@ class TapSet:
         """Forgets all uses of the tensors, for an optimizer step is over."""
         self._pieces.clear()
         self._renew()
+
+    def prepare(self, moved: bool = False) -> None:
+        """Asks the receiver what it wants until the next call; a step begins, or tensors have moved or were converted."""
+        entries = self._receiver.at_entries()
+        self.at_entries = entries is not None
+        if entries is None:
+            if self._collector is not None:
+                self._collector = None
+                for site in self._sites:
+                    site.part = None
+        elif moved or self._collector is None or self._collector.entries is not entries:
+            self._collector = Collector(entries, self._tensors, self._collect)
+            for site in self._sites:
+                site.part = self._collector.parts.get(site.index)
 
     def _renew(self) -> None:
         """Makes the next use of each tensor get a new proxy, for a backward is over.
@@ -162,71 +194,92 @@ class TapSet:
         if not torch.is_grad_enabled():
             if not inside and self._training():  # This may be a checkpointed segment, which the backward runs again.
                 self._count(site.index)
-                self.served += self._receiver.wanted(site.index)
+                self.served |= self._receiver.wanted(site.index)
             return None
         if not (self.checked or inside):
             self.check()
-        if not self._receiver.wanted(site.index):
+        if self._collector is None:
+            if not self._receiver.wanted(site.index):
+                return None
+        elif site.part is None:
             return None
-        self.served += 1
+        self.served = True
         if inside:  # A checkpointed segment is being recomputed: the running backward is the outermost one.
             self._open()
+        if site.part is not None and (stand_in := self._of_entries(site, parameter, whole)):
+            return stand_in
         if site.stand_in is None or not _fits(site.stand_in, parameter):
-            site.stand_in = self._new_stand_in(site, parameter, whole)
+            site.stand_in = self._new_stand_in(site, parameter)
             if not inside:
                 self._count(site.index)
         if site.stand_in.pending is not None:
             site.stand_in.pending.uses += 1
         return site.stand_in
 
-    def _new_stand_in(self, site: Site, parameter: Tensor, whole: Callable[[Entries], bool] | None) -> StandIn:
-        entries, pending = self._receiver.entries(site.index), None
-        ordinary = isinstance(parameter, TappedParameter)
-        if entries is not None and ordinary and whole is not None and whole(entries):
-            return self._leaf(site, parameter)
-        if entries is None:
-            if parameter.ndim != 2 or not self._receiver.factored(site.index):
-                if ordinary and not backend_of(parameter.device).asks:
-                    return self._leaf(site, parameter)
-                tensor = parameter if ordinary else _zeros(parameter, parameter.shape, parameter.dtype)
-                return StandIn(Tap.apply(self._anchor, tensor, self, site.index, None, None))
+    def _of_entries(self, site: Site, parameter: Tensor, whole: Callable[[Entries], bool] | None) -> StandIn | None:
+        """Returns a stand-in for the entries of a tensor; None if an alias that a `Tap` watches is to stand for all of it."""
+        part, ordinary = site.part, type(parameter) is TappedParameter
+        assert part is not None, "the tensor has one"
+        assert part.entries is not None, "a part stands for entries"
+        if self.sampled and not (ordinary and whole is not None and whole(part.entries)):
+            if part.proxy.device != parameter.device:
+                self.prepare(moved=True)
+                part = site.part
+            return part
+        return self._leaf(site, parameter) if ordinary and not backend_of(parameter.device).asks else None
+
+    def _new_stand_in(self, site: Site, parameter: Tensor) -> StandIn:
+        ordinary = type(parameter) is TappedParameter
+        if site.part is None and parameter.ndim == 2 and self._receiver.factored(site.index):
             pending = PendingGradient()
-        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        zeros = _zeros(parameter, (1 if entries is None else entries.flat.numel(),), wide)
-        return StandIn(Tap.apply(self._anchor, zeros, self, site.index, entries, pending), entries, pending)
+            wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            zero = torch.zeros(1, dtype=wide, device=parameter.device)
+            return StandIn(Tap.apply(self._anchor, zero, self, site.index, pending), None, pending)
+        if ordinary and not backend_of(parameter.device).asks:
+            return self._leaf(site, parameter)
+        zeros = torch.zeros((), dtype=parameter.dtype, device=parameter.device)  # One zero, expanded, takes no memory.
+        tensor = parameter if ordinary else zeros.expand(parameter.shape)
+        return StandIn(Tap.apply(self._anchor, tensor, self, site.index, None))
 
     def _leaf(self, site: Site, parameter: Tensor) -> StandIn:
         """Returns an alias that is a leaf of autograd's graph, and is kept: it takes less of the host's time than a `Tap`."""
         if torch._C._functorch.maybe_current_level() is not None:  # `Tap` refuses a functorch transform
-            return StandIn(Tap.apply(self._anchor, parameter, self, site.index, None, None))
+            return StandIn(Tap.apply(self._anchor, parameter, self, site.index, None))
         if site.leaf is None or not _fits(site.leaf, parameter):
             leaf = parameter.detach().requires_grad_()
-            leaf.register_post_accumulate_grad_hook(functools.partial(self._arrived, site.index))
+            leaf.register_post_accumulate_grad_hook(functools.partial(self._arrived, site))
             site.leaf = StandIn(leaf)
         return site.leaf
 
-    def _arrived(self, index: int, leaf: Tensor) -> None:
+    def _arrived(self, site: Site, leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None, "autograd has just accumulated it"
-        self.hand_over(index, gradient.detach(), None)
+        if site.part is None or site.part.entries is None:
+            return self.hand_over(site.index, gradient.detach())
+        gradient = gradient.detach().coalesce() if gradient.is_sparse else gradient.detach()
+        return self._collect(site.part.entries.slots, take_gradient(gradient, site.part.entries))
+
+    def _collect(self, slots: Tensor, gradient: Tensor) -> None:
+        self._open()
+        self._received = True
+        self._receiver.collect(slots, gradient)
 
     def _count(self, index: int) -> None:
         self._uses[index] += 1
         if self._uses[index] > 1:
             self._pieces.add(index)
 
-    def hand_over(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
-        """Takes a gradient from the backward of a `Tap`; passes it on, or adds it to the pieces that came before."""
+    def hand_over(self, index: int, gradient: Tensor | Factors) -> None:
+        """Takes a whole gradient from a backward; passes it on, or adds it to the pieces that came before."""
         self._open()
         if isinstance(gradient, Tensor) and gradient.is_sparse:
             gradient = gradient.coalesce()
         if index in self._pieces:
-            key = (index, id(entries))
-            held = self._held.get(key)
-            self._held[key] = (gradient if held is None else add(held[0], gradient), entries)
+            held = self._held.get(index)
+            self._held[index] = gradient if held is None else add(held, gradient)
         else:
             self._received = True
-            self._receiver.receive(index, gradient, entries)
+            self._receiver.receive(index, gradient)
 
     def signal(self) -> None:
         """Counts the running backward, which brings no gradient, as one whose gradients are zero."""
@@ -237,8 +290,8 @@ class TapSet:
         """Ends the outermost backward: passes on the sums of pieces, and tells the receiver."""
         self._task = None
         held, received = self._held, self._received or bool(self._held)
-        for key in sorted(held):
-            self._receiver.receive(key[0], *held.pop(key))
+        for index in sorted(held):
+            self._receiver.receive(index, held.pop(index))
         self._renew()
         if received:
             self._receiver.end()
@@ -269,11 +322,6 @@ def _fits(stand_in: StandIn, parameter: Tensor) -> bool:
     return proxy.device == parameter.device
 
 
-def _zeros(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Makes zeros that take no memory: one zero, expanded."""
-    return torch.zeros((), dtype=dtype, device=like.device).expand(shape)
-
-
 class Tap(torch.autograd.Function):
     """The identity on a weight or on a placeholder; its backward hands the gradient over and propagates none."""
 
@@ -284,17 +332,16 @@ class Tap(torch.autograd.Function):
         tensor: Tensor,
         taps: TapSet,
         index: int,
-        entries: Entries | None,
         pending: PendingGradient | None,
     ) -> Tensor:
-        ctx.taps, ctx.index, ctx.entries, ctx.pending = taps, index, entries, pending
+        ctx.taps, ctx.index, ctx.pending = taps, index, pending
         return tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:  # type: ignore[override]
         whole = gradient.detach() if ctx.pending is None else ctx.pending.take()
-        ctx.taps.hand_over(ctx.index, whole, ctx.entries)
-        return (None,) * 6
+        ctx.taps.hand_over(ctx.index, whole)
+        return (None,) * 5
 
 
 class ByPlaceholder(torch.autograd.Function):

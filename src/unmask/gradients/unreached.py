@@ -37,7 +37,6 @@ class _Hook:
 
     def __init__(self, taps: TapSet | None) -> None:
         self._taps = (lambda: None) if taps is None else weakref.ref(taps)
-        self._served = 0  # The value of `TapSet.served` when the forward began.
         self._anchor = torch.zeros((), requires_grad=True)  # It makes the signal require grad, and never receives one.
 
     def __deepcopy__(self, memo: Any) -> _Hook:
@@ -49,12 +48,14 @@ class _Hook:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # A compiler must not see the state of taps.
     def __call__(self, model: nn.Module, args: Any, *output: Any) -> Any:
         taps = self._taps()
-        if taps is None or not torch.is_grad_enabled():
+        if taps is None:
             return None
         if not output:  # This is the hook before the forward.
-            self._served = taps.served
+            taps.served, taps.running = False, True
+            taps.catch_up()
             return None
-        if taps.paused or taps.served != self._served:
+        taps.running = False
+        if not torch.is_grad_enabled() or taps.paused or taps.served:
             return None
         floats = [leaf for leaf in tree_leaves(output[0]) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         # With tensors that are trained whole, the outputs that do not depend on them stay as they are.

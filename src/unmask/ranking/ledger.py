@@ -191,6 +191,11 @@ class Ledger:
 
     # What the slots hold.
 
+    @property
+    def arrangement(self) -> object:
+        """An object that is replaced by another one when slots get other weights, or tensors move to another device."""
+        return self._occupied
+
     def members(self, index: int) -> Entries | None:
         """Returns one tensor's entries that have a slot; None if it has none."""
         known = self._members.get(index)
@@ -308,17 +313,15 @@ class Ledger:
 
     def scatter(self) -> None:
         """Writes the values of the slots in use into the tensors; a proposal is left out."""
-        trained = self.trained()
-        if self.used >= self.held and self.held:
-            trained = trained[self._occupied.places]  # one gather for all tensors
-        for index in self.occupied():
-            entries = self.members(index)
-            assert entries is not None, "it is occupied"
-            if self.used >= self.held:
-                self.layout.put(index, entries.flat, trained[slice(*self._occupied.edges[index : index + 2])])
-            else:
-                inside = entries.below(self.used)
-                self.layout.put(index, inside.flat, trained[inside.slots])
+        trained, occupied = self.trained(), self.occupied()
+        entries = [members for index in occupied if (members := self.members(index)) is not None]
+        if self.used >= self.held and self.held:  # one gather for all tensors
+            values = trained[self._occupied.places].split([members.flat.numel() for members in entries])
+        else:
+            entries = [members.below(self.used) for members in entries]
+            values = tuple(trained[inside.slots] for inside in entries)
+        for index, inside, new in zip(occupied, entries, values, strict=True):
+            self.layout.put(index, inside.flat, new)
 
     @torch.no_grad()
     def zero_rest(self) -> None:

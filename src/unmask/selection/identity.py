@@ -231,6 +231,7 @@ class Identity:
                 ledger.rebuild()
             with torch.no_grad():  # round the masters once more into tensors that were converted or moved
                 ledger.scatter()
+            self._taps.prepare(moved=True)
         for place, (dense, seen) in enumerate(self._dense):
             parameter = dense.parameter
             same_place = parameter.data_ptr() == seen.pointer and parameter.shape == seen.shape

@@ -16,6 +16,7 @@ from unmask.distributed.facts import facts_of_method
 from unmask.distributed.reducer import ProcessReducer, refused_by_all
 from unmask.distributed.sharding import ShardedLayout, catch_up_before_gather
 from unmask.errors import MethodError
+from unmask.gradients.compiled import in_graph
 from unmask.gradients.linear import handlers
 from unmask.gradients.taps import TapSet
 from unmask.gradients.unreached import watch_forwards
@@ -202,6 +203,9 @@ def _tap(facts: ModelFacts, method: Method, ledger: Ledger, options: Options, re
     training = weakref.ref(model)
     taps = TapSet(ledger.layout.tensors, window, lambda: bool((m := training()) and m.training))
     outside = OutsideWrites(facts, method, ledger, dense, taps)
+    taps.sampled, taps.dense = window.sampled, options.gradients != "sampled"
+    if method.strategy == "static" and not facts.sharded:
+        taps.in_graph = in_graph
     if window.sampled:
         taps.handlers = handlers(dense=options.gradients == "auto")
     settle(model, ledger.layout.tensors)

@@ -37,6 +37,10 @@ class Steps(Steppable):
 
     def begin(self) -> None:
         """Plans the coming step."""
+        self._plan()
+        self._taps.prepare()
+
+    def _plan(self) -> None:
         self._taps.forget()
         method, ledger, window = self._method, self._ledger, self._window
         t, used = ledger.step, ledger.used

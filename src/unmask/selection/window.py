@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,9 @@ class Window:
         self.sampled = options.gradients != "dense" and not self.measured
         self._asks = backend_of(ledger.values.device).asks
         self.plan = Plan(0, 0, 0, 0, repeat=False)
+        self._lasting: tuple[tuple, dict[int, Entries], tuple] | None = (
+            None  # what `at_entries` depends on, and returned last
+        )
         self._inside: dict[int, Entries] = {}  # the entries that this step trains: of a known order, or the last picks
         self._open = torch.empty(0, dtype=torch.int64)  # slots that the newcomers may take
         self._clear()
@@ -89,15 +94,23 @@ class Window:
             return True
         return self._active(index) is not None
 
-    def entries(self, index: int) -> Entries | None:
-        """Returns the entries whose gradient suffices; None if this step needs all of the tensor's gradient."""
-        if self.plan.selecting or not self.sampled:
+    def at_entries(self) -> Mapping[int, Entries] | None:
+        """Returns the entries, by tensor, that this step trains; None if it needs whole gradients.
+
+        The same object is returned as long as they stay what they were.
+        """
+        plan, ledger = self.plan, self.ledger
+        if plan.selecting or self.measured:
             return None
-        active = self._active(index)
-        if active is not None:
-            return active
-        none = torch.empty(0, dtype=torch.int64, device=self.values.device)
-        return self.ledger.layout.at(index, none, none)
+        key = plan.active, id(ledger.arrangement), id(plan.picked)
+        if self._lasting is None or self._lasting[0] != key:
+            found = {index: self._active(index) for index in range(len(ledger.layout.tensors))}
+            if plan.active == 0:  # nothing to train yet: no entries of any tensor, so that the loss has a graph
+                none = torch.empty(0, dtype=torch.int64, device=self.values.device)
+                found = {index: ledger.layout.at(index, none, none) for index in found}
+            wanted = {index: entries for index, entries in found.items() if entries is not None}
+            self._lasting = key, wanted, (ledger.arrangement, plan.picked)  # kept alive, so that no id is used again
+        return self._lasting[1]
 
     def factored(self, index: int) -> bool:
         """Returns True if the whole gradient may come as `Factors`."""
@@ -139,17 +152,19 @@ class Window:
         if self._candidates is not None:
             self._added = torch.zeros_like(self._candidates.payload)
 
-    @torch.no_grad()
-    def receive(self, index: int, gradient: Tensor | Factors, entries: Entries | None) -> None:
-        """Takes one tensor's gradient: adds the part of its slots, and offers the rest to the ranking.
+    def collect(self, slots: Tensor, gradient: Tensor) -> None:
+        """Takes the gradient (n,) of slots, (n,) int64; they are those of `at_entries` when the forward ran."""
+        if self.plan.selecting:
+            raise stale()
+        if self._buffer is not None:
+            self._parts.append((slots, gradient))
 
-        The gradient is whole (dense, sparse in rows, or `Factors`), or (m,) at the entries that `entries` gave to the forward.
+    @torch.no_grad()
+    def receive(self, index: int, gradient: Tensor | Factors) -> None:
+        """Takes one tensor's whole gradient (dense, sparse in rows, or `Factors`).
+
+        Adds the part of its slots, and offers the rest to the ranking.
         """
-        if entries is not None:
-            self._add(entries, as_dense(gradient))
-            if self.plan.selecting:
-                raise stale()
-            return
         if self.accumulation == "exact" and (self.plan.selecting or self.measured):
             copy = index not in self._dense
             whole = as_dense(gradient).to(self.values.dtype, copy=copy)  # sums of bfloat16 would lose bits
@@ -160,8 +175,8 @@ class Window:
             except NonFiniteGradientError as error:  # an error once the optimizer steps: a GradScaler may skip the step
                 self.nonfinite = str(error)
         active = self._active(index)
-        if active is not None:
-            self._add(active, gradient_at(gradient, active))
+        if active is not None and self._buffer is not None:
+            self._parts.append((active.slots, gradient_at(gradient, active)))
         if self.measured and self.accumulation != "exact":
             if index in self._norms:
                 raise in_pieces()
@@ -176,7 +191,7 @@ class Window:
             return
         if self._parts:
             slots, gradients = zip(*self._parts, strict=True)
-            buffer.index_add_(0, torch.cat(slots), torch.cat([gradient.to(buffer) for gradient in gradients]))
+            buffer.index_add_(0, torch.cat(slots), torch.cat(gradients).to(buffer))
             self._parts = []
         if self.plan.active:
             self.reducer.mean(buffer[: self.plan.active])  # only these slots received any
@@ -209,15 +224,6 @@ class Window:
         """Drops the tentative selection: no budget is consumed."""
         self.ledger.withdraw()
         self._clear()
-
-    def _add(self, entries: Entries, gradient: Tensor) -> None:
-        """Adds a gradient at entries to that of their slots; where the host runs ahead, at the end, and all at once."""
-        if self._buffer is None:
-            return
-        if self._asks:
-            self._buffer.index_add_(0, entries.slots, gradient.to(self._buffer))
-        else:
-            self._parts.append((entries.slots, gradient))
 
     def _offer(self, index: int, gradient: Tensor | Factors) -> None:
         """Offers a whole gradient to the ranking, or adds its part at the candidates."""
