@@ -114,12 +114,19 @@ def _(folder: Path) -> Names:
     with torch.no_grad():
         model.classifier.weight[0, :4] += 1
     model.save_pretrained(folder / "tuned")
-    return {"BASE": folder / "base", "TUNED": folder / "tuned", "tuned": model, "model": bert_classifier(), "load": load, "train": train}
+    return {
+        "BASE": folder / "base",
+        "TUNED": folder / "tuned",
+        "tuned": model,
+        "live": bert_classifier(),
+        "load": load,
+        "train": train,
+    }
 
 
 @of(true_of, "delta.md")
 def _(page: Names, printed: str) -> None:
-    assert_same_tensors(snapshot(page["model"]), snapshot(page["tuned"]))
+    assert_same_tensors(snapshot(page["live"]), snapshot(page["tuned"]))
     assert [list(each.sparse) for each in (page["delta"], page["displaced"])] == [["classifier.weight"]] * 2
     assert printed.startswith("0.0")
     deltas, merged = page["deltas"], page["merged"]

@@ -26,8 +26,8 @@ _LARGEST_SHARE = 3 / 4
 write entries is slower than to copy a tensor, so entries must save something."""
 
 
-def between(base: Source, tuned: Source) -> tuple[dict[str, SparseTensor], dict[str, Tensor], str, dict[str, Any]]:
-    """Returns the ``sparse``, ``whole``, ``base`` and ``metadata`` of the delta between two checkpoints.
+def between(base: Source, tuned: Source) -> tuple[dict[str, SparseTensor], dict[str, Tensor], str, dict[str, Any], str]:
+    """Returns the ``sparse``, ``whole``, ``base``, ``metadata`` and ``places`` of the delta between two checkpoints.
 
     See `unmask.SparseDelta.between`.
     """
@@ -38,6 +38,7 @@ def between(base: Source, tuned: Source) -> tuple[dict[str, SparseTensor], dict[
     sparse: dict[str, SparseTensor] = {}
     whole = {name: new.tensors[name].read().clone() for name in sorted(alone)}
     digests: dict[str, str] = {}
+    places: dict[str, str] = {}
     for name in sorted(new.tensors.keys() - alone - made["tied"].keys()):
         before = old.tensors[name].read()
         change = _change(before, new.tensors[name].read())
@@ -47,7 +48,8 @@ def between(base: Source, tuned: Source) -> tuple[dict[str, SparseTensor], dict[
         digests[name] = digest(before)
         if change is not None:
             sparse[name] = change
-    return sparse, whole, fingerprint(digests), provenance.to_json()
+            places[name] = change.holding(take(before, change.indices)).digest
+    return sparse, whole, fingerprint(digests), provenance.to_json(), fingerprint(places) if places else ""
 
 
 def _provenance(old: Checkpoint, new: Checkpoint, rename: Renaming) -> Provenance:

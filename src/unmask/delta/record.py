@@ -47,7 +47,9 @@ def record_delta(
         if name not in whole:
             before[name] = entry.holding(old)
     kept_whole = {n: whole[n].cpu().clone() for n in sorted(whole)}
-    return SparseDelta(sparse, kept_whole, base, provenance.to_json(), fingerprint_at(before), Draw.of(provenance.method, layout))
+    return SparseDelta(
+        sparse, kept_whole, base, provenance.to_json(), fingerprint_at(before), Draw.of(provenance.method, layout)
+    )
 
 
 def before_training(layout: Layout, slots: Slots, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

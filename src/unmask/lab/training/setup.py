@@ -107,7 +107,7 @@ def set_up(config: TrainConfig, console: Console) -> Setup:
 def _check_model(config: TrainConfig, head: Head) -> None:
     """Refuses a model, patterns and a budget that cannot work, by the model's configuration and its checkpoint's header alone.
 
-    A share as the budget, and what is selected inside added modules, are checked when the selection is made.
+    A share as the budget, deltas to avoid, and what is selected inside added modules are checked when the selection is made.
 
     Raises:
         ConfigError: There is no such model.
@@ -120,7 +120,7 @@ def _check_model(config: TrainConfig, head: Head) -> None:
     if method.budget is not None and method.budget.relative:  # of weights whose number depends on the labels
         method = method.but(budget=Budget.parse(1))
     dense = [p for given in config.dense for p in (new if given == "new" else [given])] or None
-    facts_of(model, method, config.include or None, config.exclude or None, dense, None, sharded=False)
+    facts_of(model, method, config.include or None, config.exclude or None, dense, None, None, sharded=False)
 
 
 def into_from(config: TrainConfig) -> Into | None:
