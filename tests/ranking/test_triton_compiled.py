@@ -91,14 +91,26 @@ def test_without_triton_nothing_is_available():
     python("-c", code + "assert not available(torch.device('cpu'))", TRITON_INTERPRET="1")
 
 
-def test_kernels_that_do_not_run_are_not_used_and_a_warning_says_so(monkeypatch):
-    def fails() -> None:
-        raise RuntimeError("no compiler")
+class Launched:
+    """A kernel that does nothing, or fails."""
 
+    def __init__(self, fails: bool) -> None:
+        self.fails = fails
+
+    def __getitem__(self, grid: tuple[int, ...]) -> object:
+        return self
+
+    def __call__(self, *arguments: object, **options: object) -> None:
+        if self.fails:
+            raise RuntimeError("no compiler")
+
+
+@pytest.mark.parametrize(("fails", "why"), [(True, "no compiler"), (False, "scores below the smallest normal number")])
+def test_kernels_that_do_not_run_or_rank_wrongly_are_not_used_and_a_warning_says_so(fails, why, monkeypatch):
     triton_buffer._works.cache_clear()
-    monkeypatch.setattr(triton_buffer, "kernels", fails)
-    with pytest.warns(UserWarning, match="Triton does not rank on meta, plain torch is used instead: no compiler"):
-        assert not triton_buffer._works(torch.device("meta"))
+    monkeypatch.setattr(triton_buffer, "kernels", lambda: (Launched(fails), Launched(fails)))
+    with pytest.warns(UserWarning, match=f"Triton does not rank on cpu, plain torch is used instead: {why}"):
+        assert not triton_buffer._works(torch.device("cpu"))
     triton_buffer._works.cache_clear()
 
 
