@@ -1,4 +1,4 @@
-"""Runs the ranking by Triton kernels in Triton's interpreter, against one dense sort on the CPU, and compiles it for absent GPUs.
+"""Runs the ranking by Triton kernels in Triton's interpreter, against one dense sort on the CPU.
 
 The interpreter must be chosen before triton is imported, so this file is also the script that runs the cases in another
 process; the tests compare what it saved.
@@ -7,182 +7,34 @@ process; the tests compare what it saved.
 from __future__ import annotations
 
 import collections
-import importlib.util
-import itertools
 import math
-import os
-import re
-import subprocess
 import sys
-import types
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from ledgers import HEURISTICS, SHAPES, a_ledger, densely, ranked_by, some_gradients
+from ledgers import a_ledger, ranked_by, some_gradients
 from memory import peaks
+from ranking_cases import MINE, Case, cases
 from torch import Tensor, nn
+from triton_runs import needs_triton, python
 
 import unmask
 from unmask.errors import NonFiniteGradientError
 from unmask.gradients import backend
-from unmask.gradients.factors import Factors
 from unmask.lab.bench.host import Operations
 from unmask.methods.heuristics import Heuristic, heuristic
 from unmask.ranking import triton_buffer
-from unmask.ranking.ledger import Layout, Ledger
 from unmask.ranking.topk import Ranked
-from unmask.ranking.triton_buffer import DTYPES, GIVEN, BestBuffer, Formula, Sizes, available
-from unmask.ranking.triton_ranker import TritonRanker, formula_of
+from unmask.ranking.triton_buffer import BestBuffer, Formula, Sizes, available
+from unmask.ranking.triton_ranker import TritonRanker
 from unmask.ranking.unwaiting import new_ranker
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="triton is not installed: pip install --no-deps -r requirements-test.txt",
-)
-
-
-class Rows(Tensor):
-    """Is read as a quantised weight is: a run of rows at a time."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One ranking.
-
-    Attributes:
-        by: The heuristic.
-        keep: The number k of entries to keep.
-        coarse: True makes many equal scores.
-        small: True makes blocks and buffers so small that a buffer is cut back several times.
-        exclude: True leaves out what is unmasked.
-        weights: The dtype of the weights.
-        gradients: The dtype of the gradients.
-        spread: True makes numbers of all magnitudes. Those below the smallest normal number are among them, but not in bfloat16,
-            where Triton's interpreter (but no GPU) takes them for zero.
-        given: How the tensors are given: ``"plain"``, ``"transposed"``, ``"rows"`` or as ``"factors"``.
-        unreached: The tensors that the loss did not reach.
-    """
-
-    by: Heuristic
-    keep: int = 9
-    coarse: bool = False
-    small: bool = True
-    exclude: bool = True
-    weights: torch.dtype = torch.float32
-    gradients: torch.dtype = torch.float32
-    spread: bool = False
-    given: str = "plain"
-    unreached: tuple[int, ...] = ()
-
-    def ledger(self) -> Ledger:
-        ledger = a_ledger(self.weights, coarse=self.coarse)
-        if self.spread:
-            for tensor in ledger.layout.tensors:
-                tensor.mul_(_scales(tensor.shape, 20).to(tensor.dtype))
-        return ledger
-
-    def dense(self, ledger: Ledger) -> list[Tensor] | None:
-        """Returns the gradients, zero where the loss did not reach a tensor."""
-        if self.by.needs != "gradient":
-            return None
-        found = [g.to(self.gradients) for g in some_gradients(ledger, self.coarse)]
-        if self.spread:
-            most = {torch.float16: 20, torch.bfloat16: 100}.get(self.gradients, 140)
-            found = [g.mul(_scales(g.shape, most).to(g.dtype)) for g in found]
-        if self.given == "factors":
-            found[6] = _factors(self.gradients).dense()
-        return [g * (index not in self.unreached) for index, g in enumerate(found)]
-
-    def rank(self, device: str = "cpu") -> Ranked:
-        ledger = self.ledger()
-        gradients = self.dense(ledger)
-        layout = ledger.layout
-        if device != "cpu":
-            ledger, gradients = _moved(ledger, device), gradients and [g.to(device) for g in gradients]
-            layout = ledger.layout
-        if self.given == "transposed":
-            layout.tensors[6] = layout.tensors[6].t().contiguous().t()
-            gradients = gradients and [g.t().contiguous().t() if g.ndim == 2 else g for g in gradients]
-        if self.given == "rows":
-            layout.tensors = [tensor.as_subclass(Rows) if tensor.ndim > 1 else tensor for tensor in layout.tensors]
-        if self.given == "factors":
-            gradients[6] = _factors(self.gradients)
-        order = torch.randperm(len(SHAPES), generator=torch.Generator().manual_seed(self.keep)).tolist()
-        ranker = TritonRanker(self.by, ledger, self.keep, 4, self.exclude)
-        return ranked_by(ranker, gradients, order, self.unreached)
-
-    def reference(self) -> Ranked:
-        ledger = self.ledger()
-        return densely(self.by, ledger, self.dense(ledger), self.keep, 4, self.exclude)
-
-
-def _scales(shape: torch.Size, most: int) -> Tensor:
-    """Returns powers of two from 2^-most to 2^most/2."""
-    generator = torch.Generator().manual_seed(shape.numel())
-    return torch.pow(2.0, torch.randint(-most, most // 2, shape, generator=generator).double()).float()
-
-
-def _factors(dtype: torch.dtype) -> Factors:
-    generator = torch.Generator().manual_seed(5)
-    left, right = (torch.randn(3, 16, generator=generator).to(dtype) for _ in range(2))
-    return Factors(left, right, dtype)
-
-
-def _moved(ledger: Ledger, device: str) -> Ledger:
-    layout = Layout(ledger.layout.names, [tensor.to(device) for tensor in ledger.layout.tensors])
-    moved = Ledger(layout, nn.Parameter(ledger.values.detach().to(device)), ledger.budget)
-    held = ledger.positions[ledger.positions >= 0].to(device)
-    moved.assign(torch.arange(held.numel(), device=device), held, layout.read(held, torch.float32))
-    return moved
-
-
-# A heuristic of a user may return scores with any strides and dtype.
-MINE = [
-    Heuristic("strided", lambda w, g: torch.stack([g * w, g], -1)[..., 0]),
-    Heuristic("one number", lambda w, g: w.new_ones(()).expand(w.shape)),
-    Heuristic("double", lambda w, g: (g / w.abs().clamp_min(1e-3)).double()),
-]
-FORMULAS = [heuristic("gradient"), heuristic("snip"), *(heuristic("d3", eps=0.3, exp=e) for e in (-1.0, 0.0, 1.0, 2.0))]
-COMPILED = [  # compute capability, dtype, formula
-    *((90, torch.bfloat16, formula) for formula in (*map(formula_of, FORMULAS[:3]), Formula("d3", 0.5, 2), GIVEN)),
-    *(
-        (gpu, dtype, Formula("d3", 0.5, 2))
-        for gpu, dtype in ((90, torch.float32), (90, torch.float16), (80, torch.bfloat16))
-    ),
-]
 BROKEN = [heuristic("d3"), MINE[0]]
-SCORED = [heuristic("d3", exp=0.5), heuristic("d3", exp=-2.0), heuristic("d3", exp=0.3)]  # by torch
-
-
 RISING = torch.arange(500.0).div(10, rounding_mode="floor")
 
 
-def cases() -> dict[str, Case]:
-    found = {}
-    for by in [*HEURISTICS, *MINE, *SCORED]:
-        found[f"{by.name}-{dict(by.parameters)}"] = Case(by, spread=by in SCORED)
-    for name, keep, coarse in itertools.product(("d3", "constant", "small_magnitude"), (1, 20, 1000), (False, True)):
-        found[f"{name}, k {keep}, {'ties' if coarse else 'distinct'}"] = Case(heuristic(name), keep, coarse)
-    for by, weights, gradients in itertools.product(FORMULAS, DTYPES, DTYPES):
-        if weights == gradients or weights == torch.float32:
-            name = f"bits of {by.name}-{dict(by.parameters)}, {weights} {gradients}"
-            found[name] = Case(by, 1000, small=False, weights=weights, gradients=gradients, spread=True)
-    d3 = heuristic("d3")
-    for given in ("transposed", "rows", "factors"):
-        found[given] = Case(d3, given=given)
-    found["float64 gradients"] = Case(d3, gradients=torch.float64)
-    found["zeros of both signs"] = Case(MINE[0], 150, coarse=True)
-    found["large blocks"] = Case(d3, small=False)
-    found["all compete"] = Case(d3, exclude=False)
-    found["unreached"] = Case(d3, 1000, unreached=(2, 6))
-    found["unreached, but they have a score"] = Case(MINE[0], 1000, unreached=(2, 6))
-    found["k of none"] = Case(d3, 0)
-    return found
-
-
 def shrink(small: bool) -> None:
+    """Makes blocks and buffers so small that a buffer is cut back several times, or the usual ones again."""
     sizes = (64, 128, 64) if small else (2048, 8192, 1 << 16)
     triton_buffer._APPENDED, triton_buffer._READ, triton_buffer._LEAST = sizes
 
@@ -292,7 +144,7 @@ METHODS = {
 
 
 def trained(name: str) -> tuple[Tensor, Tensor]:
-    """Returns the positions and the values of a short training, and checks that the kernels ranked where they should."""
+    """Returns the positions and the values of a short training."""
     model = Net()
     selection = unmask.select(model, METHODS[name], gradients="dense")
     optimizer = torch.optim.SGD(selection.parameters(), lr=1e-2)
@@ -337,60 +189,11 @@ def interpret(path: str) -> None:
     torch.save(runs, path)
 
 
-def assemble(path: str) -> None:
-    """Compiles the kernels for each GPU and dtype by way of the real calls, up to the launch, and saves the assembly."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
-    found: dict[object, dict[str, tuple[str, str]]] = collections.defaultdict(dict)
-    original = JITFunction.run
-
-    def run(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> None:
-        kernel = original(self, *args, grid=grid, warmup=True, **options)
-        found[key][kernel.hash] = (self.__name__, kernel.asm["ptx"])
-
-    JITFunction.run = run
-    driver = types.SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0)
-    for key in COMPILED:
-        capability, dtype, formula = key
-        driver.get_current_target = types.MethodType(lambda target: target, GPUTarget("cuda", capability, 32))
-        triton.runtime.driver.set_active(driver)
-        triton_buffer.kernels.cache_clear()
-        buffer = BestBuffer(Sizes.of(5, 1000), 0.0, 1, torch.device("cpu"))
-        for size, members in ((64, None), (256, torch.arange(3))):
-            block = torch.ones(size, dtype=dtype)
-            other = block.float() if formula is GIVEN else block
-            buffer.offer(0, 3, 1024, block, other, members, formula)
-        buffer.cut_back()
-    key = "odd"
-    buffer.offer(0, 1 << 33, 1 << 32, block[:7], other[:7], members, formula)
-    torch.save({repr(key): list(kernels.values()) for key, kernels in found.items()}, path)
-
-
-def python(*arguments: str, **environment: str) -> None:
-    paths = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths, **environment},
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("interpreted") / "runs.pt")
-    python(__file__, "interpret", path, TRITON_INTERPRET="1")
+    python(__file__, path, TRITON_INTERPRET="1")
     return torch.load(path, weights_only=False)
-
-
-@pytest.fixture(scope="module")
-def assembly(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compiled")
-    python(__file__, "assemble", str(folder / "asm.pt"), TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(folder))
-    return torch.load(folder / "asm.pt")
 
 
 def assert_same(found: tuple[Tensor, ...], expected: Ranked) -> None:
@@ -471,30 +274,8 @@ def test_what_the_kernels_do_not_serve_is_ranked_as_before(runs):
     assert runs["chosen"] == ["TritonRanker", "UnwaitingRanker", "Ranker", "Ranker"]
 
 
-@needs_triton
-@pytest.mark.parametrize("compiled", COMPILED, ids=str)
-def test_compiles_for_a_gpu_with_every_operation_rounded(assembly, compiled):
-    _, dtype, formula = compiled
-    kernels = assembly[repr(compiled)]
-    assert sorted(name for name, _ in kernels) == ["_append_kernel", "_cut_kernel"]  # one version serves all sizes
-    append, cut = (dict(kernels)[name] for name in ("_append_kernel", "_cut_kernel"))
-    assert not re.search(r"\bfma|\.ftz|\.approx|div\.full", append)
-    each = 2048 // 128  # the entries of a thread
-    divisions = {"d3": 2 if formula.power == -1 else 1}.get(formula.kind, 0)
-    assert len(re.findall(r"div\.rn\.f32", append)) == divisions * each
-    read = each * dtype.itemsize + each * {"gradient": 0, "given": 4}.get(formula.kind, dtype.itemsize)
-    assert len(re.findall(r"ld\.global\.v4\.b32", append)) == read // 16  # all in loads of 16 bytes
-    assert re.search(r"atom.*add", append)
-    assert "bar.sync" in cut
-
-
-@needs_triton
-def test_compiles_for_far_positions_and_odd_sizes(assembly):
-    assert [name for name, _ in assembly[repr("odd")]] == ["_append_kernel"]
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", [name for name, case in cases().items() if case.small and case.given != "rows"])
+@pytest.mark.parametrize("name", [name for name, case in cases().items() if case.elsewhere])
 def test_on_a_gpu(name, monkeypatch):
     for size in ("_APPENDED", "_READ", "_LEAST"):
         monkeypatch.setattr(triton_buffer, size, 128)
@@ -504,21 +285,5 @@ def test_on_a_gpu(name, monkeypatch):
     assert_same(second, Ranked(*(column.cpu() for column in first)))
 
 
-def test_without_triton_nothing_is_available():
-    code = "import sys, torch\nsys.modules['triton'] = None\nfrom unmask.ranking.triton_buffer import available\n"
-    python("-c", code + "assert not available(torch.device('cpu'))", TRITON_INTERPRET="1")
-
-
-def test_kernels_that_do_not_run_are_not_used_and_a_warning_says_so(monkeypatch):
-    def fails() -> None:
-        raise RuntimeError("no compiler")
-
-    triton_buffer._works.cache_clear()
-    monkeypatch.setattr(triton_buffer, "kernels", fails)
-    with pytest.warns(UserWarning, match="Triton does not rank on meta, plain torch is used instead: no compiler"):
-        assert not triton_buffer._works(torch.device("meta"))
-    triton_buffer._works.cache_clear()
-
-
 if __name__ == "__main__":
-    {"interpret": interpret, "assemble": assemble}[sys.argv[1]](sys.argv[2])
+    interpret(sys.argv[1])

@@ -102,15 +102,17 @@ def available(device: torch.device) -> bool:
 
 @cache
 def _works(device: torch.device) -> bool:
-    numbers = torch.tensor([1.0, 3.0, 2.0], device=device)
+    tiny = torch.tensor([1.0, 3.0, 2.0], device=device) * 2.0**-130
     try:
         buffer = BestBuffer(Sizes.of(2, 3), -torch.inf, 1, device)
-        buffer.offer(0, 0, 0, numbers, None, None, Formula("gradient"))
+        buffer.offer(0, 0, 0, tiny, torch.zeros_like(tiny), None, Formula("d3", power=2))
         buffer.cut_back()
-        return buffer.ranked(int(buffer.status[0].item())).positions.tolist() == [1, 2]
+        if buffer.ranked(int(buffer.status[0].item())).positions.tolist() != [1, 2]:
+            raise RuntimeError("scores below the smallest normal number are lost, as by Triton 3.0")
     except Exception as error:  # An old device, a driver or a missing compiler shows here, and not in training.
         warnings.warn(f"Triton does not rank on {device}, plain torch is used instead: {error}", stacklevel=2)
         return False
+    return True
 
 
 class BestBuffer:

@@ -53,7 +53,7 @@ def formula_of(heuristic: Heuristic) -> Formula:
 class TritonRanker(Ranker):
     """Ranks as a `Ranker` does under the allocation ``"global"``, for a heuristic that scores entries one by one.
 
-    A tensor's gradient is not kept after it was offered. Each device has a buffer; the buffers meet in `result`.
+    A tensor's gradient is not kept after it was offered. Each device has a `BestBuffer`, and `result` merges them.
     """
 
     def __init__(self, heuristic: Heuristic, table: Ledger, keep: int, step: int, exclude_members: bool) -> None:
@@ -101,7 +101,7 @@ class TritonRanker(Ranker):
                 self._seen += size
 
     def _vectors(self, weight: Tensor, gradient: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Yields the entries as few contiguous vectors; they are copied, some rows at a time, only where they must."""
+        """Yields the entries as contiguous vectors: one of all, or where they must be copied, one of some rows at a time."""
         if type(weight) is Tensor and weight.is_contiguous() and (gradient is None or gradient.is_contiguous()):
             yield 0, weight.view(-1), None if gradient is None else gradient.view(-1)
             return

@@ -25,10 +25,11 @@ from unmask.ranking.ranker import Ranker
 from unmask.ranking.topk import Ranked
 from unmask.ranking.triton_ranker import TritonRanker, serves
 
-# These are at most a 64th of all weights, but not less than _LEAST: next to a model's backward they take little memory.
-BLOCK = 1 << 24  # The scalar weights that are scored at a time, at most; temporaries take about 16 bytes each.
+# These three are upper bounds. A smaller model has a 64th of its weights, or _LEAST, in their place: so a ranking takes little
+# memory next to the model's backward.
+BLOCK = 1 << 24  # The scalar weights that are scored at a time; temporaries take about 16 bytes each.
 _SMALL = 1 << 22  # The scalar weights below which tensors are ranked together; their gradients are kept meanwhile.
-_MERGE = 1 << 20  # The entries that may wait to be merged; more if k is large.
+_MERGE = 1 << 20  # The entries that may wait to be merged; 3 k if that is more.
 _LEAST = 1 << 16
 
 
