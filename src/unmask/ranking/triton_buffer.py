@@ -7,7 +7,9 @@ the buffer has room for the next blocks. Otherwise it cuts the buffer back to it
 the cut-off. So an entry that is not in the buffer always comes after k entries that are.
 
 The host counts the entries that it has offered since it last launched the second kernel, and launches it before they could be
-more than fit. So the buffer cannot overflow, and no gradient is needed twice. The atomic counter gives out places in any order,
+more than fit. So the buffer cannot overflow, and no gradient is needed twice. At first it launches the second kernel each time
+that the number of entries offered has doubled: the cut-off then rises before many entries have entered, and the one program of
+that kernel has little to read. The atomic counter gives out places in any order,
 but a position occurs once, so score and position alone decide which entries stay.
 """
 
@@ -59,7 +61,7 @@ class Sizes:
 
     Attributes:
         keep: The number k of best entries.
-        full: The number of entries above which the second kernel cuts the buffer back to k.
+        full: The largest number of entries that the second kernel leaves in the buffer, and that of the first blocks.
         room: The largest number of entries that may be offered between two launches of the second kernel.
         total: The number of entries that may be offered in all; their positions are below it.
     """
@@ -68,6 +70,11 @@ class Sizes:
     full: int
     room: int
     total: int
+
+    @property
+    def limit(self) -> int:
+        """The number of entries above which the second kernel cuts the buffer back to k."""
+        return max(2 * self.keep, self.full // 4)
 
     @property
     def capacity(self) -> int:
@@ -146,7 +153,7 @@ class BestBuffer:
         # The cut-off's key and position. A tensor made of a list would be copied to the device, and the host would wait.
         self._cut = torch.zeros(2, dtype=torch.int64, device=device)
         self._cut[:1].fill_(_key(floor))
-        self._offered = 0  # since the second kernel was launched
+        self._offered = self._before = 0  # entries, since the second kernel was last launched and before
 
     def offer(
         self,
@@ -170,8 +177,8 @@ class BestBuffer:
             formula: How the score is computed.
         """
         size = gradient.numel()
-        if self._offered + size > self.sizes.room:
-            self._launch_cut(self.sizes.full)
+        if self._offered + size > min(self.sizes.room, max(self.sizes.full, self._before)):
+            self._launch_cut(self.sizes.limit)
         self._offered += size
         held = 0 if members is None else members.numel()
         append, _ = kernels()
@@ -194,7 +201,7 @@ class BestBuffer:
                 self._keys, self._positions, self._payload, self.status, self._cut,
                 self.sizes.keep, limit, self.sizes.total.bit_length(), B=_READ, num_warps=16, **_OPTIONS,
             )  # fmt: skip
-        self._offered = 0
+        self._before, self._offered = self._before + self._offered, 0
 
     def ranked(self, count: int) -> Ranked:
         """Returns the first k entries of the buffer, of which the host knows by now that it holds ``count``."""
