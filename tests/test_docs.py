@@ -90,6 +90,27 @@ def _(page: Names, printed: str) -> None:
     assert score.tolist() == [2.0, 3.0]
 
 
+# delta.md
+
+
+@of(given, "delta.md")
+def _(folder: Path) -> Names:
+    def tuned(seed: int) -> unmask.SparseDelta:
+        model = bert_classifier()
+        selection = unmask.select(model, unmask.random_mask(50, seed=seed))
+        model(**sentences(1)[0]).loss.backward()
+        torch.optim.SGD(selection.parameters(), lr=0.1).step()
+        return selection.delta()
+
+    return {"first": tuned(1), "second": tuned(2), "served": bert_classifier()}
+
+
+@of(true_of, "delta.md")
+def _(page: Names, printed: str) -> None:
+    assert_same_tensors(snapshot(page["served"]), snapshot(bert_classifier()))
+    assert page["undo"].sparse.keys() == page["second"].sparse.keys()
+
+
 # inside.md
 
 
