@@ -95,7 +95,7 @@ def written(
     exchange = Exchange(target, new, delta.whole)
     try:
         _write(exchange, target)
-        old = exchange.displaced() | {name: delta.sparse[name].holding(entry.values) for name, entry in done.items()}
+        old = exchange.displaced() | dict(done)
         if not full:
             _check_places(delta, fingerprint_at(old))
         base = target.fingerprint(without=delta.whole) if full else ""
