@@ -95,6 +95,13 @@ def _(page: Names, printed: str) -> None:
 
 @of(given, "delta.md")
 def _(folder: Path) -> Names:
+    def trained(seed: int) -> unmask.SparseDelta:
+        model = bert_classifier()
+        selection = unmask.select(model, unmask.random_mask(50, seed=seed))
+        model(**sentences(1)[0]).loss.backward()
+        torch.optim.SGD(selection.parameters(), lr=0.1).step()
+        return selection.delta()
+
     def load(task: str) -> torch.nn.Module:
         torch.manual_seed(0)
         model = bert_classifier()
@@ -115,6 +122,9 @@ def _(folder: Path) -> Names:
         model.classifier.weight[0, :4] += 1
     model.save_pretrained(folder / "tuned")
     return {
+        "first": trained(1),
+        "second": trained(2),
+        "served": bert_classifier(),
         "BASE": folder / "base",
         "TUNED": folder / "tuned",
         "tuned": model,
@@ -135,6 +145,8 @@ def _(page: Names, printed: str) -> None:
     assert not merged.whole["classifier.weight"].equal(deltas[0].whole["classifier.weight"])
     assert merged - unmask.combine(*deltas[:2], heads=deltas[0]) == deltas[2]
     assert len({len(each) for each in deltas}) == 1
+    assert_same_tensors(snapshot(page["served"]), snapshot(bert_classifier()))
+    assert page["undo"].sparse.keys() == page["second"].sparse.keys()
 
 
 # inside.md

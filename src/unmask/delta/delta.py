@@ -6,9 +6,8 @@ delta, so undoing is exact too. The file is safetensors (see `unmask.delta.file`
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,19 +17,17 @@ from torch import Tensor, nn
 
 from unmask.delta import file
 from unmask.delta.algebra import add, subtract
+from unmask.delta.applying import base_name, check_model, written
 from unmask.delta.between import between, refuse_other_class
 from unmask.delta.checkpoint import Source
 from unmask.delta.drawn import Draw
-from unmask.delta.exchange import Exchange
-from unmask.delta.fingerprint import fingerprint_at, same_bits
+from unmask.delta.fingerprint import same_bits
 from unmask.delta.provenance import Provenance
 from unmask.delta.rules import Rule
 from unmask.delta.sparse import SparseTensor, check_entry, check_slots
 from unmask.delta.target import Target
-from unmask.delta.writable import find_unwritable
 from unmask.errors import DeltaError
 from unmask.files import write_tensors
-from unmask.quantised.tensor import QuantisedTensor
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -182,62 +179,9 @@ class SparseDelta:
         if verify not in ("places", "full"):
             raise DeltaError(f"verify = {verify!r}; it must be 'places' or 'full'.")
         target = Target(model)
-        self.check_model(target)
-        with self.written(target, full=verify == "full") as displaced:
-            return displaced
-
-    def check_model(self, target: Target) -> None:
-        """Refuses a model whose tensors the delta does not fit, or that cannot be written. Values are not read."""
-        error: DeltaError | None = None
-        try:
-            self.check_places(target.tensors)
-            self._check_writable(target.tensors)
-        except DeltaError as refused:
-            error = refused
-        target.together(error, "the checks of a delta")
-
-    @contextlib.contextmanager
-    def written(
-        self,
-        target: Target,
-        full: bool = False,
-        instead: Mapping[str, SparseTensor] | None = None,
-        done: Mapping[str, SparseTensor] | None = None,
-    ) -> Iterator[SparseDelta]:
-        """Writes the delta, and yields what it displaced. An error in the block, or a model that is not the base, undoes it.
-
-        Args:
-            target: A model's tensors; see `check_model`.
-            full: True for the full check, before anything is written.
-            instead: Entries by tensor name that are written in place of the delta's, at the same places.
-            done: The base's entries by tensor name, where the delta is in the model already.
-        """
-        full, done = full or not self.places, done or {}
-        if full:
-            self._check_base(target.fingerprint(without=self.whole))
-        new = {name: entry for name, entry in {**self.sparse, **(instead or {})}.items() if name not in done}
-        exchange = Exchange(target, new, self.whole)
-        try:
-            self._write(exchange, target)
-            old = exchange.displaced() | {name: self.sparse[name].holding(entry.values) for name, entry in done.items()}
-            if not full:
-                self._check_places_hash(fingerprint_at(old))
-            after = target.fingerprint(without=self.whole) if full else ""
-            places = fingerprint_at({name: self.sparse[name] for name in old})
-            yield SparseDelta(old, exchange.whole, after, {"displaced_by": self.base}, places)
-        except BaseException:  # also KeyboardInterrupt
-            exchange.undo()
-            raise
-
-    def _write(self, exchange: Exchange, target: Target) -> None:
-        """Writes, and says which tensor could not be written."""
-        error: Exception | None = None
-        try:
-            exchange.write()
-        except Exception as raised:
-            error = DeltaError(f"{exchange.failed!r} could not be written: {raised}. The model is as it was before.")
-            error.__cause__ = raised
-        target.together(error, "writing a delta")
+        check_model(self, target)
+        with written(self, target, full=verify == "full") as displaced:
+            return SparseDelta(*displaced)
 
     def save(self, path: str | os.PathLike[str], compress: bool = True) -> Path:
         """Writes the delta to one safetensors file, whole or not at all, and returns its path.
@@ -314,7 +258,7 @@ class SparseDelta:
             raise DeltaError(
                 f"the model has no tensor {absent[0]!r}"
                 + (f" (nor {len(absent) - 1} more)" if absent[1:] else "")
-                + f"; the delta was made on {self._base_name()}. Load that model, with the same head."
+                + f"; the delta was made on {base_name(self)}. Load that model, with the same head."
             )
         for name, (shape, dtype) in expected.items():
             tensor = tensors[name]
@@ -327,48 +271,6 @@ class SparseDelta:
                     f"{name!r} is {tensor.dtype} in this model and {dtype} in the delta's base; load the base with "
                     f"dtype={dtype}, apply, and cast afterwards."
                 )
-
-    def _check_writable(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuses a model with a tensor of the delta that cannot be written."""
-        for name in self.whole:
-            if isinstance(tensors[name], QuantisedTensor):
-                raise DeltaError(
-                    f"{name!r} is quantised in this model and stored whole in the delta; load it unquantised."
-                )
-        stuck = find_unwritable({name: tensors[name] for name in sorted({*self.sparse, *self.whole})})
-        if stuck is not None:
-            raise DeltaError(f"{stuck[0]!r} cannot be written: it {stuck[1]}. Nothing was changed.")
-
-    def _check_base(self, actual: str) -> None:
-        """Refuses the fingerprint of a model that is not the base."""
-        if not self.base:
-            raise DeltaError(
-                "this delta does not say which base it belongs to, so verify='full' cannot check it: it is what another delta "
-                "displaced without a full check. Apply it with verify='places', or that other delta with verify='full'."
-            )
-        if actual != self.base:
-            raise DeltaError(
-                f"this model is not the delta's base: its fingerprint is {actual[:23]}..., the delta was made on "
-                f"{self._base_name()} with {self.base[:23]}... Nothing was changed. {_LOAD}"
-            )
-
-    def _check_places_hash(self, actual: str) -> None:
-        """Refuses the hash of a model's values at the delta's places, if it is not the base's."""
-        if actual != self.places:
-            raise DeltaError(
-                f"this model is not the delta's base, {self._base_name()}: at the {len(self):,} places that the delta sets, it "
-                f"holds other values (their hash is {actual[:23]}..., the base's {self.places[:23]}...). The model is as it "
-                f"was before. {_LOAD}"
-            )
-
-    def _base_name(self) -> str:
-        return repr(self.metadata.get("base_id") or "another base")
-
-
-_LOAD = (
-    "Load that base, unmodified and in the same dtype. (A delta that is already applied changes it, too: give unmask.swap what "
-    "apply returned.)"
-)
 
 
 def refuse_diverged(trained: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from unmask.delta.applying import check_model, written
 from unmask.delta.delta import SparseDelta
 from unmask.delta.target import Target
 
@@ -46,11 +47,11 @@ def swap(model: nn.Module, displaced: SparseDelta, delta: SparseDelta) -> Sparse
     """
     target = Target(model)
     for each in (displaced, delta):
-        each.check_model(target)
+        check_model(each, target)
     common = _same_places(displaced, delta) if delta.places else []  # a full check needs the base
     instead, done = ({name: each.sparse[name] for name in common} for each in (delta, displaced))
-    with displaced.written(target, instead=instead), delta.written(target, done=done) as under:
-        return under
+    with written(displaced, target, instead=instead), written(delta, target, done=done) as under:
+        return SparseDelta(*under)
 
 
 def _same_places(one: SparseDelta, other: SparseDelta) -> list[str]:

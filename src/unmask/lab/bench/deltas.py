@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from unmask.lab.bench.settings import BenchSettings
 from unmask.methods.presets import random_mask
 from unmask.selection.select import select
 
-_FAST, _SLOW = 20, 3  # How often a row is timed: one of single weights, and one that goes over whole matrices.
+_FAST, _SLOW = 10, 2  # How often a row is timed: one of single weights, and one that goes over whole matrices.
 Say = Callable[[str], None]
 
 
@@ -143,8 +144,10 @@ class DeltaBench:
         peft = need("peft", "bench")
         rank = self._settings.lora_r
         config = peft.LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False, target_modules="all-linear")
-        model = peft.get_peft_model(self._model, config)
-        model.add_adapter("other", config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of transformers, about how peft calls it
+            model = peft.get_peft_model(self._model, config)
+            model.add_adapter("other", config)
         names = ["other", "default"]
 
         def choose() -> None:
