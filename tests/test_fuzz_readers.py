@@ -13,6 +13,8 @@ CASES = {
     "delta_file": 1200,
     "signed_delta": 400,
     "signed_coded": 1200,
+    "ladder_file": 600,
+    "signed_ladder": 800,
     "state_dict": 400,
     "state_file": 300,
     "adapter_weights": 200,

@@ -7,6 +7,7 @@ from unmask import peft as peft
 from unmask import quantised as quantised
 from unmask.delta.combine import combine as combine
 from unmask.delta.delta import SparseDelta as SparseDelta
+from unmask.delta.ladder import Ladder as Ladder
 from unmask.delta.sparse import SparseTensor as SparseTensor
 from unmask.errors import ConfigError as ConfigError
 from unmask.errors import DataError as DataError
