@@ -59,9 +59,8 @@ def _write_rung(path: Path, step: int | None, output: Path | None, base: str | N
 def _report(step: int | None, delta: SparseDelta, file: Path) -> None:
     """Prints what a delta holds that was written."""
     held = delta.provenance
-    print(
-        f"step {step}: {len(delta) if held.used is None else held.used:,} weights unmasked by then (budget {held.budget:,})"
-    )
+    used, budget = held.used or len(delta), "" if held.budget is None else f" (budget {held.budget:,})"
+    print(f"step {step}: {used:,} weights unmasked by then{budget}")
     if held.after is not None:
         print(f"evaluated at that step: {in_words(held.after)}")
     print(f"delta: {file} ({file.stat().st_size:,} bytes)")
