@@ -6,8 +6,9 @@ For each seed and each of SST-2, MRPC and CoLA it trains a random mask over 0.2%
 alone what the tasks before it have (``disjoint``), the same mask for every task (``shared``), and a LoRA of about as many
 weights on all linear layers. Each task has its own head, trained whole. Then it merges the three bodies, and scores each task
 with its own head on the merged body. LoRAs are merged by peft's ``add_weighted_adapter``. The learning rates are those that the
-study found best at this budget on SST-2 and MRPC (on CoLA, which it did not run with MiniLM, see `RATES`). Finished runs and scores are kept and skipped, so the command can be stopped
-and started again. The table is printed, and written next to the runs.
+study found best at this budget on SST-2 and MRPC (on CoLA, which it did not run with MiniLM, see `RATES`). Finished runs and
+scores are kept and skipped, so the command can be stopped and started again. The table is printed, and written next to the
+runs.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ CASES = {
     "signed_delta": 400,
     "signed_coded": 1200,
     "checkpoint_files": 300,
+    "ladder_file": 600,
+    "signed_ladder": 800,
     "state_dict": 400,
     "state_file": 300,
     "adapter_weights": 200,

@@ -15,6 +15,7 @@ _NAMES = {
     "errors": [name for name in vars(errors) if name.endswith(("Error", "Warning"))],
     "delta.combine": ("combine",),
     "delta.delta": ("SparseDelta",),
+    "delta.ladder": ("Ladder",),
     "delta.sparse": ("SparseTensor",),
     "delta.swap": ("swap",),
     "methods.budget": ("Budget",),

@@ -8,6 +8,7 @@ from unmask import quantised as quantised
 from unmask import sync as sync
 from unmask.delta.combine import combine as combine
 from unmask.delta.delta import SparseDelta as SparseDelta
+from unmask.delta.ladder import Ladder as Ladder
 from unmask.delta.sparse import SparseTensor as SparseTensor
 from unmask.delta.swap import swap as swap
 from unmask.errors import ConfigError as ConfigError

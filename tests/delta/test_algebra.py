@@ -260,6 +260,9 @@ def test_an_unknown_base_is_found_out_from_the_model():
     b = SparseDelta({}, {"other": torch.zeros(1)}, fingerprint_of(model, {"other"}))
     combined = unmask.combine(a, b, base=model)
     assert combined.base == fingerprint_of(model, {"head", "other"})
+    c = SparseDelta({"w": SparseTensor(torch.tensor([3]), torch.tensor([4.0]), (4,))}, {}, fingerprint_of(model))
+    assert (combined | c).base == (c | combined).base == combined.base
+    assert (combined | c) - c - b == a
     combined.apply(model)
     assert [model.w.tolist(), model.head.tolist(), model.other.tolist()] == [[2.0, 2.0, 3.0, 4.0], [0.0, 0.0], [0.0]]
 
@@ -277,6 +280,8 @@ def test_an_unknown_base_is_found_out_from_the_model():
         ({"rule": "mean", "weights": [1, 1]}, "weights = "),
         ({"rule": "linear", "weights": [1], "base": Four()}, "one finite number for each of the 2 deltas"),
         ({"rule": "linear", "weights": [1, float("nan")], "base": Four()}, "one finite number"),
+        ({"rule": "linear", "weights": [1, "2"], "base": Four()}, "one finite number"),
+        ({"rule": "dare_ties", "density": 0.5, "seed": 0.5}, r"seed = 0\.5"),
         ({"rule": "ties", "density": 1, "majority": "most"}, "majority = 'most'"),
     ],
 )

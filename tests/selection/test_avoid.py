@@ -268,6 +268,8 @@ def test_each_task_may_train_its_own_new_head():
     assert sum(flat.numel() for flat in together.values()) == 10
     scalar = SparseDelta({}, {"4.weight": torch.zeros(1, 6)}, "", {})  # another number of classes
     assert unmask.select(model, unmask.pafi(5), avoid=scalar, **head).budget == 5
+    entry = {"4.weight": SparseTensor(torch.tensor([0]), torch.zeros(1), (1, 6))}  # in which it has selected
+    assert unmask.select(mlp(), unmask.pafi(5), avoid=SparseDelta(entry, scalar.whole, "", {}), **head).budget == 5
 
 
 def test_pruning_to_zero_cannot_leave_weights_alone():

@@ -21,7 +21,8 @@ def run_case(seed: int) -> str:
     """Builds, selects and trains one random configuration; ``"refused"`` or ``"kept"``.
 
     Raises:
-        AssertionError: A promise was broken: the budget, the base's other weights, the delta, or the resumed run.
+        AssertionError: A promise was broken: the budget, the base's other weights, what another delta sets, the delta, or the
+            resumed run.
     """
     draw = random.Random(seed)
     dtype = draw.choice((torch.float32, torch.float32, torch.bfloat16, torch.float64))
@@ -29,6 +30,7 @@ def run_case(seed: int) -> str:
     base = copy.deepcopy(model)
     try:
         method, options, optimizer = _drawn(draw)
+        options["avoid"] = _other_task(draw, base)
         selection = unmask.select(model, method, **options)
         moments = optimizer(selection.parameters())
         _trained(model, selection, moments, draw, range(STEPS // 2))
@@ -36,7 +38,7 @@ def run_case(seed: int) -> str:
         _trained(model, selection, moments, random.Random(seed + 1), range(STEPS // 2, STEPS))
     except UnmaskError:
         return "refused"
-    _assert_invariants(selection, model, base, method)
+    _assert_invariants(selection, model, base, method, options["avoid"])
     _assert_resumes(selection, model, base, (method, options, optimizer), (state, kept), random.Random(seed + 1))
     return "kept"
 
@@ -82,6 +84,17 @@ def _drawn(draw: random.Random) -> tuple[unmask.Method, dict, object]:
     return method, options, draw.choice(optimizers)
 
 
+def _other_task(draw: random.Random, base: nn.Module) -> unmask.SparseDelta | None:
+    """Returns the delta of another task, which was not trained, or none."""
+    method = draw.choice((None, None, unmask.random_mask(300), unmask.pafi("60%"), unmask.bitfit(30)))
+    if method is None:
+        return None
+    selection = unmask.select(copy.deepcopy(base), method)
+    delta = selection.delta()
+    selection.release()
+    return delta
+
+
 def _trained(model: nn.Module, selection: unmask.Selection, optimizer, draw: random.Random, steps: range) -> None:
     for step in steps:
         for micro in range(draw.choice((1, 1, 2))):
@@ -92,7 +105,13 @@ def _trained(model: nn.Module, selection: unmask.Selection, optimizer, draw: ran
         optimizer.zero_grad()
 
 
-def _assert_invariants(selection: unmask.Selection, model: nn.Module, base: nn.Module, method: unmask.Method) -> None:
+def _assert_invariants(
+    selection: unmask.Selection,
+    model: nn.Module,
+    base: nn.Module,
+    method: unmask.Method,
+    other: unmask.SparseDelta | None,
+) -> None:
     held, dense = selection.indices, {d.name for d in selection.dense}
     count = sum(flat.numel() for flat in held.values())
     assert count == selection.used
@@ -103,10 +122,13 @@ def _assert_invariants(selection: unmask.Selection, model: nn.Module, base: nn.M
         touched[held.get(name, torch.empty(0, dtype=torch.int64))] = True
         now: Tensor = model.get_parameter(name).detach().reshape(-1)
         assert name in dense or torch.equal(now[~touched], before.detach().reshape(-1)[~touched]), name
+    if other is not None:
+        for name in held.keys() & other.sparse.keys():
+            assert not torch.isin(held[name], other.sparse[name].indices).any(), name
     fresh = copy.deepcopy(base)
     selection.delta().apply(fresh)
-    for (name, tuned), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
-        assert torch.equal(tuned, other), name
+    for (name, tuned), applied in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(tuned, applied), name
 
 
 def _assert_resumes(selection, model, base, run, saved, draw: random.Random) -> None:

@@ -26,7 +26,7 @@ import pyarrow.parquet
 import torch
 import yaml
 from delta_reader import read_delta
-from helpers import assert_same_tensors, batches, mean_square, mlp, snapshot, train, trained
+from helpers import assert_same_tensors, batches, mean_square, mlp, snapshot, train, trained, travelling
 from mutating import Mutator, dumps
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -238,6 +238,58 @@ def checkpoint_files(folder: Path) -> Case:
             low, high = json.loads(data[8:start])[name]["data_offsets"]
             assert bytes(files.tensor_bytes(tensor)) == data[start + low : start + high]
         return SAME if equal(found, tensors) else OTHER
+
+    return case
+
+
+def _rungs() -> list[SparseDelta]:
+    """Returns the deltas of a run that unmasks its budget step by step, and trains a head whole."""
+    model, found = travelling(), []
+    selection = unmask.select(model, unmask.id3(60, steps=3), dense="head")
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=0.1)
+    for batch in batches(3):
+        train(model, optimizer, [batch])
+        found.append(selection.delta("some/base", order=True))
+    return found
+
+
+def ladder_file(folder: Path) -> Case:
+    """Damages the bytes of a ladder's file: any file that can be read is the same ladder."""
+    rungs, path = _rungs(), folder / "ladder.safetensors"
+    data = unmask.Ladder(rungs).save(path).read_bytes()
+
+    def case(seed: int) -> str:
+        path.write_bytes(Mutator(seed).damaged(data))
+        try:
+            found = unmask.Ladder.load(path)
+        except UnmaskError:
+            return REFUSED
+        assert list(found.rungs) == rungs
+        return SAME
+
+    return case
+
+
+def signed_ladder(folder: Path) -> Case:
+    """Changes a ladder's header or tensors and signs it again: its rungs are deltas that can be written, or it is refused."""
+    rungs, path = _rungs(), folder / "ladder.safetensors"
+    tensors, header = files.read_tensors(unmask.Ladder(rungs).save(path))
+
+    def case(seed: int) -> str:
+        mutator = Mutator(seed)
+        if mutator.draw.random() < 0.6:
+            _sign(path, tensors, mutator.changed(header))
+        else:
+            _sign(path, mutator.changed_tensors(tensors), header)
+        try:
+            found = unmask.Ladder.load(path)
+        except UnmaskError:
+            return REFUSED
+        if list(found.rungs) == rungs:
+            return SAME
+        for rung in found.rungs:  # each is a delta by the rules: it can be written and read
+            assert SparseDelta.load(rung.save(folder / "rung.safetensors")) == rung
+        return OTHER
 
     return case
 
@@ -911,8 +963,8 @@ def data_problems(folder: Path) -> Case:
 READERS: dict[str, Callable[[Path], Case]] = {
     reader.__name__: reader
     for reader in (
-        *(delta_file, signed_delta, signed_coded, checkpoint_files, state_dict, state_file),
-        *(adapter_weights, adapter_config),
+        *(delta_file, signed_delta, signed_coded, ladder_file, signed_ladder, checkpoint_files),
+        *(state_dict, state_file, adapter_weights, adapter_config),
         *(settings_file, sweep_file, sweep_record, run_folder, outputs),
         *map(_table, (".csv", ".tsv", ".json", ".jsonl", ".parquet")),
         *(data_conll, data_tagged, data_glue, data_problems),

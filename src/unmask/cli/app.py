@@ -198,14 +198,17 @@ def apply(
 @app.command()
 def delta(
     checkpoint: Annotated[
-        Path, typer.Argument(help="RUN/checkpoints/checkpoint-N, or RUN, the output folder of `unmask train`.")
+        Path,
+        typer.Argument(
+            help="RUN/checkpoints/checkpoint-N, RUN, the output folder of `unmask train`, or RUN/ladder.safetensors."
+        ),
     ],
     step: Annotated[int | None, typer.Option(help="The step of the checkpoint; without it, the last.", min=1)] = None,
     output: Annotated[Path | None, typer.Option(help="The file; without it, RUN/series/step-N.safetensors.")] = None,
     base: Annotated[str | None, typer.Option(help="The base (a folder or a hub id); without it, the run's.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the checkpoints, and write nothing.")] = False,
 ) -> None:
-    """Write the delta of a checkpoint: one run gives a series of models of smaller budgets."""
+    """Write the delta of a checkpoint or of a ladder's rung: one run gives a series of models of smaller budgets."""
     from unmask.cli.series import list_checkpoints, write_delta
 
     if list_:

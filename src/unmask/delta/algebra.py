@@ -77,20 +77,17 @@ def add(
     for name, part in combine_parts(parts, rule, weights).items():
         first = next(delta.sparse[name] for delta in deltas if name in delta.sparse)
         sparse[name] = SparseTensor(part.indices, part.values.to(first.values.dtype), first.shape)
-    described = [part for delta in deltas for part in parts_of(delta, rule)]
+    described = [part for delta in deltas for part in parts_of(delta, apart=rule.name is None)]
     if rule.name is None:
         described.sort(key=lambda part: json.dumps(part, sort_keys=True))
     how: dict[str, Any] = {"rule": rule.name, "parts": described}
     if rule.needs_base:
         how |= {"weights": list(weights), "density": rule.density, "majority": rule.majority, "seed": rule.seed}
-    task = (
-        {}
-        if heads is None
-        else {key: deltas[heads].metadata[key] for key in ("task",) if key in deltas[heads].metadata}
-    )
-    metadata = _shared(described) | task | {"used": sum(entry.numel for entry in sparse.values()), "combined": how}
-    base = next((delta.base for delta in deltas if delta.whole.keys() == whole.keys()), "")
-    return sparse, whole, base, metadata, ""
+    metadata = _metadata(how, sparse)
+    if heads is not None and "task" in deltas[heads].metadata:
+        metadata["task"] = deltas[heads].metadata["task"]
+    known = [{"base": delta.base, "whole": delta.whole} for delta in deltas]  # of a sum, it may be known from a model
+    return sparse, whole, _base_of([*known, *described], whole), metadata, ""
 
 
 def subtract(total: DeltaFields, part: DeltaFields) -> Fields:
@@ -99,8 +96,7 @@ def subtract(total: DeltaFields, part: DeltaFields) -> Fields:
     Raises:
         DeltaError: ``total`` is no sum that ``part`` belongs to, or cannot be taken apart.
     """
-    plain_sum = Rule()
-    described, away = parts_of(total, plain_sum), parts_of(part, plain_sum)
+    described, away = parts_of(total, apart=True), parts_of(part, apart=True)
     left = list(described)
     for each in away:
         if each not in left:
@@ -135,18 +131,13 @@ def subtract(total: DeltaFields, part: DeltaFields) -> Fields:
         )
     if len(left) == 1:
         return sparse, whole, left[0]["base"], dict(left[0]["metadata"]), left[0]["places"]
-    base = next((each["base"] for each in left if each["whole"].keys() == whole.keys()), "")
-    metadata = _shared(left) | {
-        "used": sum(entry.numel for entry in sparse.values()),
-        "combined": {"rule": None, "parts": left},
-    }
-    return sparse, whole, base, metadata, ""
+    return sparse, whole, _base_of(left, whole), _metadata({"rule": None, "parts": left}, sparse), ""
 
 
-def parts_of(delta: DeltaFields, rule: Rule) -> list[dict[str, Any]]:
-    """Returns the parts of a delta: those of a plain sum, where it goes into another one, else one for itself."""
+def parts_of(delta: DeltaFields, apart: bool) -> list[dict[str, Any]]:
+    """Describes a delta as one part of a sum; if ``apart``, a sum without a rule is described by its own parts."""
     held = delta.metadata.get("combined")
-    if isinstance(held, Mapping) and held.get("rule") is None and rule.name is None:
+    if apart and isinstance(held, Mapping) and held.get("rule") is None:
         with refusing(DeltaError, "the delta's metadata", "Combine its parts again."):
             return list(_COMBINED(held, "combined")["parts"])
     weights = sum(entry.numel for entry in delta.sparse.values())
@@ -220,8 +211,14 @@ def _whole_of(deltas: Sequence[DeltaFields], rule: Rule, heads: int | None) -> d
     return whole
 
 
-def _shared(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the entries of the parts' metadata on which all agree, of those that mean the same for their sum."""
-    every = [part["metadata"] for part in parts]
+def _base_of(parts: Sequence[Mapping[str, Any]], whole: Mapping[str, Tensor]) -> str:
+    """Returns the base's fingerprint, if a part stores the same tensors whole as the sum does; else it is not known."""
+    return next((part["base"] for part in parts if part["base"] and part["whole"].keys() == whole.keys()), "")
+
+
+def _metadata(how: Mapping[str, Any], sparse: Mapping[str, SparseTensor]) -> dict[str, Any]:
+    """Returns the metadata of a sum: what all parts agree on, how many weights it sets, and how it was made."""
+    every = [part["metadata"] for part in how["parts"]]
     agreed = [key for key in _SHARED if all(key in each and each[key] == every[0][key] for each in every)]
-    return {key: every[0][key] for key in agreed}
+    used = sum(entry.numel for entry in sparse.values())
+    return {key: every[0][key] for key in agreed} | {"used": used, "combined": dict(how)}

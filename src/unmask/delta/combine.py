@@ -86,7 +86,7 @@ def combine(
     factors = [1.0] * len(deltas) if weights is None else list(weights)
     if weights is not None and not chosen.needs_base:
         raise DeltaError(f"weights = {list(weights)!r:.80} go with the rules that sum changes, not with rule {rule!r}.")
-    if len(factors) != len(deltas) or not all(math.isfinite(factor) for factor in factors):
+    if len(factors) != len(deltas) or not all(isinstance(f, int | float) and math.isfinite(f) for f in factors):
         raise DeltaError(f"weights = {factors!r:.80}; give one finite number for each of the {len(deltas)} deltas.")
     number = next((k for k, each in enumerate(deltas) if each is heads), None)
     if heads is not None and number is None:

@@ -61,7 +61,9 @@ class Rule:
         if self.name is not None and self.name not in get_args(RuleName):
             raise DeltaError(f"rule = {self.name!r:.80}; it must be None or one of {', '.join(get_args(RuleName))}.")
         if self.majority not in get_args(Majority):
-            raise DeltaError(f"the majority = {self.majority!r:.80}; it must be 'total' or 'frequency'.")
+            raise DeltaError(f"majority = {self.majority!r:.80}; it must be 'total' or 'frequency'.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise DeltaError(f"seed = {self.seed!r:.80}; it must be a whole number.")
         if self.name in _PRUNING:
             number = self.density
             if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= 1:

@@ -45,7 +45,11 @@ class Layout:
     def leave_out(self, avoided: Mapping[str, Tensor]) -> None:
         """Keeps weights from being selected: by tensor name, (m,) int64 flat indices, ascending. Other names are ignored."""
         indices = {name: index for index, name in enumerate(self.names)}
-        self._avoided = {indices[name]: flat for name, flat in avoided.items() if name in indices and flat.numel()}
+        self._avoided = {
+            indices[name]: flat.to(self.tensors[indices[name]].device)
+            for name, flat in avoided.items()
+            if name in indices and flat.numel()
+        }
         self.free = self.total - sum(flat.numel() for flat in self._avoided.values())
 
     def avoided(self, index: int) -> Tensor | None:

@@ -36,8 +36,7 @@ class Avoided:
 def avoided_by(deltas: Any, model: nn.Module) -> Avoided:
     """Returns what deltas set of a model: one delta, several, or None.
 
-    A tensor that a delta stores whole, and that this model lacks or has in another shape, is another task's own head, and is left
-    out of account.
+    A tensor that a delta stores whole may be missing in this model, or have another shape there: it may be another task's head.
 
     Raises:
         MethodError: Something else is given, or a delta does not fit the model.
@@ -55,6 +54,8 @@ def avoided_by(deltas: Any, model: nn.Module) -> Avoided:
             raise MethodError(f"avoid holds {delta!r:.80}; give deltas: [unmask.SparseDelta.load(path)].")
         for name, entry in delta.sparse.items():
             found = None if name not in tensors else tuple(tensors[name].shape)
+            if found != entry.shape and name in delta.whole:
+                continue
             if found != entry.shape:
                 has = "lacks it" if found is None else f"has it with shape {found}"
                 raise MethodError(

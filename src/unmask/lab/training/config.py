@@ -146,6 +146,9 @@ class TrainConfig:
     order: bool = setting(
         False, "Keep the order of unmasking in the delta (4 bytes a weight), to read smaller budgets off it."
     )
+    ladder: int | None = setting(
+        None, "Keep the deltas of so many growing budgets of the run, in one file, ladder.safetensors."
+    )
     eval_steps: int | None = setting(None, "Evaluate every so many steps; without it, at the end of each epoch.")
     save_steps: int | None = setting(None, "Save a checkpoint every so many steps; without it, with each evaluation.")
     keep_checkpoints: int | None = setting(2, "How many checkpoints are kept, the newest first; none keeps all.")
@@ -264,5 +267,5 @@ class TrainConfig:
 _POSITIVE = (
     *("epochs", "batch_size", "accumulation", "max_length", "held_out", "test_batch_size", "max_new_tokens", "stride"),
     *("logging_steps", "num_samples", "lora_r", "lora_alpha", "reduction_factor", "lr", "dense_lr"),
-    *("num_labels", "max_steps", "eval_steps", "save_steps", "keep_checkpoints", "test_limit"),
+    *("num_labels", "max_steps", "eval_steps", "save_steps", "keep_checkpoints", "test_limit", "ladder"),
 )

@@ -48,6 +48,7 @@ class RunFolder:
         self.config, self.metrics, self.summary = path / "config.yaml", path / "metrics.jsonl", path / "summary.json"
         self.delta, self.checkpoints = path / "delta.safetensors", path / "checkpoints"
         self.allocation, self.series = path / "allocation.jsonl", path / "series"
+        self.ladder, self.rungs = path / "ladder.safetensors", path / "rungs"
         self._lock, self._overwriting = path / ".lock", path / ".overwriting"
 
     @contextlib.contextmanager
@@ -98,6 +99,10 @@ class RunFolder:
     def series_file(self, step: int) -> Path:
         """Returns the file of the delta of a step's checkpoint."""
         return self.series / f"step-{step}.safetensors"
+
+    def rung_file(self, step: int) -> Path:
+        """Returns the file that holds the delta of a step until the ladder is written."""
+        return self.rungs / f"step-{step}.safetensors"
 
     def steps(self) -> dict[int, Checkpoint]:
         """Examines all checkpoints, by step in ascending order; see `unmask.integrations.checkpoints`."""
@@ -217,9 +222,9 @@ class RunFolder:
         if start.checkpoint is None:
             if self._holds_a_run():  # from here on the earlier run cannot be resumed
                 write_text(self._overwriting, "The earlier run here is being removed.\n")
-            for made in (self.checkpoints, self.series):
+            for made in (self.checkpoints, self.series, self.rungs):
                 discard(made)
-            for file in (self.delta, self.summary, self.metrics, self.allocation, self.config):
+            for file in (self.delta, self.summary, self.metrics, self.allocation, self.config, self.ladder):
                 file.unlink(missing_ok=True)
         else:
             for found in start.passed:
@@ -230,7 +235,7 @@ class RunFolder:
                 if file.is_file():
                     rows = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
                     write_text(file, "".join(row for row in rows if _step(row) <= start.checkpoint.step))
-        for folder in (self.path, self.checkpoints, self.series):
+        for folder in (self.path, self.checkpoints, self.series, self.rungs):
             sweep_up(folder)
         write_yaml(config, self.config)
         self._overwriting.unlink(missing_ok=True)

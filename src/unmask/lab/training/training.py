@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from unmask.distributed.processes import is_main, launched
@@ -24,6 +24,7 @@ from unmask.integrations.trainer import SelectiveTrainer
 from unmask.lab.models import quiet
 from unmask.lab.tasks.registry import kind_for
 from unmask.lab.training.config import TrainConfig
+from unmask.lab.training.ladder import RungFiles
 from unmask.lab.training.progress import AllocationFile, LiveProgress, MetricsFile, StopOnInterrupt
 from unmask.lab.training.run_folder import RunFolder
 from unmask.lab.training.setup import Setup, in_words, optimizer_from, print_notes, set_up, with_rates
@@ -133,7 +134,10 @@ class _Run:
         self.interrupt = StopOnInterrupt()
         self.progress = LiveProgress(selection, prepared.step_metric, console)
         self.metrics = MetricsFile(folder.metrics, selection)
-        writing = [self.progress, self.metrics, AllocationFile(folder.allocation, selection)] if is_main() else []
+        writing: list[TrainerCallback] = [self.progress, self.metrics, AllocationFile(folder.allocation, selection)]
+        self.rungs = None if config.ladder is None else RungFiles(setup, folder, config.ladder)
+        if self.rungs is not None:
+            writing.append(self.rungs)
         # Up to 64 evenly spaced examples tell whether a resumed run has the same training data.
         examples: Any = prepared.train_set
         sample = [examples[i] for i in range(0, len(examples), max(1, math.ceil(len(examples) / 64)))]
@@ -157,7 +161,7 @@ class _Run:
                 compute_metrics=prepared.step_metrics,
                 preprocess_logits_for_metrics=prepared.reduce_logits,
                 optimizers=(optimizer_from(config, selection, head), None),
-                callbacks=[self.interrupt, *writing],
+                callbacks=[self.interrupt, *(writing if is_main() else [])],
             )
         self.trainer.remove_callback(ProgressCallback)
         self.trainer.remove_callback(PrinterCallback)
@@ -199,6 +203,7 @@ class _Run:
             return Outcome(before, after, self.folder.delta, {})
         delta = self.setup.delta(after=after)
         path = delta.save(self.folder.delta)
+        ladder = None if self.rungs is None else self.rungs.finish(delta)
         main = self.prepared.main_metric
         summary = {
             "task": self.setup.task,
@@ -225,6 +230,8 @@ class _Run:
         write_json(self.folder.summary, summary, indent=2)
         self.console.print("after:  " + in_words(after))
         self.console.print(f"delta:  {path} ({path.stat().st_size:,} bytes)")
+        if ladder is not None:
+            self.console.print(f"ladder: {ladder} ({ladder.stat().st_size:,} bytes)")
         self.selection.release()
         return Outcome(before, after, path, summary)
 
