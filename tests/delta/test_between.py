@@ -28,6 +28,7 @@ from unmask.delta.base import base_tensors
 from unmask.delta.between import index_bits
 from unmask.delta.fingerprint import digest, fingerprint
 from unmask.delta.rebuild import write_tuned
+from unmask.delta.renaming import Renaming, renaming
 from unmask.files import tensor_bytes
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -384,6 +385,28 @@ def test_a_new_head_alone_keeps_the_prefix(tmp_path):
     assert stored(tmp_path / "again") == stored(tmp_path / "tuned")
 
 
+def test_a_prefix_that_would_give_two_tensors_one_name_is_kept():
+    """Of equals the default is taken."""
+    names = {"net.w", "net.b", "w"}
+    assert renaming(names, {"w", "b"}) == Renaming()
+    assert renaming(names - {"w"}, {"w", "b"}) == Renaming(off="net.")
+    assert renaming({"w"}, {"w", "x.w"}, Renaming(on="x.")) == Renaming(on="x.")
+    made = SparseDelta.between({name: torch.ones(2) for name in names}, {"w": torch.ones(2), "b": torch.ones(2)})
+    assert made.provenance.between["removed"] == ["net.b", "net.w"]
+
+
+def test_a_live_model_that_is_trained_on_does_not_change_the_delta():
+    tuned = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    base = {"0.weight": torch.zeros(2, 2), "0.bias": torch.zeros(3)}
+    delta = SparseDelta.between(base, tuned)
+    assert len(delta.whole) == 4  # of changed values, of another shape, and added
+    expected = raw(dict(delta.whole))
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.zero_()
+    assert raw(dict(delta.whole)) == expected
+
+
 def test_buffers_are_compared_and_applied(tmp_path):
     base = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     save(tmp_path / "base", base.state_dict())
@@ -421,6 +444,19 @@ def test_copies_that_no_embedding_is_part_of_are_not_tied(tmp_path):
     delta = there_and_back(tmp_path / "base", tmp_path / "tuned", tmp_path)
     assert delta.provenance.between["tied"] == {}
     assert {*delta.sparse, *delta.whole} == {"experts.0.weight", "experts.1.weight"}
+
+
+def test_the_one_name_of_a_tied_tensor(tmp_path):
+    """It is the one that the base has; of two, the first of the module, which the live model has too."""
+    base, tuned = torch.randn(50, 8), torch.randn(50, 8)
+    save(tmp_path / "base", {"lm_head.weight": base})
+    save(tmp_path / "tuned", {"embed.weight": tuned, "lm_head.weight": tuned})
+    delta = there_and_back(tmp_path / "base", tmp_path / "tuned", tmp_path)
+    assert delta.provenance.between["tied"] == {"embed.weight": "lm_head.weight"}
+    live = nn.ModuleDict({"z": nn.Linear(8, 50, bias=False), "a": nn.Linear(8, 50, bias=False)})
+    live["a"].weight = live["z"].weight
+    delta = SparseDelta.between({"a.weight": base, "z.weight": base}, live)
+    assert delta.provenance.between["tied"] == {"a.weight": "z.weight"}
 
 
 def test_equal_parameters_of_a_module_are_not_tied():
@@ -507,6 +543,9 @@ def test_incomplete_and_damaged_files_are_refused(tmp_path):
     refused(r"lacks the tensor 'x'", good, cut)
     (cut / INDEX).write_text('{"weight_map": {"w0": "../good/model.safetensors"}}')
     refused(r"no safetensors file in its folder", good, cut)
+    save_file(tensors, cut / "model.safetensors")  # transformers reads this one, if there are both
+    assert len(SparseDelta.between(good, cut)) == 0
+    (cut / "model.safetensors").unlink()
     (cut / INDEX).unlink()
     refused(r"has 2 safetensors files .* no model\.safetensors\.index\.json", good, cut)
     data = (good / "model.safetensors").read_bytes()

@@ -60,14 +60,8 @@ class Checkpoint:
     files: tuple[WeightFile, ...] = ()
 
     def renamed(self, rename: Renaming) -> Checkpoint:
-        """Returns the same checkpoint with other names.
-
-        Raises:
-            DeltaError: Two tensors would get one name.
-        """
+        """Returns the same checkpoint with other names."""
         tensors = {rename(name): tensor for name, tensor in self.tensors.items()}
-        if len(tensors) < len(self.tensors):
-            raise DeltaError(f"{self.label} has tensors with and without the prefix {rename.off!r}; rename one kind.")
         files = tuple(replace(file, names=tuple(map(rename, file.names))) for file in self.files)
         aliases = {rename(alias): rename(name) for alias, name in self.aliases.items()}
         return replace(self, tensors=tensors, aliases=aliases, files=files)

@@ -17,7 +17,7 @@ def tied_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
     the output layer's. Names whose tensors differ in the base are not tied. The one name is, if possible, a name in the base,
     the first name in a module, and an embedding's.
     """
-    old, aliases = base.known_as(tuned.tensors).tensors, {*base.aliases, *tuned.aliases}
+    old, aliases = base.tensors, {*base.aliases, *tuned.aliases}
 
     def rank(name: str) -> tuple[bool, bool, bool, str]:
         return name not in old, name in aliases, not _is_embedding(name), name
