@@ -459,6 +459,17 @@ def test_the_one_name_of_a_tied_tensor(tmp_path):
     assert delta.provenance.between["tied"] == {"a.weight": "z.weight"}
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float8_e4m3fn, torch.int8], ids=str)
+def test_tied_tensors_of_any_dtype_are_held_once(dtype, tmp_path):
+    draw = torch.Generator().manual_seed(2)
+    for name in ("base", "tuned"):
+        table = values(dtype, (50, 8), draw)
+        save(tmp_path / name, {"lm_head.weight": table, "wte.weight": table})
+    delta = there_and_back(tmp_path / "base", tmp_path / "tuned", tmp_path)
+    assert list(delta.whole) == ["wte.weight"]
+    assert delta.provenance.between["tied"] == {"lm_head.weight": "wte.weight"}
+
+
 def test_equal_parameters_of_a_module_are_not_tied():
     """Files would tie them, because one is an embedding; a module says that they are two."""
 
@@ -586,11 +597,14 @@ def test_a_hub_id_is_read_from_the_cache_and_else_downloaded(tmp_path, monkeypat
 
     base = save(tmp_path / "snapshot", {f"w{i}": torch.randn(50) for i in range(4)}, shards=2)
     cached = save(tmp_path / "cached", {f"w{i}": torch.zeros(50) for i in range(4)}, shards=2)
-    calls = []
+    calls: list[tuple[str, bool]] = []
+    broken: list[str] = []
 
     def download(model: str, local_files_only: bool = False, **wanted: object) -> str:
         calls.append((model, local_files_only))
         assert "*.safetensors" in wanted["allow_patterns"]
+        if model in broken and not local_files_only:
+            raise ConnectionError("no way to the Hub")
         if model == "some/cached":
             return str(cached)
         if local_files_only or model != "some/base":
@@ -608,7 +622,9 @@ def test_a_hub_id_is_read_from_the_cache_and_else_downloaded(tmp_path, monkeypat
     next(cached.glob("*.safetensors")).unlink()  # half of it is in the cache
     refused("lacks 1 of the 2 files", "some/base", "some/cached")
     assert calls[-2:] == [("some/cached", True), ("some/cached", False)]
-    refused(r"no such model could be had from the Hub: no some/other here", "some/other", base)
+    broken.append("some/cached")  # and the Hub cannot be reached: the cache's fault is named
+    refused("lacks 1 of the 2 files", "some/base", "some/cached")
+    refused(r"no such model was found on the Hub: no some/other here", "some/other", base)
 
 
 # Memory.
