@@ -12,7 +12,6 @@ from reader_cases import OTHER, READERS, REFUSED, SAME, run_case
 CASES = {
     "delta_file": 300,
     "signed_delta": 400,
-    "checkpoint_files": 300,
     "state_dict": 400,
     "state_file": 300,
     "adapter_weights": 200,
@@ -31,6 +30,7 @@ CASES = {
     "data_tagged": 250,
     "data_glue": 250,
     "data_problems": 250,
+    "checkpoint_files": 300,
 }
 
 MOST_MEMORY = 500_000  # kB that all cases of a reader may add to the process's peak

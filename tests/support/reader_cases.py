@@ -860,8 +860,8 @@ def data_problems(folder: Path) -> Case:
 READERS: dict[str, Callable[[Path], Case]] = {
     reader.__name__: reader
     for reader in (
-        *(delta_file, signed_delta, checkpoint_files, state_dict, state_file, adapter_weights, adapter_config),
-        *(settings_file, sweep_file, sweep_record, run_folder, outputs),
+        *(delta_file, signed_delta, state_dict, state_file, adapter_weights, adapter_config),
+        *(checkpoint_files, settings_file, sweep_file, sweep_record, run_folder, outputs),
         *map(_table, (".csv", ".tsv", ".json", ".jsonl", ".parquet")),
         *(data_conll, data_tagged, data_glue, data_problems),
     )
