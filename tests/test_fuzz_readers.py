@@ -13,7 +13,6 @@ CASES = {
     "delta_file": 1200,
     "signed_delta": 400,
     "signed_coded": 1200,
-    "checkpoint_files": 300,
     "ladder_file": 600,
     "signed_ladder": 800,
     "state_dict": 400,
@@ -34,6 +33,7 @@ CASES = {
     "data_tagged": 250,
     "data_glue": 250,
     "data_problems": 250,
+    "checkpoint_files": 300,
 }
 
 MOST_MEMORY = 500_000  # kB that all cases of a reader may add to the process's peak

@@ -41,6 +41,6 @@ def described(delta: SparseDelta, size: int) -> list[str]:
     lines.append(f"size: {size:,} bytes; a dense copy has {made['bytes']:,} ({size / max(1, made['bytes']):.2%})")
     if size >= made["bytes"]:
         lines.append("note: a dense copy is smaller than this delta; keep the tuned checkpoint instead.")
-    if not delta.sparse and not delta.whole and not made["removed"]:
+    if not any((delta.sparse, delta.whole, made["removed"], made["tied"])):
         lines.append("note: the two checkpoints hold the same tensors, bit for bit.")
     return lines

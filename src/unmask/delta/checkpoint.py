@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -60,14 +61,8 @@ class Checkpoint:
     files: tuple[WeightFile, ...] = ()
 
     def renamed(self, rename: Renaming) -> Checkpoint:
-        """Returns the same checkpoint with other names.
-
-        Raises:
-            DeltaError: Two tensors would get one name.
-        """
+        """Returns the same checkpoint with other names."""
         tensors = {rename(name): tensor for name, tensor in self.tensors.items()}
-        if len(tensors) < len(self.tensors):
-            raise DeltaError(f"{self.label} has tensors with and without the prefix {rename.off!r}; rename one kind.")
         files = tuple(replace(file, names=tuple(map(rename, file.names))) for file in self.files)
         aliases = {rename(alias): rename(name) for alias, name in self.aliases.items()}
         return replace(self, tensors=tensors, aliases=aliases, files=files)
@@ -91,15 +86,18 @@ def open_checkpoint(source: Source) -> Checkpoint:
     if isinstance(source, Mapping):
         return Checkpoint("the tensors", None, {name: _in_memory(name, tensor) for name, tensor in source.items()})
     weights, label = find_weights(os.fspath(source)), repr(os.fspath(source))
-    with refusing(DeltaError, repr(str(weights)), "Take another copy."):
-        placed = parts(weights) if is_index(weights) else None
+    placed: dict[str, set[str]] = defaultdict(set)  # by file, the names that an index places in it
+    if is_index(weights):
+        with refusing(DeltaError, repr(str(weights)), "Take another copy."):
+            for name, file in parts(weights).items():
+                placed[file].add(name)
     tensors: dict[str, LazyTensor] = {}
     aliases: dict[str, str] = {}
     files = []
-    for path in sorted({weights.parent / part for part in placed.values()}) if placed is not None else [weights]:
+    for path in sorted(weights.parent / file for file in placed) or [weights]:
         with refusing(DeltaError, repr(str(path)), "Take another copy."):
             held, metadata = read_layout(path)
-            wanted = held.keys() if placed is None else {name for name, part in placed.items() if part == path.name}
+            wanted = placed[path.name] if is_index(weights) else held.keys()
             for name in sorted(wanted - held.keys()):
                 raise Malformed(f"it lacks the tensor {name!r}, which {weights.name} places in it")
         names = tuple(name for name in held if name in wanted)

@@ -33,16 +33,19 @@ SAME_NAMES = Renaming()
 def renaming(names: Collection[str], others: Collection[str], default: Renaming = SAME_NAMES) -> Renaming:
     """Returns the prefix with which the most of a checkpoint's names are names of the other; of equals, the default.
 
+    No two names become one.
+
     Example:
         >>> renaming(["a.w", "a.b"], ["net.a.w", "net.a.b", "head.w"])
         Renaming(off='', on='net.')
     """
-    known, wanted, found = set(names), set(others), Counter({default: 0})
+    known, wanted, found = set(names), set(others), Counter({default: 0, SAME_NAMES: 0})
     for other in wanted:
         found.update(Renaming(on=prefix) for prefix, rest in _cuts(other) if rest in known)
     for name in known:
         found.update(Renaming(off=prefix) for prefix, rest in _cuts(name) if prefix and rest in wanted)
-    return min(found, key=lambda each: (-found[each], each != default, each))
+    best_first = sorted(found, key=lambda each: (-found[each], each != default, each))
+    return next(each for each in best_first if len(set(map(each, known))) == len(known))
 
 
 def _cuts(name: str) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from unmask.delta.checkpoint import Checkpoint
 from unmask.delta.fingerprint import same_bits
 from unmask.delta.tensor_file import LazyTensor
+from unmask.gradients.entries import bits
 
 
 def tied_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
@@ -17,7 +18,7 @@ def tied_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
     the output layer's. Names whose tensors differ in the base are not tied. The one name is, if possible, a name in the base,
     the first name in a module, and an embedding's.
     """
-    old, aliases = base.known_as(tuned.tensors).tensors, {*base.aliases, *tuned.aliases}
+    old, aliases = base.tensors, {*base.aliases, *tuned.aliases}
 
     def rank(name: str) -> tuple[bool, bool, bool, str]:
         return name not in old, name in aliases, not _is_embedding(name), name
@@ -38,7 +39,8 @@ def tied_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
 def _groups(checkpoint: Checkpoint) -> Iterator[list[str]]:
     """Yields the names of each tied tensor. No name is in two groups."""
     tensors = checkpoint.tensors
-    same, alike = defaultdict(list), defaultdict(list)
+    same: dict[int, list[str]] = defaultdict(list)
+    alike: dict[tuple, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         same[id(tensor)].append(name)
         alike[tensor.dtype, tensor.shape].append(name)
@@ -62,7 +64,8 @@ def _is_tied(left: LazyTensor, right: LazyTensor) -> bool:
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
     values = left.read()
-    return same_bits(values, right.read()) and not bool((values == values.reshape(-1)[:1]).all())
+    flat = bits(values.contiguous()).reshape(-1)
+    return bool((flat != flat[:1]).any()) and same_bits(values, right.read())
 
 
 def _is_embedding(name: str) -> bool:

@@ -130,16 +130,18 @@ def _on_hub(model: str) -> Path:
     """Returns the weights of a model on the Hub, from the cache if it has all of them."""
     hub = need("huggingface_hub", "hf")
     wanted = {"allow_patterns": ["*.safetensors", *(f"*{ending}" for ending in COPIED)], "ignore_patterns": ["*/*"]}
+    reason: DeltaError | None = None
     try:
         return _whole(_in_folder(Path(hub.snapshot_download(model, local_files_only=True, **wanted))))
-    except (DeltaError, OSError, ValueError):  # The cache lacks the model, or a file of it.
+    except DeltaError as error:  # The cache lacks some of the weights, or has pickled ones.
+        reason = error
+    except (OSError, ValueError):  # The cache lacks the model.
         pass
     try:
-        return _whole(_in_folder(Path(hub.snapshot_download(model, **wanted))))
+        folder = Path(hub.snapshot_download(model, **wanted))
     except (OSError, ValueError) as error:
-        if isinstance(error, DeltaError):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DeltaError(
-            f"there is no folder {model!r}, and no such model could be had from the Hub: {reason} Give a folder, or a hub id."
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise reason or DeltaError(
+            f"there is no folder {model!r}, and no such model was found on the Hub: {said} Give a folder, or a hub id."
         ) from error
+    return _whole(_in_folder(folder))
