@@ -146,6 +146,9 @@ def _blocks(total: int, size: int) -> int:
     return -(-total // size)
 
 
+_copy_block: Any = None  # `_copy_block_kernel`, once it was made one of Triton's functions
+
+
 @cache
 def _kernels() -> tuple[Any, Any]:
     """Returns the two kernels. Triton compiles them once per dtype: `do_not_specialize` keeps it from doing so per size."""
