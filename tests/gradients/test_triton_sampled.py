@@ -156,6 +156,29 @@ def cases() -> dict[str, Case]:
     return found
 
 
+class Grid:
+    """Stands for a kernel: ``kernel[grid]`` is what a function makes of the grid."""
+
+    def __init__(self, launcher: Callable[[object], object]) -> None:
+        self.launcher = launcher
+
+    def __getitem__(self, grid: object) -> object:
+        return self.launcher(grid)
+
+
+def shared() -> tuple[list[Tensor], list[int]]:
+    """Returns the products of three layers with one input, then of one with another; and how many blocks each copied."""
+    triton_sampled.last_transposed.forget()
+    first, other = make(150, 40, 70, 50), make(150, 40, 70, 51)
+    operands = [first, first._replace(g=first.g + 1), first._replace(g=first.g * 2), other]
+    kernels, copied = triton_sampled._kernels(), []
+    spied = Grid(lambda grid: copied.append(grid) or kernels[0][grid])
+    triton_sampled._kernels = lambda: (spied, kernels[1])
+    results = [triton_sampled_product(*case) for case in operands]
+    triton_sampled._kernels = lambda: kernels
+    return results, [grid[0] for grid in copied]
+
+
 def interpret(path: str) -> None:
     """Runs every case, some twice or in the smallest chunks too, and saves the results and the sizes of the copies."""
     known, held = cases(), []
@@ -166,6 +189,7 @@ def interpret(path: str) -> None:
     runs["again"] = {name: triton_sampled_product(*known[name]) for name in known if name.startswith("normal")}
     runs["held"] = max(size[1] for size in held if len(size) == 2)
     held.clear()
+    runs["shared"], runs["blocks"] = shared()
     triton_sampled._COPY = 1
     runs["small"] = {name: triton_sampled_product(*known[name]) for name in known if "above a block" in name}
     runs["small held"] = max(size[1] for size in held if len(size) == 2)
@@ -265,6 +289,16 @@ def test_very_wide_operands_are_copied_fewer_tokens_at_a_time(runs, dtype):
 
 
 @needs_triton
+def test_layers_with_one_input_copy_it_once(runs):
+    first, other = make(150, 40, 70, 50), make(150, 40, 70, 51)
+    for result, case in zip(
+        runs["shared"], [first, first._replace(g=first.g + 1), first._replace(g=first.g * 2), other], strict=True
+    ):
+        assert_exact(result, case)
+    assert runs["blocks"] == [3, 1, 1, 3]  # of 64 columns: one of g, and two of x where it is new
+
+
+@needs_triton
 def test_repeated_runs_give_the_same_bits(runs):
     assert len(runs["again"]) == len(SHAPES) * len(DTYPES)
     for name, second in runs["again"].items():
@@ -319,10 +353,10 @@ def test_compiles_without_atomics_or_tensor_cores(assembly, gpu, dtype):
     assert len(kernels["_sample_kernel"]) == len(kernels["_transpose_kernel"]) == 1
     text = "".join(text for versions in kernels.values() for text in versions)
     assert not re.search(r"\b(atom|red)\.|atomic|\bw?g?mma|mfma|tf32", text)
-    wide = r"ld\.global\.v4\.b32" if gpu[0] == "cuda" else r"load_dwordx4"  # 16 bytes per thread
+    wide = r"ld\.global\.v4\.b32" if gpu[0] == "cuda" else r"(?:global|buffer)_load_dwordx4"  # 16 bytes per thread
     bytes_read = {
         "_sample_kernel": 2 * 16 * 512,
-        "_transpose_kernel": 64 * 64 * dtype.itemsize,
+        "_transpose_kernel": 2 * 64 * 64 * dtype.itemsize,  # of g or of x
     }  # per block
     for name, count in bytes_read.items():
         assert len(re.findall(wide, kernels[name][0])) == count // (16 * 4 * gpu[2]), name

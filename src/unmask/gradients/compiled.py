@@ -44,11 +44,16 @@ def _wanted(tensor: Any) -> bool:
     return isinstance(tensor, TappedParameter) and site_of(tensor).part is not None
 
 
+def _part(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the placeholder of a tensor that `_wanted` knows, and the flat indices of its entries."""
+    part: Any = site_of(tensor).part
+    return part.proxy, part.entries.flat
+
+
 def _copied(value: Any) -> Any:
     """Returns a value, or a nest of lists, tuples and dicts, with a copy of each tensor that brings a gradient."""
-    if isinstance(value, TappedParameter):
-        part = site_of(value).part
-        return value if part is None else weight(value.detach(), part.proxy, part.entries.flat)
+    if _wanted(value):
+        return weight(value.detach(), *_part(value))
     if type(value) in (list, tuple):
         return type(value)([_copied(item) for item in value])
     if type(value) is dict:
@@ -57,12 +62,11 @@ def _copied(value: Any) -> Any:
 
 
 def _linear(x: Tensor, tensor: Tensor, bias: Tensor | None = None, *, transposed: bool) -> Tensor:
-    site, kind, tensor, bias = site_of(tensor), x.device.type, tensor.detach(), _copied(bias)
+    matrix, bias, taps, kind = tensor.detach(), _copied(bias), site_of(tensor).taps, x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
-        x, tensor, bias = x.to(dtype), tensor.to(dtype), None if bias is None else bias.to(dtype)
-    part, taps = site.part, site.taps
-    return linear(x, tensor, bias, part.proxy, part.entries.flat, taps.sampled, taps.dense, transposed)
+        x, matrix, bias = x.to(dtype), matrix.to(dtype), None if bias is None else bias.to(dtype)
+    return linear(x, matrix, bias, *_part(tensor), taps.sampled, taps.dense, transposed)
 
 
 def _embedding(
@@ -76,9 +80,8 @@ def _embedding(
 ) -> Tensor | None:
     if max_norm is not None or scale_grad_by_freq or tensor.shape[0] <= ids.numel():
         return None
-    part = site_of(tensor).part
     padding = None if padding_idx is None else padding_idx % tensor.shape[0]
-    return embedding(ids, tensor.detach(), part.proxy, part.entries.flat, padding)
+    return embedding(ids, tensor.detach(), *_part(tensor), padding)
 
 
 @torch.library.custom_op("unmask::product_at", mutates_args=())

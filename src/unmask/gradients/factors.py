@@ -13,7 +13,9 @@ from torch import Tensor
 
 from unmask.gradients.choice import choose, halves_pay
 from unmask.gradients.entries import Entries, take_columns, take_gradient
-from unmask.gradients.sampled import LastInput, last_blocks, sampled_product
+from unmask.gradients.last_input import LastInput
+from unmask.gradients.sampled import last_blocks, sampled_product
+from unmask.gradients.triton_sampled import last_transposed
 
 BAND = 1 << 18  # The entries of the product that are formed at a time.
 NORMS = 128  # The tokens that are squared at a time on a CPU.
@@ -136,8 +138,8 @@ _last_norms = LastInput()
 
 def forget() -> None:
     """Releases the activations that were kept for the next product; the end of a backward calls it."""
-    _last_norms.forget()
-    last_blocks.forget()
+    for last in (_last_norms, last_blocks, last_transposed):
+        last.forget()
 
 
 class PendingGradient:

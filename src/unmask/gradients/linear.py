@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +38,11 @@ class _Setup:
     """The settings of a linear operation, which are not its tensors."""
 
     stand_in: StandIn | None  # The weight's stand-in; None if its gradient is not wanted.
-    bias_entries: Entries | None  # The entries of the bias whose gradient is wanted, if it has a placeholder.
+    bias: StandIn | None  # The bias's, if it stands for entries.
     how: Product  # The product that gives the weight's entries, if the placeholder stands for some.
     transposed: bool  # True for a weight of shape (in, out), as in the Conv1D of transformers.
     origin: Node | None  # The node that can make the input again, which is then not saved; None otherwise.
+    autocast: torch.dtype | None  # The dtype that autocast computes in; None if it does not convert this operation.
 
 
 class _LinearHandlers:
@@ -70,14 +70,14 @@ class _LinearHandlers:
             return NotImplemented
         if not weight.numel() or (bias is not None and bias.shape != (weight.shape[1 if transposed else 0],)):
             return NotImplemented  # A bias of another shape is broadcast.
-        asks, device = backend_of(x.device).asks, x.device
-        how: Product = "dense"
+        device, kind, how = x.device, x.dtype, "dense"
+        asks, autocast = backend_of(device).asks, None
+        if torch.is_autocast_enabled(device.type) and kind != torch.float64:
+            autocast = kind = torch.get_autocast_dtype(device.type)
 
         def dense(entries: Entries) -> bool:
             nonlocal how
-            autocast = torch.is_autocast_enabled(device.type) and x.dtype != torch.float64
-            dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
-            how = choose(entries, x.numel() // max(1, x.shape[-1]), dtype, device, self._dense)
+            how = choose(entries, x.numel() // max(1, x.shape[-1]), kind, device, self._dense)
             # Where the host runs ahead of the device, an alias takes less of its time than a placeholder.
             return how == "dense" and not asks
 
@@ -91,27 +91,23 @@ class _LinearHandlers:
             return torch.addmm(bias, x, stand_in.proxy) if transposed else F.linear(x, stand_in.proxy, bias)  # type: ignore[arg-type]
         if stand_in is not None and stand_in.entries is not None and how == "dense":
             return NotImplemented
-        cast = self._cast(x)
-        bias_placeholder, entries = None, None
-        if type(bias) is TappedParameter:
-            other = stand_in_of(bias)
-            if other is not None and other.alias:
-                bias = other.proxy
-            elif other is not None:
-                bias_placeholder, entries = other.proxy, other.entries
-        setup = _Setup(stand_in, entries, how, transposed, origin(x) if stand_in and cast is None else None)
-        placeholder = stand_in.proxy if stand_in else None
-        return SampledLinear.apply(x, cast, weight, bias, placeholder, bias_placeholder, setup)
+        cast = None if autocast is None else self._cast(x, autocast)
+        of_bias = stand_in_of(bias) if type(bias) is TappedParameter else None
+        if of_bias is not None and of_bias.alias:
+            bias, of_bias = of_bias.proxy, None
+        remade = origin(x) if stand_in and cast is None else None
+        setup = _Setup(stand_in, of_bias, how, transposed, remade, autocast)  # type: ignore[arg-type]
+        placeholder, other = stand_in and stand_in.proxy, of_bias and of_bias.proxy
+        return SampledLinear.apply(x, cast, weight, bias, placeholder, other, setup)
 
-    def _cast(self, x: Tensor) -> Tensor | None:
-        """Returns the input in autocast's dtype; None if autocast leaves it as it is."""
-        kind = x.device.type
-        if not torch.is_autocast_enabled(kind) or x.dtype == torch.get_autocast_dtype(kind) or x.dtype == torch.float64:
+    def _cast(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Returns the input in autocast's dtype; None if it has that."""
+        if x.dtype == dtype:
             return None
         version = -1 if x.is_inference() else x._version
         cast = self._last[2]() if self._last and self._last[0]() is x and self._last[1] == version >= 0 else None
         if cast is None:
-            cast = x.detach().to(torch.get_autocast_dtype(kind))
+            cast = x.detach().to(dtype)
             # Weak references: the graph keeps the converted input as long as it needs it.
             self._last = (weakref.ref(x), version, weakref.ref(cast))
         return cast
@@ -136,15 +132,12 @@ class SampledLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.setup, ctx.shape, ctx.dtype, ctx.bias_dtype = setup, x.shape, x.dtype, None if bias is None else bias.dtype
         weight, ctx.weight_dtype = weight.detach(), weight.dtype
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-            weight = weight.to(dtype)
-            x, bias = x if cast is None else cast, None if bias is None else bias.to(dtype)
+        if setup.autocast is not None:
+            weight = weight.to(setup.autocast)
+            x, bias = x if cast is None else cast, None if bias is None else bias.to(setup.autocast)
         ctx.save_for_backward(
-            x if placeholder is not None and setup.origin is None else None,
+            x if setup.stand_in is not None and setup.origin is None else None,
             weight if ctx.needs_input_grad[0] else None,
-            placeholder,
-            bias_placeholder,
         )
         if bias is None and not setup.transposed:
             return F.linear(x, weight)
@@ -160,53 +153,52 @@ class SampledLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, placeholder, bias_placeholder = ctx.saved_tensors
-        setup, needs, kind = ctx.setup, ctx.needs_input_grad, gradient.device.type
+        (x, weight), setup, kind = ctx.saved_tensors, ctx.setup, gradient.device.type
         x = x if setup.origin is None else again(setup.origin)
         g = gradient.reshape(-1, gradient.shape[-1])
         if torch.is_grad_enabled():
-            return _differentiable(ctx, g, x, weight, placeholder, bias_placeholder)
-        tokens, rows = g.shape[0], live_rows(g)
-        g = g if rows is None else g.index_select(0, rows)
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            grad_x = grad_bias = grad_placeholder = grad_bias_placeholder = None
-            if needs[4]:
-                flat_x = x.reshape(-1, x.shape[-1])
-                flat_x = flat_x if rows is None else flat_x.index_select(0, rows)
-                left, right = (flat_x, g) if setup.transposed else (g, flat_x)
-                if setup.stand_in.pending is None:
-                    product = sampled_product(left, right, setup.stand_in.entries, setup.how)
-                    grad_placeholder = product.to(placeholder.dtype)
-                else:
-                    setup.stand_in.pending.put(Factors(left, right, ctx.weight_dtype))
-                    grad_placeholder = torch.zeros_like(placeholder)
-            if needs[5]:
-                entries, dtype = setup.bias_entries.flat, bias_placeholder.dtype
-                few = 8 * entries.numel() < g.shape[1]
-                grad_bias_placeholder = (
-                    take_columns(g, entries).sum(0, dtype=dtype) if few else take(g.sum(0, dtype=dtype), entries)
-                )
-            if needs[3]:
-                grad_bias = g.sum(0).to(ctx.bias_dtype)
-            if needs[0]:
-                grad_x = g @ (weight.t() if setup.transposed else weight)
-                grad_x = grad_x if rows is None else spread_rows(grad_x, rows, tokens)
-                grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
-        return grad_x, None, None, grad_bias, grad_placeholder, grad_bias_placeholder, None
+            return _differentiable(ctx, g, x, weight)
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return _gradients(ctx, g, x, weight)
+        return _gradients(ctx, g, x, weight)
 
 
-def _differentiable(
-    ctx: Any,
-    g: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    placeholder: Tensor | None,
-    bias_placeholder: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, g: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Computes the gradients of the inputs of `SampledLinear` from that of its output, (T, out)."""
+    setup, needs, tokens, rows = ctx.setup, ctx.needs_input_grad, g.shape[0], live_rows(g)
+    grad_x = grad_bias = grad_placeholder = grad_bias_placeholder = None
+    g = g if rows is None else g.index_select(0, rows)
+    if needs[4] and x is not None:
+        x = x.reshape(-1, x.shape[-1])
+        x = x if rows is None else x.index_select(0, rows)
+        left, right = (x, g) if setup.transposed else (g, x)
+        stand_in = setup.stand_in
+        if stand_in.pending is None:
+            grad_placeholder = sampled_product(left, right, stand_in.entries, setup.how).to(stand_in.proxy.dtype)
+        else:
+            stand_in.pending.put(Factors(left, right, ctx.weight_dtype))
+            grad_placeholder = torch.zeros_like(stand_in.proxy)
+    if needs[5]:
+        entries, dtype = setup.bias.entries.flat, setup.bias.proxy.dtype
+        few = 8 * entries.numel() < g.shape[1]
+        grad_bias_placeholder = (
+            take_columns(g, entries).sum(0, dtype=dtype) if few else take(g.sum(0, dtype=dtype), entries)
+        )
+    if needs[3]:
+        grad_bias = g.sum(0).to(ctx.bias_dtype)
+    if weight is not None:
+        grad_x = g @ (weight.t() if setup.transposed else weight)
+        grad_x = grad_x if rows is None else spread_rows(grad_x, rows, tokens)
+        grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
+    return grad_x, None, None, grad_bias, grad_placeholder, grad_bias_placeholder, None
+
+
+def _differentiable(ctx: Any, g: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, ...]:
     """Runs the backward as differentiable operations on dense products, for gradient penalties and the like."""
     setup, live = ctx.setup, weight
     grad_x = grad_bias = grad_placeholder = grad_bias_placeholder = None
-    if x is not None and placeholder is not None:
+    if x is not None:
         if x.dtype != ctx.dtype:
             raise SelectionError(
                 "a second derivative (create_graph=True) under autocast does not reach the sampled gradients' input; run this "
@@ -214,14 +206,14 @@ def _differentiable(
             )
         flat_x = x.reshape(-1, x.shape[-1])
         grad_placeholder = setup.stand_in.pass_on(flat_x.t() @ g if setup.transposed else g.t() @ flat_x)
-        live = None if weight is None else ByPlaceholder.apply(placeholder, weight, setup.stand_in)
+        live = None if weight is None else ByPlaceholder.apply(setup.stand_in.proxy, weight, setup.stand_in)
     if live is not None:
         grad_x = (g @ (live.t() if setup.transposed else live)).view(ctx.shape).to(ctx.dtype)
     sums = g.sum(0)
     if ctx.needs_input_grad[3]:
         grad_bias = sums.to(ctx.bias_dtype)
-    if bias_placeholder is not None:
-        grad_bias_placeholder = take(sums, setup.bias_entries.flat).to(bias_placeholder.dtype)
+    if setup.bias is not None:
+        grad_bias_placeholder = take(sums, setup.bias.entries.flat).to(setup.bias.proxy.dtype)
     return grad_x, None, None, grad_bias, grad_placeholder, grad_bias_placeholder, None
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from unmask.gradients.backend import backend_of, gathered_product
 from unmask.gradients.entries import Entries, take_columns
+from unmask.gradients.last_input import LastInput
 
 Product = Literal["dense", "compact", "sampled"]
 PIECE = 512  # The tokens of a piece on a CPU; half as many if the activations are wider than WIDE.
@@ -104,27 +104,6 @@ def _bands(entries: Entries) -> list[tuple[int, int, int, int, Tensor]]:
         for (top, stop), (first, last) in zip(pairwise(edges), held, strict=True)
         if first < last
     ]
-
-
-class LastInput(threading.local):
-    """The result of a computation on the last input of a thread; the layers of query, key and value have the same input."""
-
-    key: tuple | None = None
-    x: Tensor | None = None  # A reference to the input keeps its address from being used by another tensor.
-    result: Any = None
-
-    def of(self, x: Tensor, compute: Callable[[Tensor], Any], *options: Any) -> Any:
-        """Returns ``compute(x)``, which depends on x and the options alone; keeps it until another input or `forget`."""
-        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, x._version, *options)
-        if self.key != key:
-            self.forget()  # The computation may write over the last result, and then fail.
-            self.result = compute(x)
-            self.key, self.x = key, x
-        return self.result
-
-    def forget(self) -> None:
-        """Releases the input and the result; the end of a backward calls it."""
-        self.key = self.x = self.result = None
 
 
 last_blocks = LastInput()

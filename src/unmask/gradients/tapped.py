@@ -66,10 +66,17 @@ class Interceptor(Protocol):
     Attributes:
         owner: The selection that the tensors belong to.
         handlers: The operations that run in torch's place, by torch function.
+        in_graph, running, entries_only, sampled, dense, served: See `TapSet`.
     """
 
     owner: object
     handlers: dict[Any, Handler]
+    in_graph: Callable[..., Any] | None
+    running: bool
+    entries_only: bool
+    sampled: bool
+    dense: bool
+    served: bool
 
     def stand_in(self, parameter: Tensor, whole: Callable[[Entries], bool] | None = None) -> StandIn | None:
         """Returns what receives the gradient of the coming operation; None if that gradient is not wanted.
@@ -119,7 +126,7 @@ class TappedParameter(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         taps = _taps_of((*args, *(kwargs or {}).values()))
-        if taps is None or taps.in_graph is None or not (taps.running and taps.at_entries):
+        if taps is None or taps.in_graph is None or not (taps.running and taps.entries_only):
             return _outside_compiler(func, args, kwargs or {})
         taps.served = True
         with torch._C.DisableTorchFunctionSubclass():
@@ -141,7 +148,7 @@ def is_raw(func: Any) -> bool:
     return changes or name in _RAW or (name == "__get__" and func not in _VIEWS)
 
 
-def _taps_of(values: Iterable[Any]) -> Any:
+def _taps_of(values: Iterable[Any]) -> Interceptor | None:
     """Returns the taps of the first tapped parameter among values, or in a list or tuple of them; None if there is none."""
     for value in values:
         if isinstance(value, TappedParameter):

@@ -53,6 +53,7 @@ class Receiver(Protocol):
 
     def collect(self, slots: Tensor, gradient: Tensor) -> None:
         """Takes the gradient (n,) of slots, (n,) int64, whose entries `at_entries` gave to the forward."""
+        return
 
     def end(self) -> None:
         """Learns that the backward is complete."""
@@ -83,8 +84,8 @@ class TapSet:
         owner: The selection. The tapped tensors keep this set alive and the set keeps its selection alive, so that a run goes
             on even if the user drops the selection.
         handlers: The operations that run in torch's place.
-        at_entries: True if the coming backward brings the gradients of some entries; False if it brings whole ones.
-        in_graph: Runs an operation inside a compiled graph if `at_entries` is True; where it is None, the graph breaks there.
+        entries_only: True if the coming backward brings the gradients of some entries; False if it brings whole ones.
+        in_graph: Runs an operation inside a compiled graph if ``entries_only`` is True; where it is None, the graph breaks there.
         running: True while a forward of the model runs whose hook has looked after the tensors.
         dense: Allows a product of a linear layer to be dense where only some entries are wanted.
         sampled: True if a placeholder stands for a tensor of which some entries are wanted; otherwise an alias does, and the
@@ -101,7 +102,7 @@ class TapSet:
         self.owner: object = None
         self.handlers: dict[Any, Handler] = {}
         self.in_graph: Callable[..., Any] | None = None
-        self.running = self.at_entries = False
+        self.running = self.entries_only = False
         self.sampled = self.dense = True
         self.served = False
         self.writes: Writes | None = None
@@ -148,7 +149,7 @@ class TapSet:
     def prepare(self, moved: bool = False) -> None:
         """Asks the receiver what it wants until the next call; a step begins, or tensors have moved or were converted."""
         entries = self._receiver.at_entries()
-        self.at_entries = entries is not None
+        self.entries_only = entries is not None
         if entries is None:
             if self._collector is not None:
                 self._collector = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unmask.errors import SelectionError
+from unmask.gradients.last_input import LastInput
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -53,7 +54,8 @@ def triton_sampled_product(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) 
             (row, column) are the fastest.
 
     Returns:
-        (m,) float32 on g's device. Meanwhile, up to 2048 tokens of g and x are held transposed.
+        (m,) float32 on g's device. Meanwhile, up to 2048 tokens of g and x are held transposed. If there are no more, x is so
+        until another input comes or the backward ends: the layers of query, key and value have the same one.
 
     Raises:
         SelectionError: Shapes, dtypes or devices do not fit, or Triton does not run on the device.
@@ -92,50 +94,92 @@ def _works(device: torch.device) -> bool:
 
 def _product(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     m, tokens = rows.numel(), len(g)
-    out = torch.zeros(m, dtype=torch.float32, device=g.device)
     if m == 0 or tokens == 0:
-        return out
-    transpose, sample = _kernels()
+        return torch.zeros(m, dtype=torch.float32, device=g.device)
+    out = torch.empty(m, dtype=torch.float32, device=g.device)
     block = _LINE // g.element_size()  # In tokens; a multiple of _TILE.
     chunk = max(block, min(_TOKENS, _COPY // max(g.shape[1], x.shape[1]) // block * block))
     sizes = {"E": _ENTRIES, "BT": block, **_OPTIONS}
     rows, columns = rows.contiguous(), columns.contiguous()
-    gt, xt = (v.new_empty(v.shape[1], min(chunk, _blocks(tokens, block) * block)) for v in (g, x))
+    row = min(chunk, _blocks(tokens, block) * block)
+    gt = g.new_empty(g.shape[1], row)
     with torch.cuda.device_of(g):
+        xt = x.new_empty(x.shape[1], row) if tokens > chunk else _transposed(g, x, gt)
         for low in range(0, tokens, chunk):
             # Zeros follow the last token, so no load is masked.
             length = _blocks(min(chunk, tokens - low), block) * block
-            for source, target in ((g[low : low + chunk], gt), (x[low : low + chunk], xt)):
-                grid = (_blocks(source.shape[1], _TILE), length // _TILE)
-                transpose[grid](source, target, *source.shape, *source.stride(), target.shape[1], B=_TILE, **_OPTIONS)
-            sample[(_blocks(m, _ENTRIES),)](gt, xt, rows, columns, out, m, length, gt.shape[1], **sizes)
+            if tokens > chunk:
+                _transpose(g[low : low + chunk], x[low : low + chunk], gt, xt, length)
+            _kernels()[1][(_blocks(m, _ENTRIES),)](gt, xt, rows, columns, out, m, m if low else 0, length, row, **sizes)
     return out
+
+
+last_transposed = LastInput()
+
+
+def _transposed(g: Tensor, x: Tensor, gt: Tensor) -> Tensor:
+    """Copies g token-contiguous into ``gt``, and returns such a copy of x; the layers of query, key and value share that."""
+    length, new = gt.shape[1], False
+
+    def both(x: Tensor) -> Tensor:
+        nonlocal new
+        new, xt = True, x.new_empty(x.shape[1], length)
+        _transpose(g, x, gt, xt, length)
+        return xt
+
+    xt: Tensor = last_transposed.of(x, both, length)
+    if not new:
+        _transpose(g, None, gt, None, length)
+    return xt
+
+
+def _transpose(g: Tensor, x: Tensor | None, gt: Tensor, xt: Tensor | None, length: int) -> None:
+    """Copies up to ``length`` tokens of g, and of x if it is given, token-contiguous, by one launch."""
+    blocks = _blocks(g.shape[1], _TILE)
+    grid = (blocks + (0 if x is None else _blocks(x.shape[1], _TILE)), length // _TILE)
+    x, xt = (g, gt) if x is None or xt is None else (x, xt)
+    shapes = (len(g), g.shape[1], x.shape[1], *g.stride(), *x.stride(), gt.shape[1], xt.shape[1], blocks)
+    _kernels()[0][grid](g, x, gt, xt, *shapes, B=_TILE, **_OPTIONS)
 
 
 def _blocks(total: int, size: int) -> int:
     return -(-total // size)
 
 
+_copy_block: Any = None  # `_copy_block_kernel`, once it was made one of Triton's functions
+
+
 @cache
 def _kernels() -> tuple[Any, Any]:
     """Returns the two kernels. Triton compiles them once per dtype: `do_not_specialize` keeps it from doing so per size."""
-    global tl
+    global tl, _copy_block
     import triton
     import triton.language as tl
 
-    transpose = triton.jit(_transpose_kernel, do_not_specialize=["tokens"])
-    return transpose, triton.jit(_sample_kernel, do_not_specialize=["m", "length"])
+    _copy_block = triton.jit(_copy_block_kernel)
+    transpose = triton.jit(_transpose_kernel, do_not_specialize=["tokens", "blocks"])
+    return transpose, triton.jit(_sample_kernel, do_not_specialize=["m", "begun", "length"])
 
 
-def _transpose_kernel(source, target, tokens, width, stride_t, stride_w, row, B: tl.constexpr):  # type: ignore[no-untyped-def]
-    w = tl.program_id(0) * B + tl.arange(0, B).to(tl.int64)
+def _copy_block_kernel(source, target, tokens, width, stride_t, stride_w, row, block, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    w = block * B + tl.arange(0, B).to(tl.int64)
     t = tl.program_id(1) * B + tl.arange(0, B).to(tl.int64)
     inside = (t < tokens)[:, None] & (w < width)[None, :]
-    block = tl.load(source + t[:, None] * stride_t + w[None, :] * stride_w, mask=inside, other=0.0)  # (B tokens, B)
-    tl.store(target + w[:, None] * row + t[None, :], tl.trans(block), mask=(w < width)[:, None])
+    values = tl.load(source + t[:, None] * stride_t + w[None, :] * stride_w, mask=inside, other=0.0)  # (B tokens, B)
+    tl.store(target + w[:, None] * row + t[None, :], tl.trans(values), mask=(w < width)[:, None])
 
 
-def _sample_kernel(gt, xt, rows, columns, out, m, length, row, E: tl.constexpr, BT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _transpose_kernel(  # type: ignore[no-untyped-def]
+    g, x, gt, xt, tokens, g_width, x_width, g_t, g_w, x_t, x_w, g_row, x_row, blocks, B: tl.constexpr
+):
+    block = tl.program_id(0)
+    if block < blocks:
+        _copy_block(g, gt, tokens, g_width, g_t, g_w, g_row, block, B)
+    else:
+        _copy_block(x, xt, tokens, x_width, x_t, x_w, x_row, block - blocks, B)
+
+
+def _sample_kernel(gt, xt, rows, columns, out, m, begun, length, row, E: tl.constexpr, BT: tl.constexpr):  # type: ignore[no-untyped-def]
     k = tl.program_id(0).to(tl.int64) * E + tl.arange(0, E)
     inside = k < m
     r = tl.load(rows + k, mask=inside, other=0).to(tl.int64) * row
@@ -146,5 +190,5 @@ def _sample_kernel(gt, xt, rows, columns, out, m, length, row, E: tl.constexpr, 
         a = tl.load(gt + r[:, None] + t[None, :])  # (E, BT)
         b = tl.load(xt + c[:, None] + t[None, :])
         total += a.to(tl.float32) * b.to(tl.float32)
-    earlier = tl.load(out + k, mask=inside, other=0.0)
+    earlier = tl.load(out + k, mask=k < begun, other=0.0)  # the sum over earlier chunks of tokens
     tl.store(out + k, earlier + tl.sum(total, axis=1), mask=inside)
