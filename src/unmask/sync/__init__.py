@@ -1,7 +1,8 @@
 """Keeps copies of a model in other processes equal to the one in training, by sending the selected weights only.
 
-A `Publisher` reads a selection after each optimizer step and sends a message; a `Receiver` writes it into its copy of the base
-model. A transport carries the messages: `InProcess`, `Folder` or `Distributed`. docs/sync.md specifies the bytes.
+A `Publisher` reads a selection after each optimizer step and sends a message; a `Receiver` writes it into its copy of the
+base model. A transport carries the messages: `InProcess`, `Folder` or `Distributed`. docs/sync.md specifies the bytes.
+`VLLM` hands the same weights to vLLM.
 """
 
 from unmask.sync.distributed import Distributed as Distributed
@@ -12,3 +13,6 @@ from unmask.sync.publisher import Sent as Sent
 from unmask.sync.receiver import Receiver as Receiver
 from unmask.sync.targets import Shard as Shard
 from unmask.sync.transport import InProcess as InProcess
+from unmask.sync.vllm import VLLM as VLLM
+from unmask.sync.vllm import PatchArguments as PatchArguments
+from unmask.sync.vllm import to_vllm_patches as to_vllm_patches
