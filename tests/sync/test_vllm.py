@@ -1,7 +1,6 @@
 """Tests what is handed to vLLM against the fields and rules that its documentation gives. vLLM itself is not run here.
 
-`Engine` stands in for vLLM: it checks what vLLM says that it checks, and loads patches as vLLM says that it does: a tensor of
-the checkpoint's shape, with NaN where nothing changes, goes through the model's loader.
+`vllm_stand_in.Engine` stands in for it.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from vllm_stand_in import Engine, Patch, Served, check
 
 import unmask
 from unmask import MissingExtraError, SyncError
@@ -22,91 +22,6 @@ from unmask.sync.vllm import VLLM, PatchArguments, to_vllm_patches
 
 LARGE = 1 << 20
 FIELDS = ("name", "indices", "values", "full_shape")
-
-
-@dataclasses.dataclass
-class Patch:
-    """Has the documented fields of vLLM's ``SparseWeightPatch``."""
-
-    name: str
-    indices: torch.Tensor
-    values: torch.Tensor
-    full_shape: tuple[int, ...]
-
-
-class Served(nn.Module):
-    """Holds weights in another layout than the checkpoint: q, k and v are rows of one tensor, as in vLLM's models."""
-
-    def __init__(self, source: nn.Module) -> None:
-        super().__init__()
-        self.qkv_proj = nn.Parameter(torch.cat([source.q.weight, source.k.weight, source.v.weight]).detach().clone())
-        self.rest = nn.ParameterDict(
-            {
-                name.replace(".", "_"): p.detach().clone()
-                for name, p in source.named_parameters()
-                if name[0] not in "qkv"
-            }
-        )
-
-    def load_weights(self, weights):
-        rows = self.qkv_proj.shape[0] // 3
-        for name, loaded in weights:
-            if name in ("q.weight", "k.weight", "v.weight"):
-                part = self.qkv_proj.data.narrow(0, "qkv".index(name[0]) * rows, rows)
-            else:
-                part = self.rest[name.replace(".", "_")].data
-            assert part.shape == loaded.shape
-            part.copy_(torch.where(loaded.isnan(), part, loaded.to(part.dtype)))
-
-    def checkpoint(self):
-        q, k, v = self.qkv_proj.data.chunk(3)
-        rest = {name: self.rest[name.replace(".", "_")].data for name in ("head.weight", "head.bias")}
-        return {"q.weight": q, "k.weight": k, "v.weight": v} | rest
-
-
-class Engine:
-    """Stands in for vLLM's trainer-side engine, its client and its worker."""
-
-    def __init__(self, served: Served) -> None:
-        self.served, self.calls, self.fails_at = served, [], None
-        self.client = types.SimpleNamespace(
-            start_weight_update=lambda: self.calls.append("start"),
-            finish_weight_update=lambda: self.calls.append("finish"),
-        )
-
-    def send_weights(self, patches):
-        self.calls.append("whole")
-        self._load(patches)
-
-    def send_weight_chunk(self, patches):
-        self.calls.append("chunk")
-        self._load(patches)
-
-    def _load(self, patches):
-        for patch in patches:
-            check(patch)
-        for patch in patches:
-            if self.fails_at == 0:
-                self.fails_at = None
-                raise RuntimeError("a worker died")
-            self.fails_at = None if self.fails_at is None else self.fails_at - 1
-            whole = torch.full(patch.full_shape, torch.nan, dtype=patch.values.dtype)
-            whole.view(-1).index_copy_(0, patch.indices.long(), patch.values)
-            self.served.load_weights([(patch.name, whole)])
-
-
-def check(patch) -> None:
-    """Asserts what vLLM's sender and loader check, and that the memory is contiguous, which vLLM takes for granted."""
-    numel = torch.Size(patch.full_shape).numel()
-    assert patch.indices.dtype == torch.int32
-    assert patch.indices.ndim == patch.values.ndim == 1
-    assert 0 < patch.indices.numel() == patch.values.numel() == patch.indices.unique().numel()
-    assert 0 <= patch.indices.min() <= patch.indices.max() < numel
-    assert patch.values.is_floating_point()
-    assert not patch.values.isnan().any()
-    assert patch.indices.is_contiguous()
-    assert patch.values.is_contiguous()
-    assert isinstance(patch.full_shape, tuple)
 
 
 class Net(nn.Module):
@@ -146,7 +61,7 @@ def trained(dtype=torch.float32, **options):
 
 
 def assert_same(served, model):
-    for name, tensor in served.checkpoint().items():
+    for name, tensor in served.checkpoint.items():
         ours = dict(model.named_parameters())[name].detach()
         assert torch.equal(tensor.view(torch.uint8), ours.contiguous().view(torch.uint8)), name
 
