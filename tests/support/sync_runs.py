@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import unmask
 from unmask.sync import InProcess, Publisher, Receiver, Sent
-from unmask.sync.message import Header
+from unmask.sync.header import Header
 
 
 class Tape(InProcess):

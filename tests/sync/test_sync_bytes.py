@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 import unmask
 from unmask.sync import InProcess, Publisher
-from unmask.sync.message import HEADER
+from unmask.sync.header import HEADER
 
 
 @pytest.mark.parametrize(

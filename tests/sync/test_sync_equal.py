@@ -158,6 +158,48 @@ def test_a_receiver_whose_weights_were_replaced_is_refused():
     with pytest.raises(unmask.SyncError, match="other weights than those of version 2"):
         pair.receiver.receive(timeout=0)
     assert_same_tensors(snapshot(pair.rollout), pair.base)
+    pair.train()
+    pair.publisher.publish()
+    with pytest.raises(unmask.SyncError, match="other weights than those of version 2"):
+        pair.receiver.receive(timeout=0)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_receiver_whose_module_is_replaced_is_followed_if_its_weights_are_the_same(same):
+    pair = Pair(unmask.pafi(60))
+    pair.step()
+    pair.rollout.up = copy.deepcopy(pair.rollout.up)
+    if same:
+        pair.step()
+        return
+    with torch.no_grad():
+        pair.rollout.up.weight.mul_(2)
+    pair.train()
+    pair.publisher.publish()
+    with pytest.raises(unmask.SyncError, match="other weights than those of version 1"):
+        pair.receiver.receive(timeout=0)
+
+
+def test_a_receiver_that_ties_what_the_trainer_has_apart_is_refused():
+    model = nets.mixed()
+    model.out.weight = nn.Parameter(model.embed.weight.detach().clone())
+    pair = Pair(unmask.pafi(300), model, rollout=nets.mixed(), include="embed")
+    pair.train()
+    pair.publisher.publish()
+    with pytest.raises(unmask.SyncError, match=r"'out.weight' is tied in the receiver's model"):
+        pair.receiver.receive(timeout=0)
+
+
+def test_a_tied_tensor_under_another_first_name():
+    model = nets.mixed()
+    rollout = nets.mixed()
+    rollout.own = rollout.out.weight  # a name that the trainer's model lacks, and the first one here
+    assert next(n for n, p in rollout.named_parameters() if p is rollout.own) == "own"
+    pair = Pair(unmask.pafi(300), model, rollout=rollout, include="embed")
+    pair.train()
+    pair.publisher.publish()
+    assert pair.receiver.receive(timeout=0) == 1
+    assert torch.equal(rollout.own, model.embed.weight)
 
 
 def test_parts_are_the_trained_weights():

@@ -262,7 +262,7 @@ def test_a_message_that_is_changed_and_signed_again_is_refused_or_taken_as_it_st
     """Changes header, JSON or numbers. What is taken must be what the plain reader takes, on the same base."""
     _, messages = taped(unmask.repeat_d3(60, stride=1))
     counts: Counter[str] = Counter()
-    for seed in range(250):
+    for seed in range(160):
         mutator = Mutator(seed)
         data = forged(messages[which], mutator)
         rollout, tape = nets.mixed(), Tape()
@@ -284,8 +284,8 @@ def test_a_message_that_is_changed_and_signed_again_is_refused_or_taken_as_it_st
         held = as_bits(dict(rollout.named_parameters()))
         assert all((reader.tensors[name] == held[name]).all() for name in reader.tensors)
         counts["taken"] += 1
-    assert counts["refused"] > 60
-    assert counts["taken"] > 10
+    assert counts["refused"] > 40
+    assert counts["taken"] > 8
 
 
 def forged(message: bytes, mutator: Mutator) -> bytes:
@@ -326,12 +326,12 @@ def test_diverged_weights_are_not_sent():
     pair.step()
     with pair.selection.writing(), torch.no_grad():
         pair.selection.values[3] = torch.nan
-    with pytest.raises(SyncError, match="NaN or infinite"):
+    with pytest.raises(SyncError, match="is NaN or infinite"):
         pair.publisher.publish()
     with pair.selection.writing(), torch.no_grad():
         pair.selection.values[3] = 1.0
         pair.selection.dense[0].parameter[0] = torch.inf
-    with pytest.raises(SyncError, match=r"'norm.bias' holds NaN or infinite"):
+    with pytest.raises(SyncError, match=r"'norm.bias' is NaN or infinite"):
         pair.publisher.publish()
     assert len(pair.tape.messages) == pair.publisher.version == 1
 

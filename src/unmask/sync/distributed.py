@@ -13,7 +13,8 @@ from torch import Tensor
 
 from unmask.errors import SyncError, SyncTimeoutError
 from unmask.reading import Malformed
-from unmask.sync.message import HEADER, Header, Kind, Message
+from unmask.sync.header import HEADER, Header, Kind
+from unmask.sync.message import Message
 from unmask.sync.transport import Held, Inbox, read_message
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Distributed:
         """Broadcasts the header, and then the payload."""
         data = torch.frombuffer(message, dtype=torch.uint8).to(self._device)
         self.broadcast(data[: HEADER.size], None)
-        if header.payload or len(message) > HEADER.size:
+        if len(message) > HEADER.size:
             self.broadcast(data[HEADER.size :], None)
 
     def inbox(self) -> Inbox:
@@ -134,8 +135,7 @@ class _Member:
             raise SyncError(
                 f"a message's header cannot be used: {malformed}. The processes are out of step."
             ) from malformed
-        data = torch.zeros(HEADER.size + header.payload, dtype=torch.uint8, device=device)
-        data[: HEADER.size] = start
+        data = torch.cat([start, torch.zeros(header.payload, dtype=torch.uint8, device=device)])
         if header.payload:
             self._group.broadcast(data[HEADER.size :], end)
         if header.kind == Kind.FULL:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from unmask.errors import SyncError, SyncTimeoutError
 from unmask.files import check_folder, write_bytes
 from unmask.reading import Malformed
-from unmask.sync.message import Header, Kind, Message
+from unmask.sync.header import Header, Kind
+from unmask.sync.message import Message
 from unmask.sync.transport import Held, Inbox
 
 _NAME = re.compile(r"(\d{20})-([0-9a-f]{32})-(\d{12})-(full|epoch|step)\.sync")

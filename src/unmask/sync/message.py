@@ -8,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,74 +18,10 @@ from numpy.typing import NDArray
 
 from unmask.delta.rice import decode, encode
 from unmask.reading import Malformed, count, fields, items, one_of, parse_json, text
+from unmask.sync.header import CHECKSUM, HEADER, Header, Kind
 from unmask.sync.support import DTYPES, Change, Places, Support, Table, TensorSpec, bits_dtype
 
-MAGIC = b"UNMKSYNC"
-FORMAT = 1
-HEADER = struct.Struct("<8sHBBIQQQQ16s32s32s")
-"""The header, 128 bytes: magic, format, kind, 0, and the fields of `Header`; the last 32 bytes are the checksum."""
-_CHECKSUM = HEADER.size - 32
 _UNIT = 8  # Each part of a payload begins at a multiple of so many bytes.
-
-
-class Kind(IntEnum):
-    """The kinds of messages.
-
-    Attributes:
-        FULL: The message holds all that a receiver must know: the table, the places, their base values and the values.
-        EPOCH: The message says which places join and leave, and holds the values of all.
-        STEP: The message holds values only.
-    """
-
-    FULL = 1
-    EPOCH = 2
-    STEP = 3
-
-
-@dataclass(frozen=True)
-class Header:
-    """The header of a message.
-
-    Attributes:
-        kind: The kind.
-        meta: The number of bytes of the JSON at the start of the payload; 0 in a STEP.
-        version: The number of the message, from 1; each message of a run has the next one.
-        epoch: The number of times that the support has changed, from 1.
-        started: The time at which the publisher started: nanoseconds since 1970. A later run has a larger number.
-        payload: The number of bytes after the header.
-        run: 16 random bytes that a publisher draws when it starts.
-        base: The SHA-256 over the base values at all places (`Support.digest`).
-    """
-
-    kind: Kind
-    meta: int
-    version: int
-    epoch: int
-    started: int
-    payload: int
-    run: bytes
-    base: bytes
-
-    @classmethod
-    def read(cls, data: bytes | bytearray | memoryview) -> Header:
-        """Reads the first 128 bytes of a message; the checksum is left to `Message.read`.
-
-        Raises:
-            Malformed: It is no header of a message, or one of another format.
-        """
-        if len(data) < HEADER.size:
-            raise Malformed(f"it has {len(data)} bytes, and a header has {HEADER.size}")
-        magic, version, kind, zero, meta, *numbers, run, base, _ = HEADER.unpack_from(data)
-        if magic != MAGIC:
-            raise Malformed("it does not begin with UNMKSYNC")
-        if version != FORMAT:
-            raise Malformed(f"it has format {version}; this version of unmask reads format {FORMAT}")
-        if kind not in list(Kind) or zero or (kind == Kind.STEP) != (meta == 0):
-            raise Malformed("its header has a kind that there is not")
-        number, epoch, started, payload = numbers
-        if meta > payload or not number or not epoch or max(numbers) >= 2**63:
-            raise Malformed("its header has a number that cannot be")
-        return cls(Kind(kind), meta, number, epoch, started, payload, run, base)
 
 
 @dataclass(frozen=True)
@@ -113,23 +47,23 @@ class Message:
         header = Header.read(view)
         if len(view) != HEADER.size + header.payload:
             raise Malformed(f"it has {len(view):,} bytes, and its header says {HEADER.size + header.payload:,}")
-        if _checksum(view) != bytes(view[_CHECKSUM : HEADER.size]):
+        if _checksum(view) != bytes(view[CHECKSUM : HEADER.size]):
             raise Malformed("its checksum is another one, so it is cut or damaged")
         return cls(header, view[HEADER.size :])
 
-    def content(self, held: Support | None) -> Content:
-        """Reads the payload of a FULL message, or that of an EPOCH or STEP that follows the given support.
+    def content(self, held: Support) -> Content:
+        """Reads the payload.
+
+        Args:
+            held: The support that an EPOCH changes and a STEP keeps. A FULL message brings its own.
 
         Raises:
             Malformed: The payload does not fit the support, or has a form that no publisher writes.
         """
         if self.header.kind == Kind.STEP:
-            assert held is not None, "a STEP follows a support"
             return self._values(held, Change({}, {}), {}, 0)
         meta = _META[self.header.kind](parse_json(bytes(self.payload[: self.header.meta])), "the JSON")
-        full = self.header.kind == Kind.FULL
-        assert full or held is not None, "an EPOCH follows a support"
-        old = Support(_table(meta["tensors"])) if full or held is None else held
+        old = Support(_table(meta["tensors"])) if self.header.kind == Kind.FULL else held
         reader = _Reader(self.payload, self.header.meta, old.table)
         removed = reader.indices(meta["removed"], {n: each.indices.size for n, each in old.places.items()})
         joining = reader.indices(meta["added"])
@@ -255,7 +189,7 @@ def _table(rows: list[Any]) -> Table:
     return table
 
 
-def write(
+def write_message(
     header: Header,
     support: Support,
     change: Change | None,
@@ -292,22 +226,21 @@ def write(
         parts = [
             [np.frombuffer(meta, np.uint8)],
             [code for _, code in (*removed, *added)],
-            [new.base.astype(bits_dtype(table[number]), copy=False) for number, new in change.added.items()],
-            [bits.astype(bits_dtype(table[number]), copy=False) for number, bits in once.items()],
+            [new.base for new in change.added.values()],
+            list(once.values()),
         ]
     parts += [list(placed), list(whole)]
     payload = sum(_aligned(sum(each.nbytes for each in part)) for part in parts)
     message = bytearray(HEADER.size + payload)
-    numbers = (len(meta), header.version, header.epoch, header.started, payload)
-    HEADER.pack_into(message, 0, MAGIC, FORMAT, header.kind, 0, *numbers, header.run, header.base, bytes(32))
+    message[: HEADER.size] = replace(header, meta=len(meta), payload=payload).pack()
     target, at = np.frombuffer(message, np.uint8), HEADER.size
     for part in parts:
-        end = at
         for each in part:
-            target[end : end + each.nbytes] = each.view(np.uint8)
-            end += each.nbytes
-        at += _aligned(end - at)
-    message[_CHECKSUM : HEADER.size] = _checksum(memoryview(message))
+            little = each.astype(each.dtype.newbyteorder("<"), copy=False)
+            target[at : at + each.nbytes] = little.view(np.uint8)
+            at += each.nbytes
+        at = _aligned(at)
+    message[CHECKSUM : HEADER.size] = _checksum(memoryview(message))
     return message
 
 
@@ -322,7 +255,7 @@ def _coded(table: Table, indices: Mapping[int, NDArray]) -> list[tuple[list[int]
 
 def _checksum(message: memoryview) -> bytes:
     """Returns the SHA-256 over a message without its checksum."""
-    sha = hashlib.sha256(message[:_CHECKSUM])
+    sha = hashlib.sha256(message[:CHECKSUM])
     sha.update(message[HEADER.size :])
     return sha.digest()
 

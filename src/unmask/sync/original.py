@@ -20,11 +20,11 @@ class Original:
     """What the written parts of a model held before the first message.
 
     Attributes:
-        entries: The entries that were written, and the bits that they held before.
+        entries: The entries that were written, and the bits that they held before; by the tensor's name.
         whole: The tensors that were written whole, by name, and copies of what they held before. Entries of them do not count.
     """
 
-    entries: Sequence[tuple[Entries, NDArray]] = ()
+    entries: Mapping[str, Sequence[tuple[Entries, NDArray]]] = field(default_factory=dict)
     whole: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def bits(self, wanted: Sequence[Entries]) -> list[NDArray]:
@@ -47,8 +47,8 @@ class Original:
 
     def writes(self) -> Iterator[Write]:
         """Yields the writes that take the model back to what it was before the first message."""
-        for each, before in self.entries:
-            if each.region.name not in self.whole:
+        for name in self.entries:
+            for each, before in self._written(name):
                 yield entries_write(each, before)
         for tensor, copy in self.whole.values():
             yield tensor, None, copy
@@ -56,8 +56,8 @@ class Original:
     def _whole_or(self, region: Region) -> Tensor:
         return self.whole[region.name][1] if region.name in self.whole else region.tensor
 
-    def _written(self, name: str) -> list[tuple[Entries, NDArray]]:
-        return [] if name in self.whole else [each for each in self.entries if each[0].region.name == name]
+    def _written(self, name: str) -> Sequence[tuple[Entries, NDArray]]:
+        return () if name in self.whole else self.entries.get(name, ())
 
 
 def entries_write(entries: Entries, bits: NDArray) -> Write:

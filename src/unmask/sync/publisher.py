@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from unmask.selection.selection import Selection
-from unmask.sync import message
-from unmask.sync.message import Header, Kind
+from unmask.sync.header import Header, Kind
+from unmask.sync.message import write_message
 from unmask.sync.source import Source
 from unmask.sync.support import Support, TensorSpec, bits_of
 from unmask.sync.transport import Transport
@@ -65,7 +65,7 @@ class Publisher:
         epoch: The number of times that the support has changed; 0 before the first message.
 
     Raises:
-        SyncError: The model is quantised, or it is sharded and has tensors that are sent whole.
+        SyncError: The model is quantised, or a tensor that no base has is sharded.
 
     Example:
         >>> import copy, unmask
@@ -115,15 +115,15 @@ class Publisher:
         """
         self._source.look()
         support = self._source.support
-        for number, values in self._source.placed().items():
+        for number, values in self._source.placed():
             yield Part(support.table[number], torch.from_numpy(support.places[number].indices), values)
-        for number, values in self._source.whole().items():
+        for number, values in self._source.whole():
             yield Part(support.table[number], None, values.clone())
 
     def _publish(self, full: bool = False) -> Sent:
         source, sent = self._source, self._sent
         source.look()
-        support, placed, whole = source.support, source.placed(), source.whole()
+        support, placed, whole = source.support, dict(source.placed()), dict(source.whole())
         other = support.table != sent.table  # so at the first message
         change = support.since(Support(support.table) if other else sent)
         moved = other or bool(change)
@@ -133,7 +133,7 @@ class Publisher:
             kind = Kind.EPOCH if moved else Kind.STEP
         base = support.digest() if moved else self._base
         header = Header(kind, 0, self.version + 1, self.epoch + moved, self._started, 0, self._run, base)
-        written = message.write(
+        written = write_message(
             header,
             support,
             None if kind == Kind.STEP else change,

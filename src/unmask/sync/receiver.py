@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from unmask.errors import SyncError, SyncTimeoutError
 from unmask.reading import Malformed
-from unmask.sync.message import Content, Header, Kind, Message
+from unmask.sync.header import Header, Kind
+from unmask.sync.message import Content, Message
 from unmask.sync.original import Original, as_values, entries_write
 from unmask.sync.support import Support, bits_of
 from unmask.sync.targets import Fused, Region, Shards, Targets, refuse_unwritable
@@ -49,8 +50,10 @@ class _State:
 
     def original(self) -> Original:
         """Returns what the model held before the first message."""
-        places = self.support.places
-        written = [(each, each.own(places[number].base)) for number, found in self.entries.items() for each in found]
+        written: dict[str, list[tuple[Entries, NDArray]]] = {}
+        for number, found in self.entries.items():
+            for each in found:
+                written.setdefault(each.region.name, []).append((each, each.own(self.support.places[number].base)))
         return Original(written, self.whole)
 
 
@@ -161,7 +164,7 @@ class Receiver:
         """Writes a message that is in order into the model."""
         held, header = self._follow(), message.header
         try:
-            content = message.content(None if held is None else held.support)
+            content = message.content(Support(()) if held is None else held.support)
         except Malformed as malformed:
             raise SyncError(
                 f"version {header.version} cannot be used: {malformed}. Nothing was changed."
@@ -189,6 +192,7 @@ class Receiver:
         state = _State(header, content, regions, entries, whole)
         apply([*original.writes(), *_once_writes(content, regions), *state.values()])
         self._state = state
+        self._targets.remember()
 
     def _take_epoch(self, header: Header, content: Content, held: _State) -> None:
         """Writes a message by which places join or leave; a place that leaves gets its base value back."""
@@ -205,7 +209,9 @@ class Receiver:
             number: _resolved(support, number, places.indices, regions) if number in touched else held.entries[number]
             for number, places in support.places.items()
         }
-        whole = _copies(support, change.whole, regions, held.original()) | held.whole
+        whole = held.whole
+        if change.whole:
+            whole = _copies(support, change.whole, regions, held.original()) | whole
         state = _State(header, content, regions, entries, whole)
         apply([*leaving, *state.values()])
         self._state = state
@@ -230,6 +236,7 @@ class Receiver:
                 "replaced. Load the base, and make another Receiver."
             )
         self._state = moved
+        self._targets.remember()
         return moved
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from unmask.delta.base import base_tensors
 from unmask.delta.fingerprint import same_bits
 from unmask.delta.record import before_training
+from unmask.distributed.sharding import is_sharded, reshard
 from unmask.errors import SyncError
-from unmask.gradients.wrappers import persistent_buffers
+from unmask.gradients.wrappers import named_parameters, persistent_buffers
 from unmask.selection.selection import Selection
 from unmask.sync.support import DTYPES, Places, Support, Table, bits_of, table_of
 
@@ -27,7 +29,7 @@ class Source:
         support: The support at the last `look`.
 
     Raises:
-        SyncError: The model is quantised, or it is sharded and has tensors that are sent whole.
+        SyncError: The model is quantised, or a tensor that no base has is sharded.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -37,10 +39,12 @@ class Source:
                 f"{min(facts.quantised)!r} is quantised, and its trained weights are kept next to it in float32, which no "
                 "receiver holds. Train a model that is not quantised, or send selection.delta() (docs/quantised.md)."
             )
-        if facts.sharded and (facts.dense or facts.new()):
+        reshard(selection.model)
+        spread = {name for name, p in named_parameters(selection.model).items() if is_sharded(p)}
+        if spread and (whole := spread & facts.new()):
             raise SyncError(
-                f"{min({*facts.dense, *facts.new()})!r} is sent whole, and the model is sharded, so that no process has all of "
-                "it. Leave it out of dense= and new=, or train without fully_shard."
+                f"{min(whole)!r} is in no base, so it is sent whole, and it is sharded, so that no process has all of it. "
+                "Keep it out of the sharding: fully_shard(model, ignored_params={...})."
             )
         self._selection = selection
         self.support = Support(())
@@ -60,40 +64,48 @@ class Source:
             raise SyncError("the selection was released, so nothing is trained any more; publish before release().")
         selection.check_model()
         layout, positions, table = ledger.layout, ledger.positions[: ledger.used], self.support.table
-        dtypes = {name: tensor.dtype for name, tensor in zip(layout.names, layout.tensors, strict=True)}
+        with torch._C.DisableTorchFunctionSubclass():
+            dtypes = {name: tensor.dtype for name, tensor in zip(layout.names, layout.tensors, strict=True)}
         if not table or any(dtypes.get(spec.name, DTYPES[spec.dtype]) != DTYPES[spec.dtype] for spec in table):
             table, self._positions = table_of(selection.model), None
-        buffers = persistent_buffers(selection.model)
-        self._changed |= {name for name, b in selection.facts.buffers.items() if not same_bits(b, buffers[name])}
+        originals = selection.facts.buffers
+        buffers = persistent_buffers(selection.model) if originals else {}
+        self._changed |= {name for name, before in originals.items() if not same_bits(before, buffers[name])}
         whole = self._numbers(table, {d.name for d in selection.dense} | self._changed)
         places = self.support.places
         if self._positions is None or not torch.equal(positions, self._positions):
             split = {layout.names[index]: (flat, slots) for index, flat, slots in layout.split(positions)}
             numbers = self._numbers(table, set(split))
             found = [split[table[number].name] for number in numbers]
+            sizes = [(number, flat.numel()) for number, (flat, _) in zip(numbers, found, strict=True)]
+            indices = torch.cat([positions[:0], *(flat for flat, _ in found)]).cpu()  # the host waits once
             self._slots = torch.cat([positions[:0], *(slots for _, slots in found)])
-            sizes = [(number, slots.numel()) for number, (_, slots) in zip(numbers, found, strict=True)]
-            base = _by_tensor(ledger.base[self._slots], sizes, table)
-            indices = [flat.cpu().numpy() for flat, _ in found]
-            places = {
-                number: Places(flat, bits_of(base[number])) for number, flat in zip(numbers, indices, strict=True)
-            }
+            parts = zip(
+                indices.split([size for _, size in sizes]),
+                _by_tensor(ledger.base[self._slots], sizes, table),
+                strict=True,
+            )
+            places = {number: Places(flat.numpy(), bits_of(base)) for flat, (number, base) in parts}
             self._positions = positions.clone()
         self.support = Support(table, places, whole)
 
-    def placed(self) -> dict[int, Tensor]:
-        """Returns the values at the places of the support by number: vectors in the tensors' dtypes, on the CPU."""
+    def placed(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields the values at the places of the support: the tensor's number, and a vector in its dtype, on the CPU."""
         sizes = [(number, each.indices.size) for number, each in self.support.places.items()]
-        values = _by_tensor(self._selection.ledger.trained()[self._slots], sizes, self.support.table)
-        self._refuse_diverged(values)
-        return values
+        return _by_tensor(
+            self._selection.ledger.trained()[self._slots], sizes, self.support.table, self._refuse_diverged
+        )
 
-    def whole(self) -> dict[int, Tensor]:
-        """Returns the tensors that are sent whole by number, on the CPU."""
-        named = {d.name: d.parameter for d in self._selection.dense} | persistent_buffers(self._selection.model)
-        whole = {number: named[self.support.table[number].name].detach().cpu() for number in self.support.whole}
-        self._refuse_diverged({n: t for n, t in whole.items() if self.support.table[n].name not in self._changed})
-        return whole
+    def whole(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields the tensors that are sent whole, with their numbers, on the CPU."""
+        trained = {d.name: d.parameter for d in self._selection.dense}
+        buffers = persistent_buffers(self._selection.model) if self._changed else {}
+        for number in self.support.whole:
+            name = self.support.table[number].name
+            tensor = (trained[name] if name in trained else buffers[name]).detach().cpu()
+            if name in trained:
+                self._refuse_diverged([number], tensor)
+            yield number, tensor
 
     def once(self) -> dict[int, NDArray]:
         """Returns the other tensors that the base lacks, as they were before training, as bits by number."""
@@ -114,20 +126,37 @@ class Source:
             raise SyncError(f"{lacking!r} has a dtype that no message holds; there are {', '.join(DTYPES)}.")
         return numbers
 
-    def _refuse_diverged(self, values: dict[int, Tensor]) -> None:
-        """Refuses trained weights that are NaN or infinite."""
-        for number, tensor in values.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise SyncError(
-                    f"{self.support.table[number].name!r} holds NaN or infinite values: training has diverged. Nothing was sent."
-                )
+    def _refuse_diverged(self, numbers: Sequence[int], values: Tensor) -> None:
+        """Refuses trained weights of some tensors that are NaN or infinite."""
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            more = f" (or of {len(numbers) - 1} more tensors)" if numbers[1:] else ""
+            raise SyncError(
+                f"a trained weight of {self.support.table[numbers[0]].name!r}{more} is NaN or infinite: training has diverged. "
+                "Nothing was sent."
+            )
 
 
-def _by_tensor(values: Tensor, sizes: list[tuple[int, int]], table: Table) -> dict[int, Tensor]:
-    """Returns a vector cut into tensors, each cast to its dtype: by number, on the CPU. The device is asked once a dtype."""
-    found: dict[int, Tensor] = {}
+def _by_tensor(
+    values: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    table: Table,
+    check: Callable[[Sequence[int], Tensor], None] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Cuts a vector into tensors, each cast to its dtype. The host waits once for each dtype.
+
+    Args:
+        values: The vector.
+        sizes: The number of each tensor, and of its entries in the vector, in order.
+        table: The tensors.
+        check: Called with the numbers of the tensors of one dtype, and their entries.
+
+    Yields:
+        The number, and the entries on the CPU.
+    """
     for dtype, run in groupby(sizes, key=lambda each: table[each[0]].dtype):
         numbers, counts = zip(*run, strict=True)
         first, values = values[: sum(counts)], values[sum(counts) :]
-        found |= dict(zip(numbers, first.to(DTYPES[dtype]).cpu().split(list(counts)), strict=True))
-    return found
+        cast = first.to(DTYPES[dtype]).cpu()
+        if check is not None:
+            check(numbers, cast)
+        yield from zip(numbers, cast.split(list(counts)), strict=True)

@@ -159,11 +159,6 @@ class Support:
     places: Mapping[int, Places] = field(default_factory=dict)
     whole: tuple[int, ...] = ()
 
-    @property
-    def numel(self) -> int:
-        """The number of places."""
-        return sum(each.indices.size for each in self.places.values())
-
     def runs(self) -> Iterator[tuple[str, list[tuple[int, int]]]]:
         """Yields the tensors that have places, in order, as runs of one dtype: (dtype, [(number, places), ...])."""
         sizes = [(number, each.indices.size) for number, each in self.places.items()]

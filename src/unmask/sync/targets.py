@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ class Targets:
         if has_selection(model):
             raise SyncError("the receiver's model has a live selection; give it a copy of the base of its own.")
         self._model = model
-        self._leaves: list[tuple[Mapping[str, Tensor | None], str, int]] = []  # each tensor's module, name and address
+        self._seen: list[tuple[Mapping[str, Any], str, Any]] = []  # what was where at the last `remember`
         self._fused = {_pattern(whole): (whole, list(parts)) for whole, parts in (fused or {}).items()}
         for whole, parts in self._fused.values():
             if any(part.count("*") != whole.count("*") for part in parts) or not parts:
@@ -152,26 +153,34 @@ class Targets:
         """Returns where each published tensor lies, by its name. Those that the model lacks are left out.
 
         Raises:
-            SyncError: A tensor has another shape or dtype than the published ones.
+            SyncError: A tensor has another shape or dtype than the published ones, or is two of them (tied).
         """
-        modules = list(self._model.modules())
-        held = [holder for module in modules for holder in (module._parameters, module._buffers)]
-        self._leaves = [(holder, name, _place(tensor)) for holder in held for name, tensor in holder.items()]
         specs = {name: spec for spec in table for name in (spec.name, *spec.others)}
         found: dict[str, list[Region]] = {}
-        seen: set[object] = set()
+        tied: dict[object, list[str]] = {}
         for name, tensor in named_tensors(self._model).items():
+            parts = list(self._of(name, tensor, specs))
+            published = [spec.name for _, spec in parts]
             memory = (tensor.data_ptr(), tensor.shape, tensor.stride()) if has_memory(tensor) else name
-            if memory in seen:  # it is tied
-                continue
-            seen.add(memory)
-            for region, spec in self._of(name, tensor, specs):
-                found.setdefault(spec.name, []).append(region)
+            if published and tied.setdefault(memory, published) != published:
+                raise SyncError(
+                    f"{name!r} is tied in the receiver's model: it would hold {' + '.join(tied[memory])!r} and "
+                    f"{' + '.join(published)!r}, which the publisher's model has apart."
+                )
+            if published and tied[memory] is published:
+                for region, spec in parts:
+                    found.setdefault(spec.name, []).append(region)
         return found
 
+    def remember(self) -> None:
+        """Remembers where the model's modules and tensors are."""
+        modules = list(self._model.modules())
+        holders = [each for module in modules for each in (module._modules, module._parameters, module._buffers)]
+        self._seen = [(holder, name, _mark(each)) for holder in holders for name, each in holder.items()]
+
     def moved(self) -> bool:
-        """Returns True if a tensor of the model is in other memory than when `regions` was called last."""
-        return any(_place(holder.get(name)) != place for holder, name, place in self._leaves)
+        """Returns True if a module was replaced, or a tensor is in other memory, since the last `remember`."""
+        return any(_mark(holder.get(name)) != mark for holder, name, mark in self._seen)
 
     def _of(self, name: str, tensor: Tensor, specs: Mapping[str, TensorSpec]) -> Iterator[tuple[Region, TensorSpec]]:
         """Yields the published tensors that one tensor of the receiver holds, or parts of them."""
@@ -239,9 +248,9 @@ def refuse_unwritable(regions: Mapping[str, Sequence[Region]]) -> None:
         raise SyncError(f"{stuck[0]!r} cannot be written: it {stuck[1]}. Nothing was changed.")
 
 
-def _place(tensor: Tensor | None) -> int:
-    """Returns the address of a tensor's memory; 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
+def _mark(each: nn.Module | Tensor | None) -> object:
+    """Returns the address of a tensor's memory; a module, or None, is returned as it is."""
+    return each.data_ptr() if isinstance(each, Tensor) else each
 
 
 def _pattern(name: str) -> re.Pattern[str]:

@@ -9,7 +9,8 @@ from typing import NamedTuple, Protocol
 
 from unmask.errors import SyncError, SyncTimeoutError
 from unmask.reading import Malformed
-from unmask.sync.message import Header, Kind, Message
+from unmask.sync.header import Header, Kind
+from unmask.sync.message import Message
 
 
 class Held(NamedTuple):
@@ -43,7 +44,7 @@ class Transport(Protocol):
     """Carries messages from one publisher to receivers."""
 
     def begin(self) -> int:
-        """Returns the ``started`` of a publisher that starts now (see `unmask.sync.message.Header`)."""
+        """Returns the ``started`` of a publisher that starts now (see `unmask.sync.header.Header`)."""
 
     def wanted(self) -> bool:
         """Returns True if the next message must be a FULL one. The publisher calls this once before each message."""

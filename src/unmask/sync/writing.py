@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -78,8 +79,10 @@ def value_writes(
 
 
 def _vector(data: memoryview, dtype: str, size: int) -> Tensor:
-    """Returns the first numbers of some bytes, which it shares."""
-    return torch.frombuffer(data, dtype=DTYPES[dtype], count=size) if size else torch.empty(0, dtype=DTYPES[dtype])
+    """Returns the first numbers of some bytes; it shares their memory."""
+    little = np.dtype(f"<u{DTYPES[dtype].itemsize}")
+    numbers = np.frombuffer(data, little, size).astype(little.newbyteorder("="), copy=False)
+    return torch.from_numpy(numbers).view(DTYPES[dtype])
 
 
 @torch.no_grad()
@@ -121,15 +124,8 @@ def store(tensor: Tensor, flat: Tensor | None, values: Tensor) -> None:
 def held_bits(wanted: Sequence[tuple[Tensor, Tensor]]) -> list[NDArray]:
     """Returns the bits that tensors hold at flat indices. The host waits once for each dtype and device."""
     taken = [take(tensor, flat) for tensor, flat in wanted]
-    kinds = {(each.dtype, each.device) for each in taken}
-    found: list[NDArray] = [bits_of(each) for each in taken[:0]]
-    by_kind = {
-        kind: iter(
-            torch.cat([each for each in taken if (each.dtype, each.device) == kind])
-            .cpu()
-            .split([each.numel() for each in taken if (each.dtype, each.device) == kind])
-        )
-        for kind in kinds
-    }
-    found += [bits_of(next(by_kind[each.dtype, each.device])) for each in taken]
-    return found
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for each in taken:
+        kinds.setdefault((each.dtype, each.device), []).append(each)
+    parts = {kind: iter(torch.cat(same).cpu().split([t.numel() for t in same])) for kind, same in kinds.items()}
+    return [bits_of(next(parts[each.dtype, each.device])) for each in taken]
