@@ -2,9 +2,9 @@
 
     python experiments/decode_speed.py --model SMOLLM2_FOLDER [--repeats 5] [--output runs/decode_speed.json]
 
-A delta, or a merged LoRA, leaves a model of the same shape, so the plain model stands for both. The LoRAs are on all linear layers,
-in the model's dtype, bfloat16. The speed is in tokens per CPU second of one thread, by the fastest of the repeats; the models take
-turns, so that a busy machine slows all of them.
+A delta, or a merged LoRA, leaves a model of the same shape, so the plain model stands for both. The LoRAs are on all linear
+layers, in the model's dtype, bfloat16. The speed is in tokens per CPU second of one thread, by the fastest of the repeats. The
+models take turns, so that a busy machine slows all of them.
 """
 
 from __future__ import annotations

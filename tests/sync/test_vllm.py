@@ -18,7 +18,7 @@ from vllm_stand_in import Engine, Patch, Served, check
 
 import unmask
 from unmask import MissingExtraError, SyncError
-from unmask.sync.vllm import VLLM, PatchArguments, to_vllm_patches
+from unmask.sync import VLLM, PatchArguments, to_vllm_patches
 
 LARGE = 1 << 20
 FIELDS = ("name", "indices", "values", "full_shape")

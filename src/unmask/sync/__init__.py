@@ -7,6 +7,8 @@ base model. A transport carries the messages: `InProcess`, `Folder` or `Distribu
 
 from unmask.sync.distributed import Distributed as Distributed
 from unmask.sync.folder import Folder as Folder
+from unmask.sync.patches import PatchArguments as PatchArguments
+from unmask.sync.patches import to_vllm_patches as to_vllm_patches
 from unmask.sync.publisher import Part as Part
 from unmask.sync.publisher import Publisher as Publisher
 from unmask.sync.publisher import Sent as Sent
@@ -14,5 +16,3 @@ from unmask.sync.receiver import Receiver as Receiver
 from unmask.sync.targets import Shard as Shard
 from unmask.sync.transport import InProcess as InProcess
 from unmask.sync.vllm import VLLM as VLLM
-from unmask.sync.vllm import PatchArguments as PatchArguments
-from unmask.sync.vllm import to_vllm_patches as to_vllm_patches
