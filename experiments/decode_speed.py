@@ -70,7 +70,7 @@ def main() -> None:
     figures = {
         "device": platform.machine(),
         "versions": versions,
-        "arguments": vars(arguments),
+        "arguments": vars(arguments) | {"model": Path(arguments.model).name},
         "tokens per second": fastest,
     }
     Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,10 @@
     python experiments/grpo_sync.py --model SMOLLM2_FOLDER --data-dir MATH_FOLDER [--rows random_mask lora_1] [--steps 3]
 
 MATH_FOLDER holds the word problems of LLM-Adapters (AddSub/test.json, see docs/tasks.md). The trainer's process trains in the
-model's own dtype, bfloat16. The rollout process holds a copy of the model and answers the trainer's prompts with transformers'
-`generate`. After every optimizer step the trainer sends what changed through a folder, and both processes compute the logits
-of the same text: they must be equal bit for bit (but for a LoRA that is merged for serving, whose difference is measured).
+model's own dtype, bfloat16. The rollout process (`grpo_rollouts.py`) holds a copy of the model, and answers the trainer's
+prompts with transformers' `generate`. After every optimizer step the trainer sends what changed through a folder, and both
+processes compute the logits of the same text. They must be equal bit for bit. Only those of a LoRA that is merged for the
+rollout process differ, and the run says by how much.
 
 The reward is 1 for the right answer, and up to 0.5 for a number near it, without which so small a model would see no reward in
 most steps. A handful of steps measures the sync. It says nothing about learning.
@@ -21,17 +22,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -42,70 +40,16 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from grpo_rollouts import ROWS, Rollouts, Row, load, probe
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-import unmask
-from peft import LoraConfig, get_peft_model
 from unmask.files import write_bytes
 from unmask.integrations.trainer import SelectiveCallback
 from unmask.lab.tasks.math.answers import extract, is_right
 from unmask.lab.tasks.math.problems import load_problems
-from unmask.sync import Folder, Publisher, Receiver
-
-PROBE = "Tim has 44 books. Sam has 52 books. How many books do they have together?"
-"""The text whose logits both processes compute after each sync."""
-TIMEOUT = 120.0
-"""The seconds that the rollout process waits for a message, at most."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A way to train, and to bring the result to the rollout process.
-
-    Attributes:
-        label: The row's first column.
-        method: A function from the budget and the number of steps to the method of a selection; None without a selection.
-        rank: The rank of a LoRA; 0 without one.
-        merged: True if the LoRA is merged for the rollout process, which then holds an ordinary model.
-    """
-
-    label: str
-    method: Callable[[str, int], unmask.Method] | None = None
-    rank: int = 0
-    merged: bool = False
-
-
-ROWS = {
-    "random_mask": Row("unmask, random mask of {budget}", lambda budget, steps: unmask.random_mask(budget)),
-    "id3": Row("unmask, ID3, growing to {budget}", lambda budget, steps: unmask.id3(budget, steps)),
-    "lora_1": Row("LoRA r=1, adapter", rank=1),
-    "lora_32": Row("LoRA r=32, adapter", rank=32),
-    "lora_32_merged": Row("LoRA r=32, merged: whole model", rank=32, merged=True),
-    "whole": Row("all weights: whole model"),
-}
-
-
-def load(folder: str, rank: int = 0) -> nn.Module:
-    """Loads the model in bfloat16, with a LoRA on all linear layers if a rank is given."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    if not rank:
-        return model
-    torch.manual_seed(0)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    return get_peft_model(model, lora, autocast_adapter_dtype=False)
-
-
-@torch.no_grad()
-def probe(model: nn.Module, tokenizer: Any) -> Tensor:
-    """Computes the logits of the probe, as float32, in evaluation mode."""
-    training = model.training
-    model.eval()
-    logits = model(**tokenizer(PROBE, return_tensors="pt"), use_cache=False).logits.float()
-    model.train(training)
-    return logits
-
+from unmask.sync import Folder, Publisher
 
 # What is sent.
 
@@ -153,85 +97,6 @@ class TensorSender:
         }
         self._model.unmerge_adapter()
         return tensors
-
-
-class TensorReceiver:
-    """Copies the tensors of a `TensorSender`'s file into the rollout process's model."""
-
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        self._parameters, self._path = dict(model.named_parameters()), folder / "tensors.safetensors"
-
-    @torch.no_grad()
-    def receive(self, timeout: float) -> None:
-        for name, tensor in safetensors.torch.load_file(self._path).items():
-            self._parameters[name].copy_(tensor)
-
-
-# The rollout process.
-
-
-def serve(connection: Connection, name: str, model_folder: str, sync_folder: Path) -> None:
-    """Answers requests until the trainer says "stop": it generates, receives what was sent, or computes the probe's logits."""
-    torch.set_num_threads(1)
-    row, tokenizer = ROWS[name], AutoTokenizer.from_pretrained(model_folder, padding_side="left")
-    model = load(model_folder, 0 if row.merged else row.rank).eval()
-    receiver: Any = Receiver(model, Folder(sync_folder)) if row.method else TensorReceiver(model, sync_folder)
-    connection.send("ready")
-    while (request := connection.recv())[0] != "stop":
-        match request:
-            case "generate", prompts, tokens, seed:
-                connection.send(generate(model, tokenizer, prompts, tokens, seed))
-            case ("receive",):
-                start = time.process_time()
-                receiver.receive(TIMEOUT)
-                connection.send(time.process_time() - start)
-            case ("probe",):
-                connection.send(probe(model, tokenizer).numpy())
-
-
-def generate(
-    model: nn.Module, tokenizer: Any, prompts: list[str], tokens: int, seed: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Samples one completion for each prompt; returns the ids of the prompts and of the completions, each up to its end."""
-    torch.manual_seed(seed)
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-    settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": tokens}
-    written = model.generate(**batch, **settings, pad_token_id=tokenizer.pad_token_id)
-    completions = []
-    for ids in written[:, batch["input_ids"].shape[1] :].tolist():
-        end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-        completions.append(ids[:end])
-    asked = [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-    return asked, completions
-
-
-class Rollouts:
-    """The trainer's end of the rollout process: its answers, and the completions that TRL's GRPO asks for."""
-
-    def __init__(self, name: str, arguments: argparse.Namespace, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, name, arguments.model, folder), daemon=True)
-        self._process.start()
-        theirs.close()  # If the rollout process dies, `recv` raises EOFError.
-        self._tokens = arguments.tokens
-        assert self._connection.recv() == "ready"
-
-    def ask(self, *request: Any) -> Any:
-        """Returns the rollout process's answer."""
-        self._connection.send(request)
-        return self._connection.recv()
-
-    def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
-        """Generates one completion for each prompt; TRL repeats a prompt for each completion that it wants."""
-        template = {"tokenize": False, "add_generation_prompt": True}
-        texts = trainer.processing_class.apply_chat_template(prompts, **template)
-        asked, completions = self.ask("generate", texts, self._tokens, trainer.state.global_step)
-        return {"prompt_ids": asked, "completion_ids": completions, "logprobs": None}
-
-    def stop(self) -> None:
-        self._connection.send(("stop",))
-        self._process.join(TIMEOUT)
 
 
 # The trainer's process.
@@ -377,7 +242,7 @@ def main() -> None:
     figures: dict[str, Any] = {
         "device": f"{platform.machine()}, 1 thread for each process",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
-        "arguments": vars(arguments),
+        "arguments": vars(arguments) | {"model": Path(arguments.model).name, "data_dir": Path(arguments.data_dir).name},
         "rows": {name: train(arguments, name) for name in arguments.rows},
     }
     Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
