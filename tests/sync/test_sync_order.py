@@ -128,6 +128,21 @@ def test_a_publisher_that_is_started_again_is_followed_from_the_base(first, dens
     assert_same_tensors(snapshot(pair.rollout), snapshot(again))
 
 
+def test_a_tensor_that_was_sent_in_part_and_then_whole_goes_back_to_its_base():
+    pair = Pair(unmask.bitfit(), include="up|norm")
+    pair.step()
+    pair.step()
+    for method, dense in ((unmask.pafi(9), "up|norm"), (unmask.pafi(40), None)):
+        model = nets.mixed()
+        selection = unmask.select(model, method, dense=dense)
+        optimizer = torch.optim.SGD(selection.parameters(), lr=0.1)
+        nets.loss(model, nets.tokens(0)).backward()
+        optimizer.step()
+        Publisher(selection, pair.tape).publish()
+        pair.receiver.receive(timeout=0)
+        assert_same_tensors(snapshot(pair.rollout), snapshot(model))
+
+
 def test_a_publisher_that_is_started_again_on_another_base_is_refused():
     pair = Pair(unmask.pafi(60))
     pair.step()
@@ -286,6 +301,15 @@ def test_a_message_that_is_changed_and_signed_again_is_refused_or_taken_as_it_st
         counts["taken"] += 1
     assert counts["refused"] > 40
     assert counts["taken"] > 8
+
+
+@pytest.mark.parametrize("which", [0, 1, 3], ids=["full", "epoch", "step"])
+def test_the_hash_of_the_base_values_is_checked(which):
+    pair, messages = taped(unmask.id3(60, steps=3))
+    take(pair, *messages[:which])
+    data = bytearray(messages[which])
+    data[64] ^= 1
+    refused(pair, signed(bytes(data)), "base values in it are not those|other places than the receiver holds")
 
 
 def forged(message: bytes, mutator: Mutator) -> bytes:

@@ -129,6 +129,23 @@ def test_a_part_may_be_given_by_its_bounds_and_be_renamed():
         assert torch.equal(rollout.norm, model.model.norm.weight)
 
 
+@pytest.mark.parametrize("name", ["pafi", "full"])
+def test_a_fused_tensor_of_parts_that_are_cut_by_columns(name):
+    model = llama_writer()
+    prefix = "model.layers.0.mlp."
+    parts = [model.get_parameter(f"{prefix}{which}_proj.weight") for which in ("gate", "up")]
+    held = {n: p for n, p in model.named_parameters() if not n.startswith((f"{prefix}gate", f"{prefix}up"))}
+    rollout = Served(held | {f"{prefix}gate_up_proj.weight": torch.cat(parts)[:, 4:12]})
+    trainer = Pair(METHODS[name](), model, loss)
+    names = [f"{prefix}{which}_proj.weight" for which in ("gate", "up")]
+    shard = dict.fromkeys(names, (1, 4, 12))
+    receiver = unmask.sync.Receiver(rollout, trainer.tape, {f"{prefix}gate_up_proj.weight": names}, shard)
+    for _ in range(3):
+        trainer.step()
+        receiver.receive(timeout=0)
+        assert torch.equal(rollout.get_parameter(f"{prefix}gate_up_proj.weight"), torch.cat(parts)[:, 4:12])
+
+
 def test_columns_of_a_tensor_of_three_dimensions():
     class Filters(nn.Module):
         def __init__(self) -> None:
