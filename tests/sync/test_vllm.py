@@ -168,6 +168,21 @@ def test_the_patches_of_a_publisher_are_its_current_weights():
     assert publisher.version == 0
 
 
+def test_a_tensor_that_the_base_lacks_is_sent_whole_with_the_first_message():
+    model = Net()
+    other = copy.deepcopy(model)
+    nn.init.zeros_(other.head.weight)
+    engine = Engine(Served(other))
+    selection = unmask.select(model, unmask.random_mask(30), new="head.weight")
+    publisher = unmask.sync.Publisher(selection, VLLM(engine, LARGE, "cpu", Patch))
+    optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
+    for seed in range(2):
+        step(model, optimizer, seed)
+        publisher.publish()
+        assert_same(engine.served, model)
+    assert 0 < selection.indices["head.weight"].numel() < model.head.weight.numel()
+
+
 @pytest.mark.parametrize("fails_at", range(4))
 def test_after_a_failure_the_next_update_puts_everything_right(fails_at):
     """repeat_d3 picks other weights in each step, so those that joined in the failed update must go back to the base."""

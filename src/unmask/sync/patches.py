@@ -69,8 +69,9 @@ def to_vllm_patches(
     checkpoint has others (transformers fuses the experts of some models into one tensor), vLLM cannot place them.
 
     Args:
-        source: A delta (the displaced one undoes it), or the publisher of a selection. For a method whose weights leave the
-            selection again, such as `unmask.repeat_d3`, use a `VLLM`, which also sends those weights' base values.
+        source: A delta (the displaced one undoes it), or the publisher of a selection, for its current weights. Take a
+            `unmask.sync.VLLM` for a method whose weights leave the selection again (`unmask.repeat_d3`), and for tensors that
+            the base lacks: it also sends what those weights were before, and these tensors.
         chunk_bytes: The bytes of indices and values in one list, at most. A larger tensor is split.
         device: The device to move the tensors to; None leaves them where they are. vLLM needs that of its communicator.
 
