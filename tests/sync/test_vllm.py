@@ -183,13 +183,13 @@ def test_a_tensor_that_the_base_lacks_is_sent_whole_with_the_first_message():
     assert 0 < selection.indices["head.weight"].numel() < model.head.weight.numel()
 
 
-@pytest.mark.parametrize("fails_at", range(4))
+@pytest.mark.parametrize("fails_at", [0, 1, 6, 12])  # the first patches restore base values
 def test_after_a_failure_the_next_update_puts_everything_right(fails_at):
     """repeat_d3 picks other weights in each step, so those that joined in the failed update must go back to the base."""
     model = Net()
     engine = Engine(Served(model))
     selection = unmask.select(model, METHODS["repeat_d3"]())
-    publisher = unmask.sync.Publisher(selection, VLLM(engine, 40, "cpu", Patch))
+    publisher = unmask.sync.Publisher(selection, VLLM(engine, 16, "cpu", Patch))
     optimizer = torch.optim.AdamW(selection.parameters(), lr=1e-2)
     step(model, optimizer, 0)
     publisher.publish()
