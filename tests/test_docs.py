@@ -15,9 +15,10 @@ import pages
 import pytest
 import torch
 import typer.main
-from helpers import ROOT, assert_same_tensors, batches, mean_square, snapshot
+from helpers import ROOT, assert_same_tensors, batches, mean_square, mlp, snapshot
 from lora_nets import sentences, tiny_bert
 from models import bert_classifier
+from vllm_stand_in import Engine, Patch, Served
 
 import unmask
 from unmask.cli.app import app
@@ -218,6 +219,26 @@ def _(page: Names, printed: str) -> None:
     batch = page["batches"][0]
     with torch.no_grad():
         assert torch.equal(page["fresh"].eval()(**batch).logits, page["model"].eval()(**batch).logits)
+
+
+# serving.md
+
+
+@of(given, "serving.md")
+def _(folder: Path) -> Names:
+    model = mlp(dtype=torch.bfloat16)
+    engine = Engine(Served(model))
+    return {"model": model, "loader": batches(6, dtype=torch.bfloat16), "engine": engine, "SparseWeightPatch": Patch}
+
+
+@of(true_of, "serving.md")
+def _(page: Names, printed: str) -> None:
+    assert len(page["delta"]) == 40
+    assert page["receiver"].version == 6
+    assert_same_tensors(page["engine"].served.checkpoint, snapshot(page["model"]))
+    page["publisher"].publish()
+    page["receiver"].receive()
+    assert_same_tensors(snapshot(page["served"]), snapshot(page["model"]))
 
 
 # trainer.md

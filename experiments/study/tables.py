@@ -196,7 +196,9 @@ def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help="folders of unmask sweep")
-    parser.add_argument("--from", dest="source", type=Path, help="read the runs from a CSV file of this command instead")
+    parser.add_argument(
+        "--from", dest="source", type=Path, help="read the runs from a CSV file of this command instead"
+    )
     parser.add_argument("--csv", type=Path, help="write the runs here")
     parser.add_argument("--budget", default="0.2%", help="the budget of the tables of places")
     parser.add_argument("--against", default="recipe", help="the method with which the others' losses are compared")
