@@ -182,6 +182,19 @@ def test_a_publisher_that_is_started_again(ahead, tmp_path, monkeypatch):
     assert_same_tensors(snapshot(pair.rollout), snapshot(again))
 
 
+def test_a_publisher_of_before_does_not_remove_the_files_of_a_later_one(tmp_path):
+    pair = Pair(unmask.pafi(60), transport=Folder(tmp_path, full_every=1))
+    pair.step()
+    again = nets.mixed()
+    Publisher(unmask.select(again, unmask.pafi(40)), Folder(tmp_path)).publish()
+    later = names(tmp_path)
+    pair.train()
+    pair.publisher.publish()
+    assert later == [name for name in names(tmp_path) if name in later]
+    assert pair.receiver.receive(timeout=0) == 1
+    assert_same_tensors(snapshot(pair.rollout), snapshot(again))
+
+
 def test_files_have_the_permissions_of_any_new_file(tmp_path):
     pair = Pair(unmask.pafi(60), transport=Folder(tmp_path))
     before = os.umask(0o027)

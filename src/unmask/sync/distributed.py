@@ -25,8 +25,8 @@ class Distributed:
     """Carries messages by broadcasts between the processes of one group, over gloo or NCCL. Nothing is pickled.
 
     Every process of the group takes part in each message: one publishes, and each of the others receives. A receiver that has
-    joined late or missed a message tells the publisher so before the next one, which then is FULL. After a timeout or a lost
-    process the group cannot be used any more, as `torch.distributed` says.
+    joined late or missed a message tells the publisher so before the next one, which then is FULL (it holds everything). After
+    a timeout or the loss of a process, the group cannot be used any more: this is a rule of `torch.distributed`.
 
     Args:
         group: The process group; None for all processes.
@@ -119,7 +119,7 @@ class _Member:
         self._group, self._asking = group, True
 
     def ask(self) -> None:
-        """Has the next message be a FULL one."""
+        """Makes the next message a FULL one."""
         self._asking = True
 
     def receive(self, held: Held, timeout: float | None) -> Message:

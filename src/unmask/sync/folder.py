@@ -40,13 +40,14 @@ class _File(NamedTuple):
 class Folder:
     """Carries messages as files in a folder. Each file appears whole or not at all, and is on the disk before it has its name.
 
-    A reader may see the files late, in any order, or cut (as copies of a bucket are for a while): it waits for those that it
-    needs, and takes a newer FULL message where one is missing. Old files are removed; the last two FULL messages and all that
-    follow them are kept. Files of earlier publishers are removed when a new one sends its first message.
+    A reader may see the files late, in any order, or cut (as copies of a bucket are for a while). It waits for those that it
+    needs, and takes a newer FULL message (one that holds everything) where one is missing. Old files are removed; the last two
+    FULL messages and all that follow them are kept. When a new publisher sends its first message, the files of earlier ones
+    are removed.
 
     Args:
         path: The folder. The publisher makes it.
-        full_every: Every so many versions one message is FULL, for readers that join late.
+        full_every: The number of versions from one FULL message to the next; a reader that joins late starts at one.
         poll: The seconds between two looks into the folder.
 
     Raises:
@@ -94,7 +95,8 @@ class Folder:
             files = self._files()
             full = [file.version for file in files if file.run == header.run.hex() and file.kind == "full"]
             for file in files:
-                if file.run != header.run.hex() or file.version < full[-2:][0]:
+                earlier = file.run == header.run.hex() and file.version < full[-2:][0]
+                if earlier or file.started < header.started:
                     with contextlib.suppress(OSError):  # another process may have removed it
                         (self.path / file.name).unlink()
 
@@ -126,7 +128,7 @@ class _Reader:
         end = None if timeout is None else time.monotonic() + timeout
         said = "it holds no message that follows"
         while True:
-            for file in self._useful(held):
+            for file in self._candidates(held):
                 try:
                     return self._read(file)
                 except Malformed as malformed:
@@ -142,7 +144,7 @@ class _Reader:
                 )
             time.sleep(self._folder.poll)
 
-    def _useful(self, held: Held) -> list[_File]:
+    def _candidates(self, held: Held) -> list[_File]:
         """Returns the files that can be taken next, the best first: the next version, then the newest FULL message."""
         files = self._folder._files()
         if not files:

@@ -10,6 +10,7 @@ from unmask.reading import Malformed
 
 _MAGIC = b"UNMKSYNC"
 FORMAT = 1
+"""The version of the messages' form."""
 HEADER = struct.Struct("<8sHBBIQQQQ16s32s32s")
 """The header, 128 bytes: magic, format, kind, 0, and the fields of `Header`; the last 32 bytes are the checksum."""
 CHECKSUM = HEADER.size - 32
@@ -17,7 +18,7 @@ CHECKSUM = HEADER.size - 32
 
 
 class Kind(IntEnum):
-    """The kinds of messages.
+    """Says what a message holds.
 
     Attributes:
         FULL: The message holds all that a receiver must know: the table, the places, their base values and the values.
@@ -32,7 +33,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a message.
+    """Holds the fields of a message's header.
 
     Attributes:
         kind: The kind.
@@ -68,11 +69,15 @@ class Header:
             raise Malformed("it does not begin with UNMKSYNC")
         if version != FORMAT:
             raise Malformed(f"it has format {version}; this version of unmask reads format {FORMAT}")
-        if kind not in list(Kind) or zero or (kind == Kind.STEP) != (meta == 0):
-            raise Malformed("its header has a kind that there is not")
+        if kind not in list(Kind) or zero:
+            raise Malformed(f"it has kind {kind}; there are 1 (FULL), 2 (EPOCH) and 3 (STEP)")
         number, epoch, started, payload = numbers
-        if meta > payload or not number or not epoch or max(numbers) >= 2**63:
-            raise Malformed("its header has a number that cannot be")
+        if meta > payload or (kind == Kind.STEP) != (meta == 0):
+            raise Malformed(f"its header names {meta:,} bytes of JSON in a payload of {payload:,}")
+        if not number or not epoch or max(numbers) >= 2**63:
+            raise Malformed(
+                f"its header has version {number}, epoch {epoch} and start {started}, which no publisher has"
+            )
         return cls(Kind(kind), meta, number, epoch, started, payload, run, base)
 
     def pack(self) -> bytes:

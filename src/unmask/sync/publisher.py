@@ -92,7 +92,7 @@ class Publisher:
         self.version = self.epoch = 0
 
     def publish(self) -> Sent:
-        """Sends the current values. The first message holds everything, as does one that a receiver has asked for.
+        """Sends the current values. The first message is FULL (it holds everything), as is one that a receiver has asked for.
 
         Call it after ``optimizer.step()``. If it fails, the next call sends what this one could not.
 
@@ -103,7 +103,12 @@ class Publisher:
         return self._publish()
 
     def resync(self) -> Sent:
-        """Sends a FULL message, for receivers that have joined late or missed a message. It raises what `publish` raises."""
+        """Sends a FULL message, which holds everything, for receivers that have joined late or missed a message.
+
+        Raises:
+            SyncError: See `publish`.
+            SelectionError: See `publish`.
+        """
         return self._publish(full=True)
 
     def parts(self) -> Iterator[Part]:
@@ -113,7 +118,7 @@ class Publisher:
             SyncError: The selection was released, or a weight is NaN or infinite.
             SelectionError: The model is no longer what was selected from.
         """
-        self._source.look()
+        self._source.update()
         support = self._source.support
         for number, values in self._source.placed():
             yield Part(support.table[number], torch.from_numpy(support.places[number].indices), values)
@@ -122,7 +127,7 @@ class Publisher:
 
     def _publish(self, full: bool = False) -> Sent:
         source, sent = self._source, self._sent
-        source.look()
+        source.update()
         support, placed, whole = source.support, dict(source.placed()), dict(source.whole())
         other = support.table != sent.table  # so at the first message
         change = support.since(Support(support.table) if other else sent)

@@ -106,7 +106,8 @@ class Receiver:
         """Waits for the next message, writes it into the model, and returns the version that the model then holds.
 
         A message of a version that is held already is passed over. After an error the model is as it was before, and the receiver
-        asks for a FULL message, which it takes whenever it comes.
+        asks for a FULL message (one that holds everything), which it takes at any time. On a GPU the writes are queued in the
+        current stream, as those of any operation.
 
         Args:
             timeout: The most seconds to wait; None to wait for good, or as long as a process group waits.

@@ -26,7 +26,7 @@ class Source:
         selection: The selection.
 
     Attributes:
-        support: The support at the last `look`.
+        support: The support at the last `update`.
 
     Raises:
         SyncError: The model is quantised, or a tensor that no base has is sharded.
@@ -48,11 +48,11 @@ class Source:
             )
         self._selection = selection
         self.support = Support(())
-        self._positions: Tensor | None = None  # of the slots in use at the last look
+        self._positions: Tensor | None = None  # of the slots in use at the last update
         self._slots = torch.empty(0, dtype=torch.int64)  # the slot of each place of the support
         self._changed: set[str] = set()  # the buffers that training has changed
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Finds the current support.
 
         Raises:

@@ -82,7 +82,7 @@ class Region:
     row: int
 
     @property
-    def all_of_it(self) -> bool:
+    def is_whole(self) -> bool:
         """True if the part is the whole published tensor."""
         return not self.shape or self.stop - self.start == self.shape[self.dim]
 
@@ -101,13 +101,13 @@ class Region:
         if self.dim == 0:
             low, high = np.searchsorted(flat, [self.start * inner, self.stop * inner])
             local = flat[low:high] + (self.row - self.start) * inner
-            return local, None if self.all_of_it else np.arange(low, high)
+            return local, None if self.is_whole else np.arange(low, high)
         rest = inner // self.shape[1]  # entries of a column within a row
         row, offset = np.divmod(flat, inner)
         held = np.flatnonzero((offset >= self.start * rest) & (offset < self.stop * rest))
         width = (self.stop - self.start) * rest
         local = (row[held] + self.row) * width + offset[held] - self.start * rest
-        return local, None if self.all_of_it else held
+        return local, None if self.is_whole else held
 
     def view(self) -> Tensor:
         """Returns the part as a view of the receiver's tensor."""

@@ -59,7 +59,7 @@ class Transport(Protocol):
 class InProcess:
     """Carries messages inside one process, also between its threads. Each receiver gets every message sent since it was made.
 
-    A receiver that is made after the publisher's first message gets a FULL one next.
+    If a receiver is made after the publisher's first message, the next message is FULL (it holds everything).
     """
 
     def __init__(self) -> None:
