@@ -25,8 +25,8 @@ from unmask.sync import Folder, Receiver
 
 PROBE = "Tim has 44 books. Sam has 52 books. How many books do they have together?"
 """The text whose logits both processes compute after each sync."""
-TIMEOUT = 120.0
-"""The seconds that the rollout process waits for a message, at most."""
+TIMEOUT = 600.0
+"""The seconds that the rollout process waits for a message, and the trainer for an answer, at most."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,14 @@ class Rollouts:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, name, arguments.model, folder), daemon=True)
         self._process.start()
-        theirs.close()  # If the rollout process dies, `recv` raises EOFError.
+        theirs.close()  # So `recv` raises EOFError if the rollout process dies.
         self._tokens = arguments.tokens
-        assert self._connection.recv() == "ready"
+        assert self._answer() == "ready"
 
     def ask(self, *request: Any) -> Any:
         """Returns the rollout process's answer."""
         self._connection.send(request)
-        return self._connection.recv()
+        return self._answer()
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """Generates one completion for each prompt; TRL repeats a prompt for each completion that it wants."""
@@ -150,3 +150,8 @@ class Rollouts:
     def stop(self) -> None:
         self._connection.send(("stop",))
         self._process.join(TIMEOUT)
+
+    def _answer(self) -> Any:
+        if not self._connection.poll(TIMEOUT):
+            raise TimeoutError(f"the rollout process gave no answer within {TIMEOUT:.0f} s.")
+        return self._connection.recv()
