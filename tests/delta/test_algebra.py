@@ -98,7 +98,7 @@ def test_sums_of_trained_deltas_are_the_models_of_both():
     rest = total - deltas[1]
     again = rest - deltas[2]
     plain = {n: SparseTensor(e.indices, e.values, e.shape) for n, e in deltas[0].sparse.items()}
-    assert again == SparseDelta(plain, deltas[0].whole, deltas[0].base, deltas[0].metadata)
+    assert again == SparseDelta(plain, deltas[0].whole, deltas[0].base, deltas[0].metadata, deltas[0].places)
     assert again.provenance.method["parameters"] == {"seed": 0}
 
 
