@@ -245,6 +245,9 @@ def test_deltas_of_other_bases_are_refused():
     for other in (wide, half):
         with pytest.raises(DeltaError, match="belong to other bases"):
             A | other
+    smaller = delta({3: 1.0}).with_metadata(between={"added": [], "removed": ["b"]})
+    with pytest.raises(DeltaError, match="delta number 1 removes, replaces or renames tensors"):
+        A | smaller
     with pytest.raises(DeltaError, match="is not the base of delta number 0"):
         unmask.combine(A, B, rule="linear", base=Four([1.0, 2.0, 3.0, 5.0]))
     with pytest.raises(DeltaError, match="has shape"):
