@@ -154,8 +154,8 @@ def _check_same_base(deltas: Sequence[DeltaFields]) -> None:
         between = delta.metadata.get("between")
         if isinstance(between, Mapping) and any(between.get(key) for key in ("removed", "replaced", "renamed")):
             raise DeltaError(
-                f"delta number {number} removes, replaces or renames tensors, which a sum cannot do; combine deltas that keep the "
-                "base's tensors."
+                f"delta number {number} removes, replaces or renames tensors, which a sum cannot do; combine deltas that keep "
+                "the base's tensors."
             )
         if delta.base and known.setdefault(frozenset(delta.whole), delta.base) != delta.base:
             raise DeltaError(
