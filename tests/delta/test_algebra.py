@@ -98,7 +98,7 @@ def test_sums_of_trained_deltas_are_the_models_of_both():
     rest = total - deltas[1]
     again = rest - deltas[2]
     plain = {n: SparseTensor(e.indices, e.values, e.shape) for n, e in deltas[0].sparse.items()}
-    assert again == SparseDelta(plain, deltas[0].whole, deltas[0].base, deltas[0].metadata)
+    assert again == SparseDelta(plain, deltas[0].whole, deltas[0].base, deltas[0].metadata, deltas[0].places)
     assert again.provenance.method["parameters"] == {"seed": 0}
 
 
@@ -245,6 +245,9 @@ def test_deltas_of_other_bases_are_refused():
     for other in (wide, half):
         with pytest.raises(DeltaError, match="belong to other bases"):
             A | other
+    smaller = delta({3: 1.0}).with_metadata(between={"added": [], "removed": ["b"]})
+    with pytest.raises(DeltaError, match="delta number 1 removes, replaces or renames tensors"):
+        A | smaller
     with pytest.raises(DeltaError, match="is not the base of delta number 0"):
         unmask.combine(A, B, rule="linear", base=Four([1.0, 2.0, 3.0, 5.0]))
     with pytest.raises(DeltaError, match="has shape"):

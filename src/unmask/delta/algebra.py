@@ -147,10 +147,16 @@ def parts_of(delta: DeltaFields, apart: bool) -> list[dict[str, Any]]:
 
 
 def _check_same_base(deltas: Sequence[DeltaFields]) -> None:
-    """Refuses deltas that cannot all belong to one base, as far as they tell."""
+    """Refuses deltas that cannot all belong to one base, as far as they tell, or that give it other tensors."""
     known: dict[frozenset[str], str] = {}  # fingerprints compare only where the same tensors are left out of them
     seen: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for number, delta in enumerate(deltas):
+        between = delta.metadata.get("between")
+        if isinstance(between, Mapping) and any(between.get(key) for key in ("removed", "replaced", "renamed")):
+            raise DeltaError(
+                f"delta number {number} removes, replaces or renames tensors, which a sum cannot do; combine deltas that keep "
+                "the base's tensors."
+            )
         if delta.base and known.setdefault(frozenset(delta.whole), delta.base) != delta.base:
             raise DeltaError(
                 f"delta number {number} was made on another base than one before it; combine deltas of one base."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unmask.delta.algebra import add
 from unmask.delta.base import base_tensors
 from unmask.delta.delta import SparseDelta
-from unmask.delta.fingerprint import digest, fingerprint
+from unmask.delta.fingerprint import digest, fingerprint, fingerprint_at
 from unmask.delta.rules import Majority, Rule, RuleName
 from unmask.errors import DeltaError
 from unmask.gradients.entries import take
@@ -102,6 +102,9 @@ def combine(
     sparse, whole, known, metadata, places = add(deltas, chosen, factors, before, number)
     if base is not None and not known:
         known = fingerprint({name: own for name, own in digests.items() if name not in whole})
+    if base is not None:
+        inside = {name: entry for name, entry in sparse.items() if name not in whole}
+        places = fingerprint_at({n: e.holding(take(tensors[n], e.indices).cpu()) for n, e in inside.items()})
     return SparseDelta(sparse, whole, known, metadata, places)
 
 
