@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from unmask.delta.remembered import forget
 from unmask.delta.sparse import SparseTensor
 from unmask.delta.target import Target
 from unmask.distributed.sharding import gathered, is_sharded
@@ -139,6 +140,7 @@ class Exchange:
                 self._copy(name, self.whole[name])
         self._target.settle(self._new)
         self._versions.__exit__()
+        forget(self._target.model)
 
     def _prepare(self) -> list[_Part]:
         """Finds the entries that this process holds, and copies the new values to their device."""
