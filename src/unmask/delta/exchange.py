@@ -20,7 +20,6 @@ from unmask.distributed.sharding import gathered, is_sharded
 from unmask.gradients.entries import put, take
 
 _RUN = 1 << 14  # Entries of one run: the memory lines that hold them stay in a core's cache from reading to writing.
-
 _FEW = 16  # jobs that are not worth a thread
 
 
