@@ -330,6 +330,31 @@ def test_what_is_remembered_is_never_stale(change):
     assert [name for name in before if before[name] != after[name]] == ["0.weight"]
 
 
+def test_what_was_hashed_before_a_write_was_undone_is_forgotten(monkeypatch):
+    """Undoing gives the tensors their old versions, so that the next write has the version of the one that was undone."""
+    base, _, selection = trained()
+    delta = selection.delta()
+    monkeypatch.setattr(remembered, "_SAMPLED", 0)  # the sample would see it too
+    remembered.digests(base, base_tensors(base))
+    hashing = remembered.digest
+    names = [name for name in base_tensors(base) if name in delta.sparse]
+    last = base_tensors(base)[names[-1]].data_ptr()
+
+    def interrupted(tensor):
+        if tensor.data_ptr() == last:
+            raise KeyboardInterrupt
+        return hashing(tensor)
+
+    monkeypatch.setattr(remembered, "digest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        delta.apply(base, verify="full")
+    monkeypatch.setattr(remembered, "digest", hashing)
+    for name in names:
+        base_tensors(base)[name].put_(torch.tensor([0]), torch.tensor([9.0]))  # one write
+    tensors = base_tensors(base)
+    assert remembered.digests(base, tensors) == {name: digest(tensor) for name, tensor in tensors.items()}
+
+
 def test_a_full_check_hashes_the_base_once(hashed):
     base, tuned, selection = trained()
     delta = selection.delta()
@@ -343,6 +368,34 @@ def test_a_full_check_hashes_the_base_once(hashed):
         delta.apply(base, verify="full")
     assert len(hashed) == count + 3 * len(delta.sparse)
     assert_same_tensors(snapshot(base), snapshot(tuned))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+def test_tensors_of_every_kind_are_remembered_or_hashed_again(hashed):
+    plain = torch.arange(6.0).view(2, 3)
+    kinds = {
+        "empty": torch.zeros(0, 4),
+        "a number": torch.tensor(2.0),
+        "flags": torch.tensor([True, False]),
+        "complex": torch.complex(plain, plain).conj(),
+        "turned": plain.t(),
+        "expanded": torch.zeros(1).expand(3),
+        "large": torch.zeros(3000, dtype=torch.int8),
+        "coo": plain.to_sparse(),
+        "csr": plain.to_sparse_csr(),
+    }
+    model = nn.Module()
+    expected = {name: digest(tensor) for name, tensor in kinds.items()}
+    assert remembered.digests(model, kinds) == expected
+    count = len(hashed)
+    assert remembered.digests(model, kinds) == expected
+    assert len(hashed) == count + 2  # those that are stored sparse
+    kinds["large"][-1] = 1
+    kinds["complex"].mul_(2)
+    changed = remembered.digests(model, kinds)
+    assert changed == {name: digest(tensor) for name, tensor in kinds.items()}
+    assert {name for name in kinds if changed[name] != expected[name]} == {"large", "complex"}
 
 
 def test_tensors_without_a_version_are_hashed_every_time():

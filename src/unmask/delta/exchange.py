@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from unmask.delta.remembered import forget
 from unmask.delta.sparse import SparseTensor
 from unmask.delta.target import Target
 from unmask.distributed.sharding import gathered, is_sharded
 from unmask.gradients.entries import put, take
 
 _RUN = 1 << 14  # Entries of one run: the memory lines that hold them stay in a core's cache from reading to writing.
-
 _FEW = 16  # jobs that are not worth a thread
 
 
@@ -139,6 +139,7 @@ class Exchange:
                 self._copy(name, self.whole[name])
         self._target.settle(self._new)
         self._versions.__exit__()
+        forget(self._target.model)
 
     def _prepare(self) -> list[_Part]:
         """Finds the entries that this process holds, and copies the new values to their device."""

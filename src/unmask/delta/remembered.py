@@ -44,6 +44,11 @@ def digests(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return found
 
 
+def forget(model: nn.Module) -> None:
+    """Forgets a model's hashes: some of its tensors have got an old version back, which their next write would repeat."""
+    _HASHES.pop(bare(model), None)
+
+
 class _State:
     """The state of a tensor, as far as it can be seen without reading all of it."""
 
