@@ -60,7 +60,11 @@ def test_a_machine_of_the_other_byte_order_swaps_both_ways(tmp_path, monkeypatch
         )
 
 
-@pytest.mark.parametrize("shape", [[2**62, 2**62, 0], [0, 2**62, 2**62], [2**62, 4], [-1], [1.0], "x"])
+@pytest.mark.parametrize(
+    "shape",
+    [[2**62, 2**62, 0], [0, 2**62, 2**62], [2**62, 4], [-1], [1.0], "x", [1] * 65, [2**62] * 100_000],
+    ids=lambda shape: f"{shape!r:.30}",
+)
 def test_a_shape_that_no_tensor_has_is_refused(shape, tmp_path):
     head = json.dumps({"w": {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}}).encode()
     path = tmp_path / "x.safetensors"

@@ -33,7 +33,7 @@ def _apply_to_files(source: str, delta: SparseDelta, output: Path) -> None:
     from unmask.delta.rebuild import write_tuned
 
     write_tuned(delta, source, output)
-    made = delta.provenance.between or {}
+    made = delta.metadata["between"]
     print(f"{len(delta):,} weights and {len(delta.whole):,} whole tensors applied to {source}; checkpoint in {output}")
     if any(made[kind] for kind in ("added", "removed", "replaced")):
         tuned = made["tuned"] or "the tuned checkpoint"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from unmask.delta.delta import SparseDelta
 from unmask.errors import ConfigError
@@ -16,14 +18,11 @@ def run_diff(base: str, tuned: str, output: Path) -> None:
         raise ConfigError(f"{str(output)!r} exists already; give another --output.")
     delta = SparseDelta.between(base, tuned)
     size = delta.save(output).stat().st_size
-    for line in described(delta, size):
-        print(line)
-    print(f"delta: {output}")
+    print(*described(delta, delta.metadata["between"], size), f"delta: {output}", sep="\n")
 
 
-def described(delta: SparseDelta, size: int) -> list[str]:
-    """Returns lines of words about a delta between two checkpoints whose file has ``size`` bytes."""
-    made = delta.provenance.between or {}
+def described(delta: SparseDelta, made: Mapping[str, Any], size: int) -> list[str]:
+    """Returns what is printed of a delta between two checkpoints, whose file has ``size`` bytes, as lines."""
     apart = {*made["added"], *made["replaced"]}
     whole = len(delta.whole.keys() - apart)
     lines = [

@@ -33,7 +33,7 @@ def between(base: Source, tuned: Source) -> tuple[dict[str, SparseTensor], dict[
     """
     old, new, rename = _opened(base, tuned)
     provenance = _provenance(old, new, rename)
-    made = provenance.between or {}
+    made: Any = provenance.between
     alone = {*made["added"], *made["replaced"]}  # with nothing in the base to compare them to
     sparse: dict[str, SparseTensor] = {}
     whole = {name: new.tensors[name].read().clone() for name in sorted(alone)}

@@ -99,19 +99,18 @@ def read_layout(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
         if entry["dtype"] not in DTYPES:
             raise Malformed(f"the tensor {name!r} has dtype {shown(entry['dtype'])}; known are {', '.join(DTYPES)}")
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-        start, end = entry["data_offsets"] if len(entry["data_offsets"]) == 2 else (0, -1)
-        if (
-            math.prod(max(1, length) for length in shape) >= 2**63
-        ):  # also of an empty tensor, which torch could not stride
+        # A long shape is refused before its sizes are multiplied, and one that torch cannot stride also if it has no entry.
+        if len(shape) > _MOST_SIZES or math.prod(max(1, length) for length in shape) >= 2**63:
             raise Malformed(f"the tensor {name!r} has shape {shown(shape)}, which no tensor has")
+        start, end = entry["data_offsets"] if len(entry["data_offsets"]) == 2 else (0, -1)
         if end - start != math.prod(shape) * dtype.itemsize or end > size:
-            raise Malformed(
-                f"the bytes {entry['data_offsets']} of the tensor {name!r} do not fit its shape or the file"
-            )
+            offsets = shown(entry["data_offsets"])
+            raise Malformed(f"the bytes {offsets} of the tensor {name!r} do not fit its shape or the file")
         tensors[name] = LazyTensor(dtype, shape, partial(_read, path, data + start, dtype, shape))
     return tensors, metadata
 
 
+_MOST_SIZES = 64  # of a tensor in torch
 _ENTRY = fields({"dtype": text, "shape": items(count), "data_offsets": items(count)})
 
 
