@@ -100,7 +100,7 @@ def test_all_steps_of_a_static_mask_are_one_graph_with_the_same_values(build, gr
     result = trained(build, "aot_eager", gradients=gradients)
     assert_one_graph()
     # Sampled, a bias's gradient is summed at its entries alone, and the tokens without a gradient are left out.
-    exact = {"rtol": 0, "atol": 0} if gradients != "sampled" else {"rtol": 1e-5, "atol": 1e-9}
+    exact = {"rtol": 0, "atol": 0} if gradients != "sampled" else {"rtol": 1e-4, "atol": 1e-7}
     torch.testing.assert_close(result, plain, **exact)
 
 

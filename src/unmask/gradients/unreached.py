@@ -33,7 +33,7 @@ def unwatch_forwards(model: nn.Module) -> None:
 
 
 class _Hook:
-    """The hook before and after a model's forward. Copies and pickles of it do nothing; to load a pickle needs no unmask."""
+    """The hook before and after a model's forward. Before it, the tensors get what was written to ``values``. Copies and pickles of it do nothing; to load a pickle needs no unmask."""
 
     def __init__(self, taps: TapSet | None) -> None:
         self._taps = (lambda: None) if taps is None else weakref.ref(taps)
@@ -48,14 +48,14 @@ class _Hook:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # A compiler must not see the state of taps.
     def __call__(self, model: nn.Module, args: Any, *output: Any) -> Any:
         taps = self._taps()
-        if taps is None:
+        if taps is None or taps.paused:
             return None
         if not output:  # This is the hook before the forward.
             taps.served, taps.running = False, True
             taps.catch_up()
             return None
         taps.running = False
-        if not torch.is_grad_enabled() or taps.paused or taps.served:
+        if not torch.is_grad_enabled() or taps.served:
             return None
         floats = [leaf for leaf in tree_leaves(output[0]) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         # With tensors that are trained whole, the outputs that do not depend on them stay as they are.
