@@ -90,7 +90,7 @@ class TapSet:
         dense: Allows a product of a linear layer to be dense where only some entries are wanted.
         sampled: True if a placeholder stands for a tensor of which some entries are wanted; otherwise an alias does, and the
             entries are taken from its dense gradient.
-        served: True if an operation was given something that brings a gradient, since someone has set this to False.
+        served: True if an operation was given something that brings a gradient since the model's forward began.
         writes: The writes to ``values``, from which the tensors get their weights.
         take_in: Brings such writes into the tensors.
         check: Raises an error if the model is no longer the one that was selected from.
