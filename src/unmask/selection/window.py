@@ -12,7 +12,7 @@ from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.backend import backend_of
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at, total_norm
-from unmask.gradients.taps import in_pieces, stale
+from unmask.gradients.receiver import in_pieces, stale
 from unmask.methods.method import Method
 from unmask.ranking.ledger import Ledger
 from unmask.ranking.plan import Plan
