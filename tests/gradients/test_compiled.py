@@ -105,6 +105,7 @@ def test_all_steps_of_a_static_mask_are_one_graph_with_the_same_values(build, gr
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # The compiler itself uses what is deprecated.
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("build", [net, bert, llama])
 def test_inductor_makes_one_graph_too(build):

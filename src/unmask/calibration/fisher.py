@@ -11,7 +11,8 @@ from unmask.calibration.batches import batch_size, batches, examples, frozen_eva
 from unmask.calibration.persample import PerSampleTaps
 from unmask.errors import MethodError
 from unmask.gradients.factors import Factors, as_dense
-from unmask.gradients.taps import Receiver, TapSet, in_pieces
+from unmask.gradients.receiver import Receiver, in_pieces
+from unmask.gradients.taps import TapSet
 from unmask.methods.method import Calibration
 from unmask.ranking.ledger import Layout
 

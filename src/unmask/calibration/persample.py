@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unmask.gradients.factors import Factors
+from unmask.gradients.receiver import Receiver
 from unmask.gradients.tapped import TappedParameter, site_of
-from unmask.gradients.taps import Receiver, TapSet
+from unmask.gradients.taps import TapSet
 
 _PRODUCT = 1 << 24  # The scalars in one block of per-example weight gradients.
 

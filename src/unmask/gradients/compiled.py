@@ -124,7 +124,7 @@ def product_at(
         return sampled_product(left, right, entries, how).to(like.dtype)
 
 
-@torch.library.register_fake("unmask::product_at")
+@torch.library.register_fake("unmask::product_at")  # type: ignore[untyped-decorator]
 def _(left: Tensor, right: Tensor, flat: Tensor, like: Tensor, sampled: bool, dense: bool, transposed: bool) -> Tensor:
     return like.new_empty(like.shape)
 
@@ -148,7 +148,7 @@ def embedding_at(g: Tensor, ids: Tensor, flat: Tensor, like: Tensor, rows: int, 
     return embedding_gradient_at(g, ids, entries, padding)
 
 
-@torch.library.register_fake("unmask::embedding_at")
+@torch.library.register_fake("unmask::embedding_at")  # type: ignore[untyped-decorator]
 def _(g: Tensor, ids: Tensor, flat: Tensor, like: Tensor, rows: int, padding: int | None) -> Tensor:
     return like.new_empty(like.shape)
 
@@ -182,7 +182,7 @@ def linear(
     return torch.addmm(bias, x, weight) if transposed and bias is not None else F.linear(x, weight, bias)
 
 
-@torch.library.register_fake("unmask::linear")
+@torch.library.register_fake("unmask::linear")  # type: ignore[untyped-decorator]
 def _(
     x: Tensor,
     weight: Tensor,
@@ -232,7 +232,7 @@ def embedding(ids: Tensor, table: Tensor, placeholder: Tensor, flat: Tensor, pad
     return F.embedding(ids, table)
 
 
-@torch.library.register_fake("unmask::embedding")
+@torch.library.register_fake("unmask::embedding")  # type: ignore[untyped-decorator]
 def _(ids: Tensor, table: Tensor, placeholder: Tensor, flat: Tensor, padding: int | None) -> Tensor:
     return table.new_empty(*ids.shape, table.shape[1])
 
@@ -258,7 +258,7 @@ def weight(tensor: Tensor, placeholder: Tensor, flat: Tensor) -> Tensor:
     return tensor.clone()
 
 
-@torch.library.register_fake("unmask::weight")
+@torch.library.register_fake("unmask::weight")  # type: ignore[untyped-decorator]
 def _(tensor: Tensor, placeholder: Tensor, flat: Tensor) -> Tensor:
     return torch.empty_like(tensor)
 

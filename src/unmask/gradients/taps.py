@@ -5,63 +5,19 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from unmask.errors import SelectionError
 from unmask.gradients.backend import backend_of
 from unmask.gradients.collector import Collector
 from unmask.gradients.entries import Entries, take_gradient
 from unmask.gradients.factors import Factors, PendingGradient, add
+from unmask.gradients.receiver import Receiver
 from unmask.gradients.tapped import Handler, Site, StandIn, TappedParameter, attach, detach, site_of
 from unmask.gradients.writes import Writes
-
-
-class Receiver(Protocol):
-    """The consumer of the gradients that a `TapSet` sees; by default it takes whole gradients.
-
-    For each outermost backward come ``begin`` once, then ``receive`` for each tensor with the sum over all its uses, or
-    ``collect`` if `at_entries` gave entries to the forward, then ``end`` once; if it fails, ``abort``. A receiver adds up what
-    ``collect`` brings. A whole gradient may come in pieces in two cases: a graph holds forwards from before and after another
-    backward, or segments of reentrant checkpointing share a module of a model that is not in training mode. A receiver that
-    cannot add up such pieces raises `in_pieces`.
-    """
-
-    def wanted(self, index: int) -> bool:
-        """Returns True if the coming backward needs this tensor's gradient."""
-
-    def at_entries(self) -> Mapping[int, Entries] | None:
-        """Returns the entries, by tensor, whose gradients suffice until the next `TapSet.prepare`.
-
-        While they stay what they were, it returns the same object. It returns None if whole gradients are needed.
-        """
-        return None
-
-    def factored(self, index: int) -> bool:
-        """Returns True if the whole tensor's gradient may come as `Factors`."""
-        return False
-
-    def begin(self) -> None:
-        """Learns that a backward starts."""
-        return
-
-    def receive(self, index: int, gradient: Tensor | Factors) -> None:
-        """Takes one tensor's whole gradient."""
-
-    def collect(self, slots: Tensor, gradient: Tensor) -> None:
-        """Takes the gradient (n,) of slots, (n,) int64, whose entries `at_entries` gave to the forward."""
-        return
-
-    def end(self) -> None:
-        """Learns that the backward is complete."""
-        return
-
-    def abort(self) -> None:
-        """Learns that the backward failed, so that what it brought is void."""
-        return
 
 
 class TapSet:
@@ -90,7 +46,7 @@ class TapSet:
         dense: Allows a product of a linear layer to be dense where only some entries are wanted.
         sampled: True if a placeholder stands for a tensor of which some entries are wanted; otherwise an alias does, and the
             entries are taken from its dense gradient.
-        served: True if an operation was given something that brings a gradient, since someone has set this to False.
+        served: True if an operation was given something that brings a gradient since the model's forward began.
         writes: The writes to ``values``, from which the tensors get their weights.
         take_in: Brings such writes into the tensors.
         check: Raises an error if the model is no longer the one that was selected from.
@@ -356,20 +312,3 @@ class ByPlaceholder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return ctx.stand_in.pass_on(gradient.coalesce() if gradient.is_sparse else gradient), None, None
-
-
-def in_pieces() -> SelectionError:
-    """Makes the error of a receiver that needs whole gradients and gets one in pieces."""
-    return SelectionError(
-        "a tensor received its gradient in pieces within one backward, and cannot be ranked by it. If segments of reentrant "
-        "checkpointing share a module, call model.train() or checkpoint with use_reentrant=False. If one loss contains "
-        "forwards from before and after another backward, run its backward by itself."
-    )
-
-
-def stale() -> SelectionError:
-    """Makes the error of a receiver that needs whole gradients and gets some entries."""
-    return SelectionError(
-        "this backward goes through a forward that ran before the last optimizer step. The current step selects by whole "
-        "gradients, which that forward does not give. Run the forward again, or use select(..., gradients='dense')."
-    )

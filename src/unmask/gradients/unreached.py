@@ -33,7 +33,10 @@ def unwatch_forwards(model: nn.Module) -> None:
 
 
 class _Hook:
-    """The hook before and after a model's forward. Before it, the tensors get what was written to ``values``. Copies and pickles of it do nothing; to load a pickle needs no unmask."""
+    """The hook before and after a model's forward; before it, the tensors get what was written to ``values``.
+
+    Copies and pickles of it do nothing; to load a pickle needs no unmask.
+    """
 
     def __init__(self, taps: TapSet | None) -> None:
         self._taps = (lambda: None) if taps is None else weakref.ref(taps)

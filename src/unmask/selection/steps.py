@@ -41,6 +41,7 @@ class Steps(Steppable):
         self._taps.prepare()
 
     def _plan(self) -> None:
+        """Starts the window of the coming step with its plan."""
         self._taps.forget()
         method, ledger, window = self._method, self._ledger, self._window
         t, used = ledger.step, ledger.used

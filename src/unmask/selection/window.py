@@ -12,7 +12,7 @@ from unmask.errors import NonFiniteGradientError, SelectionError
 from unmask.gradients.backend import backend_of
 from unmask.gradients.entries import Entries
 from unmask.gradients.factors import Factors, as_dense, forget, gradient_at, total_norm
-from unmask.gradients.taps import in_pieces, stale
+from unmask.gradients.receiver import in_pieces, stale
 from unmask.methods.method import Method
 from unmask.ranking.ledger import Ledger
 from unmask.ranking.plan import Plan
@@ -52,9 +52,8 @@ class Window:
         self.sampled = options.gradients != "dense" and not self.measured
         self._asks = backend_of(ledger.values.device).asks
         self.plan = Plan(0, 0, 0, 0, repeat=False)
-        self._lasting: tuple[tuple, dict[int, Entries], tuple] | None = (
-            None  # what `at_entries` depends on, and returned last
-        )
+        # What `at_entries` depends on, what it returned last, and the objects whose ids are among the former.
+        self._lasting: tuple[tuple, dict[int, Entries], tuple] | None = None
         self._inside: dict[int, Entries] = {}  # the entries that this step trains: of a known order, or the last picks
         self._open = torch.empty(0, dtype=torch.int64)  # slots that the newcomers may take
         self._clear()
@@ -109,7 +108,7 @@ class Window:
                 none = torch.empty(0, dtype=torch.int64, device=self.values.device)
                 found = {index: ledger.layout.at(index, none, none) for index in found}
             wanted = {index: entries for index, entries in found.items() if entries is not None}
-            self._lasting = key, wanted, (ledger.arrangement, plan.picked)  # kept alive, so that no id is used again
+            self._lasting = key, wanted, (ledger.arrangement, plan.picked)
         return self._lasting[1]
 
     def factored(self, index: int) -> bool:
@@ -191,7 +190,7 @@ class Window:
             return
         if self._parts:
             slots, gradients = zip(*self._parts, strict=True)
-            buffer.index_add_(0, torch.cat(slots), torch.cat(gradients).to(buffer))
+            buffer.index_add_(0, torch.cat(slots), torch.cat([gradient.to(buffer) for gradient in gradients]))
             self._parts = []
         if self.plan.active:
             self.reducer.mean(buffer[: self.plan.active])  # only these slots received any
