@@ -99,7 +99,7 @@ class DeltaBench:
 
         def load() -> None:
             nonlocal loaded
-            loaded = replace(SparseDelta.load(path), places=delta.places)  # format 2 does not keep the hash of places
+            loaded = SparseDelta.load(path)
 
         def apply(**options: Any) -> None:
             nonlocal displaced
