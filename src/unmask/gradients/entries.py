@@ -113,7 +113,7 @@ def take_gradient(gradient: Tensor, entries: Entries) -> Tensor:
     The gradient is dense, of the tensor's shape, or sparse in whole rows and coalesced, as `embedding_gradient` makes it.
     """
     if not gradient.is_sparse:
-        return take(gradient, entries.flat)
+        return gradient.take(entries.flat)  # Half of the time of an index, for the host.
     seen, values = gradient._indices()[0], gradient._values()
     taken = torch.zeros(entries.flat.shape, dtype=values.dtype, device=values.device)
     if not seen.numel():
