@@ -17,6 +17,7 @@ from torch import nn
 
 import unmask
 from unmask import MethodError, SelectionError, SparseDelta, SparseTensor
+from unmask.gradients.backend import Backend
 from unmask.methods.draw import draw
 from unmask.ranking import ranker as streamed
 from unmask.ranking import unwaiting
@@ -211,7 +212,7 @@ def test_the_ranking_without_waiting_leaves_them_alone_too(monkeypatch):
     positions = {}
     for waits in (True, False):
         if not waits:
-            monkeypatch.setattr(unwaiting, "backend_of", lambda device: type("Backend", (), {"asks": False}))
+            monkeypatch.setattr(unwaiting, "backend_of", lambda device: Backend("portable", asks=False))
         for small in (1, 1 << 22):
             monkeypatch.setattr(unwaiting, "_SMALL", small)
             selection = unmask.select(nets.mixed(), unmask.pafi(400), avoid=taken)
