@@ -124,7 +124,7 @@ def test_apply_writes_no_checkpoint_that_lacks_the_delta(folder, tmp_path, monke
         delta.apply(model)
         return model, None
 
-    monkeypatch.setattr("unmask.cli.apply.load_tuned", load_tuned)
+    monkeypatch.setattr("unmask.lab.models.load_tuned", load_tuned)
     with pytest.raises(ConfigError, match="dequantise_and_merge"):
         run_apply(folder, path, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

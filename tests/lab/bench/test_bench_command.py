@@ -43,7 +43,7 @@ def test_the_command_prints_its_tables_and_names_its_files(tmp_path, monkeypatch
 
 def test_a_bad_option_is_one_clear_message():
     code, _, err = command("--dtype", "fp8")
-    assert (code, err) == (1, "unmask: dtype = 'fp8'; it must be one of float32, autocast, bf16.\n")
+    assert (code, err) == (1, "unmask: --dtype 'fp8'; it must be one of float32, autocast, bf16.\n")
     code, _, err = command("--curve", "size", "--model", "minilm")
     assert (code, "leave --model out" in err) == (1, True)
 
