@@ -12,7 +12,7 @@ from helpers import assert_same_tensors, snapshot
 from unmask.delta.base import base_tensors
 from unmask.delta.fingerprint import digest, fingerprint
 from unmask.errors import ConfigError
-from unmask.lab.bench import tables
+from unmask.lab.bench import deltas, tables
 from unmask.lab.bench.deltas import DeltaBench, random_delta, run_deltas
 from unmask.lab.bench.models import blueprint
 from unmask.lab.bench.settings import BenchSettings
@@ -30,6 +30,13 @@ ROWS = [
     "LoRA, r = 8: set_adapter",
     "LoRA, r = 8: merge_adapter, unmerge_adapter",
 ]
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeats each row twice, for no time is asserted."""
+    monkeypatch.setattr(deltas, "_FAST", 2)
+    monkeypatch.setattr(deltas, "_SLOW", 2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])

@@ -170,12 +170,12 @@ class DeltaBench:
         *,
         before: Callable[[], None] = lambda: None,
         after: Callable[[], None] = lambda: None,
-        repeats: int = _FAST,
+        repeats: int | None = None,
         size: int | None = None,
     ) -> None:
         """Times an action some times, each between two others that are not timed."""
         wall, process = [], []
-        for _ in range(repeats):
+        for _ in range(repeats or _FAST):
             before()
             gc.collect()
             self._wait()
