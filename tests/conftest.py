@@ -25,6 +25,14 @@ def pytest_sessionfinish():
     gc.unfreeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _freeze():
+    """Freezes what a file of tests has left, such as the modules of a compiler, which later collections would read again."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
