@@ -158,8 +158,18 @@ def choices(given: Any, names: Iterable[str]) -> str:
         ("id3, pafi (did you mean 'id3'?)", 'id3, pafi')
     """
     names = list(names)
-    near = difflib.get_close_matches(given, names, 1) if isinstance(given, str) and len(given) < 100 else []
-    return ", ".join(names) + (f" (did you mean {near[0]!r}?)" if near else "")
+    return ", ".join(names) + nearest(given, names)
+
+
+def nearest(given: Any, names: Iterable[str]) -> str:
+    """Returns, for an error, the name that is nearest to what was given; nothing if none is near.
+
+    Example:
+        >>> nearest("id4", ["id3", "pafi"]), nearest("x", ["id3", "pafi"])
+        (" (did you mean 'id3'?)", '')
+    """
+    near = difflib.get_close_matches(given, list(names), 1) if isinstance(given, str) and len(given) < 100 else []
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 # Forms. Each returns the value, or raises Malformed.

@@ -254,6 +254,18 @@ def test_deltas_of_other_bases_are_refused():
         unmask.combine(A, B, rule="linear", base=Four([1.0] * 5))
 
 
+def test_deltas_between_checkpoints_add_up_unless_they_rename():
+    """The metadata of each such delta has an entry ``renamed``, which is of two empty prefixes where the names are the same."""
+    base = {"w": torch.arange(8.0)}
+    tuned = [{"w": base["w"].index_fill(0, torch.tensor([place]), 9.0)} for place in (1, 5)]
+    one, other = (SparseDelta.between(base, each) for each in tuned)
+    assert entries(one | other) == {1: 9.0, 5: 9.0}
+    assert (one | other) - one == other
+    renaming = SparseDelta.between(base, {"net.w": tuned[1]["w"]})
+    with pytest.raises(DeltaError, match="delta number 1 removes, replaces or renames tensors"):
+        one | renaming
+
+
 def test_an_unknown_base_is_found_out_from_the_model():
     a = delta({0: 2.0}, whole={"head": torch.zeros(2)})
     model = Four()

@@ -7,14 +7,13 @@ import shutil
 import pytest
 import torch
 from nets import tokens
+from sequence import Sequence
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import unmask
 from unmask.gradients import compiled
 from unmask.gradients.backend import portable
-from unmask.lab.bench.host import waits
 
 # Dynamo looks at the .grad of every tensor that it meets in a frame.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -158,21 +157,6 @@ def test_micro_batches_add_up_in_a_compiled_model():
             loss_of(forward, step).backward()
         gradients.append(selection.values.grad)
     assert torch.equal(*gradients)
-
-
-class Sequence(TorchDispatchMode):
-    """Records the operations with the shapes of their tensors, and those that would make the host wait for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen, self.waiting = [], []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        shapes = [tuple(a.shape) for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, torch.Tensor)]
-        self.seen.append((str(func), shapes))
-        if waits(func, args):
-            self.waiting.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("gradients", ["auto", "sampled", "dense"])

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import batches, mean_square, mlp
+from sequence import Sequence
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
-from torch.utils._python_dispatch import TorchDispatchMode
 from value_wrappers import SAM, Averaged, Ema, Free, Lookahead, ScheduleFree
 
 import unmask
@@ -389,29 +389,17 @@ def test_schedulefrees_own_optimizer():
         holds(selection, selection.values.detach().clone())
 
 
-class Dispatched(TorchDispatchMode):
-    """Records the operators that are dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operators: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operators.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
-def operators(model: nn.Module) -> list[str]:
-    with Dispatched() as dispatched:
+def operations(model: nn.Module) -> list[object]:
+    with Sequence() as made:
         model(batches(1)[0])
-    return dispatched.operators
+    return made.seen
 
 
 def test_a_forward_that_finds_nothing_new_costs_no_operation():
     selection = started()
-    assert operators(selection.model) == operators(based())
+    assert operations(selection.model) == operations(based())
     with torch.no_grad():
         selection.values.mul_(2)
-    assert len(operators(selection.model)) > len(operators(based()))
-    assert operators(selection.model) == operators(based())
+    assert len(operations(selection.model)) > len(operations(based()))
+    assert operations(selection.model) == operations(based())

@@ -7,12 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from unmask.delta.delta import SparseDelta
 from unmask.errors import ConfigError
 from unmask.files import check_folder
-from unmask.lab.models import load_base, load_tuned, longest_input, on_accelerator, task_of
+from unmask.lab.models import load_base, load_tuned, longest_input, on_accelerator, read_config, task_of
 from unmask.lab.tasks.names import TASKS
 from unmask.lab.tasks.protocol import Request
 from unmask.lab.tasks.registry import kind_of
@@ -70,10 +68,7 @@ def _describe(source: str, request: Request) -> Mapping[str, Any]:
         return {"kind": "generation", "name": name}
     if request.task is None and request.data is None:
         raise ConfigError("give the data to evaluate on: --task sst2, say, or --data with a file of your own.")
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the model {source!r} cannot be loaded: {error}") from error
+    config = read_config(source)
     made = (getattr(config, "architectures", None) or ["no architecture"])[0]
     labels = [config.id2label[i] for i in sorted(config.id2label)]
     common = {"num_labels": len(labels), "max_length": _LONGEST}

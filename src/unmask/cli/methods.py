@@ -27,7 +27,7 @@ WHEN: Mapping[str, str] = {
     "sparse_adapter": "to prune a LoRA or adapters before they are trained (it needs --into)",
     "full": "the comparison: everything is trained, and the delta is as large as the model",
 }
-"""When to use each preset, in a line. docs/methods.md says more, and docs/results.md has the figures."""
+"""The use of each preset, in a line. docs/methods.md says more, and docs/results.md has the figures."""
 
 
 def run_methods() -> None:

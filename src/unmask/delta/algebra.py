@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unmask.delta.contents import DeltaFields, Fields
 from unmask.delta.fingerprint import digest, same_bits
 from unmask.delta.rules import Part, Parts, Rule, combine_parts
 from unmask.delta.sparse import SparseTensor
@@ -24,23 +25,6 @@ _SHARED = ("base_id", "parameters", "quantised", "versions", "into", "task")
 """The entries of the metadata that a sum keeps where all of its parts agree."""
 _PART = fields({"base": text, "places": text, "weights": count, "whole": mapping(text), "metadata": mapping(plain)})
 _COMBINED = fields({"parts": items(_PART)})
-
-Fields = tuple[dict[str, SparseTensor], dict[str, Tensor], str, dict[str, Any], str]
-
-
-class DeltaFields(Protocol):
-    """The fields of an `unmask.SparseDelta`."""
-
-    @property
-    def sparse(self) -> Mapping[str, SparseTensor]: ...
-    @property
-    def whole(self) -> Mapping[str, Tensor]: ...
-    @property
-    def base(self) -> str: ...
-    @property
-    def metadata(self) -> Mapping[str, Any]: ...
-    @property
-    def places(self) -> str: ...
 
 
 def add(
@@ -152,7 +136,9 @@ def _check_same_base(deltas: Sequence[DeltaFields]) -> None:
     seen: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for number, delta in enumerate(deltas):
         between = delta.metadata.get("between")
-        if isinstance(between, Mapping) and any(between.get(key) for key in ("removed", "replaced", "renamed")):
+        if isinstance(between, Mapping) and (
+            between.get("removed") or between.get("replaced") or any(between.get("renamed", {}).values())
+        ):
             raise DeltaError(
                 f"delta number {number} removes, replaces or renames tensors, which a sum cannot do; combine deltas that keep "
                 "the base's tensors."

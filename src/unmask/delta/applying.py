@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from unmask.delta.contents import DeltaFields, Fields
 from unmask.delta.exchange import Exchange
 from unmask.delta.fingerprint import fingerprint_at
 from unmask.delta.sparse import SparseTensor
@@ -16,32 +17,14 @@ from unmask.delta.writable import find_unwritable
 from unmask.errors import DeltaError
 from unmask.quantised.tensor import QuantisedTensor
 
-Displaced = tuple[dict[str, SparseTensor], dict[str, Tensor], str, dict[str, Any], str]
-"""The fields of the delta that undoes a write: sparse, whole, base, metadata and places."""
-
 _LOAD = (
     "Load that base, unmodified and in the same dtype. (A delta that is already applied changes it, too: give unmask.swap what "
     "apply returned.)"
 )
 
 
-class Delta(Protocol):
+class Delta(DeltaFields, Protocol):
     """The parts of an `unmask.SparseDelta` that it is applied by."""
-
-    @property
-    def sparse(self) -> Mapping[str, SparseTensor]: ...
-
-    @property
-    def whole(self) -> Mapping[str, Tensor]: ...
-
-    @property
-    def base(self) -> str: ...
-
-    @property
-    def metadata(self) -> Mapping[str, Any]: ...
-
-    @property
-    def places(self) -> str: ...
 
     def check_places(self, tensors: Mapping[str, Tensor]) -> None: ...
 
@@ -75,8 +58,8 @@ def written(
     full: bool = False,
     instead: Mapping[str, SparseTensor] | None = None,
     done: Mapping[str, SparseTensor] | None = None,
-) -> Iterator[Displaced]:
-    """Writes a delta, and yields what it displaced. An error in the block, or a model that is not the base, undoes the write.
+) -> Iterator[Fields]:
+    """Writes a delta, and yields the fields of the delta that undoes it. An error in the block, or another base, undoes it.
 
     Args:
         delta: The delta.

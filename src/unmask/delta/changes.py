@@ -8,7 +8,6 @@ zlib compresses the result.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,27 +18,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unmask.delta.algebra import DeltaFields
+from unmask.delta.codes import (
+    COLUMNS,
+    DTYPE,
+    check_vector,
+    column_of,
+    decode_all,
+    dtype_name,
+    encode_all,
+    split_by_dtype,
+)
+from unmask.delta.contents import DeltaFields, Fields
 from unmask.delta.fingerprint import same_bits
 from unmask.delta.plain import check_keys, shape
 from unmask.delta.provenance import METADATA
-from unmask.delta.rice import decode, encode
 from unmask.delta.sparse import SparseTensor
 from unmask.gradients.entries import bits
-from unmask.reading import Malformed, count, fields, items, one_of, text
+from unmask.reading import Malformed, count, fields, items, text
 
 _WHOLE, _CHANGE = "::whole", "::change"
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
-_CODED = fields(dict.fromkeys(("counts", "parameters", "lengths"), items(count)), closed=True)
+_CODED = fields(COLUMNS, closed=True)
 _RUNG = fields(
     {"base": text, "places": text, "metadata": METADATA, "names": items(text), "shapes": items(shape)}
-    | {"dtypes": items(one_of(*_DTYPES)), "entering": _CODED, "leaving": _CODED, "same": items(text)},
+    | {"dtypes": items(DTYPE), "entering": _CODED, "leaving": _CODED, "same": items(text)},
     closed=True,
 )
 HEADER = fields({"format_version": count, "kind": text, "checksum": text, "rungs": items(_RUNG)}, closed=True)
 """The form of a ladder's header."""
-
-Fields = tuple[dict[str, SparseTensor], dict[str, Tensor], str, dict[str, Any], str]
 
 
 @dataclass(frozen=True)
@@ -73,19 +78,12 @@ def pack(before: DeltaFields, after: DeltaFields) -> tuple[dict[str, Tensor], di
     """
     names = sorted({*before.sparse, *after.sparse})
     moves = [_move(name, before.sparse.get(name), after.sparse.get(name)) for name in names]
-    dtypes = [str(move.values.dtype).removeprefix("torch.") for move in moves]
+    dtypes = [dtype_name(move.values) for move in moves]
     tensors, same = _pack_whole(before.whole, after.whole)
     described: dict[str, Any] = {"base": after.base, "places": after.places, "metadata": dict(after.metadata)}
     described |= {"names": names, "shapes": [list(move.shape) for move in moves], "dtypes": dtypes, "same": same}
     for key in ("entering", "leaving"):
-        parts = [getattr(move, key).numpy() for move in moves]
-        codes = [encode(part, math.prod(move.shape)) for part, move in zip(parts, moves, strict=True)]
-        described[key] = {
-            "counts": [part.size for part in parts],
-            "parameters": [parameter for _, parameter in codes],
-            "lengths": [code.size for code, _ in codes],
-        }
-        tensors[key] = torch.from_numpy(np.concatenate([np.empty(0, np.uint8), *(code for code, _ in codes)]))
+        described[key], tensors[key] = encode_all([getattr(move, key) for move in moves], described["shapes"])
     for dtype in sorted({*dtypes}):
         own = [move for move, other in zip(moves, dtypes, strict=True) if other == dtype]
         tensors[f"values.{dtype}"] = torch.cat([move.values for move in own])
@@ -120,9 +118,12 @@ def unpack(before: DeltaFields, tensors: Mapping[str, Tensor], described: Mappin
         if entry.shape != space or entry.values.dtype != getattr(torch, dtype):
             raise Malformed(f"{name!r} has another shape or dtype than in the rung before it")
         old.append(entry)
-    values = _split(tensors, "values", dtypes, described["entering"]["counts"])
-    entering = _indices(tensors["entering"], described["entering"], spaces, [part.numel() for part in values])
-    leaving = _indices(tensors["leaving"], described["leaving"], spaces, [entry.numel for entry in old])
+    counts = column_of(described["entering"], "counts", len(names))
+    values = split_by_dtype(tensors, "values.", dtypes, counts)
+    entering, leaving = (
+        [torch.from_numpy(each) for each in decode_all(described[key], tensors[key], spaces, most)]
+        for key, most in (("entering", counts), ("leaving", [entry.numel for entry in old]))
+    )
     stays = [~torch.isin(entry.indices, gone) for entry, gone in zip(old, leaving, strict=True)]
     if any(int((~kept).sum()) != gone.numel() for gone, kept in zip(leaving, stays, strict=True)):
         raise Malformed("a weight leaves that the rung before it does not set")
@@ -135,7 +136,7 @@ def unpack(before: DeltaFields, tensors: Mapping[str, Tensor], described: Mappin
     sizes = [part.numel() for part in values]
     slots: Sequence[Tensor | None] = [None] * len(names)
     if "slots" in tensors:
-        _check_vector(tensors, "slots", torch.int64, sum(sizes))
+        check_vector("slots", tensors["slots"], torch.int64, size=sum(sizes))
         slots = tensors["slots"].split(sizes)
     sparse = {}
     for place, (name, entry) in enumerate(zip(names, old, strict=True)):
@@ -221,9 +222,8 @@ def _change(old: Tensor, new: Tensor) -> Tensor:
     """Codes the change of a tensor's values as bytes, (n,) uint8."""
     before, after = _numbers(old), _numbers(new)
     difference = after - before  # it wraps around
-    folded = (difference << 1) ^ (
-        difference >> (8 * difference.itemsize - 1)
-    )  # 0, -1, 1, -2, ... become 0, 1, 2, 3, ...
+    # 0, -1, 1, -2, ... become 0, 1, 2, 3, ...
+    folded = (difference << 1) ^ (difference >> (8 * difference.itemsize - 1))
     little = folded.astype(folded.dtype.newbyteorder("<"))
     planes = np.ascontiguousarray(little.view(np.uint8).reshape(-1, folded.itemsize).T)
     return torch.frombuffer(bytearray(zlib.compress(planes.tobytes(), 9)), dtype=torch.uint8)
@@ -231,8 +231,7 @@ def _change(old: Tensor, new: Tensor) -> Tensor:
 
 def _changed(old: Tensor, code: Tensor) -> Tensor:
     """Returns the later values, from the earlier ones and the bytes that `_change` made."""
-    if code.dtype != torch.uint8 or code.ndim != 1:
-        raise Malformed(f"a change is {code.dtype} of shape {tuple(code.shape)} and must be a vector of bytes")
+    check_vector("change", code, torch.uint8)
     before = _numbers(old)
     inflater = zlib.decompressobj()
     try:
@@ -251,42 +250,3 @@ def _changed(old: Tensor, code: Tensor) -> Tensor:
 def _numbers(tensor: Tensor) -> NDArray[Any]:
     """Returns a tensor's bits as signed whole numbers, (n,)."""
     return bits(tensor.detach().cpu().contiguous()).reshape(-1).numpy()
-
-
-def _split(tensors: Mapping[str, Tensor], kind: str, dtypes: Sequence[str], counts: Sequence[int]) -> list[Tensor]:
-    """Returns the part of each tensor in the vectors of its dtype."""
-    if len(counts) != len(dtypes):
-        raise Malformed("the column counts has another length than the names")
-    parts: dict[int, Tensor] = {}
-    for dtype in {*dtypes}:
-        own = [place for place, other in enumerate(dtypes) if other == dtype]
-        sizes = [counts[place] for place in own]
-        _check_vector(tensors, f"{kind}.{dtype}", getattr(torch, dtype), sum(sizes))
-        parts |= dict(zip(own, tensors[f"{kind}.{dtype}"].split(sizes), strict=True))
-    return [parts[place] for place in range(len(dtypes))]
-
-
-def _indices(
-    code: Tensor, described: Mapping[str, Any], spaces: Sequence[tuple[int, ...]], most: Sequence[int]
-) -> list[Tensor]:
-    """Returns the coded indices of each tensor, of which there are at most ``most``: (n,) int64 each."""
-    columns = [described[key] for key in ("counts", "parameters", "lengths")]
-    _check_vector({"indices": code}, "indices", torch.uint8, sum(columns[2]))
-    found, end = [], 0
-    if any(len(column) != len(spaces) for column in columns):
-        raise Malformed("a column of codes has another length than the names")
-    for size, parameter, length, space, limit in zip(*columns, spaces, most, strict=True):
-        if size > limit:
-            raise Malformed(f"it counts {size} weights where there are at most {limit}")
-        end += length
-        found.append(torch.from_numpy(decode(code.numpy()[end - length : end], parameter, size, math.prod(space))))
-    return found
-
-
-def _check_vector(tensors: Mapping[str, Tensor], key: str, dtype: torch.dtype, size: int) -> None:
-    """Refuses a tensor that is no vector of this dtype and size."""
-    tensor = tensors[key]
-    if (tensor.dtype, tuple(tensor.shape)) != (dtype, (size,)):
-        raise Malformed(
-            f"{key!r} is {tensor.dtype} of shape {tuple(tensor.shape)} and must be {dtype} of shape ({size},)"
-        )

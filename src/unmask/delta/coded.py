@@ -20,17 +20,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unmask.delta.codes import COLUMNS as CODED
+from unmask.delta.codes import DTYPE, check_vector, column_of, decode_all, dtype_name, encode_all, split_by_dtype
 from unmask.delta.drawn import Draw
 from unmask.delta.plain import Contents, check_keys, pack_whole, shape, slots_dtype, unpack_whole
 from unmask.delta.provenance import METADATA
-from unmask.delta.rice import decode, encode
 from unmask.delta.sparse import SparseTensor
 from unmask.files import MOST_HEADER
-from unmask.reading import Malformed, count, fields, integer, items, one_of, parse_json, text
+from unmask.reading import Malformed, count, fields, integer, items, parse_json, text
 
 HEADER = "header"
 _INDICES, _SLOTS, _VALUES = "indices", "slots", "values."
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def pack(
@@ -44,7 +44,7 @@ def pack(
     """Returns the tensors and the header, without its checksum, of the file of a delta with these fields."""
     names = sorted(sparse)
     entries = [sparse[name] for name in names]
-    dtypes = [str(entry.values.dtype).removeprefix("torch.") for entry in entries]
+    dtypes = [dtype_name(entry.values) for entry in entries]
     header: dict[str, Any] = {"base": base, "metadata": dict(metadata)}
     header |= {"names": names, "shapes": [list(entry.shape) for entry in entries], "dtypes": dtypes}
     tensors = pack_whole(whole)
@@ -52,11 +52,8 @@ def pack(
     if drawn is not None:
         header["draw"] = drawn
     else:
-        codes = [encode(entry.indices.cpu().long().numpy(), math.prod(entry.shape)) for entry in entries]
-        header["counts"] = [entry.numel for entry in entries]
-        header["parameters"] = [parameter for _, parameter in codes]
-        header["lengths"] = [code.size for code, _ in codes]
-        tensors[_INDICES] = torch.from_numpy(np.concatenate([np.empty(0, np.uint8), *(code for code, _ in codes)]))
+        columns, tensors[_INDICES] = encode_all([entry.indices for entry in entries], header["shapes"])
+        header |= columns
     for dtype in sorted({*dtypes}):
         parts = [entry.values.cpu() for entry, own in zip(entries, dtypes, strict=True) if own == dtype]
         tensors[_VALUES + dtype] = torch.cat(parts)
@@ -77,32 +74,29 @@ def unpack(tensors: Mapping[str, Tensor], outer: Mapping[str, Any]) -> Contents:
         Malformed: The tensors are not of the form that `pack` makes.
     """
     fields({"format_version": count, "checksum": text}, closed=True)(outer, "the header")
-    _check_vector(tensors, HEADER, torch.uint8)
+    check_vector(HEADER, tensors[HEADER], torch.uint8)
     header = _inflated(tensors[HEADER].numpy().tobytes())
     _HEADER(header, "the header")
     names, shapes, dtypes = (header[column] for column in _COLUMNS)
     if not len(names) == len(shapes) == len(dtypes) or any(low >= high for low, high in pairwise(names)):
         raise Malformed("its columns have different lengths, or its names do not ascend")
-    kinds = {_VALUES + dtype: getattr(torch, dtype) for dtype in dtypes}
+    kinds = {_VALUES + dtype for dtype in dtypes}
     check_keys(tensors, [HEADER, *kinds, *([] if "draw" in header else [_INDICES])], [_SLOTS])
-    for key, dtype in kinds.items():
-        _check_vector(tensors, key, dtype)
     total = sum(tensors[key].numel() for key in kinds)  # Nothing below takes more memory than so many values ask for.
     draw = None
     if "draw" in header:
         draw, indices = _drawn(header, total)
     else:
-        _check_vector(tensors, _INDICES, torch.uint8)
-        indices = _decoded(header, tensors[_INDICES].numpy(), total)
+        counts = column_of(header, "counts", len(names))
+        if sum(counts) != total:
+            raise Malformed(f"it counts {sum(counts)} indices for {total} values")
+        indices = decode_all(header, tensors[_INDICES], shapes, counts)
     sizes = [each.size for each in indices]
-    values: dict[int, Tensor] = {}
-    for key in kinds:
-        own = [place for place, dtype in enumerate(dtypes) if _VALUES + dtype == key]
-        values |= dict(zip(own, _split(tensors, key, [sizes[place] for place in own]), strict=True))
+    values = split_by_dtype(tensors, _VALUES, dtypes, sizes)
     slots: list[Tensor | None] = [None] * len(names)
     if _SLOTS in tensors:
-        _check_vector(tensors, _SLOTS, torch.int32, torch.int64)
-        slots = [part.long() for part in _split(tensors, _SLOTS, sizes)]
+        check_vector(_SLOTS, tensors[_SLOTS], torch.int32, torch.int64, size=sum(sizes))
+        slots = [part.long() for part in tensors[_SLOTS].split(sizes)]
     sparse = {
         name: SparseTensor(torch.from_numpy(indices[place]), values[place], tuple(shapes[place]), slots[place])
         for place, name in enumerate(names)
@@ -124,21 +118,6 @@ def _inflated(data: bytes) -> dict[str, Any]:
     return parse_json(header, MOST_HEADER)
 
 
-def _check_vector(tensors: Mapping[str, Tensor], key: str, *dtypes: torch.dtype) -> None:
-    """Refuses a tensor that is no vector of one of these dtypes."""
-    tensor = tensors[key]
-    if tensor.dtype not in dtypes or tensor.ndim != 1:
-        wanted = " or ".join(map(str, dtypes))
-        raise Malformed(f"{key!r} is {tensor.dtype} of shape {tuple(tensor.shape)} and must be a vector of {wanted}")
-
-
-def _split(tensors: Mapping[str, Tensor], key: str, sizes: list[int]) -> list[Tensor]:
-    """Returns copies of a vector's parts, one for each tensor."""
-    if sum(sizes) != tensors[key].numel():
-        raise Malformed(f"{key!r} has {tensors[key].numel()} entries for {sum(sizes)} indices")
-    return [part.clone() for part in tensors[key].split(sizes)]
-
-
 def _drawn(header: Mapping[str, Any], total: int) -> tuple[Draw, list[NDArray[np.int64]]]:
     """Returns the draw of a random mask, and the indices of its ``total`` weights by tensor."""
     said, starts, end = header["draw"], {}, 0
@@ -156,24 +135,8 @@ def _drawn(header: Mapping[str, Any], total: int) -> tuple[Draw, list[NDArray[np
     return draw, list(indices.values())
 
 
-def _decoded(header: Mapping[str, Any], code: NDArray[np.uint8], total: int) -> list[NDArray[np.int64]]:
-    """Returns the indices of ``total`` weights by tensor from their codes, one after the other."""
-    lacking = [column for column in _RICE if len(header.get(column, ())) != len(header["names"])]
-    if lacking:
-        raise Malformed(f"the column {lacking[0]} is missing or has another length than the names")
-    counts, parameters, lengths = (header[column] for column in _RICE)
-    if (sum(counts), sum(lengths)) != (total, code.size):
-        raise Malformed(f"it counts {sum(counts)} indices in {sum(lengths)} bytes; there are {total} in {code.size}")
-    indices, end = [], 0
-    for size, parameter, length, sizes in zip(counts, parameters, lengths, header["shapes"], strict=True):
-        end += length
-        indices.append(decode(code[end - length : end], parameter, size, math.prod(sizes)))
-    return indices
-
-
-_COLUMNS = {"names": items(text), "shapes": items(shape), "dtypes": items(one_of(*_DTYPES))}
-_RICE = {"counts": items(count), "parameters": items(count), "lengths": items(count)}
+_COLUMNS = {"names": items(text), "shapes": items(shape), "dtypes": items(DTYPE)}
 _DRAW = fields({"seed": integer, "total": count, "skipped": items(count), "sha256": text}, closed=True)
 _HEADER = fields(
-    {"base": text, "metadata": METADATA, **_COLUMNS}, {"places": text, "draw": _DRAW, **_RICE}, closed=True
+    {"base": text, "metadata": METADATA, **_COLUMNS}, {"places": text, "draw": _DRAW, **CODED}, closed=True
 )

@@ -93,18 +93,15 @@ def combine(
         raise DeltaError("heads must be one of the deltas that are combined.")
     if chosen.needs_base and base is None:
         raise DeltaError(f"rule {rule!r} computes with changes, which are differences to the base: give base=model.")
-    digests: dict[str, str] = {}
-    before = None
-    if base is not None:
-        tensors = base_tensors(base)
-        digests = {name: digest(tensor) for name, tensor in tensors.items()}
-        before = [_before(delta, k, tensors, digests) for k, delta in enumerate(deltas)]
-    sparse, whole, known, metadata, places = add(deltas, chosen, factors, before, number)
-    if base is not None and not known:
-        known = fingerprint({name: own for name, own in digests.items() if name not in whole})
-    if base is not None:
-        inside = {name: entry for name, entry in sparse.items() if name not in whole}
-        places = fingerprint_at({n: e.holding(take(tensors[n], e.indices).cpu()) for n, e in inside.items()})
+    if base is None:
+        return SparseDelta(*add(deltas, chosen, factors, None, number))
+    tensors = base_tensors(base)
+    digests = {name: digest(tensor) for name, tensor in tensors.items()}
+    before = [_before(delta, k, tensors, digests) for k, delta in enumerate(deltas)]
+    sparse, whole, known, metadata, _ = add(deltas, chosen, factors, before, number)
+    known = known or _fingerprint_without(digests, whole)
+    inside = {name: entry for name, entry in sparse.items() if name not in whole}
+    places = fingerprint_at({n: e.holding(take(tensors[n], e.indices).cpu()) for n, e in inside.items()})
     return SparseDelta(sparse, whole, known, metadata, places)
 
 
@@ -113,10 +110,7 @@ def _before(
 ) -> dict[str, Tensor]:
     """Returns what the weights that a delta sets are without it, by tensor name; refuses a model that is not its base."""
     delta.check_places(tensors)
-    if (
-        delta.base
-        and fingerprint({name: own for name, own in digests.items() if name not in delta.whole}) != delta.base
-    ):
+    if delta.base and _fingerprint_without(digests, delta.whole) != delta.base:
         raise DeltaError(
             f"the model given as base= is not the base of delta number {number}; load that base, unmodified."
         )
@@ -124,3 +118,8 @@ def _before(
         name: take(delta.whole[name] if name in delta.whole else tensors[name], entry.indices).cpu()
         for name, entry in delta.sparse.items()
     }
+
+
+def _fingerprint_without(digests: Mapping[str, str], whole: Mapping[str, Tensor]) -> str:
+    """Returns the fingerprint of a base's tensors that are not stored whole."""
+    return fingerprint({name: own for name, own in digests.items() if name not in whole})

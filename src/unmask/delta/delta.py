@@ -135,7 +135,7 @@ class SparseDelta:
         return SparseDelta(*add([self, other], Rule(), [1.0, 1.0]))
 
     def __sub__(self, other: SparseDelta) -> SparseDelta:
-        """Takes a delta out of a sum that it is a part of; the rest is bit for bit what it was, but for the order of unmasking.
+        """Takes a delta out of a sum that it is a part of; the rest is bit for bit what it was. The order of unmasking is lost.
 
         Raises:
             DeltaError: The delta is no part of the sum, or the sum's rule has mixed its weights with others'.

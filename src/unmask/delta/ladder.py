@@ -56,7 +56,7 @@ class Ladder:
 
     @property
     def budgets(self) -> list[int]:
-        """How many weights each rung sets."""
+        """The number of weights that each rung sets."""
         return [len(rung) for rung in self.rungs]
 
     def at(self, budget: int) -> SparseDelta:

@@ -35,7 +35,7 @@ class Part:
 
 
 Parts = Mapping[str, Part]
-"""What one delta sets, by tensor name."""
+"""The weights that one delta sets, by tensor name."""
 
 
 @dataclass(frozen=True)

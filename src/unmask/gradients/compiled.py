@@ -183,16 +183,8 @@ def linear(
 
 
 @torch.library.register_fake("unmask::linear")  # type: ignore[untyped-decorator]
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    placeholder: Tensor,
-    flat: Tensor,
-    sampled: bool,
-    dense: bool,
-    transposed: bool,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    *_, transposed = others
     return x.new_empty(*x.shape[:-1], weight.shape[1 if transposed else 0])
 
 

@@ -109,11 +109,23 @@ def empty_model(source: str, head: Head) -> PreTrainedModel:
     Raises:
         ConfigError: There is no such model, or its configuration cannot be read.
     """
-    refuse_no_folder(source)
+    shape = read_config(source)
     try:
-        shape = AutoConfig.from_pretrained(source)
         with quiet(), torch.device("meta"):
             return cast(PreTrainedModel, HEADS[head].from_config(shape))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the model {source!r} cannot be loaded: {error}") from error
+
+
+def read_config(source: str) -> Any:
+    """Returns a model's configuration, of transformers.
+
+    Raises:
+        ConfigError: There is no such model, or its configuration cannot be read.
+    """
+    refuse_no_folder(source)
+    try:
+        return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the model {source!r} cannot be loaded: {error}") from error
 

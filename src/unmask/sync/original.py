@@ -17,7 +17,7 @@ from unmask.sync.writing import Entries, Write, held_bits
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """What the written parts of a model held before the first message.
+    """The values that the written parts of a model had before the first message.
 
     Attributes:
         entries: The entries that were written, and the bits that they held before; by the tensor's name.

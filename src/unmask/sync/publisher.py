@@ -19,7 +19,7 @@ from unmask.sync.transport import Transport
 
 @dataclass(frozen=True)
 class Sent:
-    """What `Publisher.publish` has sent.
+    """The message that `Publisher.publish` has sent.
 
     Attributes:
         version: The number of the message, from 1.

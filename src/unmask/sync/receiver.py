@@ -23,7 +23,7 @@ from unmask.sync.writing import Entries, Write, apply, held_bits, value_writes
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """What a receiver holds after a message.
+    """The state of a receiver after a message.
 
     Attributes:
         header: The message's header.

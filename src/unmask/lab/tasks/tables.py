@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
-import difflib
 import gzip
 import io
 import itertools
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from unmask.errors import DataError, need
-from unmask.reading import Malformed, parse_json, shown
+from unmask.reading import Malformed, nearest, parse_json, shown
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _MOST_LISTED, _LONGEST_LISTED = 20, 80
@@ -105,9 +104,7 @@ class Table:
 def unknown_column(source: str, name: str, columns: Iterable[str]) -> DataError:
     """Makes the error for a column that is missing."""
     names = list(columns)
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return DataError(f"{source} has no column {name!r}; its columns are {listed(names)}{hint}.")
+    return DataError(f"{source} has no column {name!r}; its columns are {listed(names)}{nearest(name, names)}.")
 
 
 def listed(names: Iterable[str], most: int = _MOST_LISTED) -> str:
