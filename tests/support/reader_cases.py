@@ -109,27 +109,41 @@ def signed_coded(folder: Path) -> Case:
         given = {**tensors, "header": torch.frombuffer(bytearray(zlib.compress(text)), dtype=torch.uint8)}
         given = given if changed is not header else mutator.changed_tensors(tensors)
         _sign(path, given, {"format_version": 3})
-        try:
-            delta = SparseDelta.load(path)
-            displaced = delta.apply(base)
-        except UnmaskError:
-            assert_same_tensors(snapshot(base), original)
+        if _applied_and_undone(path, base, original, lambda: _read_apart(original, path.read_bytes())) is None:
             return REFUSED
-        sparse, whole, _, _ = read_delta(path.read_bytes())
-        expected = dict(original)
-        for name, data in whole.items():
-            expected[name] = _vector(data, original[name].dtype).reshape(original[name].shape)
-        for name, (_, indices, data) in sparse.items():
-            flat = expected[name].reshape(-1).clone()
-            flat[torch.tensor(indices, dtype=torch.int64)] = _vector(data, flat.dtype)
-            expected[name] = flat.reshape(original[name].shape)
-        expected["out.weight"] = expected["embed.weight"]
-        assert_same_tensors(snapshot(base), expected)
-        displaced.apply(base)
-        assert_same_tensors(snapshot(base), original)
         return SAME if changed == header and equal(given, tensors) else OTHER
 
     return case
+
+
+def _applied_and_undone(
+    path: Path, base: nn.Module, original: dict[str, Tensor], expected: Callable[[], dict[str, Tensor]]
+) -> SparseDelta | None:
+    """Applies a delta's file, checks what the base then holds, and takes it off again; None if the file is refused."""
+    try:
+        delta = SparseDelta.load(path)
+        displaced = delta.apply(base)
+    except UnmaskError:
+        assert_same_tensors(snapshot(base), original)
+        return None
+    assert_same_tensors(snapshot(base), expected())
+    displaced.apply(base)
+    assert_same_tensors(snapshot(base), original)
+    return delta
+
+
+def _read_apart(original: dict[str, Tensor], data: bytes) -> dict[str, Tensor]:
+    """Returns the tensors of a base under a delta's file, by a reader that shares no code with the package."""
+    sparse, whole, _, _ = read_delta(data)
+    expected = dict(original)
+    for name, part in whole.items():
+        expected[name] = _vector(part, original[name].dtype).reshape(original[name].shape)
+    for name, (_, indices, part) in sparse.items():
+        flat = expected[name].reshape(-1).clone()
+        flat[torch.tensor(indices, dtype=torch.int64)] = _vector(part, flat.dtype)
+        expected[name] = flat.reshape(original[name].shape)
+    expected["out.weight"] = expected["embed.weight"]
+    return expected
 
 
 def _vector(data: bytes, dtype: torch.dtype) -> Tensor:
@@ -150,16 +164,9 @@ def signed_delta(folder: Path) -> Case:
         given = mutator.changed_tensors(tensors) if in_tensors else tensors
         changed = header if in_tensors else mutator.changed(header)
         _sign(path, given, changed)
-        try:
-            delta = SparseDelta.load(path)
-            displaced = delta.apply(base)
-        except UnmaskError:
-            assert_same_tensors(snapshot(base), original)
+        delta = _applied_and_undone(path, base, original, lambda: _applied(original, load_file(path)))
+        if delta is None:
             return REFUSED
-        expected = _applied(original, load_file(path))
-        assert_same_tensors(snapshot(base), expected)
-        displaced.apply(base)
-        assert_same_tensors(snapshot(base), original)
         assert json.dumps(delta.metadata)
         return SAME if equal(given, tensors) and changed == header else OTHER
 

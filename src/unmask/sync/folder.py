@@ -87,7 +87,7 @@ class Folder:
         Raises:
             WriteError: The disk is full, or the folder cannot be written to.
         """
-        kind = header.kind.name.lower()
+        kind = header.kind.word
         name = f"{header.started:020d}-{header.run.hex()}-{header.version:012d}-{kind}.sync"
         write_bytes(self.path / name, message)
         self._sent = 1 if header.kind == Kind.FULL else self._sent + 1
@@ -162,6 +162,6 @@ class _Reader:
             read = opened.readinto(data)
         message = Message.read(memoryview(data)[:read])
         header = message.header
-        if (header.started, header.run.hex(), header.version, header.kind.name.lower()) != file[:4]:
+        if (header.started, header.run.hex(), header.version, header.kind.word) != file[:4]:
             raise Malformed("its name is that of another message")
         return message

@@ -30,6 +30,11 @@ class Kind(IntEnum):
     EPOCH = 2
     STEP = 3
 
+    @property
+    def word(self) -> str:
+        """The kind in a word: ``"full"``, ``"epoch"`` or ``"step"``."""
+        return self.name.lower()
+
 
 @dataclass(frozen=True)
 class Header:

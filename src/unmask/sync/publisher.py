@@ -148,4 +148,4 @@ class Publisher:
         )
         self._transport.send(header, written)
         self._sent, self._base, self.version, self.epoch = support, base, header.version, header.epoch
-        return Sent(header.version, header.epoch, len(written), kind.name.lower())
+        return Sent(header.version, header.epoch, len(written), kind.word)

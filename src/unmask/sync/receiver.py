@@ -183,9 +183,7 @@ class Receiver:
         """Takes the model back to its base, and writes a FULL message."""
         support = content.support
         regions = self._targets.regions(support.table)
-        entries = {
-            number: _resolved(support, number, places.indices, regions) for number, places in support.places.items()
-        }
+        entries = _all_resolved(support, regions)
         refuse_unwritable(regions)
         original = Original() if held is None else held.original()
         _check_base(support, content.once, entries, {n: p.base for n, p in support.places.items()}, original)
@@ -202,8 +200,7 @@ class Receiver:
         _check_base(support, {}, joining, {n: new.base for n, new in change.added.items()}, Original())
         leaving = []
         for number, gone in change.removed.items():
-            before = held.support.places[number]
-            base = before.base[np.isin(before.indices, gone, assume_unique=True)]
+            base = held.support.places[number].base_at(gone)
             leaving += [entries_write(e, e.own(base)) for e in _resolved(held.support, number, gone, regions)]
         touched = change.added.keys() | change.removed.keys()
         entries = {
@@ -222,11 +219,8 @@ class Receiver:
         held = self._state
         if held is None or not self._targets.moved():
             return held
-        support, regions = held.support, self._targets.regions(held.support.table)
-        entries = {
-            number: _resolved(support, number, places.indices, regions) for number, places in support.places.items()
-        }
-        moved = replace(held, regions=regions, entries=entries)
+        regions = self._targets.regions(held.support.table)
+        moved = replace(held, regions=regions, entries=_all_resolved(held.support, regions))
         tensors = {region.name: region.tensor for each in regions.values() for region in each}
         moved = replace(moved, whole={name: (tensors[name], before) for name, (_, before) in held.whole.items()})
         wanted = [(tensor, flat, values) for tensor, flat, values in moved.values() if flat is not None]
@@ -248,6 +242,11 @@ def _resolved(support: Support, number: int, indices: NDArray, regions: Mapping[
         SyncError: The receiver's model lacks the tensor.
     """
     return [Entries.of(region, indices) for region in _regions_of(support, number, regions)]
+
+
+def _all_resolved(support: Support, regions: Mapping[str, list[Region]]) -> dict[int, list[Entries]]:
+    """Returns the receiver's entries for all places of a support, by the published tensor's number."""
+    return {number: _resolved(support, number, places.indices, regions) for number, places in support.places.items()}
 
 
 def _regions_of(support: Support, number: int, regions: Mapping[str, list[Region]]) -> list[Region]:

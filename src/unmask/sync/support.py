@@ -126,6 +126,10 @@ class Places:
     indices: NDArray
     base: NDArray
 
+    def base_at(self, some: NDArray) -> NDArray:
+        """Returns the bits before training of some of the entries, by their indices, ascending."""
+        return self.base[np.isin(self.indices, some, assume_unique=True)]
+
 
 @dataclass(frozen=True)
 class Change:

@@ -153,9 +153,7 @@ def _of_content(content: Content, touched: Support) -> Iterator[Entries]:
     """Yields what a message sets, and first the base values of the places that were ``touched`` and are no longer selected."""
     support, table = content.support, content.support.table
     for number, gone in support.since(touched).removed.items():
-        had = touched.places[number]
-        base = had.base[np.isin(had.indices, gone, assume_unique=True)]
-        yield _entries(table[number], torch.from_numpy(gone), base)
+        yield _entries(table[number], torch.from_numpy(gone), touched.places[number].base_at(gone))
     for number, bits in content.once.items():  # before the trained entries that lie over it
         yield _entries(table[number], None, bits)
     start = 0
